@@ -1,0 +1,195 @@
+"""Every error this project raises on purpose, as one tree.
+
+    EdgeVlmError                     exit  1   E-EDGE-VLM
+    |-- ConfigError                  exit  2   E-CONFIG            a setting, recipe or config file is wrong
+    |-- CheckpointError              exit  3   E-CHECKPOINT        names, shapes or files of a checkpoint
+    |   `-- WeightNamesError         exit  3   E-CHECKPOINT-NAMES  missing, unknown and mis-shaped names, listed
+    |-- BundleError                  exit  4   E-BUNDLE
+    |   |-- BundleNotFound           exit  4   E-BUNDLE-NOT-FOUND
+    |   |-- BundleHashMismatch       exit  4   E-BUNDLE-HASH
+    |   `-- BundleSchemaError        exit  4   E-BUNDLE-SCHEMA
+    |-- VideoError                   exit  5   E-VIDEO
+    |   |-- VideoNotFound            exit  5   E-VIDEO-NOT-FOUND
+    |   |-- VideoUnreadable          exit  5   E-VIDEO-UNREADABLE  not a video, or cut off
+    |   `-- VideoEmpty               exit  5   E-VIDEO-EMPTY       a video without a single frame
+    |-- FrameDecodeError             exit  6   E-FRAME-DECODE      one picture that is not a JPEG we can read
+    |-- ProtocolError                exit  7   E-PROTOCOL          the other side broke the wire protocol
+    |   |-- MessageTooLarge          exit  7   E-MESSAGE-TOO-LARGE
+    |   `-- UnknownMessageType       exit  7   E-UNKNOWN-TYPE
+    |-- ServerUnreachable            exit  8   E-SERVER-UNREACHABLE
+    |-- MissingExtraError            exit  9   E-MISSING-EXTRA     names the extra to install
+    |-- SessionError                 exit 10   E-SESSION
+    |   |-- NoFrameYet               exit 10   E-NO-FRAME          a question before the first frame
+    |   `-- KvFull                   exit 10   E-KV-FULL           the arena has no room for more tokens
+    |-- EngineError                  exit 11   E-ENGINE
+    |   |-- NonFinite                exit 11   E-NONFINITE         NaN or infinity in a tensor
+    |   `-- ShapeRange               exit 11   E-SHAPE-RANGE       a dimension outside its graph's range
+    `-- ExportError                  exit 12   E-EXPORT
+        `-- ParityError              exit 12   E-PARITY            an exported graph differs from torch
+
+An error says what happened, where, and what to do about it, in one line. It is told apart by its type (or, over
+the wire, by `code`), never by its text. A caller's mistake inside Python stays a `ValueError`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EdgeVlmError(Exception):
+    """Base of the tree. `str(error)` is one line: what (where): remedy."""
+
+    code: ClassVar[str] = "E-EDGE-VLM"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: object = None, remedy: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        line = self.what if self.where is None else f"{self.what} ({self.where})"
+        line = line if self.remedy is None else f"{line}: {self.remedy}"
+        return " ".join(line.split())
+
+
+class ConfigError(EdgeVlmError):
+    code = "E-CONFIG"
+    exit_code = 2
+
+
+class CheckpointError(EdgeVlmError):
+    code = "E-CHECKPOINT"
+    exit_code = 3
+
+
+class WeightNamesError(CheckpointError):
+    """A state dict does not fit the model. The three lists hold every offending name."""
+
+    code = "E-CHECKPOINT-NAMES"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        remedy: str | None = None,
+        missing: tuple[str, ...] = (),
+        unknown: tuple[str, ...] = (),
+        misshaped: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.missing = missing
+        self.unknown = unknown
+        self.misshaped = misshaped
+
+
+class BundleError(EdgeVlmError):
+    code = "E-BUNDLE"
+    exit_code = 4
+
+
+class BundleNotFound(BundleError):
+    code = "E-BUNDLE-NOT-FOUND"
+
+
+class BundleHashMismatch(BundleError):
+    code = "E-BUNDLE-HASH"
+
+
+class BundleSchemaError(BundleError):
+    code = "E-BUNDLE-SCHEMA"
+
+
+class VideoError(EdgeVlmError):
+    code = "E-VIDEO"
+    exit_code = 5
+
+
+class VideoNotFound(VideoError):
+    code = "E-VIDEO-NOT-FOUND"
+
+
+class VideoUnreadable(VideoError):
+    code = "E-VIDEO-UNREADABLE"
+
+
+class VideoEmpty(VideoError):
+    code = "E-VIDEO-EMPTY"
+
+
+class FrameDecodeError(EdgeVlmError):
+    code = "E-FRAME-DECODE"
+    exit_code = 6
+
+
+class ProtocolError(EdgeVlmError):
+    """`close_code` is the websocket close code (RFC 6455 7.4.1) when the connection cannot go on, else None."""
+
+    code = "E-PROTOCOL"
+    exit_code = 7
+    close_code: ClassVar[int | None] = None
+
+
+class MessageTooLarge(ProtocolError):
+    code = "E-MESSAGE-TOO-LARGE"
+    close_code = 1009
+
+
+class UnknownMessageType(ProtocolError):
+    code = "E-UNKNOWN-TYPE"
+
+
+class ServerUnreachable(EdgeVlmError):
+    code = "E-SERVER-UNREACHABLE"
+    exit_code = 8
+
+
+class MissingExtraError(EdgeVlmError):
+    """An optional library is absent. Raised by the one module that imports it."""
+
+    code = "E-MISSING-EXTRA"
+    exit_code = 9
+
+    @classmethod
+    def for_library(cls, library: str, extra: str) -> MissingExtraError:
+        """`raise MissingExtraError.for_library("onnxruntime", "ort") from error`"""
+        return cls(
+            f"{library} is not installed", remedy=f"install it with: pip install 'edge-vlm[{extra}]'"
+        )
+
+
+class SessionError(EdgeVlmError):
+    code = "E-SESSION"
+    exit_code = 10
+
+
+class NoFrameYet(SessionError):
+    code = "E-NO-FRAME"
+
+
+class KvFull(SessionError):
+    code = "E-KV-FULL"
+
+
+class EngineError(EdgeVlmError):
+    code = "E-ENGINE"
+    exit_code = 11
+
+
+class NonFinite(EngineError):
+    code = "E-NONFINITE"
+
+
+class ShapeRange(EngineError):
+    code = "E-SHAPE-RANGE"
+
+
+class ExportError(EdgeVlmError):
+    code = "E-EXPORT"
+    exit_code = 12
+
+
+class ParityError(ExportError):
+    code = "E-PARITY"
