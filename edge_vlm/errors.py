@@ -1,34 +1,35 @@
 """Every error this project raises on purpose, as one tree.
 
-    EdgeVlmError                     exit  1   E-EDGE-VLM
-    |-- ConfigError                  exit  2   E-CONFIG            a setting, recipe or config file is wrong
-    |-- CheckpointError              exit  3   E-CHECKPOINT        names, shapes or files of a checkpoint
-    |   `-- WeightNamesError         exit  3   E-CHECKPOINT-NAMES  missing, unknown and mis-shaped names, listed
-    |-- BundleError                  exit  4   E-BUNDLE
-    |   |-- BundleNotFound           exit  4   E-BUNDLE-NOT-FOUND
-    |   |-- BundleHashMismatch       exit  4   E-BUNDLE-HASH
-    |   `-- BundleSchemaError        exit  4   E-BUNDLE-SCHEMA
-    |-- VideoError                   exit  5   E-VIDEO
-    |   |-- VideoNotFound            exit  5   E-VIDEO-NOT-FOUND
-    |   |-- VideoUnreadable          exit  5   E-VIDEO-UNREADABLE  not a video, or cut off
-    |   `-- VideoEmpty               exit  5   E-VIDEO-EMPTY       a video without a single frame
-    |-- FrameDecodeError             exit  6   E-FRAME-DECODE      one picture that is not a JPEG we can read
-    |-- ProtocolError                exit  7   E-PROTOCOL          the other side broke the wire protocol
-    |   |-- MessageTooLarge          exit  7   E-MESSAGE-TOO-LARGE
-    |   `-- UnknownMessageType       exit  7   E-UNKNOWN-TYPE
-    |-- ServerUnreachable            exit  8   E-SERVER-UNREACHABLE
-    |-- MissingExtraError            exit  9   E-MISSING-EXTRA     names the extra to install
-    |-- SessionError                 exit 10   E-SESSION
-    |   |-- NoFrameYet               exit 10   E-NO-FRAME          a question before the first frame
-    |   `-- KvFull                   exit 10   E-KV-FULL           the arena has no room for more tokens
-    |-- EngineError                  exit 11   E-ENGINE
-    |   |-- NonFinite                exit 11   E-NONFINITE         NaN or infinity in a tensor
-    |   `-- ShapeRange               exit 11   E-SHAPE-RANGE       a dimension outside its graph's range
-    `-- ExportError                  exit 12   E-EXPORT
-        `-- ParityError              exit 12   E-PARITY            an exported graph differs from torch
+    EdgeVlmError                     exit  1  E-EDGE-VLM
+    |-- ConfigError                  exit  2  E-CONFIG            a setting, recipe or config file is wrong
+    |-- CheckpointError              exit  3  E-CHECKPOINT        names, shapes or files of a checkpoint
+    |   `-- WeightNamesError         exit  3  E-CHECKPOINT-NAMES  missing, unknown and mis-shaped names, listed
+    |-- BundleError                  exit  4  E-BUNDLE
+    |   |-- BundleNotFound           exit  4  E-BUNDLE-NOT-FOUND
+    |   |-- BundleHashMismatch       exit  4  E-BUNDLE-HASH
+    |   `-- BundleSchemaError        exit  4  E-BUNDLE-SCHEMA
+    |-- VideoError                   exit  5  E-VIDEO
+    |   |-- VideoNotFound            exit  5  E-VIDEO-NOT-FOUND
+    |   |-- VideoUnreadable          exit  5  E-VIDEO-UNREADABLE  not a video, or cut off
+    |   `-- VideoEmpty               exit  5  E-VIDEO-EMPTY       a video without a single frame
+    |-- FrameDecodeError             exit  6  E-FRAME-DECODE      one picture that is not a JPEG we can read
+    |-- ProtocolError                exit  7  E-PROTOCOL          the other side broke the wire protocol
+    |   |-- MessageTooLarge          exit  7  E-MESSAGE-TOO-LARGE
+    |   `-- UnknownMessageType       exit  7  E-UNKNOWN-TYPE
+    |-- ServerUnreachable            exit  8  E-SERVER-UNREACHABLE
+    |-- MissingExtraError            exit  9  E-MISSING-EXTRA     names the extra to install
+    |-- SessionError                 exit 10  E-SESSION
+    |   |-- NoFrameYet               exit 10  E-NO-FRAME          a question before the first frame
+    |   `-- KvFull                   exit 10  E-KV-FULL           the arena has no room for more tokens
+    |-- EngineError                  exit 11  E-ENGINE
+    |   |-- NonFinite                exit 11  E-NONFINITE         NaN or infinity in a tensor
+    |   `-- ShapeRange               exit 11  E-SHAPE-RANGE       a dimension outside its graph's range
+    `-- ExportError                  exit 12  E-EXPORT
+        `-- ParityError              exit 12  E-PARITY            an exported graph differs from torch
 
-An error says what happened, where, and what to do about it, in one line. It is told apart by its type (or, over
-the wire, by `code`), never by its text. A caller's mistake inside Python stays a `ValueError`.
+An error says what happened, where, and what to do about it, in one line. It is told apart by its
+type (or, over the wire, by `code`), never by its text. A caller's mistake inside Python stays a
+`ValueError`.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class FrameDecodeError(EdgeVlmError):
 
 
 class ProtocolError(EdgeVlmError):
-    """`close_code` is the websocket close code (RFC 6455 7.4.1) when the connection cannot go on, else None."""
+    """`close_code`: websocket close code (RFC 6455, 7.4.1) if the connection cannot go on."""
 
     code = "E-PROTOCOL"
     exit_code = 7
@@ -156,7 +157,8 @@ class MissingExtraError(EdgeVlmError):
     def for_library(cls, library: str, extra: str) -> MissingExtraError:
         """`raise MissingExtraError.for_library("onnxruntime", "ort") from error`"""
         return cls(
-            f"{library} is not installed", remedy=f"install it with: pip install 'edge-vlm[{extra}]'"
+            f"{library} is not installed",
+            remedy=f"install it with: pip install 'edge-vlm[{extra}]'",
         )
 
 
