@@ -1,0 +1,334 @@
+"""Model shapes: frozen, checked, and stored with every checkpoint and bundle.
+
+Block indices count from 0. A *patch* is the ViT's unit, a *cell* is 3x3 patches: the unit that is
+scored, kept or dropped, and that becomes one token of the language model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+from typing import Any
+
+CELL = 3
+"""Patches along one side of a cell (Molmo2 pools video 3x3)."""
+
+
+class VisionAttention(str, enum.Enum):
+    """Which vision tokens of the prompt see which others."""
+
+    ALL = "all"
+    """Every vision token sees every other one, later frames included (published Molmo2)."""
+    FRAME = "frame"
+    """Two-way inside a frame, causal between frames: past frames stay cacheable."""
+
+
+class Rescale(str, enum.Enum):
+    """How scores become the key bias of the block behind the scorer."""
+
+    ROW = "row"
+    """Min-max along each patch row of a frame, as the reference code does."""
+    FRAME = "frame"
+    """Min-max over a whole frame."""
+    ABSOLUTE = "absolute"
+    """No stretching: a static frame stays uniformly low instead of having its noise amplified."""
+
+
+def _require(condition: bool, owner: object, field: str, rule: str) -> None:
+    if not condition:
+        value = getattr(owner, field)
+        raise ValueError(f"{type(owner).__name__}.{field} = {value!r}: {rule}")
+
+
+def _require_positive(owner: object, *fields: str) -> None:
+    for field in fields:
+        _require(getattr(owner, field) > 0, owner, field, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """SigLIP-style vision transformer; only the blocks that are read are built."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    num_heads: int
+    head_dim: int
+    mlp_width: int
+    num_layers: int
+    feature_layers: tuple[int, ...]
+    """Blocks whose outputs are concatenated for the connector, in this order."""
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "feature_layers", tuple(self.feature_layers))
+        _require_positive(
+            self,
+            "image_size",
+            "patch_size",
+            "width",
+            "num_heads",
+            "head_dim",
+            "mlp_width",
+            "num_layers",
+        )
+        _require(
+            self.image_size % (self.patch_size * CELL) == 0,
+            self,
+            "image_size",
+            f"must be a multiple of {CELL} patches of {self.patch_size} pixels",
+        )
+        _require(
+            len(self.feature_layers) > 0
+            and all(0 <= i < self.num_layers for i in self.feature_layers),
+            self,
+            "feature_layers",
+            f"must name blocks 0..{self.num_layers - 1}",
+        )
+
+    @property
+    def patch_grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.patch_grid**2
+
+    @property
+    def cell_grid(self) -> int:
+        return self.patch_grid // CELL
+
+    @property
+    def num_cells(self) -> int:
+        return self.cell_grid**2
+
+    @property
+    def patch_dim(self) -> int:
+        return 3 * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScorerConfig:
+    """The token scorer behind block `prune_at`; cells are dropped behind block `prune_at + 1`."""
+
+    prune_at: int
+    num_heads: int
+    head_dim: int
+    mlp_width: int
+    rescale: Rescale = Rescale.ROW
+    rescale_min: float = math.exp(-2)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rescale", Rescale(self.rescale))
+        _require_positive(self, "num_heads", "head_dim", "mlp_width")
+        _require(self.prune_at >= 0, self, "prune_at", "must not be negative")
+        _require(0 < self.rescale_min < 1, self, "rescale_min", "must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """Mean-query attention pooling of a cell's patches, then a SwiGLU projector."""
+
+    width: int
+    num_heads: int
+    head_dim: int
+    mlp_width: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "width", "num_heads", "head_dim", "mlp_width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """Qwen3-style decoder: pre-RMSNorm, q/k norm per head, grouped queries, SwiGLU, RoPE."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    base_vocab: int
+    """Ids below this can be generated; the head covers only these."""
+    extra_vocab: int
+    """Ids that can only be read (image and frame markers)."""
+    rope_theta: float
+    norm_eps: float = 1e-6
+    max_positions: int
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "width",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_width",
+            "base_vocab",
+            "rope_theta",
+            "max_positions",
+        )
+        _require(self.extra_vocab >= 0, self, "extra_vocab", "must not be negative")
+        _require(self.head_dim % 2 == 0, self, "head_dim", "must be even for rotary positions")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            self,
+            "num_kv_heads",
+            f"must divide num_heads = {self.num_heads}",
+        )
+
+    @property
+    def vocab(self) -> int:
+        return self.base_vocab + self.extra_vocab
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that fixes a model's shapes and its answers."""
+
+    vision: VisionConfig
+    scorer: ScorerConfig | None
+    connector: ConnectorConfig
+    language: LanguageConfig
+    attention: VisionAttention = VisionAttention.ALL
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", VisionAttention(self.attention))
+        if self.scorer is not None:
+            first_pruned = self.scorer.prune_at + 2
+            if min(self.vision.feature_layers) < first_pruned:
+                raise ValueError(
+                    f"VisionConfig.feature_layers = {self.vision.feature_layers}: must lie behind "
+                    f"the drop, at blocks {first_pruned} and later"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is the inverse."""
+        return dataclasses.asdict(
+            self,
+            dict_factory=lambda items: {
+                k: v.value if isinstance(v, enum.Enum) else list(v) if isinstance(v, tuple) else v
+                for k, v in items
+            },
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Raises ValueError that names the section and field which is missing or unknown."""
+        sections: dict[str, type] = {
+            "vision": VisionConfig,
+            "scorer": ScorerConfig,
+            "connector": ConnectorConfig,
+            "language": LanguageConfig,
+        }
+        unknown = set(data) - set(sections) - {"attention"}
+        if unknown:
+            raise ValueError(f"model config has unknown sections {sorted(unknown)}")
+        parts: dict[str, Any] = {}
+        for name, section in sections.items():
+            if name not in data:
+                raise ValueError(f"model config lacks section {name!r}")
+            try:
+                parts[name] = None if data[name] is None else section(**data[name])
+            except TypeError as error:
+                raise ValueError(f"model config, section {name!r}: {error}") from None
+        return cls(attention=data.get("attention", VisionAttention.ALL), **parts)
+
+
+def molmo2_4b() -> ModelConfig:
+    """The published Molmo2-4B (arXiv 2601.10611) with the STTS scorer (arXiv 2603.18004)."""
+    return ModelConfig(
+        vision=VisionConfig(
+            image_size=378,
+            patch_size=14,
+            width=1152,
+            num_heads=16,
+            head_dim=72,
+            mlp_width=4304,
+            num_layers=25,
+            feature_layers=(24, 18),
+        ),
+        scorer=ScorerConfig(prune_at=3, num_heads=16, head_dim=72, mlp_width=4304),
+        connector=ConnectorConfig(width=1152, num_heads=16, head_dim=72, mlp_width=9728),
+        language=LanguageConfig(
+            width=2560,
+            num_layers=36,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            mlp_width=9728,
+            base_vocab=151_936,
+            extra_vocab=128,
+            rope_theta=5e6,
+            max_positions=36_864,
+        ),
+    )
+
+
+def demo(base_vocab: int, extra_vocab: int) -> ModelConfig:
+    """The small model of the rendered world: 96-pixel frames of 16 cells."""
+    return ModelConfig(
+        vision=VisionConfig(
+            image_size=96,
+            patch_size=8,
+            width=128,
+            num_heads=2,
+            head_dim=64,
+            mlp_width=512,
+            num_layers=5,
+            feature_layers=(4, 3),
+        ),
+        scorer=ScorerConfig(
+            prune_at=1, num_heads=2, head_dim=64, mlp_width=128, rescale=Rescale.ABSOLUTE
+        ),
+        connector=ConnectorConfig(width=128, num_heads=2, head_dim=64, mlp_width=384),
+        language=LanguageConfig(
+            width=192,
+            num_layers=4,
+            num_heads=3,
+            num_kv_heads=3,
+            head_dim=64,
+            mlp_width=512,
+            base_vocab=base_vocab,
+            extra_vocab=extra_vocab,
+            rope_theta=1e4,
+            max_positions=512,
+        ),
+        attention=VisionAttention.FRAME,
+    )
+
+
+def tiny(base_vocab: int = 96, extra_vocab: int = 16) -> ModelConfig:
+    """Random-weight shapes for tests: grouped queries, nine cells a frame."""
+    return ModelConfig(
+        vision=VisionConfig(
+            image_size=36,
+            patch_size=4,
+            width=32,
+            num_heads=2,
+            head_dim=16,
+            mlp_width=48,
+            num_layers=5,
+            feature_layers=(4, 3),
+        ),
+        scorer=ScorerConfig(
+            prune_at=1, num_heads=2, head_dim=16, mlp_width=40, rescale=Rescale.ABSOLUTE
+        ),
+        connector=ConnectorConfig(width=32, num_heads=2, head_dim=16, mlp_width=56),
+        language=LanguageConfig(
+            width=48,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            mlp_width=64,
+            base_vocab=base_vocab,
+            extra_vocab=extra_vocab,
+            rope_theta=1e4,
+            max_positions=512,
+        ),
+        attention=VisionAttention.FRAME,
+    )

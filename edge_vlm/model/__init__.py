@@ -1,0 +1,1 @@
+"""The model in PyTorch: one implementation that training, calibration and export share."""

@@ -1,0 +1,107 @@
+"""The language model: a Qwen3-style decoder that reads its past from outside.
+
+Positions, masks and past keys and values are arguments, so that prefill, decoding, packed training
+and the exported graph are one computation.
+
+Shape letters: B batch, s new tokens, p past tokens, D width, H heads, h key-value heads, d head
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from edge_vlm.config import LanguageConfig
+from edge_vlm.model.layers import RMSNorm, SwiGLU, attend
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+def rope_tables(cfg: LanguageConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, fp32 [..., head_dim / 2], of integer positions [...]."""
+    exponent = torch.arange(0, cfg.head_dim, 2, device=positions.device) / cfg.head_dim
+    angles = positions[..., None].float() / cfg.rope_theta**exponent
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BsHd: Tensor, cos_Bsd: Tensor, sin_Bsd: Tensor) -> Tensor:
+    """Rotary embedding, first half of the head against the second."""
+    cos, sin = (t.unsqueeze(-2).to(x_BsHd.dtype) for t in (cos_Bsd, sin_Bsd))
+    a, b = x_BsHd.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, cfg: LanguageConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.q = nn.Linear(cfg.width, cfg.num_heads * cfg.head_dim, bias=False)
+        self.k = nn.Linear(cfg.width, cfg.num_kv_heads * cfg.head_dim, bias=False)
+        self.v = nn.Linear(cfg.width, cfg.num_kv_heads * cfg.head_dim, bias=False)
+        self.o = nn.Linear(cfg.num_heads * cfg.head_dim, cfg.width, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+
+    def forward(
+        self, x_BsD: Tensor, cos: Tensor, sin: Tensor, bias_Bst: Tensor, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        cfg = self.cfg
+        q = rotate(self.q_norm(self.q(x_BsD).unflatten(-1, (-1, cfg.head_dim))), cos, sin)
+        k = rotate(self.k_norm(self.k(x_BsD).unflatten(-1, (-1, cfg.head_dim))), cos, sin)
+        v = self.v(x_BsD).unflatten(-1, (-1, cfg.head_dim))
+        new = (k, v)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        group = cfg.num_heads // cfg.num_kv_heads
+        if group > 1:
+            k, v = (t.repeat_interleave(group, 2) for t in (k, v))
+        out = attend(q, k, v, bias_Bst[:, None])
+        return self.o(out.flatten(-2)), new
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, cfg: LanguageConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.attn = SelfAttention(cfg)
+        self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.mlp = SwiGLU(cfg.width, cfg.mlp_width, cfg.width)
+
+    def forward(
+        self, x_BsD: Tensor, cos: Tensor, sin: Tensor, bias_Bst: Tensor, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        y, new = self.attn(self.attn_norm(x_BsD), cos, sin, bias_Bst, past)
+        x_BsD = x_BsD + y
+        return x_BsD + self.mlp(self.mlp_norm(x_BsD)), new
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, cfg: LanguageConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.num_layers))
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.head = nn.Linear(cfg.width, cfg.base_vocab, bias=False)
+
+    def forward(
+        self,
+        embeds_BsD: Tensor,
+        cos_Bsd: Tensor,
+        sin_Bsd: Tensor,
+        bias_Bst: Tensor,
+        past: Sequence[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Returns the normed hidden state [B, s, D] and each layer's new keys and values.
+
+        `bias` is additive [B, s, p + s], past first; `past` holds per layer keys (already rotated)
+        and values [B, p, h, d]; what is returned are only the s new rows [B, s, h, d].
+        """
+        x, new = embeds_BsD, []
+        for i, block in enumerate(self.blocks):
+            x, kv = block(x, cos_Bsd, sin_Bsd, bias_Bst, None if past is None else past[i])
+            new.append(kv)
+        return self.norm(x), new

@@ -1,0 +1,119 @@
+"""The whole model: frames in, kept cells' features, language model states out.
+
+The methods are the cuts at which the model is exported: `vit_stem` (with the scorer and the biased
+block), selection by the caller, `vit_trunk` (with the connector), `llm`.
+
+Shape letters: F frames, N patches per frame, C cells per frame, G kept cells over all frames, D ViT
+width, E language width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from edge_vlm.config import CELL, ConnectorConfig, ModelConfig
+from edge_vlm.model.layers import CellPooler, SwiGLU
+from edge_vlm.model.llm import LanguageModel
+from edge_vlm.model.scorer import TokenScorer
+from edge_vlm.model.vit import MASKED, Ragged, VisionTransformer
+
+
+class Connector(nn.Module):
+    """Pools the nine patches of a cell and projects them to the language model's width."""
+
+    def __init__(self, cfg: ConnectorConfig, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.pool = CellPooler(in_width, cfg.num_heads, cfg.head_dim, cfg.width)
+        self.project = SwiGLU(cfg.width, cfg.mlp_width, out_width)
+
+    def forward(self, patches_G9D: Tensor) -> Tensor:
+        """[G, 9, 2 D] -> [G, E]."""
+        return self.project(self.pool(patches_G9D))
+
+
+class VideoLM(nn.Module):
+    """Molmo2 with STTS pruning, at any size (`edge_vlm.config`)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        vision = cfg.vision
+        self.vit = VisionTransformer(vision)
+        self.scorer = None if cfg.scorer is None else TokenScorer(cfg.scorer, vision.width)
+        in_width = vision.width * len(vision.feature_layers)
+        self.connector = Connector(cfg.connector, in_width, cfg.language.width)
+        self.llm = LanguageModel(cfg.language)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> VideoLM:
+        """Truncated normal with std sqrt(1 / fan in), zero biases (as the STTS scorer is set up)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                std = 1 / math.sqrt(module.in_features)
+                nn.init.trunc_normal_(module.weight, 0, std, -3 * std, 3 * std, generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, 0, 0.02, generator)
+        nn.init.normal_(self.vit.pos_embed, 0, 0.02, generator)
+        return self
+
+    @property
+    def trunk_start(self) -> int:
+        """First block that sees only kept cells; all of them are kept without a scorer."""
+        return 0 if self.cfg.scorer is None else self.cfg.scorer.prune_at + 2
+
+    def vit_stem(
+        self, pixels_FNP: Tensor, prev_cells_1CD: Tensor, is_first_F: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores every cell of consecutive frames and runs all blocks before the drop.
+
+        Frame i's previous cells are frame i-1's; `prev_cells` [1, C, D] continues an earlier call;
+        frames with `is_first` (bool [F]) start a clip. Returns `hidden` [F, N, D] behind the biased
+        block, `cells` [F, C, D] for the next call and fp32 `scores` [F, C].
+        """
+        if self.scorer is None:
+            raise ValueError("this model has no token scorer")
+        prune_at = self.scorer.cfg.prune_at
+        x = self.vit.embed(pixels_FNP)
+        for block in self.vit.blocks[: prune_at + 1]:
+            x = block(x)
+        cells = self.scorer.pool_cells(self.vit.cells(x))
+        prev = torch.cat([prev_cells_1CD, cells[:-1]])
+        prev = torch.where(is_first_F[:, None, None], torch.zeros_like(prev), prev)
+        scores = self.scorer(prev, cells)
+        bias = self.scorer.key_bias(scores, is_first_F)
+        x = self.vit.blocks[prune_at + 1](x, self.vit.spread(bias))
+        return x, cells, scores
+
+    def vit_trunk(
+        self, hidden_FND: Tensor, cell_idx_G: Tensor, frame_id_G: Tensor, *, grouped: bool = False
+    ) -> Tensor:
+        """Runs the remaining blocks and the connector on kept cells only: features [G, E].
+
+        `cell_idx` = frame * C + cell, ascending; `frame_id` is the frame of each. `grouped` lays
+        frames with equally many kept cells side by side instead of masking (same result, nothing
+        computed in vain, but sizes must be known on the host).
+        """
+        patches = self.vit.cells(hidden_FND).flatten(0, 1)
+        if not grouped:
+            owner = frame_id_G.repeat_interleave(CELL * CELL)
+            same = owner[:, None] == owner[None, :]
+            bias = torch.where(same, 0.0, MASKED).to(hidden_FND.dtype)
+            return self._trunk(patches[cell_idx_G], Ragged(bias=bias))
+        counts_F = torch.bincount(frame_id_G, minlength=hidden_FND.shape[0])
+        order_G = counts_F[frame_id_G].argsort(stable=True)
+        frames_with = torch.bincount(counts_F).tolist()
+        groups = tuple((n, k * CELL * CELL) for k, n in enumerate(frames_with) if n and k)
+        features = self._trunk(patches[cell_idx_G[order_G]], Ragged(groups=groups))
+        return torch.empty_like(features).index_copy(0, order_G, features)
+
+    def _trunk(self, patches_G9D: Tensor, layout: Ragged) -> Tensor:
+        taps, x = {}, patches_G9D.flatten(0, 1)
+        for i in range(self.trunk_start, self.cfg.vision.num_layers):
+            x = self.vit.blocks[i].forward_ragged(x, layout)
+            taps[i] = x
+        joined = torch.cat([taps[i] for i in self.cfg.vision.feature_layers], -1)
+        return self.connector(joined.unflatten(0, (-1, CELL * CELL)))
