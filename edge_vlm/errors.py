@@ -1,31 +1,31 @@
 """Every error this project raises on purpose, as one tree: class, exit code, code.
 
     EdgeVlmError                1  E-EDGE-VLM
-    |-- ConfigError             2  E-CONFIG              a setting, recipe or config file is wrong
-    |-- CheckpointError         3  E-CHECKPOINT          names, shapes or files of a checkpoint
-    |   `-- WeightNamesError    3  E-CHECKPOINT-NAMES    missing, unknown and mis-shaped names, listed
+    |-- ConfigError             2  E-CONFIG             a setting, recipe or config file is wrong
+    |-- CheckpointError         3  E-CHECKPOINT         names, shapes or files of a checkpoint
+    |   `-- WeightNamesError    3  E-CHECKPOINT-NAMES   lists missing, unknown, mis-shaped names
     |-- BundleError             4  E-BUNDLE
     |   |-- BundleNotFound      4  E-BUNDLE-NOT-FOUND
-    |   |-- BundleHashMismatch       exit  4  E-BUNDLE-HASH
-    |   `-- BundleSchemaError        exit  4  E-BUNDLE-SCHEMA
+    |   |-- BundleHashMismatch  4  E-BUNDLE-HASH
+    |   `-- BundleSchemaError   4  E-BUNDLE-SCHEMA
     |-- VideoError              5  E-VIDEO
     |   |-- VideoNotFound       5  E-VIDEO-NOT-FOUND
-    |   |-- VideoUnreadable     5  E-VIDEO-UNREADABLE    not a video, or cut off
-    |   `-- VideoEmpty          5  E-VIDEO-EMPTY         a video without a single frame
-    |-- FrameDecodeError        6  E-FRAME-DECODE        one picture that is not a JPEG we can read
-    |-- ProtocolError           7  E-PROTOCOL            the other side broke the wire protocol
+    |   |-- VideoUnreadable     5  E-VIDEO-UNREADABLE   not a video, or cut off
+    |   `-- VideoEmpty          5  E-VIDEO-EMPTY        a video without a single frame
+    |-- FrameDecodeError        6  E-FRAME-DECODE       one picture that is not a JPEG we can read
+    |-- ProtocolError           7  E-PROTOCOL           the other side broke the wire protocol
     |   |-- MessageTooLarge     7  E-MESSAGE-TOO-LARGE
-    |   `-- UnknownMessageType       exit  7  E-UNKNOWN-TYPE
+    |   `-- UnknownMessageType  7  E-UNKNOWN-TYPE
     |-- ServerUnreachable       8  E-SERVER-UNREACHABLE
-    |-- MissingExtraError       9  E-MISSING-EXTRA       names the extra to install
+    |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
-    |   |-- NoFrameYet         10  E-NO-FRAME            a question before the first frame
-    |   `-- KvFull             10  E-KV-FULL             the arena has no room for more tokens
+    |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
+    |   `-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
     |-- EngineError            11  E-ENGINE
-    |   |-- NonFinite          11  E-NONFINITE           NaN or infinity in a tensor
-    |   `-- ShapeRange         11  E-SHAPE-RANGE         a dimension outside its graph's range
+    |   |-- NonFinite          11  E-NONFINITE          NaN or infinity in a tensor
+    |   `-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
     `-- ExportError            12  E-EXPORT
-        `-- ParityError        12  E-PARITY              an exported graph differs from torch
+        `-- ParityError        12  E-PARITY             an exported graph differs from torch
 
 An error says what happened, where, and what to do about it, in one line. It is told apart by its
 type (or, over the wire, by `code`), never by its text. A caller's mistake inside Python stays a
