@@ -6,6 +6,7 @@
     |   `-- WeightNamesError    3  E-CHECKPOINT-NAMES   lists missing, unknown, mis-shaped names
     |-- BundleError             4  E-BUNDLE
     |   |-- BundleNotFound      4  E-BUNDLE-NOT-FOUND
+    |   |-- BundleFileMissing   4  E-BUNDLE-FILE        a file of the manifest is not there
     |   |-- BundleHashMismatch  4  E-BUNDLE-HASH
     |   `-- BundleSchemaError   4  E-BUNDLE-SCHEMA
     |-- VideoError              5  E-VIDEO
@@ -20,11 +21,13 @@
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
-    |   `-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
+    |   |-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
+    |   `-- PositionsUsedUp    10  E-POSITIONS          past the last position the model knows
     |-- EngineError            11  E-ENGINE
     |   |-- NonFinite          11  E-NONFINITE          NaN or infinity in a tensor
     |   `-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
     `-- ExportError            12  E-EXPORT
+        |-- Specialised        12  E-EXPORT-SPECIALISED a free dimension became a constant
         `-- ParityError        12  E-PARITY             an exported graph differs from torch
 
 An error says what happened, where, and what to do about it, in one line. It is told apart by its
@@ -93,6 +96,10 @@ class BundleError(EdgeVlmError):
 
 class BundleNotFound(BundleError):
     code = "E-BUNDLE-NOT-FOUND"
+
+
+class BundleFileMissing(BundleError):
+    code = "E-BUNDLE-FILE"
 
 
 class BundleHashMismatch(BundleError):
@@ -175,6 +182,10 @@ class KvFull(SessionError):
     code = "E-KV-FULL"
 
 
+class PositionsUsedUp(SessionError):
+    code = "E-POSITIONS"
+
+
 class EngineError(EdgeVlmError):
     code = "E-ENGINE"
     exit_code = 11
@@ -191,6 +202,10 @@ class ShapeRange(EngineError):
 class ExportError(EdgeVlmError):
     code = "E-EXPORT"
     exit_code = 12
+
+
+class Specialised(ExportError):
+    code = "E-EXPORT-SPECIALISED"
 
 
 class ParityError(ExportError):
