@@ -20,20 +20,18 @@ from edge_vlm.errors import EdgeVlmError, MissingExtraError
 
 ENTRY_POINT_GROUP = "edge_vlm.commands"
 
-# One line per command for `edge-vlm --help`; kept here because printing it imports no command.
-SUMMARIES = {
-    "demo": "stream a rendered clip through the demo model and check its answers",
-    "serve": "serve a bundle over a websocket, with a browser page",
-    "watch": "stream a file, webcam or RTSP camera to a server and ask questions",
-    "ask": "ask one question about one video file",
-    "train": "train a model on the rendered world",
-    "eval": "measure a checkpoint or bundle on held-out clips",
-    "export": "turn a checkpoint into a bundle of ONNX graphs",
-    "verify": "compare a bundle's graphs with torch",
+# Our commands in the order of `edge-vlm --help`: the extra each one needs and what it does. Kept
+# here because printing the list imports no command.
+COMMANDS = {
+    "demo": ("ort", "stream a rendered clip through the demo model and check its answers"),
+    "serve": ("ort", "serve a bundle over a websocket, with a browser page"),
+    "watch": ("ort", "stream a file, webcam or RTSP camera to a server and ask questions"),
+    "ask": ("ort", "ask one question about one video file"),
+    "train": ("train", "train a model on the rendered world"),
+    "eval": ("train", "measure a checkpoint on held-out clips"),
+    "export": ("export", "turn a checkpoint into a bundle of ONNX graphs"),
+    "verify": ("export", "compare a bundle's graphs with torch"),
 }
-
-# Import name -> distribution name, where they differ.
-DISTRIBUTIONS = {"PIL": "pillow"}
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
@@ -80,43 +78,30 @@ def _dispatch(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f", did you mean '{near[0]}'?" if near else ""
         _top_parser(sorted(commands, key=_order)).error(f"unknown command '{name}'{hint}")
-    command = _load(commands[name])
-    parser = argparse.ArgumentParser(prog=f"edge-vlm {name}", description=command.help)
-    command.add_arguments(parser)
-    args = parser.parse_args(rest)
     try:
-        return command.run(args)
+        return _run(commands[name], rest)
     except ModuleNotFoundError as error:
-        raise _missing_extra(error) from error
+        library = (error.name or "").partition(".")[0]
+        if name not in COMMANDS or library.startswith("edge_vlm"):
+            raise  # a bug, not a library that an extra would bring
+        raise MissingExtraError.for_library(library, COMMANDS[name][0]) from error
 
 
-def _load(point: metadata.EntryPoint) -> Command:
-    try:
-        command = point.load()
-    except ModuleNotFoundError as error:
-        raise _missing_extra(error) from error
+def _run(point: metadata.EntryPoint, arguments: list[str]) -> int:
+    command = point.load()
     if not isinstance(command, Command):
         raise TypeError(f"entry point {point.value} is not an edge_vlm.cli.Command")
-    return command
-
-
-def _missing_extra(error: ModuleNotFoundError) -> Exception:
-    """The typed error for a library that one of our extras brings; anything else is a bug."""
-    library = (error.name or "").partition(".")[0]
-    distribution = DISTRIBUTIONS.get(library, library).lower().replace("_", "-")
-    for requirement in metadata.requires("edge-vlm") or ():
-        name, _, marker = requirement.partition(";")
-        if marker and name.lower().startswith(distribution) and distribution:
-            rest = name[len(distribution) :].lstrip()
-            if not rest or rest[0] in "<>=!~[ ":
-                extra = marker.partition("==")[2].strip(" '\"")
-                return MissingExtraError.for_library(library, extra)
-    return error
+    parser = argparse.ArgumentParser(prog=f"edge-vlm {point.name}", description=command.help)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 def _top_parser(names: Sequence[str]) -> argparse.ArgumentParser:
     width = max((len(name) for name in names), default=0)
-    listing = "\n".join(f"  {name:<{width}}  {SUMMARIES.get(name, '')}".rstrip() for name in names)
+    listing = "\n".join(
+        f"  {name:<{width}}  {COMMANDS[name][1] if name in COMMANDS else ''}".rstrip()
+        for name in names
+    )
     parser = argparse.ArgumentParser(
         prog="edge-vlm",
         usage="edge-vlm [-h] [--version] COMMAND ...",
@@ -129,8 +114,8 @@ def _top_parser(names: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Commands in the order of `SUMMARIES`; a stranger's come last by name."""
-    names = list(SUMMARIES)
+    """Commands in the order of `COMMANDS`; a stranger's come last by name."""
+    names = list(COMMANDS)
     return (names.index(name) if name in names else len(names), name)
 
 

@@ -1,0 +1,200 @@
+"""The house rules that an import can break, read from the source with `ast`.
+
+1. Every stage may import `edge_vlm`; no stage imports another stage.
+2. torch: in edge_vlm only under model/, in the runtime only in backends/torch.py.
+3. An optional library is imported in one module of its package; where a newcomer may lack it
+   (edge_vlm, the runtime), under a `try` that raises the typed error naming the extra.
+4. The runtime's modules import downwards only; some of them do no I/O, use no threads and read no
+   clock.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CORE = "edge_vlm"
+STAGES = {
+    "edge_vlm_calibration": ROOT / "calibration",
+    "edge_vlm_export": ROOT / "export",
+    "edge_vlm_runtime": ROOT / "runtime",
+    "edge_vlm_training": ROOT / "training",
+}
+RUNTIME = "edge_vlm_runtime"
+
+OPTIONAL = {
+    *("PIL", "av", "cv2", "jtop", "msgspec", "onnx", "onnxruntime", "rich", "safetensors"),
+    *("starlette", "tensorrt", "tokenizers", "transformers", "uvicorn", "websockets"),
+}
+GUARDED_PACKAGES = (CORE, RUNTIME)
+
+# Runtime modules from the bottom up: a module imports its own layer's siblings and lower layers.
+LAYERS = (
+    {"settings", "device"},
+    {"backends"},
+    {"kv_arena"},
+    {"vision", "language"},
+    {"sampling", "generate"},
+    {"engines"},
+    {"context", "frame_slot"},
+    {"session"},
+    {"alerts", "protocol"},
+    {"worker", "sources"},
+    {"server", "client"},
+    {"commands"},
+)
+PURE_MODULES = {"session", "context", "alerts", "protocol"}
+IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}
+
+
+@dataclass(frozen=True)
+class Import:
+    package: str
+    module: str  # dotted path below the package, "" for its __init__
+    target: str  # absolute dotted name of what is imported
+    line: int
+    guarded: bool  # inside a try whose handlers name ImportError or ModuleNotFoundError
+
+    @property
+    def library(self) -> str:
+        return self.target.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.package}.{self.module}:{self.line} imports {self.target}"
+
+
+def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
+    folder = STAGES.get(package, ROOT) / package
+    for path in sorted(folder.rglob("*.py")):
+        parts = list(path.relative_to(folder).with_suffix("").parts)
+        if parts[-1] == "__init__":
+            parts.pop()
+        yield ".".join(parts), ast.parse(path.read_text(), str(path))
+
+
+def imports(package: str) -> Iterator[Import]:
+    for module, tree in modules(package):
+        yield from _imports_below(package, module, tree, guarded=False)
+
+
+def _imports_below(package: str, module: str, node: ast.AST, guarded: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(package, module, alias.name, child.lineno, guarded)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{package}.{module}:{child.lineno}: import by full name"
+            for alias in child.names:
+                target = f"{child.module}.{alias.name}"
+                yield Import(package, module, target, child.lineno, guarded)
+        elif isinstance(child, ast.Try):
+            handled = " ".join(ast.dump(h.type) for h in child.handlers if h.type is not None)
+            caught = "ImportError" in handled or "ModuleNotFoundError" in handled
+            for statement in child.body:
+                yield from _imports_below(
+                    package, module, ast.Module([statement], []), guarded or caught
+                )
+            rest = [*child.handlers, *child.orelse, *child.finalbody]
+            for part in rest:
+                yield from _imports_below(package, module, part, guarded)
+        else:
+            yield from _imports_below(package, module, child, guarded)
+
+
+def test_no_stage_imports_another() -> None:
+    wrong = [
+        str(found)
+        for package in (CORE, *STAGES)
+        for found in imports(package)
+        if found.library in STAGES and found.library != package
+    ]
+    assert not wrong, wrong
+
+
+def test_torch_stays_in_the_model() -> None:
+    def allowed(found: Import) -> bool:
+        if found.package == CORE:
+            return found.module.partition(".")[0] == "model"
+        return found.package != RUNTIME or found.module == "backends.torch"
+
+    wrong = [
+        str(found)
+        for package in (CORE, *STAGES)
+        for found in imports(package)
+        if (found.library == "torch" or found.target.startswith("edge_vlm.model"))
+        and not allowed(found)
+    ]
+    assert not wrong, wrong
+
+
+def test_importing_the_runtime_loads_no_torch() -> None:
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(STAGES[RUNTIME])!r}]; "
+        "import edge_vlm, edge_vlm.cli, edge_vlm_runtime, edge_vlm_runtime.commands; "
+        "print([m for m in ('torch', 'onnxruntime', 'transformers') if m in sys.modules])"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_each_optional_library_has_one_home() -> None:
+    homes: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for package in (CORE, *STAGES):
+        for found in imports(package):
+            if found.library in OPTIONAL:
+                homes[package, found.library].add(found.module)
+    crowded = {key: places for key, places in homes.items() if len(places) > 1}
+    assert not crowded, crowded
+
+
+def test_optional_libraries_are_guarded() -> None:
+    bare = [
+        str(found)
+        for package in GUARDED_PACKAGES
+        for found in imports(package)
+        if found.library in OPTIONAL and not found.guarded
+    ]
+    assert not bare, bare
+
+
+def test_runtime_imports_downwards() -> None:
+    level = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    wrong = []
+    for found in imports(RUNTIME):
+        if found.library != RUNTIME or not found.module:
+            continue
+        source = found.module.partition(".")[0]
+        parts = found.target.split(".")
+        target = parts[1] if len(parts) > 1 else ""
+        assert source in level, f"give {RUNTIME}.{source} a place in LAYERS"
+        if target in level and level[target] > level[source]:
+            wrong.append(str(found))
+    assert not wrong, wrong
+
+
+def test_session_logic_is_pure() -> None:
+    wrong = [
+        str(found)
+        for found in imports(RUNTIME)
+        if found.module in PURE_MODULES and found.library in IMPURE_LIBRARIES
+    ]
+    for module, tree in modules(RUNTIME):
+        if module in PURE_MODULES:
+            wrong += [
+                f"{RUNTIME}.{module}:{node.lineno} opens a file"
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "open"
+            ]
+    assert not wrong, wrong

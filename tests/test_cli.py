@@ -1,0 +1,133 @@
+"""The command: its list, its errors and its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+import edge_vlm
+from edge_vlm import cli, errors
+from edge_vlm.cli import Command
+
+
+class StubEntryPoint:
+    """Stands where `importlib.metadata` would give one of our entry points."""
+
+    value = "tests:stub"
+
+    def __init__(self, name: str, outcome: object) -> None:
+        self.name = name
+        self.outcome = outcome
+
+    def load(self) -> object:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+def install(monkeypatch: pytest.MonkeyPatch, outcome: object, name: str = "probe") -> None:
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda group: [StubEntryPoint(name, outcome)])
+
+
+def command(run: object) -> Command:
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--count", type=int, default=1)
+
+    return Command(name="probe", help="probe", add_arguments=add_arguments, run=run)  # type: ignore[arg-type]
+
+
+def test_a_command_gets_its_arguments_and_gives_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, command(lambda args: args.count))
+    assert cli.main(["probe", "--count", "7"]) == 7
+
+
+def test_a_typed_error_is_one_line_and_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise errors.BundleNotFound("no bundle\nhere", where="/nowhere", remedy="make one")
+
+    install(monkeypatch, command(run))
+    assert cli.main(["probe"]) == errors.BundleNotFound.exit_code
+    assert capsys.readouterr().err == (
+        "edge-vlm: E-BUNDLE-NOT-FOUND: no bundle here (/nowhere): make one\n"
+    )
+
+
+@pytest.mark.parametrize("where", ["load", "run"])
+def test_a_missing_library_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    missing = ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime.capi")
+
+    def run(args: argparse.Namespace) -> int:
+        raise missing
+
+    install(monkeypatch, missing if where == "load" else command(run), name="serve")
+    assert cli.main(["serve"]) == errors.MissingExtraError.exit_code
+    assert capsys.readouterr().err == (
+        "edge-vlm: E-MISSING-EXTRA: onnxruntime is not installed: "
+        "install it with: pip install 'edge-vlm[ort]'\n"
+    )
+
+
+def test_a_broken_module_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(
+        monkeypatch,
+        ModuleNotFoundError("No module named 'edge_vlm.nope'", name="edge_vlm.nope"),
+        "serve",
+    )
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["serve"])
+
+
+def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["serv"])
+    assert stopped.value.code == 2
+    assert "unknown command 'serv', did you mean 'serve'?" in capsys.readouterr().err
+
+
+def test_help_lists_every_command_and_imports_none() -> None:
+    code = (
+        "import sys; from edge_vlm import cli; code = cli.main([]); "
+        "print(code, sorted(m for m in sys.modules if m.startswith('edge_vlm')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *listing, last = done.stdout.splitlines()
+    assert last == "0 ['edge_vlm', 'edge_vlm.cli', 'edge_vlm.errors']"
+    for name, (_, summary) in cli.COMMANDS.items():
+        assert any(line.split() == [name, *summary.split()] for line in listing), name
+
+
+def test_every_entry_point_loads_and_has_a_summary() -> None:
+    points = metadata.entry_points(group=cli.ENTRY_POINT_GROUP)
+    assert {point.name for point in points} == set(cli.COMMANDS)
+    for point in points:
+        loaded = point.load()
+        assert isinstance(loaded, Command)
+        assert loaded.name == point.name
+        parser = argparse.ArgumentParser()
+        loaded.add_arguments(parser)
+        assert loaded.help
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"edge-vlm {edge_vlm.__version__}\n"
+
+
+def test_every_error_has_its_own_code() -> None:
+    tree = [value for value in vars(errors).values() if isinstance(value, type)]
+    leaves = [value for value in tree if issubclass(value, errors.EdgeVlmError)]
+    codes = [leaf.code for leaf in leaves]
+    assert len(codes) == len(set(codes))
+    assert all(leaf.__name__ in (errors.__doc__ or "") for leaf in leaves)
