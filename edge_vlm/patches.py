@@ -1,9 +1,10 @@
-"""Pictures to patches, in numpy: resize, normalise, cut, and the index math between patches and cells.
+"""Pictures to patches, in numpy: resize, normalise, cut, and the index math of patches and cells.
 
-A patch is `patch_size` x `patch_size` pixels; a cell is 3x3 patches and becomes one token of the language model.
-Both grids are numbered row-major from the top left. Published processors are followed to the rounding: Molmo2
-squashes a picture to a square (aspect ratio ignored), bilinear with half-pixel centres and without antialias, rounds
-and clamps integer pictures, and maps [0, 255] to [-1, 1].
+A patch is `patch_size` x `patch_size` pixels; a cell is 3x3 patches and becomes one token of the
+language model. Both grids are numbered row-major from the top left. Published processors are
+followed to the rounding: Molmo2 squashes a picture to a square (aspect ratio ignored), bilinear
+with half-pixel centres and without antialias, rounds and clamps integer pictures, and maps [0, 255]
+to [-1, 1].
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ CELL_SIDE = 3
 
 @lru_cache(maxsize=32)
 def _sample_points(in_size: int, out_size: int) -> tuple[NDArray, NDArray, NDArray]:
-    """Lower index, upper index and the weight of the upper one for each output place along one axis.
+    """Lower index, upper index and the upper one's weight for each output place along one axis.
 
-    float32 throughout, as torch's `interpolate(mode="bilinear", align_corners=False)` computes it, so that a value
-    that falls on a rounding border falls on the same side.
+    float32 throughout, as torch's `interpolate(mode="bilinear", align_corners=False)` computes it,
+    so that a value that falls on a rounding border falls on the same side.
     """
     scale = np.float32(in_size) / np.float32(out_size)
     place = (np.arange(out_size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
@@ -38,8 +39,8 @@ def _sample_points(in_size: int, out_size: int) -> tuple[NDArray, NDArray, NDArr
 def resize_bilinear(rgb: NDArray, size: int | tuple[int, int]) -> NDArray[np.float32]:
     """Resize `rgb` [H, W, C] to [size, size, C] or to (height, width), f32.
 
-    uint8 input gives whole numbers in [0, 255], as the published processors do; float input is left unrounded.
-    Raises ValueError for anything that is not a non-empty [H, W, C] array.
+    uint8 input gives whole numbers in [0, 255], as the published processors do; float input is
+    left unrounded. Raises ValueError for anything that is not a non-empty [H, W, C] array.
     """
     if rgb.ndim != 3 or 0 in rgb.shape:
         raise ValueError(f"rgb must be a non-empty [H, W, C] array, got shape {rgb.shape}")
@@ -49,7 +50,7 @@ def resize_bilinear(rgb: NDArray, size: int | tuple[int, int]) -> NDArray[np.flo
         return rgb.astype(np.float32)
     top, bottom, weight_y = _sample_points(height, out_height)
     left, right, weight_x = _sample_points(width, out_width)
-    # Gather the four corners while they are still bytes: a 1080p picture is never turned into floats as a whole.
+    # Gathered while still bytes: a 1080p picture is never turned into floats as a whole.
     rows_top, rows_bottom = rgb[top], rgb[bottom]
     weight_x, weight_y = weight_x[None, :, None], weight_y[:, None, None]
 
@@ -65,7 +66,8 @@ def resize_bilinear(rgb: NDArray, size: int | tuple[int, int]) -> NDArray[np.flo
 def to_pixel_values(rgb: NDArray, cfg: VisionConfig) -> NDArray[np.float32]:
     """`rgb` u8 [H, W, 3] of any size -> normalised patches f32 [num_patches, patch_dim].
 
-    Patches row-major, each flattened as (row, column, channel). Raises ValueError for another shape or dtype.
+    Patches row-major, each flattened as (row, column, channel). Raises ValueError for another shape
+    or dtype.
     """
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise ValueError(f"rgb must be uint8 [H, W, 3], got {rgb.dtype} {rgb.shape}")

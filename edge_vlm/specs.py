@@ -1,7 +1,7 @@
 """The contract of one graph: its tensors and how far each free dimension may go.
 
-Written by the exporter into the bundle's manifest and read by whoever builds, verifies or runs the graph. A shape is a
-tuple of whole numbers, dimension names, and sums of names ("p+s").
+Written by the exporter into the bundle's manifest and read by whoever builds, verifies or runs the
+graph. A shape is a tuple of whole numbers, dimension names, and sums of names ("p+s").
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPES = ("float32", "float16", "int32", "int64", "bool")
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicDim:
-    """Range of one free dimension, both ends included. `opt` is the size a builder should be fastest at."""
+    """Range of one free dimension, both ends included; `opt` is the size to be fastest at."""
 
     min: int
     opt: int
@@ -50,7 +50,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSpec:
-    """Inputs and outputs in the graph's own order; `dims` names every free dimension that occurs in them."""
+    """Inputs and outputs in the graph's own order, and the range of every dimension they name."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -83,7 +83,8 @@ class GraphSpec:
             limits = self.dims[name]
             if not limits.min <= size <= limits.max:
                 raise ShapeRange(
-                    f"dimension {name} of graph {self.name} is {size}, allowed {limits.min}..{limits.max}"
+                    f"dimension {name} of graph {self.name} is {size}",
+                    remedy=f"allowed are {limits.min}..{limits.max}",
                 )
 
     def check_shape(
@@ -93,7 +94,8 @@ class GraphSpec:
         expected = tensor.resolve(dims)
         if shape != expected:
             raise ShapeRange(
-                f"{tensor.name} of graph {self.name} has shape {list(shape)}, expected {list(expected)}"
+                f"{tensor.name} of graph {self.name} has shape {list(shape)}",
+                remedy=f"expected {list(expected)}",
             )
 
     def sizes(self, which: str) -> dict[str, int]:
