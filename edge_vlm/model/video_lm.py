@@ -48,10 +48,19 @@ class VideoLM(nn.Module):
         self.llm = LanguageModel(cfg.language)
 
     def init_weights(self, generator: torch.Generator | None = None) -> VideoLM:
-        """Truncated normal with std sqrt(1 / fan in), zero biases (as the STTS scorer is set up)."""
+        """Truncated normal with std sqrt(1 / fan in), zero biases (as the STTS scorer is set up).
+
+        Layers that write into a residual stream start smaller by sqrt(2 blocks), so that the stream
+        keeps its size however many blocks add to it.
+        """
+        depth = {}
+        for blocks in (self.vit.blocks, self.llm.blocks):
+            for name, module in blocks.named_modules():
+                if name.endswith(("attn.o", "fc2", "mlp.down")):
+                    depth[module] = math.sqrt(2 * len(blocks))
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                std = 1 / math.sqrt(module.in_features)
+                std = 1 / math.sqrt(module.in_features) / depth.get(module, 1.0)
                 nn.init.trunc_normal_(module.weight, 0, std, -3 * std, 3 * std, generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -74,19 +83,34 @@ class VideoLM(nn.Module):
         frames with `is_first` (bool [F]) start a clip. Returns `hidden` [F, N, D] behind the biased
         block, `cells` [F, C, D] for the next call and fp32 `scores` [F, C].
         """
+        x = self.embed_frames(pixels_FNP)
+        cells, scores = self.score_frames(x, prev_cells_1CD, is_first_F)
+        return self.biased_block(x, scores, is_first_F), cells, scores
+
+    def embed_frames(self, pixels_FNP: Tensor) -> Tensor:
+        """The blocks up to `prune_at`: what the scorer looks at, [F, N, D]."""
         if self.scorer is None:
             raise ValueError("this model has no token scorer")
-        prune_at = self.scorer.cfg.prune_at
         x = self.vit.embed(pixels_FNP)
-        for block in self.vit.blocks[: prune_at + 1]:
+        for block in self.vit.blocks[: self.scorer.cfg.prune_at + 1]:
             x = block(x)
-        cells = self.scorer.pool_cells(self.vit.cells(x))
+        return x
+
+    def score_frames(
+        self, x_FND: Tensor, prev_cells_1CD: Tensor, is_first_F: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled cells [F, C, D] and scores [F, C]; arguments as in `vit_stem`."""
+        assert self.scorer is not None
+        cells = self.scorer.pool_cells(self.vit.cells(x_FND))
         prev = torch.cat([prev_cells_1CD, cells[:-1]])
         prev = torch.where(is_first_F[:, None, None], torch.zeros_like(prev), prev)
-        scores = self.scorer(prev, cells)
-        bias = self.scorer.key_bias(scores, is_first_F)
-        x = self.vit.blocks[prune_at + 1](x, self.vit.spread(bias))
-        return x, cells, scores
+        return cells, self.scorer(prev, cells)
+
+    def biased_block(self, x_FND: Tensor, scores_FC: Tensor, is_first_F: Tensor) -> Tensor:
+        """Block `prune_at + 1`: all patches take part, low-scored ones as weak keys."""
+        assert self.scorer is not None
+        bias = self.vit.spread(self.scorer.key_bias(scores_FC, is_first_F))
+        return self.vit.blocks[self.scorer.cfg.prune_at + 1](x_FND, bias)
 
     def vit_trunk(
         self, hidden_FND: Tensor, cell_idx_G: Tensor, frame_id_G: Tensor, *, grouped: bool = False

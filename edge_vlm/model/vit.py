@@ -45,7 +45,10 @@ class Ragged:
         parts = [
             attend(*(x.view(n, length, *x.shape[1:]) for x in qkv)).flatten(0, 1)
             for (n, length), *qkv in zip(
-                self.groups, q_PHd.split(sizes), k_PHd.split(sizes), v_PHd.split(sizes),
+                self.groups,
+                q_PHd.split(sizes),
+                k_PHd.split(sizes),
+                v_PHd.split(sizes),
                 strict=True,
             )
         ]

@@ -1,0 +1,136 @@
+"""The vision side exactly as the published STTS code computes it (arXiv 2603.18004).
+
+A checkpoint trained by that code gives its own answers only with its own rules: the clip budget
+over all cells of a finished clip, scores stretched per row of patches, and *refilled* frames. The
+published code packs the survivors of several frames into rows of one frame's length; a frame that
+ends up alone in its row keeps all its patches as attention context, which changes the features of
+the kept ones. The packing itself is not reproduced, only its outcome: attention stays ragged.
+
+Shape letters: F frames, N patches per frame, C cells per frame, G kept cells over all frames,
+D ViT width, E language width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from edge_vlm.config import CELL, Rescale
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.model.vit import Ragged
+
+_FIRST_FRAME_SCORE = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceEncoding:
+    """What the vision side of the published code makes of a pack of clips."""
+
+    scores_FC: Tensor
+    kept_FC: Tensor
+    """bool"""
+    features_GE: Tensor
+    """One row per kept cell, by frame, then row-major by cell."""
+    hidden_FND: dict[int, Tensor]
+    """Output of each block from `prune_at` on, zero at dropped patches behind the drop."""
+
+
+def keep_by_clip(scores_FC: Tensor, frames_per_clip: Sequence[int], removed: float) -> Tensor:
+    """Bool [F, C]: each clip's `int(C * removed * frames)` lowest scores go, the first frame last."""
+    kept = torch.ones_like(scores_FC, dtype=torch.bool)
+    start = 0
+    for frames in frames_per_clip:
+        rank = scores_FC[start : start + frames].detach().clone()
+        rank[0] = _FIRST_FRAME_SCORE
+        num_dropped = int(rank.shape[1] * removed * frames)
+        dropped = rank.flatten().sort(stable=True).indices[:num_dropped]
+        kept[start : start + frames].view(-1)[dropped] = False
+        start += frames
+    return kept
+
+
+def frames_alone(num_kept_F: Sequence[int], capacity: int) -> list[int]:
+    """Frames that first-fit-descending packing into rows of `capacity` cells leaves alone in a row.
+
+    Frames with nothing kept are not packed. Equal counts are packed in frame order.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for frame in sorted(range(len(num_kept_F)), key=lambda i: -num_kept_F[i]):
+        size = num_kept_F[frame]
+        if size == 0:
+            continue
+        for row, left in enumerate(room):
+            if left >= size:
+                rows[row].append(frame)
+                room[row] -= size
+                break
+        else:
+            rows.append([frame])
+            room.append(capacity - size)
+    return sorted(row[0] for row in rows if len(row) == 1)
+
+
+def encode_reference(
+    model: VideoLM,
+    pixels_FNP: Tensor,
+    frames_per_clip: Sequence[int],
+    removed: float,
+    *,
+    previous_across_clips: bool = False,
+) -> ReferenceEncoding:
+    """Encodes whole clips, end to end in `pixels`, dropping the share `removed` of each one's cells.
+
+    `previous_across_clips` scores a later clip's first frame against the last frame of the clip
+    before it, as the published code does by mistake. Raises ValueError if the frames do not add up
+    or the model does not rescale its scores by row.
+    """
+    if sum(frames_per_clip) != pixels_FNP.shape[0] or min(frames_per_clip, default=0) < 1:
+        raise ValueError(
+            f"frames_per_clip = {list(frames_per_clip)} does not divide {pixels_FNP.shape[0]} frames"
+        )
+    if model.scorer is None or model.scorer.cfg.rescale is not Rescale.ROW:
+        raise ValueError("reference mode needs a scorer with rescale = 'row'")
+    prune_at = model.scorer.cfg.prune_at
+    is_first = torch.zeros(len(pixels_FNP), dtype=torch.bool, device=pixels_FNP.device)
+    is_first[[sum(frames_per_clip[:i]) for i in range(len(frames_per_clip))]] = True
+    alone_first = is_first.clone()
+    if previous_across_clips:
+        alone_first[1:] = False
+
+    x = model.embed_frames(pixels_FNP)
+    hidden = {prune_at: x}
+    no_previous = x.new_zeros(1, model.cfg.vision.num_cells, x.shape[-1])
+    _, scores = model.score_frames(x, no_previous, alone_first)
+    x = model.biased_block(x, scores, is_first)
+    hidden[prune_at + 1] = x
+
+    kept = keep_by_clip(scores, frames_per_clip, removed)
+    context = kept.clone()
+    context[frames_alone(kept.sum(1).tolist(), kept.shape[1])] = True
+    features, later = _trunk(model, x, kept, context)
+    return ReferenceEncoding(scores, kept, features, hidden | later)
+
+
+def _trunk(
+    model: VideoLM, x_FND: Tensor, kept_FC: Tensor, context_FC: Tensor
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Later blocks on every context cell, connector on the kept ones."""
+    vit, patches_per_cell = model.vit, CELL * CELL
+    lengths = (context_FC.sum(1) * patches_per_cell).tolist()
+    layout = Ragged(groups=tuple((1, length) for length in lengths if length))
+    kept_G = kept_FC[context_FC]
+    frame_G, cell_G = kept_FC.nonzero(as_tuple=True)
+    places = (frame_G[:, None], vit.cell_patches_C9[cell_G])
+    cells_G9D: dict[int, Tensor] = {}
+    hidden: dict[int, Tensor] = {}
+    x = vit.cells(x_FND)[context_FC].flatten(0, 1)
+    for i in range(model.trunk_start, model.cfg.vision.num_layers):
+        x = vit.blocks[i].forward_ragged(x, layout)
+        cells_G9D[i] = x.unflatten(0, (-1, patches_per_cell))[kept_G]
+        hidden[i] = torch.zeros_like(x_FND).index_put(places, cells_G9D[i])
+    joined = torch.cat([cells_G9D[i] for i in model.cfg.vision.feature_layers], -1)
+    return model.connector(joined), hidden

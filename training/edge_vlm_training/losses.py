@@ -1,0 +1,54 @@
+"""The two losses of STTS training (arXiv 2603.18004).
+
+Shape letters: F frames (several clips end to end), C cells, D ViT width, A answer tokens, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def neighbour_similarity(patches_FC9D: Tensor) -> Tensor:
+    """Cosine of each cell's nine raw patch vectors with the frame before, fp32 [F, C]; 0 for frame 0.
+
+    Only neighbouring frames are compared, so memory grows with F and not with its square.
+    """
+    flat = F.normalize(patches_FC9D.flatten(2).float(), dim=-1)
+    return F.pad((flat[1:] * flat[:-1]).sum(-1), (0, 0, 1, 0))
+
+
+def similarity_loss(
+    scores_FC: Tensor, patches_FC9D: Tensor, is_first_F: Tensor, *, detach_target: bool = True
+) -> Tensor:
+    """Mean squared distance of score and 1 - similarity over cells of frames that have a predecessor.
+
+    The reference lets the target's gradient reach the ViT, which can then lower the loss by
+    flattening its own features; `detach_target=False` reproduces that.
+    """
+    target = 1 - neighbour_similarity(patches_FC9D)
+    if detach_target:
+        target = target.detach()
+    later = ~is_first_F
+    if not bool(later.any()):
+        return scores_FC.sum() * 0.0
+    return F.mse_loss(scores_FC[later], target[later])
+
+
+def answer_loss(logits_AV: Tensor, targets_A: Tensor, weights_A: Tensor) -> Tensor:
+    """Weighted mean cross-entropy of the answer tokens, in fp32."""
+    losses = F.cross_entropy(logits_AV.float(), targets_A, reduction="none")
+    return (losses * weights_A).sum() / weights_A.sum()
+
+
+def exact_answers(logits_AV: Tensor, targets_A: Tensor, question_A: Tensor, num: int) -> Tensor:
+    """Bool [num]: every token of that question's answer is the arg-max.
+
+    Under teacher forcing this equals the exact match of greedy generation.
+    """
+    wrong = (logits_AV.argmax(-1) != targets_A).to(torch.int32)
+    return torch.zeros(num, dtype=torch.int32, device=wrong.device).index_add(
+        0, question_A, wrong
+    ) == 0

@@ -1,0 +1,69 @@
+"""AdamW whose master weights stay fp32 while the model computes in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterAdamW:
+    """Pure-bf16 compute without autocast: gradients are taken in bf16, updates made in fp32.
+
+    Autocast would cast every weight anew at each use, which costs more than the small products of
+    a small model. `groups` maps a peak learning rate to each list of named parameters.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[float, Mapping[str, nn.Parameter]]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.05,
+    ) -> None:
+        self._live: list[nn.Parameter] = []
+        self._master: list[Tensor] = []
+        self.names: list[str] = []
+        param_groups = []
+        for peak, named in groups:
+            decayed: list[Tensor] = []
+            plain: list[Tensor] = []
+            for name, parameter in named.items():
+                master = parameter.detach().float().clone().requires_grad_()
+                self._live.append(parameter)
+                self._master.append(master)
+                self.names.append(name)
+                (decayed if parameter.ndim > 1 else plain).append(master)
+            for tensors, decay in ((decayed, weight_decay), (plain, 0.0)):
+                if tensors:
+                    param_groups.append(
+                        {"params": tensors, "lr": peak, "peak": peak, "weight_decay": decay}
+                    )
+        self._adamw = torch.optim.AdamW(param_groups, betas=betas, fused=True)
+
+    def step(self, rate: float, clip_norm: float) -> float:
+        """One update at `rate` times the peak learning rates; returns the gradient norm."""
+        for master, live in zip(self._master, self._live, strict=True):
+            master.grad = torch.zeros_like(master) if live.grad is None else live.grad.float()
+            live.grad = None
+        norm = nn.utils.clip_grad_norm_(self._master, clip_norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = group["peak"] * rate
+        self._adamw.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self._live, self._master)
+        return float(norm)
+
+    def masters(self) -> dict[str, Tensor]:
+        """The fp32 weights by name."""
+        return dict(zip(self.names, (m.detach() for m in self._master), strict=True))
+
+    def state_dict(self) -> dict[str, object]:
+        return {"adamw": self._adamw.state_dict(), "master": self.masters()}
+
+
+def frozen(parameters: Iterable[nn.Parameter]) -> None:
+    """Takes parameters out of training."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)

@@ -1,0 +1,109 @@
+"""Recipes: functions that return everything a training run needs to know."""
+
+from __future__ import annotations
+
+import dataclasses
+
+REMOVED_MIXED = (0.0, 0.3, 0.5, 0.5, 0.65)
+"""Share of cells removed, drawn anew each step: a model trained at one share alone breaks at others."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training; its length is wall-clock time, because shared CPUs drift in speed."""
+
+    name: str
+    minutes: float
+    batch: int
+    num_frames: int = 1
+    dense: bool = False
+    """Dense pre-training of the ViT alone instead of questions."""
+    branches: int = 12
+    removed: tuple[float, ...] = (0.0,)
+    lr: float = 1e-3
+    lr_vision: float = 3e-4
+    freeze_vision: bool = False
+    rate: tuple[float, float] = (1.0, 1.0)
+    """Factor on the learning rates at the start and at the end of the stage."""
+    decay_from: float = 0.0
+    """Share of the stage after which the factor begins to move (linearly)."""
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "batch", "num_frames", "branches"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Stage.{name} = {getattr(self, name)!r}: must be positive")
+        for share in self.removed:
+            if not 0 <= share < 1:
+                raise ValueError(f"Stage.removed = {self.removed!r}: shares must lie in [0, 1)")
+
+    def rate_at(self, progress: float) -> float:
+        """The factor after the share `progress` of the stage."""
+        start, end = self.rate
+        moved = max(0.0, progress - self.decay_from) / max(1e-9, 1 - self.decay_from)
+        return start + (end - start) * min(1.0, moved)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Stages in order and what they share."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    aux_weight: float = 0.5
+    """Weight of the temporal similarity loss (0.5 in the published code)."""
+    min_cells: int = 2
+    """Up to this many cells of every later frame are kept whatever their rank."""
+    history_share: float = 0.3
+    """Share of questions that stand behind earlier turns of dialogue."""
+    clip_norm: float = 1.0
+    warmup_steps: int = 50
+
+
+def demo_cpu(minutes: float = 66.0) -> Recipe:
+    """The demo model on two CPU cores with bf16 arithmetic: one hour and some."""
+    unit = minutes / 66.0
+    return Recipe(
+        name="demo_cpu",
+        stages=(
+            Stage(
+                name="dense", minutes=8 * unit, batch=128, dense=True, lr=1e-3, lr_vision=1e-3,
+                rate=(1.0, 0.05), decay_from=0.6,
+            ),
+            Stage(name="one-frame", minutes=7 * unit, batch=32, branches=8, lr_vision=2e-4),
+            Stage(
+                name="four-frames", minutes=4 * unit, batch=24, num_frames=4,
+                removed=(0.0, 0.3, 0.5),
+            ),
+            Stage(
+                name="four-frames-frozen", minutes=5 * unit, batch=24, num_frames=4,
+                removed=(0.0, 0.3, 0.5), freeze_vision=True,
+            ),
+            Stage(
+                name="eight-frames", minutes=28 * unit, batch=16, num_frames=8,
+                removed=REMOVED_MIXED, rate=(1.0, 0.4), decay_from=0.5,
+            ),
+            Stage(
+                name="eight-frames-frozen", minutes=14 * unit, batch=16, num_frames=8,
+                branches=16, removed=REMOVED_MIXED, freeze_vision=True, rate=(0.6, 0.02),
+            ),
+        ),
+    )
+
+
+def smoke() -> Recipe:
+    """Seconds long: every stage kind once, for tests and first tries."""
+    minutes = 0.02
+    return Recipe(
+        name="smoke",
+        stages=(
+            Stage(name="dense", minutes=minutes, batch=4, dense=True),
+            Stage(name="clips", minutes=minutes, batch=2, num_frames=3, branches=3,
+                  removed=(0.0, 0.5)),
+            Stage(name="frozen", minutes=minutes, batch=2, num_frames=3, branches=3,
+                  removed=(0.5,), freeze_vision=True),
+        ),
+    )
+
+
+RECIPES = {"demo_cpu": demo_cpu, "smoke": smoke}

@@ -1,0 +1,70 @@
+"""Forward passes of training: frames to pixels, pixels to pruned features, packed clips to loss.
+
+Shape letters: B clips, T frames per clip, F = B T frames, N patches, C cells, G kept cells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from edge_vlm.config import VisionConfig
+from edge_vlm.model.llm import rope_tables
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm_training.losses import answer_loss, exact_answers, similarity_loss
+from edge_vlm_training.packing import Packed
+from edge_vlm_training.selection import clip_budget
+
+
+def to_pixel_values(frames: Tensor, cfg: VisionConfig, dtype: torch.dtype) -> Tensor:
+    """u8 [..., S, S, 3] at the model's size to normalised patches [F, N, 3 patch^2].
+
+    The batched torch twin of `edge_vlm.patches.to_pixel_values` without the resize.
+    """
+    grid, side = cfg.patch_grid, cfg.patch_size
+    x = frames.reshape(-1, grid, side, grid, side, 3).permute(0, 1, 3, 2, 4, 5)
+    return (x.reshape(-1, grid * grid, cfg.patch_dim).to(dtype) / 127.5) - 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A batch of clips behind the vision side."""
+
+    features_GE: Tensor
+    counts_BT: Tensor
+    aux_loss: Tensor
+
+
+def see(
+    model: VideoLM, pixels_FNP: Tensor, num_frames: int, removed: float, floor: int
+) -> Seen:
+    """Scores, prunes by clip budget and encodes; gradients flow wherever parameters want them."""
+    num_cells = model.cfg.vision.num_cells
+    is_first = torch.arange(len(pixels_FNP)) % num_frames == 0
+    x = model.embed_frames(pixels_FNP)
+    nobody = x.new_zeros(1, num_cells, x.shape[-1])
+    _, scores = model.score_frames(x, nobody, is_first)
+    aux = similarity_loss(scores, model.vit.cells(x), is_first)
+    hidden = model.biased_block(x, scores, is_first)
+    keep = clip_budget(scores.view(-1, num_frames, num_cells), removed, floor)
+    cell_idx = keep.flatten().nonzero().squeeze(1)
+    features = model.vit_trunk(hidden, cell_idx, cell_idx // num_cells, grouped=True)
+    return Seen(features, keep.sum(-1), aux)
+
+
+def answer(
+    model: VideoLM, seen: Seen, packed: Packed, patch_id: int
+) -> tuple[Tensor, Tensor]:
+    """Language loss, and for every question whether its answer is exactly right."""
+    llm = model.llm
+    embeds = llm.embed(packed.ids_BL)
+    places = (packed.ids_BL == patch_id).flatten().nonzero().squeeze(1)
+    flat = embeds.flatten(0, 1).index_add(0, places, seen.features_GE)
+    cos, sin = rope_tables(llm.cfg, packed.positions_BL)
+    hidden, _ = llm(flat.view_as(embeds), cos, sin, packed.bias_BLL)
+    logits = llm.head(hidden.flatten(0, 1)[packed.answer_index_A])
+    loss = answer_loss(logits, packed.target_A, packed.weight_A)
+    num_questions = int(packed.question_A[-1]) + 1
+    return loss, exact_answers(logits, packed.target_A, packed.question_A, num_questions)

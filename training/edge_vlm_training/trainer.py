@@ -1,0 +1,224 @@
+"""Runs a recipe: stage after stage, each leaving a state file from which a run can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edge_vlm.config import ModelConfig, demo
+from edge_vlm.errors import CheckpointError
+from edge_vlm.model.checkpoint import TOKENIZER, save_checkpoint
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.prompt import PromptFormat
+from edge_vlm.tokenizer import Tokenizer
+from edge_vlm_training.dense import DenseHead, dense_labels, dense_loss
+from edge_vlm_training.optimizer import MasterAdamW
+from edge_vlm_training.packing import Packer
+from edge_vlm_training.questions import vocabulary
+from edge_vlm_training.questions_mix import QuestionMix
+from edge_vlm_training.recipes import Recipe, Stage
+from edge_vlm_training.render import draw_batch, render_with_owner
+from edge_vlm_training.step import answer, see, to_pixel_values
+from edge_vlm_training.vocabulary import build_tokenizer
+from edge_vlm_training.world import WorldConfig, sample_scenes
+
+STATE, LOG = "state.pt", "log.jsonl"
+_SAVE_EVERY_S = 120.0
+_LOG_EVERY_S = 20.0
+_HEAD = "dense_head."
+
+
+class Trainer:
+    """One process, bf16 compute, fp32 master weights; everything it writes lies in `folder`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.recipe, self.folder, self.dtype, self.report = recipe, folder, dtype, report
+        folder.mkdir(parents=True, exist_ok=True)
+        base, extra = build_tokenizer(vocabulary(), folder / TOKENIZER)
+        self.config: ModelConfig = demo(base, extra)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        self.model = VideoLM(self.config).init_weights(generator)
+        self.head = DenseHead(self.config.vision.width)
+        self.packer = Packer(PromptFormat(Tokenizer.from_file(folder / TOKENIZER)))
+        self.mix = QuestionMix(recipe.seed)
+        self.rng = random.Random(recipe.seed)
+        self.masters: dict[str, Tensor] = {}
+        self.stage_index, self.stage_s, self.total_steps, self.total_s = 0, 0.0, 0, 0.0
+        self._remember(dict(self.model.named_parameters()))
+        self._remember({_HEAD + n: p for n, p in self.head.named_parameters()})
+
+    def _remember(self, named: dict[str, nn.Parameter] | dict[str, Tensor]) -> None:
+        self.masters.update({name: p.detach().float().clone() for name, p in named.items()})
+
+    # -- state ------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes the resumable state and the checkpoint folder as it would be used."""
+        state = {
+            "recipe": self.recipe.name, "masters": self.masters, "stage": self.stage_index,
+            "stage_s": self.stage_s, "total_steps": self.total_steps, "total_s": self.total_s,
+            "accuracy": self.mix.accuracy,
+        }
+        partial = self.folder / f"{STATE}.partial"
+        torch.save(state, partial)
+        os.replace(partial, self.folder / STATE)
+        weights = {n: t for n, t in self.masters.items() if not n.startswith(_HEAD)}
+        save_checkpoint(
+            self.folder / "checkpoint", self.config, weights, self.folder / TOKENIZER
+        )
+
+    def resume(self) -> None:
+        """Goes on from the last state; the optimiser's moments start anew with a warm-up."""
+        path = self.folder / STATE
+        if not path.is_file():
+            raise CheckpointError(
+                "nothing to resume", where=path, remedy="leave out --resume to start a new run"
+            )
+        state = torch.load(path, weights_only=True)
+        missing = self.masters.keys() - state["masters"].keys()
+        if missing:
+            raise CheckpointError(
+                f"the state lacks {len(missing)} weights, first {min(missing)}", where=path,
+                remedy="resume with the recipe that wrote it",
+            )
+        self.masters = state["masters"]
+        self.stage_index, self.stage_s = state["stage"], state["stage_s"]
+        self.total_steps, self.total_s = state["total_steps"], state["total_s"]
+        self.mix.accuracy.update(state["accuracy"])
+
+    # -- run --------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Trains what is left of the recipe; returns the checkpoint folder."""
+        while self.stage_index < len(self.recipe.stages):
+            self._run_stage(self.recipe.stages[self.stage_index])
+            self.stage_index, self.stage_s = self.stage_index + 1, 0.0
+            self.save()
+        return self.folder / "checkpoint"
+
+    def _run_stage(self, stage: Stage) -> None:
+        # A different stream of clips for every stretch of work, also after a resume.
+        seed = hash((self.recipe.seed, self.stage_index, self.total_steps)) % 2**31
+        self.rng.seed(seed)
+        self.mix.rng.seed(seed + 1)
+        self._load_masters()
+        optimizer = MasterAdamW(self._groups(stage))
+        started, saved, logged = time.monotonic(), time.monotonic(), 0.0
+        before, steps = self.stage_s, 0
+        sums: dict[str, float] = {}
+        seconds = stage.minutes * 60
+        while self.stage_s < seconds or steps == 0:
+            rate = stage.rate_at(self.stage_s / seconds)
+            rate *= min(1.0, (steps + 1) / self.recipe.warmup_steps)
+            metrics = self._dense_step(stage) if stage.dense else self._clip_step(stage)
+            metrics["norm"] = optimizer.step(rate, self.recipe.clip_norm)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+            sums["steps"] = sums.get("steps", 0.0) + 1
+            steps += 1
+            self.total_steps += 1
+            now = time.monotonic()
+            self.total_s += now - started - (self.stage_s - before)
+            self.stage_s = before + now - started
+            if now - logged > _LOG_EVERY_S:
+                self._log(stage, sums, rate)
+                sums, logged = {}, now
+            if now - saved > _SAVE_EVERY_S:
+                self.masters.update(optimizer.masters())
+                self.save()
+                saved = now
+        self._log(stage, sums, 0.0)
+        self.masters.update(optimizer.masters())
+
+    def _load_masters(self) -> None:
+        own = {n: t for n, t in self.masters.items() if not n.startswith(_HEAD)}
+        head = {n[len(_HEAD) :]: t for n, t in self.masters.items() if n.startswith(_HEAD)}
+        self.model.load_state_dict(own)
+        self.head.load_state_dict(head)
+        self.model.to(self.dtype)
+        self.head.to(self.dtype)
+
+    def _groups(self, stage: Stage) -> list[tuple[float, dict[str, nn.Parameter]]]:
+        vision = {f"vit.{n}": p for n, p in self.model.vit.named_parameters()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(not stage.dense)
+        for parameter in vision.values():
+            parameter.requires_grad_(stage.dense or not stage.freeze_vision)
+        if stage.dense:
+            head = {_HEAD + n: p for n, p in self.head.named_parameters()}
+            return [(stage.lr_vision, vision), (stage.lr, head)]
+        assert self.model.scorer is not None
+        scorer = {f"scorer.{n}": p for n, p in self.model.scorer.named_parameters()}
+        if stage.freeze_vision:
+            for parameter in scorer.values():
+                parameter.requires_grad_(False)
+        rest = {
+            n: p for n, p in self.model.named_parameters()
+            if n not in vision and n not in scorer
+        }
+        if stage.freeze_vision:
+            return [(stage.lr, rest)]
+        return [(stage.lr, rest), (stage.lr, scorer), (stage.lr_vision, vision)]
+
+    def _dense_step(self, stage: Stage) -> dict[str, float]:
+        cfg = self.config.vision
+        scenes = sample_scenes(self.rng.getrandbits(40), stage.batch, WorldConfig(num_frames=1))
+        frames, owner = render_with_owner(scenes, cfg.image_size)
+        labels = dense_labels(scenes, owner, cfg)
+        outputs = self.head(self.model.vit, to_pixel_values(frames, cfg, self.dtype))
+        loss, metrics = dense_loss(outputs, labels)
+        loss.backward()
+        return metrics
+
+    def _clip_step(self, stage: Stage) -> dict[str, float]:
+        cfg, recipe = self.config.vision, self.recipe
+        world = WorldConfig(num_frames=stage.num_frames)
+        frames, scenes = draw_batch(
+            self.rng.getrandbits(40), stage.batch, world, cfg.image_size
+        )
+        asked = [
+            self.mix.branches(scenes, b, stage.branches, recipe.history_share)
+            for b in range(stage.batch)
+        ]
+        removed, floor = self.rng.choice(stage.removed), self.rng.randint(0, recipe.min_cells)
+        pixels = to_pixel_values(frames, cfg, self.dtype)
+        with torch.set_grad_enabled(not stage.freeze_vision):
+            seen = see(self.model, pixels, stage.num_frames, removed, floor)
+        packed = self.packer.pack(
+            seen.counts_BT.numpy(), scenes.times_s(), [branches for branches, _ in asked],
+            self.dtype,
+        )
+        loss, right = answer(self.model, seen, packed, self.packer.prompt.patch_id)
+        (loss + recipe.aux_weight * seen.aux_loss).backward()
+        self.mix.update([kind for _, kinds in asked for kind in kinds], right.tolist())
+        kept = float(seen.counts_BT.sum()) / (seen.counts_BT.numel() * cfg.num_cells)
+        return {"loss": loss.item(), "aux": seen.aux_loss.item(), "kept": kept}
+
+    def _log(self, stage: Stage, sums: dict[str, float], rate: float) -> None:
+        steps = sums.pop("steps", 0.0)
+        if not steps:
+            return
+        line: dict[str, object] = {
+            "minutes": round(self.total_s / 60, 2), "stage": stage.name,
+            "step": self.total_steps, "rate": round(rate, 3),
+            **{name: round(value / steps, 4) for name, value in sums.items()},
+        }
+        if not stage.dense:
+            line["accuracy"] = {k: round(v, 3) for k, v in self.mix.accuracy.items()}
+        with open(self.folder / LOG, "a") as log:
+            log.write(json.dumps(line) + "\n")
+        self.report(" ".join(f"{k}={v}" for k, v in line.items()))
