@@ -69,8 +69,8 @@ def _draw(first: int, count: int) -> Tensor:
 def background_bank(size: int) -> Tensor:
     """All textures for pictures of ``size`` pixels, u8 [numbers, side, side, 3] on the CPU.
 
-    ``side`` is the picture plus ``margin_pixels(size)`` on every edge. Resized by exact areas, so that
-    a bank of twice the size, averaged 2 x 2, is this bank up to rounding.
+    ``side`` is the picture plus ``margin_pixels(size)`` on every edge. Resized by exact areas, so
+    that a bank of twice the size, averaged 2 x 2, is this bank up to rounding.
     """
     side = size + 2 * margin_pixels(size)
     weights = area_matrix(MASTER_SIDE, side)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edge_vlm_training.paths import STILL
 from edge_vlm_training.sprites import KINDS
-from edge_vlm_training.world import COLOUR_NAMES, STILL, Scenes
+from edge_vlm_training.world import COLOUR_NAMES, Scenes
 
 COUNT_ANSWERS = ("0", "1", "2", "3")
 DIRECTION_ANSWERS = ("left", "right", "up", "down", "it stands still")
@@ -47,7 +48,7 @@ class Question:
 
 @dataclass(frozen=True)
 class _Clip:
-    """One clip as plain lists, which are faster to read one number at a time; indexed [frame][thing]."""
+    """One clip as plain lists [frame][thing], faster than arrays to read one number at a time."""
 
     kind: list[int]
     colour: list[list[int]]
@@ -119,7 +120,7 @@ def _colour(clip: _Clip, t: int, rng: random.Random) -> Question | None:
     return Question("colour", text, COLOUR_NAMES[clip.colour[t][m]], t, {"object": m})
 
 
-def _count(clip: _Clip, t: int, rng: random.Random) -> Question | None:
+def _count(clip: _Clip, t: int, rng: random.Random | None = None) -> Question:
     here = clip.now(t)
     answer = COUNT_ANSWERS[len(here)]
     return Question("count", "How many things are there now?", answer, t, {"object": None})
@@ -273,7 +274,7 @@ def _ask_any(
             if question is not None:
                 return question
     moment = rng.randrange(frames) if t is None else t
-    return _count(clip, moment, rng)  # a count always has an answer
+    return _count(clip, moment)  # a count always has an answer
 
 
 def _balanced_count_moment(clip: _Clip, rng: random.Random) -> int:

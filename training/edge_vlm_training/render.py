@@ -1,9 +1,9 @@
 """Draw scenes as pictures: batched torch, CPU or GPU, a pure function of the scenes.
 
-Things are placed on whole 1/96 steps of the picture and every texture and sprite is resized by exact
-areas, so a picture of 192 pixels averaged 2 x 2 is the picture of 96 pixels up to noise.
+Things are placed on whole 1/96 steps of the picture and every texture and sprite is resized by
+exact areas, so a picture of 192 pixels averaged 2 x 2 is the picture of 96 pixels up to noise.
 
-Shapes: F pictures (clips x frames), S picture side in pixels, P side of the largest sprite in pixels.
+Shapes: F pictures (clips x frames), S picture side, P side of the largest sprite, both in pixels.
 """
 
 from __future__ import annotations
@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from edge_vlm_training.backgrounds import GRID, area_matrix, background_bank, margin_pixels
+from edge_vlm_training.paths import MAX_SIDE, MIN_SIDE
 from edge_vlm_training.sprites import load_atlas
-from edge_vlm_training.world import (
-    COLOURS,
-    MAX_SIDE,
-    MIN_SIDE,
-    NOISE_KEYS,
-    Scenes,
-    WorldConfig,
-    sample_scenes,
-)
+from edge_vlm_training.world import COLOURS, NOISE_KEYS, Scenes, WorldConfig, sample_scenes
 
 _NOISE_STRIDE = 7  # two noise pictures are the same numbers, moved by multiples of this
 _NOISE_SEED = 77_003
@@ -33,7 +26,7 @@ _DARKEST = 0.35  # share of the colour that a sprite's darkest detail keeps
 
 @lru_cache(maxsize=8)
 def _sprite_bank(size: int, device: str) -> tuple[Tensor, Tensor]:
-    """Alpha and shade of every kind at every side, f32 [kinds * sides, P, P] each, top left aligned.
+    """Alpha and shade of every kind at every side, f32 [kinds * sides, P, P], top left aligned.
 
     Shade is alpha times the factor by which the colour is multiplied.
     """
@@ -80,7 +73,7 @@ def _pixels(grid_units: int, size: int) -> int:
 def render(
     scenes: Scenes, size: int = 96, device: str | torch.device = "cpu", *, noise: bool = True
 ) -> Tensor:
-    """The clips as u8 [B, T, size, size, 3] on ``device``; ``noise=False`` leaves out the pixel noise."""
+    """The clips as u8 [B, T, size, size, 3] on ``device``; ``noise=False``: no pixel noise."""
     return _draw(scenes, size, str(device), noise)[0]
 
 
@@ -88,7 +81,7 @@ def render(
 def render_with_owner(
     scenes: Scenes, size: int = 96, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """The clips and, i8 [B, T, size, size], the index of the thing at each pixel (-1: background)."""
+    """The clips and, i8 [B, T, size, size], the index of the thing at each pixel (-1: none)."""
     frames, owner = _draw(scenes, size, str(device), True, with_owner=True)
     assert owner is not None
     return frames, owner

@@ -1,5 +1,6 @@
-"""Draw the sprite atlas. Needs Pillow and Debian's fonts-noto-color-emoji; run once, result committed.
+"""Draw the sprite atlas, whose result is committed. Needs Pillow and the Noto Color Emoji font.
 
+The committed one was made with Debian's fonts-noto-color-emoji 2.042. Usage, from training/:
 python -m edge_vlm_training.sprites.make_atlas [FONT]
 """
 
@@ -27,7 +28,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 MEAN_LUMINANCE = 0.68  # every sprite is brought to it, so that dark things keep their tint
 SUPERSAMPLING = 8
 
-Plane = npt.NDArray[np.float32]
+Plane = npt.NDArray[np.floating]
 
 
 def _inside(name: str, x: Plane, y: Plane) -> npt.NDArray[np.bool_]:
