@@ -1,0 +1,111 @@
+"""One decoded picture, and the JPEG codec both ends of the wire use.
+
+Pillow is imported here and nowhere else in this package. rgb is always u8 [H, W, 3].
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edge_vlm.errors import FrameDecodeError, MissingExtraError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+JPEG_MAGIC = b"\xff\xd8\xff"
+MAX_PIXELS = 64_000_000
+"""A larger picture is refused before it is decompressed (a small file can claim any size)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Frame:
+    """One decoded picture.
+
+    `rgb` u8 [H, W, 3]; `pts_ns` capture time in nanoseconds from the start of its stream; `seq` the
+    number its sender gave it.
+    """
+
+    rgb: np.ndarray
+    pts_ns: int
+    seq: int
+
+    def __post_init__(self) -> None:
+        if self.rgb.dtype != np.uint8 or self.rgb.ndim != 3 or self.rgb.shape[2] != 3:
+            raise ValueError(
+                f"rgb must be u8 [H, W, 3], got {self.rgb.dtype} {list(self.rgb.shape)}"
+            )
+        if self.rgb.shape[0] == 0 or self.rgb.shape[1] == 0:
+            raise ValueError("rgb must have at least one row and one column")
+
+
+def _pillow_image() -> ModuleType:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError.for_library("Pillow", "ort") from error
+    return Image
+
+
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """JPEG bytes -> rgb u8 [H, W, 3].
+
+    Raises FrameDecodeError when the bytes are not a whole JPEG, or claim more than MAX_PIXELS.
+    """
+    image_module = _pillow_image()
+    if data[:3] != JPEG_MAGIC:
+        raise FrameDecodeError(
+            "the picture is not a JPEG", where=f"{len(data)} bytes, starting {data[:4].hex()!r}"
+        )
+    try:
+        with image_module.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise FrameDecodeError(
+                    f"the picture is too large: {width}x{height}",
+                    remedy=f"send at most {MAX_PIXELS} pixels",
+                )
+            return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise FrameDecodeError(
+            f"the JPEG is broken or cut off: {error}", where=f"{len(data)} bytes"
+        ) from error
+
+
+def encode_jpeg(rgb: np.ndarray, quality: int = 92) -> bytes:
+    """rgb u8 [H, W, 3] -> JPEG bytes.
+
+    Colour keeps its full resolution (4:4:4): small coloured things must survive.
+    """
+    image_module = _pillow_image()
+    buffer = io.BytesIO()
+    image_module.fromarray(rgb).save(buffer, format="JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def thumbnail(rgb: np.ndarray, size: int) -> np.ndarray:
+    """Area-averaged grey picture, f32 [size, size] in 0..255, aspect ignored.
+
+    Averaging hides the noise of a sensor.
+    """
+    return block_means(rgb.mean(axis=2, dtype=np.float32), size)
+
+
+def block_means(plane: np.ndarray, size: int) -> np.ndarray:
+    """Means of size x size nearly equal blocks: f32 [H, W, ...] -> f32 [size, size, ...].
+
+    A plane smaller than `size` is repeated first, so that no block is empty.
+    """
+    for axis in (0, 1):
+        if plane.shape[axis] < size:
+            plane = np.repeat(plane, -(-size // plane.shape[axis]), axis=axis)
+    rows = np.arange(size) * plane.shape[0] // size
+    columns = np.arange(size) * plane.shape[1] // size
+    sums = np.add.reduceat(np.add.reduceat(plane, rows, axis=0), columns, axis=1)
+    heights = np.diff(np.append(rows, plane.shape[0])).astype(np.float32)
+    widths = np.diff(np.append(columns, plane.shape[1])).astype(np.float32)
+    areas = (heights[:, None] * widths[None, :]).reshape((size, size) + (1,) * (plane.ndim - 2))
+    return (sums / areas).astype(np.float32)
