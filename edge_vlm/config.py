@@ -198,11 +198,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", VisionAttention(self.attention))
         if self.scorer is not None:
-            first_pruned = self.scorer.prune_at + 2
-            if min(self.vision.feature_layers) < first_pruned:
+            biased = self.scorer.prune_at + 1
+            if min(self.vision.feature_layers) < biased:
                 raise ValueError(
                     f"VisionConfig.feature_layers = {self.vision.feature_layers}: must lie behind "
-                    f"the drop, at blocks {first_pruned} and later"
+                    f"the scorer, at blocks {biased} and later"
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -125,9 +125,9 @@ def _trunk(
     kept_G = kept_FC[context_FC]
     frame_G, cell_G = kept_FC.nonzero(as_tuple=True)
     places = (frame_G[:, None], vit.cell_patches_C9[cell_G])
-    cells_G9D: dict[int, Tensor] = {}
     hidden: dict[int, Tensor] = {}
     x = vit.cells(x_FND)[context_FC].flatten(0, 1)
+    cells_G9D = {model.trunk_start - 1: x.unflatten(0, (-1, patches_per_cell))[kept_G]}
     for i in range(model.trunk_start, model.cfg.vision.num_layers):
         x = vit.blocks[i].forward_ragged(x, layout)
         cells_G9D[i] = x.unflatten(0, (-1, patches_per_cell))[kept_G]

@@ -135,7 +135,8 @@ class VideoLM(nn.Module):
         return torch.empty_like(features).index_copy(0, order_G, features)
 
     def _trunk(self, patches_G9D: Tensor, layout: Ragged) -> Tensor:
-        taps, x = {}, patches_G9D.flatten(0, 1)
+        x = patches_G9D.flatten(0, 1)
+        taps = {self.trunk_start - 1: x}
         for i in range(self.trunk_start, self.cfg.vision.num_layers):
             x = self.vit.blocks[i].forward_ragged(x, layout)
             taps[i] = x
