@@ -202,7 +202,7 @@ class BundleWriter:
             "defaults": dict(defaults),
             "source": dict(source),
         }
-        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        text = json.dumps(manifest, indent=1) + "\n"
         (self.folder / MANIFEST).write_text(text, encoding="utf-8")
 
 

@@ -10,15 +10,11 @@ to [-1, 1].
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from edge_vlm.config import VisionConfig
-
-CELL_SIDE = 3
+from edge_vlm.config import CELL, VisionConfig
 
 
 @lru_cache(maxsize=32)
@@ -81,10 +77,10 @@ def to_pixel_values(rgb: NDArray, cfg: VisionConfig) -> NDArray[np.float32]:
 @lru_cache(maxsize=32)
 def cell_table(cell_grid: int) -> NDArray[np.int64]:
     """[cell_grid**2, 9]: the patches of each cell, row-major inside the cell. Read-only, shared."""
-    patch_grid = cell_grid * CELL_SIDE
+    patch_grid = cell_grid * CELL
     patches = np.arange(patch_grid * patch_grid, dtype=np.int64)
-    table = patches.reshape(cell_grid, CELL_SIDE, cell_grid, CELL_SIDE).transpose(0, 2, 1, 3)
-    table = table.reshape(cell_grid * cell_grid, CELL_SIDE * CELL_SIDE)
+    split = patches.reshape(cell_grid, CELL, cell_grid, CELL).transpose(0, 2, 1, 3)
+    table = split.reshape(cell_grid * cell_grid, CELL * CELL)
     table.flags.writeable = False
     return table
 
