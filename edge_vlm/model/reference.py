@@ -39,7 +39,7 @@ class ReferenceEncoding:
 
 
 def keep_by_clip(scores_FC: Tensor, frames_per_clip: Sequence[int], removed: float) -> Tensor:
-    """Bool [F, C]: each clip's `int(C * removed * frames)` lowest scores go, the first frame last."""
+    """Bool [F, C]: a clip's `int(C * removed * frames)` lowest scores go, its first frame last."""
     kept = torch.ones_like(scores_FC, dtype=torch.bool)
     start = 0
     for frames in frames_per_clip:
@@ -82,7 +82,7 @@ def encode_reference(
     *,
     previous_across_clips: bool = False,
 ) -> ReferenceEncoding:
-    """Encodes whole clips, end to end in `pixels`, dropping the share `removed` of each one's cells.
+    """Encodes whole clips, end to end in `pixels`, dropping the share `removed` of each one.
 
     `previous_across_clips` scores a later clip's first frame against the last frame of the clip
     before it, as the published code does by mistake. Raises ValueError if the frames do not add up
@@ -90,7 +90,7 @@ def encode_reference(
     """
     if sum(frames_per_clip) != pixels_FNP.shape[0] or min(frames_per_clip, default=0) < 1:
         raise ValueError(
-            f"frames_per_clip = {list(frames_per_clip)} does not divide {pixels_FNP.shape[0]} frames"
+            f"frames_per_clip = {list(frames_per_clip)} does not add up to {len(pixels_FNP)}"
         )
     if model.scorer is None or model.scorer.cfg.rescale is not Rescale.ROW:
         raise ValueError("reference mode needs a scorer with rescale = 'row'")
