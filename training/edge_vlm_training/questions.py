@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -292,14 +291,27 @@ _COUNT_WEIGHTS = (1.0, 0.7, 1.3, 5.0)
 
 
 def vocabulary() -> list[str]:
-    """Every word of every question and answer, sorted; numbers and punctuation are left out."""
-    texts = [
-        "Is there a now? What is the thing? What colour is the? How many things are there now?",
-        "Which way does the move? What came first, the or the? When did the appear?",
-        "Where is the now? Point to the. at s points coords yes no",
-        *DIRECTION_ANSWERS,
-        *(region for row in REGIONS for region in row),
-        *KINDS,
-        *COLOUR_NAMES,
+    """Texts that hold every word and sign of every question and answer, in every place it can take.
+
+    Numbers (digits) are not all there. A tokenizer must cover these texts as they stand: a word may
+    begin a text or follow a space or a sign.
+    """
+    named = [
+        text
+        for name in KINDS
+        for text in (
+            f"Is there a {name} now?",
+            f"What colour is the {name}?",
+            f"Which way does the {name} move?",
+            f"What came first, the {name} or the {name}?",
+            f"When did the {name} appear?",
+            f"Where is the {name} now?",
+            f"Point to the {name}.",
+            f'<points coords="0.0 1 000 000">{name}</points>',
+            name,
+        )
     ]
-    return sorted({word for text in texts for word in re.findall(r"[A-Za-z]+", text)})
+    coloured = [text for name in COLOUR_NAMES for text in (f"What is the {name} thing?", name)]
+    others = ["How many things are there now?", "yes", "no", "at 0.0 s", *COUNT_ANSWERS]
+    regions = [region for row in REGIONS for region in row]
+    return [*named, *coloured, *others, *DIRECTION_ANSWERS, *regions]
