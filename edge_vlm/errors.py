@@ -18,14 +18,18 @@
     |   |-- MessageTooLarge     7  E-MESSAGE-TOO-LARGE
     |   `-- UnknownMessageType  7  E-UNKNOWN-TYPE
     |-- ServerUnreachable       8  E-SERVER-UNREACHABLE
+    |   `-- ServerBusy          8  E-SERVER-BUSY        no free session, or it is stopping
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
+    |   |-- QuestionTooLong    10  E-QUESTION-TOO-LONG
+    |   |-- TooManyQuestions   10  E-TOO-MANY-QUESTIONS waiting for an answer already
     |   |-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
     |   `-- PositionsUsedUp    10  E-POSITIONS          past the last position the model knows
     |-- EngineError            11  E-ENGINE
     |   |-- NonFinite          11  E-NONFINITE          NaN or infinity in a tensor
     |   `-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
+    |-- InternalError           1  E-INTERNAL           a bug of ours, logged with its traceback
     `-- ExportError            12  E-EXPORT
         |-- Specialised        12  E-EXPORT-SPECIALISED a free dimension became a constant
         `-- ParityError        12  E-PARITY             an exported graph differs from torch
@@ -154,6 +158,10 @@ class ServerUnreachable(EdgeVlmError):
     exit_code = 8
 
 
+class ServerBusy(ServerUnreachable):
+    code = "E-SERVER-BUSY"
+
+
 class MissingExtraError(EdgeVlmError):
     """An optional library is absent. Raised by the one module that imports it."""
 
@@ -178,6 +186,14 @@ class NoFrameYet(SessionError):
     code = "E-NO-FRAME"
 
 
+class QuestionTooLong(SessionError):
+    code = "E-QUESTION-TOO-LONG"
+
+
+class TooManyQuestions(SessionError):
+    code = "E-TOO-MANY-QUESTIONS"
+
+
 class KvFull(SessionError):
     code = "E-KV-FULL"
 
@@ -197,6 +213,10 @@ class NonFinite(EngineError):
 
 class ShapeRange(EngineError):
     code = "E-SHAPE-RANGE"
+
+
+class InternalError(EdgeVlmError):
+    code = "E-INTERNAL"
 
 
 class ExportError(EdgeVlmError):
