@@ -1,0 +1,3 @@
+"""What runs a graph. A backend runs tensors and nothing else."""
+
+from __future__ import annotations

@@ -1,0 +1,70 @@
+"""ONNX Runtime on the CPU. The only module of the runtime that imports onnxruntime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edge_vlm.bundle import EngineBundle
+from edge_vlm.errors import EngineError, MissingExtraError
+from edge_vlm.specs import TensorSpec
+from edge_vlm_runtime.backends.base import Engine, Shape
+
+
+class OrtEngine(Engine):
+    """One graph of a bundle in one inference session.
+
+    Raises MissingExtraError without the library, EngineError if it cannot load the graph or the
+    graph's tensors are not those of its spec.
+    """
+
+    def __init__(self, bundle: EngineBundle, name: str, *, threads: int) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError.for_library("onnxruntime", "ort") from error
+        path = bundle.graph_path(name)
+        super().__init__(bundle.specs[name])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Waiting threads sleep: three graphs share the cores with decoding and the server, and a
+        # pool that spins between calls takes their time.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the library's exceptions share no public base
+            raise EngineError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load it: {error}", where=path
+            ) from error
+        found = {item.name for item in (*session.get_inputs(), *session.get_outputs())}
+        if found != self._tensors.keys():
+            raise EngineError(
+                f"the graph has tensors {sorted(found)}, its spec {sorted(self._tensors)}",
+                where=path,
+                remedy="export the bundle again",
+            )
+        self._session: Any = session
+        self._binding: Any = session.io_binding()
+        self._inputs = {tensor.name for tensor in self.spec.inputs}
+        self._dtypes = {t.name: np.dtype(t.dtype).type for t in self.spec.tensors}
+
+    def _bind(self, tensor: TensorSpec, pointer: int, shape: Shape) -> None:
+        name = tensor.name
+        bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
+        bind(name, "cpu", 0, self._dtypes[name], shape, pointer)
+
+    def _run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise EngineError(f"graph {self.spec.name} failed: {error}") from error
+
+    def close(self) -> None:
+        self._binding = self._session = None
+        self._kept.clear()
+        self._bound.clear()
