@@ -1,0 +1,73 @@
+"""`edge-vlm train` and `edge-vlm world`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from edge_vlm.cli import Command
+from edge_vlm.errors import ConfigError
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", default="demo_cpu", help="demo_cpu (default) or smoke")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's last state")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from edge_vlm_training.recipes import RECIPES
+    from edge_vlm_training.trainer import STATE, Trainer
+
+    if args.recipe not in RECIPES:
+        raise ConfigError(
+            f"unknown recipe {args.recipe!r}", remedy=f"choose one of {', '.join(RECIPES)}"
+        )
+    if (args.out / STATE).exists() and not args.resume:
+        raise ConfigError(
+            "the folder holds a run already", where=args.out,
+            remedy="add --resume to go on with it, or name another folder",
+        )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    trainer = Trainer(RECIPES[args.recipe](), args.out)
+    if args.resume:
+        trainer.resume()
+    print(f"checkpoint: {trainer.run()}")
+    return 0
+
+
+def _world_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--per-kind", type=int, default=200, help="questions of every kind")
+    parser.add_argument("--seed", type=int, default=1, help="which held-out clips")
+    parser.add_argument(
+        "--demo-clip", action="store_true", help="write the demo's clip.mp4 and clip.json instead"
+    )
+
+
+def _world(args: argparse.Namespace) -> int:
+    from edge_vlm.question_set import write_question_set
+    from edge_vlm_training.heldout import heldout_clips, write_demo_clip
+
+    if args.demo_clip:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_demo_clip(args.out, args.seed)
+        print(f"demo clip: {args.out / 'clip.mp4'}")
+        return 0
+    asked = write_question_set(args.out, heldout_clips(args.seed, args.per_kind))
+    print(f"{asked} questions about held-out clips: {args.out}")
+    return 0
+
+
+train = Command(
+    name="train", help="train a model on the rendered world", add_arguments=_train_arguments,
+    run=_train,
+)
+world = Command(
+    name="world", help="write held-out clips with questions and true answers",
+    add_arguments=_world_arguments, run=_world,
+)
