@@ -27,7 +27,7 @@ _WHERE_MARGIN = 0.02  # nearer to a boundary between thirds "where" is not asked
 _DIRECTION_FRAMES = 3  # visible frames needed to tell a direction
 _POINT_STEP = 50  # of 1000
 _LEFT_SHARE = 0.4  # "no" answers about a thing that was there and has left
-_YES_SHARE = 0.555  # where something is visible; empty pictures make up for it
+_YES_SHARE = 0.6  # where something is visible; empty pictures make up for it
 _STILL_WEIGHT = 0.3  # standing things are asked about less often than moving ones
 
 
