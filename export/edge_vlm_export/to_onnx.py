@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,13 @@ from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.specs import GraphSpec, TensorSpec
 from edge_vlm_export.graphs import GraphLimits, graph_specs
 from edge_vlm_export.modules import GRAPH_MODULES
-from edge_vlm_export.verify import run_torch, sample_inputs
+from edge_vlm_export.verify import (
+    Comparison,
+    compare_graph,
+    require_parity,
+    run_torch,
+    sample_inputs,
+)
 
 OPSET = 20
 """The newest that TensorRT 10.3, the oldest engine builder we serve, reads."""
@@ -48,11 +54,13 @@ def export_bundle(
     defaults: Mapping[str, Any] | None = None,
     limits: GraphLimits | None = None,
     overwrite: bool = False,
+    on_compared: Callable[[Comparison], None] | None = None,
 ) -> EngineBundle:
     """Exports a checkpoint folder (config.json, model.safetensors, tokenizer.json).
 
-    Nothing appears at `out_dir` unless everything went well. Raises CheckpointError, ExportError
-    and its leaves, BundleError if `out_dir` is taken.
+    Every graph is compared with torch at several sizes, and each result is told to `on_compared`.
+    Nothing appears at `out_dir` unless everything agreed. Raises CheckpointError, ExportError and
+    its leaves (ParityError), BundleError if `out_dir` is taken.
     """
     checkpoint = Path(checkpoint_dir)
     model = load_checkpoint(checkpoint)
@@ -73,6 +81,7 @@ def export_bundle(
         source=source,
         limits=limits,
         overwrite=overwrite,
+        on_compared=on_compared,
     )
 
 
@@ -86,6 +95,7 @@ def export_model(
     source: Mapping[str, Any] | None = None,
     limits: GraphLimits | None = None,
     overwrite: bool = False,
+    on_compared: Callable[[Comparison], None] | None = None,
 ) -> EngineBundle:
     """Exports a model in memory; see `export_bundle`."""
     if model.scorer is None:
@@ -96,7 +106,13 @@ def export_model(
     with write_bundle(out_dir, overwrite=overwrite) as writer:
         for spec in graph_specs(model.cfg, limits).values():
             module = GRAPH_MODULES[spec.name](model).eval()
-            export_graph(module, spec, writer.graph_file(spec))
+            path = writer.graph_file(spec)
+            export_graph(module, spec, path)
+            results = compare_graph(path, spec, model)
+            for result in results:
+                if on_compared is not None:
+                    on_compared(result)
+            require_parity(results)
             inputs = sample_inputs(spec, REFERENCE_SIZES, model.cfg, seed=0)
             outputs = run_torch(module, spec, inputs)
             arrays = {f"inputs/{key}": value for key, value in inputs.items()}

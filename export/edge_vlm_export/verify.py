@@ -6,15 +6,16 @@ shows that a copy or another runtime version still computes what torch computed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_vlm.bundle import EngineBundle
+from edge_vlm.bundle import EngineBundle, sha256_of_file
 from edge_vlm.config import ModelConfig
-from edge_vlm.errors import MissingExtraError, ParityError
+from edge_vlm.errors import CheckpointError, MissingExtraError, ParityError
 from edge_vlm.specs import GraphSpec
 
 if TYPE_CHECKING:
@@ -46,14 +47,43 @@ class Comparison:
 def verify_bundle(
     bundle: EngineBundle, model: VideoLM | None = None, *, threads: int = 1
 ) -> list[Comparison]:
-    """Compares every graph; with `model` at three sizes and more, else with the references."""
-    found = []
+    """Compares every graph; with `model` at several sizes, else with the references."""
+    results = []
     for name, spec in bundle.specs.items():
-        session = _open_session(bundle, name, threads)
-        for sizes, inputs, expected in _cases(bundle, spec, model):
-            outputs = session.run(list(expected), inputs)
-            found.append(_compare(name, sizes, dict(zip(expected, outputs, strict=True)), expected))
-    return found
+        path = bundle.graph_path(name)
+        if model is None:
+            session = _open_session(path, threads)
+            results.append(_compare_reference(session, spec, bundle.reference(name)))
+        else:
+            results += compare_graph(path, spec, model, threads=threads)
+    return results
+
+
+def compare_graph(
+    path: Path, spec: GraphSpec, model: VideoLM, *, threads: int = 1
+) -> list[Comparison]:
+    """One graph file against torch at `check_sizes`."""
+    from edge_vlm_export.modules import GRAPH_MODULES
+
+    module = GRAPH_MODULES[spec.name](model.float().cpu().eval())
+    session = _open_session(path, threads)
+    results = []
+    for i, sizes in enumerate(check_sizes(spec)):
+        inputs = sample_inputs(spec, sizes, model.cfg, seed=i + 1)
+        results.append(_compare(spec, sizes, session, inputs, run_torch(module, spec, inputs)))
+    return results
+
+
+def require_source(bundle: EngineBundle, checkpoint: Path) -> None:
+    """Raises CheckpointError unless the bundle was made from exactly these files."""
+    for name, digest in bundle.source.get("sha256", {}).items():
+        file = checkpoint / name
+        if not file.is_file() or sha256_of_file(file) != digest:
+            raise CheckpointError(
+                f"the bundle was not made from this checkpoint: {name} is not the same",
+                where=checkpoint,
+                remedy="name the checkpoint it was made from, or export again",
+            )
 
 
 def require_parity(results: list[Comparison]) -> None:
@@ -86,27 +116,6 @@ def format_table(results: list[Comparison]) -> str:
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in [head, *rows]
     ]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _cases(
-    bundle: EngineBundle, spec: GraphSpec, model: VideoLM | None
-) -> Iterator[tuple[dict[str, int], Arrays, Arrays]]:
-    """Sizes, inputs and expected outputs."""
-    if model is None:
-        arrays = bundle.reference(spec.name)
-        inputs = {t.name: arrays[f"inputs/{t.name}"] for t in spec.inputs}
-        yield (
-            _sizes_of(spec, inputs),
-            inputs,
-            {t.name: arrays[f"outputs/{t.name}"] for t in spec.outputs},
-        )
-        return
-    from edge_vlm_export.modules import GRAPH_MODULES
-
-    module = GRAPH_MODULES[spec.name](model.float().cpu().eval())
-    for i, sizes in enumerate(check_sizes(spec)):
-        inputs = sample_inputs(spec, sizes, bundle.config, seed=i + 1)
-        yield sizes, inputs, run_torch(module, spec, inputs)
 
 
 def check_sizes(spec: GraphSpec) -> list[dict[str, int]]:
@@ -161,36 +170,41 @@ def run_torch(module: nn.Module, spec: GraphSpec, inputs: Arrays) -> Arrays:
     return {t.name: out.numpy() for t, out in zip(spec.outputs, tensors, strict=True)}
 
 
-def _sizes_of(spec: GraphSpec, inputs: Arrays) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for tensor in spec.inputs:
-        for axis, size in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
-            if axis in spec.dims:
-                sizes[str(axis)] = size
-    return sizes
+def _compare_reference(session: Any, spec: GraphSpec, arrays: Arrays) -> Comparison:
+    inputs = {t.name: arrays[f"inputs/{t.name}"] for t in spec.inputs}
+    expected = {t.name: arrays[f"outputs/{t.name}"] for t in spec.outputs}
+    sizes = {
+        str(axis): size
+        for t in spec.inputs
+        for axis, size in zip(t.shape, inputs[t.name].shape, strict=True)
+        if axis in spec.dims
+    }
+    return _compare(spec, sizes, session, inputs, expected)
 
 
-def _compare(graph: str, sizes: Mapping[str, int], got: Arrays, expected: Arrays) -> Comparison:
-    def share(name: str) -> tuple[float, float, float]:
+def _compare(
+    spec: GraphSpec, sizes: Mapping[str, int], session: Any, inputs: Arrays, expected: Arrays
+) -> Comparison:
+    outputs = session.run(list(expected), inputs)
+    differences, shares = {}, {}
+    for name, got in zip(expected, outputs, strict=True):
         allowed = TOLERANCE * max(1.0, float(np.abs(expected[name]).max()))
-        difference = float(np.abs(got[name].astype(np.float64) - expected[name]).max())
+        difference = float(np.abs(got.astype(np.float64) - expected[name]).max())
+        differences[name] = (difference, allowed)
         # NaN compares false with everything: rank it above all.
-        return (difference / allowed if difference == difference else np.inf, difference, allowed)
-
-    worst = max(expected, key=lambda name: share(name)[0])
-    _, difference, allowed = share(worst)
+        shares[name] = difference / allowed if difference == difference else np.inf
+    worst = max(shares, key=lambda name: shares[name])
+    difference, allowed = differences[worst]
     return Comparison(
-        graph=graph, sizes=dict(sizes), tensor=worst, difference=difference, allowed=allowed
+        graph=spec.name, sizes=dict(sizes), tensor=worst, difference=difference, allowed=allowed
     )
 
 
-def _open_session(bundle: EngineBundle, name: str, threads: int) -> Any:
+def _open_session(path: Path, threads: int) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise MissingExtraError.for_library("onnxruntime", "ort") from error
+        raise MissingExtraError.for_library("onnxruntime", "export") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(
-        str(bundle.graph_path(name)), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
