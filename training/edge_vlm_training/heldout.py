@@ -24,7 +24,7 @@ _TRIES = 6
 def heldout_clips(seed: int, per_kind: int, num_frames: int = 8) -> Iterator[ClipQuestions]:
     """Clips until every kind of question has `per_kind` questions; at most one of a kind a clip."""
     rng = random.Random(seed)
-    world = WorldConfig(num_frames=num_frames, split="heldout")
+    world = WorldConfig(num_frames=num_frames, split="heldout", start_at_zero=1.0)  # as a session
     missing = dict.fromkeys(QUESTION_KINDS, per_kind)
     number = 0
     while any(missing.values()):
@@ -81,7 +81,10 @@ def write_demo_clip(folder: Path, seed: int, num_frames: int = 8) -> None:
     plan = (("name", 2), ("count", last - 2), ("when", last - 1), ("direction", last))
     questions = []
     for kind, t in plan:
-        question = next(q for _ in range(99) if (q := ask(scenes, 0, kind, t, rng)) is not None)
+        question = next(
+            q for _ in range(999)
+            if (q := ask(scenes, 0, kind, t, rng)) is not None and q.meta.get("first") != 0
+        )
         stamp = float(scenes.times_s()[0, t])
         questions.append({"ask_at_s": stamp, "text": question.text, "answer": question.answer})
     _write_video(folder / "clip.mp4", frames[0].numpy(), world.fps)

@@ -13,6 +13,8 @@ _FLOOR = 0.04
 _POINT_SHARE = 0.3
 """Exact coordinates stay wrong for long; at full weight they would take the batch over."""
 _MAX_HISTORY = 2
+NOW_KINDS = ("presence", "name", "colour", "count", "where", "point")
+"""Kinds whose answer lies in the newest frames: fair to ask when older ones were forgotten."""
 
 
 class QuestionMix:
@@ -32,18 +34,28 @@ class QuestionMix:
             self.accuracy[kind] += 0.01 * (float(ok) - self.accuracy[kind])
 
     def branches(
-        self, scenes: Scenes, clip: int, count: int, history_share: float
+        self, scenes: Scenes, clip: int, count: int, history_share: float, forgotten: int = 0
     ) -> tuple[list[Branch], list[str]]:
-        """`count` questions about one clip after random frames, later ones more often."""
+        """`count` questions about one clip after random frames, later ones more often.
+
+        Frames 1 to `forgotten` are not shown to the language model: questions come behind them, ask
+        about now only, and count frames without them.
+        """
         branches, kinds = [], []
         weights = self.weights()
+        if forgotten:
+            weights = {kind: weights[kind] for kind in NOW_KINDS}
+        shown = scenes.num_frames - forgotten
         for _ in range(count):
-            frame = int(scenes.num_frames * self.rng.random() ** 0.6)
-            question = ask_any(scenes, clip, self.rng, weights, frame)
+            frame = int(shown * self.rng.random() ** 0.6)
+            if forgotten:
+                frame = max(1, frame)
+            question = ask_any(scenes, clip, self.rng, weights, frame + forgotten)
             history: list[tuple[str, str]] = []
             if self.rng.random() < history_share:
                 moments = sorted(
-                    self.rng.randint(0, frame) for _ in range(self.rng.randint(1, _MAX_HISTORY))
+                    self.rng.randint(0, frame + forgotten)
+                    for _ in range(self.rng.randint(1, _MAX_HISTORY))
                 )
                 for moment in moments:
                     earlier = ask_any(scenes, clip, self.rng, None, moment)

@@ -56,15 +56,18 @@ class Recipe:
     """Up to this many cells of every later frame are kept whatever their rank."""
     history_share: float = 0.3
     """Share of questions that stand behind earlier turns of dialogue."""
+    forgetful_share: float = 0.0
+    """Share of steps whose clips miss a stretch behind the first frame, as a full memory does."""
     clip_norm: float = 1.0
     warmup_steps: int = 50
 
 
-def demo_cpu(minutes: float = 66.0) -> Recipe:
+def demo_cpu(minutes: float = 92.0) -> Recipe:
     """The demo model on two CPU cores with bf16 arithmetic: one hour and some."""
     unit = minutes / 66.0
     return Recipe(
         name="demo_cpu",
+        forgetful_share=0.15,
         stages=(
             Stage(
                 name="dense", minutes=8 * unit, batch=128, dense=True, lr=1e-3, lr_vision=1e-3,
@@ -96,6 +99,7 @@ def smoke() -> Recipe:
     minutes = 0.02
     return Recipe(
         name="smoke",
+        forgetful_share=0.5,
         stages=(
             Stage(name="dense", minutes=minutes, batch=4, dense=True),
             Stage(name="clips", minutes=minutes, batch=2, num_frames=3, branches=3,

@@ -33,6 +33,8 @@ STATE, LOG = "state.pt", "log.jsonl"
 _SAVE_EVERY_S = 120.0
 _LOG_EVERY_S = 20.0
 _HEAD = "dense_head."
+_MOST_FORGOTTEN = 6
+_LONGEST_PAUSE_S = 40
 
 
 class Trainer:
@@ -186,12 +188,19 @@ class Trainer:
 
     def _clip_step(self, stage: Stage) -> dict[str, float]:
         cfg, recipe = self.config.vision, self.recipe
-        world = WorldConfig(num_frames=stage.num_frames)
+        forgotten, pause_s = 0, 0.0
+        if stage.num_frames > 2 and self.rng.random() < recipe.forgetful_share:
+            forgotten = self.rng.randint(1, _MOST_FORGOTTEN)
+            pause_s = self.rng.randint(0, _LONGEST_PAUSE_S)
+        world = WorldConfig(num_frames=stage.num_frames + forgotten)
         frames, scenes = draw_batch(
             self.rng.getrandbits(40), stage.batch, world, cfg.image_size
         )
+        shown = [0, *range(1 + forgotten, world.num_frames)]
+        frames, times_s = frames[:, shown], scenes.times_s()[:, shown]
+        times_s[:, 1:] += pause_s
         asked = [
-            self.mix.branches(scenes, b, stage.branches, recipe.history_share)
+            self.mix.branches(scenes, b, stage.branches, recipe.history_share, forgotten)
             for b in range(stage.batch)
         ]
         removed, floor = self.rng.choice(stage.removed), self.rng.randint(0, recipe.min_cells)
@@ -199,7 +208,7 @@ class Trainer:
         with torch.set_grad_enabled(not stage.freeze_vision):
             seen = see(self.model, pixels, stage.num_frames, removed, floor)
         packed = self.packer.pack(
-            seen.counts_BT.numpy(), scenes.times_s(), [branches for branches, _ in asked],
+            seen.counts_BT.numpy(), times_s, [branches for branches, _ in asked],
             self.dtype,
         )
         loss, right = answer(self.model, seen, packed, self.packer.prompt.patch_id)

@@ -1,0 +1,73 @@
+"""The training loop end to end at its smallest: every stage kind, state, resume, checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from edge_vlm.errors import CheckpointError
+from edge_vlm.model.checkpoint import load_checkpoint
+from edge_vlm_training.recipes import Recipe, Stage
+from edge_vlm_training.trainer import Trainer
+
+STEP = 1e-4  # minutes: one step a stage
+RECIPE = Recipe(
+    name="test",
+    forgetful_share=1.0,
+    stages=(
+        Stage(name="dense", minutes=STEP, batch=2, dense=True),
+        Stage(name="clips", minutes=STEP, batch=2, num_frames=3, branches=2, removed=(0.5,)),
+        Stage(
+            name="frozen", minutes=STEP, batch=2, num_frames=3, branches=2, removed=(0.5,),
+            freeze_vision=True,
+        ),
+    ),
+)
+
+
+def _vision(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: t.clone() for n, t in trainer.masters.items() if n.startswith(("vit", "scorer"))}
+
+
+def test_a_run_learns_saves_and_resumes(tmp_path: Path) -> None:
+    trainer = Trainer(RECIPE, tmp_path, dtype=torch.float32, report=lambda line: None)
+    start = dict(trainer.masters)
+    checkpoint = trainer.run()
+    moved = {n for n, t in trainer.masters.items() if not torch.equal(t, start[n])}
+    assert {"vit.patch_embed.weight", "scorer.fc1.weight", "llm.head.weight"} <= moved
+
+    model = load_checkpoint(checkpoint)
+    torch.testing.assert_close(model.llm.head.weight.data, trainer.masters["llm.head.weight"])
+
+    again = Trainer(RECIPE, tmp_path, dtype=torch.float32, report=lambda line: None)
+    again.resume()
+    assert again.total_steps == trainer.total_steps == 3
+    assert all(torch.equal(again.masters[n], t) for n, t in trainer.masters.items())
+    assert again.run() == checkpoint  # nothing is left to do
+    assert again.total_steps == 3
+
+
+def test_a_frozen_stage_leaves_the_vision_side_alone(tmp_path: Path) -> None:
+    trainer = Trainer(RECIPE, tmp_path, dtype=torch.float32, report=lambda line: None)
+    before, head = _vision(trainer), trainer.masters["llm.head.weight"].clone()
+    trainer.stage_index = 2
+    trainer.run()
+    assert all(torch.equal(before[n], t) for n, t in _vision(trainer).items())
+    assert not torch.equal(head, trainer.masters["llm.head.weight"])
+
+
+def test_resume_without_a_state_is_a_clear_error(tmp_path: Path) -> None:
+    trainer = Trainer(RECIPE, tmp_path, report=lambda line: None)
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        trainer.resume()
+
+
+@pytest.mark.parametrize(
+    "field", [{"minutes": 0.0}, {"batch": 0}, {"removed": (1.0,)}], ids=lambda f: next(iter(f))
+)
+def test_a_bad_stage_names_its_field(field: dict[str, float]) -> None:
+    good: dict[str, object] = {"name": "x", "minutes": 1.0, "batch": 1}
+    with pytest.raises(ValueError, match=f"Stage.{next(iter(field))}"):
+        Stage(**(good | field))  # type: ignore[arg-type]
