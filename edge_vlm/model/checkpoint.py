@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edge_vlm.config import ModelConfig
-from edge_vlm.errors import CheckpointError, WeightNamesError
+from edge_vlm.errors import CheckpointError
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.model.weights import check_fit, shapes
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
@@ -40,41 +41,26 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> VideoLM
     for name in (CONFIG, WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"the checkpoint lacks {name}", where=folder,
+                f"the checkpoint lacks {name}",
+                where=folder,
                 remedy="point to a folder written by `edge-vlm train`",
             )
     try:
         config = ModelConfig.from_dict(json.loads((folder / CONFIG).read_text()))
     except ValueError as error:
         raise CheckpointError(f"bad config: {error}", where=folder / CONFIG) from error
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"not a whole safetensors file ({error})", where=folder / WEIGHTS,
-            remedy="copy the file again",
-        ) from error
+    weights = read_tensors(folder / WEIGHTS)
+    check_fit(shapes(config), weights, folder / WEIGHTS)
     model = VideoLM(config)
-    check_names(model, weights, folder / WEIGHTS)
     model.load_state_dict(weights)
     return model.to(dtype).eval()
 
 
-def check_names(model: VideoLM, weights: Mapping[str, Tensor], where: object) -> None:
-    """Raises WeightNamesError listing every missing, unknown and mis-shaped name."""
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in weights.items()}
-    missing = tuple(sorted(wanted.keys() - found.keys()))
-    unknown = tuple(sorted(found.keys() - wanted.keys()))
-    misshaped = tuple(
-        f"{name} is {found[name]}, expected {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name]
-    )
-    if missing or unknown or misshaped:
-        raise WeightNamesError(
-            f"weights do not fit the config: {len(missing)} missing, {len(unknown)} unknown, "
-            f"{len(misshaped)} mis-shaped; first: {(missing + unknown + misshaped)[0]}",
-            where=where, missing=missing, unknown=unknown, misshaped=misshaped,
-            remedy="use the config.json that was saved with these weights",
-        )
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises CheckpointError if it is not a whole one."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"not a whole safetensors file: {error}", where=path, remedy="copy the file again"
+        ) from error

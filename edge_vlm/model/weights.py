@@ -206,8 +206,14 @@ def to_ours(
     rows = naming.expand(cfg)
     expected: dict[str, tuple[int, ...]] = {}
     for row in rows:
-        expected.update(_published_shapes(row, wanted, cfg))
-    _check(expected, weights, where)
+        fitting = _published_shapes(row, wanted, cfg)
+        if len(row.published) > 1 and all(name in weights for name in row.published):
+            # transformers saves the joined table cut in two halves: only the sum is certain.
+            found = {name: sum(weights[name].shape[:1]) for name in row.published}
+            if sum(found.values()) == wanted[row.ours[0]][0]:
+                fitting = {name: (found[name], *fitting[name][1:]) for name in found}
+        expected.update(fitting)
+    check_fit(expected, weights, where)
     ours: dict[str, Tensor] = {}
     for row in rows:
         joined = _join([weights[name] for name in row.published])
@@ -222,7 +228,7 @@ def to_published(
     """The inverse of `to_ours`; names of ours that the naming does not cover must be absent."""
     wanted = shapes(cfg)
     rows = naming.expand(cfg)
-    _check({name: wanted[name] for row in rows for name in row.ours}, weights, where)
+    check_fit({name: wanted[name] for row in rows for name in row.ours}, weights, where)
     published: dict[str, Tensor] = {}
     for row in rows:
         joined = _join([weights[name] for name in row.ours])
@@ -247,9 +253,10 @@ def _published_shapes(
     return {name: (size, *rest) for name, size in zip(row.published, rows, strict=True)}
 
 
-def _check(
-    expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], where: object
+def check_fit(
+    expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], where: object = None
 ) -> None:
+    """Raises WeightNamesError with every missing, unknown and mis-shaped name; none if all fit."""
     missing = tuple(sorted(expected.keys() - weights.keys()))
     unknown = tuple(sorted(weights.keys() - expected.keys()))
     misshaped = tuple(
@@ -259,7 +266,7 @@ def _check(
     )
     problems = (("missing", missing), ("unknown", unknown), ("mis-shaped", misshaped))
     if any(names for _, names in problems):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems if names)
+        listed = "; ".join(f"{kind}: {_abridged(names)}" for kind, names in problems if names)
         raise WeightNamesError(
             f"weights do not fit the model: {listed}",
             where=where,
@@ -268,3 +275,8 @@ def _check(
             unknown=unknown,
             misshaped=misshaped,
         )
+
+
+def _abridged(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
