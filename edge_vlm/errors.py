@@ -22,6 +22,7 @@
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
+    |   |-- QuestionCancelled  10  E-CANCELLED          before its answer began
     |   |-- QuestionTooLong    10  E-QUESTION-TOO-LONG
     |   |-- TooManyQuestions   10  E-TOO-MANY-QUESTIONS waiting for an answer already
     |   |-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
@@ -184,6 +185,10 @@ class SessionError(EdgeVlmError):
 
 class NoFrameYet(SessionError):
     code = "E-NO-FRAME"
+
+
+class QuestionCancelled(SessionError):
+    code = "E-CANCELLED"
 
 
 class QuestionTooLong(SessionError):

@@ -1,0 +1,378 @@
+"""The websocket client, for our commands and for scripts.
+
+async with await Client.connect(url, {"delivery": "wait"}) as client:
+    for seconds, rgb in pictures:
+        await client.send_frame(encode_jpeg(rgb), int(seconds * 1e6))
+    await client.wait_processed()
+    print((await client.ask("what is there?")).text)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from edge_vlm.errors import (
+    EdgeVlmError,
+    MessageTooLarge,
+    MissingExtraError,
+    ProtocolError,
+    ServerBusy,
+    ServerUnreachable,
+)
+from edge_vlm_runtime import protocol
+
+try:
+    import websockets
+    from websockets.asyncio.client import ClientConnection, connect
+except ImportError as error:
+    raise MissingExtraError.for_library("websockets", "ort") from error
+
+MAX_EVENT_BYTES = 4 << 20
+OPEN_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 2.0
+
+OnEvent = Callable[[protocol.ServerEvent], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A finished answer. Times in seconds; frames by the number `send_frame` returned."""
+
+    text: str
+    status: str
+    """completed, cancelled or failed."""
+    finish_reason: str | None
+    ttft_s: float | None
+    """Measured by the server: question received to first text."""
+    tokens_per_s: float | None
+    newest_frame: int
+    newest_frame_s: float
+    newest_frame_age_s: float
+    vision_tokens: int
+    output_tokens: int
+    kv_tokens: int
+    time_offset_s: float
+
+
+class AnswerStream:
+    """One answer while it comes: iterate for its deltas, then read `answer`."""
+
+    def __init__(self, question: str) -> None:
+        self.question = question
+        self.response_id: str | None = None
+        self._deltas: asyncio.Queue[str | None] = asyncio.Queue()
+        self._done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        # An answer nobody waits for must not warn about its exception.
+        self._done.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while (delta := await self._deltas.get()) is not None:
+            yield delta
+
+    async def answer(self) -> Answer:
+        """The whole answer. Raises the typed error that the server sent instead."""
+        return await asyncio.shield(self._done)
+
+    def push(self, delta: str) -> None:
+        self._deltas.put_nowait(delta)
+
+    def finish(self, result: Answer | EdgeVlmError) -> None:
+        self._deltas.put_nowait(None)
+        if self._done.done():
+            return
+        if isinstance(result, Answer):
+            self._done.set_result(result)
+        else:
+            self._done.set_exception(result)
+
+
+class Client:
+    """One session. Not for several tasks at once, except that questions may be asked while another
+    task sends frames."""
+
+    def __init__(self, connection: ClientConnection, on_event: OnEvent | None) -> None:
+        self._connection = connection
+        self._on_event = on_event
+        self._changed = asyncio.Condition()
+        self._failure: EdgeVlmError | None = None
+        self._unacknowledged: set[int] = set()
+        self._last_sequence = 0
+        self._next_event_id = 0
+        self._by_event_id: dict[str, AnswerStream] = {}
+        self._by_response_id: dict[str, AnswerStream] = {}
+        self._updates: dict[str, asyncio.Future[protocol.SessionUpdated]] = {}
+        self.created: protocol.SessionCreated
+        self.accepted: dict[int, protocol.FrameAccepted] = {}
+        """Outcome of each frame that was processed, by its number."""
+        self.dropped: dict[int, protocol.FrameDropped] = {}
+        """Outcome of each frame that was not."""
+        self.stats: protocol.SessionStats | None = None
+        self.errors: list[protocol.ErrorDetail] = []
+        """Every `error` event, in order."""
+        self._reader: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def connect(
+        cls,
+        url: str,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        on_event: OnEvent | None = None,
+    ) -> Client:
+        """Opens a session. `on_event` is called with every event of the server, in order.
+
+        Raises ServerUnreachable, ServerBusy, ProtocolError, and ConfigError for settings that the
+        server refuses.
+        """
+        try:
+            connection = await connect(
+                url,
+                max_size=MAX_EVENT_BYTES,
+                compression=None,
+                open_timeout=OPEN_TIMEOUT_S,
+                close_timeout=CLOSE_TIMEOUT_S,
+                proxy=None,
+            )
+        except (OSError, TimeoutError, websockets.WebSocketException, ValueError) as error:
+            raise ServerUnreachable(
+                f"no edge-vlm server answers: {error}", where=url, remedy="start `edge-vlm serve`"
+            ) from error
+        client = cls(connection, on_event)
+        try:
+            await client._begin()
+            if settings:
+                await client.update(settings)
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    async def _begin(self) -> None:
+        try:
+            first = protocol.decode_server_event(await self._connection.recv())
+        except websockets.ConnectionClosed as closed:
+            raise _closed_error(closed) from closed
+        if isinstance(first, protocol.Error):
+            raise error_from_detail(first.error)
+        if not isinstance(first, protocol.SessionCreated):
+            raise ProtocolError(f"the server began with {protocol.tag_of(type(first))}")
+        self.created = first
+        self._tell(first)
+        self._reader = asyncio.create_task(self._read())
+
+    # ---- what a script does ------------------------------------------------------------------
+
+    async def update(self, settings: Mapping[str, Any]) -> protocol.SessionUpdated:
+        """Changes settings, see edge_vlm_runtime.settings.SessionSettings. Raises ConfigError."""
+        event_id = self._event_id()
+        future: asyncio.Future[protocol.SessionUpdated]
+        future = asyncio.get_running_loop().create_future()
+        self._updates[event_id] = future
+        await self._send_json("session.update", event_id, session=dict(settings))
+        return await future
+
+    async def send_frame(self, jpeg: bytes, pts_us: int) -> int:
+        """Sends one picture and returns its number.
+
+        Waits while as many frames as the server allows are unacknowledged. Raises what ended the
+        connection.
+        """
+        allowed = self.created.limits.max_unacknowledged_frames
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._failure is not None or len(self._unacknowledged) < allowed
+            )
+        self._raise_failure()
+        self._last_sequence += 1
+        sequence = self._last_sequence
+        self._unacknowledged.add(sequence)
+        await self._send(protocol.frame_message(sequence, pts_us, jpeg).encode())
+        return sequence
+
+    async def wait_processed(self) -> None:
+        """Returns when every frame sent so far has its outcome."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._failure is not None or not self._unacknowledged
+            )
+        self._raise_failure()
+
+    async def start_answer(self, text: str) -> AnswerStream:
+        """Asks a question; the answer streams in while frames can be sent."""
+        event_id = self._event_id()
+        stream = AnswerStream(text)
+        self._by_event_id[event_id] = stream
+        await self._send_json("response.create", event_id, text=text)
+        return stream
+
+    async def ask(self, text: str) -> Answer:
+        """Asks a question and waits. Raises NoFrameYet and the other typed errors of a session."""
+        return await (await self.start_answer(text)).answer()
+
+    async def cancel(self, response_id: str | None = None) -> None:
+        """Stops one answer, or all that are under way or waiting."""
+        await self._send_json("response.cancel", self._event_id(), response_id=response_id)
+
+    async def close(self) -> None:
+        """Ends the session. Twice does no harm."""
+        with suppress(EdgeVlmError, websockets.ConnectionClosed):
+            if self._reader is not None and self._failure is None:
+                await self._send_json("session.close", self._event_id())
+                await asyncio.wait_for(asyncio.shield(self._reader), CLOSE_TIMEOUT_S)
+        await self._connection.close()
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def drop_counts(self) -> Counter[str]:
+        """Dropped frames by reason."""
+        return Counter(event.reason for event in self.dropped.values())
+
+    # ---- sending -----------------------------------------------------------------------------
+
+    def _event_id(self) -> str:
+        self._next_event_id += 1
+        return f"event_{self._next_event_id}"
+
+    async def _send_json(self, kind: str, event_id: str, **fields: Any) -> None:
+        await self._send(protocol.json_object({"type": kind, "event_id": event_id, **fields}))
+
+    async def _send(self, data: str | bytes) -> None:
+        self._raise_failure()
+        try:
+            await self._connection.send(data)
+        except websockets.ConnectionClosed as closed:
+            await self._fail(_closed_error(closed))
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    # ---- receiving ---------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        try:
+            async for data in self._connection:
+                event = protocol.decode_server_event(data)
+                await self._take(event)
+                self._tell(event)
+            await self._fail(ServerUnreachable("the session is closed"))
+        except websockets.ConnectionClosed as closed:
+            await self._fail(_closed_error(closed))
+        except EdgeVlmError as error:
+            await self._fail(error)
+
+    def _tell(self, event: protocol.ServerEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    async def _take(self, event: protocol.ServerEvent) -> None:
+        if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):
+            if isinstance(event, protocol.FrameAccepted):
+                self.accepted[event.frame_sequence] = event
+            else:
+                self.dropped[event.frame_sequence] = event
+            async with self._changed:
+                self._unacknowledged.discard(event.frame_sequence)
+                self._changed.notify_all()
+        elif isinstance(event, protocol.ResponseCreated):
+            stream = self._by_event_id.pop(event.event_id or "", None)
+            if stream is not None:
+                stream.response_id = event.response_id
+                self._by_response_id[event.response_id] = stream
+        elif isinstance(event, protocol.ResponseOutputTextDelta):
+            if event.response_id in self._by_response_id:
+                self._by_response_id[event.response_id].push(event.delta)
+        elif isinstance(event, protocol.ResponseDone):
+            stream = self._by_response_id.pop(event.response_id, None)
+            if stream is not None:
+                stream.finish(_answer_of(event))
+        elif isinstance(event, protocol.SessionUpdated):
+            future = self._updates.pop(event.event_id or "", None)
+            if future is not None:
+                future.set_result(event)
+        elif isinstance(event, protocol.SessionStats):
+            self.stats = event
+        elif isinstance(event, protocol.Error):
+            self._take_error(event.error)
+
+    def _take_error(self, detail: protocol.ErrorDetail) -> None:
+        self.errors.append(detail)
+        error = error_from_detail(detail)
+        stream = self._by_event_id.pop(detail.event_id or "", None)
+        if stream is not None:
+            stream.finish(error)
+        future = self._updates.pop(detail.event_id or "", None)
+        if future is not None:
+            future.set_exception(error)
+
+    async def _fail(self, error: EdgeVlmError) -> None:
+        """The connection is gone: everybody who waits is told why."""
+        async with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+        for stream in [*self._by_event_id.values(), *self._by_response_id.values()]:
+            stream.finish(error)
+        for future in self._updates.values():
+            if not future.done():
+                future.set_exception(error)
+
+
+def _answer_of(event: protocol.ResponseDone) -> Answer:
+    return Answer(
+        text=event.text,
+        status=event.status,
+        finish_reason=event.finish_reason,
+        ttft_s=event.ttft_s,
+        tokens_per_s=event.tokens_per_s,
+        newest_frame=event.newest_frame.frame_sequence,
+        newest_frame_s=event.newest_frame.time_s,
+        newest_frame_age_s=event.newest_frame.age_s,
+        vision_tokens=event.usage.vision_tokens,
+        output_tokens=event.usage.output_tokens,
+        kv_tokens=event.kv_tokens,
+        time_offset_s=event.time_offset_s,
+    )
+
+
+def error_from_detail(detail: protocol.ErrorDetail) -> EdgeVlmError:
+    """The error of our tree with the code that the server sent."""
+    classes = [EdgeVlmError]
+    for kind in classes:
+        classes.extend(kind.__subclasses__())
+    for kind in classes:
+        if kind.code == detail.code:
+            return kind(detail.message)
+    return EdgeVlmError(f"{detail.code}: {detail.message}")
+
+
+def _closed_error(closed: websockets.ConnectionClosed) -> EdgeVlmError:
+    code = closed.rcvd.code if closed.rcvd is not None else None
+    reason = closed.rcvd.reason if closed.rcvd is not None else ""
+    if code == 1009:
+        return MessageTooLarge(reason or "a message was too large for the server")
+    if code == 1013:
+        return ServerBusy(reason or "the server is busy")
+    if code == 1003:
+        return ProtocolError(reason or "the server does not understand these messages")
+    if code is None:
+        return ServerUnreachable("the connection broke")
+    return ServerUnreachable(f"the server closed the session ({code}): {reason}".rstrip(": "))

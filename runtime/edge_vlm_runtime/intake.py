@@ -1,0 +1,106 @@
+"""From a picture as it arrived to the features of its kept cells, for one stream.
+
+The order is from cheap to dear: age, JPEG, near-duplicate check on a thumbnail, vision graphs. What
+a step turns away costs nothing behind it. No I/O, no threads; the clock is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edge_vlm.errors import EdgeVlmError, EngineError, FrameDecodeError
+from edge_vlm.frames import Frame, decode_jpeg, thumbnail
+from edge_vlm.pruning import KeepPolicy, make_policy
+from edge_vlm_runtime.frame_slot import DropReason, WaitingFrame
+from edge_vlm_runtime.settings import Delivery, SessionSettings
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.vision import FrameTokens, VisionPipeline
+
+THUMBNAIL = 32
+POLICY_FIELDS = ("keep_ratio", "policy", "policy_seed", "min_cells")
+
+
+class TurnedAway(Exception):
+    """The frame goes no further. `error` tells more where the reason is an error."""
+
+    def __init__(self, reason: DropReason, error: EdgeVlmError | None = None) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+        self.error = error
+
+
+class FrameIntake:
+    """State of one stream up to the features: vision state, policy, last thumbnail."""
+
+    def __init__(
+        self,
+        vision: VisionPipeline,
+        settings: SessionSettings,
+        clock_ns: Callable[[], int],
+    ) -> None:
+        self._vision = vision
+        self._clock_ns = clock_ns
+        self._settings = settings
+        self._policy = _policy_of(settings)
+        self._state = vision.new_state()
+        self._origin_us: int | None = None
+        self._last_thumbnail: np.ndarray | None = None
+        self._last_encoded_us = 0
+
+    def configure(self, settings: SessionSettings) -> None:
+        """Other rules for the frames to come. A changed policy begins with a whole frame."""
+        old, self._settings = self._settings, settings
+        if any(getattr(old, field) != getattr(settings, field) for field in POLICY_FIELDS):
+            self._policy = _policy_of(settings)
+
+    def encode(self, waiting: WaitingFrame) -> tuple[FrameTokens, dict[str, float]]:
+        """Features and milliseconds by stage. Raises TurnedAway."""
+        settings = self._settings
+        begin_ns = self._clock_ns()
+        live = settings.delivery is Delivery.LIVE
+        if live and begin_ns - waiting.received_ns > settings.max_frame_age_s * 1e9:
+            raise TurnedAway(DropReason.STALE)
+        try:
+            rgb = decode_jpeg(waiting.jpeg)
+        except FrameDecodeError as error:
+            raise TurnedAway(DropReason.DECODE_ERROR, error) from error
+        decode_ms = (self._clock_ns() - begin_ns) * 1e-6
+        if live and settings.drop_duplicates and self._is_duplicate(rgb, waiting):
+            raise TurnedAway(DropReason.DUPLICATE)
+        if self._origin_us is None:
+            self._origin_us = waiting.capture_time_us
+        pts_ns = (waiting.capture_time_us - self._origin_us) * 1000
+        frame = Frame(rgb=rgb, pts_ns=pts_ns, seq=waiting.sequence)
+        try:
+            tokens = self._vision.encode(frame, self._state, self._policy)
+        except EngineError as error:
+            raise TurnedAway(DropReason.ENGINE_ERROR, error) from error
+        return tokens, {"decode": decode_ms, **tokens.stage_ms}
+
+    def _is_duplicate(self, rgb: np.ndarray, waiting: WaitingFrame) -> bool:
+        """Compares with the last frame let through; a new one takes its place."""
+        small = thumbnail(rgb, THUMBNAIL)
+        last = self._last_thumbnail
+        since_us = waiting.capture_time_us - self._last_encoded_us
+        if (
+            last is not None
+            and since_us < self._settings.heartbeat_s * 1e6
+            and np.abs(small - last).max() <= self._settings.duplicate_threshold
+        ):
+            return True
+        self._last_thumbnail = small
+        self._last_encoded_us = waiting.capture_time_us
+        return False
+
+
+def _policy_of(settings: SessionSettings) -> KeepPolicy:
+    return make_policy(
+        settings.policy,
+        settings.keep_ratio,
+        min_cells=settings.min_cells,
+        seed=settings.policy_seed,
+    )

@@ -1,0 +1,436 @@
+"""The wire protocol: what stands in a message, and its bytes. No I/O here.
+
+Text messages are JSON objects with a `type`; names follow the OpenAI Realtime API where it has one.
+Binary messages are pictures behind a fixed header. docs/protocol.md is generated from this module.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from edge_vlm.errors import (
+    EdgeVlmError,
+    MissingExtraError,
+    ProtocolError,
+    SessionError,
+    UnknownMessageType,
+)
+from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
+
+try:
+    import msgspec
+except ImportError as error:
+    raise MissingExtraError.for_library("msgspec", "ort") from error
+
+PATH = "/v1/realtime"
+PROTOCOL_VERSION = 1
+UNSET = msgspec.UNSET
+UnsetType = msgspec.UnsetType
+
+
+# ---- binary messages -------------------------------------------------------------------------
+
+HEADER = struct.Struct("<BBHHHIIQ")
+"""version u8, type u8, flags u16, stream id u16, reserved u16, sequence u32, payload length u32,
+capture time in microseconds u64; little-endian, 24 bytes."""
+HEADER_VERSION = 1
+TYPE_JPEG = 1
+MAX_CAPTURE_TIME_US = 1 << 53
+"""285 years; the largest whole number that JavaScript counts exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameMessage:
+    """A picture from the client."""
+
+    sequence: int
+    """Number the client gives its frames, rising; the outcome of the frame names it."""
+    capture_time_us: int
+    """When the picture was taken, microseconds on the client's clock from any starting point."""
+    payload: bytes
+    """A JPEG."""
+    payload_length: int
+    """What the header announced; differs from the payload when the message was cut."""
+
+    def encode(self) -> bytes:
+        head = HEADER.pack(
+            HEADER_VERSION,
+            TYPE_JPEG,
+            0,
+            0,
+            0,
+            self.sequence & 0xFFFFFFFF,
+            self.payload_length,
+            self.capture_time_us,
+        )
+        return head + self.payload
+
+
+def frame_message(sequence: int, capture_time_us: int, jpeg: bytes) -> FrameMessage:
+    return FrameMessage(
+        sequence=sequence, capture_time_us=capture_time_us, payload=jpeg, payload_length=len(jpeg)
+    )
+
+
+def decode_frame_message(data: bytes) -> FrameMessage:
+    """Raises ProtocolError (no whole header, other version), UnknownMessageType (not a JPEG frame).
+
+    A payload of another length than announced is returned as it is: the header is readable, so the
+    frame can be given an outcome.
+    """
+    if len(data) < HEADER.size:
+        raise ProtocolError(
+            f"a binary message of {len(data)} bytes has no whole {HEADER.size}-byte header"
+        )
+    version, kind, _flags, _stream, _reserved, sequence, length, time_us = HEADER.unpack_from(data)
+    if version != HEADER_VERSION:
+        raise ProtocolError(f"binary header version {version}, this side reads {HEADER_VERSION}")
+    if time_us > MAX_CAPTURE_TIME_US:
+        raise ProtocolError(f"capture time of {time_us} microseconds is out of range")
+    if kind != TYPE_JPEG:
+        raise UnknownMessageType(f"unknown binary message type {kind}", remedy="1 is a JPEG frame")
+    return FrameMessage(
+        sequence=sequence,
+        capture_time_us=time_us,
+        payload=data[HEADER.size :],
+        payload_length=length,
+    )
+
+
+# ---- what a client sends ---------------------------------------------------------------------
+
+
+class ClientMessage(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True):
+    """`event_id` is any string; an `error` that this message causes repeats it."""
+
+    event_id: str | None = None
+
+
+class SettingsPatch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """The settings to change; absent fields stay as they are."""
+
+    keep_ratio: float | UnsetType = UNSET
+    policy: str | UnsetType = UNSET
+    policy_seed: int | UnsetType = UNSET
+    min_cells: int | UnsetType = UNSET
+    attention: str | UnsetType = UNSET
+    last_n: int | UnsetType = UNSET
+    window_tokens: int | UnsetType = UNSET
+    delivery: str | UnsetType = UNSET
+    fps_cap: float | UnsetType = UNSET
+    drop_duplicates: bool | UnsetType = UNSET
+    duplicate_threshold: float | UnsetType = UNSET
+    heartbeat_s: float | UnsetType = UNSET
+    max_frame_age_s: float | UnsetType = UNSET
+    max_answer_tokens: int | UnsetType = UNSET
+    history_turns: int | UnsetType = UNSET
+
+    def fields(self) -> dict[str, Any]:
+        names = self.__struct_fields__
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not UNSET}
+
+
+class SessionUpdate(ClientMessage, tag="session.update"):
+    """Change settings; answered by `session.updated`. Applies to frames and questions behind it."""
+
+    session: SettingsPatch
+
+
+class InputVideoFrameAppend(ClientMessage, tag="input_video_frame.append"):
+    """A frame as JSON, for clients without binary messages. `frame` is a JPEG in base64."""
+
+    sequence: int
+    capture_time_us: int
+    frame: bytes
+
+
+class ResponseCreate(ClientMessage, tag="response.create"):
+    """A question about what was seen so far. Questions wait for each other, frames go on."""
+
+    text: str
+
+
+class ResponseCancel(ClientMessage, tag="response.cancel"):
+    """Stop one answer, or all answers that are under way or waiting."""
+
+    response_id: str | None = None
+
+
+class SessionClose(ClientMessage, tag="session.close"):
+    """End the session; answered by `session.closed` and close code 1000."""
+
+
+class Ping(ClientMessage, tag="ping"):
+    """Answered by `pong` with the same `event_id`."""
+
+
+# ---- what the server sends -------------------------------------------------------------------
+
+
+class ServerEvent(msgspec.Struct, tag_field="type", kw_only=True):
+    """`sequence` rises by one with each event of a connection."""
+
+    sequence: int = 0
+
+
+class Model(msgspec.Struct, kw_only=True):
+    bundle: str
+    limits: ModelLimits
+
+
+class SessionCreated(ServerEvent, tag="session.created"):
+    """The first event of a connection."""
+
+    session_id: str
+    protocol_version: int
+    server: str
+    model: Model
+    settings: SessionSettings
+    limits: ServerLimits
+
+
+class SessionUpdated(ServerEvent, tag="session.updated"):
+    settings: SessionSettings
+    event_id: str | None = None
+
+
+class FrameAccepted(ServerEvent, tag="frame.accepted"):
+    """The frame was encoded. Each frame gets exactly one `frame.accepted` or `frame.dropped`."""
+
+    frame_sequence: int
+    time_s: float
+    """Capture time since the first frame of the session."""
+    cells_seen: int
+    cells_kept: int
+    kept_cells: list[int]
+    """Row-major numbers of the kept cells in the grid of `model.limits.cell_grid`."""
+    stage_ms: dict[str, float]
+    queue_ms: float
+    """From the arrival of the message to the start of the work."""
+    age_ms: float
+    """From the arrival of the message to this event."""
+    kv_tokens: int
+    """Length of the cache."""
+    in_memory: bool
+    """False while an answer is being decoded: the frame joins the memory when it ends."""
+
+
+class FrameDropped(ServerEvent, tag="frame.dropped"):
+    frame_sequence: int
+    reason: str
+    """busy, rate, stale, duplicate, decode_error or engine_error."""
+    code: str | None = None
+    message: str | None = None
+
+
+class NewestFrame(msgspec.Struct, kw_only=True):
+    """The newest frame an answer rests on."""
+
+    frame_sequence: int
+    time_s: float
+    age_s: float
+    """Since it arrived, when the question was taken up."""
+
+
+class ResponseCreated(ServerEvent, tag="response.created"):
+    response_id: str
+    text: str
+    newest_frame: NewestFrame
+    event_id: str | None = None
+
+
+class ResponseOutputTextDelta(ServerEvent, tag="response.output_text.delta"):
+    response_id: str
+    delta: str
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    vision_tokens: int
+    """Tokens of video in the cache, time stamps and markers included."""
+    text_tokens: int
+    """Tokens of the question and of earlier turns."""
+    output_tokens: int
+
+
+class ResponseDone(ServerEvent, tag="response.done"):
+    """`status` is completed, cancelled or failed; `finish_reason` is stop, length or null.
+
+    `time_offset_s`: what to add to times that the answer names, see `memory.rebased`.
+    """
+
+    response_id: str
+    status: str
+    finish_reason: str | None
+    text: str
+    usage: Usage
+    ttft_s: float | None
+    """Question received to first text, or null if there was none."""
+    tokens_per_s: float | None
+    newest_frame: NewestFrame
+    kv_tokens: int
+    time_offset_s: float
+    error_code: str | None = None
+
+
+class MemoryEvicted(ServerEvent, tag="memory.evicted"):
+    """The oldest frames were forgotten to make room; the first frame of the session never is."""
+
+    frames: int
+    tokens: int
+    oldest_s: float
+    """Capture time of the oldest frame still remembered besides the first."""
+
+
+class MemoryRebased(ServerEvent, tag="memory.rebased"):
+    """Time stamps or positions reached the model's limit and were counted anew.
+
+    The model now sees capture time minus `time_offset_s`.
+    """
+
+    frames: int
+    time_offset_s: float
+
+
+class SessionStats(ServerEvent, tag="session.stats"):
+    """Once a second."""
+
+    frames_received: int
+    frames_processed: int
+    frames_dropped: dict[str, int]
+    fps_in: float
+    fps_processed: float
+    cells_seen: int
+    cells_kept: int
+    frames_in_memory: int
+    kv_tokens: int
+    kv_capacity_tokens: int
+    questions_waiting: int
+    ttft_s: float | None
+    """Of the last answer."""
+
+
+class SessionGoAway(ServerEvent, tag="session.go_away"):
+    """The server is stopping: no new questions; answers under way get `time_left_s`."""
+
+    time_left_s: float
+
+
+class SessionClosed(ServerEvent, tag="session.closed"):
+    reason: str
+
+
+class Pong(ServerEvent, tag="pong"):
+    event_id: str | None = None
+
+
+class ErrorDetail(msgspec.Struct, kw_only=True):
+    type: str
+    """invalid_request_error, session_error or server_error."""
+    code: str
+    """Code of the error tree, such as E-NO-FRAME."""
+    message: str
+    param: str | None = None
+    event_id: str | None = None
+
+
+class Error(ServerEvent, tag="error"):
+    """Something went wrong; the session goes on unless the connection is closed behind it."""
+
+    error: ErrorDetail
+
+
+CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
+    SessionUpdate,
+    InputVideoFrameAppend,
+    ResponseCreate,
+    ResponseCancel,
+    SessionClose,
+    Ping,
+)
+SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
+    SessionCreated,
+    SessionUpdated,
+    FrameAccepted,
+    FrameDropped,
+    ResponseCreated,
+    ResponseOutputTextDelta,
+    ResponseDone,
+    MemoryEvicted,
+    MemoryRebased,
+    SessionStats,
+    SessionGoAway,
+    SessionClosed,
+    Pong,
+    Error,
+)
+
+
+def tag_of(kind: type[msgspec.Struct]) -> str:
+    return str(kind.__struct_config__.tag)
+
+
+class _Envelope(msgspec.Struct):
+    type: str
+    event_id: str | None = None
+
+
+Kind = TypeVar("Kind", ClientMessage, ServerEvent)
+_CLIENT_TYPES = {tag_of(kind): kind for kind in CLIENT_MESSAGES}
+_SERVER_TYPES = {tag_of(kind): kind for kind in SERVER_EVENTS}
+
+
+def decode_client_message(text: str | bytes) -> ClientMessage:
+    """Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field."""
+    return _decode(text, _CLIENT_TYPES)
+
+
+def decode_server_event(text: str | bytes) -> ServerEvent:
+    """Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field."""
+    return _decode(text, _SERVER_TYPES)
+
+
+def _decode(text: str | bytes, types: dict[str, type[Kind]]) -> Kind:
+    try:
+        kind = types.get(msgspec.json.decode(text, type=_Envelope).type)
+        if kind is not None:
+            return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a message of this protocol: {error}") from error
+    raise UnknownMessageType(
+        f"unknown message type {msgspec.json.decode(text)['type']!r}",
+        remedy=f"known are {', '.join(types)}",
+    )
+
+
+def event_id_of(text: str | bytes) -> str | None:
+    """The `event_id` of a message that may be unusable otherwise."""
+    try:
+        return msgspec.json.decode(text, type=_Envelope).event_id
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def encode(message: ClientMessage | ServerEvent) -> str:
+    return msgspec.json.encode(message).decode()
+
+
+def json_object(fields: dict[str, Any]) -> str:
+    """JSON text of plain values; None is left out."""
+    return msgspec.json.encode({k: v for k, v in fields.items() if v is not None}).decode()
+
+
+def error_event(error: EdgeVlmError, *, event_id: str | None = None) -> Error:
+    if isinstance(error, ProtocolError):
+        kind = "invalid_request_error"
+    else:
+        kind = "session_error" if isinstance(error, SessionError) else "server_error"
+    return Error(
+        error=ErrorDetail(type=kind, code=error.code, message=str(error), event_id=event_id)
+    )
+
+
+def json_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """JSON schema of one message, definitions included."""
+    return msgspec.json.schema(kind)

@@ -1,0 +1,324 @@
+"""The HTTP and websocket server around one engine worker.
+
+`Server.open` loads and warms up the engines; `serve` runs on this thread until SIGTERM or Ctrl-C,
+`start`/`stop` run it on a thread of its own (for commands that bring their own server, and tests).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from urllib.parse import urlsplit
+
+import numpy as np
+
+import edge_vlm
+from edge_vlm.errors import ConfigError, MissingExtraError, ServerBusy
+from edge_vlm.frames import Frame
+from edge_vlm.pruning import KeepAll
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.connection import Connection
+from edge_vlm_runtime.engines import Engines
+from edge_vlm_runtime.settings import (
+    ModelLimits,
+    ServerLimits,
+    SessionSettings,
+    check_settings,
+    default_settings,
+)
+from edge_vlm_runtime.worker import EngineWorker
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route, WebSocketRoute
+    from starlette.websockets import WebSocket
+except ImportError as error:
+    raise MissingExtraError.for_library(error.name or "starlette", "ort") from error
+
+log = logging.getLogger(__name__)
+
+WEB = Path(__file__).parent / "web"
+PAGE_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/style.css": ("style.css", "text/css; charset=utf-8"),
+}
+DRAIN_S = 5.0
+PING_INTERVAL_S = 20.0
+
+
+class Server:
+    """One bundle, one engine thread, one port. Use as a context manager or call `close`."""
+
+    def __init__(
+        self,
+        engines: Engines,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        limits: ServerLimits | None = None,
+        settings: SessionSettings | None = None,
+    ) -> None:
+        """Port 0 takes a free one. Raises ConfigError when host and port cannot be listened on, or
+        the settings do not fit the model."""
+        self.limits = limits or ServerLimits()
+        self.settings = settings or default_settings(engines.bundle, self.limits)
+        self.model = ModelLimits.from_bundle(engines.bundle)
+        check_settings(self.settings, self.model, self.limits)
+        self._engines = engines
+        self._worker = EngineWorker(engines, self.limits)
+        self._socket = _listen(host, port)
+        self.host = host
+        self.port = int(self._socket.getsockname()[1])
+        self._connections: set[Connection] = set()
+        self._draining = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain_task: asyncio.Task[None] | None = None
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                self._application(),
+                ws="websockets-sansio",
+                # Twice the announced limit: just above it the client gets a typed error first.
+                ws_max_size=2 * self.limits.max_message_bytes,
+                ws_ping_interval=PING_INTERVAL_S,
+                ws_ping_timeout=PING_INTERVAL_S,
+                ws_per_message_deflate=False,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=2,
+            ),
+            on_signal=self._on_signal,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        threads: int = 2,
+        limits: ServerLimits | None = None,
+    ) -> Server:
+        """Checks and loads the bundle. Raises BundleError and its leaves, ConfigError."""
+        engines = Engines.open(bundle, threads=threads)
+        try:
+            warm_up(engines)
+            return cls(engines, host=host, port=port, limits=limits)
+        except BaseException:
+            engines.close()
+            raise
+
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        return f"ws://{self._authority}{protocol.PATH}"
+
+    @property
+    def page_url(self) -> str:
+        return f"http://{self._authority}/"
+
+    @property
+    def _authority(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    # ---- running -----------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Runs until SIGTERM or SIGINT; sessions get DRAIN_S to end their answers."""
+        self._worker.start()
+        try:
+            asyncio.run(self._main())
+        finally:
+            self._worker.stop()
+
+    def start(self) -> None:
+        """Runs on a thread of its own; returns when the port answers."""
+        self._worker.start()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._main()), name="edge-vlm-server", daemon=True
+        )
+        self._thread.start()
+        while not self._uvicorn.started:
+            if not self._thread.is_alive():
+                raise ConfigError("the server did not start", where=self._authority)
+            time.sleep(0.005)
+
+    def stop(self, drain_s: float = 0.5) -> None:
+        """Drains and ends the thread that `start` made."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._begin_drain, drain_s)
+        thread.join()
+        self._worker.stop()
+
+    def close(self) -> None:
+        """Stops and frees everything; twice does no harm."""
+        self.stop()
+        self._socket.close()
+        self._engines.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._uvicorn.serve(sockets=[self._socket])
+        if self._drain_task is not None:
+            await self._drain_task
+
+    def _on_signal(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_drain, DRAIN_S)
+
+    def _begin_drain(self, time_left_s: float) -> None:
+        if self._drain_task is None and self._loop is not None:
+            self._drain_task = self._loop.create_task(self._drain(time_left_s))
+
+    async def _drain(self, time_left_s: float) -> None:
+        self._draining = True
+        open_connections = list(self._connections)
+        await asyncio.gather(*(c.drain(time_left_s) for c in open_connections))
+        while self._connections and time_left_s > 0:  # their close handshakes
+            await asyncio.sleep(0.01)
+            time_left_s -= 0.01
+        self._uvicorn.should_exit = True
+
+    # ---- what it answers ---------------------------------------------------------------------
+
+    def _application(self) -> Starlette:
+        return Starlette(
+            routes=[
+                *[Route(path, _page(name, kind)) for path, (name, kind) in PAGE_FILES.items()],
+                Route("/healthz", self._healthz),
+                Route("/readyz", self._readyz),
+                Route("/version", self._version),
+                WebSocketRoute(protocol.PATH, self._realtime),
+            ]
+        )
+
+    async def _healthz(self, request: Request) -> Response:
+        alive = self._worker.is_alive
+        return JSONResponse({"alive": alive}, status_code=200 if alive else 503)
+
+    async def _readyz(self, request: Request) -> Response:
+        ready = self._worker.is_alive and not self._draining
+        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
+
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse(
+            {
+                "version": edge_vlm.__version__,
+                "protocol_version": protocol.PROTOCOL_VERSION,
+                "bundle": self._engines.bundle.name,
+            }
+        )
+
+    async def _realtime(self, websocket: WebSocket) -> None:
+        if not _same_origin(websocket.headers.get("origin"), websocket.headers.get("host")):
+            await websocket.close(1008, "a page from elsewhere may not connect")
+            return
+        await websocket.accept()
+        busy = self._why_busy()
+        if busy is not None:
+            await websocket.send_text(protocol.encode(protocol.error_event(busy)))
+            await websocket.close(1013, str(busy))
+            return
+        connection = Connection(
+            websocket,
+            worker=self._worker,
+            bundle_name=self._engines.bundle.name,
+            settings=self.settings,
+            model=self.model,
+            limits=self.limits,
+        )
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+
+    def _why_busy(self) -> ServerBusy | None:
+        if self._draining:
+            return ServerBusy("the server is stopping", remedy="connect again later")
+        if len(self._connections) >= self.limits.max_sessions:
+            return ServerBusy(
+                f"all {self.limits.max_sessions} sessions are taken", remedy="connect again later"
+            )
+        return None
+
+
+class _Uvicorn(uvicorn.Server):
+    """Lets us drain before it stops; a second signal stops it at once."""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_signal = on_signal
+        self._signalled = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._signalled:
+            self.should_exit = True
+            self.force_exit = True
+            return
+        self._signalled = True
+        self._on_signal()
+
+
+def warm_up(engines: Engines) -> None:
+    """One picture and one token through every graph, so that the first viewer does not pay."""
+    size = engines.bundle.config.vision.image_size
+    picture = np.full((size, size, 3), 128, dtype=np.uint8)
+    vision, language, prompt = engines.vision, engines.language, engines.prompt
+    frame = vision.encode(Frame(rgb=picture, pts_ns=0, seq=0), vision.new_state(), KeepAll())
+    arena = language.new_arena(len(frame.cells) + 64)
+    ids = prompt.frame_ids(0.0, len(frame.cells), first=True)
+    language.prefill(arena, language.embed(ids, frame.embeds))
+    language.decode_step(arena, prompt.eos_id)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=64)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {reason}", remedy="choose another --port"
+        ) from error
+
+
+def _same_origin(origin: str | None, host: str | None) -> bool:
+    """Browsers name the page's origin; a page from elsewhere must not reach a local server."""
+    return origin is None or urlsplit(origin).netloc == host
+
+
+def _page(name: str, content_type: str) -> Callable[[Request], Awaitable[Response]]:
+    async def page(request: Request) -> Response:
+        content = (WEB / name).read_bytes()
+        return Response(content, media_type=content_type, headers={"Cache-Control": "no-cache"})
+
+    return page

@@ -1,0 +1,465 @@
+"""One viewer's conversation about one stream.
+
+A session does one unit of work at a time (`step`), so that one thread can serve several of them and
+video goes on while an answer is decoded. The order inside a session: a token of the answer under
+way, then the next question, then the next frame; while an answer is decoded, frames are encoded
+between its tokens and join the memory in one go when it ends.
+
+No I/O, no threads; the clock and the way out for events are arguments.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edge_vlm.errors import (
+    EdgeVlmError,
+    NoFrameYet,
+    QuestionCancelled,
+    QuestionTooLong,
+    TooManyQuestions,
+)
+from edge_vlm.tokenizer import StreamDetokenizer
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.context import Change, Evicted, Rebased, StreamContext
+from edge_vlm_runtime.frame_slot import DropReason, FrameSlot, WaitingFrame
+from edge_vlm_runtime.generate import generate
+from edge_vlm_runtime.intake import FrameIntake, TurnedAway
+from edge_vlm_runtime.sampling import Sampling
+from edge_vlm_runtime.settings import (
+    ModelLimits,
+    ServerLimits,
+    SessionSettings,
+    cache_capacity,
+    check_settings,
+    dialogue_reserve,
+    question_capacity,
+)
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.engines import Engines
+    from edge_vlm_runtime.vision import FrameTokens
+
+MAX_PENDING_FRAMES = 16
+"""Frames encoded while an answer is decoded; more wait in the slot, under its drop rule."""
+
+Emit = Callable[[protocol.ServerEvent], None]
+ClockNs = Callable[[], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    text: str
+    received_ns: int
+    event_id: str | None = None
+
+
+@dataclass
+class _Answer:
+    """The answer that is being decoded; everything behind `mark` in the arena is its own."""
+
+    response_id: str
+    question: Question
+    mark: int
+    tokens: Generator[int, None, str]
+    detokenizer: StreamDetokenizer
+    newest_frame: protocol.NewestFrame
+    vision_tokens: int
+    text_tokens: int
+    text: str = ""
+    output_tokens: int = 0
+    first_delta_ns: int | None = None
+
+
+class Session:
+    """Owned by the engine thread; only `slot` is also touched by the socket's side."""
+
+    def __init__(
+        self,
+        *,
+        engines: Engines,
+        settings: SessionSettings,
+        limits: ServerLimits,
+        emit: Emit,
+        clock_ns: ClockNs,
+    ) -> None:
+        """Raises ConfigError when the model cannot hold to the settings."""
+        self._engines = engines
+        self._model = ModelLimits.from_bundle(engines.bundle)
+        check_settings(settings, self._model, limits)
+        self._limits = limits
+        self._emit = emit
+        self._clock_ns = clock_ns
+        self.settings = settings
+        self.slot = FrameSlot(
+            delivery=settings.delivery,
+            fps_cap=settings.fps_cap,
+            wait_capacity=limits.max_unacknowledged_frames,
+        )
+        self._arena = engines.language.new_arena(cache_capacity(self._model, limits))
+        self._context = StreamContext(
+            language=engines.language,
+            prompt=engines.prompt,
+            arena=self._arena,
+            model=self._model,
+            attention=settings.attention,
+            window_tokens=settings.window_tokens,
+            last_n=settings.last_n,
+            reserve_tokens=dialogue_reserve(settings, self._model, limits),
+        )
+        self._intake = FrameIntake(engines.vision, settings, clock_ns)
+        self._questions: deque[Question] = deque()
+        self._history: deque[np.ndarray] = deque()
+        self._answer: _Answer | None = None
+        self._num_answers = 0
+        self._pending: list[FrameTokens] = []
+        self._arrived_ns: dict[int, int] = {}
+        self._processed = 0
+        self._cells_seen = 0
+        self._cells_kept = 0
+        self._last_ttft_s: float | None = None
+        self._stats_before = (clock_ns(), 0, 0)
+
+    # ---- what the viewer asks for ------------------------------------------------------------
+
+    def update(self, patch: protocol.SettingsPatch, event_id: str | None = None) -> None:
+        """Applies new settings from the next frame and question on. Raises ConfigError."""
+        settings = self.settings.changed(patch.fields())
+        check_settings(settings, self._model, self._limits)
+        self.settings = settings
+        self.slot.configure(delivery=settings.delivery, fps_cap=settings.fps_cap)
+        self._intake.configure(settings)
+        if self._answer is None:
+            self._reconfigure_context()
+        self._emit(protocol.SessionUpdated(settings=settings, event_id=event_id))
+
+    def _reconfigure_context(self) -> None:
+        settings = self.settings
+        self._report(
+            self._context.reconfigure(
+                attention=settings.attention,
+                window_tokens=settings.window_tokens,
+                last_n=settings.last_n,
+                reserve_tokens=dialogue_reserve(settings, self._model, self._limits),
+            )
+        )
+
+    def ask(self, question: Question) -> None:
+        """Queues a question. Raises NoFrameYet, QuestionTooLong, TooManyQuestions."""
+        if self._context.newest is None and len(self.slot) == 0:
+            raise NoFrameYet("there is no frame to answer from yet", remedy="send a frame first")
+        if len(self._questions) >= self._limits.max_queued_questions:
+            raise TooManyQuestions(
+                f"{len(self._questions)} questions are waiting already",
+                remedy="wait for answers or cancel them",
+            )
+        length = len(self._engines.prompt.question_ids(question.text))
+        most = question_capacity(self._model, self._limits)
+        if length > most:
+            raise QuestionTooLong(f"the question has {length} tokens", remedy=f"{most} are allowed")
+        self._questions.append(question)
+
+    def cancel(self, response_id: str | None) -> None:
+        """Stops the answer under way; without an id also all questions that wait."""
+        if response_id is None:
+            self._turn_questions_away("the question was cancelled before its answer began")
+        if self._answer is not None and response_id in (None, self._answer.response_id):
+            self._finish("cancelled", None)
+
+    def _turn_questions_away(self, why: str) -> None:
+        while self._questions:
+            question = self._questions.popleft()
+            self._emit_error(QuestionCancelled(why), question.event_id)
+
+    @property
+    def is_answering(self) -> bool:
+        return self._answer is not None or bool(self._questions)
+
+    def close(self) -> None:
+        """Ends the answer under way and gives every waiting frame and question its outcome."""
+        self._turn_questions_away("the session ended before the answer began")
+        if self._answer is not None:
+            self._finish("cancelled", None)
+        for frame, reason in self.slot.empty():
+            self._emit_dropped(frame, reason)
+
+    # ---- one unit of work --------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Does the next unit of work; False when there is none.
+
+        What the engines raise is reported as an `error` event and ends only the answer or frame it
+        belongs to.
+        """
+        if self._answer is not None:
+            self._decode_one_token()
+            if len(self._pending) < MAX_PENDING_FRAMES:
+                self._work_on_a_frame()
+            return True
+        if self._questions and self._context.newest is not None:
+            self._start_answer(self._questions.popleft())
+            return True
+        if self._work_on_a_frame():
+            return True
+        if self._questions:  # every frame that came before it turned out unusable
+            question = self._questions.popleft()
+            self._emit_error(NoFrameYet("there is no frame to answer from yet"), question.event_id)
+            return True
+        return False
+
+    # ---- frames ------------------------------------------------------------------------------
+
+    def _work_on_a_frame(self) -> bool:
+        waiting = self.slot.take()
+        if waiting is None:
+            return False
+        begin_ns = self._clock_ns()
+        try:
+            tokens, stage_ms = self._intake.encode(waiting)
+        except TurnedAway as turned:
+            self._drop(waiting, turned.reason, turned.error)
+            return True
+        try:
+            prefill_ms = self._remember(tokens, waiting)
+        except EdgeVlmError as error:
+            self._drop(waiting, DropReason.ENGINE_ERROR, error)
+            return True
+        if prefill_ms is not None:
+            stage_ms["prefill"] = prefill_ms
+        self._accept(waiting, tokens, begin_ns, stage_ms)
+        return True
+
+    def _remember(self, tokens: FrameTokens, waiting: WaitingFrame) -> float | None:
+        """Milliseconds of the prefill, or None if the frame has to wait for an answer to end."""
+        if self._answer is not None:
+            self._pending.append(tokens)
+            self._arrived_ns[tokens.seq] = waiting.received_ns
+            return None
+        begin_ns = self._clock_ns()
+        self._report(self._context.add([tokens]))
+        self._arrived_ns = {tokens.seq: waiting.received_ns}
+        return (self._clock_ns() - begin_ns) * 1e-6
+
+    def _accept(
+        self, waiting: WaitingFrame, tokens: FrameTokens, begin_ns: int, stage_ms: dict[str, float]
+    ) -> None:
+        self._processed += 1
+        self._cells_seen += tokens.scores.size
+        self._cells_kept += tokens.cells.size
+        self._emit(
+            protocol.FrameAccepted(
+                frame_sequence=waiting.sequence,
+                time_s=tokens.pts_ns * 1e-9,
+                cells_seen=tokens.scores.size,
+                cells_kept=tokens.cells.size,
+                kept_cells=tokens.cells.tolist(),
+                stage_ms={name: round(value, 3) for name, value in stage_ms.items()},
+                queue_ms=(begin_ns - waiting.received_ns) * 1e-6,
+                age_ms=(self._clock_ns() - waiting.received_ns) * 1e-6,
+                kv_tokens=self._arena.length,
+                in_memory="prefill" in stage_ms,
+            )
+        )
+
+    def _drop(
+        self, frame: WaitingFrame, reason: DropReason, error: EdgeVlmError | None = None
+    ) -> None:
+        self.slot.count_dropped(reason)
+        self._emit_dropped(frame, reason, error)
+
+    def _emit_dropped(
+        self, frame: WaitingFrame, reason: DropReason, error: EdgeVlmError | None = None
+    ) -> None:
+        self._emit(dropped_event(frame, reason, error))
+
+    # ---- answers -----------------------------------------------------------------------------
+
+    def _start_answer(self, question: Question) -> None:
+        engines, prompt = self._engines, self._engines.prompt
+        self._num_answers += 1
+        response_id = f"response_{self._num_answers}"
+        mark: int | None = None
+        try:
+            self._context.show()
+            mark = self._arena.mark()
+            newest = self._newest_frame()
+            self._emit(
+                protocol.ResponseCreated(
+                    response_id=response_id,
+                    text=question.text,
+                    newest_frame=newest,
+                    event_id=question.event_id,
+                )
+            )
+            ids = np.concatenate([*self._history, prompt.question_ids(question.text)])
+            logits = engines.language.prefill(self._arena, engines.language.embed(ids))
+        except EdgeVlmError as error:
+            if mark is not None:
+                self._arena.truncate(mark)
+            self._emit_error(error, question.event_id)
+            return
+        self._answer = _Answer(
+            response_id=response_id,
+            question=question,
+            mark=mark,
+            tokens=generate(
+                engines.language,
+                self._arena,
+                logits,
+                Sampling(),
+                prompt.eos_id,
+                self.settings.max_answer_tokens,
+            ),
+            detokenizer=StreamDetokenizer(prompt.tokenizer),
+            newest_frame=newest,
+            vision_tokens=mark,
+            text_tokens=len(ids),
+        )
+
+    def _newest_frame(self) -> protocol.NewestFrame:
+        newest = self._context.newest
+        assert newest is not None  # checked before an answer is started
+        arrived_ns = self._arrived_ns.get(newest.seq, self._clock_ns())
+        return protocol.NewestFrame(
+            frame_sequence=newest.seq,
+            time_s=newest.pts_ns * 1e-9,
+            age_s=(self._clock_ns() - arrived_ns) * 1e-9,
+        )
+
+    def _decode_one_token(self) -> None:
+        answer = self._answer
+        assert answer is not None
+        try:
+            token = next(answer.tokens)
+        except StopIteration as end:
+            self._say(answer, answer.detokenizer.flush())
+            self._finish("completed", end.value)
+            return
+        except EdgeVlmError as error:
+            self._emit_error(error, answer.question.event_id)
+            self._finish("failed", None, error)
+            return
+        answer.output_tokens += 1
+        self._say(answer, answer.detokenizer.push(token))
+
+    def _say(self, answer: _Answer, delta: str) -> None:
+        if not delta:
+            return
+        if answer.first_delta_ns is None:
+            answer.first_delta_ns = self._clock_ns()
+        answer.text += delta
+        self._emit(protocol.ResponseOutputTextDelta(response_id=answer.response_id, delta=delta))
+
+    def _finish(
+        self, status: str, finish_reason: str | None, error: EdgeVlmError | None = None
+    ) -> None:
+        """Ends the answer: the cache goes back to the video, waiting frames join it."""
+        answer = self._answer
+        assert answer is not None
+        self._answer = None
+        answer.tokens.close()
+        kv_tokens = self._arena.length
+        self._arena.truncate(answer.mark)
+        if status == "completed":
+            turn = self._engines.prompt.turn_ids(answer.question.text, answer.text)
+            self._history.append(turn)
+        while len(self._history) > self.settings.history_turns:
+            self._history.popleft()
+        now_ns = self._clock_ns()
+        ttft_s = tokens_per_s = None
+        if answer.first_delta_ns is not None:
+            ttft_s = (answer.first_delta_ns - answer.question.received_ns) * 1e-9
+            decoding_s = (now_ns - answer.first_delta_ns) * 1e-9
+            if answer.output_tokens > 1 and decoding_s > 0:
+                tokens_per_s = (answer.output_tokens - 1) / decoding_s
+        self._last_ttft_s = ttft_s
+        self._emit(
+            protocol.ResponseDone(
+                response_id=answer.response_id,
+                status=status,
+                finish_reason=finish_reason,
+                text=answer.text,
+                usage=protocol.Usage(
+                    vision_tokens=answer.vision_tokens,
+                    text_tokens=answer.text_tokens,
+                    output_tokens=answer.output_tokens,
+                ),
+                ttft_s=ttft_s,
+                tokens_per_s=tokens_per_s,
+                newest_frame=answer.newest_frame,
+                kv_tokens=kv_tokens,
+                time_offset_s=self._context.time_offset_s,
+                error_code=None if error is None else error.code,
+            )
+        )
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Settings and frames that came while the answer was decoded."""
+        pending, self._pending = self._pending, []
+        try:
+            self._reconfigure_context()
+            if pending:
+                self._report(self._context.add(pending))
+        except EdgeVlmError as error:
+            self._emit_error(error)
+
+    # ---- reports -----------------------------------------------------------------------------
+
+    def _report(self, changes: list[Change]) -> None:
+        context = self._context
+        frames = sum(change.frames for change in changes if isinstance(change, Evicted))
+        if frames:
+            tokens = sum(change.tokens for change in changes if isinstance(change, Evicted))
+            self._emit(
+                protocol.MemoryEvicted(
+                    frames=frames, tokens=tokens, oldest_s=context.oldest_in_window_s
+                )
+            )
+        rebases = [change for change in changes if isinstance(change, Rebased)]
+        if rebases:
+            last = rebases[-1]
+            self._emit(protocol.MemoryRebased(frames=last.frames, time_offset_s=last.time_offset_s))
+
+    def _emit_error(self, error: EdgeVlmError, event_id: str | None = None) -> None:
+        self._emit(protocol.error_event(error, event_id=event_id))
+
+    def emit_stats(self) -> None:
+        """A `session.stats` event about everything so far; rates are since the last one."""
+        now_ns = self._clock_ns()
+        received, dropped = self.slot.counts()
+        then_ns, received_then, processed_then = self._stats_before
+        elapsed_s = max((now_ns - then_ns) * 1e-9, 1e-9)
+        self._stats_before = (now_ns, received, self._processed)
+        self._emit(
+            protocol.SessionStats(
+                frames_received=received,
+                frames_processed=self._processed,
+                frames_dropped=dropped,
+                fps_in=(received - received_then) / elapsed_s,
+                fps_processed=(self._processed - processed_then) / elapsed_s,
+                cells_seen=self._cells_seen,
+                cells_kept=self._cells_kept,
+                frames_in_memory=self._context.num_frames,
+                kv_tokens=self._arena.length,
+                kv_capacity_tokens=self._arena.capacity,
+                questions_waiting=len(self._questions),
+                ttft_s=self._last_ttft_s,
+            )
+        )
+
+
+def dropped_event(
+    frame: WaitingFrame, reason: DropReason, error: EdgeVlmError | None = None
+) -> protocol.FrameDropped:
+    return protocol.FrameDropped(
+        frame_sequence=frame.sequence,
+        reason=reason.value,
+        code=None if error is None else error.code,
+        message=None if error is None else str(error),
+    )

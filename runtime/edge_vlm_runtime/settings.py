@@ -1,0 +1,215 @@
+"""What one viewer may choose for a session, and what the server allows at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from edge_vlm.bundle import EngineBundle
+from edge_vlm.config import VisionAttention
+from edge_vlm.errors import ConfigError
+from edge_vlm.pruning import POLICY_NAMES
+
+
+class Delivery(str, Enum):
+    """What happens to frames that come faster than they can be processed."""
+
+    LIVE = "live"
+    """The newest wins: one slot, older frames are dropped and counted."""
+    WAIT = "wait"
+    """None is dropped: the sender keeps a few frames unacknowledged at most (files)."""
+
+
+class Attention(str, Enum):
+    """How the remembered frames are shown to the language model."""
+
+    FRAME = "frame"
+    """Each frame is appended once; two-way inside a frame, causal between frames."""
+    EXACT = "exact"
+    """All remembered frames are prefilled anew for each question, all of them two-way."""
+    LAST_N = "last_n"
+    """As `exact`, with the last `last_n` frames only: the control arm of any memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SessionSettings:
+    """The effective settings of one session; every field can be changed by `session.update`.
+
+    Raises ValueError naming field and value.
+    """
+
+    keep_ratio: float = 0.5
+    """Share of cells kept, (0, 1]."""
+    policy: str = "stream"
+    """One of edge_vlm.pruning.POLICY_NAMES."""
+    policy_seed: int = 0
+    """For the policy `random`."""
+    min_cells: int = 2
+    """Cells that every frame keeps, as far as keep_ratio allows."""
+    attention: Attention = Attention.FRAME
+    last_n: int = 4
+    window_tokens: int = 4096
+    """Tokens of video the session remembers; older frames are evicted whole."""
+    delivery: Delivery = Delivery.LIVE
+    fps_cap: float = 2.0
+    """Frames per second of capture time that a live session takes; the rest is dropped."""
+    drop_duplicates: bool = True
+    """Live sessions drop frames that look like the last one encoded."""
+    duplicate_threshold: float = 6.0
+    """Largest change (0..255) of any point of a 32x32 thumbnail that still is the same picture."""
+    heartbeat_s: float = 5.0
+    """A duplicate is encoded all the same if nothing was for this long."""
+    max_frame_age_s: float = 2.0
+    """A live frame that waited longer is dropped as stale."""
+    max_answer_tokens: int = 48
+    history_turns: int = 0
+    """Earlier questions and answers shown with each question."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", _member(Attention, "attention", self.attention))
+        object.__setattr__(self, "delivery", _member(Delivery, "delivery", self.delivery))
+        self._require("keep_ratio", 0.0 < self.keep_ratio <= 1.0, "must be in (0, 1]")
+        self._require("policy", self.policy in POLICY_NAMES, f"must be one of {POLICY_NAMES}")
+        for field in ("policy_seed", "min_cells", "duplicate_threshold", "history_turns"):
+            self._require(field, 0 <= getattr(self, field) < math.inf, "must not be negative")
+        for field in ("last_n", "window_tokens", "max_answer_tokens"):
+            self._require(field, getattr(self, field) >= 1, "must be at least 1")
+        for field in ("fps_cap", "heartbeat_s", "max_frame_age_s"):
+            self._require(field, 0.0 < getattr(self, field) < math.inf, "must be positive")
+
+    def _require(self, field: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{field} {rule}, got {getattr(self, field)!r}")
+
+    def changed(self, fields: Mapping[str, Any]) -> SessionSettings:
+        """A copy with some fields replaced. Raises ConfigError naming the field that is wrong."""
+        try:
+            return dataclasses.replace(self, **fields)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error), where="session settings") from error
+
+
+def _member(kind: type[Enum], field: str, value: object) -> Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = ", ".join(str(member.value) for member in kind)
+        raise ValueError(f"{field} must be one of {allowed}, got {value!r}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelLimits:
+    """What the model of a bundle was trained for; a session stays inside."""
+
+    num_cells: int
+    cell_grid: int
+    image_size: int
+    max_positions: int
+    max_prefill_tokens: int
+    """Tokens of one run of the language graph."""
+    max_cache_tokens: int
+    """Tokens the language graph can look back at."""
+    max_time_s: float | None
+    """Largest time stamp of a frame; None when the checkpoint does not say."""
+    trained_attention: str
+
+    @classmethod
+    def from_bundle(cls, bundle: EngineBundle) -> ModelLimits:
+        vision, language = bundle.config.vision, bundle.config.language
+        max_time_s = bundle.defaults.get("max_time_s")
+        return cls(
+            num_cells=vision.num_cells,
+            cell_grid=vision.cell_grid,
+            image_size=vision.image_size,
+            max_positions=language.max_positions,
+            max_prefill_tokens=bundle.specs["llm"].dims["s"].max,
+            max_cache_tokens=bundle.specs["llm"].dims["p"].max,
+            max_time_s=None if max_time_s is None else float(max_time_s),
+            trained_attention=bundle.config.attention.value,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerLimits:
+    """Bounds the server sets; announced in `session.created` and enforced."""
+
+    max_message_bytes: int = 8 << 20
+    max_unacknowledged_frames: int = 4
+    """Frames of a `wait` session that may be under way at once."""
+    max_sessions: int = 4
+    max_queued_questions: int = 8
+    max_question_tokens: int = 256
+    kv_capacity_tokens: int = 8192
+    """Largest cache of one session; the model's last position bounds it too."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be positive, got {getattr(self, field.name)}")
+
+
+def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSettings:
+    """Settings of a new session: ours, overridden by what the bundle says it was made for.
+
+    A bundle's `defaults` may hold any field of SessionSettings, and `fps` for `fps_cap`; other keys
+    are not about sessions. Raises ConfigError on a value out of range.
+    """
+    names = {field.name for field in dataclasses.fields(SessionSettings)}
+    fields = {name: value for name, value in bundle.defaults.items() if name in names}
+    if "fps" in bundle.defaults:
+        fields.setdefault("fps_cap", float(bundle.defaults["fps"]))
+    trained_by_frame = bundle.config.attention is VisionAttention.FRAME
+    fields.setdefault("attention", Attention.FRAME if trained_by_frame else Attention.EXACT)
+    settings = SessionSettings().changed(fields)
+    room = largest_window(settings, ModelLimits.from_bundle(bundle), limits)
+    return settings.changed({"window_tokens": min(settings.window_tokens, room)})
+
+
+def cache_capacity(model: ModelLimits, limits: ServerLimits) -> int:
+    """Rows of one session's cache."""
+    return min(limits.kv_capacity_tokens, model.max_positions, model.max_cache_tokens)
+
+
+def question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
+    """Longest question in tokens: at most a quarter of the cache."""
+    return min(limits.max_question_tokens, cache_capacity(model, limits) // 4)
+
+
+def dialogue_reserve(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+    """Cache rows kept free behind the video: earlier turns, the question, the answer."""
+    turn = question_capacity(model, limits) + settings.max_answer_tokens
+    return turn * (1 + settings.history_turns)
+
+
+def largest_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+    """Largest `window_tokens` that leaves room for the dialogue.
+
+    Raises ConfigError when not even two whole frames fit beside it.
+    """
+    room = cache_capacity(model, limits) - dialogue_reserve(settings, model, limits)
+    least = smallest_window(model)
+    if room < least:
+        raise ConfigError(
+            f"no room for video: {room} tokens are left and two frames need {least}",
+            where="session settings",
+            remedy="lower max_answer_tokens or history_turns",
+        )
+    return room
+
+
+def smallest_window(model: ModelLimits) -> int:
+    """Two whole frames, with their stamps and markers."""
+    return 2 * (model.num_cells + 16)
+
+
+def check_settings(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> None:
+    """Raises ConfigError when the model or the server cannot hold to these settings."""
+    least, room = smallest_window(model), largest_window(settings, model, limits)
+    if not least <= settings.window_tokens <= room:
+        raise ConfigError(
+            f"window_tokens must be in {least}..{room}, got {settings.window_tokens}",
+            where="session settings",
+        )

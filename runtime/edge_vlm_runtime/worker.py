@@ -1,0 +1,226 @@
+"""The one thread that owns the engines and works for all sessions in turn.
+
+The socket's side hands over frames (into a session's FrameSlot) and calls (a queue of closures that
+run on this thread); what a session has to say goes out through the `emit` it was opened with, which
+must not block.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from edge_vlm.errors import EdgeVlmError, InternalError
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.frame_slot import Dropped, DropReason, WaitingFrame
+from edge_vlm_runtime.session import Emit, Question, Session, dropped_event
+from edge_vlm_runtime.settings import ServerLimits, SessionSettings
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.engines import Engines
+
+log = logging.getLogger(__name__)
+
+STATS_INTERVAL_NS = 1_000_000_000
+IDLE_WAIT_S = 0.25
+
+
+class SessionHandle:
+    """The socket side's end of one session. Every method returns at once."""
+
+    def __init__(
+        self,
+        worker: EngineWorker,
+        session: Session,
+        emit: Emit,
+        on_failure: Callable[[], None],
+    ) -> None:
+        self._worker = worker
+        self.emit = emit
+        self.on_failure = on_failure
+        """Called when a bug ended the session; it emits nothing afterwards."""
+        self.session: Session | None = session
+        """Only the engine thread touches it, except for its slot; None once it has ended."""
+        self.next_stats_ns = worker.clock_ns() + STATS_INTERVAL_NS
+        self._slot = session.slot
+
+    @property
+    def is_answering(self) -> bool:
+        session = self.session
+        return session is not None and session.is_answering
+
+    def put_frame(self, frame: WaitingFrame) -> None:
+        """Hands a frame over; its outcome comes as an event."""
+        self._report(self._slot.put(frame))
+        self._worker.wake()
+
+    def refuse_frame(self, frame: WaitingFrame, error: EdgeVlmError) -> None:
+        """Gives a frame whose message was broken its outcome."""
+        self._report(self._slot.refuse(frame, DropReason.DECODE_ERROR), error)
+
+    def _report(self, dropped: list[Dropped], error: EdgeVlmError | None = None) -> None:
+        for frame, reason in dropped:
+            self.emit(dropped_event(frame, reason, error))
+
+    def update(self, patch: protocol.SettingsPatch, event_id: str | None) -> None:
+        self._call(lambda session: session.update(patch, event_id), event_id)
+
+    def ask(self, question: Question) -> None:
+        self._call(lambda session: session.ask(question), question.event_id)
+
+    def cancel(self, response_id: str | None) -> None:
+        self._call(lambda session: session.cancel(response_id), None)
+
+    def _call(self, action: Callable[[Session], None], event_id: str | None) -> None:
+        def run() -> None:
+            if self.session is None:
+                return
+            try:
+                action(self.session)
+            except EdgeVlmError as error:
+                self.emit(protocol.error_event(error, event_id=event_id))
+
+        self._worker.post(self, run)
+
+
+class EngineWorker:
+    """Runs until `stop`. Sessions are created, stepped and closed on its thread."""
+
+    def __init__(
+        self,
+        engines: Engines,
+        limits: ServerLimits,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._engines = engines
+        self._limits = limits
+        self.clock_ns = clock_ns
+        self._wake = threading.Condition()
+        self._calls: deque[tuple[SessionHandle | None, Callable[[], None]]] = deque()
+        self._woken = False
+        self._stopping = False
+        self._handles: list[SessionHandle] = []
+        self._thread = threading.Thread(target=self._run, name="edge-vlm-engines", daemon=True)
+
+    # ---- called from other threads -----------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends every session and the thread. Returns when it is done."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wake(self) -> None:
+        with self._wake:
+            self._woken = True
+            self._wake.notify()
+
+    def post(self, handle: SessionHandle | None, call: Callable[[], None]) -> None:
+        with self._wake:
+            self._calls.append((handle, call))
+            self._wake.notify()
+
+    def open_session(
+        self,
+        settings: SessionSettings,
+        emit: Emit,
+        on_open: Callable[[SessionHandle | EdgeVlmError], None],
+        on_failure: Callable[[], None],
+    ) -> None:
+        """Makes a session; `on_open` gets its handle or the error, on the engine thread."""
+
+        def make() -> None:
+            try:
+                session = Session(
+                    engines=self._engines,
+                    settings=settings,
+                    limits=self._limits,
+                    emit=emit,
+                    clock_ns=self.clock_ns,
+                )
+            except EdgeVlmError as error:
+                on_open(error)
+                return
+            handle = SessionHandle(self, session, emit, on_failure)
+            self._handles.append(handle)
+            on_open(handle)
+
+        self.post(None, make)
+
+    def close_session(self, handle: SessionHandle, on_closed: Callable[[], None]) -> None:
+        """Ends a session; `on_closed` is called behind its last event."""
+
+        def close() -> None:
+            try:
+                self._end(handle)
+            finally:
+                on_closed()
+
+        self.post(None, close)
+
+    # ---- the engine thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                if self._stopping:
+                    break
+                calls, self._calls = self._calls, deque()
+                self._woken = False
+            for handle, call in calls:
+                self._guarded(handle, call)
+            worked = False
+            for handle in list(self._handles):
+                worked |= bool(self._guarded(handle, lambda handle=handle: self._step(handle)))
+            with self._wake:
+                if not worked and not self._calls and not self._woken and not self._stopping:
+                    self._wake.wait(IDLE_WAIT_S)
+        for handle in list(self._handles):
+            self._guarded(handle, lambda handle=handle: self._end(handle))
+
+    def _step(self, handle: SessionHandle) -> bool:
+        session = handle.session
+        if session is None:
+            return False
+        worked = session.step()
+        now_ns = self.clock_ns()
+        if now_ns >= handle.next_stats_ns:
+            handle.next_stats_ns = now_ns + STATS_INTERVAL_NS
+            session.emit_stats()
+        return worked
+
+    def _end(self, handle: SessionHandle) -> None:
+        session, handle.session = handle.session, None
+        if handle in self._handles:
+            self._handles.remove(handle)
+        if session is not None:
+            session.close()
+
+    def _guarded(self, handle: SessionHandle | None, call: Callable[[], object]) -> object:
+        """A bug in one session must not take the others down."""
+        try:
+            return call()
+        except Exception:
+            log.exception("a session failed")
+            if handle is not None and handle in self._handles:
+                self._handles.remove(handle)
+                handle.session = None
+                handle.emit(
+                    protocol.error_event(
+                        InternalError("the session failed", remedy="see the server's log")
+                    )
+                )
+                handle.on_failure()
+            return None
