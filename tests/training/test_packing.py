@@ -66,19 +66,28 @@ def alone(llm: LanguageModel, packer: Packer, clip: int, branch: Branch) -> torc
 @torch.no_grad()
 def test_packed_question_equals_the_question_alone(llm: LanguageModel, packer: Packer) -> None:
     packed = packer.pack(COUNTS, TIMES, [BRANCHES, BRANCHES[::-1]])
-    cos, sin = rope_tables(llm.cfg, packed.positions_BL)
-    hidden, _ = llm(llm.embed(packed.ids_BL), cos, sin, packed.bias_BLL)
-    logits = llm.head(hidden.flatten(0, 1)[packed.answer_index_A])
+    positions = torch.arange(packed.ids_BP.shape[1])[None]
+    embeds = llm.embed(packed.ids_BP)
+    _, video = llm(embeds, *rope_tables(llm.cfg, positions), packed.bias_BPP)
     asked = [(0, b) for b in BRANCHES] + [(1, b) for b in BRANCHES[::-1]]
-    for number, (clip, branch) in enumerate(asked):
-        mine = packed.question_A == number
-        expected = alone(llm, packer, clip, branch)
-        torch.testing.assert_close(logits[mine], expected, atol=1e-4, rtol=1e-4)
-        answer = packer.prompt.answer_ids(branch.answer)
-        assert packed.target_A[mine].tolist() == answer.tolist()
+    met = set()
+    for bucket in packed.buckets:
+        past = [(k[bucket.clip_N], v[bucket.clip_N]) for k, v in video]
+        tables = rope_tables(llm.cfg, bucket.positions_NL)
+        hidden, _ = llm(llm.embed(bucket.ids_NL), *tables, bucket.bias_NLK, past)
+        logits = llm.head(hidden.flatten(0, 1)[bucket.answer_index_A])
+        for number in set(bucket.question_A.tolist()):
+            clip, branch = asked[number]
+            mine = bucket.question_A == number
+            expected = alone(llm, packer, clip, branch)
+            torch.testing.assert_close(logits[mine], expected, atol=1e-4, rtol=1e-4)
+            answer = packer.prompt.answer_ids(branch.answer)
+            assert bucket.target_A[mine].tolist() == answer.tolist()
+            met.add(number)
+    assert met == set(range(packed.num_questions)) == set(range(len(asked)))
 
 
 def test_patch_tokens_stand_for_the_kept_cells(packer: Packer) -> None:
     packed = packer.pack(COUNTS, TIMES, [BRANCHES, BRANCHES])
-    patches = (packed.ids_BL == packer.prompt.patch_id).sum(1)
+    patches = (packed.ids_BP == packer.prompt.patch_id).sum(1)
     assert patches.tolist() == COUNTS.sum(1).tolist()

@@ -1,10 +1,12 @@
-"""One sequence per clip: the pruned video once, then many questions, masked from each other.
+"""The pruned video once, then many questions about it, each asked at its own moment.
 
-A question is asked after some frame t: it sees the vision tokens up to that frame and nothing
-later, and its positions go on where frame t ended. That is exactly a live session's view at that
-moment, so one pass over a clip trains many moments.
+A question is asked after some frame t: it sees the tokens up to that frame and nothing later, and
+its positions go on where frame t ended. That is exactly a live session's view at that moment, so
+one pass over a clip trains many moments. The video is a prefix whose keys and values all of its
+questions read as their past; questions of like length run side by side.
 
-Shape letters: B clips, L padded length, A answer tokens over the batch.
+Shape letters: B clips, P prefix tokens (padded), N questions of a bucket, L their tokens (padded),
+A answer tokens of a bucket.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import Tensor
 from edge_vlm.model.vit import MASKED
 from edge_vlm.prompt import PromptFormat
 
+NUM_BUCKETS = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
@@ -33,18 +37,41 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
-    """A batch of packed sequences; see `pack`."""
+class Bucket:
+    """Questions of like length; additive bias over prefix and own tokens."""
 
-    ids_BL: Tensor
-    positions_BL: Tensor
-    bias_BLL: Tensor
+    clip_N: Tensor
+    ids_NL: Tensor
+    positions_NL: Tensor
+    bias_NLK: Tensor
+    """K = P + L: the prefix comes first."""
     answer_index_A: Tensor
-    """Into the flattened [B * L]: the positions whose next token is trained on."""
+    """Into the flattened [N * L]: the positions whose next token is trained on."""
     target_A: Tensor
     weight_A: Tensor
     question_A: Tensor
     """Number of the question, counted over the batch, to which the token belongs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A batch of clips with their questions; see `Packer.pack`."""
+
+    ids_BP: Tensor
+    bias_BPP: Tensor
+    buckets: tuple[Bucket, ...]
+    num_questions: int
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, MASKED)
+
+
+def _padded(rows: Sequence[npt.NDArray[np.integer]], fill: int) -> Tensor:
+    out = np.full((len(rows), max(map(len, rows))), fill, np.int64)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(out)
 
 
 class Packer:
@@ -59,96 +86,83 @@ class Packer:
             lambda pts_s, first: prompt.frame_ids(pts_s, 0, first)
         )
 
-    def _frame(self, pts_s: float, kept: int, first: bool) -> npt.NDArray[np.int32]:
-        ids = self._stamp_ids(pts_s, first)
-        return np.insert(ids, len(ids) - 1, np.full(kept, self.prompt.patch_id, np.int32))
-
     def pack(
         self,
         counts_BT: npt.NDArray[np.int64],
-        times_BT: npt.NDArray[np.float64],
+        times_BT: npt.NDArray[np.floating],
         branches: Sequence[Sequence[Branch]],
         dtype: torch.dtype = torch.float32,
     ) -> Packed:
         """`counts` kept cells and `times` in seconds of every frame; `branches` of every clip."""
-        rows = [
-            self._row(counts, times, clip)
-            for counts, times, clip in zip(counts_BT, times_BT, branches, strict=True)
-        ]
-        length = max(len(row["ids"]) for row in rows)
-
-        def padded(name: str, fill: int) -> Tensor:
-            out = np.full((len(rows), length), fill, np.int64)
-            for line, row in zip(out, rows, strict=True):
-                line[: len(row[name])] = row[name]
-            return torch.from_numpy(out)
-
-        index = torch.arange(length)
-        limit, branch, frame = padded("limit", 0), padded("branch", -1), padded("frame", -1)
-        allowed = index[None, None, :] < limit[:, :, None]
-        allowed |= (
-            (branch[:, :, None] == branch[:, None, :])
-            & (branch[:, :, None] > 0)
-            & (index[None, None, :] <= index[None, :, None])
+        prefixes, frames, ends = zip(
+            *(self._prefix(c, t) for c, t in zip(counts_BT, times_BT, strict=True)), strict=True
         )
-        allowed |= (frame[:, :, None] == frame[:, None, :]) & (frame[:, :, None] >= 0)
-        bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, MASKED)
-
-        def joined(name: str) -> npt.NDArray[np.float64]:
-            return np.concatenate([row[name] for row in rows])
-
-        starts = np.cumsum([0, *(len(clip) for clip in branches)])
-        at = np.concatenate([row["answer_at"] + b * length for b, row in enumerate(rows)])
-        question = np.concatenate(
-            [row["question"] + start for row, start in zip(rows, starts, strict=False)]
+        ids_BP, frame_BP = _padded(prefixes, 0), _padded(frames, -1)
+        index = torch.arange(ids_BP.shape[1])
+        allowed = (index[None, :] <= index[:, None])[None] | (
+            (frame_BP[:, :, None] == frame_BP[:, None, :]) & (frame_BP[:, :, None] >= 0)
         )
-        return Packed(
-            padded("ids", 0), padded("positions", 0), bias, torch.from_numpy(at),
-            torch.from_numpy(joined("target").astype(np.int64)),
-            torch.from_numpy(joined("weight").astype(np.float32)),
-            torch.from_numpy(question),
-        )
-
-    def _row(
-        self,
-        counts: npt.NDArray[np.int64],
-        times: npt.NDArray[np.float64],
-        branches: Sequence[Branch],
-    ) -> dict[str, npt.NDArray[np.generic]]:
-        prompt = self.prompt
-        frames = [
-            self._frame(float(t), int(k), i == 0)
-            for i, (t, k) in enumerate(zip(times, counts, strict=True))
-        ]
-        ends = len(prompt.bos_ids) + np.cumsum([len(f) for f in frames])
-        prefix = np.concatenate([prompt.bos_ids, *frames])
-        frame = np.full(len(prefix), -1)
-        for i, (stop, ids) in enumerate(zip(ends, frames, strict=True)):
-            frame[stop - len(ids) : stop][prompt.vision_mask(ids)] = i
-        index = np.arange(len(prefix))
-        parts = {
-            "ids": [prefix], "positions": [index], "limit": [index + 1],
-            "branch": [np.zeros_like(index)], "frame": [frame],
-        }
-        tails: dict[str, list[npt.NDArray[np.generic]]] = {
-            "answer_at": [], "target": [], "weight": [], "question": []
-        }
-        offset = len(prefix)
-        for number, item in enumerate(branches):
+        asked = [(clip, item) for clip, items in enumerate(branches) for item in items]
+        lines = []
+        for number, (clip, item) in enumerate(asked):
             turns = [self.turn_ids(q, a) for q, a in item.history]
-            answer = self.answer_ids(item.answer)
-            asked = np.concatenate([*turns, self.question_ids(item.question)])
-            ids = np.concatenate([asked, answer[:-1]])
-            own = np.arange(len(ids))
-            parts["ids"].append(ids)
-            parts["positions"].append(ends[item.frame] + own)
-            parts["limit"].append(np.full(len(ids), ends[item.frame]))
-            parts["branch"].append(np.full(len(ids), number + 1))
-            parts["frame"].append(np.full(len(ids), -1))
-            tails["answer_at"].append(offset + len(asked) - 1 + np.arange(len(answer)))
-            tails["target"].append(answer)
+            text = np.concatenate([*turns, self.question_ids(item.question)])
+            lines.append((number, clip, int(ends[clip][item.frame]), text, item.answer))
+        lines.sort(key=lambda line: len(line[3]) + len(self.answer_ids(line[4])))
+        size = -(-len(lines) // NUM_BUCKETS)
+        buckets = tuple(
+            self._bucket(lines[start : start + size], len(index), dtype)
+            for start in range(0, len(lines), size)
+        )
+        return Packed(ids_BP, _additive(allowed, dtype), buckets, len(asked))
+
+    def _prefix(
+        self, counts: npt.NDArray[np.int64], times: npt.NDArray[np.floating]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Token ids, the frame that each vision token belongs to (-1: text), and frame ends."""
+        prompt = self.prompt
+        ids, frame, ends = [prompt.bos_ids], [np.array([-1])], []
+        length = 1
+        for i, (pts_s, kept) in enumerate(zip(times, counts, strict=True)):
+            empty = self._stamp_ids(float(pts_s), i == 0)
+            patches = np.full(int(kept), prompt.patch_id, np.int32)
+            ids.append(np.insert(empty, len(empty) - 1, patches))
+            frame.append(np.where(prompt.vision_mask(ids[-1]), i, -1))
+            length += len(ids[-1])
+            ends.append(length)
+        return np.concatenate(ids), np.concatenate(frame), np.array(ends)
+
+    def _bucket(
+        self,
+        lines: Sequence[tuple[int, int, int, npt.NDArray[np.int32], str]],
+        num_prefix: int,
+        dtype: torch.dtype,
+    ) -> Bucket:
+        answers = [self.answer_ids(answer) for *_, answer in lines]
+        rows = [
+            np.concatenate([text, answer[:-1]])
+            for (*_, text, _), answer in zip(lines, answers, strict=True)
+        ]
+        ids_NL = _padded(rows, 0)
+        length = ids_NL.shape[1]
+        start_N = torch.tensor([start for _, _, start, _, _ in lines])
+        own = torch.arange(length)
+        prefix = (torch.arange(num_prefix)[None] < start_N[:, None])[:, None].expand(-1, length, -1)
+        causal = (own[None] <= own[:, None])[None].expand(len(lines), -1, -1)
+        at = [
+            n * length + len(text) - 1 + np.arange(len(answer))
+            for n, ((*_, text, _), answer) in enumerate(zip(lines, answers, strict=True))
+        ]
+        sizes = np.array([len(answer) for answer in answers])
+        numbers = np.array([number for number, *_ in lines])
+        return Bucket(
+            clip_N=torch.tensor([clip for _, clip, *_ in lines]),
+            ids_NL=ids_NL,
+            positions_NL=start_N[:, None] + own,
+            bias_NLK=_additive(torch.cat([prefix, causal], -1), dtype),
+            answer_index_A=torch.from_numpy(np.concatenate(at)),
+            target_A=torch.from_numpy(np.concatenate(answers).astype(np.int64)),
             # Long answers (points) would drown the short ones at equal weight per token.
-            tails["weight"].append(np.full(len(answer), len(answer) ** -0.5))
-            tails["question"].append(np.full(len(answer), number))
-            offset += len(ids)
-        return {name: np.concatenate(lists) for name, lists in (parts | tails).items()}
+            weight_A=torch.from_numpy(np.repeat(sizes**-0.5, sizes).astype(np.float32)),
+            question_A=torch.from_numpy(np.repeat(numbers, sizes)),
+        )

@@ -54,7 +54,7 @@ class Recipe:
     """Weight of the temporal similarity loss (0.5 in the published code)."""
     min_cells: int = 2
     """Up to this many cells of every later frame are kept whatever their rank."""
-    history_share: float = 0.3
+    history_share: float = 0.15
     """Share of questions that stand behind earlier turns of dialogue."""
     forgetful_share: float = 0.0
     """Share of steps whose clips miss a stretch behind the first frame, as a full memory does."""
@@ -64,30 +64,30 @@ class Recipe:
 
 def demo_cpu(minutes: float = 92.0) -> Recipe:
     """The demo model on two CPU cores with bf16 arithmetic: one hour and some."""
-    unit = minutes / 66.0
+    unit = minutes / 92.0
     return Recipe(
         name="demo_cpu",
         forgetful_share=0.15,
         stages=(
             Stage(
-                name="dense", minutes=8 * unit, batch=128, dense=True, lr=1e-3, lr_vision=1e-3,
+                name="dense", minutes=11 * unit, batch=128, dense=True, lr=1e-3, lr_vision=1e-3,
                 rate=(1.0, 0.05), decay_from=0.6,
             ),
-            Stage(name="one-frame", minutes=7 * unit, batch=32, branches=8, lr_vision=2e-4),
+            Stage(name="one-frame", minutes=15 * unit, batch=32, branches=8, lr_vision=2e-4),
             Stage(
-                name="four-frames", minutes=4 * unit, batch=24, num_frames=4,
+                name="four-frames", minutes=6 * unit, batch=24, num_frames=4,
                 removed=(0.0, 0.3, 0.5),
             ),
             Stage(
-                name="four-frames-frozen", minutes=5 * unit, batch=24, num_frames=4,
+                name="four-frames-frozen", minutes=6 * unit, batch=24, num_frames=4,
                 removed=(0.0, 0.3, 0.5), freeze_vision=True,
             ),
             Stage(
-                name="eight-frames", minutes=28 * unit, batch=16, num_frames=8,
+                name="eight-frames", minutes=37 * unit, batch=16, num_frames=8,
                 removed=REMOVED_MIXED, rate=(1.0, 0.4), decay_from=0.5,
             ),
             Stage(
-                name="eight-frames-frozen", minutes=14 * unit, batch=16, num_frames=8,
+                name="eight-frames-frozen", minutes=17 * unit, batch=16, num_frames=8,
                 branches=16, removed=REMOVED_MIXED, freeze_vision=True, rate=(0.6, 0.02),
             ),
         ),

@@ -59,12 +59,21 @@ def answer(
 ) -> tuple[Tensor, Tensor]:
     """Language loss, and for every question whether its answer is exactly right."""
     llm = model.llm
-    embeds = llm.embed(packed.ids_BL)
-    places = (packed.ids_BL == patch_id).flatten().nonzero().squeeze(1)
+    embeds = llm.embed(packed.ids_BP)
+    places = (packed.ids_BP == patch_id).flatten().nonzero().squeeze(1)
     flat = embeds.flatten(0, 1).index_add(0, places, seen.features_GE)
-    cos, sin = rope_tables(llm.cfg, packed.positions_BL)
-    hidden, _ = llm(flat.view_as(embeds), cos, sin, packed.bias_BLL)
-    logits = llm.head(hidden.flatten(0, 1)[packed.answer_index_A])
-    loss = answer_loss(logits, packed.target_A, packed.weight_A)
-    num_questions = int(packed.question_A[-1]) + 1
-    return loss, exact_answers(logits, packed.target_A, packed.question_A, num_questions)
+    positions = torch.arange(packed.ids_BP.shape[1])[None]
+    _, video = llm(flat.view_as(embeds), *rope_tables(llm.cfg, positions), packed.bias_BPP)
+    logits = []
+    for bucket in packed.buckets:
+        past = [(k[bucket.clip_N], v[bucket.clip_N]) for k, v in video]
+        tables = rope_tables(llm.cfg, bucket.positions_NL)
+        hidden, _ = llm(llm.embed(bucket.ids_NL), *tables, bucket.bias_NLK, past)
+        logits.append(llm.head(hidden.flatten(0, 1)[bucket.answer_index_A]))
+    logits_AV = torch.cat(logits)
+    target, weight, question = (
+        torch.cat([getattr(bucket, name) for bucket in packed.buckets])
+        for name in ("target_A", "weight_A", "question_A")
+    )
+    loss = answer_loss(logits_AV, target, weight)
+    return loss, exact_answers(logits_AV, target, question, packed.num_questions)
