@@ -48,8 +48,11 @@ LAYERS = (
     {"context", "intake"},
     {"session", "alerts"},
     {"worker", "sources"},
+    {"connection"},
     {"server", "client"},
-    {"commands"},
+    {"evaluate", "streaming"},
+    {"view"},
+    {"commands", "demo_command", "protocol_docs"},
 )
 PURE_MODULES = {"session", "context", "intake", "alerts", "protocol"}
 IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}

@@ -98,7 +98,7 @@ class Client:
 
     def __init__(self, connection: ClientConnection, on_event: OnEvent | None) -> None:
         self._connection = connection
-        self._on_event = on_event
+        self.on_event = on_event
         self._changed = asyncio.Condition()
         self._failure: EdgeVlmError | None = None
         self._unacknowledged: set[int] = set()
@@ -281,8 +281,8 @@ class Client:
             await self._fail(error)
 
     def _tell(self, event: protocol.ServerEvent) -> None:
-        if self._on_event is not None:
-            self._on_event(event)
+        if self.on_event is not None:
+            self.on_event(event)
 
     async def _take(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):

@@ -1,0 +1,288 @@
+"""`edge-vlm serve`, `watch`, `ask` and `demo`. What they need is imported when they run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_vlm.cli import Command
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.sources import Source
+    from edge_vlm_runtime.streaming import Outcome, PlannedQuestion
+
+DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMO_BUNDLE = DEMO_FOLDER / "bundle"
+DEFAULT_PORT = 8765
+
+
+def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        default=DEMO_BUNDLE,
+        metavar="FOLDER",
+        help="exported model (default: the small demo model, which knows only its rendered world)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_positive_int,
+        default=min(4, os.cpu_count() or 1),
+        help="threads of the engines (default: %(default)s)",
+    )
+
+
+def _add_settings_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keep-ratio", type=float, metavar="R", help="share of cells kept, (0, 1]")
+    parser.add_argument("--policy", help="how cells are chosen, see docs/pruning.md")
+    parser.add_argument("--fps", type=_positive_float, help="pictures a second (default: model's)")
+    parser.add_argument("--max-answer-tokens", type=_positive_int, metavar="N")
+
+
+# ---- serve -----------------------------------------------------------------------------------
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-sessions", type=_positive_int, metavar="N", help="viewers at the same time (4)"
+    )
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import logging
+
+    from edge_vlm_runtime.server import Server
+    from edge_vlm_runtime.settings import ServerLimits
+
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    given = {} if args.max_sessions is None else {"max_sessions": args.max_sessions}
+    with Server.open(
+        args.bundle,
+        host=args.host,
+        port=args.port,
+        threads=args.threads,
+        limits=ServerLimits(**given),
+    ) as server:
+        print(f"serving {args.bundle} at {server.page_url}  (clients: {server.url})", flush=True)
+        server.serve()
+    print("stopped", flush=True)
+    return 0
+
+
+# ---- watch -----------------------------------------------------------------------------------
+
+
+def _watch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "url", nargs="?", help="ws://HOST:PORT/v1/realtime (default: a server of its own)"
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        metavar="SOURCE",
+        help="a video file, webcam, webcam:1 or rtsp://...",
+    )
+    parser.add_argument(
+        "--ask",
+        action="append",
+        default=[],
+        metavar="[SECONDS@]TEXT",
+        help="a question, asked at that second of the source or at its end; may be repeated",
+    )
+    parser.add_argument(
+        "--every", type=_positive_float, metavar="SECONDS", help="ask again and again"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="a file as fast as it is processed, not in real time"
+    )
+    add_bundle_arguments(parser)
+    _add_settings_arguments(parser)
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from edge_vlm_runtime.streaming import parse_question
+
+    questions = [parse_question(text, args.every) for text in args.ask]
+    with _server_url(args) as url:
+        return asyncio.run(_watch_session(args, url, questions))
+
+
+async def _watch_session(
+    args: argparse.Namespace, url: str, questions: list[PlannedQuestion]
+) -> int:
+    from edge_vlm_runtime.client import Client
+    from edge_vlm_runtime.sources import mask_credentials, open_source
+    from edge_vlm_runtime.streaming import Outcome, stream
+    from edge_vlm_runtime.view import make_view, summary_line
+
+    outcome = Outcome()
+    async with await Client.connect(url, _settings_of(args)) as client:
+        source = await _open_source(open_source, args.source, args.fps, client)
+        await client.update({"delivery": "live" if source.is_live else "wait"})
+        title = f"{mask_credentials(args.source)} on {client.created.model.bundle}"
+        with make_view(client.created.model.limits.cell_grid, title) as view:
+            client.on_event = view.event
+            try:
+                await stream(
+                    source,
+                    client,
+                    questions,
+                    real_time=not args.fast,
+                    observer=view,
+                    outcome=outcome,
+                )
+            except asyncio.CancelledError:
+                if not source.is_live:
+                    raise  # Ctrl-C is how a live source ends, but it cuts a file short
+    print(summary_line(outcome))
+    return _finish(outcome)
+
+
+# ---- ask -------------------------------------------------------------------------------------
+
+
+def _ask_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", help="a video file")
+    parser.add_argument("question")
+    parser.add_argument("--url", help="a running server (default: one of its own)")
+    add_bundle_arguments(parser)
+    _add_settings_arguments(parser)
+
+
+def _ask(args: argparse.Namespace) -> int:
+    with _server_url(args) as url:
+        return asyncio.run(_ask_session(args, url))
+
+
+async def _ask_session(args: argparse.Namespace, url: str) -> int:
+    from edge_vlm_runtime.client import Answer, Client
+    from edge_vlm_runtime.sources import FileSource
+    from edge_vlm_runtime.streaming import PlannedQuestion, stream
+    from edge_vlm_runtime.view import answer_times
+
+    async with await Client.connect(url, {**_settings_of(args), "delivery": "wait"}) as client:
+        source = await _open_source(FileSource, args.video, args.fps, client)
+        question = PlannedQuestion(text=args.question)
+        outcome = await stream(source, client, [question], real_time=False)
+    for _, result in outcome.answers:
+        if isinstance(result, Answer):
+            print(result.text)
+            print(
+                f"{outcome.frames_processed} frames, {outcome.cells_kept} of {outcome.cells_seen} "
+                f"cells kept{answer_times(result)}",
+                file=sys.stderr,
+            )
+    return _finish(outcome)
+
+
+# ---- demo ------------------------------------------------------------------------------------
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle_arguments(parser)
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        default=DEMO_FOLDER,
+        metavar="FOLDER",
+        help="folder with clip.mp4 and clip.json (default: a held-out clip of the demo's world)",
+    )
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of the browser page")
+    parser.add_argument("--exit", action="store_true", help="do not keep serving at the end")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from edge_vlm_runtime.demo_command import run_demo
+
+    return run_demo(args)
+
+
+# ---- shared ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _server_url(args: argparse.Namespace) -> Iterator[str]:
+    """The URL that was given, or that of a server of our own on a free loopback port."""
+    if args.url is not None:
+        yield args.url
+        return
+    from edge_vlm_runtime.server import Server
+
+    with Server.open(args.bundle, threads=args.threads) as server:
+        server.start()
+        yield server.url
+
+
+def _settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    fields = {
+        "keep_ratio": args.keep_ratio,
+        "policy": args.policy,
+        "fps_cap": args.fps,
+        "max_answer_tokens": args.max_answer_tokens,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+async def _open_source(open_it: Any, text: str, fps: float | None, client: Any) -> Source:
+    """Opened off the event loop: a camera may take seconds. The rate is the model's by default."""
+    return await asyncio.to_thread(open_it, text, fps or client.created.settings.fps_cap)
+
+
+def _finish(outcome: Outcome) -> int:
+    """Raises the first thing that went wrong; everything else has been shown by then."""
+    if outcome.first_error is not None:
+        raise outcome.first_error
+    return 0
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+serve = Command(
+    name="serve",
+    help="serve a bundle over a websocket, with a browser page",
+    add_arguments=_serve_arguments,
+    run=_serve,
+)
+watch = Command(
+    name="watch",
+    help="stream a file, webcam or RTSP camera to a server and ask questions",
+    add_arguments=_watch_arguments,
+    run=_watch,
+)
+ask = Command(
+    name="ask",
+    help="ask one question about one video file",
+    add_arguments=_ask_arguments,
+    run=_ask,
+)
+demo = Command(
+    name="demo",
+    help="stream a rendered clip through the demo model and check its answers",
+    add_arguments=_demo_arguments,
+    run=_demo,
+)

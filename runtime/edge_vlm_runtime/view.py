@@ -1,0 +1,229 @@
+"""What the terminal shows of a running stream: a live table, or plain lines when it is no terminal.
+
+Rich is imported only here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TextIO
+
+from edge_vlm.errors import EdgeVlmError, MissingExtraError
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client import Answer
+from edge_vlm_runtime.sources import Picture
+from edge_vlm_runtime.streaming import Observer, Outcome, PlannedQuestion
+
+try:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    raise MissingExtraError.for_library("rich", "ort") from error
+
+HISTORY = 12
+"""Frames over which the live view averages its rates."""
+MAX_ANSWERS = 8
+KEPT, DROPPED = "█", "·"
+
+
+def heat_row(kept_cells: Sequence[int], grid: int) -> str:
+    """The kept cells of a frame in one line, rows separated by blanks: `██·· ·█·· ···· ····`."""
+    kept = set(kept_cells)
+    return " ".join(
+        "".join(KEPT if row * grid + column in kept else DROPPED for column in range(grid))
+        for row in range(grid)
+    )
+
+
+def heat_rows(kept_cells: Sequence[int], grid: int) -> list[str]:
+    """The same as a picture, two characters a cell so that it is about square."""
+    return [
+        "".join(character * 2 for character in row) for row in heat_row(kept_cells, grid).split(" ")
+    ]
+
+
+def frame_line(event: protocol.FrameAccepted, grid: int) -> str:
+    line = (
+        f"frame {event.frame_sequence:>3}  t={event.time_s:.1f} s  "
+        f"kept {event.cells_kept:>{len(str(event.cells_seen))}}/{event.cells_seen}"
+    )
+    return f"{line}  {heat_row(event.kept_cells, grid)}" if grid <= 5 else line
+
+
+def answer_line(result: Answer | EdgeVlmError) -> str:
+    if isinstance(result, EdgeVlmError):
+        return f"no answer: {result.code}: {result}"
+    return f"{result.text or '(nothing)'}{answer_times(result)}"
+
+
+def answer_times(answer: Answer) -> str:
+    times = "" if answer.ttft_s is None else f"  [TTFT {answer.ttft_s * 1e3:.0f} ms"
+    if times and answer.tokens_per_s is not None:
+        times += f", {answer.tokens_per_s:.0f} tokens/s"
+    return f"{times}, seen until {answer.newest_frame_s:.1f} s]" if times else ""
+
+
+def summary_line(outcome: Outcome) -> str:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.dropped.items()))
+    share = outcome.cells_kept / outcome.cells_seen if outcome.cells_seen else 0.0
+    answered = sum(isinstance(result, Answer) for _, result in outcome.answers)
+    rate = outcome.frames_processed / outcome.elapsed_s if outcome.elapsed_s > 0 else 0.0
+    return (
+        f"{outcome.frames_sent} frames sent, {outcome.frames_processed} processed, "
+        f"dropped: {dropped or 'none'}; {share:.0%} of the cells kept; "
+        f"{answered} of {len(outcome.answers)} questions answered; "
+        f"{outcome.elapsed_s:.1f} s ({rate:.1f} frames/s)"
+    )
+
+
+class PlainView(Observer):
+    """One line for each thing that happens."""
+
+    def __init__(self, grid: int, out: TextIO | None = None) -> None:
+        self._grid = grid
+        self._out = out or sys.stdout
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._out.flush()
+
+    def line(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+    def event(self, event: protocol.ServerEvent) -> None:
+        if isinstance(event, protocol.FrameAccepted):
+            self.line(frame_line(event, self._grid))
+        elif isinstance(event, protocol.FrameDropped):
+            why = "" if event.message is None else f": {event.message}"
+            self.line(f"frame {event.frame_sequence:>3}  dropped ({event.reason}){why}")
+        elif isinstance(event, protocol.MemoryEvicted):
+            self.line(f"memory: {event.frames} oldest frames forgotten")
+        elif isinstance(event, protocol.MemoryRebased):
+            self.line(f"memory: times counted anew from {event.time_offset_s:.1f} s")
+        elif isinstance(event, protocol.SessionGoAway):
+            self.line("the server is stopping")
+
+    def asked(self, question: PlannedQuestion, after_s: float) -> None:
+        self.line(f"? {question.text}  [asked at {after_s:.1f} s]")
+
+    def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
+        self.line(f"> {answer_line(result)}")
+
+
+class LiveView(PlainView):
+    """A table that is redrawn: rates, drops, the heat map of the last frame, the answers."""
+
+    def __init__(self, grid: int, title: str) -> None:
+        super().__init__(grid)
+        self._title = title
+        self._live = Live(console=Console(), refresh_per_second=8, get_renderable=self._render)
+        self._accepted: list[protocol.FrameAccepted] = []
+        self._sent: list[float] = []
+        self._num_sent = 0
+        self._num_accepted = 0
+        self._dropped: Counter[str] = Counter()
+        self._stats: protocol.SessionStats | None = None
+        self._last_ttft_s: float | None = None
+        self._answers: dict[PlannedQuestion, str] = {}
+
+    def __enter__(self) -> LiveView:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def sent(self, sequence: int, picture: Picture) -> None:
+        self._num_sent += 1
+        self._sent = [*self._sent, picture.time_s][-HISTORY:]
+
+    def event(self, event: protocol.ServerEvent) -> None:
+        if isinstance(event, protocol.FrameAccepted):
+            self._num_accepted += 1
+            self._accepted = [*self._accepted, event][-HISTORY:]
+        elif isinstance(event, protocol.FrameDropped):
+            self._dropped[event.reason] += 1
+        elif isinstance(event, protocol.SessionStats):
+            self._stats = event
+
+    def asked(self, question: PlannedQuestion, after_s: float) -> None:
+        self._answers[question] = ""
+        while len(self._answers) > MAX_ANSWERS:
+            self._answers.pop(next(iter(self._answers)))
+
+    def delta(self, question: PlannedQuestion, text: str) -> None:
+        if question in self._answers:
+            self._answers[question] += text
+
+    def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
+        if isinstance(result, Answer):
+            self._last_ttft_s = result.ttft_s
+        self._answers[question] = answer_line(result)
+
+    def _render(self) -> Panel:
+        gauges = Table.grid(padding=(0, 2))
+        for name, value in self._gauges():
+            gauges.add_row(Text(name, style="dim"), value)
+        parts = Table.grid(padding=(0, 4))
+        parts.add_row(gauges, self._heat_map())
+        dialogue = Table.grid(padding=(0, 1))
+        for question, text in self._answers.items():
+            dialogue.add_row(Text("?", style="bold"), Text(question.text, style="bold"))
+            dialogue.add_row(Text(">"), Text(text or "..."))
+        return Panel(Group(parts, Text(), dialogue), title=self._title, title_align="left")
+
+    def _gauges(self) -> list[tuple[str, str]]:
+        last = self._accepted[-1] if self._accepted else None
+        seen = sum(event.cells_seen for event in self._accepted)
+        kept = sum(event.cells_kept for event in self._accepted)
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(self._dropped.items()))
+        ttft = "-" if self._last_ttft_s is None else f"{self._last_ttft_s * 1e3:.0f} ms"
+        stats = self._stats
+        capacity = "" if stats is None else f" / {stats.kv_capacity_tokens}"
+        return [
+            ("fps in", f"{_rate(self._sent):.1f}"),
+            ("processed", f"{self._num_accepted} of {self._num_sent}"),
+            ("dropped", dropped or "none"),
+            ("cells kept", f"{kept / seen:.0%} of the last {len(self._accepted)}" if seen else "-"),
+            ("frame age", "-" if last is None else f"{last.age_ms:.0f} ms"),
+            ("cache", "-" if last is None else f"{last.kv_tokens}{capacity} tokens"),
+            ("TTFT", ttft),
+        ]
+
+    def _heat_map(self) -> Text:
+        if not self._accepted:
+            return Text("no frame yet", style="dim")
+        last = self._accepted[-1]
+        rows = "\n".join(heat_rows(last.kept_cells, self._grid))
+        return Text(
+            f"frame {last.frame_sequence}, t={last.time_s:.1f} s, "
+            f"kept {last.cells_kept}/{last.cells_seen}\n{rows}"
+        )
+
+
+def _rate(times_s: list[float]) -> float:
+    span = times_s[-1] - times_s[0] if times_s else 0.0
+    return (len(times_s) - 1) / span if span > 0 else 0.0
+
+
+def make_view(grid: int, title: str) -> PlainView:
+    """The live view on a terminal, plain lines elsewhere."""
+    return LiveView(grid, title) if sys.stdout.isatty() else PlainView(grid)
