@@ -28,7 +28,9 @@ COMMANDS = {
     "watch": ("ort", "stream a file, webcam or RTSP camera to a server and ask questions"),
     "ask": ("ort", "ask one question about one video file"),
     "train": ("train", "train a model on the rendered world"),
-    "eval": ("train", "measure a checkpoint on held-out clips"),
+    "world": ("train", "write held-out clips with questions and true answers"),
+    "eval": ("ort", "measure a bundle on a question set through the served path"),
+    "calibrate": ("train", "measure a checkpoint's scores and ranges on footage"),
     "export": ("export", "turn a checkpoint into a bundle of ONNX graphs"),
     "verify": ("export", "compare a bundle's graphs with torch"),
 }

@@ -116,7 +116,7 @@ def _watch(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.streaming import parse_question
 
     questions = [parse_question(text, args.every) for text in args.ask]
-    with _server_url(args) as url:
+    with server_url(args) as url:
         return asyncio.run(_watch_session(args, url, questions))
 
 
@@ -163,7 +163,7 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _ask(args: argparse.Namespace) -> int:
-    with _server_url(args) as url:
+    with server_url(args) as url:
         return asyncio.run(_ask_session(args, url))
 
 
@@ -214,7 +214,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _server_url(args: argparse.Namespace) -> Iterator[str]:
+def server_url(args: argparse.Namespace) -> Iterator[str]:
     """The URL that was given, or that of a server of our own on a free loopback port."""
     if args.url is not None:
         yield args.url
