@@ -16,22 +16,22 @@ import edge_vlm
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    """In the project's folder, but without its packages on the path."""
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **environment},
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    built = run(
-        sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, PWD=str(ROOT)
-    )
+    built = run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder)
     assert built.returncode == 0, built.stderr
     (path,) = folder.glob("*.whl")
     return path
@@ -78,7 +78,12 @@ def test_the_command_answers_without_any_extra(installed: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "extra"),
-    [(["demo"], "ort"), (["serve"], "ort"), (["train"], "train"), (["export", "x", "y"], "export")],
+    [
+        (["demo"], "ort"),
+        (["serve"], "ort"),
+        (["train", "-o", "x"], "train"),
+        (["export", "x", "-o", "y"], "export"),
+    ],
 )
 def test_a_missing_extra_is_one_line(installed: Path, arguments: list[str], extra: str) -> None:
     done = run(installed / "edge-vlm", *arguments)
