@@ -83,7 +83,7 @@ def demo_cpu(minutes: float = 103.0) -> Recipe:
                 removed=(0.0, 0.3, 0.5), freeze_vision=True,
             ),
             Stage(
-                name="eight-frames", minutes=45 * unit, batch=16, num_frames=8,
+                name="eight-frames", minutes=45 * unit, batch=8, num_frames=8,
                 removed=REMOVED_MIXED, rate=(1.0, 0.4), decay_from=0.5,
             ),
             Stage(

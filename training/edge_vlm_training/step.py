@@ -66,7 +66,9 @@ def answer(
     _, video = llm(flat.view_as(embeds), *rope_tables(llm.cfg, positions), packed.bias_BPP)
     logits = []
     for bucket in packed.buckets:
-        past = [(k[bucket.clip_N], v[bucket.clip_N]) for k, v in video]
+        past = [
+            (k.index_select(0, bucket.clip_N), v.index_select(0, bucket.clip_N)) for k, v in video
+        ]
         tables = rope_tables(llm.cfg, bucket.positions_NL)
         hidden, _ = llm(llm.embed(bucket.ids_NL), *tables, bucket.bias_NLK, past)
         logits.append(llm.head(hidden.flatten(0, 1)[bucket.answer_index_A]))
