@@ -1,3 +1,3 @@
-"""Calibration of precision and thresholds from real footage; the fp32 bundle needs none."""
+"""Calibration: what a checkpoint's scores and activations look like on real footage."""
 
 from __future__ import annotations

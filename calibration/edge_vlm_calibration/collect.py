@@ -1,0 +1,126 @@
+"""Runs a checkpoint over footage and takes down its scores and the range of every module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edge_vlm.bundle import sha256_of_file
+from edge_vlm.calibration_table import CalibrationTable, Threshold
+from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
+from edge_vlm.model.checkpoint import WEIGHTS, load_checkpoint
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.patches import to_pixel_values
+from edge_vlm_calibration.footage import Shot, read_footage
+
+KEEP_RATIOS = (0.7, 0.5, 0.3, 0.2)
+PERCENTS = range(5, 100, 5)
+VISION_PARTS = ("vit", "scorer", "connector")
+
+
+@dataclass
+class Observed:
+    """What passed so far: ranges by module name, scores [C] of each frame with a predecessor."""
+
+    inputs: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, float] = field(default_factory=dict)
+    scores: list[np.ndarray] = field(default_factory=list)
+    num_frames: int = 0
+
+
+def calibrate(
+    checkpoint: Path, footage: Sequence[Path], fps: float = 2.0, max_frames: int = 64
+) -> CalibrationTable:
+    """Reads at most `max_frames` of each footage.
+
+    Raises CheckpointError (also for a model without a scorer), the errors of `read_footage`,
+    ConfigError when no frame has a predecessor, NonFinite.
+    """
+    model = load_checkpoint(checkpoint)
+    if model.scorer is None:
+        raise CheckpointError(
+            "the model has no token scorer, so there are no scores to calibrate", where=checkpoint
+        )
+    observed = Observed()
+    for path in footage:
+        observe(model, read_footage(path, fps, max_frames), observed)
+    if not observed.scores:
+        raise ConfigError(
+            "no frame has a predecessor in its clip",
+            where=", ".join(map(str, footage)),
+            remedy="give longer footage, or raise --fps",
+        )
+    scores = np.concatenate(observed.scores).astype(np.float64)
+    quantiles = np.quantile(scores, [percent / 100 for percent in PERCENTS])
+    return CalibrationTable(
+        checkpoint_sha256=sha256_of_file(checkpoint / WEIGHTS),
+        footage=tuple(path.resolve().name for path in footage),
+        num_frames=observed.num_frames,
+        image_size=model.cfg.vision.image_size,
+        num_scores=scores.size,
+        score_mean=float(scores.mean()),
+        score_std=float(scores.std()),
+        score_quantiles=dict(zip(PERCENTS, quantiles.tolist(), strict=True)),
+        thresholds=tuple(threshold(scores, ratio) for ratio in KEEP_RATIOS),
+        input_ranges=observed.inputs,
+        output_ranges=observed.outputs,
+    )
+
+
+def threshold(scores: np.ndarray, keep_ratio: float) -> Threshold:
+    """The highest score at or above which lie at least `keep_ratio` of `scores` [n]."""
+    # A share such as 0.7 of 10 cells comes out as 7.000000000000001 in some orders of rounding.
+    count = max(1, int(np.ceil(keep_ratio * scores.size - 1e-6)))
+    score = np.sort(scores)[-count]
+    share = float((scores >= score).mean())
+    return Threshold(keep_ratio=keep_ratio, score=float(score), kept_share=share)
+
+
+def observe(model: VideoLM, shots: Iterable[Shot], observed: Observed) -> None:
+    """Runs the vision side, every cell kept, frame by frame as a stream would."""
+    vision = model.cfg.vision
+    cell_idx = torch.arange(vision.num_cells)
+    prev = torch.zeros(1, vision.num_cells, vision.width)
+    with torch.inference_mode(), _hooks(model, observed):
+        for is_first, rgb in shots:
+            pixels = torch.from_numpy(to_pixel_values(rgb, vision))[None]
+            hidden, prev, scores = model.vit_stem(pixels, prev, torch.tensor([is_first]))
+            model.vit_trunk(hidden, cell_idx, torch.zeros_like(cell_idx), grouped=True)
+            observed.num_frames += 1
+            if not is_first:
+                observed.scores.append(scores[0].numpy())
+
+
+@contextmanager
+def _hooks(model: VideoLM, observed: Observed) -> Iterator[None]:
+    def watch(name: str, leaf: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            _note(observed.inputs, name, inputs[0])
+            _note(observed.outputs, name, output)
+
+        return leaf.register_forward_hook(hook)
+
+    handles = [
+        watch(name, module)
+        for part in VISION_PARTS
+        for name, module in getattr(model, part).named_modules(prefix=part)
+        if next(module.children(), None) is None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note(ranges: dict[str, float], name: str, x: Tensor) -> None:
+    largest = float(x.abs().amax())
+    if not np.isfinite(largest):
+        raise NonFinite("NaN or infinity on calibration footage", where=name)
+    ranges[name] = max(largest, ranges.get(name, 0.0))
