@@ -21,11 +21,11 @@ from edge_vlm.config import CELL, VisionConfig
 def _sample_points(in_size: int, out_size: int) -> tuple[NDArray, NDArray, NDArray]:
     """Lower index, upper index and the upper one's weight for each output place along one axis.
 
-    float32 throughout, as torch's `interpolate(mode="bilinear", align_corners=False)` computes it,
-    so that a value that falls on a rounding border falls on the same side.
+    As torch's `interpolate(mode="bilinear", align_corners=False)` has it: the scale is an f32, the
+    place is rounded to f32 once, behind a fused multiply and subtract.
     """
     scale = np.float32(in_size) / np.float32(out_size)
-    place = (np.arange(out_size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    place = ((np.arange(out_size) + 0.5) * np.float64(scale) - 0.5).astype(np.float32)
     place = np.maximum(place, np.float32(0))
     lower = np.minimum(place.astype(np.int64), in_size - 1)
     upper = np.minimum(lower + 1, in_size - 1)

@@ -1,18 +1,33 @@
 """Small real things for tests: a random-weight model, its checkpoint and its exported bundle.
 
-The bundle is made by the real exporter (about ten seconds) once per test run and shared read-only;
-tests that damage a bundle copy it first.
+The bundle is made by the real exporter. That takes about ten seconds, so it is kept in the test
+cache under a key of everything it depends on, and made anew when any of that changes. Shared and
+read-only: tests that damage a bundle copy it first.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import shutil
 import tempfile
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 from edge_vlm.config import ModelConfig, tiny
 
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".pytest_cache" / "edge-vlm-tiny"
+SOURCES = (
+    "edge_vlm/bundle.py",
+    "edge_vlm/config.py",
+    "edge_vlm/prompt.py",
+    "edge_vlm/specs.py",
+    "edge_vlm/model/*.py",
+    "export/edge_vlm_export/*.py",
+    "training/edge_vlm_training/vocabulary.py",
+    "tests/fakes.py",
+)
 WORDS = (
     "is there a red ball ? yes . no . what colour is the cube ? it is blue . how many cars are "
     "there now ? two . which way does the dog move ? to the left . right . describe the video ."
@@ -20,51 +35,59 @@ WORDS = (
 TINY_LIMITS = {"max_frames": 3, "opt_tokens": 16, "max_tokens": 96, "max_past": 512}
 
 
-@lru_cache(maxsize=1)
-def _shared_folder() -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="edge-vlm-tests-")
-    _KEEP.append(folder)  # removed when the interpreter ends
-    return Path(folder.name)
-
-
-_KEEP: list[tempfile.TemporaryDirectory[str]] = []
-
-
-@lru_cache(maxsize=1)
 def tiny_checkpoint() -> Path:
-    """Folder with config.json, model.safetensors and tokenizer.json of `tiny_config()`."""
-    import torch
+    """Folder with config.json, model.safetensors and tokenizer.json: random weights, seed 0."""
+    return _made() / "tiny-checkpoint"
 
-    from edge_vlm.model.checkpoint import save_checkpoint
-    from edge_vlm.model.video_lm import VideoLM
 
-    folder = _shared_folder() / "tiny-checkpoint"
-    folder.mkdir()
-    config = tiny_config()
-    model = VideoLM(config).init_weights(torch.Generator().manual_seed(0))
-    save_checkpoint(folder, config, model.state_dict(), _tokenizer())
-    return folder
+def tiny_bundle() -> Path:
+    """Folder of the exported bundle of `tiny_checkpoint()`: 9 cells a frame, 2 layers, width 48."""
+    return _made() / "tiny-bundle"
 
 
 @lru_cache(maxsize=1)
 def tiny_config() -> ModelConfig:
-    """`edge_vlm.config.tiny` with the vocabulary of WORDS: 9 cells a frame, width 48, 2 layers."""
-    from edge_vlm_training.vocabulary import build_tokenizer
+    """`edge_vlm.config.tiny` with the vocabulary of WORDS."""
+    from edge_vlm.bundle import EngineBundle
 
-    return tiny(*build_tokenizer([WORDS], _tokenizer()))
-
-
-def _tokenizer() -> Path:
-    return _shared_folder() / "tokenizer.json"
+    return EngineBundle.open(tiny_bundle()).config
 
 
 @lru_cache(maxsize=1)
-def tiny_bundle() -> Path:
-    """Folder of the exported bundle of `tiny_checkpoint()`. Shared: never write into it."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def _made() -> Path:
+    target = CACHE / _key()
+    if target.exists():
+        return target
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="making-", dir=CACHE))
+    _make(folder)
+    try:
+        folder.rename(target)
+    except OSError:  # another test run was faster
+        shutil.rmtree(folder)
+    return target
+
+
+def _key() -> str:
+    digest = hashlib.sha256(metadata.version("torch").encode())
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _make(folder: Path) -> None:
+    import torch
+
+    from edge_vlm.model.checkpoint import save_checkpoint
+    from edge_vlm.model.video_lm import VideoLM
     from edge_vlm_export.graphs import GraphLimits
     from edge_vlm_export.to_onnx import export_bundle
+    from edge_vlm_training.vocabulary import build_tokenizer
 
-    folder = _shared_folder() / "tiny-bundle"
-    export_bundle(tiny_checkpoint(), folder, limits=GraphLimits(**TINY_LIMITS))
-    return folder
+    words = folder / "words.json"
+    config = tiny(*build_tokenizer([WORDS], words))
+    model = VideoLM(config).init_weights(torch.Generator().manual_seed(0))
+    checkpoint = folder / "tiny-checkpoint"
+    save_checkpoint(checkpoint, config, model.state_dict(), words)
+    export_bundle(checkpoint, folder / "tiny-bundle", limits=GraphLimits(**TINY_LIMITS))
