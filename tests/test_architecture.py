@@ -52,7 +52,7 @@ LAYERS = (
     {"server", "client"},
     {"evaluate", "streaming"},
     {"view"},
-    {"commands", "demo_command", "protocol_docs"},
+    {"commands", "demo_command", "evaluate_command", "protocol_docs"},
 )
 PURE_MODULES = {"session", "context", "intake", "alerts", "protocol"}
 IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}
