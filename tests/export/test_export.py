@@ -228,7 +228,7 @@ def test_a_module_that_fixes_a_dimension_is_a_typed_error(tmp_path: Path) -> Non
     from edge_vlm.specs import DynamicDim, GraphSpec, TensorSpec
     from edge_vlm_export.to_onnx import export_graph
 
-    class Fixed(torch.nn.Module):  # type: ignore[name-defined, misc]
+    class Fixed(torch.nn.Module):  # type: ignore[name-defined]
         def forward(self, x):  # type: ignore[no-untyped-def]
             return x.reshape(7, 4) * 2
 

@@ -30,7 +30,9 @@ from edge_vlm_runtime.sampling import Sampling
 from edge_vlm_runtime.vision import FrameTokens
 from tests.fakes import TINY_LIMITS, tiny_bundle
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+def _assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def _same_rows(a: KVArena, b: KVArena, layers: int = 2) -> None:
     assert a.positions.tolist() == b.positions.tolist()
     for layer in range(layers):
         for left, right in zip(a.rows(layer), b.rows(layer), strict=True):
-            np.testing.assert_allclose(left, right, **CLOSE)
+            _assert_close(left, right)
 
 
 def test_frame_by_frame_equals_the_whole_clip(engines: Engines, clip: list[FrameTokens]) -> None:
@@ -87,7 +89,7 @@ def test_frame_by_frame_equals_the_whole_clip(engines: Engines, clip: list[Frame
         lm.prefill(stepwise, *_segment(engines, tokens, i))
     question = engines.prompt.question_ids("is there a red ball ?")
     logits = lm.prefill(stepwise, lm.embed(question))
-    np.testing.assert_allclose(logits, expected, **CLOSE)
+    _assert_close(logits, expected)
     _same_rows(stepwise, whole)
 
 
@@ -116,7 +118,7 @@ def test_decoding_equals_one_full_prefill(engines: Engines, clip: list[FrameToke
             np.concatenate([embeds, lm.embed(tokens[:n])]),
             np.concatenate([blocks, np.full(n, -1)]),
         )
-        np.testing.assert_allclose(logits, expected, **CLOSE)
+        _assert_close(logits, expected)
     _same_rows(arena, fresh)
 
 
@@ -134,7 +136,7 @@ def test_a_long_prefill_is_cut_between_frames_with_the_same_result(
     for i in range(repeats):
         part = slice(i * len(embeds), (i + 1) * len(embeds))
         expected = lm.prefill(stepwise, tiled[part], ids[part])
-    np.testing.assert_allclose(logits, expected, **CLOSE)
+    _assert_close(logits, expected)
     _same_rows(cut, stepwise)
 
 
