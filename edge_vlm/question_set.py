@@ -77,7 +77,8 @@ def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
     index = folder / INDEX
     if not index.is_file():
         raise ConfigError(
-            f"no question set: {INDEX} is missing", where=folder,
+            f"no question set: {INDEX} is missing",
+            where=folder,
             remedy="make one with `edge-vlm world --out FOLDER`",
         )
     for number, line in enumerate(index.read_text().splitlines(), start=1):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def attend(q_BSHd: Tensor, k_BKHd: Tensor, v_BKHd: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention with an additive bias that broadcasts to [B, H, S, K]; returns [B, S, H, d].
+    """Softmax attention, [B, S, H, d]; the additive bias broadcasts to [B, H, S, K].
 
     With gradients on a CPU the product is written out: the fused kernel's bf16 backward is two to
     three times slower there, and slower still with a bias that needs a gradient. Export takes

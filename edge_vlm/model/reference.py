@@ -129,7 +129,7 @@ def _trunk(
     x = vit.cells(x_FND)[context_FC].flatten(0, 1)
     cells_G9D = {model.trunk_start - 1: x.unflatten(0, (-1, patches_per_cell))[kept_G]}
     for i in range(model.trunk_start, model.cfg.vision.num_layers):
-        x = vit.blocks[i].forward_ragged(x, layout)
+        x = vit.block(i).forward_ragged(x, layout)
         cells_G9D[i] = x.unflatten(0, (-1, patches_per_cell))[kept_G]
         hidden[i] = torch.zeros_like(x_FND).index_put(places, cells_G9D[i])
     joined = torch.cat([cells_G9D[i] for i in model.cfg.vision.feature_layers], -1)

@@ -138,7 +138,7 @@ class VideoLM(nn.Module):
         x = patches_G9D.flatten(0, 1)
         taps = {self.trunk_start - 1: x}
         for i in range(self.trunk_start, self.cfg.vision.num_layers):
-            x = self.vit.blocks[i].forward_ragged(x, layout)
+            x = self.vit.block(i).forward_ragged(x, layout)
             taps[i] = x
         joined = torch.cat([taps[i] for i in self.cfg.vision.feature_layers], -1)
         return self.connector(joined.unflatten(0, (-1, CELL * CELL)))

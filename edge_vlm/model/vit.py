@@ -96,6 +96,11 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.num_layers))
         self.register_buffer("cell_patches_C9", cell_patch_table(cfg.patch_grid), persistent=False)
 
+    def block(self, i: int) -> ViTBlock:
+        block = self.blocks[i]
+        assert isinstance(block, ViTBlock)
+        return block
+
     def embed(self, pixels_FNP: Tensor) -> Tensor:
         return self.patch_embed(pixels_FNP) + self.pos_embed
 

@@ -139,15 +139,15 @@ def table(results: Mapping[str, Result], kinds: Iterable[str] | None = None) -> 
     names = list(results)
     rows = sorted({kind for result in results.values() for kind in result.kinds})
     lines = [f"{'':<12}" + "".join(f"{name:>26}" for name in names)]
-    lines.append(f"{'cells kept':<12}" + "".join(f"{r.kept_share:>26.1%}" for r in results.values()))
+    shares = "".join(f"{result.kept_share:>26.1%}" for result in results.values())
+    lines.append(f"{'cells kept':<12}{shares}")
     for kind in rows:
         cells = []
         for result in results.values():
             tally = result.kinds.get(kind, Tally())
             low, high = tally.interval()
             cells.append(
-                f"{tally.right}/{tally.asked} {tally.share:.1%} [{low:.0%}, {high:.0%}]"
-                .rjust(26)
+                f"{tally.right}/{tally.asked} {tally.share:.1%} [{low:.0%}, {high:.0%}]".rjust(26)
             )
         lines.append(f"{kind:<12}" + "".join(cells))
     chosen = list(rows if kinds is None else kinds)

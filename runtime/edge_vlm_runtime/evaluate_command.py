@@ -22,7 +22,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", type=Path, help="folder written by `edge-vlm world`")
     parser.add_argument("--url", help="a running server (default: one of its own)")
     parser.add_argument(
-        "--run", action="append", metavar="POLICY:KEEP", dest="runs",
+        "--run",
+        action="append",
+        metavar="POLICY:KEEP",
+        dest="runs",
         help="policy and keep ratio, may be repeated (default: stream:0.5 and random:0.5)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -76,6 +79,8 @@ async def _evaluate(args: argparse.Namespace, url: str, runs: list[tuple[str, fl
 
 
 evaluate = Command(
-    name="eval", help="measure a bundle on a question set through the served path",
-    add_arguments=_arguments, run=_run,
+    name="eval",
+    help="measure a bundle on a question set through the served path",
+    add_arguments=_arguments,
+    run=_run,
 )

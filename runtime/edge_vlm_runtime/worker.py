@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from edge_vlm.errors import EdgeVlmError, InternalError
@@ -183,12 +184,12 @@ class EngineWorker:
                 self._guarded(handle, call)
             worked = False
             for handle in list(self._handles):
-                worked |= bool(self._guarded(handle, lambda handle=handle: self._step(handle)))
+                worked |= bool(self._guarded(handle, partial(self._step, handle)))
             with self._wake:
                 if not worked and not self._calls and not self._woken and not self._stopping:
                     self._wake.wait(IDLE_WAIT_S)
         for handle in list(self._handles):
-            self._guarded(handle, lambda handle=handle: self._end(handle))
+            self._guarded(handle, partial(self._end, handle))
 
     def _step(self, handle: SessionHandle) -> bool:
         session = handle.session

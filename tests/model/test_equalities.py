@@ -14,7 +14,10 @@ from edge_vlm.model.video_lm import VideoLM
 from tests.model.prompts import cut, read
 
 FRAMES = 4
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +66,7 @@ def test_keeping_every_cell_is_the_unpruned_model(model: VideoLM, pixels: Tensor
         x = taps[i] = model.vit.blocks[i](x)
     joined = torch.cat([taps[i] for i in model.cfg.vision.feature_layers], -1)
     whole = model.connector(model.vit.cells(joined).flatten(0, 1))
-    torch.testing.assert_close(trunk(model, hidden, everything, grouped=False), whole, **CLOSE)
+    close(trunk(model, hidden, everything, grouped=False), whole)
 
 
 def test_grouped_attention_is_the_block_mask(model: VideoLM, pixels: Tensor) -> None:
@@ -71,7 +74,7 @@ def test_grouped_attention_is_the_block_mask(model: VideoLM, pixels: Tensor) -> 
     keep = uneven_keep(model)
     masked = trunk(model, hidden, keep, grouped=False)
     assert len(masked) == int(keep.sum())
-    torch.testing.assert_close(trunk(model, hidden, keep, grouped=True), masked, **CLOSE)
+    close(trunk(model, hidden, keep, grouped=True), masked)
 
 
 def test_gradients_of_grouped_attention_are_those_of_the_block_mask(
@@ -104,7 +107,7 @@ def test_frames_one_by_one_score_as_the_clip_does(model: VideoLM, pixels: Tensor
     for i in range(FRAMES):
         one = model.vit_stem(pixels[i : i + 1], previous, torch.tensor([i == 0]))
         for mine, clip in zip(one, whole, strict=True):
-            torch.testing.assert_close(mine[0], clip[i], **CLOSE)
+            close(mine[0], clip[i])
         previous = one[1]
 
 
@@ -114,7 +117,7 @@ def test_a_clip_behind_another_is_as_if_alone(model: VideoLM, pixels: Tensor) ->
     together = model.vit_stem(pixels, previous, starts)
     alone = stem(model, pixels[2:])
     for mine, clip in zip(together, alone, strict=True):
-        torch.testing.assert_close(mine[2:], clip, **CLOSE)
+        close(mine[2:], clip)
 
 
 def clip_prompt(model: VideoLM) -> tuple[Tensor, list[int], list[int]]:
@@ -140,7 +143,7 @@ def read_in_parts(model: VideoLM, embeds: Tensor, blocks: list[int], ends: list[
 def test_frame_by_frame_reading_is_reading_the_clip(model: VideoLM) -> None:
     embeds, blocks, ends = clip_prompt(model)
     whole, _ = read(model, embeds, blocks)
-    torch.testing.assert_close(read_in_parts(model, embeds, blocks, ends), whole, **CLOSE)
+    close(read_in_parts(model, embeds, blocks, ends), whole)
 
 
 def test_with_all_vision_tokens_in_one_block_it_is_not(model: VideoLM) -> None:
@@ -169,9 +172,9 @@ def test_reference_mode_without_removal_is_the_streaming_one(pixels: Tensor) -> 
     model = random_model(by_row)
     hidden, _, scores = stem(model, pixels)
     run = encode_reference(model, pixels, [FRAMES], removed=0.0)
-    torch.testing.assert_close(run.scores_FC, scores, **CLOSE)
+    close(run.scores_FC, scores)
     streamed = trunk(model, hidden, run.kept_FC, grouped=False)
-    torch.testing.assert_close(run.features_GE, streamed, **CLOSE)
+    close(run.features_GE, streamed)
 
 
 def random_model(cfg: ModelConfig) -> VideoLM:

@@ -28,7 +28,8 @@ def _train(args: argparse.Namespace) -> int:
         )
     if (args.out / STATE).exists() and not args.resume:
         raise ConfigError(
-            "the folder holds a run already", where=args.out,
+            "the folder holds a run already",
+            where=args.out,
             remedy="add --resume to go on with it, or name another folder",
         )
     if args.threads:
@@ -64,10 +65,14 @@ def _world(args: argparse.Namespace) -> int:
 
 
 train = Command(
-    name="train", help="train a model on the rendered world", add_arguments=_train_arguments,
+    name="train",
+    help="train a model on the rendered world",
+    add_arguments=_train_arguments,
     run=_train,
 )
 world = Command(
-    name="world", help="write held-out clips with questions and true answers",
-    add_arguments=_world_arguments, run=_world,
+    name="world",
+    help="write held-out clips with questions and true answers",
+    add_arguments=_world_arguments,
+    run=_world,
 )

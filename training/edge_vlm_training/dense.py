@@ -27,7 +27,7 @@ _BACKGROUND_WEIGHT = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class DenseLabels:
-    """Per patch [F, N]: kind and colour (the last class is background), centre [F, N, 2] in 0..1."""
+    """Per patch [F, N]: kind and colour (last class: background), centre [F, N, 2] in 0..1."""
 
     kind: Tensor
     colour: Tensor
@@ -83,6 +83,8 @@ def dense_loss(outputs: tuple[Tensor, ...], labels: DenseLabels) -> tuple[Tensor
     right_kind = (kind.argmax(-1) == labels.kind)[seen].float().mean()
     right_colour = (colour.argmax(-1) == labels.colour)[seen].float().mean()
     return loss, {
-        "loss": loss.item(), "kind": right_kind.item(), "colour": right_colour.item(),
+        "loss": loss.item(),
+        "kind": right_kind.item(),
+        "colour": right_colour.item(),
         "centre_rms": error.sqrt().item(),
     }

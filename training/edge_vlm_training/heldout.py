@@ -17,7 +17,7 @@ from edge_vlm_training.render import draw_batch
 from edge_vlm_training.world import Scenes, WorldConfig
 
 PICTURE_SIZE = 192
-"""Pixels a side of what is sent: twice the demo model's, so that JPEG's coarse colour is harmless."""
+"""Pixels a side of what is sent: twice the model's, so that JPEG's coarse colour is harmless."""
 _TRIES = 6
 
 
@@ -59,7 +59,10 @@ def _asked(question: Question, scenes: Scenes) -> AskedQuestion:
         side = float(scenes.size[0, question.meta["object"]])
         box = (float(question.meta["x"]), float(question.meta["y"]), side)
     return AskedQuestion(
-        kind=question.kind, text=question.text, answer=question.answer, frame=question.frame,
+        kind=question.kind,
+        text=question.text,
+        answer=question.answer,
+        frame=question.frame,
         box=box,
     )
 
@@ -67,7 +70,7 @@ def _asked(question: Question, scenes: Scenes) -> AskedQuestion:
 def write_demo_clip(folder: Path, seed: int, num_frames: int = 8) -> None:
     """Writes `clip.mp4` (H.264, 2 pictures a second) and `clip.json` with four questions.
 
-    Takes the first clip from `seed` on that starts at 0 s, shows three things and one entering late.
+    Takes the first clip from `seed` on that starts at 0 s and shows three things, one of them late.
     """
     world = WorldConfig(num_frames=num_frames, split="heldout", start_at_zero=1.0)
     while True:
@@ -82,7 +85,8 @@ def write_demo_clip(folder: Path, seed: int, num_frames: int = 8) -> None:
     questions = []
     for kind, t in plan:
         question = next(
-            q for _ in range(999)
+            q
+            for _ in range(999)
             if (q := ask(scenes, 0, kind, t, rng)) is not None and q.meta.get("first") != 0
         )
         stamp = float(scenes.times_s()[0, t])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def neighbour_similarity(patches_FC9D: Tensor) -> Tensor:
-    """Cosine of each cell's nine raw patch vectors with the frame before, fp32 [F, C]; 0 for frame 0.
+    """Cosine of each cell's nine raw patches with the frame before, fp32 [F, C]; 0 for frame 0.
 
     Only neighbouring frames are compared, so memory grows with F and not with its square.
     """
@@ -23,7 +23,7 @@ def neighbour_similarity(patches_FC9D: Tensor) -> Tensor:
 def similarity_loss(
     scores_FC: Tensor, patches_FC9D: Tensor, is_first_F: Tensor, *, detach_target: bool = True
 ) -> Tensor:
-    """Mean squared distance of score and 1 - similarity over cells of frames that have a predecessor.
+    """Mean squared distance of score and 1 - similarity, over frames that have a predecessor.
 
     The reference lets the target's gradient reach the ViT, which can then lower the loss by
     flattening its own features; `detach_target=False` reproduces that.
@@ -49,6 +49,7 @@ def exact_answers(logits_AV: Tensor, targets_A: Tensor, question_A: Tensor, num:
     Under teacher forcing this equals the exact match of greedy generation.
     """
     wrong = (logits_AV.argmax(-1) != targets_A).to(torch.int32)
-    return torch.zeros(num, dtype=torch.int32, device=wrong.device).index_add(
-        0, question_A, wrong
-    ) == 0
+    return (
+        torch.zeros(num, dtype=torch.int32, device=wrong.device).index_add(0, question_A, wrong)
+        == 0
+    )

@@ -52,7 +52,7 @@ class MasterAdamW:
             group["lr"] = group["peak"] * rate
         self._adamw.step()
         with torch.no_grad():
-            torch._foreach_copy_(self._live, self._master)
+            torch._foreach_copy_([*self._live], [*self._master])
         return float(norm)
 
     def masters(self) -> dict[str, Tensor]:

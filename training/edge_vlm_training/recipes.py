@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 REMOVED_MIXED = (0.0, 0.3, 0.5, 0.5, 0.65)
-"""Share of cells removed, drawn anew each step: a model trained at one share alone breaks at others."""
+"""Share of cells removed, drawn anew each step: a model trained at one breaks at others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stretch of training; its length is wall-clock time, because shared CPUs drift in speed."""
+    """One stretch of training, measured in wall-clock time: shared CPUs drift in speed."""
 
     name: str
     minutes: float
@@ -70,25 +70,49 @@ def demo_cpu(minutes: float = 103.0) -> Recipe:
         forgetful_share=0.15,
         stages=(
             Stage(
-                name="dense", minutes=11 * unit, batch=128, dense=True, lr=1e-3, lr_vision=1e-3,
-                rate=(1.0, 0.05), decay_from=0.6,
+                name="dense",
+                minutes=11 * unit,
+                batch=128,
+                dense=True,
+                lr=1e-3,
+                lr_vision=1e-3,
+                rate=(1.0, 0.05),
+                decay_from=0.6,
             ),
             Stage(name="one-frame", minutes=15 * unit, batch=32, branches=8, lr_vision=2e-4),
             Stage(
-                name="four-frames", minutes=6 * unit, batch=24, num_frames=4,
+                name="four-frames",
+                minutes=6 * unit,
+                batch=24,
+                num_frames=4,
                 removed=(0.0, 0.3, 0.5),
             ),
             Stage(
-                name="four-frames-frozen", minutes=6 * unit, batch=24, num_frames=4,
-                removed=(0.0, 0.3, 0.5), freeze_vision=True,
+                name="four-frames-frozen",
+                minutes=6 * unit,
+                batch=24,
+                num_frames=4,
+                removed=(0.0, 0.3, 0.5),
+                freeze_vision=True,
             ),
             Stage(
-                name="eight-frames", minutes=45 * unit, batch=8, num_frames=8,
-                removed=REMOVED_MIXED, rate=(1.0, 0.4), decay_from=0.5,
+                name="eight-frames",
+                minutes=45 * unit,
+                batch=8,
+                num_frames=8,
+                removed=REMOVED_MIXED,
+                rate=(1.0, 0.4),
+                decay_from=0.5,
             ),
             Stage(
-                name="eight-frames-frozen", minutes=20 * unit, batch=16, num_frames=8,
-                branches=16, removed=REMOVED_MIXED, freeze_vision=True, rate=(0.6, 0.02),
+                name="eight-frames-frozen",
+                minutes=20 * unit,
+                batch=16,
+                num_frames=8,
+                branches=16,
+                removed=REMOVED_MIXED,
+                freeze_vision=True,
+                rate=(0.6, 0.02),
             ),
         ),
     )
@@ -102,10 +126,18 @@ def smoke() -> Recipe:
         forgetful_share=0.5,
         stages=(
             Stage(name="dense", minutes=minutes, batch=4, dense=True),
-            Stage(name="clips", minutes=minutes, batch=2, num_frames=3, branches=3,
-                  removed=(0.0, 0.5)),
-            Stage(name="frozen", minutes=minutes, batch=2, num_frames=3, branches=3,
-                  removed=(0.5,), freeze_vision=True),
+            Stage(
+                name="clips", minutes=minutes, batch=2, num_frames=3, branches=3, removed=(0.0, 0.5)
+            ),
+            Stage(
+                name="frozen",
+                minutes=minutes,
+                batch=2,
+                num_frames=3,
+                branches=3,
+                removed=(0.5,),
+                freeze_vision=True,
+            ),
         ),
     )
 

@@ -37,9 +37,7 @@ class Seen:
     aux_loss: Tensor
 
 
-def see(
-    model: VideoLM, pixels_FNP: Tensor, num_frames: int, removed: float, floor: int
-) -> Seen:
+def see(model: VideoLM, pixels_FNP: Tensor, num_frames: int, removed: float, floor: int) -> Seen:
     """Scores, prunes by clip budget and encodes; gradients flow wherever parameters want them."""
     num_cells = model.cfg.vision.num_cells
     is_first = torch.arange(len(pixels_FNP)) % num_frames == 0
@@ -54,9 +52,7 @@ def see(
     return Seen(features, keep.sum(-1), aux)
 
 
-def answer(
-    model: VideoLM, seen: Seen, packed: Packed, patch_id: int
-) -> tuple[Tensor, Tensor]:
+def answer(model: VideoLM, seen: Seen, packed: Packed, patch_id: int) -> tuple[Tensor, Tensor]:
     """Language loss, and for every question whether its answer is exactly right."""
     llm = model.llm
     embeds = llm.embed(packed.ids_BP)

@@ -71,17 +71,19 @@ class Trainer:
     def save(self) -> None:
         """Writes the resumable state and the checkpoint folder as it would be used."""
         state = {
-            "recipe": self.recipe.name, "masters": self.masters, "stage": self.stage_index,
-            "stage_s": self.stage_s, "total_steps": self.total_steps, "total_s": self.total_s,
+            "recipe": self.recipe.name,
+            "masters": self.masters,
+            "stage": self.stage_index,
+            "stage_s": self.stage_s,
+            "total_steps": self.total_steps,
+            "total_s": self.total_s,
             "accuracy": self.mix.accuracy,
         }
         partial = self.folder / f"{STATE}.partial"
         torch.save(state, partial)
         os.replace(partial, self.folder / STATE)
         weights = {n: t for n, t in self.masters.items() if not n.startswith(_HEAD)}
-        save_checkpoint(
-            self.folder / "checkpoint", self.config, weights, self.folder / TOKENIZER
-        )
+        save_checkpoint(self.folder / "checkpoint", self.config, weights, self.folder / TOKENIZER)
 
     def resume(self) -> None:
         """Goes on from the last state; the optimiser's moments start anew with a warm-up."""
@@ -94,7 +96,8 @@ class Trainer:
         missing = self.masters.keys() - state["masters"].keys()
         if missing:
             raise CheckpointError(
-                f"the state lacks {len(missing)} weights, first {min(missing)}", where=path,
+                f"the state lacks {len(missing)} weights, first {min(missing)}",
+                where=path,
                 remedy="resume with the recipe that wrote it",
             )
         self.masters = state["masters"]
@@ -169,8 +172,7 @@ class Trainer:
             for parameter in scorer.values():
                 parameter.requires_grad_(False)
         rest = {
-            n: p for n, p in self.model.named_parameters()
-            if n not in vision and n not in scorer
+            n: p for n, p in self.model.named_parameters() if n not in vision and n not in scorer
         }
         if stage.freeze_vision:
             return [(stage.lr, rest)]
@@ -193,9 +195,7 @@ class Trainer:
             forgotten = self.rng.randint(1, _MOST_FORGOTTEN)
             pause_s = self.rng.randint(0, _LONGEST_PAUSE_S)
         world = WorldConfig(num_frames=stage.num_frames + forgotten)
-        frames, scenes = draw_batch(
-            self.rng.getrandbits(40), stage.batch, world, cfg.image_size
-        )
+        frames, scenes = draw_batch(self.rng.getrandbits(40), stage.batch, world, cfg.image_size)
         shown = [0, *range(1 + forgotten, world.num_frames)]
         frames, times_s = frames[:, shown], scenes.times_s()[:, shown]
         times_s[:, 1:] += pause_s
@@ -208,7 +208,9 @@ class Trainer:
         with torch.set_grad_enabled(not stage.freeze_vision):
             seen = see(self.model, pixels, stage.num_frames, removed, floor)
         packed = self.packer.pack(
-            seen.counts_BT.numpy(), times_s, [branches for branches, _ in asked],
+            seen.counts_BT.numpy(),
+            times_s,
+            [branches for branches, _ in asked],
             self.dtype,
         )
         loss, right = answer(self.model, seen, packed, self.packer.prompt.patch_id)
@@ -222,8 +224,10 @@ class Trainer:
         if not steps:
             return
         line: dict[str, object] = {
-            "minutes": round(self.total_s / 60, 2), "stage": stage.name,
-            "step": self.total_steps, "rate": round(rate, 3),
+            "minutes": round(self.total_s / 60, 2),
+            "stage": stage.name,
+            "step": self.total_steps,
+            "rate": round(rate, 3),
             **{name: round(value / steps, 4) for name, value in sums.items()},
         }
         if not stage.dense:
