@@ -158,25 +158,25 @@ class Trainer:
         self.head.to(self.dtype)
 
     def _groups(self, stage: Stage) -> list[tuple[float, dict[str, nn.Parameter]]]:
-        vision = {f"vit.{n}": p for n, p in self.model.vit.named_parameters()}
+        """Parameters by peak learning rate; what is not in a group does not change."""
         for parameter in self.model.parameters():
-            parameter.requires_grad_(not stage.dense)
-        for parameter in vision.values():
-            parameter.requires_grad_(stage.dense or not stage.freeze_vision)
+            parameter.requires_grad_(False)
+
+        def part(*prefixes: str) -> dict[str, nn.Parameter]:
+            named = {n: p for n, p in self.model.named_parameters() if n.startswith(prefixes)}
+            for parameter in named.values():
+                parameter.requires_grad_(True)
+            return named
+
         if stage.dense:
             head = {_HEAD + n: p for n, p in self.head.named_parameters()}
-            return [(stage.lr_vision, vision), (stage.lr, head)]
-        assert self.model.scorer is not None
-        scorer = {f"scorer.{n}": p for n, p in self.model.scorer.named_parameters()}
+            return [(stage.lr_vision, part("vit.")), (stage.lr, head)]
         if stage.freeze_vision:
-            for parameter in scorer.values():
-                parameter.requires_grad_(False)
-        rest = {
-            n: p for n, p in self.model.named_parameters() if n not in vision and n not in scorer
-        }
-        if stage.freeze_vision:
-            return [(stage.lr, rest)]
-        return [(stage.lr, rest), (stage.lr, scorer), (stage.lr_vision, vision)]
+            return [(stage.lr, part("llm."))]
+        # The connector learns at the ViT's rate: its output is normalised by the first block, so
+        # nothing holds its scale, and at the language model's rate it grows until the residual
+        # stream drowns whatever the blocks add to a vision token.
+        return [(stage.lr, part("llm.", "scorer.")), (stage.lr_vision, part("vit.", "connector."))]
 
     def _dense_step(self, stage: Stage) -> dict[str, float]:
         cfg = self.config.vision
