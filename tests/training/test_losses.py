@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from edge_vlm_training.losses import (
     answer_loss,
     exact_answers,
+    feature_scale_loss,
     neighbour_similarity,
     similarity_loss,
 )
@@ -73,3 +74,12 @@ def test_clip_budget_keeps_the_exact_number_the_first_frame_and_the_best() -> No
     for clip in range(3):
         kept, dropped = scores[clip, 1:][later[clip]], scores[clip, 1:][~later[clip]]
         assert float(kept.min()) >= float(dropped.max())
+
+
+def test_feature_scale_loss_pulls_large_features_down_and_leaves_small_ones() -> None:
+    assert feature_scale_loss(torch.full((3, 4), 3.9)).item() == 0.0
+    large = torch.full((3, 4), 40.0, requires_grad=True)
+    loss = feature_scale_loss(large)
+    loss.backward()
+    assert loss.item() > 0
+    assert large.grad is not None and bool((large.grad > 0).all())

@@ -20,7 +20,12 @@ RECIPE = Recipe(
         Stage(name="dense", minutes=STEP, batch=2, dense=True),
         Stage(name="clips", minutes=STEP, batch=2, num_frames=3, branches=2, removed=(0.5,)),
         Stage(
-            name="frozen", minutes=STEP, batch=2, num_frames=3, branches=2, removed=(0.5,),
+            name="frozen",
+            minutes=STEP,
+            batch=2,
+            num_frames=3,
+            branches=2,
+            removed=(0.5,),
             freeze_vision=True,
         ),
     ),

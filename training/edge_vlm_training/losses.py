@@ -37,6 +37,17 @@ def similarity_loss(
     return F.mse_loss(scores_FC[later], target[later])
 
 
+def feature_scale_loss(features_GE: Tensor, limit: float = 4.0) -> Tensor:
+    """Squared log of how far the features' root mean square exceeds `limit`; 0 below it.
+
+    The first block normalises what it reads, so nothing else holds the scale of the features: left
+    alone it grows until the residual stream drowns whatever the blocks add to a vision token (seen
+    at a root mean square of 286, where bf16 rounds such additions away).
+    """
+    rms = features_GE.float().square().mean().sqrt()
+    return (rms / limit).log().clamp(min=0).square()
+
+
 def answer_loss(logits_AV: Tensor, targets_A: Tensor, weights_A: Tensor) -> Tensor:
     """Weighted mean cross-entropy of the answer tokens, in fp32."""
     losses = F.cross_entropy(logits_AV.float(), targets_A, reduction="none")

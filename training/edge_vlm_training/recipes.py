@@ -16,12 +16,15 @@ class Stage:
     minutes: float
     batch: int
     num_frames: int = 1
+    shorter: tuple[int, ...] = ()
+    """Half of the steps take clips of one of these lengths instead, more of them at the same cost."""
     dense: bool = False
     """Dense pre-training of the ViT alone instead of questions."""
     branches: int = 12
     removed: tuple[float, ...] = (0.0,)
     lr: float = 1e-3
     lr_vision: float = 3e-4
+    lr_connector: float = 3e-4
     freeze_vision: bool = False
     rate: tuple[float, float] = (1.0, 1.0)
     """Factor on the learning rates at the start and at the end of the stage."""
@@ -52,6 +55,8 @@ class Recipe:
     seed: int = 0
     aux_weight: float = 0.5
     """Weight of the temporal similarity loss (0.5 in the published code)."""
+    scale_weight: float = 0.1
+    """Weight of the loss that bounds the scale of the vision features."""
     min_cells: int = 2
     """Up to this many cells of every later frame are kept whatever their rank."""
     history_share: float = 0.15
@@ -101,8 +106,10 @@ def demo_cpu(minutes: float = 103.0) -> Recipe:
                 batch=8,
                 num_frames=8,
                 removed=REMOVED_MIXED,
-                rate=(1.0, 0.4),
-                decay_from=0.5,
+                shorter=(1, 4),
+                lr_connector=3e-5,
+                rate=(0.6, 0.25),
+                decay_from=0.4,
             ),
             Stage(
                 name="eight-frames-frozen",
@@ -112,7 +119,7 @@ def demo_cpu(minutes: float = 103.0) -> Recipe:
                 branches=16,
                 removed=REMOVED_MIXED,
                 freeze_vision=True,
-                rate=(0.6, 0.02),
+                rate=(0.5, 0.02),
             ),
         ),
     )

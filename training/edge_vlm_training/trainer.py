@@ -19,6 +19,7 @@ from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.prompt import PromptFormat
 from edge_vlm.tokenizer import Tokenizer
 from edge_vlm_training.dense import DenseHead, dense_labels, dense_loss
+from edge_vlm_training.losses import feature_scale_loss
 from edge_vlm_training.optimizer import MasterAdamW
 from edge_vlm_training.packing import Packer
 from edge_vlm_training.questions import vocabulary
@@ -33,6 +34,7 @@ STATE, LOG = "state.pt", "log.jsonl"
 _SAVE_EVERY_S = 120.0
 _LOG_EVERY_S = 20.0
 _HEAD = "dense_head."
+_MOST_CLIPS = 24
 _MOST_FORGOTTEN = 6
 _LONGEST_PAUSE_S = 40
 
@@ -173,10 +175,11 @@ class Trainer:
             return [(stage.lr_vision, part("vit.")), (stage.lr, head)]
         if stage.freeze_vision:
             return [(stage.lr, part("llm."))]
-        # The connector learns at the ViT's rate: its output is normalised by the first block, so
-        # nothing holds its scale, and at the language model's rate it grows until the residual
-        # stream drowns whatever the blocks add to a vision token.
-        return [(stage.lr, part("llm.", "scorer.")), (stage.lr_vision, part("vit.", "connector."))]
+        return [
+            (stage.lr, part("llm.", "scorer.")),
+            (stage.lr_vision, part("vit.")),
+            (stage.lr_connector, part("connector.")),
+        ]
 
     def _dense_step(self, stage: Stage) -> dict[str, float]:
         cfg = self.config.vision
@@ -190,23 +193,27 @@ class Trainer:
 
     def _clip_step(self, stage: Stage) -> dict[str, float]:
         cfg, recipe = self.config.vision, self.recipe
+        num_frames, batch = stage.num_frames, stage.batch
+        if stage.shorter and self.rng.random() < 0.5:
+            num_frames = self.rng.choice(stage.shorter)
+            batch = min(_MOST_CLIPS, batch * stage.num_frames // num_frames)
         forgotten, pause_s = 0, 0.0
-        if stage.num_frames > 2 and self.rng.random() < recipe.forgetful_share:
+        if num_frames > 2 and self.rng.random() < recipe.forgetful_share:
             forgotten = self.rng.randint(1, _MOST_FORGOTTEN)
             pause_s = self.rng.randint(0, _LONGEST_PAUSE_S)
-        world = WorldConfig(num_frames=stage.num_frames + forgotten)
-        frames, scenes = draw_batch(self.rng.getrandbits(40), stage.batch, world, cfg.image_size)
+        world = WorldConfig(num_frames=num_frames + forgotten)
+        frames, scenes = draw_batch(self.rng.getrandbits(40), batch, world, cfg.image_size)
         shown = [0, *range(1 + forgotten, world.num_frames)]
         frames, times_s = frames[:, shown], scenes.times_s()[:, shown]
         times_s[:, 1:] += pause_s
         asked = [
             self.mix.branches(scenes, b, stage.branches, recipe.history_share, forgotten)
-            for b in range(stage.batch)
+            for b in range(batch)
         ]
         removed, floor = self.rng.choice(stage.removed), self.rng.randint(0, recipe.min_cells)
         pixels = to_pixel_values(frames, cfg, self.dtype)
         with torch.set_grad_enabled(not stage.freeze_vision):
-            seen = see(self.model, pixels, stage.num_frames, removed, floor)
+            seen = see(self.model, pixels, num_frames, removed, floor)
         packed = self.packer.pack(
             seen.counts_BT.numpy(),
             times_s,
@@ -214,10 +221,13 @@ class Trainer:
             self.dtype,
         )
         loss, right = answer(self.model, seen, packed, self.packer.prompt.patch_id)
-        (loss + recipe.aux_weight * seen.aux_loss).backward()
+        total = loss + recipe.aux_weight * seen.aux_loss
+        total = total + recipe.scale_weight * feature_scale_loss(seen.features_GE)
+        total.backward()
         self.mix.update([kind for _, kinds in asked for kind in kinds], right.tolist())
         kept = float(seen.counts_BT.sum()) / (seen.counts_BT.numel() * cfg.num_cells)
-        return {"loss": loss.item(), "aux": seen.aux_loss.item(), "kept": kept}
+        scale = float(seen.features_GE.detach().float().square().mean().sqrt())
+        return {"loss": loss.item(), "aux": seen.aux_loss.item(), "kept": kept, "scale": scale}
 
     def _log(self, stage: Stage, sums: dict[str, float], rate: float) -> None:
         steps = sums.pop("steps", 0.0)
