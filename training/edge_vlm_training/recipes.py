@@ -17,7 +17,7 @@ class Stage:
     batch: int
     num_frames: int = 1
     shorter: tuple[int, ...] = ()
-    """Half of the steps take clips of one of these lengths instead, more of them at the same cost."""
+    """Half of the steps take clips of one of these lengths instead, more at the same cost."""
     dense: bool = False
     """Dense pre-training of the ViT alone instead of questions."""
     branches: int = 12
