@@ -124,9 +124,10 @@ def differences(path: Path) -> dict[str, float]:
     tensors, metadata = read(path)
     if bool((tensors["input.multimodal_type"] != VIDEO).any()):
         raise SystemExit(f"{path}: only packs of videos are compared")
-    counts = metadata.get("counts") or str(tensors["input.num_images"].flatten().tolist())
-    frames_per_clip = [int(count) for count in re.findall(r"\d+", counts)]
     pixels = tensors["input.images"].flatten(0, 1)
+    frames_per_clip = [int(count) for count in re.findall(r"\d+", metadata.get("counts", ""))]
+    if sum(frames_per_clip) != len(pixels):
+        frames_per_clip = [int(count) for count in tensors["input.num_images"].flatten() if count]
     model = build(below(tensors, "weight."), pixels.shape[1])
     training = metadata.get("train") == "True"
     with torch.set_grad_enabled(training):

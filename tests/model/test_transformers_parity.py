@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,8 +22,6 @@ from edge_vlm.model.published import config_from_published, load_published
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.model.weights import HUB, TRANSFORMERS, to_ours, to_published
 from tests.model.prompts import read
-
-transformers = pytest.importorskip("transformers", minversion="5.20")
 
 FRAMES = 3
 TOLERANCE = 1e-4
