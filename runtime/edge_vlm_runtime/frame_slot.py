@@ -26,7 +26,7 @@ class DropReason(str, Enum):
     DECODE_ERROR = "decode_error"
     """Not a JPEG that can be read."""
     ENGINE_ERROR = "engine_error"
-    """The engines failed on it; an `error` event says how."""
+    """The engines failed on it; `code` and `message` say how."""
 
 
 @dataclass(frozen=True, kw_only=True)

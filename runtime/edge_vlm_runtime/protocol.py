@@ -136,26 +136,32 @@ class SessionUpdate(ClientMessage, tag="session.update"):
     """Change settings; answered by `session.updated`. Applies to frames and questions behind it."""
 
     session: SettingsPatch
+    """Any of the settings below; those that are absent stay as they are."""
 
 
 class InputVideoFrameAppend(ClientMessage, tag="input_video_frame.append"):
-    """A frame as JSON, for clients without binary messages. `frame` is a JPEG in base64."""
+    """A frame as JSON, for clients without binary messages."""
 
     sequence: int
+    """As in the binary header."""
     capture_time_us: int
+    """As in the binary header."""
     frame: bytes
+    """A JPEG."""
 
 
 class ResponseCreate(ClientMessage, tag="response.create"):
     """A question about what was seen so far. Questions wait for each other, frames go on."""
 
     text: str
+    """The question, without any chat markup."""
 
 
 class ResponseCancel(ClientMessage, tag="response.cancel"):
     """Stop one answer, or all answers that are under way or waiting."""
 
     response_id: str | None = None
+    """Of the answer to stop; without it all are stopped, and questions that wait get an `error`."""
 
 
 class SessionClose(ClientMessage, tag="session.close"):
@@ -176,8 +182,12 @@ class ServerEvent(msgspec.Struct, tag_field="type", kw_only=True):
 
 
 class Model(msgspec.Struct, kw_only=True):
+    """What answers."""
+
     bundle: str
+    """Name of the bundle."""
     limits: ModelLimits
+    """See below."""
 
 
 class SessionCreated(ServerEvent, tag="session.created"):
@@ -192,6 +202,8 @@ class SessionCreated(ServerEvent, tag="session.created"):
 
 
 class SessionUpdated(ServerEvent, tag="session.updated"):
+    """The settings in force from now on."""
+
     settings: SessionSettings
     event_id: str | None = None
 
@@ -218,6 +230,8 @@ class FrameAccepted(ServerEvent, tag="frame.accepted"):
 
 
 class FrameDropped(ServerEvent, tag="frame.dropped"):
+    """The frame was not encoded."""
+
     frame_sequence: int
     reason: str
     """busy, rate, stale, duplicate, decode_error or engine_error."""
@@ -235,18 +249,26 @@ class NewestFrame(msgspec.Struct, kw_only=True):
 
 
 class ResponseCreated(ServerEvent, tag="response.created"):
+    """A question was taken up."""
+
     response_id: str
     text: str
+    """The question."""
     newest_frame: NewestFrame
     event_id: str | None = None
+    """Of the `response.create`."""
 
 
 class ResponseOutputTextDelta(ServerEvent, tag="response.output_text.delta"):
+    """The next piece of an answer."""
+
     response_id: str
     delta: str
 
 
 class Usage(msgspec.Struct, kw_only=True):
+    """Tokens an answer was made from."""
+
     vision_tokens: int
     """Tokens of video in the cache, time stamps and markers included."""
     text_tokens: int
@@ -318,14 +340,20 @@ class SessionGoAway(ServerEvent, tag="session.go_away"):
 
 
 class SessionClosed(ServerEvent, tag="session.closed"):
+    """The last event of an orderly end."""
+
     reason: str
 
 
 class Pong(ServerEvent, tag="pong"):
+    """Answer to `ping`."""
+
     event_id: str | None = None
 
 
 class ErrorDetail(msgspec.Struct, kw_only=True):
+    """What went wrong; decide by `code`, never by `message`."""
+
     type: str
     """invalid_request_error, session_error or server_error."""
     code: str
@@ -341,6 +369,7 @@ class Error(ServerEvent, tag="error"):
     error: ErrorDetail
 
 
+PARTS: tuple[type[msgspec.Struct], ...] = (Model, NewestFrame, Usage, ErrorDetail)
 CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
     SessionUpdate,
     InputVideoFrameAppend,

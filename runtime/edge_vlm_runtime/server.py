@@ -30,8 +30,8 @@ from edge_vlm_runtime.settings import (
     ModelLimits,
     ServerLimits,
     SessionSettings,
-    check_settings,
     default_settings,
+    video_window,
 )
 from edge_vlm_runtime.worker import EngineWorker
 
@@ -52,6 +52,14 @@ PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
+}
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": (
+        "default-src 'self'; connect-src 'self' ws: wss:; media-src 'self' blob:; "
+        "img-src 'self' blob: data:"
+    ),
+    "X-Content-Type-Options": "nosniff",
 }
 DRAIN_S = 5.0
 PING_INTERVAL_S = 20.0
@@ -74,7 +82,7 @@ class Server:
         self.limits = limits or ServerLimits()
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
-        check_settings(self.settings, self.model, self.limits)
+        video_window(self.settings, self.model, self.limits)  # raises if it cannot be held to
         self._engines = engines
         self._worker = EngineWorker(engines, self.limits)
         self._socket = _listen(host, port)
@@ -319,6 +327,6 @@ def _same_origin(origin: str | None, host: str | None) -> bool:
 def _page(name: str, content_type: str) -> Callable[[Request], Awaitable[Response]]:
     async def page(request: Request) -> Response:
         content = (WEB / name).read_bytes()
-        return Response(content, media_type=content_type, headers={"Cache-Control": "no-cache"})
+        return Response(content, media_type=content_type, headers=PAGE_HEADERS)
 
     return page

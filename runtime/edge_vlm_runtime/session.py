@@ -36,9 +36,9 @@ from edge_vlm_runtime.settings import (
     ServerLimits,
     SessionSettings,
     cache_capacity,
-    check_settings,
     dialogue_reserve,
     question_capacity,
+    video_window,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Session:
         """Raises ConfigError when the model cannot hold to the settings."""
         self._engines = engines
         self._model = ModelLimits.from_bundle(engines.bundle)
-        check_settings(settings, self._model, limits)
+        window_tokens = video_window(settings, self._model, limits)
         self._limits = limits
         self._emit = emit
         self._clock_ns = clock_ns
@@ -108,7 +108,7 @@ class Session:
             arena=self._arena,
             model=self._model,
             attention=settings.attention,
-            window_tokens=settings.window_tokens,
+            window_tokens=window_tokens,
             last_n=settings.last_n,
             reserve_tokens=dialogue_reserve(settings, self._model, limits),
         )
@@ -130,7 +130,7 @@ class Session:
     def update(self, patch: protocol.SettingsPatch, event_id: str | None = None) -> None:
         """Applies new settings from the next frame and question on. Raises ConfigError."""
         settings = self.settings.changed(patch.fields())
-        check_settings(settings, self._model, self._limits)
+        video_window(settings, self._model, self._limits)  # raises if it cannot be held to
         self.settings = settings
         self.slot.configure(delivery=settings.delivery, fps_cap=settings.fps_cap)
         self._intake.configure(settings)
@@ -143,7 +143,7 @@ class Session:
         self._report(
             self._context.reconfigure(
                 attention=settings.attention,
-                window_tokens=settings.window_tokens,
+                window_tokens=video_window(settings, self._model, self._limits),
                 last_n=settings.last_n,
                 reserve_tokens=dialogue_reserve(settings, self._model, self._limits),
             )

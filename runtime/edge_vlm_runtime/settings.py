@@ -50,10 +50,14 @@ class SessionSettings:
     min_cells: int = 2
     """Cells that every frame keeps, as far as keep_ratio allows."""
     attention: Attention = Attention.FRAME
+    """`frame`: each frame is appended once; `exact`: all remembered frames are prefilled anew for
+    each question, seeing each other both ways; `last_n`: so, with the last few only."""
     last_n: int = 4
-    window_tokens: int = 4096
-    """Tokens of video the session remembers; older frames are evicted whole."""
+    """Frames that `last_n` shows."""
+    window_tokens: int = 0
+    """Tokens of video the session remembers, older frames are evicted whole; 0: as many as fit."""
     delivery: Delivery = Delivery.LIVE
+    """`live`: the newest frame wins; `wait`: none is dropped, the sender waits."""
     fps_cap: float = 2.0
     """Frames per second of capture time that a live session takes; the rest is dropped."""
     drop_duplicates: bool = True
@@ -65,6 +69,7 @@ class SessionSettings:
     max_frame_age_s: float = 2.0
     """A live frame that waited longer is dropped as stale."""
     max_answer_tokens: int = 48
+    """An answer is cut behind so many tokens."""
     history_turns: int = 0
     """Earlier questions and answers shown with each question."""
 
@@ -73,9 +78,12 @@ class SessionSettings:
         object.__setattr__(self, "delivery", _member(Delivery, "delivery", self.delivery))
         self._require("keep_ratio", 0.0 < self.keep_ratio <= 1.0, "must be in (0, 1]")
         self._require("policy", self.policy in POLICY_NAMES, f"must be one of {POLICY_NAMES}")
-        for field in ("policy_seed", "min_cells", "duplicate_threshold", "history_turns"):
+        for field in (
+            *("policy_seed", "min_cells", "window_tokens"),
+            *("duplicate_threshold", "history_turns"),
+        ):
             self._require(field, 0 <= getattr(self, field) < math.inf, "must not be negative")
-        for field in ("last_n", "window_tokens", "max_answer_tokens"):
+        for field in ("last_n", "max_answer_tokens"):
             self._require(field, getattr(self, field) >= 1, "must be at least 1")
         for field in ("fps_cap", "heartbeat_s", "max_frame_age_s"):
             self._require(field, 0.0 < getattr(self, field) < math.inf, "must be positive")
@@ -163,9 +171,7 @@ def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSetti
         fields.setdefault("fps_cap", float(bundle.defaults["fps"]))
     trained_by_frame = bundle.config.attention is VisionAttention.FRAME
     fields.setdefault("attention", Attention.FRAME if trained_by_frame else Attention.EXACT)
-    settings = SessionSettings().changed(fields)
-    room = largest_window(settings, ModelLimits.from_bundle(bundle), limits)
-    return settings.changed({"window_tokens": min(settings.window_tokens, room)})
+    return SessionSettings().changed(fields)
 
 
 def cache_capacity(model: ModelLimits, limits: ServerLimits) -> int:
@@ -184,32 +190,25 @@ def dialogue_reserve(settings: SessionSettings, model: ModelLimits, limits: Serv
     return turn * (1 + settings.history_turns)
 
 
-def largest_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
-    """Largest `window_tokens` that leaves room for the dialogue.
+def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+    """Tokens of video to remember under these settings.
 
-    Raises ConfigError when not even two whole frames fit beside it.
+    Raises ConfigError when the dialogue leaves too little room, or `window_tokens` asks for more
+    than there is or for less than two whole frames.
     """
     room = cache_capacity(model, limits) - dialogue_reserve(settings, model, limits)
-    least = smallest_window(model)
+    least = 2 * (model.num_cells + 16)  # with their stamps and markers
     if room < least:
         raise ConfigError(
             f"no room for video: {room} tokens are left and two frames need {least}",
             where="session settings",
             remedy="lower max_answer_tokens or history_turns",
         )
-    return room
-
-
-def smallest_window(model: ModelLimits) -> int:
-    """Two whole frames, with their stamps and markers."""
-    return 2 * (model.num_cells + 16)
-
-
-def check_settings(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> None:
-    """Raises ConfigError when the model or the server cannot hold to these settings."""
-    least, room = smallest_window(model), largest_window(settings, model, limits)
+    if settings.window_tokens == 0:
+        return room
     if not least <= settings.window_tokens <= room:
         raise ConfigError(
-            f"window_tokens must be in {least}..{room}, got {settings.window_tokens}",
+            f"window_tokens must be 0 or in {least}..{room}, got {settings.window_tokens}",
             where="session settings",
         )
+    return settings.window_tokens

@@ -1,0 +1,404 @@
+// The browser page: camera or file in, kept cells over the picture, answers as they come.
+// One websocket is one session; docs/protocol.md describes the messages.
+
+const $ = (id) => document.getElementById(id);
+const HEADER_BYTES = 24;
+const MAX_SIDE = 1280; // larger pictures are scaled down before they are sent
+const MAX_BUFFERED_BYTES = 1 << 20;
+const JPEG_QUALITY = 0.92;
+
+const video = $("video");
+const overlay = $("overlay");
+const scratch = document.createElement("canvas");
+
+let socket = null;
+let created = null; // the session.created event
+let source = null; // {kind: "camera" | "file", stream?, url?}
+let sequence = 0;
+let unacknowledged = 0;
+let timer = null;
+let lastTick = -1; // file: the last due picture that was sent
+let encoding = false;
+let eventNumber = 0;
+let heat = [];
+let kept = null;
+let points = [];
+const open = new Map(); // event_id or response_id -> {item, answer, times}
+
+// ---- connection ---------------------------------------------------------------------------
+
+function connect() {
+  const url = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/realtime`;
+  const current = new WebSocket(url);
+  socket = current;
+  created = null;
+  sequence = 0;
+  unacknowledged = 0;
+  lastTick = -1;
+  kept = null;
+  heat = [];
+  points = [];
+  status("connecting", "");
+  current.onmessage = (message) => {
+    if (socket === current) take(JSON.parse(message.data));
+  };
+  current.onclose = (closed) => {
+    if (socket !== current) return;
+    socket = null;
+    stopTimer();
+    status("not connected", "off");
+    for (const entry of new Set(open.values())) finish(entry, "no answer: the connection ended");
+    if (closed.code !== 1000) notice(`The session ended (${closed.code}) ${closed.reason}`);
+  };
+}
+
+function send(type, fields = {}) {
+  eventNumber += 1;
+  const event_id = `page_${eventNumber}`;
+  if (socket?.readyState === WebSocket.OPEN) {
+    socket.send(JSON.stringify({ type, event_id, ...fields }));
+  }
+  return event_id;
+}
+
+function closeSession() {
+  const current = socket;
+  socket = null;
+  if (current?.readyState === WebSocket.OPEN) {
+    current.send(JSON.stringify({ type: "session.close" }));
+  }
+}
+
+const handlers = {
+  "session.created"(event) {
+    created = event;
+    $("model").textContent = event.model.bundle;
+    $("keep").value = Math.round(event.settings.keep_ratio * 100);
+    $("policy").value = event.settings.policy;
+    showKeep();
+    status("connected", "on");
+    send("session.update", { session: { delivery: source?.kind === "file" ? "wait" : "live" } });
+    startTimer();
+  },
+  "frame.accepted"(event) {
+    unacknowledged -= 1;
+    kept = event;
+    const now = new Set(event.kept_cells);
+    heat = Array.from({ length: event.cells_seen }, (_, cell) =>
+      0.8 * (heat[cell] ?? 0) + 0.2 * (now.has(cell) ? 1 : 0));
+    $("g-frame").textContent = `${event.frame_sequence} at ${event.time_s.toFixed(1)} s`;
+    const share = Math.round((100 * event.cells_kept) / event.cells_seen);
+    $("g-kept").textContent = `${event.cells_kept} of ${event.cells_seen} (${share} %)`;
+    $("g-age").textContent = `${Math.round(event.age_ms)} ms`;
+    draw();
+    resumeFile();
+  },
+  "frame.dropped"(event) {
+    unacknowledged -= 1;
+    if (event.message) notice(event.message);
+    resumeFile();
+  },
+  "response.created"(event) {
+    const entry = open.get(event.event_id);
+    if (!entry) return;
+    open.delete(event.event_id);
+    open.set(event.response_id, entry);
+    entry.responseId = event.response_id;
+    points = [];
+  },
+  "response.output_text.delta"(event) {
+    const entry = open.get(event.response_id);
+    if (entry) entry.answer.textContent += event.delta;
+    scrollDown();
+  },
+  "response.done"(event) {
+    const entry = open.get(event.response_id);
+    if (!entry) return;
+    const parts = [`seen until ${event.newest_frame.time_s.toFixed(1)} s`];
+    if (event.ttft_s !== null) {
+      parts.unshift(`first token ${Math.round(event.ttft_s * 1000)} ms`);
+      $("g-ttft").textContent = `${Math.round(event.ttft_s * 1000)} ms`;
+    }
+    if (event.status !== "completed") parts.unshift(event.status);
+    if (!event.text) entry.answer.textContent = "(nothing)";
+    points = pointsIn(event.text);
+    draw();
+    finish(entry, parts.join(", "));
+  },
+  "session.stats"(event) {
+    $("g-fps").textContent = `${event.fps_processed.toFixed(1)} of ${event.fps_in.toFixed(1)} fps`;
+    const dropped = Object.entries(event.frames_dropped);
+    $("g-dropped").textContent = dropped.map(([why, n]) => `${n} ${why}`).join(", ") || "none";
+    $("g-kv").max = event.kv_capacity_tokens;
+    $("g-kv").value = event.kv_tokens;
+    $("g-memory").textContent = `${event.frames_in_memory} frames, ` +
+      `${event.kv_tokens} of ${event.kv_capacity_tokens} tokens`;
+  },
+  "session.go_away"() {
+    notice("The server is stopping.");
+  },
+  error(event) {
+    const entry = open.get(event.error.event_id);
+    if (entry) finish(entry, `no answer: ${event.error.message}`);
+    else notice(event.error.message);
+  },
+};
+
+function take(event) {
+  handlers[event.type]?.(event);
+}
+
+// ---- pictures in --------------------------------------------------------------------------
+
+async function startCamera() {
+  notice("");
+  if (!navigator.mediaDevices?.getUserMedia) {
+    notice("The browser gives the camera only to https pages and to localhost.");
+    return;
+  }
+  try {
+    const stream = await navigator.mediaDevices.getUserMedia({
+      video: { width: { ideal: 1280 }, height: { ideal: 720 } }, audio: false,
+    });
+    stopSource();
+    source = { kind: "camera", stream };
+    video.srcObject = stream;
+    await startVideo();
+  } catch (error) {
+    notice(`No camera: ${error.message}`);
+  }
+}
+
+async function startFile(file) {
+  notice("");
+  stopSource();
+  source = { kind: "file", url: URL.createObjectURL(file) };
+  video.src = source.url;
+  try {
+    await startVideo();
+  } catch (error) {
+    notice(`The browser cannot play ${file.name}: ${error.message}`);
+    stopSource();
+  }
+}
+
+async function startVideo() {
+  await video.play();
+  $("stage").style.aspectRatio = `${video.videoWidth} / ${video.videoHeight}`;
+  $("hint").hidden = true;
+  $("stop").disabled = false;
+  connect();
+}
+
+function stopSource() {
+  stopTimer();
+  closeSession();
+  status("not connected", "");
+  source?.stream?.getTracks().forEach((track) => track.stop());
+  if (source?.url) URL.revokeObjectURL(source.url);
+  source = null;
+  video.srcObject = null;
+  video.removeAttribute("src");
+  video.load();
+  kept = null;
+  points = [];
+  draw();
+  $("hint").hidden = false;
+  $("stop").disabled = true;
+}
+
+function startTimer() {
+  stopTimer();
+  // Twice as often as pictures are due, so that a late tick costs half an interval at most.
+  timer = setInterval(capture, 500 / created.settings.fps_cap);
+  capture();
+}
+
+function stopTimer() {
+  clearInterval(timer);
+  timer = null;
+}
+
+function capture() {
+  if (!source || !created || encoding || video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) {
+    return;
+  }
+  if (socket.bufferedAmount > MAX_BUFFERED_BYTES) return; // the network is the bottleneck
+  let time_us;
+  if (source.kind === "file") {
+    if (unacknowledged >= created.limits.max_unacknowledged_frames) {
+      video.pause(); // a file waits for the model instead of losing pictures
+      return;
+    }
+    const tick = Math.floor(video.currentTime * created.settings.fps_cap + 1e-3);
+    if (tick <= lastTick) return;
+    lastTick = tick;
+    time_us = Math.round(video.currentTime * 1e6);
+  } else {
+    const now_s = performance.now() / 1000;
+    const tick = Math.floor(now_s * created.settings.fps_cap);
+    if (tick <= lastTick) return;
+    lastTick = tick;
+    time_us = Math.round(now_s * 1e6);
+  }
+  const scale = Math.min(1, MAX_SIDE / Math.max(video.videoWidth, video.videoHeight));
+  scratch.width = Math.round(video.videoWidth * scale);
+  scratch.height = Math.round(video.videoHeight * scale);
+  scratch.getContext("2d").drawImage(video, 0, 0, scratch.width, scratch.height);
+  encoding = true;
+  const current = socket;
+  scratch.toBlob(async (blob) => {
+    try {
+      if (blob) sendFrame(current, await blob.arrayBuffer(), time_us);
+    } finally {
+      encoding = false;
+    }
+  }, "image/jpeg", JPEG_QUALITY);
+}
+
+function sendFrame(current, jpeg, time_us) {
+  if (socket !== current || current.readyState !== WebSocket.OPEN) return;
+  sequence += 1;
+  unacknowledged += 1;
+  const message = new Uint8Array(HEADER_BYTES + jpeg.byteLength);
+  const view = new DataView(message.buffer);
+  view.setUint8(0, 1); // version
+  view.setUint8(1, 1); // JPEG
+  view.setUint32(8, sequence, true);
+  view.setUint32(12, jpeg.byteLength, true);
+  view.setBigUint64(16, BigInt(time_us), true);
+  message.set(new Uint8Array(jpeg), HEADER_BYTES);
+  current.send(message);
+}
+
+function resumeFile() {
+  if (source?.kind === "file" && video.paused && !video.ended) video.play();
+}
+
+// ---- the picture --------------------------------------------------------------------------
+
+function draw() {
+  const context = overlay.getContext("2d");
+  const box = overlay.getBoundingClientRect();
+  overlay.width = box.width * devicePixelRatio;
+  overlay.height = box.height * devicePixelRatio;
+  if ($("heat").checked && kept) drawCells(context);
+  for (const [x, y] of points) {
+    context.beginPath();
+    context.arc(x * overlay.width, y * overlay.height, 8 * devicePixelRatio, 0, 2 * Math.PI);
+    context.lineWidth = 3 * devicePixelRatio;
+    context.strokeStyle = "#22d3ee";
+    context.stroke();
+  }
+}
+
+function drawCells(context) {
+  const grid = created.model.limits.cell_grid;
+  const [width, height] = [overlay.width / grid, overlay.height / grid];
+  const now = new Set(kept.kept_cells);
+  for (let cell = 0; cell < grid * grid; cell += 1) {
+    const [x, y] = [(cell % grid) * width, Math.floor(cell / grid) * height];
+    if (now.has(cell)) {
+      context.fillStyle = `rgba(245, 158, 11, ${0.35 * heat[cell]})`;
+      context.fillRect(x, y, width, height);
+      context.strokeStyle = "rgba(245, 158, 11, 0.9)";
+      context.lineWidth = 1.5 * devicePixelRatio;
+      context.strokeRect(x + 1, y + 1, width - 2, height - 2);
+    } else {
+      context.fillStyle = "rgba(8, 12, 18, 0.6)";
+      context.fillRect(x, y, width, height);
+    }
+  }
+}
+
+// Molmo's points: coords="TIME ID X Y ID X Y; TIME ..." with x and y in thousandths.
+function pointsIn(text) {
+  const found = [];
+  for (const [, coords] of text.matchAll(/<points coords="([^"]*)"/g)) {
+    for (const group of coords.split(/[;\t]/)) {
+      const numbers = group.trim().split(/\s+/).slice(1).map(Number);
+      for (let i = 0; i + 2 < numbers.length; i += 3) {
+        found.push([numbers[i + 1] / 1000, numbers[i + 2] / 1000]);
+      }
+    }
+  }
+  return found.filter(([x, y]) => Number.isFinite(x) && Number.isFinite(y));
+}
+
+// ---- the conversation ---------------------------------------------------------------------
+
+function ask(text) {
+  notice("");
+  if (socket?.readyState !== WebSocket.OPEN) {
+    notice("Start the camera or choose a file first.");
+    return false;
+  }
+  const item = document.createElement("li");
+  const entry = { item };
+  for (const name of ["question", "answer", "times"]) {
+    entry[name] = document.createElement("div");
+    entry[name].className = name;
+    item.append(entry[name]);
+  }
+  entry.question.textContent = text;
+  entry.answer.classList.add("open");
+  $("dialogue").append(item);
+  open.set(send("response.create", { text }), entry);
+  $("cancel").disabled = false;
+  scrollDown();
+  return true;
+}
+
+function finish(entry, times) {
+  for (const [key, value] of open) if (value === entry) open.delete(key);
+  entry.answer.classList.remove("open");
+  entry.times.textContent = times;
+  $("cancel").disabled = open.size === 0;
+  scrollDown();
+}
+
+function scrollDown() {
+  $("dialogue").scrollTop = $("dialogue").scrollHeight;
+}
+
+function status(text, kind) {
+  $("status").textContent = text;
+  $("status").className = `pill ${kind}`;
+}
+
+function notice(text) {
+  $("notice").textContent = text;
+}
+
+function showKeep() {
+  $("keep-text").textContent = `${$("keep").value} %`;
+}
+
+// ---- controls -----------------------------------------------------------------------------
+
+$("camera").onclick = startCamera;
+$("stop").onclick = stopSource;
+$("file").onchange = (event) => {
+  const [file] = event.target.files;
+  event.target.value = "";
+  if (file) startFile(file);
+};
+$("heat").onchange = draw;
+$("keep").oninput = showKeep;
+$("keep").onchange = () =>
+  send("session.update", { session: { keep_ratio: $("keep").value / 100 } });
+$("policy").onchange = () => send("session.update", { session: { policy: $("policy").value } });
+$("cancel").onclick = () => send("response.cancel");
+$("ask").onsubmit = (event) => {
+  event.preventDefault();
+  const text = $("question").value.trim();
+  if (text && ask(text)) $("question").value = "";
+};
+video.onseeked = () => {
+  // Time went back: that is another stream, so another session.
+  if (source?.kind === "file" && created && video.currentTime * created.settings.fps_cap < lastTick) {
+    closeSession();
+    connect();
+  }
+};
+new ResizeObserver(draw).observe(overlay);
