@@ -18,6 +18,7 @@ RECIPE = Recipe(
     forgetful_share=1.0,
     stages=(
         Stage(name="dense", minutes=STEP, batch=2, dense=True),
+        Stage(name="one", minutes=STEP, batch=2, branches=2),
         Stage(name="clips", minutes=STEP, batch=2, num_frames=3, branches=2, removed=(0.5,)),
         Stage(
             name="frozen",
@@ -48,16 +49,16 @@ def test_a_run_learns_saves_and_resumes(tmp_path: Path) -> None:
 
     again = Trainer(RECIPE, tmp_path, dtype=torch.float32, report=lambda line: None)
     again.resume()
-    assert again.total_steps == trainer.total_steps == 3
+    assert again.total_steps == trainer.total_steps == 4
     assert all(torch.equal(again.masters[n], t) for n, t in trainer.masters.items())
     assert again.run() == checkpoint  # nothing is left to do
-    assert again.total_steps == 3
+    assert again.total_steps == 4
 
 
 def test_a_frozen_stage_leaves_the_vision_side_alone(tmp_path: Path) -> None:
     trainer = Trainer(RECIPE, tmp_path, dtype=torch.float32, report=lambda line: None)
     before, head = _vision(trainer), trainer.masters["llm.head.weight"].clone()
-    trainer.stage_index = 2
+    trainer.stage_index = 3
     trainer.run()
     assert all(torch.equal(before[n], t) for n, t in _vision(trainer).items())
     assert not torch.equal(head, trainer.masters["llm.head.weight"])

@@ -55,6 +55,8 @@ class Recipe:
     seed: int = 0
     aux_weight: float = 0.5
     """Weight of the temporal similarity loss (0.5 in the published code)."""
+    dense_weight: float = 0.2
+    """Weight of the dense read-out on the connector's features."""
     scale_weight: float = 0.1
     """Weight of the loss that bounds the scale of the vision features."""
     min_cells: int = 2

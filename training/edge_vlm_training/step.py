@@ -33,6 +33,8 @@ class Seen:
     """A batch of clips behind the vision side."""
 
     features_GE: Tensor
+    cell_idx_G: Tensor
+    """Frame * C + cell of each feature."""
     counts_BT: Tensor
     aux_loss: Tensor
 
@@ -49,7 +51,7 @@ def see(model: VideoLM, pixels_FNP: Tensor, num_frames: int, removed: float, flo
     keep = clip_budget(scores.view(-1, num_frames, num_cells), removed, floor)
     cell_idx = keep.flatten().nonzero().squeeze(1)
     features = model.vit_trunk(hidden, cell_idx, cell_idx // num_cells, grouped=True)
-    return Seen(features, keep.sum(-1), aux)
+    return Seen(features, cell_idx, keep.sum(-1), aux)
 
 
 def answer(model: VideoLM, seen: Seen, packed: Packed, patch_id: int) -> tuple[Tensor, Tensor]:

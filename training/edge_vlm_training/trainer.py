@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +19,21 @@ from edge_vlm.model.checkpoint import TOKENIZER, save_checkpoint
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.prompt import PromptFormat
 from edge_vlm.tokenizer import Tokenizer
-from edge_vlm_training.dense import DenseHead, dense_labels, dense_loss
+from edge_vlm_training.dense import (
+    CELL_COVERED,
+    COVERED,
+    DenseHead,
+    dense_labels,
+    dense_loss,
+    whole_vit,
+)
 from edge_vlm_training.losses import feature_scale_loss
 from edge_vlm_training.optimizer import MasterAdamW
 from edge_vlm_training.packing import Packer
 from edge_vlm_training.questions import vocabulary
 from edge_vlm_training.questions_mix import QuestionMix
 from edge_vlm_training.recipes import Recipe, Stage
-from edge_vlm_training.render import draw_batch, render_with_owner
+from edge_vlm_training.render import render_with_owner
 from edge_vlm_training.step import answer, see, to_pixel_values
 from edge_vlm_training.vocabulary import build_tokenizer
 from edge_vlm_training.world import WorldConfig, sample_scenes
@@ -33,7 +41,7 @@ from edge_vlm_training.world import WorldConfig, sample_scenes
 STATE, LOG = "state.pt", "log.jsonl"
 _SAVE_EVERY_S = 120.0
 _LOG_EVERY_S = 20.0
-_HEAD = "dense_head."
+_HEADS = "heads."
 _MOST_CLIPS = 24
 _MOST_FORGOTTEN = 6
 _LONGEST_PAUSE_S = 40
@@ -56,14 +64,19 @@ class Trainer:
         self.config: ModelConfig = demo(base, extra)
         generator = torch.Generator().manual_seed(recipe.seed)
         self.model = VideoLM(self.config).init_weights(generator)
-        self.head = DenseHead(self.config.vision.width)
+        self.heads = nn.ModuleDict(
+            {
+                "vit": DenseHead(self.config.vision.width),
+                "connector": DenseHead(self.config.language.width),
+            }
+        )
         self.packer = Packer(PromptFormat(Tokenizer.from_file(folder / TOKENIZER)))
         self.mix = QuestionMix(recipe.seed)
         self.rng = random.Random(recipe.seed)
         self.masters: dict[str, Tensor] = {}
         self.stage_index, self.stage_s, self.total_steps, self.total_s = 0, 0.0, 0, 0.0
         self._remember(dict(self.model.named_parameters()))
-        self._remember({_HEAD + n: p for n, p in self.head.named_parameters()})
+        self._remember({_HEADS + n: p for n, p in self.heads.named_parameters()})
 
     def _remember(self, named: dict[str, nn.Parameter] | dict[str, Tensor]) -> None:
         self.masters.update({name: p.detach().float().clone() for name, p in named.items()})
@@ -84,7 +97,7 @@ class Trainer:
         partial = self.folder / f"{STATE}.partial"
         torch.save(state, partial)
         os.replace(partial, self.folder / STATE)
-        weights = {n: t for n, t in self.masters.items() if not n.startswith(_HEAD)}
+        weights = {n: t for n, t in self.masters.items() if not n.startswith(_HEADS)}
         save_checkpoint(self.folder / "checkpoint", self.config, weights, self.folder / TOKENIZER)
 
     def resume(self) -> None:
@@ -152,12 +165,12 @@ class Trainer:
         self.masters.update(optimizer.masters())
 
     def _load_masters(self) -> None:
-        own = {n: t for n, t in self.masters.items() if not n.startswith(_HEAD)}
-        head = {n[len(_HEAD) :]: t for n, t in self.masters.items() if n.startswith(_HEAD)}
+        own = {n: t for n, t in self.masters.items() if not n.startswith(_HEADS)}
+        heads = {n[len(_HEADS) :]: t for n, t in self.masters.items() if n.startswith(_HEADS)}
         self.model.load_state_dict(own)
-        self.head.load_state_dict(head)
+        self.heads.load_state_dict(heads)
         self.model.to(self.dtype)
-        self.head.to(self.dtype)
+        self.heads.to(self.dtype)
 
     def _groups(self, stage: Stage) -> list[tuple[float, dict[str, nn.Parameter]]]:
         """Parameters by peak learning rate; what is not in a group does not change."""
@@ -170,13 +183,15 @@ class Trainer:
                 parameter.requires_grad_(True)
             return named
 
+        def head(name: str) -> dict[str, nn.Parameter]:
+            return {f"{_HEADS}{name}.{n}": p for n, p in self.heads[name].named_parameters()}
+
         if stage.dense:
-            head = {_HEAD + n: p for n, p in self.head.named_parameters()}
-            return [(stage.lr_vision, part("vit.")), (stage.lr, head)]
+            return [(stage.lr_vision, part("vit.")), (stage.lr, head("vit"))]
         if stage.freeze_vision:
             return [(stage.lr, part("llm."))]
         return [
-            (stage.lr, part("llm.", "scorer.")),
+            (stage.lr, part("llm.", "scorer.") | head("connector")),
             (stage.lr_vision, part("vit.")),
             (stage.lr_connector, part("connector.")),
         ]
@@ -185,11 +200,11 @@ class Trainer:
         cfg = self.config.vision
         scenes = sample_scenes(self.rng.getrandbits(40), stage.batch, WorldConfig(num_frames=1))
         frames, owner = render_with_owner(scenes, cfg.image_size)
-        labels = dense_labels(scenes, owner, cfg)
-        outputs = self.head(self.model.vit, to_pixel_values(frames, cfg, self.dtype))
-        loss, metrics = dense_loss(outputs, labels)
+        labels = dense_labels(scenes, owner, cfg.patch_grid, COVERED)
+        pixels = to_pixel_values(frames, cfg, self.dtype)
+        loss, metrics = dense_loss(self.heads["vit"](whole_vit(self.model.vit, pixels)), labels)
         loss.backward()
-        return metrics
+        return {"loss": loss.item(), **metrics}
 
     def _clip_step(self, stage: Stage) -> dict[str, float]:
         cfg, recipe = self.config.vision, self.recipe
@@ -202,8 +217,10 @@ class Trainer:
             forgotten = self.rng.randint(1, _MOST_FORGOTTEN)
             pause_s = self.rng.randint(0, _LONGEST_PAUSE_S)
         world = WorldConfig(num_frames=num_frames + forgotten)
-        frames, scenes = draw_batch(self.rng.getrandbits(40), batch, world, cfg.image_size)
-        shown = [0, *range(1 + forgotten, world.num_frames)]
+        scenes = sample_scenes(self.rng.getrandbits(40), batch, world)
+        frames, owner = render_with_owner(scenes, cfg.image_size)
+        labels = dense_labels(scenes, owner, cfg.cell_grid, CELL_COVERED)
+        shown = np.array([0, *range(1 + forgotten, world.num_frames)])
         frames, times_s = frames[:, shown], scenes.times_s()[:, shown]
         times_s[:, 1:] += pause_s
         asked = [
@@ -221,13 +238,22 @@ class Trainer:
             self.dtype,
         )
         loss, right = answer(self.model, seen, packed, self.packer.prompt.patch_id)
-        total = loss + recipe.aux_weight * seen.aux_loss
-        total = total + recipe.scale_weight * feature_scale_loss(seen.features_GE)
-        total.backward()
+        metrics = {"loss": loss.item(), "aux": seen.aux_loss.item()}
+        if not stage.freeze_vision:
+            places = torch.arange(batch * world.num_frames * cfg.num_cells)
+            places = places.view(batch, world.num_frames, -1)[:, shown].flatten()
+            dense, read = dense_loss(
+                self.heads["connector"](seen.features_GE), labels.at(places[seen.cell_idx_G])
+            )
+            scale = feature_scale_loss(seen.features_GE)
+            loss = loss + recipe.aux_weight * seen.aux_loss
+            loss = loss + recipe.dense_weight * dense + recipe.scale_weight * scale
+            metrics |= read
+        loss.backward()
         self.mix.update([kind for _, kinds in asked for kind in kinds], right.tolist())
         kept = float(seen.counts_BT.sum()) / (seen.counts_BT.numel() * cfg.num_cells)
-        scale = float(seen.features_GE.detach().float().square().mean().sqrt())
-        return {"loss": loss.item(), "aux": seen.aux_loss.item(), "kept": kept, "scale": scale}
+        rms = float(seen.features_GE.detach().float().square().mean().sqrt())
+        return metrics | {"kept": kept, "scale": rms}
 
     def _log(self, stage: Stage, sums: dict[str, float], rate: float) -> None:
         steps = sums.pop("steps", 0.0)
