@@ -27,6 +27,8 @@ COVERED = 0.2
 CELL_COVERED = 0.1
 """The same for a cell."""
 _BACKGROUND_WEIGHT = 0.05
+_CENTRE_WEIGHT = 30.0
+"""A squared error of positions in 0..1 is small beside an entropy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ def dense_loss(outputs: tuple[Tensor, ...], labels: DenseLabels) -> tuple[Tensor
 
     things = seen.sum().clamp(min=1)
     error = ((centre - labels.centre).square().sum(-1) * seen).sum() / things
-    loss = entropy(kind, labels.kind) + entropy(colour, labels.colour) + 10 * error
+    loss = entropy(kind, labels.kind) + entropy(colour, labels.colour) + _CENTRE_WEIGHT * error
     right_kind = ((kind.argmax(-1) == labels.kind) & seen).sum() / things
     right_colour = ((colour.argmax(-1) == labels.colour) & seen).sum() / things
     return loss, {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,11 @@ class MasterAdamW:
     ) -> None:
         self._live: list[nn.Parameter] = []
         self._master: list[Tensor] = []
+        self._parts: list[list[Tensor]] = []
         self.names: list[str] = []
         param_groups = []
         for peak, named in groups:
+            first = len(self._master)
             decayed: list[Tensor] = []
             plain: list[Tensor] = []
             for name, parameter in named.items():
@@ -35,6 +37,7 @@ class MasterAdamW:
                 self._master.append(master)
                 self.names.append(name)
                 (decayed if parameter.ndim > 1 else plain).append(master)
+            self._parts.append(self._master[first:])
             for tensors, decay in ((decayed, weight_decay), (plain, 0.0)):
                 if tensors:
                     param_groups.append(
@@ -43,27 +46,22 @@ class MasterAdamW:
         self._adamw = torch.optim.AdamW(param_groups, betas=betas, fused=True)
 
     def step(self, rate: float, clip_norm: float) -> float:
-        """One update at `rate` times the peak learning rates; returns the gradient norm."""
+        """One update at `rate` times the peak learning rates; returns the gradient norm.
+
+        Each group is clipped on its own: a loss that pulls hard on one part must not shrink the
+        steps of another.
+        """
         for master, live in zip(self._master, self._live, strict=True):
             master.grad = torch.zeros_like(master) if live.grad is None else live.grad.float()
             live.grad = None
-        norm = nn.utils.clip_grad_norm_(self._master, clip_norm)
+        norms = [nn.utils.clip_grad_norm_(part, clip_norm) for part in self._parts]
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * rate
         self._adamw.step()
         with torch.no_grad():
             torch._foreach_copy_([*self._live], [*self._master])
-        return float(norm)
+        return float(torch.stack(norms).norm())
 
     def masters(self) -> dict[str, Tensor]:
         """The fp32 weights by name."""
         return dict(zip(self.names, (m.detach() for m in self._master), strict=True))
-
-    def state_dict(self) -> dict[str, object]:
-        return {"adamw": self._adamw.state_dict(), "master": self.masters()}
-
-
-def frozen(parameters: Iterable[nn.Parameter]) -> None:
-    """Takes parameters out of training."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)

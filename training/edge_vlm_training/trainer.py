@@ -191,7 +191,8 @@ class Trainer:
         if stage.freeze_vision:
             return [(stage.lr, part("llm."))]
         return [
-            (stage.lr, part("llm.", "scorer.") | head("connector")),
+            (stage.lr, part("llm.", "scorer.")),
+            (stage.lr, head("connector")),
             (stage.lr_vision, part("vit.")),
             (stage.lr_connector, part("connector.")),
         ]
