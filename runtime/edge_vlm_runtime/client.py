@@ -270,11 +270,10 @@ class Client:
 
     async def _read(self) -> None:
         try:
-            async for data in self._connection:
-                event = protocol.decode_server_event(data)
+            while True:  # iterating would swallow the close codes 1000 and 1001
+                event = protocol.decode_server_event(await self._connection.recv())
                 await self._take(event)
                 self._tell(event)
-            await self._fail(ServerUnreachable("the session is closed"))
         except websockets.ConnectionClosed as closed:
             await self._fail(_closed_error(closed))
         except EdgeVlmError as error:

@@ -129,7 +129,6 @@ class LiveView(PlainView):
     def __init__(self, grid: int, title: str) -> None:
         super().__init__(grid)
         self._title = title
-        self._live = Live(console=Console(), refresh_per_second=8, get_renderable=self._render)
         self._accepted: list[protocol.FrameAccepted] = []
         self._sent: list[float] = []
         self._num_sent = 0
@@ -138,6 +137,8 @@ class LiveView(PlainView):
         self._stats: protocol.SessionStats | None = None
         self._last_ttft_s: float | None = None
         self._answers: dict[PlannedQuestion, str] = {}
+        # Last, because it draws at once.
+        self._live = Live(console=Console(), refresh_per_second=8, get_renderable=self._render)
 
     def __enter__(self) -> LiveView:
         self._live.start()

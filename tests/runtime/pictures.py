@@ -22,7 +22,7 @@ def jpeg(seed: int, size: int = 48) -> bytes:
 
 
 def write_video(path: Path, num_frames: int = 8, fps: int = 2, size: int = 48) -> Path:
-    """MPEG-4 part 2 (every PyAV has it); frame i is a plain grey of level 20 + 10 i."""
+    """MPEG-4 part 2 (every PyAV has it); frame i is grey, of level 20 + 10 i (mod 230)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width = stream.height = size
@@ -31,7 +31,7 @@ def write_video(path: Path, num_frames: int = 8, fps: int = 2, size: int = 48) -
         if num_frames == 0:
             container.start_encoding()
         for index in range(num_frames):
-            grey = np.full((size, size, 3), 20 + 10 * index, dtype=np.uint8)
+            grey = np.full((size, size, 3), (20 + 10 * index) % 230, dtype=np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")):
                 container.mux(packet)
         if num_frames:

@@ -1,0 +1,209 @@
+"""watch, ask and demo as a user runs them, over their own server with the real tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edge_vlm.errors import EdgeVlmError
+from edge_vlm_runtime.client import Answer
+from edge_vlm_runtime.commands import ask, demo, watch
+from edge_vlm_runtime.streaming import Outcome, PlannedQuestion, parse_question
+from edge_vlm_runtime.view import LiveView, heat_row, heat_rows, summary_line
+from tests.fakes import ROOT, tiny_bundle
+from tests.runtime.command_line import command_line
+from tests.runtime.pictures import write_video
+
+QUESTION = "is there a red ball ?"
+SHARED_CLIPS = ROOT.parent / "shared" / "clips"
+
+
+def own_server() -> list[str]:
+    return ["--bundle", str(tiny_bundle()), "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("video") / "clip.mp4", num_frames=8)
+
+
+def test_watch_shows_every_frame_and_answers_on_the_way(
+    video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--source", str(video), "--fast", "--max-answer-tokens", "4", *own_server()]
+    arguments += ["--ask", f"1.5@{QUESTION}", "--ask", QUESTION]
+    assert command_line(watch, arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:9] for line in lines if line.startswith("frame")] == [
+        f"frame {number:>3}" for number in range(1, 9)
+    ]
+    asked = [line for line in lines if line.startswith("?")]
+    assert asked == [f"? {QUESTION}  [asked at 1.5 s]", f"? {QUESTION}  [asked at 3.5 s]"]
+    answers = [line for line in lines if line.startswith("> ")]
+    assert "seen until 1.5 s" in answers[0] and "seen until 3.5 s" in answers[1]
+    assert "8 frames sent, 8 processed, dropped: none" in lines[-1]
+    assert "2 of 2 questions answered" in lines[-1]
+
+
+def test_watch_asks_again_and_again(video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--source", str(video), "--fast", "--max-answer-tokens", "2", *own_server()]
+    assert command_line(watch, [*arguments, "--ask", QUESTION, "--every", "1"]) == 0
+    asked = [line for line in capsys.readouterr().out.splitlines() if line.startswith("?")]
+    assert [line[-6:-3] for line in asked] == ["1.0", "2.0", "3.0", "3.5"]
+
+
+@pytest.mark.skipif(not SHARED_CLIPS.is_dir(), reason="the shared clips are not here")
+@pytest.mark.parametrize(("name", "frames"), [("bikes.mp4", 20), ("bigbuckbunny.mp4", 11)])
+def test_watch_runs_real_clips_to_their_end(
+    name: str, frames: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--source", str(SHARED_CLIPS / name), "--fast", *own_server()]
+    assert command_line(watch, [*arguments, "--ask", "describe the video ."]) == 0
+    assert f"{frames} frames sent, {frames} processed" in capsys.readouterr().out
+
+
+def test_ask_prints_the_answer_and_nothing_else(
+    video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(video), QUESTION, "--max-answer-tokens", "4", *own_server()]
+    assert command_line(ask, arguments) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1
+    assert err.startswith("8 frames, ")
+
+
+def test_settings_that_the_server_refuses(video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(video), QUESTION, "--keep-ratio", "3", *own_server()]
+    assert command_line(ask, arguments) == 2
+    assert "E-CONFIG: keep_ratio must be in (0, 1]" in capsys.readouterr().err
+
+
+def write_clip(folder: Path, num_frames: int = 4) -> Path:
+    write_video(folder / "clip.mp4", num_frames=num_frames)
+    questions = [
+        {"ask_at_s": at_s, "text": QUESTION, "answer": "yes ."} for at_s in (0.5, 1.0, 1.5)
+    ]
+    (folder / "clip.json").write_text(json.dumps({"fps": 2, "questions": questions}))
+    return folder
+
+
+def test_demo_streams_in_real_time_and_shows_answers_beside_the_truth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--clip", str(write_clip(tmp_path)), "--port", "0", *own_server()]
+    assert command_line(demo, arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.count("truth: yes .") == 3
+    assert out.count("TTFT") == 3
+    assert "4 frames sent, 4 processed" in out
+    assert "3 of 3 questions answered" in out
+    assert "Browser page: http://127.0.0.1:" in out
+    frames = [line for line in out.splitlines() if line.startswith("frame")]
+    assert len(frames) == 4
+
+
+def test_demo_fails_when_the_clip_does_not_run_through(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_clip(tmp_path)
+    (folder / "clip.mp4").unlink()
+    write_video(folder / "whole.mkv", num_frames=60, fps=10).rename(folder / "whole.mp4")
+    whole = (folder / "whole.mp4").read_bytes()
+    (folder / "clip.mp4").write_bytes(whole[: len(whole) // 2])
+    arguments = ["--clip", str(folder), "--port", "0", *own_server()]
+    assert command_line(demo, arguments) == 1
+    assert "cut off" in capsys.readouterr().err
+
+
+def test_demo_without_its_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(demo, ["--clip", str(tmp_path), "--port", "0", *own_server()]) == 2
+    assert "clip.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "every_s", "expected"),
+    [
+        ("what?", None, PlannedQuestion(text="what?")),
+        ("3.5@what?", None, PlannedQuestion(text="what?", at_s=3.5)),
+        ("who is me@home?", None, PlannedQuestion(text="who is me@home?")),
+        ("what?", 5.0, PlannedQuestion(text="what?", at_s=5.0, every_s=5.0)),
+        ("2@what?", 5.0, PlannedQuestion(text="what?", at_s=2.0, every_s=5.0)),
+    ],
+)
+def test_questions_on_the_command_line(
+    text: str, every_s: float | None, expected: PlannedQuestion
+) -> None:
+    assert parse_question(text, every_s) == expected
+
+
+def test_heat_maps() -> None:
+    assert heat_row([0, 4, 8], 3) == "█·· ·█· ··█"
+    assert heat_rows([1], 2) == ["··██", "····"]
+
+
+def test_the_summary_counts_what_was_not_answered() -> None:
+    answer = Answer(
+        text="yes",
+        status="completed",
+        finish_reason="stop",
+        ttft_s=0.1,
+        tokens_per_s=None,
+        newest_frame=1,
+        newest_frame_s=0.0,
+        newest_frame_age_s=0.0,
+        vision_tokens=1,
+        output_tokens=1,
+        kv_tokens=1,
+        time_offset_s=0.0,
+    )
+    outcome = Outcome(
+        frames_sent=5,
+        frames_processed=3,
+        cells_seen=48,
+        cells_kept=24,
+        dropped={"rate": 2},
+        elapsed_s=1.5,
+        answers=[
+            (PlannedQuestion(text="a"), answer),
+            (PlannedQuestion(text="b"), EdgeVlmError("no")),
+        ],
+    )
+    assert summary_line(outcome) == (
+        "5 frames sent, 3 processed, dropped: 2 rate; 50% of the cells kept; "
+        "1 of 2 questions answered; 1.5 s (2.0 frames/s)"
+    )
+
+
+def test_the_live_view_draws_at_any_moment() -> None:
+    from rich.console import Console
+
+    from edge_vlm_runtime import protocol
+
+    view = LiveView(3, "clip.mp4 on tiny")
+    console = Console(record=True, width=100)
+    console.print(view._render())
+    view.event(
+        protocol.FrameAccepted(
+            frame_sequence=1,
+            time_s=0.5,
+            cells_seen=9,
+            cells_kept=2,
+            kept_cells=[0, 4],
+            stage_ms={},
+            queue_ms=1.0,
+            age_ms=12.0,
+            kv_tokens=33,
+            in_memory=True,
+        )
+    )
+    view.event(protocol.FrameDropped(frame_sequence=2, reason="busy"))
+    question = PlannedQuestion(text="what is it ?")
+    view.asked(question, 0.5)
+    view.delta(question, "a ball")
+    console.print(view._render())
+    text = console.export_text()
+    assert "██····" in text and "kept 2/9" in text
+    assert "1 busy" in text and "what is it ?" in text and "a ball" in text

@@ -1,0 +1,345 @@
+"""Frames in, answers out over a real websocket, with the real tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import websockets
+from websockets.asyncio.client import connect
+
+from edge_vlm.errors import ConfigError, EdgeVlmError, ServerBusy, ServerUnreachable
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client import Client
+from edge_vlm_runtime.server import Server
+from tests.fakes import ROOT, tiny_bundle
+from tests.runtime.live import TIMEOUT_S, open_server, run
+from tests.runtime.pictures import jpeg
+
+FILE = {"delivery": "wait", "max_answer_tokens": 6}
+QUESTION = "is there a red ball ?"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with open_server(max_message_bytes=100_000) as running:
+        running.start()
+        yield running
+
+
+async def send(client: Client, first: int, count: int) -> None:
+    for number in range(first, first + count):
+        await client.send_frame(jpeg(number), number * 500_000)
+    await client.wait_processed()
+
+
+def test_a_file_is_processed_whole_and_questions_are_answered(server: Server) -> None:
+    async def session() -> None:
+        async with await Client.connect(server.url, FILE) as client:
+            await send(client, 0, 10)
+            assert sorted(client.accepted) == list(range(1, 11))
+            assert not client.dropped
+            assert client.accepted[1].cells_kept == client.accepted[1].cells_seen == 9
+            kept = sum(event.cells_kept for event in client.accepted.values())
+            assert kept <= 0.5 * 90
+            stages = set(client.accepted[2].stage_ms)
+            assert stages >= {"decode", "preprocess", "vit_stem", "vit_trunk", "prefill"}
+            answer = await client.ask(QUESTION)
+            assert answer.status == "completed"
+            assert answer.newest_frame == 10 and answer.newest_frame_s == 4.5
+            assert answer.ttft_s is not None and answer.ttft_s > 0
+            again = await client.ask(QUESTION)
+            assert again.text == answer.text
+
+    run(session())
+
+
+def test_events_are_numbered_without_gaps_and_deltas_make_the_answer(server: Server) -> None:
+    events: list[protocol.ServerEvent] = []
+
+    async def session() -> str:
+        async with await Client.connect(server.url, FILE, on_event=events.append) as client:
+            await send(client, 0, 3)
+            stream = await client.start_answer(QUESTION)
+            await send(client, 3, 3)
+            text = "".join([delta async for delta in stream])
+            assert text == (await stream.answer()).text
+            return text
+
+    assert run(session())
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert isinstance(events[0], protocol.SessionCreated)
+    assert isinstance(events[-1], protocol.SessionClosed)
+
+
+def test_two_viewers_at_once_see_what_each_sees_alone(server: Server) -> None:
+    async def viewer(offset: int) -> tuple[list[list[int]], str]:
+        async with await Client.connect(server.url, FILE) as client:
+            for number in range(6):
+                await client.send_frame(jpeg(number + offset), number * 500_000)
+            await client.wait_processed()
+            text = (await client.ask(QUESTION)).text
+            return [event.kept_cells for _, event in sorted(client.accepted.items())], text
+
+    async def alone() -> list[Any]:
+        return [await viewer(0), await viewer(20)]
+
+    async def together() -> list[Any]:
+        return list(await asyncio.gather(viewer(0), viewer(20)))
+
+    expected = run(alone())
+    assert run(together()) == expected
+    assert expected[0] != expected[1]
+
+
+def test_live_frames_all_get_one_outcome_even_in_a_flood(server: Server) -> None:
+    async def session() -> None:
+        settings = {"delivery": "live", "fps_cap": 10.0, "drop_duplicates": False}
+        async with await Client.connect(server.url, settings) as client:
+            unbounded = dataclasses.replace(client.created.limits, max_unacknowledged_frames=1000)
+            client.created.limits = unbounded
+            for number in range(60):
+                await client.send_frame(jpeg(number % 40), number * 50_000)
+            await client.wait_processed()
+            assert len(client.accepted) + len(client.dropped) == 60
+            assert set(client.drop_counts()) <= {"busy", "rate", "stale"}
+            assert client.drop_counts()["rate"] >= 20
+            assert len(client.accepted) >= 1
+
+    run(session())
+
+
+def test_frames_may_come_as_json(server: Server) -> None:
+    async def session() -> None:
+        async with connect(server.url) as socket:
+            await socket.recv()
+            picture = base64.b64encode(jpeg(1)).decode()
+            await socket.send(
+                json.dumps(
+                    {
+                        "type": "input_video_frame.append",
+                        "sequence": 5,
+                        "capture_time_us": 0,
+                        "frame": picture,
+                    }
+                )
+            )
+            event = json.loads(await socket.recv())
+            assert (event["type"], event["frame_sequence"]) == ("frame.accepted", 5)
+
+    run(session())
+
+
+def test_cancel_ping_stats_and_close(server: Server) -> None:
+    async def session() -> None:
+        events: list[protocol.ServerEvent] = []
+        settings = {"delivery": "wait", "max_answer_tokens": 100}
+        async with await Client.connect(server.url, settings, on_event=events.append) as client:
+            await send(client, 0, 1)
+            answers = [await client.start_answer(QUESTION) for _ in range(3)]
+            await client.cancel()
+            statuses = []
+            for answer in answers:
+                try:
+                    statuses.append((await answer.answer()).status)
+                except EdgeVlmError as error:
+                    statuses.append(error.code)
+            assert set(statuses) <= {"cancelled", "completed", "E-CANCELLED"}
+            assert statuses[-1] != "completed"
+            await client._send_json("ping", "p1")
+            while client.stats is None:
+                await asyncio.sleep(0.05)
+            pongs = [event.event_id for event in events if isinstance(event, protocol.Pong)]
+            assert pongs == ["p1"]
+            assert client.stats.frames_processed == 1
+
+    run(session())
+
+
+def test_settings_are_announced_changed_and_refused(server: Server) -> None:
+    async def session() -> None:
+        async with await Client.connect(server.url, FILE) as client:
+            updated = await client.update({"keep_ratio": 0.25, "policy": "frame_topk"})
+            assert updated.settings.keep_ratio == 0.25
+            with pytest.raises(ConfigError, match="keep_ratio"):
+                await client.update({"keep_ratio": 7})
+            await send(client, 0, 12)
+            kept = sum(event.cells_kept for event in client.accepted.values())
+            assert kept <= 0.25 * 12 * 9
+
+    run(session())
+
+
+def test_a_client_that_vanishes_in_the_middle_of_an_answer_leaves_room(server: Server) -> None:
+    async def vanish() -> None:
+        client = await Client.connect(server.url, {"delivery": "wait", "max_answer_tokens": 100})
+        await send(client, 0, 2)
+        await client.start_answer(QUESTION)
+        client._connection.transport.abort()
+        if client._reader is not None:
+            await client._reader
+
+    async def session() -> None:
+        for _ in range(6):  # more than the server has sessions
+            await vanish()
+            await asyncio.sleep(0.05)
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                async with await Client.connect(server.url, FILE) as client:
+                    await send(client, 0, 1)
+                    assert (await client.ask(QUESTION)).status == "completed"
+                    return
+            except ServerBusy:
+                assert time.monotonic() < deadline
+
+    run(session())
+
+
+def test_a_full_server_says_so_and_keeps_its_viewers(server: Server) -> None:
+    async def session() -> None:
+        clients = [await Client.connect(server.url, FILE) for _ in range(4)]
+        try:
+            with pytest.raises(ServerBusy, match="sessions are taken"):
+                await Client.connect(server.url)
+            async with connect(server.url) as socket:
+                with pytest.raises(websockets.ConnectionClosed) as closed:
+                    while True:
+                        await socket.recv()
+                assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+            await send(clients[0], 0, 1)
+            assert (await clients[0].ask(QUESTION)).status == "completed"
+        finally:
+            for client in clients:
+                await client.close()
+
+    run(session())
+
+
+def test_pages_from_elsewhere_may_not_connect(server: Server) -> None:
+    async def session(origin: str) -> None:
+        async with connect(server.url, additional_headers={"Origin": origin}) as socket:
+            await socket.recv()
+
+    run(session(server.page_url.rstrip("/")))
+    with pytest.raises(websockets.InvalidStatus, match="403"):
+        run(session("http://elsewhere.example"))
+
+
+def get(server: Server, path: str) -> tuple[int, str, str]:
+    try:
+        with urllib.request.urlopen(server.page_url.rstrip("/") + path) as reply:
+            return reply.status, reply.headers["content-type"], reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, "", ""
+
+
+def test_http_on_the_same_port(server: Server) -> None:
+    assert get(server, "/healthz")[0] == 200
+    assert get(server, "/readyz")[0] == 200
+    status, kind, text = get(server, "/version")
+    assert (status, kind) == (200, "application/json")
+    assert json.loads(text)["protocol_version"] == 1
+    for path, kind in (
+        ("/", "text/html"),
+        ("/app.js", "text/javascript"),
+        ("/style.css", "text/css"),
+    ):
+        status, found, text = get(server, path)
+        assert status == 200 and found.startswith(kind) and len(text) > 500
+        assert "http://" not in text and "https://" not in text  # works offline
+    assert get(server, "/nothing")[0] == 404
+
+
+def test_stopping_lets_an_answer_end_and_says_goodbye() -> None:
+    async def session(server: Server) -> None:
+        events: list[protocol.ServerEvent] = []
+        settings = {"delivery": "wait", "max_answer_tokens": 40}
+        client = await Client.connect(server.url, settings, on_event=events.append)
+        await send(client, 0, 2)
+        answer = await client.start_answer(QUESTION)
+        while not any(isinstance(event, protocol.ResponseCreated) for event in events):
+            await asyncio.sleep(0.005)
+        stopper = threading.Thread(target=server.stop, args=(30.0,))
+        stopper.start()
+        assert (await answer.answer()).status == "completed"
+        with pytest.raises(ServerUnreachable, match="1001"):
+            while True:
+                await client.send_frame(jpeg(3), 9_000_000)
+                await asyncio.sleep(0.05)
+        await client.close()
+        await asyncio.to_thread(stopper.join)
+        kinds = [type(event) for event in events]
+        assert protocol.SessionGoAway in kinds
+        assert kinds[-1] is protocol.SessionClosed
+
+    with open_server() as server:
+        server.start()
+        run(session(server))
+
+
+def test_nobody_listening_is_a_typed_error(server: Server) -> None:
+    async def session() -> None:
+        await Client.connect("ws://127.0.0.1:9/v1/realtime")
+
+    with pytest.raises(ServerUnreachable, match="no edge-vlm server"):
+        run(session())
+
+
+def test_a_taken_port_is_a_typed_error(server: Server) -> None:
+    with pytest.raises(ConfigError, match="cannot listen"):
+        Server.open(tiny_bundle(), threads=1, port=server.port)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_the_serve_command_drains_on_a_signal(how: signal.Signals) -> None:
+    code = (
+        "import sys; from edge_vlm_runtime.commands import serve; import argparse; "
+        "p = argparse.ArgumentParser(); serve.add_arguments(p); "
+        f"sys.exit(serve.run(p.parse_args(['--bundle', {str(tiny_bundle())!r}, '--port', '0', "
+        "'--threads', '1'])))"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "runtime")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        url = line.split("clients: ")[1].strip(" )\n")
+
+        async def session() -> None:
+            client = await Client.connect(url, FILE)
+            await send(client, 0, 1)
+            process.send_signal(how)
+            with pytest.raises(ServerUnreachable, match="1001"):
+                while True:
+                    await client.send_frame(jpeg(2), 5_000_000)
+                    await asyncio.sleep(0.05)
+            await client.close()
+
+        run(session())
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, err
+        assert "stopped" in out
+        assert "Traceback" not in err
+    finally:
+        process.kill()
+        process.wait()

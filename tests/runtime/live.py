@@ -1,0 +1,25 @@
+"""A real server with the real tiny model on a real port, for tests over the websocket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edge_vlm_runtime.server import Server
+from edge_vlm_runtime.settings import ServerLimits
+from tests.fakes import tiny_bundle
+
+Result = TypeVar("Result")
+
+TIMEOUT_S = 120.0
+"""Generous: a busy machine is no failure."""
+
+
+def open_server(bundle: Path | None = None, **limits: Any) -> Server:
+    return Server.open(bundle or tiny_bundle(), threads=1, limits=ServerLimits(**limits))
+
+
+def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
