@@ -130,9 +130,7 @@ def test_exact_mode_shows_all_frames_to_each_other(
 def test_last_n_is_a_clip_of_the_last_frames(engines: Engines, frames: list[FrameTokens]) -> None:
     subject = context(engines, attention=Attention.LAST_N, last_n=2)
     subject.add(frames[:6])
-    expected = fresh_logits(
-        engines, frames[4:6], seconds(frames[4:6]), two_way_between_frames=True
-    )
+    expected = fresh_logits(engines, frames[4:6], seconds(frames[4:6]), two_way_between_frames=True)
     np.testing.assert_allclose(logits_behind(engines, subject), expected, atol=1e-4)
 
 
@@ -186,9 +184,7 @@ def test_used_up_positions_are_counted_anew_without_changing_the_memory(
     assert subject.time_offset_s == 0.0
 
 
-def test_used_up_time_stamps_are_counted_anew(
-    engines: Engines, frames: list[FrameTokens]
-) -> None:
+def test_used_up_time_stamps_are_counted_anew(engines: Engines, frames: list[FrameTokens]) -> None:
     subject = context(engines, max_time_s=4.0)
     offsets = []
     for frame in frames:
