@@ -22,6 +22,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from tests.runtime.live import open_server, run
+from tests.runtime.pictures import write_video
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -111,6 +112,13 @@ class Page:
     async def state(self) -> str:
         return str(await self.value("document.body.innerText"))
 
+    async def choose(self, selector: str, file: Path) -> None:
+        """Gives a file to a file input, as a person would."""
+        document = await self.call("DOM.getDocument")
+        root = document["root"]["nodeId"]
+        found = await self.call("DOM.querySelector", nodeId=root, selector=selector)
+        await self.call("DOM.setFileInputFiles", nodeId=found["nodeId"], files=[str(file)])
+
     async def screenshot(self, file: Path) -> None:
         picture = await self.call("Page.captureScreenshot", format="png")
         file.write_bytes(base64.b64decode(picture["data"]))
@@ -120,7 +128,9 @@ def text(element: str) -> str:
     return f"document.getElementById('{element}').textContent"
 
 
-def test_camera_in_answers_and_kept_cells_out(tmp_path: Path) -> None:
+def test_camera_or_file_in_answers_and_kept_cells_out(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "clip.webm", num_frames=20, fps=10, codec="libvpx")
+
     async def visit(debugger: str, url: str) -> None:
         async with connect(debugger, max_size=None) as socket:
             page = Page(socket)
@@ -161,6 +171,11 @@ def test_camera_in_answers_and_kept_cells_out(tmp_path: Path) -> None:
 
             await page.value("document.getElementById('stop').click()")
             await page.until("document.getElementById('stop').disabled")
+
+            await page.choose("#file", video)
+            await page.until("document.getElementById('video').ended")
+            await page.until(f"parseInt({text('g-frame')}) >= 4")
+            await page.until(f"{text('g-dropped')} === 'none'")
             assert page.console == []
 
     with open_server() as server, browser(tmp_path / "profile") as debugger:

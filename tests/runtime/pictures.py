@@ -21,10 +21,12 @@ def jpeg(seed: int, size: int = 48) -> bytes:
     return encode_jpeg(picture(seed, size))
 
 
-def write_video(path: Path, num_frames: int = 8, fps: int = 2, size: int = 48) -> Path:
+def write_video(
+    path: Path, num_frames: int = 8, fps: int = 2, size: int = 48, codec: str = "mpeg4"
+) -> Path:
     """MPEG-4 part 2 (every PyAV has it); frame i is grey, of level 20 + 10 i (mod 230)."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
+        stream = container.add_stream(codec, rate=fps)
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 400_000
