@@ -110,7 +110,11 @@ def _member(kind: type[Enum], field: str, value: object) -> Enum:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """What the model of a bundle was trained for; a session stays inside."""
+    """What the model of a bundle was made and trained for; a session stays inside.
+
+    A bundle's `defaults` may hold `max_time_s`, and a `max_positions` below the config's if the
+    model has not been trained that far.
+    """
 
     num_cells: int
     cell_grid: int
@@ -132,7 +136,10 @@ class ModelLimits:
             num_cells=vision.num_cells,
             cell_grid=vision.cell_grid,
             image_size=vision.image_size,
-            max_positions=language.max_positions,
+            max_positions=min(
+                language.max_positions,
+                int(bundle.defaults.get("max_positions", language.max_positions)),
+            ),
             max_prefill_tokens=bundle.specs["llm"].dims["s"].max,
             max_cache_tokens=bundle.specs["llm"].dims["p"].max,
             max_time_s=None if max_time_s is None else float(max_time_s),

@@ -66,7 +66,11 @@ def answer_times(answer: Answer) -> str:
     times = "" if answer.ttft_s is None else f"  [TTFT {answer.ttft_s * 1e3:.0f} ms"
     if times and answer.tokens_per_s is not None:
         times += f", {answer.tokens_per_s:.0f} tokens/s"
-    return f"{times}, seen until {answer.newest_frame_s:.1f} s]" if times else ""
+    if not times:
+        return ""
+    if answer.time_offset_s:
+        times += f", its times count from {answer.time_offset_s:.1f} s"
+    return f"{times}, seen until {answer.newest_frame_s:.1f} s]"
 
 
 def summary_line(outcome: Outcome) -> str:
@@ -88,6 +92,7 @@ class PlainView(Observer):
     def __init__(self, grid: int, out: TextIO | None = None) -> None:
         self._grid = grid
         self._out = out or sys.stdout
+        self._told: set[str] = set()
 
     def __enter__(self) -> PlainView:
         return self
@@ -103,6 +108,12 @@ class PlainView(Observer):
     def line(self, text: str) -> None:
         print(text, file=self._out, flush=True)
 
+    def _once(self, text: str) -> None:
+        """What would otherwise be said with every frame."""
+        if text not in self._told:
+            self._told.add(text)
+            self.line(text)
+
     def event(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, protocol.FrameAccepted):
             self.line(frame_line(event, self._grid))
@@ -110,9 +121,9 @@ class PlainView(Observer):
             why = "" if event.message is None else f": {event.message}"
             self.line(f"frame {event.frame_sequence:>3}  dropped ({event.reason}){why}")
         elif isinstance(event, protocol.MemoryEvicted):
-            self.line(f"memory: {event.frames} oldest frames forgotten")
-        elif isinstance(event, protocol.MemoryRebased):
-            self.line(f"memory: times counted anew from {event.time_offset_s:.1f} s")
+            self._once("the memory is full: from now on the oldest frames are forgotten")
+        elif isinstance(event, protocol.MemoryRebased) and event.time_offset_s:
+            self._once("the model's time range is full: it is moved along from now on")
         elif isinstance(event, protocol.SessionGoAway):
             self.line("the server is stopping")
 

@@ -24,6 +24,8 @@ from websockets.asyncio.client import connect
 from edge_vlm.errors import ConfigError, EdgeVlmError, ServerBusy, ServerUnreachable
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client import Client
+from edge_vlm_runtime.frame_slot import WaitingFrame
+from edge_vlm_runtime.intake import FrameIntake
 from edge_vlm_runtime.server import Server
 from tests.fakes import ROOT, tiny_bundle
 from tests.runtime.live import TIMEOUT_S, open_server, run
@@ -262,6 +264,33 @@ def test_http_on_the_same_port(server: Server) -> None:
         assert status == 200 and found.startswith(kind) and len(text) > 500
         assert "http://" not in text and "https://" not in text  # works offline
     assert get(server, "/nothing")[0] == 404
+
+
+def test_a_bug_ends_one_session_with_1011_and_no_other(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real_encode = FrameIntake.encode
+
+    def encode(self: FrameIntake, waiting: WaitingFrame) -> Any:
+        if waiting.jpeg == jpeg(39):
+            raise RuntimeError("a bug of ours")
+        return real_encode(self, waiting)
+
+    monkeypatch.setattr(FrameIntake, "encode", encode)
+
+    async def session() -> None:
+        async with await Client.connect(server.url, FILE) as other:
+            async with await Client.connect(server.url, FILE) as client:
+                with pytest.raises(EdgeVlmError, match=r"1011|failed"):
+                    await client.send_frame(jpeg(39), 0)
+                    await client.wait_processed()
+                assert client.errors[0].code == "E-INTERNAL"
+                assert "a bug of ours" not in client.errors[0].message
+            await send(other, 0, 2)
+            assert (await other.ask(QUESTION)).status == "completed"
+
+    run(session())
+    assert "a bug of ours" in caplog.text
 
 
 def test_stopping_lets_an_answer_end_and_says_goodbye() -> None:

@@ -24,6 +24,7 @@ from edge_vlm_runtime.sources import (
     open_source,
 )
 from tests.runtime.pictures import write_video
+from tests.runtime.rtsp_camera import RtspCamera
 
 
 def grey_levels(path: Path, fps: float) -> list[tuple[float, int]]:
@@ -133,6 +134,26 @@ def test_a_camera_that_goes_away_and_comes_back(caplog: pytest.LogCaptureFixture
     assert attempts >= 4
     assert times == sorted(times)
     assert "secret" not in caplog.text and "is back" in caplog.text
+
+
+def test_an_rtsp_camera_over_tcp_that_is_unplugged_and_plugged_in_again() -> None:
+    with RtspCamera() as camera:
+        url = f"rtsp://user:secret@127.0.0.1:{camera.port}/live"
+        source = open_source(url, 50.0)
+        assert source.is_live and "secret" not in source.name
+        times: list[float] = []
+        levels: list[float] = []
+        for picture in source.pictures():
+            assert picture.rgb.shape == (64, 64, 3)
+            times.append(picture.time_s)
+            levels.append(float(picture.rgb.mean()))
+            if len(times) == 4:
+                camera.unplug()
+            if len(times) > 4 and camera.served == 2:
+                break
+        source.close()
+    assert times == sorted(times)
+    assert len(set(levels)) > 1
 
 
 def test_a_live_source_gives_the_newest_picture() -> None:
