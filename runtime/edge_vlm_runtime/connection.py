@@ -11,6 +11,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MAX_OUTBOX_EVENTS = 2000
 """Events a client may leave unread before it is disconnected."""
+GOODBYE_TIMEOUT_S = 1.0
 
 
 class WebSocket(Protocol):
@@ -73,6 +75,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[protocol.ServerEvent | _Close] = asyncio.Queue()
         self._sequence = 0
+        self._overflowed: asyncio.Future[None] = self._loop.create_future()
         self._closing = False
         self._draining = False
         self._understood = False
@@ -109,7 +112,7 @@ class Connection:
             asyncio.create_task(self._receive_loop()),
         ]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*tasks, self._overflowed], return_when=asyncio.FIRST_COMPLETED)
         finally:
             await self._end_session()
             for task in tasks:
@@ -118,6 +121,10 @@ class Connection:
             for outcome in results:
                 if isinstance(outcome, Exception):
                     log.debug("connection ended by %r", outcome)
+        if self._overflowed.done():  # the send loop may have been stuck, so it could not say it
+            with suppress(Exception):
+                goodbye = self._websocket.close(1013, "the client reads too slowly")
+                await asyncio.wait_for(goodbye, GOODBYE_TIMEOUT_S)
 
     async def drain(self, time_left_s: float) -> None:
         """Lets the answers under way end, then closes with 1001."""
@@ -146,9 +153,8 @@ class Connection:
         event.sequence = self._sequence
         self._outbox.put_nowait(event)
         if self._outbox.qsize() > MAX_OUTBOX_EVENTS:
-            while not self._outbox.empty():
-                self._outbox.get_nowait()
-            self._close(1013, "the client reads too slowly")
+            self._closing = True
+            _resolve(self._overflowed, None)
 
     def _close(self, code: int, reason: str) -> None:
         if not self._closing:
