@@ -66,8 +66,6 @@ class Allowance:
         self.horizon = payback_frames
         if keep_ratio * payback_frames < 1.25:
             self.horizon = math.ceil(1.5 / keep_ratio)
-        if keep_ratio >= 1.0:
-            self.horizon = 1
         self.bank_limit = bank_frames * num_cells
         later = max(self.horizon - 1, 1)
         affordable = (self.income * self.horizon - num_cells) / later
@@ -170,6 +168,8 @@ class _Budgeted:
                 self._bank_frames,
             )
             self._start(scores, frame_rgb)
+            cells = np.arange(scores.size, dtype=np.int32)
+        elif self.keep_ratio == 1.0:  # nothing is pruned, however low it scores
             cells = np.arange(scores.size, dtype=np.int32)
         else:
             if scores.size != self._allowance.num_cells:

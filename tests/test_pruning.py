@@ -178,6 +178,11 @@ def test_frame_difference_wants_the_picture() -> None:
         FrameDifference(0.5).select(np.zeros(16, dtype=np.float32), None, True)
 
 
+@pytest.mark.parametrize("make", BUDGETED)
+def test_a_ratio_of_one_is_unpruned(make: Callable[[float], KeepPolicy]) -> None:
+    assert kept_counts(make(1.0), skewed_scores(4, 12, 16)) == [16] * 12
+
+
 def test_keep_all_keeps_all() -> None:
     assert KeepAll().select(np.zeros(5, dtype=np.float32), None, False).tolist() == [0, 1, 2, 3, 4]
 
