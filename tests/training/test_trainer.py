@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def test_a_run_learns_saves_and_resumes(tmp_path: Path) -> None:
     assert all(torch.equal(again.masters[n], t) for n, t in trainer.masters.items())
     assert again.run() == checkpoint  # nothing is left to do
     assert again.total_steps == 4
+
+
+def test_a_run_starts_from_a_checkpoint_of_its_own_kind(tmp_path: Path) -> None:
+    first = Trainer(RECIPE, tmp_path / "first", dtype=torch.float32, report=lambda line: None)
+    first.save()
+    checkpoint = tmp_path / "first" / "checkpoint"
+    other = replace(RECIPE, seed=5)
+    second = Trainer(other, tmp_path / "second", init=checkpoint, report=lambda line: None)
+    assert torch.equal(second.masters["llm.head.weight"], first.masters["llm.head.weight"])
+    (checkpoint / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not one of this recipe's"):
+        Trainer(other, tmp_path / "third", init=checkpoint, report=lambda line: None)
 
 
 def test_a_frozen_stage_leaves_the_vision_side_alone(tmp_path: Path) -> None:

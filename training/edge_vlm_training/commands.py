@@ -10,8 +10,11 @@ from edge_vlm.errors import ConfigError
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", default="demo_cpu", help="demo_cpu (default) or smoke")
+    parser.add_argument(
+        "recipe", nargs="?", default="demo_cpu", help="demo_cpu (default), demo_more or smoke"
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last state")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
 
@@ -34,7 +37,7 @@ def _train(args: argparse.Namespace) -> int:
         )
     if args.threads:
         torch.set_num_threads(args.threads)
-    trainer = Trainer(RECIPES[args.recipe](), args.out)
+    trainer = Trainer(RECIPES[args.recipe](), args.out, init=args.init)
     if args.resume:
         trainer.resume()
     print(f"checkpoint: {trainer.run()}")

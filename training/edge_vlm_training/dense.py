@@ -27,7 +27,7 @@ COVERED = 0.2
 CELL_COVERED = 0.1
 """The same for a cell."""
 _BACKGROUND_WEIGHT = 0.05
-_CENTRE_WEIGHT = 30.0
+_CENTRE_WEIGHT = 60.0
 """A squared error of positions in 0..1 is small beside an entropy."""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edge_vlm.config import ModelConfig, demo
 from edge_vlm.errors import CheckpointError
-from edge_vlm.model.checkpoint import TOKENIZER, save_checkpoint
+from edge_vlm.model.checkpoint import TOKENIZER, load_checkpoint, save_checkpoint
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.prompt import PromptFormat
 from edge_vlm.tokenizer import Tokenizer
@@ -56,14 +56,21 @@ class Trainer:
         folder: Path,
         *,
         dtype: torch.dtype = torch.bfloat16,
+        init: Path | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
+        """`init` is a checkpoint folder to start from; without it weights are random.
+
+        Raises CheckpointError when `init` cannot be read or has another vocabulary.
+        """
         self.recipe, self.folder, self.dtype, self.report = recipe, folder, dtype, report
         folder.mkdir(parents=True, exist_ok=True)
         base, extra = build_tokenizer(vocabulary(), folder / TOKENIZER)
         self.config: ModelConfig = demo(base, extra)
         generator = torch.Generator().manual_seed(recipe.seed)
         self.model = VideoLM(self.config).init_weights(generator)
+        if init is not None:
+            self._start_from(init)
         self.heads = nn.ModuleDict(
             {
                 "vit": DenseHead(self.config.vision.width),
@@ -80,6 +87,17 @@ class Trainer:
 
     def _remember(self, named: dict[str, nn.Parameter] | dict[str, Tensor]) -> None:
         self.masters.update({name: p.detach().float().clone() for name, p in named.items()})
+
+    def _start_from(self, checkpoint: Path) -> None:
+        model = load_checkpoint(checkpoint)
+        same_words = (checkpoint / TOKENIZER).read_bytes() == (self.folder / TOKENIZER).read_bytes()
+        if model.cfg != self.config or not same_words:
+            raise CheckpointError(
+                "the checkpoint is not one of this recipe's models",
+                where=checkpoint,
+                remedy="start without --init, or from a checkpoint with this vocabulary and shape",
+            )
+        self.model.load_state_dict(model.state_dict())
 
     # -- state ------------------------------------------------------------------------------
 
