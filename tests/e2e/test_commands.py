@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,9 @@ from edge_vlm_runtime.streaming import Outcome, PlannedQuestion, parse_question
 from edge_vlm_runtime.view import LiveView, heat_row, heat_rows, summary_line
 from tests.fakes import ROOT, tiny_bundle
 from tests.runtime.command_line import command_line
+from tests.runtime.live import TIMEOUT_S
 from tests.runtime.pictures import write_video
+from tests.runtime.rtsp_camera import RtspCamera
 
 QUESTION = "is there a red ball ?"
 SHARED_CLIPS = ROOT.parent / "shared" / "clips"
@@ -52,6 +58,42 @@ def test_watch_asks_again_and_again(video: Path, capsys: pytest.CaptureFixture[s
     assert command_line(watch, [*arguments, "--ask", QUESTION, "--every", "1"]) == 0
     asked = [line for line in capsys.readouterr().out.splitlines() if line.startswith("?")]
     assert [line[-6:-3] for line in asked] == ["1.0", "2.0", "3.0", "3.5"]
+
+
+def test_watch_follows_a_camera_until_interrupted() -> None:
+    """Live: the newest frame wins, Ctrl-C ends it with a summary, credentials stay secret."""
+    code = (
+        "import sys; from tests.runtime.command_line import command_line; "
+        "from edge_vlm_runtime.commands import watch; "
+        "sys.exit(command_line(watch, sys.argv[1:]))"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "runtime")])
+    with RtspCamera() as camera:
+        url = f"rtsp://user:secret@127.0.0.1:{camera.port}/live"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "--source", url, "--fps", "10", *own_server()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            assert process.stdout is not None
+            seen = 0
+            while seen < 3:
+                line = process.stdout.readline()
+                assert line, process.communicate()
+                seen += line.startswith("frame")
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            process.kill()
+            process.wait()
+    assert "secret" not in out + err
+    assert " frames sent, " in out
+    if sys.version_info >= (3, 11):  # before, asyncio raises the interrupt all the same
+        assert process.returncode == 0
+        assert "Traceback" not in err
 
 
 @pytest.mark.skipif(not SHARED_CLIPS.is_dir(), reason="the shared clips are not here")
