@@ -184,7 +184,9 @@ async function startFile(file) {
 
 async function startVideo() {
   await video.play();
-  $("stage").style.aspectRatio = `${video.videoWidth} / ${video.videoHeight}`;
+  const aspect = video.videoWidth / video.videoHeight;
+  $("stage").style.aspectRatio = aspect;
+  $("stage").style.width = `min(100%, ${60 * aspect}vh)`;
   $("hint").hidden = true;
   $("stop").disabled = false;
   connect();
@@ -224,23 +226,19 @@ function capture() {
     return;
   }
   if (socket.bufferedAmount > MAX_BUFFERED_BYTES) return; // the network is the bottleneck
-  let time_us;
+  const fps = created.settings.fps_cap;
+  let now_s = performance.now() / 1000;
   if (source.kind === "file") {
     if (unacknowledged >= created.limits.max_unacknowledged_frames) {
       video.pause(); // a file waits for the model instead of losing pictures
       return;
     }
-    const tick = Math.floor(video.currentTime * created.settings.fps_cap + 1e-3);
-    if (tick <= lastTick) return;
-    lastTick = tick;
-    time_us = Math.round(video.currentTime * 1e6);
-  } else {
-    const now_s = performance.now() / 1000;
-    const tick = Math.floor(now_s * created.settings.fps_cap);
-    if (tick <= lastTick) return;
-    lastTick = tick;
-    time_us = Math.round(now_s * 1e6);
+    now_s = video.currentTime;
   }
+  const tick = Math.floor(now_s * fps + 1e-3);
+  if (tick <= lastTick) return;
+  lastTick = tick;
+  const time_us = Math.round((tick / fps) * 1e6); // when it was due: what is on screen then
   const scale = Math.min(1, MAX_SIDE / Math.max(video.videoWidth, video.videoHeight));
   scratch.width = Math.round(video.videoWidth * scale);
   scratch.height = Math.round(video.videoHeight * scale);
