@@ -12,6 +12,7 @@ with a fixed number: they are ranked against the recent past of their own stream
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import Protocol
 
@@ -131,7 +132,7 @@ class KeepAll:
         return np.arange(_checked(scores).size, dtype=np.int32)
 
 
-class _Budgeted:
+class _Budgeted(ABC):
     """What the causal policies share: the allowance, the whole first frame, the ceiling."""
 
     def __init__(
@@ -183,8 +184,9 @@ class _Budgeted:
     def _start(self, scores: Scores, frame_rgb: Rgb | None) -> None:
         """A stream begins with this frame, which is kept whole."""
 
+    @abstractmethod
     def _choose(self, scores: Scores, frame_rgb: Rgb | None, allowance: Allowance) -> Cells:
-        raise NotImplementedError
+        """Cells of a later frame, within the allowance, which is charged by the caller."""
 
 
 def _bounded(wanted: float, allowance: Allowance) -> int:
