@@ -181,7 +181,7 @@ class _Budgeted(ABC):
         self._allowance.spend(cells.size)
         return cells
 
-    def _start(self, scores: Scores, frame_rgb: Rgb | None) -> None:
+    def _start(self, scores: Scores, frame_rgb: Rgb | None) -> None:  # noqa: B027 (optional)
         """A stream begins with this frame, which is kept whole."""
 
     @abstractmethod
