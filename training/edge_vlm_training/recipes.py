@@ -72,6 +72,17 @@ class Recipe:
 def demo_cpu(minutes: float = 115.0) -> Recipe:
     """The demo model on two CPU cores with bf16 arithmetic: under two hours."""
     unit = minutes / 115.0
+    frozen = Stage(
+        name="eight-frames-frozen",
+        minutes=26 * unit,
+        batch=8,
+        num_frames=8,
+        branches=16,
+        removed=REMOVED_MIXED,
+        freeze_vision=True,
+        rate=(0.8, 0.01),
+        decay_from=0.2,
+    )
     return Recipe(
         name="demo_cpu",
         forgetful_share=0.15,
@@ -126,25 +137,11 @@ def demo_cpu(minutes: float = 115.0) -> Recipe:
                 )
                 for number, rate in enumerate((1e-4, 3e-5), start=1)
             ),
-            Stage(
-                name="eight-frames-frozen",
-                minutes=26 * unit,
-                batch=8,
-                num_frames=8,
-                branches=16,
-                removed=REMOVED_MIXED,
-                freeze_vision=True,
-                rate=(0.8, 0.01),
-                decay_from=0.2,
-            ),
-            Stage(
+            frozen,
+            dataclasses.replace(
+                frozen,
                 name="eight-frames-polish",
                 minutes=6 * unit,
-                batch=8,
-                num_frames=8,
-                branches=16,
-                removed=REMOVED_MIXED,
-                freeze_vision=True,
                 rate=(0.3, 0.01),
                 decay_from=0.4,
             ),
