@@ -287,7 +287,7 @@ def demo(base_vocab: int, extra_vocab: int) -> ModelConfig:
         connector=ConnectorConfig(width=128, num_heads=2, head_dim=64, mlp_width=384),
         language=LanguageConfig(
             width=192,
-            num_layers=4,
+            num_layers=6,
             num_heads=3,
             num_kv_heads=3,
             head_dim=64,

@@ -12,6 +12,7 @@ Shape letters: F frames, N places (patches or cells) per frame, M things per fra
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,14 +45,22 @@ class DenseLabels:
         return DenseLabels(self.kind[index], self.colour[index], self.centre[index])
 
 
-def dense_labels(scenes: Scenes, owner: Tensor, grid: int, covered: float) -> DenseLabels:
-    """Labels of all places, K = B T grid^2; `owner` i8 [B, T, H, W] is the thing at each pixel."""
-    slots, num_frames = scenes.kind.shape[1], scenes.num_frames
+def things_at(owner: Tensor, slots: int, grid: int, covered: float) -> tuple[Tensor, Tensor]:
+    """The thing that covers most of each place, and whether it covers too little, both [F, N].
+
+    `owner` i8 [B, T, H, W] is the thing at each pixel, `slots` the number of things M.
+    """
     pixels = owner.flatten(0, 1)
     share = torch.stack([(pixels == m).float() for m in range(slots)], 1)
     share = F.avg_pool2d(share, pixels.shape[-1] // grid).flatten(2)  # [F, M, N]
     most, thing = share.max(1)
-    empty = most < covered
+    return thing, most < covered
+
+
+def dense_labels(scenes: Scenes, owner: Tensor, grid: int, covered: float) -> DenseLabels:
+    """Labels of all places, K = B T grid^2; `owner` as in `things_at`."""
+    slots, num_frames = scenes.kind.shape[1], scenes.num_frames
+    thing, empty = things_at(owner, slots, grid, covered)
 
     def pick(values_FM: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values_FM)).gather(1, thing)
@@ -74,6 +83,30 @@ class DenseHead(nn.Module):
 
     def forward(self, x_KD: Tensor) -> tuple[Tensor, ...]:
         return self.out(x_KD).float().split(self.sizes, -1)
+
+
+class WordHead(nn.Module):
+    """A read-out whose classes are the language model's own words for kinds and colours.
+
+    It pulls a thing's feature and the embedding of its name together, so that a question's word
+    finds the vision tokens that it names by likeness. Only the rest is thrown away after training.
+    """
+
+    def __init__(self, width: int, kind_ids: Sequence[int], colour_ids: Sequence[int]) -> None:
+        super().__init__()
+        self.words = [list(kind_ids), list(colour_ids)]
+        self.rest = nn.Linear(width, len(self.words) + 2)
+        """No kind, no colour, and the centre."""
+        nn.init.zeros_(self.rest.weight)
+
+    def forward(self, x_KE: Tensor, embed_VE: Tensor) -> tuple[Tensor, ...]:
+        x = F.rms_norm(x_KE, x_KE.shape[-1:])
+        none_kind, none_colour, centre = self.rest(x).split((1, 1, 2), -1)
+        kind, colour = (x @ embed_VE[ids].T for ids in self.words)
+        return tuple(
+            t.float()
+            for t in (torch.cat([kind, none_kind], -1), torch.cat([colour, none_colour], -1), centre)
+        )
 
 
 def whole_vit(vit: VisionTransformer, pixels_FNP: Tensor) -> Tensor:

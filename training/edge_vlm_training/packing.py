@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,9 @@ from torch import Tensor
 from edge_vlm.model.vit import MASKED
 from edge_vlm.prompt import PromptFormat
 
-NUM_BUCKETS = 3
+BUCKETS = (0.5, 0.8, 0.9, 0.96, 1.0)
+"""Where the questions, sorted by length, are cut: few are long (dialogue before them, points), and
+with equal parts more than half of all tokens were padding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +112,10 @@ class Packer:
             text = np.concatenate([*turns, self.question_ids(item.question)])
             lines.append((number, clip, int(ends[clip][item.frame]), text, item.answer))
         lines.sort(key=lambda line: len(line[3]) + len(self.answer_ids(line[4])))
-        size = -(-len(lines) // NUM_BUCKETS)
+        cuts = sorted({0, *(round(share * len(lines)) for share in BUCKETS)})
         buckets = tuple(
-            self._bucket(lines[start : start + size], len(index), dtype)
-            for start in range(0, len(lines), size)
+            self._bucket(lines[start:end], len(index), dtype)
+            for start, end in itertools.pairwise(cuts)
         )
         return Packed(ids_BP, _additive(allowed, dtype), buckets, len(asked))
 

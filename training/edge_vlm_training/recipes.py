@@ -57,8 +57,14 @@ class Recipe:
     """Weight of the temporal similarity loss (0.5 in the published code)."""
     dense_weight: float = 1.0
     """Weight of the dense read-out on the connector's features."""
+    timeline_weight: float = 0.1
+    """Weight of the read-out of motion and time on the language model's vision tokens."""
     scale_weight: float = 0.1
     """Weight of the loss that bounds the scale of the vision features."""
+    crowded: float = 0.5
+    """Share of clips that are as full as they can be: with one thing a clip, any event is its."""
+    fresh_language: bool = False
+    """Takes only the vision side of the checkpoint that the run starts from."""
     min_cells: int = 2
     """Up to this many cells of every later frame are kept whatever their rank."""
     history_share: float = 0.15
@@ -182,6 +188,59 @@ def demo_more(minutes: float = 60.0) -> Recipe:
     )
 
 
+def demo_language(minutes: float = 75.0) -> Recipe:
+    """A new language model on the vision side of a demo checkpoint (`--init`)."""
+    unit = minutes / 75.0
+    video = Stage(
+        name="eight-frames",
+        minutes=26 * unit,
+        batch=8,
+        num_frames=8,
+        shorter=(1, 4),
+        branches=20,
+        removed=REMOVED_MIXED,
+        freeze_vision=True,
+    )
+    return Recipe(
+        name="demo_language",
+        seed=2,
+        fresh_language=True,
+        forgetful_share=0.15,
+        history_share=0.1,
+        timeline_weight=0.25,
+        stages=(
+            Stage(name="one-frame", minutes=4 * unit, batch=32, freeze_vision=True),
+            Stage(
+                name="four-frames",
+                minutes=15 * unit,
+                batch=16,
+                num_frames=4,
+                shorter=(1,),
+                branches=16,
+                removed=(0.0, 0.3, 0.5),
+                freeze_vision=True,
+            ),
+            video,
+            dataclasses.replace(
+                video,
+                name="eight-frames-all",
+                minutes=12 * unit,
+                freeze_vision=False,
+                lr_vision=5e-5,
+                lr_connector=5e-5,
+            ),
+            dataclasses.replace(
+                video,
+                name="eight-frames-decay",
+                minutes=18 * unit,
+                shorter=(4,),
+                rate=(0.8, 0.01),
+                decay_from=0.1,
+            ),
+        ),
+    )
+
+
 def smoke() -> Recipe:
     """Seconds long: every stage kind once, for tests and first tries."""
     minutes = 0.02
@@ -206,4 +265,4 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {"demo_cpu": demo_cpu, "demo_more": demo_more, "smoke": smoke}
+RECIPES = {"demo_cpu": demo_cpu, "demo_language": demo_language, "demo_more": demo_more, "smoke": smoke}

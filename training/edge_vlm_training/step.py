@@ -5,10 +5,13 @@ Shape letters: B clips, T frames per clip, F = B T frames, N patches, C cells, G
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from edge_vlm.config import VisionConfig
 from edge_vlm.model.llm import rope_tables
@@ -16,6 +19,9 @@ from edge_vlm.model.video_lm import VideoLM
 from edge_vlm_training.losses import answer_loss, exact_answers, similarity_loss
 from edge_vlm_training.packing import Packed
 from edge_vlm_training.selection import clip_budget
+
+STORY_BLOCKS = 2
+"""How many blocks before the last have their vision tokens read out."""
 
 
 def to_pixel_values(frames: Tensor, cfg: VisionConfig, dtype: torch.dtype) -> Tensor:
@@ -54,19 +60,30 @@ def see(model: VideoLM, pixels_FNP: Tensor, num_frames: int, removed: float, flo
     return Seen(features, cell_idx, keep.sum(-1), aux)
 
 
-def answer(model: VideoLM, seen: Seen, packed: Packed, patch_id: int) -> tuple[Tensor, Tensor]:
-    """Language loss, and for every question whether its answer is exactly right."""
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What the language model made of a packed batch."""
+
+    loss: Tensor
+    right: Tensor
+    """Bool per question: its answer is exactly right."""
+    hidden: list[Tensor]
+    """[G, D] vision tokens behind each of `STORY_BLOCKS` blocks from the end."""
+
+
+def answer(model: VideoLM, seen: Seen, packed: Packed, patch_id: int) -> Answered:
+    """One pass over the videos, then all questions over their keys and values."""
     llm = model.llm
     embeds = llm.embed(packed.ids_BP)
     places = (packed.ids_BP == patch_id).flatten().nonzero().squeeze(1)
     flat = embeds.flatten(0, 1).index_add(0, places, seen.features_GE)
     positions = torch.arange(packed.ids_BP.shape[1])[None]
-    _, video = llm(flat.view_as(embeds), *rope_tables(llm.cfg, positions), packed.bias_BPP)
+    tables = rope_tables(llm.cfg, positions)
+    with _outputs(llm.blocks[-1 - STORY_BLOCKS : -1]) as outputs:
+        _, video = llm(flat.view_as(embeds), *tables, packed.bias_BPP)
     logits = []
     for bucket in packed.buckets:
-        past = [
-            (k.index_select(0, bucket.clip_N), v.index_select(0, bucket.clip_N)) for k, v in video
-        ]
+        past = [(_rows(k, bucket.clip_N), _rows(v, bucket.clip_N)) for k, v in video]
         tables = rope_tables(llm.cfg, bucket.positions_NL)
         hidden, _ = llm(llm.embed(bucket.ids_NL), *tables, bucket.bias_NLK, past)
         logits.append(llm.head(hidden.flatten(0, 1)[bucket.answer_index_A]))
@@ -75,5 +92,26 @@ def answer(model: VideoLM, seen: Seen, packed: Packed, patch_id: int) -> tuple[T
         torch.cat([getattr(bucket, name) for bucket in packed.buckets])
         for name in ("target_A", "weight_A", "question_A")
     )
-    loss = answer_loss(logits_AV, target, weight)
-    return loss, exact_answers(logits_AV, target, question, packed.num_questions)
+    return Answered(
+        answer_loss(logits_AV, target, weight),
+        exact_answers(logits_AV, target, question, packed.num_questions),
+        [x.flatten(0, 1)[places] for x in outputs],
+    )
+
+
+def _rows(x_BPhd: Tensor, index_N: Tensor) -> Tensor:
+    """Rows by number, as a product: the gradient of an indexed read is slow on a CPU."""
+    choice = F.one_hot(index_N, len(x_BPhd)).to(x_BPhd.dtype)
+    return (choice @ x_BPhd.flatten(1)).view(len(index_N), *x_BPhd.shape[1:])
+
+
+@contextlib.contextmanager
+def _outputs(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collects the hidden states behind `blocks` while it is open."""
+    found: list[Tensor] = []
+    handles = [b.register_forward_hook(lambda _m, _a, out: found.append(out[0])) for b in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from edge_vlm_training.dense import (
     CELL_COVERED,
     COVERED,
     DenseHead,
+    WordHead,
     dense_labels,
     dense_loss,
     whole_vit,
@@ -34,9 +36,11 @@ from edge_vlm_training.questions import vocabulary
 from edge_vlm_training.questions_mix import QuestionMix
 from edge_vlm_training.recipes import Recipe, Stage
 from edge_vlm_training.render import render_with_owner
-from edge_vlm_training.step import answer, see, to_pixel_values
+from edge_vlm_training.sprites import KINDS
+from edge_vlm_training.step import STORY_BLOCKS, answer, see, to_pixel_values
+from edge_vlm_training.timeline import TimelineHead, timeline, timeline_loss
 from edge_vlm_training.vocabulary import build_tokenizer
-from edge_vlm_training.world import WorldConfig, sample_scenes
+from edge_vlm_training.world import COLOUR_NAMES, WorldConfig, sample_scenes
 
 STATE, LOG = "state.pt", "log.jsonl"
 _SAVE_EVERY_S = 120.0
@@ -71,13 +75,20 @@ class Trainer:
         self.model = VideoLM(self.config).init_weights(generator)
         if init is not None:
             self._start_from(init)
+        words = Tokenizer.from_file(folder / TOKENIZER)
         self.heads = nn.ModuleDict(
             {
                 "vit": DenseHead(self.config.vision.width),
-                "connector": DenseHead(self.config.language.width),
+                "connector": WordHead(
+                    self.config.language.width,
+                    *([words.id_of(f" {name}") for name in names] for names in (KINDS, COLOUR_NAMES)),
+                ),
+                "timeline": nn.ModuleList(
+                    TimelineHead(self.config.language.width) for _ in range(STORY_BLOCKS)
+                ),
             }
         )
-        self.packer = Packer(PromptFormat(Tokenizer.from_file(folder / TOKENIZER)))
+        self.packer = Packer(PromptFormat(words))
         self.mix = QuestionMix(recipe.seed)
         self.rng = random.Random(recipe.seed)
         self.masters: dict[str, Tensor] = {}
@@ -91,13 +102,19 @@ class Trainer:
     def _start_from(self, checkpoint: Path) -> None:
         model = load_checkpoint(checkpoint)
         same_words = (checkpoint / TOKENIZER).read_bytes() == (self.folder / TOKENIZER).read_bytes()
-        if model.cfg != self.config or not same_words:
+        known = model.cfg
+        if self.recipe.fresh_language:
+            known = dataclasses.replace(known, language=self.config.language)
+        if known != self.config or not same_words:
             raise CheckpointError(
                 "the checkpoint is not one of this recipe's models",
                 where=checkpoint,
                 remedy="start without --init, or from a checkpoint with this vocabulary and shape",
             )
-        self.model.load_state_dict(model.state_dict())
+        weights = model.state_dict()
+        if self.recipe.fresh_language:
+            weights = {n: w for n, w in weights.items() if not n.startswith("llm.")}
+        self.model.load_state_dict(weights, strict=not self.recipe.fresh_language)
 
     # -- state ------------------------------------------------------------------------------
 
@@ -206,11 +223,12 @@ class Trainer:
 
         if stage.dense:
             return [(stage.lr_vision, part("vit.")), (stage.lr, head("vit"))]
+        read_outs = [(stage.lr, head(name)) for name in ("connector", "timeline")]
         if stage.freeze_vision:
-            return [(stage.lr, part("llm."))]
+            return [(stage.lr, part("llm.")), *read_outs]
         return [
             (stage.lr, part("llm.", "scorer.")),
-            (stage.lr, head("connector")),
+            *read_outs,
             (stage.lr_vision, part("vit.")),
             (stage.lr_connector, part("connector.")),
         ]
@@ -235,10 +253,11 @@ class Trainer:
         if num_frames > 2 and self.rng.random() < recipe.forgetful_share:
             forgotten = self.rng.randint(1, _MOST_FORGOTTEN)
             pause_s = self.rng.randint(0, _LONGEST_PAUSE_S)
-        world = WorldConfig(num_frames=num_frames + forgotten)
+        world = WorldConfig(num_frames=num_frames + forgotten, crowded=recipe.crowded)
         scenes = sample_scenes(self.rng.getrandbits(40), batch, world)
         frames, owner = render_with_owner(scenes, cfg.image_size)
         labels = dense_labels(scenes, owner, cfg.cell_grid, CELL_COVERED)
+        stories = timeline(scenes, owner, cfg.cell_grid, CELL_COVERED, forgotten)
         shown = np.array([0, *range(1 + forgotten, world.num_frames)])
         frames, times_s = frames[:, shown], scenes.times_s()[:, shown]
         times_s[:, 1:] += pause_s
@@ -256,20 +275,24 @@ class Trainer:
             [branches for branches, _ in asked],
             self.dtype,
         )
-        loss, right = answer(self.model, seen, packed, self.packer.prompt.patch_id)
+        answered = answer(self.model, seen, packed, self.packer.prompt.patch_id)
+        loss = answered.loss
         metrics = {"loss": loss.item(), "aux": seen.aux_loss.item()}
-        if not stage.freeze_vision:
-            places = torch.arange(batch * world.num_frames * cfg.num_cells)
-            places = places.view(batch, world.num_frames, -1)[:, shown].flatten()
-            dense, read = dense_loss(
-                self.heads["connector"](seen.features_GE), labels.at(places[seen.cell_idx_G])
-            )
-            scale = feature_scale_loss(seen.features_GE)
-            loss = loss + recipe.aux_weight * seen.aux_loss
-            loss = loss + recipe.dense_weight * dense + recipe.scale_weight * scale
+        cells = torch.arange(batch * world.num_frames * cfg.num_cells)
+        cells = cells.view(batch, world.num_frames, -1)[:, shown].flatten()[seen.cell_idx_G]
+        for read_out, hidden in zip(self.heads["timeline"], answered.hidden, strict=True):
+            story, read = timeline_loss(read_out(hidden), stories.at(cells))
+            loss = loss + recipe.timeline_weight * story
             metrics |= read
+        read_out = self.heads["connector"](seen.features_GE, self.model.llm.embed.weight)
+        dense, read = dense_loss(read_out, labels.at(cells))
+        loss = loss + recipe.dense_weight * dense
+        metrics |= read
+        if not stage.freeze_vision:
+            scale = feature_scale_loss(seen.features_GE)
+            loss = loss + recipe.aux_weight * seen.aux_loss + recipe.scale_weight * scale
         loss.backward()
-        self.mix.update([kind for _, kinds in asked for kind in kinds], right.tolist())
+        self.mix.update([kind for _, kinds in asked for kind in kinds], answered.right.tolist())
         kept = float(seen.counts_BT.sum()) / (seen.counts_BT.numel() * cfg.num_cells)
         rms = float(seen.features_GE.detach().float().square().mean().sqrt())
         return metrics | {"kept": kept, "scale": rms}

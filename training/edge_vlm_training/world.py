@@ -39,6 +39,7 @@ NOISE_KEYS = 4096
 class WorldConfig:
     """What clips look like. ``num_frames`` >= 1, ``fps`` > 0, 1 <= ``max_objects`` <= 3.
 
+    ``crowded`` is the share of clips that have ``max_objects`` things whatever was drawn.
     Raises ValueError naming the field for values outside these ranges.
     """
 
@@ -49,6 +50,7 @@ class WorldConfig:
     late_entry: float = 0.55
     early_leave: float = 0.35
     moving: float = 0.6
+    crowded: float = 0.0
     colour_change: float = 0.12
     start_at_zero: float = 0.6
     max_start_s: float = 50.0
@@ -62,7 +64,14 @@ class WorldConfig:
             raise ValueError(f"max_objects must be 1, 2 or 3, got {self.max_objects}")
         if self.split not in SEED_SPACE:
             raise ValueError(f"split must be 'train' or 'heldout', got {self.split!r}")
-        for name in ("late_entry", "early_leave", "moving", "colour_change", "start_at_zero"):
+        for name in (
+            "late_entry",
+            "early_leave",
+            "moving",
+            "crowded",
+            "colour_change",
+            "start_at_zero",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
 
@@ -125,6 +134,8 @@ def sample_scenes(seed: int, count: int, cfg: WorldConfig) -> Scenes:
     ranks = np.where(allowed[background], rng.random((count, len(KINDS))), 2.0)
     kind = np.argsort(ranks, axis=1)[:, :slots]
     wanted = rng.integers(1, slots + 1, size=count)
+    if cfg.crowded:
+        wanted = np.where(rng.random(count) < cfg.crowded, slots, wanted)
     kind[np.arange(slots) >= wanted[:, None]] = -1
 
     side = rng.integers(MIN_SIDE, MAX_SIDE + 1, size=(count, slots))
