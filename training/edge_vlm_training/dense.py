@@ -103,10 +103,8 @@ class WordHead(nn.Module):
         x = F.rms_norm(x_KE, x_KE.shape[-1:])
         none_kind, none_colour, centre = self.rest(x).split((1, 1, 2), -1)
         kind, colour = (x @ embed_VE[ids].T for ids in self.words)
-        return tuple(
-            t.float()
-            for t in (torch.cat([kind, none_kind], -1), torch.cat([colour, none_colour], -1), centre)
-        )
+        kind, colour = torch.cat([kind, none_kind], -1), torch.cat([colour, none_colour], -1)
+        return kind.float(), colour.float(), centre.float()
 
 
 def whole_vit(vit: VisionTransformer, pixels_FNP: Tensor) -> Tensor:

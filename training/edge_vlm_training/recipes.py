@@ -265,4 +265,4 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {"demo_cpu": demo_cpu, "demo_language": demo_language, "demo_more": demo_more, "smoke": smoke}
+RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_language, demo_more, smoke)}

@@ -84,9 +84,12 @@ def timeline_loss(logits: Tensor, labels_K4: Tensor) -> tuple[Tensor, dict[str, 
         count = told.sum().clamp(min=1)
         loss = loss + F.cross_entropy(part, label, ignore_index=UNKNOWN, reduction="sum") / count
         right.append((part.argmax(-1) == label) | ~told)
-    told = labels_K4[:, 0] != UNKNOWN
-    timed = labels_K4[:, 1] != UNKNOWN
+    told, timed = labels_K4[:, 0] != UNKNOWN, labels_K4[:, 1] != UNKNOWN
+
+    def share(right: Tensor, of: Tensor) -> float:
+        return ((right & of).sum() / of.sum().clamp(min=1)).item()
+
     return loss, {
-        "heading": ((right[0] & told).sum() / told.sum().clamp(min=1)).item(),
-        "appeared": ((right[1] & right[2] & right[3] & timed).sum() / timed.sum().clamp(min=1)).item(),
+        "heading": share(right[0], told),
+        "appeared": share(right[1] & right[2] & right[3], timed),
     }

@@ -81,7 +81,8 @@ class Trainer:
                 "vit": DenseHead(self.config.vision.width),
                 "connector": WordHead(
                     self.config.language.width,
-                    *([words.id_of(f" {name}") for name in names] for names in (KINDS, COLOUR_NAMES)),
+                    [words.id_of(f" {name}") for name in KINDS],
+                    [words.id_of(f" {name}") for name in COLOUR_NAMES],
                 ),
                 "timeline": nn.ModuleList(
                     TimelineHead(self.config.language.width) for _ in range(STORY_BLOCKS)
