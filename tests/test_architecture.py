@@ -44,6 +44,7 @@ LAYERS = (
     {"vision", "language"},
     {"sampling", "generate"},
     {"engines"},
+    {"wire"},
     {"protocol", "frame_slot"},
     {"context", "intake"},
     {"session", "alerts"},
@@ -54,7 +55,7 @@ LAYERS = (
     {"view"},
     {"commands", "demo_command", "evaluate_command", "protocol_docs"},
 )
-PURE_MODULES = {"session", "context", "intake", "alerts", "protocol"}
+PURE_MODULES = {"session", "context", "intake", "alerts", "protocol", "wire"}
 IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}
 
 

@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from edge_vlm.errors import (
-    EdgeVlmError,
-    MissingExtraError,
-    ProtocolError,
-    SessionError,
-    UnknownMessageType,
-)
+from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError, UnknownMessageType
 from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
-
-try:
-    import msgspec
-except ImportError as error:
-    raise MissingExtraError.for_library("msgspec", "ort") from error
+from edge_vlm_runtime.wire import UNSET, ClientMessage, Part, ServerEvent, UnsetType, decode
+from edge_vlm_runtime.wire import encode as encode
+from edge_vlm_runtime.wire import event_id_of as event_id_of
+from edge_vlm_runtime.wire import json_object as json_object
+from edge_vlm_runtime.wire import json_schema as json_schema
+from edge_vlm_runtime.wire import tag_of as tag_of
 
 PATH = "/v1/realtime"
 PROTOCOL_VERSION = 1
-UNSET = msgspec.UNSET
-UnsetType = msgspec.UnsetType
 
 
 # ---- binary messages -------------------------------------------------------------------------
@@ -102,13 +95,7 @@ def decode_frame_message(data: bytes) -> FrameMessage:
 # ---- what a client sends ---------------------------------------------------------------------
 
 
-class ClientMessage(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True):
-    """`event_id` is any string; an `error` that this message causes repeats it."""
-
-    event_id: str | None = None
-
-
-class SettingsPatch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class SettingsPatch(Part, forbid_unknown_fields=True, kw_only=True):
     """The settings to change; absent fields stay as they are."""
 
     keep_ratio: float | UnsetType = UNSET
@@ -175,13 +162,7 @@ class Ping(ClientMessage, tag="ping"):
 # ---- what the server sends -------------------------------------------------------------------
 
 
-class ServerEvent(msgspec.Struct, tag_field="type", kw_only=True):
-    """`sequence` rises by one with each event of a connection."""
-
-    sequence: int = 0
-
-
-class Model(msgspec.Struct, kw_only=True):
+class Model(Part, kw_only=True):
     """What answers."""
 
     bundle: str
@@ -239,7 +220,7 @@ class FrameDropped(ServerEvent, tag="frame.dropped"):
     message: str | None = None
 
 
-class NewestFrame(msgspec.Struct, kw_only=True):
+class NewestFrame(Part, kw_only=True):
     """The newest frame an answer rests on."""
 
     frame_sequence: int
@@ -266,7 +247,7 @@ class ResponseOutputTextDelta(ServerEvent, tag="response.output_text.delta"):
     delta: str
 
 
-class Usage(msgspec.Struct, kw_only=True):
+class Usage(Part, kw_only=True):
     """Tokens an answer was made from."""
 
     vision_tokens: int
@@ -351,7 +332,7 @@ class Pong(ServerEvent, tag="pong"):
     event_id: str | None = None
 
 
-class ErrorDetail(msgspec.Struct, kw_only=True):
+class ErrorDetail(Part, kw_only=True):
     """What went wrong; decide by `code`, never by `message`."""
 
     type: str
@@ -369,7 +350,7 @@ class Error(ServerEvent, tag="error"):
     error: ErrorDetail
 
 
-PARTS: tuple[type[msgspec.Struct], ...] = (Model, NewestFrame, Usage, ErrorDetail)
+PARTS: tuple[type[Part], ...] = (Model, NewestFrame, Usage, ErrorDetail)
 CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
     SessionUpdate,
     InputVideoFrameAppend,
@@ -396,58 +377,18 @@ SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
 )
 
 
-def tag_of(kind: type[msgspec.Struct]) -> str:
-    return str(kind.__struct_config__.tag)
-
-
-class _Envelope(msgspec.Struct):
-    type: str
-    event_id: str | None = None
-
-
-Kind = TypeVar("Kind", ClientMessage, ServerEvent)
 _CLIENT_TYPES = {tag_of(kind): kind for kind in CLIENT_MESSAGES}
 _SERVER_TYPES = {tag_of(kind): kind for kind in SERVER_EVENTS}
 
 
 def decode_client_message(text: str | bytes) -> ClientMessage:
     """Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field."""
-    return _decode(text, _CLIENT_TYPES)
+    return decode(text, _CLIENT_TYPES)
 
 
 def decode_server_event(text: str | bytes) -> ServerEvent:
     """Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field."""
-    return _decode(text, _SERVER_TYPES)
-
-
-def _decode(text: str | bytes, types: dict[str, type[Kind]]) -> Kind:
-    try:
-        kind = types.get(msgspec.json.decode(text, type=_Envelope).type)
-        if kind is not None:
-            return msgspec.json.decode(text, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"not a message of this protocol: {error}") from error
-    raise UnknownMessageType(
-        f"unknown message type {msgspec.json.decode(text)['type']!r}",
-        remedy=f"known are {', '.join(types)}",
-    )
-
-
-def event_id_of(text: str | bytes) -> str | None:
-    """The `event_id` of a message that may be unusable otherwise."""
-    try:
-        return msgspec.json.decode(text, type=_Envelope).event_id
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-
-
-def encode(message: ClientMessage | ServerEvent) -> str:
-    return msgspec.json.encode(message).decode()
-
-
-def json_object(fields: dict[str, Any]) -> str:
-    """JSON text of plain values; None is left out."""
-    return msgspec.json.encode({k: v for k, v in fields.items() if v is not None}).decode()
+    return decode(text, _SERVER_TYPES)
 
 
 def error_event(error: EdgeVlmError, *, event_id: str | None = None) -> Error:
@@ -458,8 +399,3 @@ def error_event(error: EdgeVlmError, *, event_id: str | None = None) -> Error:
     return Error(
         error=ErrorDetail(type=kind, code=error.code, message=str(error), event_id=event_id)
     )
-
-
-def json_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """JSON schema of one message, definitions included."""
-    return msgspec.json.schema(kind)

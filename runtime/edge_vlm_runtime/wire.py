@@ -1,0 +1,86 @@
+"""What all messages of the wire protocol share: their base classes, and JSON in and out.
+
+Texts are JSON objects with a `type`. No I/O here. msgspec is imported only here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from edge_vlm.errors import MissingExtraError, ProtocolError, UnknownMessageType
+
+try:
+    import msgspec
+except ImportError as error:
+    raise MissingExtraError.for_library("msgspec", "ort") from error
+
+UNSET = msgspec.UNSET
+UnsetType = msgspec.UnsetType
+
+
+class Part(msgspec.Struct, kw_only=True):
+    """Something that stands inside messages."""
+
+
+class ClientMessage(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True):
+    """`event_id` is any string; an `error` that this message causes repeats it."""
+
+    event_id: str | None = None
+
+
+class ServerEvent(msgspec.Struct, tag_field="type", kw_only=True):
+    """`sequence` rises by one with each event of a connection."""
+
+    sequence: int = 0
+
+
+class _Envelope(msgspec.Struct):
+    type: str
+    event_id: str | None = None
+
+
+Kind = TypeVar("Kind", ClientMessage, ServerEvent)
+
+
+def tag_of(kind: type[msgspec.Struct]) -> str:
+    """What stands as `type` in a message."""
+    return str(kind.__struct_config__.tag)
+
+
+def decode(text: str | bytes, types: dict[str, type[Kind]]) -> Kind:
+    """The message of one of `types`, given by tag.
+
+    Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field.
+    """
+    try:
+        kind = types.get(msgspec.json.decode(text, type=_Envelope).type)
+        if kind is not None:
+            return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a message of this protocol: {error}") from error
+    raise UnknownMessageType(
+        f"unknown message type {msgspec.json.decode(text)['type']!r}",
+        remedy=f"known are {', '.join(types)}",
+    )
+
+
+def event_id_of(text: str | bytes) -> str | None:
+    """The `event_id` of a message that may be unusable otherwise."""
+    try:
+        return msgspec.json.decode(text, type=_Envelope).event_id
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def encode(message: ClientMessage | ServerEvent) -> str:
+    return msgspec.json.encode(message).decode()
+
+
+def json_object(fields: dict[str, Any]) -> str:
+    """JSON text of plain values; None is left out."""
+    return msgspec.json.encode({k: v for k, v in fields.items() if v is not None}).decode()
+
+
+def json_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """JSON schema of one message, definitions included."""
+    return msgspec.json.schema(kind)
