@@ -91,7 +91,7 @@ def observe(model: VideoLM, shots: Iterable[Shot], observed: Observed) -> None:
         for is_first, rgb in shots:
             pixels = torch.from_numpy(to_pixel_values(rgb, vision))[None]
             hidden, prev, scores = model.vit_stem(pixels, prev, torch.tensor([is_first]))
-            model.vit_trunk(hidden, cell_idx, torch.zeros_like(cell_idx), grouped=True)
+            model.vit_trunk(hidden, cell_idx, torch.zeros_like(cell_idx))
             observed.num_frames += 1
             if not is_first:
                 observed.scores.append(scores[0].numpy())

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MASKED = -30_000.0
+"""Additive bias of a pair that must not attend: finite, so fp16-safe and never a NaN row."""
+
 
 def attend(q_BSHd: Tensor, k_BKHd: Tensor, v_BKHd: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention, [B, S, H, d]; the additive bias broadcasts to [B, H, S, K].

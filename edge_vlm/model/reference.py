@@ -20,7 +20,6 @@ from torch import Tensor
 
 from edge_vlm.config import CELL, Rescale
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.vit import Ragged
 
 _FIRST_FRAME_SCORE = 100.0
 
@@ -120,17 +119,19 @@ def _trunk(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Later blocks on every context cell, connector on the kept ones."""
     vit, patches_per_cell = model.vit, CELL * CELL
-    lengths = (context_FC.sum(1) * patches_per_cell).tolist()
-    layout = Ragged(groups=tuple((1, length) for length in lengths if length))
-    kept_G = kept_FC[context_FC]
-    frame_G, cell_G = kept_FC.nonzero(as_tuple=True)
-    places = (frame_G[:, None], vit.cell_patches_C9[cell_G])
+    frame_G, cell_G = context_FC.nonzero(as_tuple=True)
+    layout = model.lay_out(frame_G, x_FND)
+    frame_G, cell_G = layout.arrange(frame_G), layout.arrange(cell_G)
+    is_kept_G = kept_FC[frame_G, cell_G]
+    patches_G9 = vit.cell_patches_C9[cell_G]
+    x = x_FND[frame_G[:, None], patches_G9].flatten(0, 1)
+    places = (frame_G[is_kept_G][:, None], patches_G9[is_kept_G])
+    kept_G9D = {model.trunk_start - 1: x.unflatten(0, (-1, patches_per_cell))[is_kept_G]}
     hidden: dict[int, Tensor] = {}
-    x = vit.cells(x_FND)[context_FC].flatten(0, 1)
-    cells_G9D = {model.trunk_start - 1: x.unflatten(0, (-1, patches_per_cell))[kept_G]}
     for i in range(model.trunk_start, model.cfg.vision.num_layers):
         x = vit.block(i).forward_ragged(x, layout)
-        cells_G9D[i] = x.unflatten(0, (-1, patches_per_cell))[kept_G]
-        hidden[i] = torch.zeros_like(x_FND).index_put(places, cells_G9D[i])
-    joined = torch.cat([cells_G9D[i] for i in model.cfg.vision.feature_layers], -1)
-    return model.connector(joined), hidden
+        kept_G9D[i] = x.unflatten(0, (-1, patches_per_cell))[is_kept_G]
+        hidden[i] = torch.zeros_like(x_FND).index_put(places, kept_G9D[i])
+    joined = torch.cat([kept_G9D[i] for i in model.cfg.vision.feature_layers], -1)
+    number_G = (frame_G * kept_FC.shape[1] + cell_G)[is_kept_G]
+    return model.connector(joined[number_G.argsort()]), hidden

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from edge_vlm.config import CELL, ConnectorConfig, ModelConfig
 from edge_vlm.model.layers import CellPooler, SwiGLU
 from edge_vlm.model.llm import LanguageModel
+from edge_vlm.model.ragged import Layout, Method, lay_out
 from edge_vlm.model.scorer import TokenScorer
-from edge_vlm.model.vit import MASKED, Ragged, VisionTransformer
+from edge_vlm.model.vit import VisionTransformer
 
 
 class Connector(nn.Module):
@@ -113,28 +114,36 @@ class VideoLM(nn.Module):
         return self.vit.blocks[self.scorer.cfg.prune_at + 1](x_FND, bias)
 
     def vit_trunk(
-        self, hidden_FND: Tensor, cell_idx_G: Tensor, frame_id_G: Tensor, *, grouped: bool = False
+        self,
+        hidden_FND: Tensor,
+        cell_idx_G: Tensor,
+        frame_id_G: Tensor,
+        *,
+        method: Method | None = None,
     ) -> Tensor:
         """Runs the remaining blocks and the connector on kept cells only: features [G, E].
 
-        `cell_idx` = frame * C + cell, ascending; `frame_id` is the frame of each. `grouped` lays
-        frames with equally many kept cells side by side instead of masking (same result, nothing
-        computed in vain, but sizes must be known on the host).
+        `cell_idx` = frame * C + cell, ascending; `frame_id` is the frame of each. All methods of
+        keeping frames apart give the same result; by default the fastest one is taken.
         """
+        layout = self.lay_out(frame_id_G, hidden_FND, method)
         patches = self.vit.cells(hidden_FND).flatten(0, 1)
-        if not grouped:
-            owner = frame_id_G.repeat_interleave(CELL * CELL)
-            same = owner[:, None] == owner[None, :]
-            bias = torch.where(same, 0.0, MASKED).to(hidden_FND.dtype)
-            return self._trunk(patches[cell_idx_G], Ragged(bias=bias))
-        counts_F = torch.bincount(frame_id_G, minlength=hidden_FND.shape[0])
-        order_G = counts_F[frame_id_G].argsort(stable=True)
-        frames_with = torch.bincount(counts_F).tolist()
-        groups = tuple((n, k * CELL * CELL) for k, n in enumerate(frames_with) if n and k)
-        features = self._trunk(patches[cell_idx_G[order_G]], Ragged(groups=groups))
-        return torch.empty_like(features).index_copy(0, order_G, features)
+        return layout.restore(self._trunk(patches[layout.arrange(cell_idx_G)], layout))
 
-    def _trunk(self, patches_G9D: Tensor, layout: Ragged) -> Tensor:
+    def lay_out(
+        self, frame_id_G: Tensor, hidden_FND: Tensor, method: Method | None = None
+    ) -> Layout:
+        """How the patches of cells [G] of these frames are laid out for the remaining blocks."""
+        return lay_out(
+            frame_id_G,
+            num_frames=hidden_FND.shape[0],
+            num_cells=self.cfg.vision.num_cells,
+            tokens_per_cell=CELL * CELL,
+            dtype=hidden_FND.dtype,
+            method=method,
+        )
+
+    def _trunk(self, patches_G9D: Tensor, layout: Layout) -> Tensor:
         x = patches_G9D.flatten(0, 1)
         taps = {self.trunk_start - 1: x}
         for i in range(self.trunk_start, self.cfg.vision.num_layers):

@@ -1,58 +1,24 @@
-"""The vision transformer, cut where the cells are dropped, and its ragged attention.
+"""The vision transformer, cut where the cells are dropped.
 
-Shape letters: F frames, N patches per frame, C cells per frame, G kept cells over all frames,
-P = 9 G kept patches, D width.
+Shape letters: F frames, N patches per frame, C cells per frame, P kept patches over all frames, D
+width.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_vlm.config import CELL, VisionConfig
-from edge_vlm.model.layers import CrossAttention, attend
-
-MASKED = -30_000.0
-"""Additive bias of a pair that must not attend: finite, so fp16-safe and never a NaN row."""
+from edge_vlm.model.layers import CrossAttention
+from edge_vlm.model.ragged import Layout
 
 
 def cell_patch_table(grid: int) -> Tensor:
     """Patch indices of every cell, [C, 9], both row-major, for a `grid` x `grid` patch map."""
     patches = torch.arange(grid * grid).view(grid // CELL, CELL, grid // CELL, CELL)
     return patches.permute(0, 2, 1, 3).reshape(-1, CELL * CELL)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ragged:
-    """How the tokens [P, ...] of several frames, laid end to end, attend only inside their frame.
-
-    Either `groups` of (number of frames, tokens per frame) that follow each other, which computes
-    nothing in vain, or a block-diagonal additive `bias` [P, P], which needs no host-side sizes and
-    so can be exported.
-    """
-
-    groups: tuple[tuple[int, int], ...] | None = None
-    bias: Tensor | None = None
-
-    def attend(self, q_PHd: Tensor, k_PHd: Tensor, v_PHd: Tensor) -> Tensor:
-        """Returns [P, H, d]."""
-        if self.groups is None:
-            return attend(q_PHd[None], k_PHd[None], v_PHd[None], self.bias)[0]
-        sizes = [n * length for n, length in self.groups]
-        parts = [
-            attend(*(x.view(n, length, *x.shape[1:]) for x in qkv)).flatten(0, 1)
-            for (n, length), *qkv in zip(
-                self.groups,
-                q_PHd.split(sizes),
-                k_PHd.split(sizes),
-                v_PHd.split(sizes),
-                strict=True,
-            )
-        ]
-        return torch.cat(parts)
 
 
 class ViTBlock(nn.Module):
@@ -76,7 +42,7 @@ class ViTBlock(nn.Module):
         x_FND = x_FND + self.attn(y, y, bias)
         return x_FND + self.mlp(x_FND)
 
-    def forward_ragged(self, x_PD: Tensor, layout: Ragged) -> Tensor:
+    def forward_ragged(self, x_PD: Tensor, layout: Layout) -> Tensor:
         """Frames of unequal length, laid end to end."""
         attn, y = self.attn, self.norm1(x_PD)
         q, k, v = (attn.heads(f(y)) for f in (attn.q, attn.k, attn.v))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from edge_vlm.model.ragged import Method
 from edge_vlm.model.video_lm import VideoLM
 
 
@@ -29,7 +30,7 @@ class VitTrunkGraph(nn.Module):
         self.model = model
 
     def forward(self, hidden: Tensor, cell_idx: Tensor, frame_id: Tensor) -> Tensor:
-        return self.model.vit_trunk(hidden, cell_idx.long(), frame_id)
+        return self.model.vit_trunk(hidden, cell_idx.long(), frame_id, method=Method.MASK)
 
 
 class LlmGraph(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edge_vlm.config import ModelConfig, Rescale, tiny
+from edge_vlm.model.ragged import Method
 from edge_vlm.model.reference import encode_reference
 from edge_vlm.model.video_lm import VideoLM
 from tests.model.prompts import cut, read
@@ -44,9 +45,9 @@ def stem(model: VideoLM, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return model.vit_stem(pixels, torch.zeros(1, cfg.num_cells, cfg.width), first)
 
 
-def trunk(model: VideoLM, hidden: Tensor, keep_FC: Tensor, grouped: bool) -> Tensor:
+def trunk(model: VideoLM, hidden: Tensor, keep_FC: Tensor, method: Method | None = None) -> Tensor:
     cells = keep_FC.flatten().nonzero().squeeze(1)
-    return model.vit_trunk(hidden, cells, cells // keep_FC.shape[1], grouped=grouped)
+    return model.vit_trunk(hidden, cells, cells // keep_FC.shape[1], method=method)
 
 
 def uneven_keep(model: VideoLM) -> Tensor:
@@ -66,15 +67,15 @@ def test_keeping_every_cell_is_the_unpruned_model(model: VideoLM, pixels: Tensor
         x = taps[i] = model.vit.blocks[i](x)
     joined = torch.cat([taps[i] for i in model.cfg.vision.feature_layers], -1)
     whole = model.connector(model.vit.cells(joined).flatten(0, 1))
-    close(trunk(model, hidden, everything, grouped=False), whole)
+    close(trunk(model, hidden, everything), whole)
 
 
 def test_grouped_attention_is_the_block_mask(model: VideoLM, pixels: Tensor) -> None:
     hidden, _, _ = stem(model, pixels)
     keep = uneven_keep(model)
-    masked = trunk(model, hidden, keep, grouped=False)
+    masked = trunk(model, hidden, keep, Method.MASK)
     assert len(masked) == int(keep.sum())
-    close(trunk(model, hidden, keep, grouped=True), masked)
+    close(trunk(model, hidden, keep, Method.GROUPED), masked)
 
 
 def test_gradients_of_grouped_attention_are_those_of_the_block_mask(
@@ -83,10 +84,10 @@ def test_gradients_of_grouped_attention_are_those_of_the_block_mask(
     keep = uneven_keep(model)
     found = []
     with torch.enable_grad():
-        for grouped in (False, True):
+        for method in (Method.MASK, Method.GROUPED):
             x = pixels.clone().requires_grad_()
             hidden, _, _ = stem(model, x)
-            trunk(model, hidden, keep, grouped).square().sum().backward()
+            trunk(model, hidden, keep, method).square().sum().backward()
             assert x.grad is not None
             found.append(x.grad)
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
@@ -97,7 +98,7 @@ def test_dropped_cells_leave_no_trace_behind_the_drop(model: VideoLM, pixels: Te
     keep = uneven_keep(model)
     changed = hidden + torch.randn_like(hidden) * model.vit.spread((~keep).float())[..., None]
     assert not torch.equal(hidden, changed)
-    before, after = (trunk(model, x, keep, grouped=False) for x in (hidden, changed))
+    before, after = (trunk(model, x, keep) for x in (hidden, changed))
     assert torch.equal(before, after)
 
 
@@ -173,7 +174,7 @@ def test_reference_mode_without_removal_is_the_streaming_one(pixels: Tensor) -> 
     hidden, _, scores = stem(model, pixels)
     run = encode_reference(model, pixels, [FRAMES], removed=0.0)
     close(run.scores_FC, scores)
-    streamed = trunk(model, hidden, run.kept_FC, grouped=False)
+    streamed = trunk(model, hidden, run.kept_FC)
     close(run.features_GE, streamed)
 
 

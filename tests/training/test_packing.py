@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from edge_vlm.config import tiny
+from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import LanguageModel, rope_tables
-from edge_vlm.model.vit import MASKED
 from edge_vlm.prompt import PromptFormat
 from edge_vlm.tokenizer import Tokenizer
 from edge_vlm_training.packing import Branch, Packer

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_vlm.model.vit import MASKED
+from edge_vlm.model.layers import MASKED
 from edge_vlm.prompt import PromptFormat
 
 BUCKETS = (0.5, 0.8, 0.9, 0.96, 1.0)

@@ -56,7 +56,7 @@ def see(model: VideoLM, pixels_FNP: Tensor, num_frames: int, removed: float, flo
     hidden = model.biased_block(x, scores, is_first)
     keep = clip_budget(scores.view(-1, num_frames, num_cells), removed, floor)
     cell_idx = keep.flatten().nonzero().squeeze(1)
-    features = model.vit_trunk(hidden, cell_idx, cell_idx // num_cells, grouped=True)
+    features = model.vit_trunk(hidden, cell_idx, cell_idx // num_cells)
     return Seen(features, cell_idx, keep.sum(-1), aux)
 
 
