@@ -141,8 +141,38 @@ class ConnectorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """YaRN (arXiv 2309.00071): slow rotations are slowed down further, to reach past the positions
+    a model was first trained on."""
+
+    factor: float
+    """How many times as far as `original_max_positions`."""
+    original_max_positions: int
+    attention_factor: float
+    """Multiplies cosine and sine."""
+    layers: tuple[int, ...]
+    """Blocks that rotate by the scaled angles; the others keep the plain ones."""
+    beta_fast: float = 32.0
+    """Dimensions that turn more often than this within the original length stay as they are..."""
+    beta_slow: float = 1.0
+    """...those that turn less often than this are slowed by `factor`, between them a ramp."""
+    truncate: bool = True
+    """The ramp begins and ends at whole dimensions."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        _require_positive(self, "original_max_positions", "attention_factor", "beta_slow")
+        _require(self.factor >= 1, self, "factor", "must not be below 1")
+        _require(self.beta_fast >= self.beta_slow, self, "beta_fast", "must not be below beta_slow")
+        _require(len(set(self.layers)) == len(self.layers) > 0, self, "layers", "one or more, once")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """Qwen3-style decoder: pre-RMSNorm, q/k norm per head, grouped queries, SwiGLU, RoPE."""
+    """RMSNorm decoder with q/k norm, grouped queries, SwiGLU and RoPE.
+
+    The defaults are those of Qwen3; OLMo differs in `post_norm`, `full_qk_norm` and `rope_scaling`.
+    """
 
     width: int
     num_layers: int
@@ -157,8 +187,15 @@ class LanguageConfig:
     rope_theta: float
     norm_eps: float = 1e-6
     max_positions: int
+    post_norm: bool = False
+    """Normalise what attention and MLP give, before it is added, instead of what they are given."""
+    full_qk_norm: bool = False
+    """Normalise queries and keys over all heads at once instead of each head."""
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         _require_positive(
             self,
             "width",
@@ -179,10 +216,34 @@ class LanguageConfig:
             "num_kv_heads",
             f"must divide num_heads = {self.num_heads}",
         )
+        _require(
+            self.rope_scaling is None
+            or all(0 <= i < self.num_layers for i in self.rope_scaling.layers),
+            self,
+            "rope_scaling",
+            f"its layers must be blocks 0..{self.num_layers - 1}",
+        )
 
     @property
     def vocab(self) -> int:
         return self.base_vocab + self.extra_vocab
+
+    @property
+    def num_rope_tables(self) -> int:
+        """Two if some blocks rotate by scaled angles and others by plain ones."""
+        scaled = 0 if self.rope_scaling is None else len(self.rope_scaling.layers)
+        return 2 if 0 < scaled < self.num_layers else 1
+
+    @property
+    def rope_width(self) -> int:
+        """Angles per position: half a head, once per table (`edge_vlm.rope`)."""
+        return self.num_rope_tables * self.head_dim // 2
+
+    def rope_table_of(self, layer: int) -> int:
+        """Which table a block reads: 0 holds the plain angles where there are two."""
+        if self.rope_scaling is None or self.num_rope_tables == 1:
+            return 0
+        return int(layer in self.rope_scaling.layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +300,76 @@ class ModelConfig:
 
 
 def molmo2_4b() -> ModelConfig:
-    """The published Molmo2-4B (arXiv 2601.10611) with the STTS scorer (arXiv 2603.18004)."""
+    """Molmo2-4B (arXiv 2601.10611, on Qwen3-4B) with the STTS scorer (arXiv 2603.18004).
+
+    The published folder has no scorer: `dataclasses.replace(molmo2_4b(), scorer=None)`.
+    """
+    return _molmo2(
+        LanguageConfig(
+            width=2560,
+            num_layers=36,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            mlp_width=9728,
+            base_vocab=151_936,
+            extra_vocab=128,
+            rope_theta=5e6,
+            max_positions=36_864,
+        )
+    )
+
+
+def molmo2_8b() -> ModelConfig:
+    """Molmo2-8B (on Qwen3-8B) with the STTS scorer; the published folder has none."""
+    return _molmo2(
+        LanguageConfig(
+            width=4096,
+            num_layers=36,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            mlp_width=12_288,
+            base_vocab=151_936,
+            extra_vocab=128,
+            rope_theta=1e6,
+            max_positions=36_864,
+        )
+    )
+
+
+def molmo2_o_7b() -> ModelConfig:
+    """Molmo2-O-7B (on Olmo-3-7B) with the STTS scorer; the published folder has none.
+
+    Scaled are the blocks with full attention in Olmo-3, every fourth one. The training code can
+    also scale all the others instead, so the config.json of a folder decides when it is loaded.
+    """
+    return _molmo2(
+        LanguageConfig(
+            width=4096,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=32,
+            head_dim=128,
+            mlp_width=11_008,
+            base_vocab=100_278,
+            extra_vocab=128,
+            rope_theta=5e5,
+            max_positions=65_536,
+            post_norm=True,
+            full_qk_norm=True,
+            rope_scaling=RopeScaling(
+                factor=8.0,
+                original_max_positions=8192,
+                attention_factor=0.1 * math.log(8) + 1,
+                layers=tuple(range(3, 32, 4)),
+            ),
+        )
+    )
+
+
+def _molmo2(language: LanguageConfig) -> ModelConfig:
+    """All three share one vision side; its projector is as wide as the language model's MLP."""
     return ModelConfig(
         vision=VisionConfig(
             image_size=378,
@@ -252,19 +382,10 @@ def molmo2_4b() -> ModelConfig:
             feature_layers=(24, 18),
         ),
         scorer=ScorerConfig(prune_at=3, num_heads=16, head_dim=72, mlp_width=4304),
-        connector=ConnectorConfig(width=1152, num_heads=16, head_dim=72, mlp_width=9728),
-        language=LanguageConfig(
-            width=2560,
-            num_layers=36,
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=128,
-            mlp_width=9728,
-            base_vocab=151_936,
-            extra_vocab=128,
-            rope_theta=5e6,
-            max_positions=36_864,
+        connector=ConnectorConfig(
+            width=1152, num_heads=16, head_dim=72, mlp_width=language.mlp_width
         ),
+        language=language,
     )
 
 

@@ -1,4 +1,4 @@
-"""The language model: a Qwen3-style decoder that reads its past from outside.
+"""The language model: a Qwen3- or OLMo-style decoder that reads its past from outside.
 
 Positions, masks and past keys and values are arguments, so that prefill, decoding, packed training
 and the exported graph are one computation.
@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from edge_vlm.config import LanguageConfig
 from edge_vlm.model.layers import RMSNorm, SwiGLU, attend
+from edge_vlm.rope import rope_frequencies
 
 KeyValue = tuple[Tensor, Tensor]
 
 
 def rope_tables(cfg: LanguageConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, fp32 [..., head_dim / 2], of integer positions [...]."""
-    exponent = torch.arange(0, cfg.head_dim, 2, device=positions.device) / cfg.head_dim
-    angles = positions[..., None].float() / cfg.rope_theta**exponent
-    return angles.cos(), angles.sin()
+    """Cosine and sine, fp32 [..., cfg.rope_width], of integer positions [...]."""
+    angles, factors = (torch.from_numpy(t).to(positions.device) for t in rope_frequencies(cfg))
+    turned = positions[..., None].float() * angles
+    return turned.cos() * factors, turned.sin() * factors
 
 
 def rotate(x_BsHd: Tensor, cos_Bsd: Tensor, sin_Bsd: Tensor) -> Tensor:
@@ -42,16 +43,21 @@ class SelfAttention(nn.Module):
         self.k = nn.Linear(cfg.width, cfg.num_kv_heads * cfg.head_dim, bias=False)
         self.v = nn.Linear(cfg.width, cfg.num_kv_heads * cfg.head_dim, bias=False)
         self.o = nn.Linear(cfg.num_heads * cfg.head_dim, cfg.width, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+        q_heads, k_heads = (cfg.num_heads, cfg.num_kv_heads) if cfg.full_qk_norm else (1, 1)
+        self.q_norm = RMSNorm(q_heads * cfg.head_dim, cfg.norm_eps)
+        self.k_norm = RMSNorm(k_heads * cfg.head_dim, cfg.norm_eps)
 
     def forward(
         self, x_BsD: Tensor, cos: Tensor, sin: Tensor, bias_Bst: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
         cfg = self.cfg
-        q = rotate(self.q_norm(self.q(x_BsD).unflatten(-1, (-1, cfg.head_dim))), cos, sin)
-        k = rotate(self.k_norm(self.k(x_BsD).unflatten(-1, (-1, cfg.head_dim))), cos, sin)
-        v = self.v(x_BsD).unflatten(-1, (-1, cfg.head_dim))
+        q, k, v = self.q(x_BsD), self.k(x_BsD), self.v(x_BsD)
+        if cfg.full_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
+        if not cfg.full_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         new = (k, v)
         if past is not None:
             k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
@@ -65,6 +71,7 @@ class SelfAttention(nn.Module):
 class DecoderBlock(nn.Module):
     def __init__(self, cfg: LanguageConfig) -> None:
         super().__init__()
+        self.post_norm = cfg.post_norm
         self.attn_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.attn = SelfAttention(cfg)
         self.mlp_norm = RMSNorm(cfg.width, cfg.norm_eps)
@@ -73,6 +80,10 @@ class DecoderBlock(nn.Module):
     def forward(
         self, x_BsD: Tensor, cos: Tensor, sin: Tensor, bias_Bst: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
+        if self.post_norm:
+            y, new = self.attn(x_BsD, cos, sin, bias_Bst, past)
+            x_BsD = x_BsD + self.attn_norm(y)
+            return x_BsD + self.mlp_norm(self.mlp(x_BsD)), new
         y, new = self.attn(self.attn_norm(x_BsD), cos, sin, bias_Bst, past)
         x_BsD = x_BsD + y
         return x_BsD + self.mlp(self.mlp_norm(x_BsD)), new
@@ -97,11 +108,16 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[KeyValue]]:
         """Returns the normed hidden state [B, s, D] and each layer's new keys and values.
 
-        `bias` is additive [B, s, p + s], past first; `past` holds per layer keys (already rotated)
-        and values [B, p, h, d]; what is returned are only the s new rows [B, s, h, d].
+        `cos` and `sin` are those of `rope_tables`. `bias` is additive [B, s, p + s], past first;
+        `past` holds per layer keys (already rotated) and values [B, p, h, d]; what is returned are
+        only the s new rows [B, s, h, d].
         """
+        tables = [(cos_Bsd, sin_Bsd)]
+        if self.cfg.num_rope_tables > 1:
+            tables = list(zip(cos_Bsd.chunk(2, -1), sin_Bsd.chunk(2, -1), strict=True))
         x, new = embeds_BsD, []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, cos_Bsd, sin_Bsd, bias_Bst, None if past is None else past[i])
+            cos, sin = tables[self.cfg.rope_table_of(i)]
+            x, kv = block(x, cos, sin, bias_Bst, None if past is None else past[i])
             new.append(kv)
         return self.norm(x), new

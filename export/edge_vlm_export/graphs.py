@@ -87,8 +87,8 @@ def _llm(cfg: ModelConfig, limits: GraphLimits) -> GraphSpec:
         name="llm",
         inputs=(
             _f32("inputs_embeds", "s", lm.width),
-            _f32("cos", "s", lm.head_dim // 2),
-            _f32("sin", "s", lm.head_dim // 2),
+            _f32("cos", "s", lm.rope_width),
+            _f32("sin", "s", lm.rope_width),
             _f32("attn_bias", "s", "p+s"),
             TensorSpec(name="last_idx", dtype="int32", shape=("n",)),
             *(_f32(f"past_{kind}_{i}", "p", lm.num_kv_heads, lm.head_dim) for kind, i in kinds),

@@ -16,6 +16,7 @@ import numpy as np
 from edge_vlm.bundle import EngineBundle, sha256_of_file
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, MissingExtraError, ParityError
+from edge_vlm.rope import rope_table
 from edge_vlm.specs import GraphSpec
 
 if TYPE_CHECKING:
@@ -150,9 +151,7 @@ def sample_inputs(
         arrays["frame_id"] = (cells // num_cells).astype(np.int32)
     elif spec.name == "llm":
         s, p = sizes["s"], sizes["p"]
-        half = cfg.language.head_dim // 2
-        angles = np.arange(p, p + s)[:, None] / cfg.language.rope_theta ** (np.arange(half) / half)
-        arrays["cos"], arrays["sin"] = np.cos(angles), np.sin(angles)
+        arrays["cos"], arrays["sin"] = (t[p:] for t in rope_table(cfg.language, p + s))
         rows, columns = np.arange(s)[:, None], np.arange(-p, s)[None, :]
         frame = (np.maximum(rows, columns) < s // 2) & (columns >= 0)
         arrays["attn_bias"] = np.where((columns <= rows) | frame, 0.0, MASKED)

@@ -22,11 +22,9 @@ from edge_vlm.errors import (
     MessageTooLarge,
     ProtocolError,
     ServerBusy,
-    UnknownMessageType,
 )
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.frame_slot import WaitingFrame
-from edge_vlm_runtime.session import Question
 from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.worker import EngineWorker, SessionHandle
 
@@ -227,38 +225,22 @@ class Connection:
         handle.refuse_frame(frame, error)
 
     async def _take_message(self, message: protocol.ClientMessage, handle: SessionHandle) -> None:
-        if isinstance(message, protocol.SessionUpdate):
-            handle.update(message.session, message.event_id)
-        elif isinstance(message, protocol.InputVideoFrameAppend):
+        if isinstance(message, protocol.InputVideoFrameAppend):
             picture = protocol.frame_message(
                 message.sequence, message.capture_time_us, message.frame
             )
             self._take_frame(picture, handle)
-        elif isinstance(message, protocol.ResponseCreate):
-            self._take_question(message, handle)
-        elif isinstance(message, protocol.ResponseCancel):
-            handle.cancel(message.response_id)
         elif isinstance(message, protocol.Ping):
             self._send(protocol.Pong(event_id=message.event_id))
         elif isinstance(message, protocol.SessionClose):
             await self._end_session()
             self._send(protocol.SessionClosed(reason="the client closed it"))
             self._close(1000, "closed by the client")
-        else:
-            raise UnknownMessageType(f"no handler for {type(message).__name__}")
-
-    def _take_question(self, message: protocol.ResponseCreate, handle: SessionHandle) -> None:
-        if self._draining:
+        elif isinstance(message, protocol.ResponseCreate) and self._draining:
             error = ServerBusy("the server is stopping", remedy="connect again later")
             self._send(protocol.error_event(error, event_id=message.event_id))
-            return
-        handle.ask(
-            Question(
-                text=message.text,
-                received_ns=self._worker.clock_ns(),
-                event_id=message.event_id,
-            )
-        )
+        else:
+            handle.take(message)
 
 
 def _resolve(future: asyncio.Future[Any], result: object) -> None:

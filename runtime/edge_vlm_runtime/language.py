@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from edge_vlm.config import LanguageConfig
 from edge_vlm.errors import NonFinite, PositionsUsedUp, ShapeRange
+from edge_vlm.rope import rope_table
 from edge_vlm_runtime.backends.base import Engine
 from edge_vlm_runtime.kv_arena import KVArena
 
@@ -29,7 +30,7 @@ class LanguageModel:
         self.max_positions = cfg.max_positions
         self.max_tokens = engine.spec.dims["s"].max
         """New tokens in one run; a longer prefill is cut between frames."""
-        self._cos, self._sin = rope_tables(cfg)
+        self._cos, self._sin = rope_table(cfg, cfg.max_positions)
         self._no_bias = np.zeros(engine.spec.dims["p"].max + 1, np.float32)
         self._last_idx = np.zeros(1, np.int32)
         engine.bind_array("last_idx", self._last_idx)
@@ -138,14 +139,6 @@ class LanguageModel:
             raise NonFinite("the logits are not finite", where="llm")
         arena.append(s)
         return logits[0]
-
-
-def rope_tables(cfg: LanguageConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine f32 [max_positions, head_dim / 2], computed in f32 as the model does."""
-    exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
-    divisor = np.power(np.float32(cfg.rope_theta), exponent)
-    angles = np.arange(cfg.max_positions, dtype=np.float32)[:, None] / divisor
-    return np.cos(angles), np.sin(angles)
 
 
 def attention_bias(block_ids: np.ndarray, past: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from edge_vlm.errors import (
     QuestionCancelled,
     QuestionTooLong,
     TooManyQuestions,
+    UnknownMessageType,
 )
 from edge_vlm.tokenizer import StreamDetokenizer
 from edge_vlm_runtime import protocol
@@ -126,6 +127,19 @@ class Session:
         self._stats_before = (clock_ns(), 0, 0)
 
     # ---- what the viewer asks for ------------------------------------------------------------
+
+    def take(self, message: protocol.ClientMessage, received_ns: int) -> None:
+        """Does what a message asks for. Raises what the method it stands for raises."""
+        if isinstance(message, protocol.SessionUpdate):
+            self.update(message.session, message.event_id)
+        elif isinstance(message, protocol.ResponseCreate):
+            self.ask(
+                Question(text=message.text, received_ns=received_ns, event_id=message.event_id)
+            )
+        elif isinstance(message, protocol.ResponseCancel):
+            self.cancel(message.response_id)
+        else:
+            raise UnknownMessageType(f"a session does not take {protocol.tag_of(type(message))}")
 
     def update(self, patch: protocol.SettingsPatch, event_id: str | None = None) -> None:
         """Applies new settings from the next frame and question on. Raises ConfigError."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from edge_vlm.errors import EdgeVlmError, InternalError
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.frame_slot import Dropped, DropReason, WaitingFrame
-from edge_vlm_runtime.session import Emit, Question, Session, dropped_event
+from edge_vlm_runtime.session import Emit, Session, dropped_event
 from edge_vlm_runtime.settings import ServerLimits, SessionSettings
 
 if TYPE_CHECKING:
@@ -67,25 +67,25 @@ class SessionHandle:
         for frame, reason in dropped:
             self.emit(dropped_event(frame, reason, error))
 
-    def update(self, patch: protocol.SettingsPatch, event_id: str | None) -> None:
-        self._call(lambda session: session.update(patch, event_id), event_id)
+    def take(self, message: protocol.ClientMessage) -> None:
+        """Hands a message over; see Session.take. Its errors come as events."""
+        received_ns = self._worker.clock_ns()
 
-    def ask(self, question: Question) -> None:
-        self._call(lambda session: session.ask(question), question.event_id)
-
-    def cancel(self, response_id: str | None) -> None:
-        self._call(lambda session: session.cancel(response_id), None)
-
-    def _call(self, action: Callable[[Session], None], event_id: str | None) -> None:
         def run() -> None:
-            if self.session is None:
-                return
-            try:
-                action(self.session)
-            except EdgeVlmError as error:
-                self.emit(protocol.error_event(error, event_id=event_id))
+            if self.session is not None:
+                deliver(self.session, message, received_ns, self.emit)
 
         self._worker.post(self, run)
+
+
+def deliver(
+    session: Session, message: protocol.ClientMessage, received_ns: int, emit: Emit
+) -> None:
+    """What the session raises becomes an `error` event."""
+    try:
+        session.take(message, received_ns)
+    except EdgeVlmError as error:
+        emit(protocol.error_event(error, event_id=message.event_id))
 
 
 class EngineWorker:

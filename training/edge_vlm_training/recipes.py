@@ -63,8 +63,8 @@ class Recipe:
     """Weight of the loss that bounds the scale of the vision features."""
     crowded: float = 0.5
     """Share of clips that are as full as they can be: with one thing a clip, any event is its."""
-    fresh_language: bool = False
-    """Takes only the vision side of the checkpoint that the run starts from."""
+    new_blocks: tuple[int, ...] = ()
+    """Language blocks that the checkpoint started from lacks: they begin as identities."""
     min_cells: int = 2
     """Up to this many cells of every later frame are kept whatever their rank."""
     history_share: float = 0.15
@@ -188,52 +188,41 @@ def demo_more(minutes: float = 60.0) -> Recipe:
     )
 
 
-def demo_language(minutes: float = 75.0) -> Recipe:
-    """A new language model on the vision side of a demo checkpoint (`--init`)."""
-    unit = minutes / 75.0
-    video = Stage(
-        name="eight-frames",
+def demo_deeper(minutes: float = 60.0) -> Recipe:
+    """Goes on from a demo checkpoint (`--init`) with two more language blocks."""
+    unit = minutes / 60.0
+    frozen = Stage(
+        name="frozen",
         minutes=26 * unit,
         batch=8,
         num_frames=8,
-        shorter=(1, 4),
-        branches=20,
+        shorter=(4,),
         removed=REMOVED_MIXED,
+        lr=6e-4,
         freeze_vision=True,
     )
     return Recipe(
-        name="demo_language",
+        name="demo_deeper",
         seed=2,
-        fresh_language=True,
-        forgetful_share=0.15,
+        new_blocks=(1, 3),
+        forgetful_share=0.1,
         history_share=0.1,
         timeline_weight=0.25,
         stages=(
-            Stage(name="one-frame", minutes=4 * unit, batch=32, freeze_vision=True),
-            Stage(
-                name="four-frames",
-                minutes=15 * unit,
-                batch=16,
-                num_frames=4,
-                shorter=(1,),
-                branches=16,
-                removed=(0.0, 0.3, 0.5),
-                freeze_vision=True,
-            ),
-            video,
+            frozen,
             dataclasses.replace(
-                video,
-                name="eight-frames-all",
+                frozen,
+                name="all",
                 minutes=12 * unit,
                 freeze_vision=False,
                 lr_vision=5e-5,
                 lr_connector=5e-5,
             ),
             dataclasses.replace(
-                video,
-                name="eight-frames-decay",
-                minutes=18 * unit,
-                shorter=(4,),
+                frozen,
+                name="decay",
+                minutes=22 * unit,
+                branches=20,
                 rate=(0.8, 0.01),
                 decay_from=0.1,
             ),
@@ -265,4 +254,4 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_language, demo_more, smoke)}
+RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_deeper, demo_more, smoke)}

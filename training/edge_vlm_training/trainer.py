@@ -101,21 +101,25 @@ class Trainer:
         self.masters.update({name: p.detach().float().clone() for name, p in named.items()})
 
     def _start_from(self, checkpoint: Path) -> None:
-        model = load_checkpoint(checkpoint)
+        model, new = load_checkpoint(checkpoint), self.recipe.new_blocks
         same_words = (checkpoint / TOKENIZER).read_bytes() == (self.folder / TOKENIZER).read_bytes()
-        known = model.cfg
-        if self.recipe.fresh_language:
-            known = dataclasses.replace(known, language=self.config.language)
-        if known != self.config or not same_words:
+        depth = model.cfg.language.num_layers + len(new)
+        language = dataclasses.replace(model.cfg.language, num_layers=depth)
+        if dataclasses.replace(model.cfg, language=language) != self.config or not same_words:
             raise CheckpointError(
                 "the checkpoint is not one of this recipe's models",
                 where=checkpoint,
                 remedy="start without --init, or from a checkpoint with this vocabulary and shape",
             )
-        weights = model.state_dict()
-        if self.recipe.fresh_language:
-            weights = {n: w for n, w in weights.items() if not n.startswith("llm.")}
-        self.model.load_state_dict(weights, strict=not self.recipe.fresh_language)
+        for index in new:
+            block = self.model.llm.blocks[index]
+            nn.init.zeros_(block.attn.o.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+        kept = [block for i, block in enumerate(self.model.llm.blocks) if i not in new]
+        for block, trained in zip(kept, model.llm.blocks, strict=True):
+            block.load_state_dict(trained.state_dict())
+        others = {n: w for n, w in model.state_dict().items() if not n.startswith("llm.blocks.")}
+        self.model.load_state_dict(others, strict=False)
 
     # -- state ------------------------------------------------------------------------------
 
