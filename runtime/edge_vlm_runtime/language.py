@@ -5,6 +5,8 @@ Rotations and masks are made here, on the host: the graph knows neither position
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -33,7 +35,6 @@ class LanguageModel:
         self._cos, self._sin = rope_table(cfg, cfg.max_positions)
         self._no_bias = np.zeros(engine.spec.dims["p"].max + 1, np.float32)
         self._last_idx = np.zeros(1, np.int32)
-        engine.bind_array("last_idx", self._last_idx)
         kinds = [(kind, i) for i in range(cfg.num_layers) for kind in ("k", "v")]
         self._past_names = [f"past_{kind}_{i}" for kind, i in kinds]
         self._new_names = [f"new_{kind}_{i}" for kind, i in kinds]
@@ -103,6 +104,43 @@ class LanguageModel:
             raise
         return logits
 
+    def measure(self, arena: KVArena, branches: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits f32 [len(branches), base_vocab] behind each branch; the arena stays as it is.
+
+        Every branch, embeddings f32 [n, width], continues the arena as if it were alone there: the
+        branches do not see each other. As many as fit go through the graph in one run, which costs
+        little more than one of them, because the weights are read once. Raises as `prefill`.
+        """
+        if not branches or any(b.ndim != 2 or len(b) == 0 for b in branches):
+            raise ValueError("need one or more branches of one or more tokens each")
+        for branch in branches:
+            self._require_room(arena, len(branch))
+        most = min(self.max_tokens, arena.free)
+        logits: list[np.ndarray] = []
+        group: list[np.ndarray] = []
+        size = 0
+        for branch in branches:
+            if group and size + len(branch) > most:
+                logits.append(self._measure_group(arena, group))
+                group, size = [], 0
+            group.append(branch)
+            size += len(branch)
+        logits.append(self._measure_group(arena, group))
+        return np.concatenate(logits)
+
+    def _measure_group(self, arena: KVArena, branches: list[np.ndarray]) -> np.ndarray:
+        lengths = np.array([len(branch) for branch in branches])
+        ends = np.cumsum(lengths)
+        branch_ids = np.repeat(np.arange(len(branches)), lengths)
+        places = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        return self._infer(
+            arena,
+            np.ascontiguousarray(np.concatenate(branches), np.float32),
+            arena.next_position + places,
+            branch_bias(branch_ids, arena.length),
+            (ends - 1).astype(np.int32),
+        )
+
     def decode_step(self, arena: KVArena, token_id: int) -> np.ndarray:
         """Appends one token and returns the logits f32 [base_vocab] behind it. As `prefill`."""
         self._require_room(arena, 1)
@@ -118,15 +156,32 @@ class LanguageModel:
             )
 
     def _run(self, arena: KVArena, embeds: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
-        engine, s, p = self._engine, len(embeds), arena.length
-        first = arena.next_position
-        logits = np.empty((1, self.cfg.base_vocab), np.float32)
+        s, p, first = len(embeds), arena.length, arena.next_position
         bias = self._no_bias[: p + 1][None] if s == 1 or ids is None else attention_bias(ids, p)
         self._last_idx[0] = s - 1
+        logits = self._infer(arena, embeds, slice(first, first + s), bias, self._last_idx)
+        arena.append(s)
+        return logits[0]
+
+    def _infer(
+        self,
+        arena: KVArena,
+        embeds: np.ndarray,
+        positions: slice | np.ndarray,
+        bias: np.ndarray,
+        rows: np.ndarray,
+    ) -> np.ndarray:
+        """One run of the graph: logits f32 [n, base_vocab] of the `rows` i32 [n] asked for.
+
+        The new keys and values lie behind the arena's last row, where `append` takes them over.
+        """
+        engine, s, p = self._engine, len(embeds), arena.length
+        logits = np.empty((len(rows), self.cfg.base_vocab), np.float32)
         engine.bind_array("inputs_embeds", embeds)
-        engine.bind_array("cos", self._cos[first : first + s])
-        engine.bind_array("sin", self._sin[first : first + s])
+        engine.bind_array("cos", self._cos[positions])
+        engine.bind_array("sin", self._sin[positions])
         engine.bind_array("attn_bias", bias)
+        engine.bind_array("last_idx", rows)
         engine.bind_array("logits", logits)
         past, new, offset = (p, *arena.row_shape), (s, *arena.row_shape), p * arena.row_bytes
         for past_name, new_name, pointer in zip(
@@ -137,8 +192,7 @@ class LanguageModel:
         engine.run()
         if not np.isfinite(logits).all():
             raise NonFinite("the logits are not finite", where="llm")
-        arena.append(s)
-        return logits[0]
+        return logits
 
 
 def attention_bias(block_ids: np.ndarray, past: int) -> np.ndarray:
@@ -147,6 +201,15 @@ def attention_bias(block_ids: np.ndarray, past: int) -> np.ndarray:
     bias = np.zeros((s, past + s), np.float32)
     visible = np.tri(s, dtype=np.bool_)
     visible |= (block_ids[:, None] == block_ids[None, :]) & (block_ids >= 0)[:, None]
+    bias[:, past:][~visible] = MASKED
+    return bias
+
+
+def branch_bias(branch_ids: np.ndarray, past: int) -> np.ndarray:
+    """Additive mask f32 [s, past + s]: a row sees the past and its own branch up to itself."""
+    s = len(branch_ids)
+    bias = np.zeros((s, past + s), np.float32)
+    visible = np.tri(s, dtype=np.bool_) & (branch_ids[:, None] == branch_ids[None, :])
     bias[:, past:][~visible] = MASKED
     return bias
 
