@@ -3,7 +3,8 @@
     EdgeVlmError                1  E-EDGE-VLM
     |-- ConfigError             2  E-CONFIG             a setting, recipe or config file is wrong
     |-- CheckpointError         3  E-CHECKPOINT         names, shapes or files of a checkpoint
-    |   `-- WeightNamesError    3  E-CHECKPOINT-NAMES   lists missing, unknown, mis-shaped names
+    |   |-- WeightFilesError    3  E-CHECKPOINT-FILES   lists absent, cut off and foreign files
+    |   `-- WeightNamesError    3  E-CHECKPOINT-NAMES   lists missing, unknown, unfit tensors
     |-- BundleError             4  E-BUNDLE
     |   |-- BundleNotFound      4  E-BUNDLE-NOT-FOUND
     |   |-- BundleFileMissing   4  E-BUNDLE-FILE        a file of the manifest is not there
@@ -25,12 +26,17 @@
     |   |-- QuestionCancelled  10  E-CANCELLED          before its answer began
     |   |-- QuestionTooLong    10  E-QUESTION-TOO-LONG
     |   |-- TooManyQuestions   10  E-TOO-MANY-QUESTIONS waiting for an answer already
+    |   |-- UnknownAlert       10  E-UNKNOWN-ALERT      no alert of this id
+    |   |-- TooManyAlerts      10  E-TOO-MANY-ALERTS
+    |   |-- AlertsUnsupported  10  E-ALERTS-UNSUPPORTED the model has no words for yes and no
     |   |-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
     |   `-- PositionsUsedUp    10  E-POSITIONS          past the last position the model knows
     |-- EngineError            11  E-ENGINE
     |   |-- NonFinite          11  E-NONFINITE          NaN or infinity in a tensor
     |   `-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
     |-- InternalError           1  E-INTERNAL           a bug of ours, logged with its traceback
+    |-- DeliveryError          13  E-DELIVERY           an alert output did not take everything
+    |   `-- DeliveryRefused     13  E-DELIVERY-REFUSED   the receiver will never take this event
     `-- ExportError            12  E-EXPORT
         |-- Specialised        12  E-EXPORT-SPECIALISED a free dimension became a constant
         `-- ParityError        12  E-PARITY             an exported graph differs from torch
@@ -73,8 +79,25 @@ class CheckpointError(EdgeVlmError):
     exit_code = 3
 
 
+class WeightFilesError(CheckpointError):
+    """The files that should hold a model's weights. `problems` has one line for each fault."""
+
+    code = "E-CHECKPOINT-FILES"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        remedy: str | None = None,
+        problems: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.problems = problems
+
+
 class WeightNamesError(CheckpointError):
-    """A state dict does not fit the model. The three lists hold every offending name."""
+    """A state dict does not fit the model. The four lists hold every offending name."""
 
     code = "E-CHECKPOINT-NAMES"
 
@@ -87,11 +110,13 @@ class WeightNamesError(CheckpointError):
         missing: tuple[str, ...] = (),
         unknown: tuple[str, ...] = (),
         misshaped: tuple[str, ...] = (),
+        mistyped: tuple[str, ...] = (),
     ) -> None:
         super().__init__(what, where=where, remedy=remedy)
         self.missing = missing
         self.unknown = unknown
         self.misshaped = misshaped
+        self.mistyped = mistyped
 
 
 class BundleError(EdgeVlmError):
@@ -199,6 +224,18 @@ class TooManyQuestions(SessionError):
     code = "E-TOO-MANY-QUESTIONS"
 
 
+class UnknownAlert(SessionError):
+    code = "E-UNKNOWN-ALERT"
+
+
+class TooManyAlerts(SessionError):
+    code = "E-TOO-MANY-ALERTS"
+
+
+class AlertsUnsupported(SessionError):
+    code = "E-ALERTS-UNSUPPORTED"
+
+
 class KvFull(SessionError):
     code = "E-KV-FULL"
 
@@ -218,6 +255,15 @@ class NonFinite(EngineError):
 
 class ShapeRange(EngineError):
     code = "E-SHAPE-RANGE"
+
+
+class DeliveryError(EdgeVlmError):
+    code = "E-DELIVERY"
+    exit_code = 13
+
+
+class DeliveryRefused(DeliveryError):
+    code = "E-DELIVERY-REFUSED"
 
 
 class InternalError(EdgeVlmError):
