@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 JPEG_MAGIC = b"\xff\xd8\xff"
 MAX_PIXELS = 64_000_000
 """A larger picture is refused before it is decompressed (a small file can claim any size)."""
+SHRINK_SIDES = (1920, 1280, 960, 640, 480, 320, 160, 64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +85,33 @@ def encode_jpeg(rgb: np.ndarray, quality: int = 92) -> bytes:
     buffer = io.BytesIO()
     image_module.fromarray(rgb).save(buffer, format="JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
+
+
+def shrink_jpeg(data: bytes, limit_bytes: int) -> bytes:
+    """The same picture as a JPEG of at most `limit_bytes`: `data` itself if it fits, else a copy.
+
+    The smallest copy has sides of up to 64 pixels, a few kB. Raises FrameDecodeError.
+    """
+    if len(data) <= limit_bytes:
+        return data
+    image_module = _pillow_image()
+    smaller = data
+    try:
+        with image_module.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            image.draft("RGB", (SHRINK_SIDES[0], SHRINK_SIDES[0]))  # decodes a large one at less
+            picture = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise FrameDecodeError(
+            f"the JPEG is broken or cut off: {error}", where=f"{len(data)} bytes"
+        ) from error
+    for side in SHRINK_SIDES:
+        picture.thumbnail((side, side))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="JPEG", quality=80)
+        smaller = buffer.getvalue()
+        if len(smaller) <= limit_bytes:
+            break
+    return smaller
 
 
 def thumbnail(rgb: np.ndarray, size: int) -> np.ndarray:

@@ -45,9 +45,11 @@ LAYERS = (
     {"sampling", "generate"},
     {"engines"},
     {"wire"},
+    {"alerts"},
+    {"alert_messages"},
     {"protocol", "frame_slot"},
     {"context", "intake"},
-    {"session", "alerts"},
+    {"session", "session_tally", "alert_watch"},
     {"worker", "sources"},
     {"connection"},
     {"server", "client"},
@@ -55,7 +57,10 @@ LAYERS = (
     {"view"},
     {"commands", "demo_command", "evaluate_command", "protocol_docs"},
 )
-PURE_MODULES = {"session", "context", "intake", "alerts", "protocol", "wire"}
+PURE_MODULES = {
+    *("alert_messages", "alert_watch", "alerts", "context", "intake", "protocol", "session"),
+    *("session_tally", "wire"),
+}
 IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}
 
 

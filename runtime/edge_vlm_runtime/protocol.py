@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError, UnknownMessageType
+from edge_vlm_runtime import alert_messages
 from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.wire import UNSET, ClientMessage, Part, ServerEvent, UnsetType, decode
 from edge_vlm_runtime.wire import encode as encode
@@ -350,12 +351,16 @@ class Error(ServerEvent, tag="error"):
     error: ErrorDetail
 
 
-PARTS: tuple[type[Part], ...] = (Model, NewestFrame, Usage, ErrorDetail)
+PARTS: tuple[type[Part], ...] = (
+    *(Model, NewestFrame, Usage, ErrorDetail),
+    *alert_messages.PARTS,
+)
 CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
     SessionUpdate,
     InputVideoFrameAppend,
     ResponseCreate,
     ResponseCancel,
+    *alert_messages.CLIENT_MESSAGES,
     SessionClose,
     Ping,
 )
@@ -369,6 +374,7 @@ SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
     ResponseDone,
     MemoryEvicted,
     MemoryRebased,
+    *alert_messages.SERVER_EVENTS,
     SessionStats,
     SessionGoAway,
     SessionClosed,

@@ -2,8 +2,8 @@
 
 A session does one unit of work at a time (`step`), so that one thread can serve several of them and
 video goes on while an answer is decoded. The order inside a session: a token of the answer under
-way, then the next question, then the next frame; while an answer is decoded, frames are encoded
-between its tokens and join the memory in one go when it ends.
+way, then the next question, then the alerts that are due, then the next frame; while an answer is
+decoded, frames are encoded between its tokens and join the memory in one go when it ends.
 
 No I/O, no threads; the clock and the way out for events are arguments.
 """
@@ -27,11 +27,14 @@ from edge_vlm.errors import (
 )
 from edge_vlm.tokenizer import StreamDetokenizer
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.alert_watch import AlertMessage, AlertWatch
+from edge_vlm_runtime.alerts import SeenFrame
 from edge_vlm_runtime.context import Change, Evicted, Rebased, StreamContext
 from edge_vlm_runtime.frame_slot import DropReason, FrameSlot, WaitingFrame
 from edge_vlm_runtime.generate import generate
 from edge_vlm_runtime.intake import FrameIntake, TurnedAway
 from edge_vlm_runtime.sampling import Sampling
+from edge_vlm_runtime.session_tally import SessionTally
 from edge_vlm_runtime.settings import (
     ModelLimits,
     ServerLimits,
@@ -113,6 +116,16 @@ class Session:
             last_n=settings.last_n,
             reserve_tokens=dialogue_reserve(settings, self._model, limits),
         )
+        self._alerts = AlertWatch(
+            language=engines.language,
+            prompt=engines.prompt,
+            context=self._context,
+            arena=self._arena,
+            model=self._model,
+            limits=limits,
+            emit=emit,
+            clock_ns=clock_ns,
+        )
         self._intake = FrameIntake(engines.vision, settings, clock_ns)
         self._questions: deque[Question] = deque()
         self._history: deque[np.ndarray] = deque()
@@ -120,11 +133,7 @@ class Session:
         self._num_answers = 0
         self._pending: list[FrameTokens] = []
         self._arrived_ns: dict[int, int] = {}
-        self._processed = 0
-        self._cells_seen = 0
-        self._cells_kept = 0
-        self._last_ttft_s: float | None = None
-        self._stats_before = (clock_ns(), 0, 0)
+        self._tally = SessionTally(clock_ns())
 
     # ---- what the viewer asks for ------------------------------------------------------------
 
@@ -138,6 +147,8 @@ class Session:
             )
         elif isinstance(message, protocol.ResponseCancel):
             self.cancel(message.response_id)
+        elif isinstance(message, AlertMessage):
+            self._alerts.take(message)
         else:
             raise UnknownMessageType(f"a session does not take {protocol.tag_of(type(message))}")
 
@@ -201,6 +212,7 @@ class Session:
             self._finish("cancelled", None)
         for frame, reason in self.slot.empty():
             self._emit_dropped(frame, reason)
+        self._alerts.close()
 
     # ---- one unit of work --------------------------------------------------------------------
 
@@ -217,6 +229,8 @@ class Session:
             return True
         if self._questions and self._context.newest is not None:
             self._start_answer(self._questions.popleft())
+            return True
+        if self._alerts.step():
             return True
         if self._work_on_a_frame():
             return True
@@ -237,6 +251,8 @@ class Session:
             tokens, stage_ms = self._intake.encode(waiting)
         except TurnedAway as turned:
             self._drop(waiting, turned.reason, turned.error)
+            if turned.reason is DropReason.DUPLICATE:
+                self._alerts.stood_still(waiting.capture_time_us)
             return True
         try:
             prefill_ms = self._remember(tokens, waiting)
@@ -246,6 +262,14 @@ class Session:
         if prefill_ms is not None:
             stage_ms["prefill"] = prefill_ms
         self._accept(waiting, tokens, begin_ns, stage_ms)
+        seen = SeenFrame(
+            sequence=waiting.sequence,
+            time_s=tokens.pts_ns * 1e-9,
+            capture_time_us=waiting.capture_time_us,
+            received_ns=waiting.received_ns,
+            jpeg=waiting.jpeg,
+        )
+        self._alerts.saw(seen, in_memory=prefill_ms is not None)
         return True
 
     def _remember(self, tokens: FrameTokens, waiting: WaitingFrame) -> float | None:
@@ -262,9 +286,7 @@ class Session:
     def _accept(
         self, waiting: WaitingFrame, tokens: FrameTokens, begin_ns: int, stage_ms: dict[str, float]
     ) -> None:
-        self._processed += 1
-        self._cells_seen += tokens.scores.size
-        self._cells_kept += tokens.cells.size
+        self._tally.frame(tokens.scores.size, tokens.cells.size)
         self._emit(
             protocol.FrameAccepted(
                 frame_sequence=waiting.sequence,
@@ -391,7 +413,7 @@ class Session:
             decoding_s = (now_ns - answer.first_delta_ns) * 1e-9
             if answer.output_tokens > 1 and decoding_s > 0:
                 tokens_per_s = (answer.output_tokens - 1) / decoding_s
-        self._last_ttft_s = ttft_s
+        self._tally.last_ttft_s = ttft_s
         self._emit(
             protocol.ResponseDone(
                 response_id=answer.response_id,
@@ -422,6 +444,7 @@ class Session:
                 self._report(self._context.add(pending))
         except EdgeVlmError as error:
             self._emit_error(error)
+        self._alerts.caught_up()
 
     # ---- reports -----------------------------------------------------------------------------
 
@@ -445,25 +468,16 @@ class Session:
 
     def emit_stats(self) -> None:
         """A `session.stats` event about everything so far; rates are since the last one."""
-        now_ns = self._clock_ns()
         received, dropped = self.slot.counts()
-        then_ns, received_then, processed_then = self._stats_before
-        elapsed_s = max((now_ns - then_ns) * 1e-9, 1e-9)
-        self._stats_before = (now_ns, received, self._processed)
         self._emit(
-            protocol.SessionStats(
-                frames_received=received,
-                frames_processed=self._processed,
-                frames_dropped=dropped,
-                fps_in=(received - received_then) / elapsed_s,
-                fps_processed=(self._processed - processed_then) / elapsed_s,
-                cells_seen=self._cells_seen,
-                cells_kept=self._cells_kept,
+            self._tally.event(
+                now_ns=self._clock_ns(),
+                received=received,
+                dropped=dropped,
                 frames_in_memory=self._context.num_frames,
                 kv_tokens=self._arena.length,
                 kv_capacity_tokens=self._arena.capacity,
                 questions_waiting=len(self._questions),
-                ttft_s=self._last_ttft_s,
             )
         )
 

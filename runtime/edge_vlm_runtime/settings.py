@@ -159,6 +159,10 @@ class ServerLimits:
     max_question_tokens: int = 256
     kv_capacity_tokens: int = 8192
     """Largest cache of one session; the model's last position bounds it too."""
+    max_alerts: int = 16
+    """Alerts of one session."""
+    max_evidence_bytes: int = 256 << 10
+    """Size of the picture in `alert.triggered`; a larger one is sent smaller."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
