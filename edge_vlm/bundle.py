@@ -1,9 +1,11 @@
 """The bundle: one folder with everything a runtime needs, and a manifest that vouches for it.
 
-    manifest.json          schema version, model config, graph specs, sha256 of every other file
+    manifest.json          schema version, model config, graph specs, precision, sha256 of every
+                           other file
     graphs/NAME.onnx       plus NAME.weights, its tensors, mapped into memory rather than read
     embed_table.npy        token embeddings, f32 [vocab, width], mapped
     tokenizer.json
+    precision_plan.json    format of every node, the largest value it saw, and why
     reference/NAME.npz     small inputs and the outputs torch gave for them
 
 A bundle is opened only when every file the manifest names is there with the recorded hash. It is
@@ -34,10 +36,14 @@ from edge_vlm.errors import (
     BundleNotFound,
     BundleSchemaError,
 )
+from edge_vlm.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.specs import GraphSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 had no precisions, variants or layouts: float32, portable, token-major."""
 MANIFEST = "manifest.json"
+PRECISION_PLAN = "precision_plan.json"
 TOKENIZER = "tokenizer.json"
 EMBED_TABLE = "embed_table.npy"
 
@@ -63,6 +69,10 @@ class EngineBundle:
     source: Mapping[str, Any]
     """Where the weights came from: checkpoint name and sha256, versions of the tools."""
     graph_files: Mapping[str, str]
+    precision: Precision = FP32
+    variant: Variant = Variant.PORTABLE
+    kv_layout: KVLayout = KVLayout.TOKEN_MAJOR
+    schema_version: int = SCHEMA_VERSION
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EngineBundle:
@@ -123,10 +133,12 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
     except (ValueError, OSError) as error:
         raise BundleSchemaError(f"{MANIFEST} is not JSON: {error}", where=root) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise BundleSchemaError(
-            f"{MANIFEST} has schema_version {version!r}, this program reads {SCHEMA_VERSION}",
+            f"{MANIFEST} has schema_version {version!r}, this program reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}",
             where=root,
+            remedy="export the checkpoint again with this version",
         )
     try:
         files = {str(name): str(digest) for name, digest in data["files"].items()}
@@ -141,6 +153,10 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
             defaults=dict(data["defaults"]),
             source=dict(data["source"]),
             graph_files=graph_files,
+            precision=Precision.from_dict(data["precision"] if version > 1 else {}),
+            variant=Variant(data["variant"] if version > 1 else Variant.PORTABLE),
+            kv_layout=KVLayout(data["kv_layout"] if version > 1 else KVLayout.TOKEN_MAJOR),
+            schema_version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleSchemaError(f"{MANIFEST} is malformed: {error!r}", where=root) from error
@@ -172,6 +188,9 @@ class BundleWriter:
     def embed_table(self, table: np.ndarray) -> None:
         np.save(self.folder / EMBED_TABLE, np.ascontiguousarray(table, dtype=np.float32))
 
+    def precision_plan(self, text: str) -> None:
+        (self.folder / PRECISION_PLAN).write_text(text, encoding="utf-8")
+
     def tokenizer(self, source: Path) -> None:
         shutil.copyfile(source, self.folder / TOKENIZER)
 
@@ -187,6 +206,9 @@ class BundleWriter:
         config: ModelConfig,
         defaults: Mapping[str, Any],
         source: Mapping[str, Any],
+        precision: Precision = FP32,
+        variant: Variant = Variant.PORTABLE,
+        kv_layout: KVLayout = KVLayout.TOKEN_MAJOR,
     ) -> None:
         files = {
             path.relative_to(self.folder).as_posix(): sha256_of_file(path)
@@ -196,6 +218,9 @@ class BundleWriter:
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "name": name,
+            "precision": precision.to_dict(),
+            "variant": variant.value,
+            "kv_layout": kv_layout.value,
             "model": config.to_dict(),
             "graphs": self._graphs,
             "files": files,

@@ -98,7 +98,12 @@ def _damage_manifest(bundle: Path, damage: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda d: d.update(schema_version=2),
+        lambda d: d.update(schema_version=3),
+        lambda d: d.update(schema_version=True),
+        lambda d: d.pop("precision"),
+        lambda d: d["precision"].update(llm="int3"),
+        lambda d: d.update(variant="fast"),
+        lambda d: d.update(kv_layout="rows"),
         lambda d: d.pop("schema_version"),
         lambda d: d.pop("files"),
         lambda d: d["files"].pop(TOKENIZER),

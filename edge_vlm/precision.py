@@ -1,0 +1,105 @@
+"""In which number formats a bundle computes, and for which runtime its graphs are written.
+
+Four choices make a `Precision`: the format of everything that is not quantised, and what the
+weights of the vision blocks, of the language blocks and of the language head become. Those with a
+name of their own are in `PRESETS`; `base=float16,llm=int4` spells any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+BASES = ("float32", "float16")
+VIT = ("base", "int8")
+LLM = ("base", "int8", "int4")
+HEAD = ("base", "int8")
+
+
+class Variant(str, enum.Enum):
+    """For whom the graphs are written."""
+
+    PORTABLE = "portable"
+    """Standard operators only: opset 20, or 21 where weights are int4. Any runtime."""
+    ORT = "ort"
+    """ONNX Runtime's own fast operators: GroupQueryAttention and MatMulNBits."""
+
+
+class KVLayout(str, enum.Enum):
+    """How the language graph is given its past keys and values, per layer and kind."""
+
+    TOKEN_MAJOR = "token_major"
+    """`past_*` [p, heads, head_dim] is read, `new_*` [s, heads, head_dim] is written."""
+    HEAD_MAJOR = "head_major"
+    """`past_*` and `present_*` [1, heads, C, head_dim] are one buffer with room for C tokens, to
+    which the graph adds in place."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    base: str = "float32"
+    """`float16`: mixed, the nodes that calibration found too large for it stay float32."""
+    vit: str = "base"
+    """`int8`: activations and weights of the vision blocks' matrix products, by Q/DQ."""
+    llm: str = "base"
+    """`int4`, `int8`: weights of the language blocks' matrix products, in blocks."""
+    head: str = "base"
+    """`int8`: weights of the language head, by output row."""
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("base", BASES), ("vit", VIT), ("llm", LLM), ("head", HEAD)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"precision {field}={getattr(self, field)!r}: must be one of {allowed}"
+                )
+
+    @property
+    def label(self) -> str:
+        """The preset's name, or the choices that differ from float32."""
+        for name, preset in PRESETS.items():
+            if preset == self:
+                return name
+        return ",".join(
+            f"{field}={value}"
+            for field, value in self.to_dict().items()
+            if value != getattr(FP32, field)
+        )
+
+    @property
+    def needs_ranges(self) -> bool:
+        """It cannot be chosen without having seen how large the activations become."""
+        return self.base == "float16" or self.vit == "int8"
+
+    def to_dict(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Precision:
+        """Raises ValueError or TypeError for anything `to_dict` does not write."""
+        return cls(**data)
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """A preset's name or `base=...,vit=...,llm=...,head=...`. Raises ValueError."""
+        if text in PRESETS:
+            return PRESETS[text]
+        choices = [item.partition("=") for item in text.split(",")]
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not all(equals and name in fields for name, equals, _ in choices):
+            raise ValueError(
+                f"unknown precision {text!r}: one of {', '.join(PRESETS)}, "
+                f"or some of {', '.join(f'{field}=...' for field in sorted(fields))}"
+            )
+        return cls(**{name: value for name, _, value in choices})
+
+
+FP32 = Precision()
+PRESETS = {
+    "fp32": FP32,
+    "fp16": Precision(base="float16"),
+    "int8": Precision(vit="int8", llm="int8", head="int8"),
+    "int4": Precision(llm="int4", head="int8"),
+    "edge": Precision(base="float16", vit="int8", llm="int4", head="int8"),
+}
