@@ -9,7 +9,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from edge_vlm.model.layers import RMSNorm, SwiGLU, attend
 from edge_vlm.rope import rope_frequencies
 
 KeyValue = tuple[Tensor, Tensor]
+PastAttention = Callable[
+    [Tensor, Tensor, Tensor, Tensor, "KeyValue | None"], tuple[Tensor, KeyValue]
+]
+"""As `attend_past`: the same sums for whoever keeps the past in another way."""
 
 
 def rope_tables(cfg: LanguageConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,6 +39,19 @@ def rotate(x_BsHd: Tensor, cos_Bsd: Tensor, sin_Bsd: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def attend_past(
+    q_BsHd: Tensor, k_Bshd: Tensor, v_Bshd: Tensor, bias_Bst: Tensor, past: KeyValue | None
+) -> tuple[Tensor, KeyValue]:
+    """Attention over past and new tokens, [B, s, H, d], and what the next call needs of the new."""
+    k, v = k_Bshd, v_Bshd
+    if past is not None:
+        k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+    group = q_BsHd.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = (t.repeat_interleave(group, 2) for t in (k, v))
+    return attend(q_BsHd, k, v, bias_Bst[:, None]), (k_Bshd, v_Bshd)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, cfg: LanguageConfig) -> None:
         super().__init__()
@@ -48,7 +65,13 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(k_heads * cfg.head_dim, cfg.norm_eps)
 
     def forward(
-        self, x_BsD: Tensor, cos: Tensor, sin: Tensor, bias_Bst: Tensor, past: KeyValue | None
+        self,
+        x_BsD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias_Bst: Tensor,
+        past: KeyValue | None,
+        attention: PastAttention = attend_past,
     ) -> tuple[Tensor, KeyValue]:
         cfg = self.cfg
         q, k, v = self.q(x_BsD), self.k(x_BsD), self.v(x_BsD)
@@ -58,13 +81,7 @@ class SelfAttention(nn.Module):
         if not cfg.full_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        new = (k, v)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
-        group = cfg.num_heads // cfg.num_kv_heads
-        if group > 1:
-            k, v = (t.repeat_interleave(group, 2) for t in (k, v))
-        out = attend(q, k, v, bias_Bst[:, None])
+        out, new = attention(q, k, v, bias_Bst, past)
         return self.o(out.flatten(-2)), new
 
 
@@ -78,13 +95,19 @@ class DecoderBlock(nn.Module):
         self.mlp = SwiGLU(cfg.width, cfg.mlp_width, cfg.width)
 
     def forward(
-        self, x_BsD: Tensor, cos: Tensor, sin: Tensor, bias_Bst: Tensor, past: KeyValue | None
+        self,
+        x_BsD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias_Bst: Tensor,
+        past: KeyValue | None,
+        attention: PastAttention = attend_past,
     ) -> tuple[Tensor, KeyValue]:
         if self.post_norm:
-            y, new = self.attn(x_BsD, cos, sin, bias_Bst, past)
+            y, new = self.attn(x_BsD, cos, sin, bias_Bst, past, attention)
             x_BsD = x_BsD + self.attn_norm(y)
             return x_BsD + self.mlp_norm(self.mlp(x_BsD)), new
-        y, new = self.attn(self.attn_norm(x_BsD), cos, sin, bias_Bst, past)
+        y, new = self.attn(self.attn_norm(x_BsD), cos, sin, bias_Bst, past, attention)
         x_BsD = x_BsD + y
         return x_BsD + self.mlp(self.mlp_norm(x_BsD)), new
 
@@ -105,6 +128,7 @@ class LanguageModel(nn.Module):
         sin_Bsd: Tensor,
         bias_Bst: Tensor,
         past: Sequence[KeyValue] | None = None,
+        attention: PastAttention = attend_past,
     ) -> tuple[Tensor, list[KeyValue]]:
         """Returns the normed hidden state [B, s, D] and each layer's new keys and values.
 
@@ -118,6 +142,6 @@ class LanguageModel(nn.Module):
         x, new = embeds_BsD, []
         for i, block in enumerate(self.blocks):
             cos, sin = tables[self.cfg.rope_table_of(i)]
-            x, kv = block(x, cos, sin, bias_Bst, None if past is None else past[i])
+            x, kv = block(x, cos, sin, bias_Bst, None if past is None else past[i], attention)
             new.append(kv)
         return self.norm(x), new

@@ -6,6 +6,8 @@ width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,8 +78,6 @@ class VisionTransformer(nn.Module):
 
     def spread(self, per_cell_FC: Tensor) -> Tensor:
         """Gives each patch the value of its cell: [F, N]."""
-        num_patches = self.pos_embed.shape[0]
-        owner = per_cell_FC.new_zeros(num_patches, dtype=torch.long)
-        cells = torch.arange(per_cell_FC.shape[1], device=per_cell_FC.device)
-        owner[self.cell_patches_C9.flatten()] = cells.repeat_interleave(CELL * CELL)
-        return per_cell_FC[:, owner]
+        side = math.isqrt(per_cell_FC.shape[1])
+        rows = per_cell_FC.reshape(-1, side, 1, side, 1).expand(-1, side, CELL, side, CELL)
+        return rows.reshape(-1, self.pos_embed.shape[0])
