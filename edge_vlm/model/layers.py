@@ -56,11 +56,19 @@ class CrossAttention(nn.Module):
 
 
 class CellPooler(CrossAttention):
-    """One vector per cell: attention whose query is the mean of the cell's nine patches."""
+    """One vector per window of W patches: attention whose query is the mean of the patches."""
 
-    def forward(self, patches_G9D: Tensor) -> Tensor:  # type: ignore[override]
-        pooled = super().forward(patches_G9D.mean(1, keepdim=True), patches_G9D)
-        return pooled.squeeze(1)
+    def forward(  # type: ignore[override]
+        self, patches_GWD: Tensor, valid_GW: Tensor | None = None
+    ) -> Tensor:
+        """Where `valid` (bool) is false the window has no patch: in neither mean nor keys."""
+        if valid_GW is None:
+            return super().forward(patches_GWD.mean(1, keepdim=True), patches_GWD).squeeze(1)
+        present_GW1 = valid_GW[..., None].to(patches_GWD.dtype)
+        patches_GWD = patches_GWD * present_GW1
+        mean_G1D = patches_GWD.sum(1, keepdim=True) / present_GW1.sum(1, keepdim=True).clamp(min=1)
+        bias = torch.where(valid_GW, 0.0, MASKED)[:, None, None]
+        return super().forward(mean_G1D, patches_GWD, bias).squeeze(1)
 
 
 class RMSNorm(nn.Module):

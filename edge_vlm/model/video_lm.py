@@ -23,16 +23,17 @@ from edge_vlm.model.vit import VisionTransformer
 
 
 class Connector(nn.Module):
-    """Pools the nine patches of a cell and projects them to the language model's width."""
+    """Pools the patches of a window (a cell's nine, an image token's four) and projects them to
+    the language model's width."""
 
     def __init__(self, cfg: ConnectorConfig, in_width: int, out_width: int) -> None:
         super().__init__()
         self.pool = CellPooler(in_width, cfg.num_heads, cfg.head_dim, cfg.width)
         self.project = SwiGLU(cfg.width, cfg.mlp_width, out_width)
 
-    def forward(self, patches_G9D: Tensor) -> Tensor:
-        """[G, 9, 2 D] -> [G, E]."""
-        return self.project(self.pool(patches_G9D))
+    def forward(self, patches_GWD: Tensor, valid_GW: Tensor | None = None) -> Tensor:
+        """[G, W, 2 D] -> [G, E] for windows of any size; `valid` (bool) marks real patches."""
+        return self.project(self.pool(patches_GWD, valid_GW))
 
 
 class VideoLM(nn.Module):
