@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from edge_vlm.model.selection import clip_budget, num_kept
 from edge_vlm_training.losses import (
     answer_loss,
     exact_answers,
@@ -12,7 +13,6 @@ from edge_vlm_training.losses import (
     neighbour_similarity,
     similarity_loss,
 )
-from edge_vlm_training.selection import clip_budget, num_kept
 
 FIRST = torch.tensor([True, False, False, True, False])
 

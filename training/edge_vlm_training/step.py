@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from edge_vlm.config import VisionConfig
 from edge_vlm.model.llm import rope_tables
+from edge_vlm.model.selection import clip_budget
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm_training.losses import answer_loss, exact_answers, similarity_loss
 from edge_vlm_training.packing import Packed
-from edge_vlm_training.selection import clip_budget
 
 STORY_BLOCKS = 2
 """How many blocks before the last have their vision tokens read out."""
