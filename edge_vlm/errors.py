@@ -29,6 +29,8 @@
     |   |-- UnknownAlert       10  E-UNKNOWN-ALERT      no alert of this id
     |   |-- TooManyAlerts      10  E-TOO-MANY-ALERTS
     |   |-- AlertsUnsupported  10  E-ALERTS-UNSUPPORTED the model has no words for yes and no
+    |   |-- SessionGone        10  E-SESSION-GONE       no session of this name to go on with
+    |   |-- ReplayLost         10  E-REPLAY-LOST        it is there, but not all it said meanwhile
     |   |-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
     |   `-- PositionsUsedUp    10  E-POSITIONS          past the last position the model knows
     |-- EngineError            11  E-ENGINE
@@ -39,6 +41,9 @@
     |   `-- DeliveryRefused     13  E-DELIVERY-REFUSED   the receiver will never take this event
     `-- ExportError            12  E-EXPORT
         |-- Specialised        12  E-EXPORT-SPECIALISED a free dimension became a constant
+        |-- RangeFp16          12  E-RANGE-FP16         a float16 tensor saw too large a value
+        |-- NoSpaceLeft        12  E-NO-SPACE           a disk is, or would become, full
+        |-- NotEnoughMemory    12  E-NO-MEMORY
         `-- ParityError        12  E-PARITY             an exported graph differs from torch
 
 An error says what happened, where, and what to do about it, in one line. It is told apart by its
@@ -236,6 +241,14 @@ class AlertsUnsupported(SessionError):
     code = "E-ALERTS-UNSUPPORTED"
 
 
+class SessionGone(SessionError):
+    code = "E-SESSION-GONE"
+
+
+class ReplayLost(SessionError):
+    code = "E-REPLAY-LOST"
+
+
 class KvFull(SessionError):
     code = "E-KV-FULL"
 
@@ -277,6 +290,18 @@ class ExportError(EdgeVlmError):
 
 class Specialised(ExportError):
     code = "E-EXPORT-SPECIALISED"
+
+
+class RangeFp16(ExportError):
+    code = "E-RANGE-FP16"
+
+
+class NoSpaceLeft(ExportError):
+    code = "E-NO-SPACE"
+
+
+class NotEnoughMemory(ExportError):
+    code = "E-NO-MEMORY"
 
 
 class ParityError(ExportError):
