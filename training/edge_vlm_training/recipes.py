@@ -188,12 +188,12 @@ def demo_more(minutes: float = 60.0) -> Recipe:
     )
 
 
-def demo_deeper(minutes: float = 60.0) -> Recipe:
+def demo_deeper(minutes: float = 64.0) -> Recipe:
     """Goes on from a demo checkpoint (`--init`) with two more language blocks."""
-    unit = minutes / 60.0
+    unit = minutes / 64.0
     frozen = Stage(
         name="frozen",
-        minutes=26 * unit,
+        minutes=20 * unit,
         batch=8,
         num_frames=8,
         shorter=(4,),
@@ -213,10 +213,10 @@ def demo_deeper(minutes: float = 60.0) -> Recipe:
             dataclasses.replace(
                 frozen,
                 name="all",
-                minutes=12 * unit,
+                minutes=22 * unit,
                 freeze_vision=False,
-                lr_vision=5e-5,
-                lr_connector=5e-5,
+                lr_vision=7e-5,
+                lr_connector=7e-5,
             ),
             dataclasses.replace(
                 frozen,
