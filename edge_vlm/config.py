@@ -194,8 +194,9 @@ class LanguageConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, Mapping):
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        scaling: object = self.rope_scaling
+        if isinstance(scaling, Mapping):  # as JSON has it
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
         _require_positive(
             self,
             "width",

@@ -159,9 +159,10 @@ def _rope(text: Section, num_layers: int, max_positions: int) -> tuple[float, Ro
     rope.expect(1.0, "partial_rotary_factor")
     kind = rope.data.get("rope_type", rope.data.get("type", "default"))
     # Without a list every block is scaled; the newer configs list the blocks in any case.
-    layers = range(num_layers)
-    if text.data.get("rope_scaling_layers") is not None:
-        layers = text.data["rope_scaling_layers"] and text.wholes("rope_scaling_layers")
+    layers = list(range(num_layers))
+    listed = text.data.get("rope_scaling_layers")
+    if listed is not None:
+        layers = [] if listed == [] else text.wholes("rope_scaling_layers")
     if kind == "default" or not layers:
         return theta, None
     if kind != "yarn":

@@ -1,185 +1,178 @@
-"""Loads a published Molmo2 folder: `config.json` and one or several safetensors files.
+"""Loads and writes published Molmo2 folders: `config.json` and one or several safetensors files.
 
-Folders of the model hub, folders written by `Molmo2ForConditionalGeneration.save_pretrained`, and
-either of them with an STTS scorer inside are told apart by their weight names.
+Folders of the model hub, of transformers' own class and of the training repository's names, with an
+STTS scorer inside or without, are told apart by their weight names.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+import math
+import os
+import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from edge_vlm.config import (
-    ConnectorConfig,
-    LanguageConfig,
-    ModelConfig,
-    Rescale,
-    ScorerConfig,
-    VisionAttention,
-    VisionConfig,
-)
+from edge_vlm.config import ModelConfig, Rescale, ScorerConfig
 from edge_vlm.errors import CheckpointError, ConfigError
-from edge_vlm.model.checkpoint import CONFIG, WEIGHTS, read_tensors
+from edge_vlm.model.checkpoint import CONFIG, assemble, read_tensors, write_tensors
+from edge_vlm.model.namings import HUB, STTS, Naming, recognise
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.vit import cell_patch_table
-from edge_vlm.model.weights import recognise, to_ours
+from edge_vlm.model.weight_files import INDEX, WEIGHTS, StoredTensor, read_json, read_layout
+from edge_vlm.model.weights import check_published, published_items, published_shapes, to_ours
+from edge_vlm.published_config import config_from_published, published_config
 
-INDEX = "model.safetensors.index.json"
 SCORER_WIDTH = "temporal_token_scorer.mlp.w1.bias"
 STTS_PRUNE_AT = 3
+MAX_SHARD_BYTES = 4_000_000_000
+
+# What stands beside the weights of a published folder and is needed to use them.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedFolder:
+    """A folder whose files, names, shapes and types fit its config; no weight was read yet."""
+
+    path: Path
+    config: ModelConfig
+    naming: Naming
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+
+def open_published(folder: Path) -> PublishedFolder:
+    """Checks a folder by its config and its files' headers.
+
+    Raises ConfigError (another model family, or a variant that is not computed here),
+    WeightFilesError (absent, cut off or pickled files), WeightNamesError (weights that do not fit
+    the config), CheckpointError (no config); each lists all that it found.
+    """
+    cfg = config_from_published(read_json(folder / CONFIG), where=folder / CONFIG)
+    tensors = read_layout(folder)
+    naming = recognise(tensors, where=folder)
+    if naming is STTS:
+        raise CheckpointError(
+            "these weights are a vision side without a language model",
+            where=folder,
+            remedy="expected are the weights of a whole model",
+        )
+    widths = [t.shape for name, t in tensors.items() if name.endswith(SCORER_WIDTH)]
+    if widths:
+        try:
+            cfg = dataclasses.replace(cfg, scorer=stts_scorer(cfg, sum(widths[0])))
+        except ValueError as error:
+            raise ConfigError(f"no room for the scorer: {error}", where=folder) from error
+    check_published(naming, cfg, tensors, where=folder)
+    return PublishedFolder(folder, cfg, naming, tensors)
 
 
 def load_published(folder: Path, dtype: torch.dtype = torch.float32) -> VideoLM:
-    """The model of a published folder. Weights stay mapped files where their type already fits.
+    """The model of a published folder, on the CPU. Raises as `open_published`.
 
-    Raises CheckpointError for a missing or unreadable file, WeightNamesError for a misfit and
-    ConfigError for a variant that this implementation does not compute.
+    Weights that are stored in `dtype` stay mapped files, which the system reads when they are used
+    and may drop again; the others are converted one by one. Either way the only memory of its own
+    that the model takes is that of converted or joined tensors (of a hub folder the embedding
+    table).
     """
-    weights = read_weights(folder)
-    cfg = config_from_published(_read_json(folder / CONFIG))
-    widths = [t.numel() for name, t in weights.items() if name.endswith(SCORER_WIDTH)]
-    if widths:
-        cfg = with_stts_scorer(cfg, widths[0])
-    ours = to_ours(recognise(weights), cfg, weights, where=folder)
-    with torch.device("meta"):
-        model = VideoLM(cfg)
-    model.load_state_dict({name: t.to(dtype) for name, t in ours.items()}, assign=True)
-    # The one buffer that is computed rather than stored was computed on the meta device.
-    model.vit.cell_patches_C9 = cell_patch_table(cfg.vision.patch_grid)
-    return model.eval()
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder under their published names."""
-    if (folder / INDEX).is_file():
-        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
-    else:
-        files = [WEIGHTS]
-    absent = [name for name in files if not (folder / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"missing weight files: {', '.join(absent)}",
-            where=folder,
-            remedy="download the folder again; only safetensors files are read",
-        )
+    found = open_published(folder)
     weights: dict[str, Tensor] = {}
-    for name in files:
-        weights.update(read_tensors(folder / name))
-    return weights
+    for file in found.files:
+        weights.update(read_tensors(folder / file))
+    return assemble(found.config, to_ours(found.naming, found.config, weights, folder), dtype)
 
 
-def config_from_published(data: Mapping[str, Any]) -> ModelConfig:
-    """Reads both generations of field names. The model has no scorer yet: `with_stts_scorer`.
+def save_published(
+    folder: Path,
+    model: VideoLM,
+    *,
+    companions: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model as a folder of the model hub, which transformers loads as Molmo2.
 
-    Raises ConfigError naming the field that is missing, or whose value is not supported.
+    `companions` is the folder whose tokenizer, processor files and config.json are taken over.
+    Written into an empty or new folder, weights last, a shard at a time. Raises CheckpointError if
+    the folder is not empty, ConfigError for a model that a published config cannot describe or that
+    is not the one described in `companions`.
     """
-    try:
-        text, adapter = data["text_config"], data["adapter_config"]
-        legacy = "vit_config" in data
-        vision = data["vit_config"] if legacy else data["vision_config"]
-        features = adapter["vit_layers"] if legacy else adapter["vision_feature_layer"]
-        features = tuple(layer % vision["num_hidden_layers"] for layer in features)
-        rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta")}
-        _supported("text_config.qk_norm_type", text.get("qk_norm_type", "qwen3"), "qwen3")
-        _supported("text_config.norm_after", text.get("norm_after", False), False)
-        _supported("text_config.rope_scaling", text.get("rope_scaling"), None)
-        _supported("text_config.rope_type", rope.get("rope_type", "default"), "default")
-        qkv_bias = text.get("attention_bias", text.get("qkv_bias", False))
-        _supported("text_config.attention_bias", qkv_bias, False)
-        for name, part, activation in (
-            ("text_config", text, "silu"),
-            ("adapter_config", adapter, "silu"),
-            ("vision_config", vision, "gelu_pytorch_tanh"),
-        ):
-            _supported(f"{name}.hidden_act", part["hidden_act"], activation)
-        for name, part in (("adapter_config", adapter), ("vision_config", vision)):
-            heads = part["num_attention_heads"]
-            _supported(f"{name}.num_key_value_heads", part["num_key_value_heads"], heads)
-        height, width = vision["image_default_input_size" if legacy else "image_size"]
-        _supported("vision_config.image_size", (height, width), (width, width))
-        return ModelConfig(
-            vision=VisionConfig(
-                image_size=width,
-                patch_size=vision["image_patch_size" if legacy else "patch_size"],
-                width=vision["hidden_size"],
-                num_heads=vision["num_attention_heads"],
-                head_dim=vision["head_dim"],
-                mlp_width=vision["intermediate_size"],
-                # Hub folders declare 27 blocks and hold the weights of those that are read.
-                num_layers=max(features) + 1 if legacy else vision["num_hidden_layers"],
-                feature_layers=features,
-                norm_eps=vision["layer_norm_eps"],
-            ),
-            scorer=None,
-            connector=ConnectorConfig(
-                width=adapter["hidden_size"],
-                num_heads=adapter["num_attention_heads"],
-                head_dim=adapter["head_dim"],
-                mlp_width=adapter["intermediate_size"],
-            ),
-            language=LanguageConfig(
-                width=text["hidden_size"],
-                num_layers=text["num_hidden_layers"],
-                num_heads=text["num_attention_heads"],
-                num_kv_heads=text["num_key_value_heads"],
-                head_dim=text["head_dim"],
-                mlp_width=text["intermediate_size"],
-                base_vocab=text["vocab_size"],
-                extra_vocab=text["additional_vocab_size"],
-                rope_theta=rope["rope_theta"],
-                norm_eps=text["rms_norm_eps"] if "rms_norm_eps" in text else text["layer_norm_eps"],
-                max_positions=text["max_position_embeddings"],
-            ),
-            attention=VisionAttention.ALL,
-        )
-    except KeyError as error:
+    cfg = model.cfg
+    config = published_config(cfg)
+    if cfg.scorer is not None and cfg.scorer != stts_scorer(cfg, cfg.scorer.mlp_width):
         raise ConfigError(
-            f"the published config lacks {error}", remedy="use the config.json of a Molmo2 folder"
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the published config is not one of a Molmo2: {error}") from error
+            "a published folder cannot say how this scorer differs from that of STTS",
+            remedy="save it as a checkpoint of this project",
+        )
+    if companions is not None:
+        config = read_json(companions / CONFIG)
+        if config_from_published(config, companions / CONFIG) != without_scorer(cfg):
+            raise ConfigError("this config is that of another model", where=companions / CONFIG)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError("is in the way", where=folder, remedy="give a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COMPANIONS:
+        if companions is not None and (companions / name).is_file():
+            shutil.copyfile(companions / name, folder / name)
+    _write(folder / CONFIG, json.dumps(config, indent=2))
+    weights = {name: t.detach() for name, t in model.state_dict().items()}
+    width = next(iter(weights.values())).element_size()
+    shards = _shards(published_shapes(HUB, cfg), max_shard_bytes // width)
+    items = published_items(HUB, cfg, weights)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, names in enumerate(shards):
+        of = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = WEIGHTS.replace(".", f"{of}.", 1)
+        shard = dict(next(items) for _ in names)
+        total += sum(tensor.numel() for tensor in shard.values())
+        weight_map |= dict.fromkeys(shard, file)
+        write_tensors(folder / file, shard)
+    if len(shards) > 1:
+        sizes = {"total_parameters": total, "total_size": total * width}
+        index = {"metadata": sizes, "weight_map": weight_map}
+        _write(folder / INDEX, json.dumps(index, indent=2))
 
 
-def with_stts_scorer(cfg: ModelConfig, mlp_width: int) -> ModelConfig:
-    """The same model with the scorer of the published STTS code (arXiv 2603.18004)."""
-    scorer = ScorerConfig(
+def stts_scorer(cfg: ModelConfig, mlp_width: int) -> ScorerConfig:
+    """The scorer of the published STTS code (arXiv 2603.18004) for this vision side."""
+    return ScorerConfig(
         prune_at=STTS_PRUNE_AT,
         num_heads=cfg.vision.num_heads,
         head_dim=cfg.vision.head_dim,
         mlp_width=mlp_width,
         rescale=Rescale.ROW,
     )
-    return ModelConfig(
-        vision=cfg.vision,
-        scorer=scorer,
-        connector=cfg.connector,
-        language=cfg.language,
-        attention=cfg.attention,
-    )
 
 
-def _supported(field: str, value: object, wanted: object) -> None:
-    if value != wanted:
-        raise ConfigError(
-            f"{field} = {value!r} is not supported",
-            remedy=f"only models with {wanted!r} can be loaded, such as Molmo2-4B and Molmo2-8B",
-        )
+def without_scorer(cfg: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(cfg, scorer=None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"there is no {path.name}", where=path.parent, remedy="point to a Molmo2 folder"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"not JSON: {error}", where=path) from error
-    if not isinstance(data, dict):
-        raise CheckpointError("not a JSON object", where=path)
-    return data
+def _shards(shapes: dict[str, tuple[int, ...]], most: int) -> list[list[str]]:
+    """Names in order, cut so that no part holds more than `most` numbers, or else one tensor."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        if shards[-1] and held + size > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)

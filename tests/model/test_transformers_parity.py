@@ -1,208 +1,157 @@
-"""Same weights, same tokens, same logits as transformers' own Molmo2.
-
-Several frames of several vision tokens each, grouped queries, frame markers that see each other:
-the places where ports have gone wrong. The published processors are not involved, tensors go in.
-"""
+"""Same weights, same tokens, same logits as transformers' own Molmo2, in all three variants."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import transformers
-from safetensors.torch import save_file
-from torch import Tensor
 
-from edge_vlm.config import ModelConfig, VisionAttention, tiny
-from edge_vlm.errors import CheckpointError, ConfigError
-from edge_vlm.model.published import config_from_published, load_published
+from edge_vlm.config import LanguageConfig, ModelConfig, RopeScaling
+from edge_vlm.model.namings import TRANSFORMERS
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.weights import HUB, TRANSFORMERS, to_ours, to_published
-from tests.model.prompts import read
+from edge_vlm.model.weights import to_ours, to_published
+from edge_vlm.rope import rope_table
+from tests.model.peers import (
+    TOLERANCE,
+    largest,
+    load_ours,
+    our_greedy,
+    our_logits,
+    peer_config,
+    peer_logits,
+    random_peer,
+    text_prompt,
+    variant,
+    video_prompt,
+)
 
-FRAMES = 3
-TOLERANCE = 1e-4
-CFG: ModelConfig = dataclasses.replace(tiny(), scorer=None, attention=VisionAttention.ALL)
-START, PATCH, END = (CFG.language.base_vocab + i for i in range(3))
-
-
-def peer_config() -> object:
-    vision, connector, language = CFG.vision, CFG.connector, CFG.language
-    return transformers.Molmo2Config(
-        vision_config={
-            "hidden_size": vision.width,
-            "intermediate_size": vision.mlp_width,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_heads,
-            "num_key_value_heads": vision.num_heads,
-            "head_dim": vision.head_dim,
-            "image_size": [vision.image_size, vision.image_size],
-            "patch_size": vision.patch_size,
-        },
-        adapter_config={
-            "vision_feature_layer": list(vision.feature_layers),
-            "hidden_size": connector.width,
-            "num_attention_heads": connector.num_heads,
-            "num_key_value_heads": connector.num_heads,
-            "head_dim": connector.head_dim,
-            "intermediate_size": connector.mlp_width,
-            "text_hidden_size": language.width,
-        },
-        text_config={
-            "hidden_size": language.width,
-            "num_attention_heads": language.num_heads,
-            "num_key_value_heads": language.num_kv_heads,
-            "head_dim": language.head_dim,
-            "vocab_size": language.base_vocab,
-            "additional_vocab_size": language.extra_vocab,
-            "num_hidden_layers": language.num_layers,
-            "intermediate_size": language.mlp_width,
-            "max_position_embeddings": language.max_positions,
-            "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
-        },
-        image_start_token_id=START,
-        image_patch_id=PATCH,
-        image_end_token_id=END,
-    )
+STEPS = 32
+VARIANTS = ("4b", "8b", "o-7b")
+PROMPTS = {"text": text_prompt, "video": video_prompt}
 
 
-@pytest.fixture(scope="module")
-def peer() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = peer_config()
-    config._attn_implementation = "eager"  # type: ignore[attr-defined]
-    model = transformers.Molmo2ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Weights large enough that a wrong mask, order or position shows far above 1e-4.
-            noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
-    return model
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    cfg: ModelConfig
+    peer: Any
+    ours: VideoLM
 
 
-@pytest.fixture(scope="module")
-def prompt() -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [s], whether each is a vision token [s], pixels [F, N, P]: two text tokens per frame."""
-    generator = torch.Generator().manual_seed(1)
-    cells = CFG.vision.num_cells
-
-    def text(count: int) -> list[int]:
-        high = CFG.language.base_vocab
-        return torch.randint(high, (count,), generator=generator).tolist()
-
-    ids = text(1)
-    for _ in range(FRAMES):
-        ids += [*text(2), START, *[PATCH] * cells, END]
-    ids += text(6)
-    tokens = torch.tensor(ids)
-    shape = (FRAMES, CFG.vision.num_patches, CFG.vision.patch_dim)
-    return tokens, tokens >= CFG.language.base_vocab, torch.randn(shape, generator=generator)
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    cfg = variant(request.param)
+    peer = random_peer(cfg)
+    return Pair(cfg, peer, load_ours(cfg, to_ours(TRANSFORMERS, cfg, peer.state_dict())))
 
 
-def peer_logits(peer: torch.nn.Module, prompt: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    ids, vision, pixels = prompt
-    table = VideoLM(CFG).vit.cell_patches_C9
-    offsets = torch.arange(FRAMES)[:, None, None] * CFG.vision.num_patches
-    side = CFG.vision.cell_grid
-    with torch.no_grad():
-        out = peer(
-            input_ids=ids[None],
-            pixel_values_videos=pixels,
-            video_token_pooling=(table[None] + offsets).flatten(0, 1),
-            video_grids=torch.tensor([[FRAMES, side, side]]),
-            mm_token_type_ids=vision.long()[None],
-            attention_mask=torch.ones_like(ids)[None],
-        )
-    return out.logits[0]
-
-
-def our_logits(
-    model: VideoLM, prompt: tuple[Tensor, Tensor, Tensor], blocks: list[int] | None = None
-) -> Tensor:
-    ids, vision, pixels = prompt
-    with torch.no_grad():
-        everything = torch.arange(FRAMES * CFG.vision.num_cells)
-        frames = everything // CFG.vision.num_cells
-        features = model.vit_trunk(model.vit.embed(pixels), everything, frames)
-        embeds = model.llm.embed(ids)
-        embeds = embeds.index_add(0, (ids == PATCH).nonzero().squeeze(1), features)
-        # ALL: every vision token of the prompt is in one block.
-        return read(model, embeds, blocks or [0 if v else -1 for v in vision.tolist()])[0]
-
-
-def ours(weights: dict[str, Tensor]) -> VideoLM:
-    model = VideoLM(CFG).eval()
-    model.load_state_dict(weights)
-    return model
-
-
-def test_logits_equal_those_of_transformers(
-    peer: torch.nn.Module, prompt: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    model = ours(to_ours(TRANSFORMERS, CFG, peer.state_dict()))
-    theirs, mine = peer_logits(peer, prompt), our_logits(model, prompt)
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prefill_equals_transformers(pair: Pair, kind: str) -> None:
+    prompt = PROMPTS[kind](pair.cfg)
+    theirs, mine = peer_logits(pair.peer, prompt), our_logits(pair.ours, prompt)
     assert theirs.std() > 0.1
-    assert (theirs - mine).abs().max() <= TOLERANCE
+    assert largest(theirs - mine) <= TOLERANCE
 
 
-def test_the_comparison_sees_a_wrong_mask(
-    peer: torch.nn.Module, prompt: tuple[Tensor, Tensor, Tensor]
-) -> None:
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_greedy_decoding_equals_transformers(pair: Pair, kind: str) -> None:
+    """Token by token from a cache, against `generate`."""
+    prompt = PROMPTS[kind](pair.cfg)
+    theirs = pair.peer.generate(
+        **prompt.peer_inputs(),
+        do_sample=False,
+        max_new_tokens=STEPS,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    expected = theirs.sequences[0, len(prompt.ids) :].tolist()
+    tokens, rows = our_greedy(pair.ours, prompt, STEPS)
+    assert tokens == expected
+    assert len(expected) == STEPS
+    assert len(set(expected)) > 2, "a constant answer would compare nothing"
+    assert largest(rows - torch.cat(theirs.logits)) <= TOLERANCE
+
+
+def test_the_comparison_sees_a_wrong_mask(pair: Pair) -> None:
     """Markers taken for text, or frames kept apart: each must show."""
-    model = ours(to_ours(TRANSFORMERS, CFG, peer.state_dict()))
-    theirs = peer_logits(peer, prompt)
-    ids, vision, _ = prompt
-    markers_as_text = [0 if token == PATCH else -1 for token in ids.tolist()]
-    frame = (ids == START).cumsum(0)
-    frames_apart = torch.where(vision, frame, -1).tolist()
+    prompt = video_prompt(pair.cfg)
+    theirs = peer_logits(pair.peer, prompt)
+    markers_as_text = torch.where(prompt.is_patch, 0, -1).tolist()
+    frames_apart = torch.where(prompt.is_vision, prompt.is_start.cumsum(0), -1).tolist()
     for blocks in (markers_as_text, frames_apart):
-        assert (theirs - our_logits(model, prompt, blocks)).abs().max() > 10 * TOLERANCE
+        assert largest(theirs - our_logits(pair.ours, prompt, blocks)) > 10 * TOLERANCE
 
 
-def test_our_weights_load_back(peer: torch.nn.Module) -> None:
-    theirs = peer.state_dict()
-    back = to_published(TRANSFORMERS, CFG, to_ours(TRANSFORMERS, CFG, theirs))
+SCALING = variant("o-7b").language.rope_scaling
+assert SCALING is not None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"post_norm": False},
+        {"rope_scaling": None},
+        {"rope_scaling": dataclasses.replace(SCALING, layers=(0, 2))},
+        {"rope_scaling": dataclasses.replace(SCALING, layers=(0, 1, 2, 3))},
+        {"rope_scaling": dataclasses.replace(SCALING, attention_factor=1.0)},
+        {"rope_scaling": dataclasses.replace(SCALING, original_max_positions=512)},
+    ],
+    ids=["pre-norm", "plain", "other-layers", "all-layers", "factor-1", "other-length"],
+)
+def test_the_comparison_sees_a_wrong_olmo(wrong: dict[str, Any]) -> None:
+    """Settings that fit the same weights: only the answers can tell them apart."""
+    cfg = variant("o-7b")
+    peer, prompt = random_peer(cfg), text_prompt(cfg)
+    other = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, **wrong))
+    model = load_ours(other, to_ours(TRANSFORMERS, cfg, peer.state_dict()))
+    assert largest(peer_logits(peer, prompt) - our_logits(model, prompt)) > 10 * TOLERANCE
+
+
+def test_our_weights_load_back(pair: Pair) -> None:
+    theirs = pair.peer.state_dict()
+    back = to_published(TRANSFORMERS, pair.cfg, to_ours(TRANSFORMERS, pair.cfg, theirs))
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
-def test_a_saved_folder_loads_here(
-    peer: torch.nn.Module, prompt: tuple[Tensor, Tensor, Tensor], tmp_path: Path
-) -> None:
-    peer.save_pretrained(tmp_path)  # type: ignore[operator]
-    model = load_published(tmp_path)
-    assert model.cfg == CFG
-    assert (peer_logits(peer, prompt) - our_logits(model, prompt)).abs().max() <= TOLERANCE
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("original", [8192, 32])
+def test_scaled_rotations_equal_transformers(original: int, truncate: bool) -> None:
+    """At the published head width, also where the ramp between the two kinds is empty."""
+    language = LanguageConfig(
+        width=256,
+        num_layers=4,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=128,
+        mlp_width=8,
+        base_vocab=8,
+        extra_vocab=0,
+        rope_theta=5e5,
+        max_positions=65_536,
+        rope_scaling=RopeScaling(
+            factor=8.0,
+            original_max_positions=original,
+            attention_factor=1.2079441541679836,
+            layers=(3,),
+            truncate=truncate,
+        ),
+    )
+    cfg = dataclasses.replace(variant("o-7b"), language=language)
+    tables = _their_tables(peer_config(cfg), 2048)
+    assert language.rope_width == 128
+    for mine, theirs in zip(rope_table(language, 2048), tables, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=3e-4)
 
 
-def test_our_folder_loads_there(
-    peer: torch.nn.Module, prompt: tuple[Tensor, Tensor, Tensor], tmp_path: Path
-) -> None:
-    """Under the names of the published folders, which transformers converts on its own."""
-    published = to_published(HUB, CFG, to_ours(TRANSFORMERS, CFG, peer.state_dict()))
-    contiguous = {name: t.contiguous().clone() for name, t in published.items()}
-    save_file(contiguous, tmp_path / "model.safetensors", {"format": "pt"})
-    peer.config.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
-    loaded = transformers.Molmo2ForConditionalGeneration.from_pretrained(
-        tmp_path, attn_implementation="eager", dtype=torch.float32
-    ).eval()
-    assert torch.equal(peer_logits(loaded, prompt), peer_logits(peer, prompt))
+def _their_tables(config: Any, num_positions: int) -> list[np.ndarray]:
+    from transformers.models.molmo2.modeling_molmo2 import Molmo2RotaryEmbedding
 
-
-def test_variants_we_do_not_compute_are_refused() -> None:
-    config = peer_config().to_dict()  # type: ignore[attr-defined]
-    assert config_from_published(json.loads(json.dumps(config))) == CFG
-    for field, value in (("qk_norm_type", "olmo"), ("norm_after", True)):
-        other = {**config, "text_config": {**config["text_config"], field: value}}
-        with pytest.raises(ConfigError, match=field):
-            config_from_published(other)
-    with pytest.raises(ConfigError, match="text_config"):
-        config_from_published({})
-
-
-def test_a_folder_without_weights_is_a_typed_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        load_published(tmp_path)
+    positions, like = torch.arange(num_positions)[None], torch.zeros(1)
+    kinds = [Molmo2RotaryEmbedding(config.text_config, scaled=s) for s in (False, True)]
+    pairs = [kind(like, positions) for kind in kinds]
+    # They repeat each angle for the second half of a head.
+    return [np.concatenate([pair[i][0].numpy()[:, :64] for pair in pairs], -1) for i in range(2)]
