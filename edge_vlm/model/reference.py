@@ -51,8 +51,8 @@ def keep_by_clip(scores_FC: Tensor, frames_per_clip: Sequence[int], removed: flo
     return kept
 
 
-def frames_alone(num_kept_F: Sequence[int], capacity: int) -> list[int]:
-    """Frames that first-fit-descending packing into rows of `capacity` cells leaves alone in a row.
+def pack_rows(num_kept_F: Sequence[int], capacity: int) -> list[list[int]]:
+    """The frames in each row of first-fit-descending packing into rows of `capacity` cells.
 
     Frames with nothing kept are not packed. Equal counts are packed in frame order.
     """
@@ -70,7 +70,12 @@ def frames_alone(num_kept_F: Sequence[int], capacity: int) -> list[int]:
         else:
             rows.append([frame])
             room.append(capacity - size)
-    return sorted(row[0] for row in rows if len(row) == 1)
+    return rows
+
+
+def frames_alone(num_kept_F: Sequence[int], capacity: int) -> list[int]:
+    """Frames that `pack_rows` leaves alone in their row, in order."""
+    return sorted(row[0] for row in pack_rows(num_kept_F, capacity) if len(row) == 1)
 
 
 def encode_reference(

@@ -149,6 +149,7 @@ class VideoLM(nn.Module):
         taps = {self.trunk_start - 1: x}
         for i in range(self.trunk_start, self.cfg.vision.num_layers):
             x = self.vit.block(i).forward_ragged(x, layout)
-            taps[i] = x
+            if i in self.cfg.vision.feature_layers:  # the others' outputs need not be held
+                taps[i] = x
         joined = torch.cat([taps[i] for i in self.cfg.vision.feature_layers], -1)
         return self.connector(joined.unflatten(0, (-1, CELL * CELL)))

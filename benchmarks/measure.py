@@ -1,0 +1,109 @@
+"""What the benchmark scripts share: where they ran, taking times in turn, the result file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_vlm import __version__
+
+
+def device_record(device: torch.device) -> dict[str, Any]:
+    """Device, threads and versions, as every result file states them."""
+    record: dict[str, Any] = {
+        "edge_vlm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return record | {
+            "device": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "clock_mhz": torch.cuda.clock_rate(device),
+        }
+    return record | {
+        "device": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def in_turn(
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmups: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Seconds of every case, once per round: A B C A B C ...
+
+    A machine whose speed drifts slows all of them alike, so that ratios within a round hold.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(-warmups, rounds):
+        for name, run in cases.items():
+            _settle(device)
+            begin = time.perf_counter()
+            run()
+            _settle(device)
+            took = time.perf_counter() - begin
+            if turn >= 0:
+                seconds[name].append(took)
+            say(f"{'warm-up' if turn < 0 else f'round {turn + 1}'}: {name} {took:.4f} s")
+    return seconds
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def speed_up(baseline: list[float], case: list[float]) -> float:
+    """Median over the rounds of how many times faster the case was."""
+    return statistics.median(a / b for a, b in zip(baseline, case, strict=True))
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    return {
+        "median_s": round(statistics.median(seconds), 5),
+        "least_s": round(min(seconds), 5),
+        "rounds_s": [round(value, 5) for value in seconds],
+    }
+
+
+def command_line(script: str, argv: Sequence[str] | None) -> str:
+    """The command that made a result, as it is repeated from the repository's root."""
+    return " ".join(
+        ["python -m", f"benchmarks.{script}", *(sys.argv[1:] if argv is None else argv)]
+    )
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
