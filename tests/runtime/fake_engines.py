@@ -5,6 +5,7 @@ real tiny bundle."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -69,9 +70,21 @@ class FakeVision:
 
 
 class FakeLanguage:
-    """Says `answer_ids` after every prefill without vision blocks."""
+    """Says `answer_ids` after every prefill without vision blocks, and yes or no when measured."""
 
-    def __init__(self, width: int, vocab: int, answer_ids: Sequence[int], clock: FakeClock) -> None:
+    def __init__(
+        self,
+        width: int,
+        vocab: int,
+        answer_ids: Sequence[int],
+        yes_no: tuple[int, int],
+        clock: FakeClock,
+    ) -> None:
+        self._yes_no = yes_no
+        self.yes = 0.5
+        """Probability of yes against no; NaN: the logits are not finite."""
+        self.measured: list[int] = []
+        """Branches of each measurement."""
         self._width = width
         self._vocab = vocab
         self._answer_ids = list(answer_ids)
@@ -97,6 +110,16 @@ class FakeLanguage:
         self._clock.pass_s(self.token_takes_s)
         self.says = 0
         return self._logits()
+
+    def measure(self, arena: KVArena, branches: Sequence[np.ndarray]) -> np.ndarray:
+        self.measured.append(len(branches))
+        self._clock.pass_s(self.token_takes_s)
+        if math.isnan(self.yes):
+            raise NonFinite("the logits are not finite", where="llm")
+        logits = np.full((len(branches), self._vocab), -30.0, np.float32)
+        for token, share in zip(self._yes_no, (self.yes, 1.0 - self.yes), strict=True):
+            logits[:, token] = math.log(max(share, 1e-12))
+        return logits
 
     def decode_step(self, arena: KVArena, token_id: int) -> np.ndarray:
         if self.says == self.fails_at_token:
@@ -135,5 +158,6 @@ class FakeEngines:
             config.language.width,
             config.language.base_vocab,
             self.prompt.answer_ids(ANSWER).tolist(),
+            (self.prompt.tokenizer.id_of(" yes"), self.prompt.tokenizer.id_of(" no")),
             clock,
         )
