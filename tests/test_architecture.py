@@ -30,7 +30,19 @@ STAGES = {
 RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
-    *("PIL", "av", "cv2", "jtop", "msgspec", "onnx", "onnxruntime", "rich", "safetensors"),
+    *(
+        "PIL",
+        "aiohttp",
+        "av",
+        "cv2",
+        "jtop",
+        "msgspec",
+        "onnx",
+        "onnxruntime",
+        "paho",
+        "rich",
+        "safetensors",
+    ),
     *("starlette", "tensorrt", "tokenizers", "transformers", "uvicorn", "websockets"),
 }
 GUARDED_PACKAGES = (CORE, RUNTIME)
@@ -50,16 +62,20 @@ LAYERS = (
     {"protocol", "frame_slot"},
     {"context", "intake"},
     {"session", "session_tally", "alert_watch"},
-    {"worker", "sources"},
+    {"worker", "sources", "delivery_queue"},
+    {"outputs", "webhook", "mqtt"},
+    {"event_log"},
+    {"served_session"},
     {"connection"},
-    {"server", "client"},
+    {"server", "line"},
+    {"client"},
     {"evaluate", "streaming"},
     {"view"},
     {"commands", "demo_command", "evaluate_command", "protocol_docs"},
 )
 PURE_MODULES = {
-    *("alert_messages", "alert_watch", "alerts", "context", "intake", "protocol", "session"),
-    *("session_tally", "wire"),
+    *("alert_messages", "alert_watch", "alerts", "context", "event_log", "intake", "protocol"),
+    *("session", "session_tally", "wire"),
 }
 IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}
 
