@@ -10,6 +10,7 @@ async with await Client.connect(url, {"delivery": "wait"}) as client:
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
@@ -17,25 +18,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from edge_vlm.errors import (
-    EdgeVlmError,
-    MessageTooLarge,
-    MissingExtraError,
-    ProtocolError,
-    ServerBusy,
-    ServerUnreachable,
-)
+from edge_vlm.errors import EdgeVlmError
 from edge_vlm_runtime import protocol
-
-try:
-    import websockets
-    from websockets.asyncio.client import ClientConnection, connect
-except ImportError as error:
-    raise MissingExtraError.for_library("websockets", "ort") from error
-
-MAX_EVENT_BYTES = 4 << 20
-OPEN_TIMEOUT_S = 10.0
-CLOSE_TIMEOUT_S = 2.0
+from edge_vlm_runtime.line import (
+    CLOSE_TIMEOUT_S,
+    Access,
+    Line,
+    ResumePoint,
+    error_from_detail,
+    frame_key,
+)
 
 OnEvent = Callable[[protocol.ServerEvent], None]
 
@@ -94,20 +86,26 @@ class AnswerStream:
 
 class Client:
     """One session. Not for several tasks at once, except that questions may be asked while another
-    task sends frames."""
+    task sends frames.
 
-    def __init__(self, connection: ClientConnection, on_event: OnEvent | None) -> None:
-        self._connection = connection
+    A connection that breaks comes back by itself within the server's `resume_grace_s`; meanwhile
+    everything waits, and nothing is lost."""
+
+    def __init__(self, line: Line, on_event: OnEvent | None) -> None:
+        self._line = line
         self.on_event = on_event
         self._changed = asyncio.Condition()
         self._failure: EdgeVlmError | None = None
         self._unacknowledged: set[int] = set()
         self._last_sequence = 0
         self._next_event_id = 0
+        self._id_prefix = secrets.token_hex(3)  # a session may have had another client before
         self._by_event_id: dict[str, AnswerStream] = {}
         self._by_response_id: dict[str, AnswerStream] = {}
         self._updates: dict[str, asyncio.Future[protocol.SessionUpdated]] = {}
-        self.created: protocol.SessionCreated
+        self.created = line.opening
+        if isinstance(line.opening, protocol.SessionResumed):
+            self._last_sequence = line.opening.newest_frame_sequence or 0
         self.accepted: dict[int, protocol.FrameAccepted] = {}
         """Outcome of each frame that was processed, by its number."""
         self.dropped: dict[int, protocol.FrameDropped] = {}
@@ -124,28 +122,18 @@ class Client:
         settings: Mapping[str, Any] | None = None,
         *,
         on_event: OnEvent | None = None,
+        access: Access | None = None,
+        reconnect: bool = True,
     ) -> Client:
         """Opens a session. `on_event` is called with every event of the server, in order.
 
         Raises ServerUnreachable, ServerBusy, ProtocolError, and ConfigError for settings that the
         server refuses.
         """
+        line = await Line.open(url, access or Access(), reconnect=reconnect)
+        client = cls(line, on_event)
+        client._begin()
         try:
-            connection = await connect(
-                url,
-                max_size=MAX_EVENT_BYTES,
-                compression=None,
-                open_timeout=OPEN_TIMEOUT_S,
-                close_timeout=CLOSE_TIMEOUT_S,
-                proxy=None,
-            )
-        except (OSError, TimeoutError, websockets.WebSocketException, ValueError) as error:
-            raise ServerUnreachable(
-                f"no edge-vlm server answers: {error}", where=url, remedy="start `edge-vlm serve`"
-            ) from error
-        client = cls(connection, on_event)
-        try:
-            await client._begin()
             if settings:
                 await client.update(settings)
         except BaseException:
@@ -153,18 +141,39 @@ class Client:
             raise
         return client
 
-    async def _begin(self) -> None:
-        try:
-            first = protocol.decode_server_event(await self._connection.recv())
-        except websockets.ConnectionClosed as closed:
-            raise _closed_error(closed) from closed
-        if isinstance(first, protocol.Error):
-            raise error_from_detail(first.error)
-        if not isinstance(first, protocol.SessionCreated):
-            raise ProtocolError(f"the server began with {protocol.tag_of(type(first))}")
-        self.created = first
-        self._tell(first)
+    @classmethod
+    async def resume(
+        cls,
+        url: str,
+        point: ResumePoint,
+        *,
+        on_event: OnEvent | None = None,
+        access: Access | None = None,
+        reconnect: bool = True,
+    ) -> Client:
+        """Goes on with a session that another client, perhaps of a process that died, has left.
+
+        Every event behind `point` comes, none twice; answers to questions of the other client come
+        as events only. Raises SessionGone, ReplayLost, and as `connect`.
+        """
+        line = await Line.resume(url, access or Access(), point, reconnect=reconnect)
+        client = cls(line, on_event)
+        client._begin()
+        return client
+
+    def _begin(self) -> None:
+        self._tell(self.created)
         self._reader = asyncio.create_task(self._read())
+
+    @property
+    def resume_point(self) -> ResumePoint:
+        """Where another process could go on with this session."""
+        return self._line.point
+
+    @property
+    def reconnects(self) -> int:
+        """How often the connection broke and came back."""
+        return self._line.reconnects
 
     # ---- what a script does ------------------------------------------------------------------
 
@@ -192,7 +201,8 @@ class Client:
         self._last_sequence += 1
         sequence = self._last_sequence
         self._unacknowledged.add(sequence)
-        await self._send(protocol.frame_message(sequence, pts_us, jpeg).encode())
+        message = protocol.frame_message(sequence, pts_us, jpeg).encode()
+        await self._send(message, frame_key(sequence))
         return sequence
 
     async def wait_processed(self) -> None:
@@ -221,11 +231,11 @@ class Client:
 
     async def close(self) -> None:
         """Ends the session. Twice does no harm."""
-        with suppress(EdgeVlmError, websockets.ConnectionClosed):
+        with suppress(EdgeVlmError, asyncio.TimeoutError):
             if self._reader is not None and self._failure is None:
                 await self._send_json("session.close", self._event_id())
                 await asyncio.wait_for(asyncio.shield(self._reader), CLOSE_TIMEOUT_S)
-        await self._connection.close()
+        await self._line.close()
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
@@ -249,17 +259,18 @@ class Client:
 
     def _event_id(self) -> str:
         self._next_event_id += 1
-        return f"event_{self._next_event_id}"
+        return f"event_{self._id_prefix}_{self._next_event_id}"
 
     async def _send_json(self, kind: str, event_id: str, **fields: Any) -> None:
-        await self._send(protocol.json_object({"type": kind, "event_id": event_id, **fields}))
+        text = protocol.json_object({"type": kind, "event_id": event_id, **fields})
+        await self._send(text, event_id)
 
-    async def _send(self, data: str | bytes) -> None:
+    async def _send(self, data: str | bytes, key: str) -> None:
         self._raise_failure()
         try:
-            await self._connection.send(data)
-        except websockets.ConnectionClosed as closed:
-            await self._fail(_closed_error(closed))
+            await self._line.send(data, key)
+        except EdgeVlmError as error:
+            await self._fail(error)
             self._raise_failure()
 
     def _raise_failure(self) -> None:
@@ -270,12 +281,10 @@ class Client:
 
     async def _read(self) -> None:
         try:
-            while True:  # iterating would swallow the close codes 1000 and 1001
-                event = protocol.decode_server_event(await self._connection.recv())
+            while True:
+                event = await self._line.receive()
                 await self._take(event)
                 self._tell(event)
-        except websockets.ConnectionClosed as closed:
-            await self._fail(_closed_error(closed))
         except EdgeVlmError as error:
             await self._fail(error)
 
@@ -350,28 +359,3 @@ def _answer_of(event: protocol.ResponseDone) -> Answer:
         kv_tokens=event.kv_tokens,
         time_offset_s=event.time_offset_s,
     )
-
-
-def error_from_detail(detail: protocol.ErrorDetail) -> EdgeVlmError:
-    """The error of our tree with the code that the server sent."""
-    classes = [EdgeVlmError]
-    for kind in classes:
-        classes.extend(kind.__subclasses__())
-    for kind in classes:
-        if kind.code == detail.code:
-            return kind(detail.message)
-    return EdgeVlmError(f"{detail.code}: {detail.message}")
-
-
-def _closed_error(closed: websockets.ConnectionClosed) -> EdgeVlmError:
-    code = closed.rcvd.code if closed.rcvd is not None else None
-    reason = closed.rcvd.reason if closed.rcvd is not None else ""
-    if code == 1009:
-        return MessageTooLarge(reason or "a message was too large for the server")
-    if code == 1013:
-        return ServerBusy(reason or "the server is busy")
-    if code == 1003:
-        return ProtocolError(reason or "the server does not understand these messages")
-    if code is None:
-        return ServerUnreachable("the connection broke")
-    return ServerUnreachable(f"the server closed the session ({code}): {reason}".rstrip(": "))

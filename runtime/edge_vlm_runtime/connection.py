@@ -3,36 +3,41 @@
 1000  the client closed the session        1009  a message above the limit
 1001  the server is stopping               1011  a bug of ours ended the session
 1003  nothing but binary garbage so far    1013  no free session, or the client reads too slowly
+1008  not allowed, no such session to go on with, or another connection went on with it
+
+A connection that breaks without a word leaves its session behind, see `served_session`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import edge_vlm
 from edge_vlm.errors import (
     EdgeVlmError,
     FrameDecodeError,
     MessageTooLarge,
     ProtocolError,
     ServerBusy,
+    SessionError,
 )
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.frame_slot import WaitingFrame
-from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
-from edge_vlm_runtime.worker import EngineWorker, SessionHandle
+from edge_vlm_runtime.served_session import ServedSession, SessionTable, resolve
+from edge_vlm_runtime.worker import SessionHandle
 
 log = logging.getLogger(__name__)
 
-MAX_OUTBOX_EVENTS = 2000
-"""Events a client may leave unread before it is disconnected."""
 GOODBYE_TIMEOUT_S = 1.0
+RESUME_TIMEOUT_S = 10.0
+"""A connection that wants to go on with a session must say with which one."""
+MAX_WAITING_CALLS = 32
+"""Messages the engines have not come to; further ones are left in the socket."""
+BROKEN_CODES = {1005, 1006, 1011, 1012}
+"""RFC 6455, 7.4.1: no close frame, or one from a side in trouble. The viewer may come back."""
 
 
 class WebSocket(Protocol):
@@ -45,157 +50,151 @@ class WebSocket(Protocol):
     async def close(self, code: int = 1000, reason: str | None = None) -> None: ...
 
 
-@dataclass(frozen=True)
-class _Close:
-    code: int
-    reason: str
-
-
 class Connection:
     """Runs one accepted websocket to its end. Lives on the event loop."""
 
-    def __init__(
-        self,
-        websocket: WebSocket,
-        *,
-        worker: EngineWorker,
-        bundle_name: str,
-        settings: SessionSettings,
-        model: ModelLimits,
-        limits: ServerLimits,
-    ) -> None:
+    def __init__(self, websocket: WebSocket, table: SessionTable, *, resumes: bool = False) -> None:
+        """`resumes`: the first message is `session.resume`, no new session is made."""
         self._websocket = websocket
-        self._worker = worker
-        self._bundle_name = bundle_name
-        self._settings = settings
-        self._model = model
-        self._limits = limits
-        self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[protocol.ServerEvent | _Close] = asyncio.Queue()
-        self._sequence = 0
-        self._overflowed: asyncio.Future[None] = self._loop.create_future()
-        self._closing = False
-        self._draining = False
-        self._understood = False
-        self._handle: SessionHandle | None = None
+        self._table = table
+        self._resumes = resumes
+        self._limits = table.limits
+        self._session: ServedSession
+        self._sent = 0
+        """Number of the last event that was sent."""
+        self._greeting: str | None = None
+        self._news = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._overflowed: asyncio.Future[None] = loop.create_future()
+        self._displaced: asyncio.Future[None] = loop.create_future()
+        self._understood = resumes
+        self._is_broken = False
 
     async def run(self) -> None:
-        """Serves the connection; returns when it is closed and its session has ended."""
-        opened: asyncio.Future[SessionHandle | EdgeVlmError] = self._loop.create_future()
-        self._worker.open_session(
-            self._settings,
-            emit=lambda event: self._from_engines(self._send, event),
-            on_open=lambda result: self._from_engines(_resolve, opened, result),
-            on_failure=lambda: self._from_engines(self._close, 1011, "the session failed"),
-        )
-        result = await opened
-        if isinstance(result, EdgeVlmError):
-            self._send(protocol.error_event(result))
-            self._close(1011, result.code)
-            await self._send_loop()
-            return
-        self._handle = result
-        self._send(
-            protocol.SessionCreated(
-                session_id=secrets.token_hex(8),
-                protocol_version=protocol.PROTOCOL_VERSION,
-                server=f"edge-vlm {edge_vlm.__version__}",
-                model=protocol.Model(bundle=self._bundle_name, limits=self._model),
-                settings=self._settings,
-                limits=self._limits,
-            )
-        )
-        tasks = [
-            asyncio.create_task(self._send_loop()),
-            asyncio.create_task(self._receive_loop()),
-        ]
+        """Serves the connection; returns when it is closed. Its session may live on."""
         try:
-            await asyncio.wait([*tasks, self._overflowed], return_when=asyncio.FIRST_COMPLETED)
+            await (self._resume() if self._resumes else self._open())
+        except EdgeVlmError as error:
+            await refuse(self._websocket, error)
+            return
+        except _Gone:
+            return
+        sending = asyncio.create_task(self._send_loop())
+        receiving = asyncio.create_task(self._receive_loop())
+        try:
+            await asyncio.wait(
+                [sending, receiving, self._overflowed, self._displaced],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if sending.done() and sending.exception() is not None:
+                # The other side has gone; how, is about to be received.
+                self._is_broken = True
+                await asyncio.wait([receiving], timeout=GOODBYE_TIMEOUT_S)
         finally:
-            await self._end_session()
-            for task in tasks:
+            for task in (sending, receiving):
                 task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-            for outcome in results:
-                if isinstance(outcome, Exception):
-                    log.debug("connection ended by %r", outcome)
-        if self._overflowed.done():  # the send loop may have been stuck, so it could not say it
-            with suppress(Exception):
-                goodbye = self._websocket.close(1013, "the client reads too slowly")
-                await asyncio.wait_for(goodbye, GOODBYE_TIMEOUT_S)
+            sent, received = await asyncio.gather(sending, receiving, return_exceptions=True)
+            if isinstance(sent, Exception):
+                log.debug("nothing more could be sent: %r", sent)
+            if isinstance(received, Exception):
+                log.error("a connection failed", exc_info=received)
+                await self._say_goodbye(1011, "the connection failed")
+            await self._part()
 
-    async def drain(self, time_left_s: float) -> None:
-        """Lets the answers under way end, then closes with 1001."""
-        self._draining = True
-        self._send(protocol.SessionGoAway(time_left_s=time_left_s))
-        deadline = self._loop.time() + time_left_s
-        while self._handle is not None and self._handle.is_answering:
-            if self._loop.time() >= deadline or self._closing:
-                break
-            await asyncio.sleep(0.02)
-        await self._end_session()
-        self._send(protocol.SessionClosed(reason="the server is stopping"))
-        self._close(1001, "the server is stopping")
+    async def _open(self) -> None:
+        self._session = await self._table.open()
+        self._table.attach(self._session, self)
+
+    async def _resume(self) -> None:
+        try:
+            message = await asyncio.wait_for(self._websocket.receive(), RESUME_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise ProtocolError("no session.resume came") from None
+        if message["type"] == "websocket.disconnect":
+            raise _Gone
+        wanted = protocol.decode_client_message(message.get("text") or message.get("bytes") or b"")
+        if not isinstance(wanted, protocol.SessionResume):
+            raise ProtocolError("the first message of this connection must be session.resume")
+        session = self._table.find(wanted)
+        self._session = session
+        self._sent = wanted.last_sequence
+        self._table.attach(session, self)
+        resumed = self._table.resumed(session, wanted.last_sequence)
+        resumed.event_id = wanted.event_id
+        self._greeting = protocol.encode(resumed)
+
+    async def _part(self) -> None:
+        """What becomes of the session."""
+        session, table = self._session, self._table
+        if self._displaced.done():
+            await self._say_goodbye(1008, "another connection goes on with this session")
+        elif self._overflowed.done():
+            await table.end(session)
+            await self._say_goodbye(1013, "the client reads too slowly")
+        elif self._is_broken and session.viewer is self:
+            table.leave(session)
+        else:
+            await table.end(session)
+
+    async def _say_goodbye(self, code: int, reason: str) -> None:
+        """The send loop may have been stuck, so it could not say it."""
+        with suppress(Exception):
+            await asyncio.wait_for(self._websocket.close(code, reason), GOODBYE_TIMEOUT_S)
 
     # ---- out ---------------------------------------------------------------------------------
 
-    def _from_engines(self, call: Callable[..., None], *args: object) -> None:
-        """Runs `call` on the event loop; the engine thread never waits for a socket."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(call, *args)
+    def wake(self) -> None:
+        """There is something new in the log, or the session has ended."""
+        self._news.set()
+        if not self._session.log.covers(self._sent):
+            resolve(self._overflowed, None)
 
-    def _send(self, event: protocol.ServerEvent) -> None:
-        if self._closing:
-            return
-        self._sequence += 1
-        event.sequence = self._sequence
-        self._outbox.put_nowait(event)
-        if self._outbox.qsize() > MAX_OUTBOX_EVENTS:
-            self._closing = True
-            _resolve(self._overflowed, None)
-
-    def _close(self, code: int, reason: str) -> None:
-        if not self._closing:
-            self._closing = True
-            self._outbox.put_nowait(_Close(code, reason))
+    def displace(self) -> None:
+        """Another connection has taken the session over."""
+        resolve(self._displaced, None)
 
     async def _send_loop(self) -> None:
+        session = self._session
+        if self._greeting is not None:
+            await self._websocket.send_text(self._greeting)
         while True:
-            item = await self._outbox.get()
-            if isinstance(item, _Close):
+            while self._sent < session.log.newest:
+                await self._websocket.send_text(session.log.text(self._sent + 1))
+                self._sent += 1
+            if session.ending is not None:
                 # RFC 6455 5.5: a control frame holds 125 bytes, two of them are the code.
-                reason = item.reason.encode()[:120].decode(errors="ignore")
-                await self._websocket.close(item.code, reason)
+                reason = session.ending.reason.encode()[:120].decode(errors="ignore")
+                await self._websocket.close(session.ending.code, reason)
                 return
-            await self._websocket.send_text(protocol.encode(item))
-
-    async def _end_session(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is None:
-            return
-        ended: asyncio.Future[None] = self._loop.create_future()
-        self._worker.close_session(handle, lambda: self._from_engines(_resolve, ended, None))
-        await ended
+            self._news.clear()
+            await self._news.wait()
 
     # ---- in ----------------------------------------------------------------------------------
 
     async def _receive_loop(self) -> None:
+        session = self._session
         while True:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
+                self._is_broken = message.get("code", 1006) in BROKEN_CODES
                 return
-            if self._closing or self._handle is None:
+            if self._displaced.done():
+                return
+            if session.ending is not None or session.handle is None:
                 continue
+            session.messages_received += 1
             data: str | bytes = message.get("text") or message.get("bytes") or b""
             try:
-                await self._take(data, self._handle)
+                await self._take(data, session.handle)
             except ProtocolError as error:
                 event_id = protocol.event_id_of(data) if isinstance(data, str) else None
-                self._send(protocol.error_event(error, event_id=event_id))
+                session.send(protocol.error_event(error, event_id=event_id))
                 if error.close_code is not None:
-                    self._close(error.close_code, str(error))
+                    session.end(error.close_code, str(error))
                 elif isinstance(data, bytes) and not self._understood:
-                    self._close(1003, str(error))
+                    session.end(1003, str(error))
+            while session.handle is not None and session.handle.num_waiting > MAX_WAITING_CALLS:
+                await asyncio.sleep(0.005)
 
     async def _take(self, data: str | bytes, handle: SessionHandle) -> None:
         if len(data) > self._limits.max_message_bytes:
@@ -210,11 +209,14 @@ class Connection:
         self._understood = True
 
     def _take_frame(self, message: protocol.FrameMessage, handle: SessionHandle) -> None:
+        session = self._session
+        newest = session.newest_frame_sequence
+        session.newest_frame_sequence = max(message.sequence, newest or 0)
         frame = WaitingFrame(
             sequence=message.sequence,
             capture_time_us=message.capture_time_us,
             jpeg=message.payload,
-            received_ns=self._worker.clock_ns(),
+            received_ns=self._table.clock_ns(),
         )
         if message.payload_length == len(message.payload):
             handle.put_frame(frame)
@@ -225,24 +227,40 @@ class Connection:
         handle.refuse_frame(frame, error)
 
     async def _take_message(self, message: protocol.ClientMessage, handle: SessionHandle) -> None:
+        session = self._session
         if isinstance(message, protocol.InputVideoFrameAppend):
             picture = protocol.frame_message(
                 message.sequence, message.capture_time_us, message.frame
             )
             self._take_frame(picture, handle)
         elif isinstance(message, protocol.Ping):
-            self._send(protocol.Pong(event_id=message.event_id))
+            session.send(protocol.Pong(event_id=message.event_id))
         elif isinstance(message, protocol.SessionClose):
-            await self._end_session()
-            self._send(protocol.SessionClosed(reason="the client closed it"))
-            self._close(1000, "closed by the client")
-        elif isinstance(message, protocol.ResponseCreate) and self._draining:
+            await self._table.end_engines_side(session)
+            session.send(protocol.SessionClosed(reason="the client closed it"))
+            session.end(1000, "closed by the client")
+        elif isinstance(message, protocol.SessionResume):
+            raise ProtocolError(
+                "session.resume must be the first message", remedy="connect with ?resume=1"
+            )
+        elif isinstance(message, protocol.ResponseCreate) and self._table.draining:
             error = ServerBusy("the server is stopping", remedy="connect again later")
-            self._send(protocol.error_event(error, event_id=message.event_id))
+            session.send(protocol.error_event(error, event_id=message.event_id))
         else:
             handle.take(message)
 
 
-def _resolve(future: asyncio.Future[Any], result: object) -> None:
-    if not future.done():
-        future.set_result(result)
+class _Gone(Exception):
+    """The other side left before it said anything."""
+
+
+async def refuse(websocket: WebSocket, error: EdgeVlmError) -> None:
+    """Says why there is no session, and closes."""
+    code = 1011
+    if isinstance(error, ServerBusy):
+        code = 1013
+    elif isinstance(error, (SessionError, ProtocolError)):
+        code = 1008
+    with suppress(Exception):  # the other side may be gone already
+        await websocket.send_text(protocol.encode(protocol.error_event(error)))
+        await websocket.close(code, str(error).encode()[:120].decode(errors="ignore"))

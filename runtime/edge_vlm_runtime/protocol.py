@@ -21,6 +21,8 @@ from edge_vlm_runtime.wire import json_schema as json_schema
 from edge_vlm_runtime.wire import tag_of as tag_of
 
 PATH = "/v1/realtime"
+RESUME_PARAMETER = "resume"
+"""In the query of a connection that goes on with a session."""
 PROTOCOL_VERSION = 1
 
 
@@ -156,6 +158,18 @@ class SessionClose(ClientMessage, tag="session.close"):
     """End the session; answered by `session.closed` and close code 1000."""
 
 
+class SessionResume(ClientMessage, tag="session.resume"):
+    """Go on with a session whose connection broke: the first message of a connection that was
+    opened with `?resume=1`; answered by `session.resumed`."""
+
+    session_id: str
+    """Of `session.created`."""
+    resume_token: str
+    """Of `session.created`."""
+    last_sequence: int
+    """Number of the last event that arrived."""
+
+
 class Ping(ClientMessage, tag="ping"):
     """Answered by `pong` with the same `event_id`."""
 
@@ -173,14 +187,36 @@ class Model(Part, kw_only=True):
 
 
 class SessionCreated(ServerEvent, tag="session.created"):
-    """The first event of a connection."""
+    """The first event of a session."""
 
     session_id: str
+    resume_token: str
+    """Secret; whoever has it can go on with the session."""
     protocol_version: int
     server: str
     model: Model
     settings: SessionSettings
     limits: ServerLimits
+
+
+class SessionResumed(ServerEvent, tag="session.resumed"):
+    """The first event of a connection that goes on with a session, outside its numbers
+    (`sequence` is 0). Behind it comes every event after `last_sequence`, none twice."""
+
+    session_id: str
+    messages_received: int
+    """Text and binary messages of the client that have arrived over all connections of the session,
+    each `session.resume` apart: what was sent after them is to be sent again."""
+    newest_frame_sequence: int | None
+    """Largest number of a frame that arrived; new frames go on from there."""
+    events_to_come: int
+    """Events that are sent again now."""
+    protocol_version: int
+    server: str
+    model: Model
+    settings: SessionSettings
+    limits: ServerLimits
+    event_id: str | None = None
 
 
 class SessionUpdated(ServerEvent, tag="session.updated"):
@@ -361,11 +397,13 @@ CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
     ResponseCreate,
     ResponseCancel,
     *alert_messages.CLIENT_MESSAGES,
+    SessionResume,
     SessionClose,
     Ping,
 )
 SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
     SessionCreated,
+    SessionResumed,
     SessionUpdated,
     FrameAccepted,
     FrameDropped,

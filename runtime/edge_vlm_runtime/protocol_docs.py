@@ -37,6 +37,19 @@ Live sessions (`delivery` `live`, the default) drop frames they cannot keep up w
 be kept. Sessions with `delivery` `wait` drop none, as long as the client keeps at most
 `max_unacknowledged_frames` of them without outcome.
 
+## When the connection breaks
+
+The session is kept for `limits.resume_grace_s`: frames and questions that have arrived are worked
+on, and what is said about them is kept. Connect again with `?{resume}=1` and send `session.resume`
+first, with the number of the last event that arrived. `session.resumed` says how many messages had
+arrived; send those after them again, in order. Then nothing is lost and nothing said twice. Events
+that came in the meantime follow with their own numbers; only `session.stats` is left out.
+
+It is refused with an `error` and close code 1008: `E-SESSION-GONE` (unknown name or token, too
+late, or ended since) and `E-REPLAY-LOST` (more was said than `max_replay_events` and
+`max_replay_bytes` hold). When all sessions are taken, a new viewer gets the place of the one who is
+away longest. A connection closed with 1000 or 1001 ends its session at once.
+
 ## Frames
 
 A binary message is a {size}-byte little-endian header and a JPEG:
@@ -66,7 +79,8 @@ CLOSING = """\
 | 1000 | the client sent `session.close` |
 | 1001 | the server is stopping; `session.go_away` came before, answers under way got their time |
 | 1003 | the first message is binary and not of this protocol |
-| 1008 | the page comes from another origin (refused with HTTP 403 before the upgrade) |
+| 1008 | no such session to go on with, or another connection went on with it; a page from another \
+origin is refused with HTTP 403 before the upgrade |
 | 1009 | a message is larger than `max_message_bytes` |
 | 1011 | a bug of the server's ended the session; its log has the traceback |
 | 1013 | no free session, the server is stopping, or the client does not read what it is sent |
@@ -86,6 +100,7 @@ def render() -> str:
     parts = [
         INTRODUCTION.format(
             path=protocol.PATH,
+            resume=protocol.RESUME_PARAMETER,
             size=protocol.HEADER.size,
             version=protocol.HEADER_VERSION,
             jpeg=protocol.TYPE_JPEG,

@@ -24,8 +24,9 @@ from edge_vlm.errors import ConfigError, MissingExtraError, ServerBusy
 from edge_vlm.frames import Frame
 from edge_vlm.pruning import KeepAll
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.connection import Connection
+from edge_vlm_runtime.connection import Connection, refuse
 from edge_vlm_runtime.engines import Engines
+from edge_vlm_runtime.served_session import SessionTable
 from edge_vlm_runtime.settings import (
     ModelLimits,
     ServerLimits,
@@ -62,6 +63,8 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 DRAIN_S = 5.0
+CONNECTIONS_PER_SESSION = 4
+"""Connections that have no session yet, or none any more, count too."""
 PING_INTERVAL_S = 20.0
 
 
@@ -89,7 +92,13 @@ class Server:
         self.host = host
         self.port = int(self._socket.getsockname()[1])
         self._connections: set[Connection] = set()
-        self._draining = False
+        self._table = SessionTable(
+            worker=self._worker,
+            bundle_name=engines.bundle.name,
+            settings=self.settings,
+            model=self.model,
+            limits=self.limits,
+        )
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
@@ -207,9 +216,7 @@ class Server:
             self._drain_task = self._loop.create_task(self._drain(time_left_s))
 
     async def _drain(self, time_left_s: float) -> None:
-        self._draining = True
-        open_connections = list(self._connections)
-        await asyncio.gather(*(c.drain(time_left_s) for c in open_connections))
+        await self._table.drain(time_left_s)
         while self._connections and time_left_s > 0:  # their close handshakes
             await asyncio.sleep(0.01)
             time_left_s -= 0.01
@@ -233,7 +240,7 @@ class Server:
         return JSONResponse({"alive": alive}, status_code=200 if alive else 503)
 
     async def _readyz(self, request: Request) -> Response:
-        ready = self._worker.is_alive and not self._draining
+        ready = self._worker.is_alive and not self._table.draining
         return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
     async def _version(self, request: Request) -> Response:
@@ -250,33 +257,16 @@ class Server:
             await websocket.close(1008, "a page from elsewhere may not connect")
             return
         await websocket.accept()
-        busy = self._why_busy()
-        if busy is not None:
-            await websocket.send_text(protocol.encode(protocol.error_event(busy)))
-            await websocket.close(1013, str(busy))
+        if len(self._connections) >= CONNECTIONS_PER_SESSION * self.limits.max_sessions:
+            await refuse(websocket, ServerBusy("too many connections", remedy="connect later"))
             return
-        connection = Connection(
-            websocket,
-            worker=self._worker,
-            bundle_name=self._engines.bundle.name,
-            settings=self.settings,
-            model=self.model,
-            limits=self.limits,
-        )
+        resumes = protocol.RESUME_PARAMETER in websocket.query_params
+        connection = Connection(websocket, self._table, resumes=resumes)
         self._connections.add(connection)
         try:
             await connection.run()
         finally:
             self._connections.discard(connection)
-
-    def _why_busy(self) -> ServerBusy | None:
-        if self._draining:
-            return ServerBusy("the server is stopping", remedy="connect again later")
-        if len(self._connections) >= self.limits.max_sessions:
-            return ServerBusy(
-                f"all {self.limits.max_sessions} sessions are taken", remedy="connect again later"
-            )
-        return None
 
 
 class _Uvicorn(uvicorn.Server):

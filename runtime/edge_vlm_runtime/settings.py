@@ -159,6 +159,11 @@ class ServerLimits:
     max_question_tokens: int = 256
     kv_capacity_tokens: int = 8192
     """Largest cache of one session; the model's last position bounds it too."""
+    resume_grace_s: float = 30.0
+    """A session whose connection broke is kept this long; 0: not at all."""
+    max_replay_events: int = 2000
+    """Newest events kept for a client that comes back, or reads slowly."""
+    max_replay_bytes: int = 8 << 20
     max_alerts: int = 16
     """Alerts of one session."""
     max_evidence_bytes: int = 256 << 10
@@ -166,8 +171,10 @@ class ServerLimits:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be positive, got {getattr(self, field.name)}")
+            value = getattr(self, field.name)
+            least = 0 if field.name == "resume_grace_s" else 1
+            if not least <= value < math.inf:
+                raise ValueError(f"{field.name} must be at least {least}, got {value}")
 
 
 def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSettings:

@@ -48,6 +48,9 @@ class SessionHandle:
         """Only the engine thread touches it, except for its slot; None once it has ended."""
         self.next_stats_ns = worker.clock_ns() + STATS_INTERVAL_NS
         self._slot = session.slot
+        # Two counters, because each may be changed by one thread only.
+        self._num_taken = 0
+        self._num_done = 0
 
     @property
     def is_answering(self) -> bool:
@@ -70,12 +73,19 @@ class SessionHandle:
     def take(self, message: protocol.ClientMessage) -> None:
         """Hands a message over; see Session.take. Its errors come as events."""
         received_ns = self._worker.clock_ns()
+        self._num_taken += 1
 
         def run() -> None:
+            self._num_done += 1
             if self.session is not None:
                 deliver(self.session, message, received_ns, self.emit)
 
         self._worker.post(self, run)
+
+    @property
+    def num_waiting(self) -> int:
+        """Messages handed over that the engine thread has not come to."""
+        return self._num_taken - self._num_done
 
 
 def deliver(

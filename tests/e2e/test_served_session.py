@@ -188,10 +188,11 @@ def test_settings_are_announced_changed_and_refused(server: Server) -> None:
 
 def test_a_client_that_vanishes_in_the_middle_of_an_answer_leaves_room(server: Server) -> None:
     async def vanish() -> None:
-        client = await Client.connect(server.url, {"delivery": "wait", "max_answer_tokens": 100})
+        settings = {"delivery": "wait", "max_answer_tokens": 100}
+        client = await Client.connect(server.url, settings, reconnect=False)
         await send(client, 0, 2)
         await client.start_answer(QUESTION)
-        client._connection.transport.abort()
+        client._line._connection.transport.abort()
         if client._reader is not None:
             await client._reader
 

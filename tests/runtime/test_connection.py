@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, cast
 
-from edge_vlm_runtime.connection import MAX_OUTBOX_EVENTS, Connection
+from edge_vlm_runtime.connection import Connection
 from edge_vlm_runtime.engines import Engines
+from edge_vlm_runtime.served_session import SessionTable
 from edge_vlm_runtime.settings import ModelLimits, ServerLimits, default_settings
 from edge_vlm_runtime.worker import EngineWorker
 from tests.runtime.fake_engines import FakeClock, FakeEngines
@@ -34,26 +36,32 @@ class StuckSocket:
         self.closed.append(code)
 
 
-def test_a_client_that_does_not_read_is_disconnected() -> None:
+@contextmanager
+def fake_table(**limits: Any) -> Iterator[SessionTable]:
+    """A server's sessions over engines without a model."""
     engines = FakeEngines(FakeClock())
-    limits = ServerLimits()
-    worker = EngineWorker(cast(Engines, engines), limits)
+    given = ServerLimits(**limits)
+    worker = EngineWorker(cast(Engines, engines), given)
     worker.start()
-    socket = StuckSocket(messages=MAX_OUTBOX_EVENTS + 10)
-
-    async def serve() -> None:
-        connection = Connection(
-            socket,
+    try:
+        yield SessionTable(
             worker=worker,
             bundle_name="fake",
-            settings=default_settings(cast(Any, engines.bundle), limits),
+            settings=default_settings(cast(Any, engines.bundle), given),
             model=ModelLimits.from_bundle(cast(Any, engines.bundle)),
-            limits=limits,
+            limits=given,
         )
-        await connection.run()
-
-    try:
-        run(serve())
     finally:
         worker.stop()
-    assert socket.closed == [1013]
+
+
+def test_a_client_that_does_not_read_is_disconnected_and_its_session_ended() -> None:
+    async def serve(table: SessionTable, socket: StuckSocket) -> None:
+        await Connection(socket, table).run()
+        assert table.num_sessions == 0
+
+    for limits in ({"max_replay_events": 50}, {"max_replay_bytes": 10_000}):
+        socket = StuckSocket(messages=100)
+        with fake_table(**limits) as table:
+            run(serve(table, socket))
+        assert socket.closed == [1013]
