@@ -30,19 +30,8 @@ STAGES = {
 RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
-    *(
-        "PIL",
-        "aiohttp",
-        "av",
-        "cv2",
-        "jtop",
-        "msgspec",
-        "onnx",
-        "onnxruntime",
-        "paho",
-        "rich",
-        "safetensors",
-    ),
+    *("PIL", "aiohttp", "av", "cv2", "jtop", "msgspec", "onnx", "onnxruntime", "paho"),
+    *("rich", "safetensors"),
     *("starlette", "tensorrt", "tokenizers", "transformers", "uvicorn", "websockets"),
 }
 GUARDED_PACKAGES = (CORE, RUNTIME)
