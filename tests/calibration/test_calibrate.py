@@ -23,7 +23,7 @@ from edge_vlm.patches import to_pixel_values
 from edge_vlm.question_set import ClipQuestions, write_question_set
 from edge_vlm_calibration.collect import KEEP_RATIOS, VISION_PARTS, calibrate, threshold
 from edge_vlm_calibration.commands import calibrate as command
-from edge_vlm_calibration.footage import read_footage
+from edge_vlm.footage import read_footage
 from edge_vlm_training.vocabulary import build_tokenizer
 
 CLIP_LENGTHS = (4, 1, 3)
