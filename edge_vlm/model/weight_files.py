@@ -17,6 +17,7 @@ from typing import Any
 from edge_vlm.errors import CheckpointError, WeightFilesError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+REMEDY = "fetch or save the folder again, as whole safetensors files"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER_BYTES = 100_000_000
 _BYTES = {
@@ -78,7 +79,7 @@ def read_layout(folder: Path) -> dict[str, StoredTensor]:
         raise WeightFilesError(
             f"the weight files cannot be used: {_listed(problems)}",
             where=folder,
-            remedy="expected are whole safetensors files; fetch or save the folder again",
+            remedy=REMEDY,
             problems=tuple(problems),
         )
     return found
@@ -93,9 +94,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"there is no {path.name}", where=path.parent, remedy="point to a model's folder"
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read as JSON: {error}", where=path) from error
+        raise CheckpointError(
+            f"cannot be read as JSON: {error}", where=path, remedy=REMEDY
+        ) from error
     if not isinstance(data, dict):
-        raise CheckpointError("not a JSON object", where=path)
+        raise CheckpointError("not a JSON object", where=path, remedy=REMEDY)
     return data
 
 
@@ -103,14 +106,16 @@ def _read_index(path: Path) -> dict[str, str]:
     """Raises WeightFilesError if it does not map names to files beside it."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightFilesError("the index has no weight_map", where=path, problems=(path.name,))
+        fault = "the index has no weight_map"
+        raise WeightFilesError(fault, where=path, remedy=REMEDY, problems=(fault,))
     outside = [
         f"the index names {file!r}, expected a safetensors file beside it"
         for file in sorted({str(file) for file in weight_map.values()})
         if PurePosixPath(file).name != file or "\\" in file or not file.endswith(".safetensors")
     ]
     if outside:
-        raise WeightFilesError(_listed(outside), where=path, problems=tuple(outside))
+        problems = tuple(outside)
+        raise WeightFilesError(_listed(outside), where=path, remedy=REMEDY, problems=problems)
     return {str(name): str(file) for name, file in weight_map.items()}
 
 
