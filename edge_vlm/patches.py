@@ -16,9 +16,14 @@ from numpy.typing import NDArray
 
 from edge_vlm.config import CELL, VisionConfig
 
+_Points = tuple[NDArray, NDArray, NDArray]
+
+_TIE = 2.0**-10
+"""How near a half a resized value must lie to be summed again; rounding moves it by 2**-14."""
+
 
 @lru_cache(maxsize=32)
-def _sample_points(in_size: int, out_size: int) -> tuple[NDArray, NDArray, NDArray]:
+def _sample_points(in_size: int, out_size: int) -> _Points:
     """Lower index, upper index and the upper one's weight for each output place along one axis.
 
     As torch's `interpolate(mode="bilinear", align_corners=False)` has it: the scale is an f32, the
@@ -35,8 +40,9 @@ def _sample_points(in_size: int, out_size: int) -> tuple[NDArray, NDArray, NDArr
 def resize_bilinear(rgb: NDArray, size: int | tuple[int, int]) -> NDArray[np.float32]:
     """Resize `rgb` [H, W, C] to [size, size, C] or to (height, width), f32.
 
-    uint8 input gives whole numbers in [0, 255], as the published processors do; float input is
-    left unrounded. Raises ValueError for anything that is not a non-empty [H, W, C] array.
+    uint8 input gives whole numbers in [0, 255], as the published processors do, for three channels
+    to the last bit; float input is left unrounded. Raises ValueError for anything that is not a
+    non-empty [H, W, C] array.
     """
     if rgb.ndim != 3 or 0 in rgb.shape:
         raise ValueError(f"rgb must be a non-empty [H, W, C] array, got shape {rgb.shape}")
@@ -44,19 +50,68 @@ def resize_bilinear(rgb: NDArray, size: int | tuple[int, int]) -> NDArray[np.flo
     height, width = rgb.shape[:2]
     if (height, width) == (out_height, out_width):
         return rgb.astype(np.float32)
-    top, bottom, weight_y = _sample_points(height, out_height)
-    left, right, weight_x = _sample_points(width, out_width)
+    rows, columns = _sample_points(height, out_height), _sample_points(width, out_width)
+    (top, bottom, weight_y), (left, right, weight_x) = rows, columns
     # Gathered while still bytes: a 1080p picture is never turned into floats as a whole.
     rows_top, rows_bottom = rgb[top], rgb[bottom]
     weight_x, weight_y = weight_x[None, :, None], weight_y[:, None, None]
 
-    def across(rows: NDArray) -> NDArray:
-        return rows[:, left] * (1 - weight_x) + rows[:, right] * weight_x
+    def across(lines: NDArray) -> NDArray:
+        return lines[:, left] * (1 - weight_x) + lines[:, right] * weight_x
 
     out = across(rows_top) * (1 - weight_y) + across(rows_bottom) * weight_y
     if rgb.dtype == np.uint8:
-        out = np.clip(np.rint(out), 0, 255)
+        whole = np.rint(out)
+        ties = np.nonzero(np.abs(out - whole) > 0.5 - _TIE)
+        whole[ties] = np.rint(_fused_sum(rgb, rows, columns, ties))
+        out = np.clip(whole, 0, 255)
     return out.astype(np.float32, copy=False)
+
+
+def _fused_sum(
+    rgb: NDArray, rows: _Points, columns: _Points, where: tuple[NDArray, ...]
+) -> NDArray[np.float32]:
+    """The unrounded value at some places (y, x, channel), in the order torch sums it on a CPU.
+
+    Four products of pixel and weight; all but the first are added in one rounding (fused). Only
+    values next to a half need this, there the last bit decides which whole number they become.
+    """
+    y, x, channel = where
+    (top, bottom, weight_y), (left, right, weight_x) = rows, columns
+    low_y, low_x = weight_y[y], weight_x[x]
+    high_y, high_x = 1 - low_y, 1 - low_x
+    total = rgb[top[y], right[x], channel] * (high_y * low_x)
+    for row, column, weight in (
+        (top, left, high_y * high_x),
+        (bottom, left, low_y * high_x),
+        (bottom, right, low_y * low_x),
+    ):
+        product = rgb[row[y], column[x], channel].astype(np.float64) * weight
+        total = (product + total).astype(np.float32)
+    return total
+
+
+def normalise(picture: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[0, 255] to [-1, 1]: mean and deviation of 0.5, as the published processors fuse them."""
+    return (picture - np.float32(127.5)) / np.float32(127.5)
+
+
+def cut_patches(pictures: NDArray, patch_size: int) -> NDArray:
+    """[n, S, S, 3] -> patches [n, (S / patch_size)**2, 3 * patch_size**2].
+
+    Patches row-major, each flattened as (row, column, channel).
+    """
+    count, size = pictures.shape[:2]
+    grid = size // patch_size
+    split = pictures.reshape(count, grid, patch_size, grid, patch_size, 3)
+    patches = np.ascontiguousarray(split.transpose(0, 1, 3, 2, 4, 5))
+    return patches.reshape(count, grid * grid, patch_size * patch_size * 3)
+
+
+def require_rgb(rgb: NDArray) -> None:
+    """Raises ValueError for anything but u8 [H, W, 3]."""
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise ValueError(f"rgb must be uint8 [H, W, 3], got {rgb.dtype} {rgb.shape}")
 
 
 def to_pixel_values(rgb: NDArray, cfg: VisionConfig) -> NDArray[np.float32]:
@@ -65,13 +120,9 @@ def to_pixel_values(rgb: NDArray, cfg: VisionConfig) -> NDArray[np.float32]:
     Patches row-major, each flattened as (row, column, channel). Raises ValueError for another shape
     or dtype.
     """
-    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
-        raise ValueError(f"rgb must be uint8 [H, W, 3], got {rgb.dtype} {rgb.shape}")
-    picture = resize_bilinear(rgb, cfg.image_size)
-    picture = (picture * np.float32(1 / 255) - np.float32(0.5)) / np.float32(0.5)
-    grid, side = cfg.patch_grid, cfg.patch_size
-    patches = picture.reshape(grid, side, grid, side, 3).transpose(0, 2, 1, 3, 4)
-    return np.ascontiguousarray(patches).reshape(grid * grid, side * side * 3)
+    require_rgb(rgb)
+    picture = normalise(resize_bilinear(rgb, cfg.image_size))
+    return cut_patches(picture[None], cfg.patch_size)[0]
 
 
 @lru_cache(maxsize=32)

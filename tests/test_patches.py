@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from edge_vlm.patches import (
     resize_bilinear,
     to_pixel_values,
 )
+from tests.preprocessing_record import FRAMES_OF_EACH, digest, load, picture
 
 
 def _picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -31,10 +34,23 @@ def test_resize_equals_torch(height: int, width: int, size: int) -> None:
     )
     expected = expected[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(resize_bilinear(rgb.astype(np.float32), size), expected, atol=1e-4)
-    # Torch fuses multiply and add: what lies exactly between two integers may fall to either side.
+    # What lies exactly between two integers may fall to either side on another processor than the
+    # one whose order of sums is followed; the recorded frames below are met to the last bit.
     difference = np.abs(resize_bilinear(rgb, size) - expected.round().clip(0, 255))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.005
+
+
+@pytest.mark.parametrize("case", load()["frames"], ids=lambda case: str(case["size"]))
+def test_frames_equal_the_recorded_ones_to_the_last_bit(case: dict[str, Any]) -> None:
+    cfg = molmo2_4b().vision
+    height, width = case["size"]
+    frames = [picture(height, width, seed) for seed in range(FRAMES_OF_EACH)]
+    pixels = np.stack([to_pixel_values(frame, cfg) for frame in frames])
+    assert digest(pixels) == case["pixels"]
+    cells = patch_indices_of_cells(np.arange(cfg.num_cells), cfg)
+    windows = [cells + i * cfg.num_patches for i in range(len(frames))]
+    assert digest(np.concatenate(windows).astype(np.int32)) == case["windows"]
 
 
 def test_float_input_is_not_rounded() -> None:
