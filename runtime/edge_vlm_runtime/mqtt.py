@@ -42,8 +42,9 @@ class MqttSink:
         except ValueError:
             port = 0
         self._topic = unquote(parts.path).strip("/") if port else ""
-        usable = port and parts.hostname and self._topic and not set("+#\0") & set(self._topic)
-        if not usable:
+        # `#` and `?` would end the path, the others no message may be published to.
+        odd = set("#?") & set(url) or set("+#\0") & set(self._topic)
+        if odd or not self._topic or not parts.hostname:
             raise ConfigError(f"not an MQTT topic: {masked!r}", remedy="write mqtt://HOST/TOPIC")
         self.name = f"mqtt {masked}"
         self._host, self._port = str(parts.hostname), port

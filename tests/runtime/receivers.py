@@ -1,0 +1,264 @@
+"""Receivers of alerts that can be stopped and started again: a web server and an MQTT broker."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import paho.mqtt.client as paho
+
+from edge_vlm_runtime import alert_messages as messages
+from tests.runtime.live import TIMEOUT_S
+from tests.runtime.pictures import jpeg
+
+MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def triggered(episode: int, picture: bytes | None = None) -> messages.AlertTriggered:
+    evidence = None
+    if picture is not None:
+        evidence = messages.Evidence(frame_sequence=episode, time_s=0.5, jpeg=picture, exact=True)
+    return messages.AlertTriggered(
+        alert_id="alert_1",
+        episode=episode,
+        question="is there a red ball ?",
+        probability=0.9,
+        frame_sequence=episode,
+        time_s=0.5 * episode,
+        age_s=0.01,
+        evidence=evidence,
+    )
+
+
+def cleared(episode: int) -> messages.AlertCleared:
+    return messages.AlertCleared(
+        alert_id="alert_1",
+        episode=episode,
+        question="is there a red ball ?",
+        reason="probability",
+        probability=0.1,
+        frame_sequence=episode,
+        time_s=0.5 * episode + 0.25,
+        lasted_s=0.25,
+    )
+
+
+def some_events(first: int, last: int) -> list[messages.AlertTriggered | messages.AlertCleared]:
+    """A begin, with a picture, and an end for each of the episodes."""
+    return [
+        event
+        for episode in range(first, last + 1)
+        for event in (triggered(episode, jpeg(episode)), cleared(episode))
+    ]
+
+
+class WebServer:
+    """Answers each POST with `status`, keeps what it answered with 2xx; the same port always."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/alerts"
+        self.status = 204
+        self.posts = 0
+        self.taken: list[dict[str, Any]] = []
+        self._server: ThreadingHTTPServer | None = None
+        self._connections: list[socket.socket] = []
+
+    def start(self) -> None:
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                outer._connections.append(self.connection)
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.posts += 1
+                if 200 <= outer.status < 300:
+                    assert self.headers["Idempotency-Key"] == body["id"]
+                    outer.taken.append(body)
+                self.send_response(outer.status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+        for connection in self._connections:  # kept alive, but not by a server that died
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._connections.clear()
+
+    @property
+    def ids(self) -> list[str]:
+        return [body["id"] for body in self.taken]
+
+    def __enter__(self) -> WebServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+class SilentServer:
+    """Takes connections and never says anything."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._socket.getsockname()[1])
+        self._connections: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        try:
+            while True:
+                self._connections.append(self._socket.accept()[0])
+        except OSError:
+            return
+
+    def __enter__(self) -> SilentServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        for connection in self._connections:
+            connection.close()
+        self._thread.join()
+
+
+class Broker:
+    """mosquitto with sessions that outlive it, for user `edge` with password `s e:cret`."""
+
+    USER, PASSWORD = "edge", "s e:cret"
+
+    def __init__(self, folder: Path) -> None:
+        assert MOSQUITTO is not None
+        self.port = free_port()
+        passwords = folder / "passwords"
+        tool = str(Path(MOSQUITTO).with_name("mosquitto_passwd"))
+        tool = tool if Path(tool).exists() else str(shutil.which("mosquitto_passwd"))
+        subprocess.run(
+            [tool, "-b", "-c", str(passwords), self.USER, self.PASSWORD],
+            check=True,
+            capture_output=True,
+        )
+        passwords.chmod(0o644)
+        folder.chmod(0o777)
+        self._config = folder / "mosquitto.conf"
+        self._config.write_text(
+            f"listener {self.port} 127.0.0.1\nallow_anonymous false\npassword_file {passwords}\n"
+            f"persistence true\npersistence_location {folder}/\nuser {_user()}\n"
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        assert MOSQUITTO is not None
+        self._process = subprocess.Popen(
+            [MOSQUITTO, "-c", str(self._config)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            process.wait()
+
+    def __enter__(self) -> Broker:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _user() -> str:
+    import getpass
+
+    return getpass.getuser()
+
+
+class Subscriber:
+    """Keeps every message on a topic and below, across the broker's restarts."""
+
+    def __init__(self, broker: Broker, topic: str) -> None:
+        self.messages: list[tuple[str, bytes]] = []
+        self._subscribed = threading.Event()
+        self._client = paho.Client(
+            paho.CallbackAPIVersion.VERSION2, client_id="subscriber", clean_session=False
+        )
+        self._client.username_pw_set(broker.USER, broker.PASSWORD)
+        self._client.reconnect_delay_set(1, 1)
+        self._client.on_connect = lambda client, *_: client.subscribe(f"{topic}/#", qos=1)
+        self._client.on_subscribe = lambda *_: self._subscribed.set()
+        self._client.on_message = lambda _c, _d, message: self.messages.append(
+            (message.topic, message.payload)
+        )
+        self._client.connect("127.0.0.1", broker.port)
+        self._client.loop_start()
+        assert self._subscribed.wait(TIMEOUT_S)
+
+    def bodies(self, topic: str) -> list[dict[str, Any]]:
+        return [json.loads(payload) for name, payload in self.messages if name == topic]
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
