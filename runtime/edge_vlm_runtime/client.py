@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from edge_vlm.errors import EdgeVlmError
+from edge_vlm.errors import EdgeVlmError, ProtocolError
+from edge_vlm_runtime import alert_messages as messages
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.line import (
     CLOSE_TIMEOUT_S,
@@ -30,6 +31,12 @@ from edge_vlm_runtime.line import (
 )
 
 OnEvent = Callable[[protocol.ServerEvent], None]
+REPLIES = (
+    *(protocol.SessionUpdated, messages.AlertCreated),
+    *(messages.AlertListed, messages.AlertDeleted),
+)
+"""Events that answer a message and repeat its `event_id`."""
+Reply = TypeVar("Reply", bound=protocol.ServerEvent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +109,7 @@ class Client:
         self._id_prefix = secrets.token_hex(3)  # a session may have had another client before
         self._by_event_id: dict[str, AnswerStream] = {}
         self._by_response_id: dict[str, AnswerStream] = {}
-        self._updates: dict[str, asyncio.Future[protocol.SessionUpdated]] = {}
+        self._replies: dict[str, asyncio.Future[protocol.ServerEvent]] = {}
         self.created = line.opening
         if isinstance(line.opening, protocol.SessionResumed):
             self._last_sequence = line.opening.newest_frame_sequence or 0
@@ -179,12 +186,37 @@ class Client:
 
     async def update(self, settings: Mapping[str, Any]) -> protocol.SessionUpdated:
         """Changes settings, see edge_vlm_runtime.settings.SessionSettings. Raises ConfigError."""
+        return await self._request(
+            protocol.SessionUpdated, "session.update", session=dict(settings)
+        )
+
+    async def create_alert(self, question: str, **rule: Any) -> messages.AlertStatus:
+        """Watches for something from now on; `rule`: the other fields of `alert.create`.
+
+        What happens comes through `on_event`. Raises ConfigError, QuestionTooLong, TooManyAlerts,
+        AlertsUnsupported.
+        """
+        kind = messages.AlertCreated
+        return (await self._request(kind, "alert.create", question=question, **rule)).alert
+
+    async def alerts(self) -> list[messages.AlertStatus]:
+        """All alerts, when every frame that the model remembers has been checked."""
+        return (await self._request(messages.AlertListed, "alert.list")).alerts
+
+    async def delete_alert(self, alert_id: str) -> None:
+        """Raises UnknownAlert."""
+        await self._request(messages.AlertDeleted, "alert.delete", alert_id=alert_id)
+
+    async def _request(self, kind: type[Reply], message: str, **fields: Any) -> Reply:
+        """Sends a message and waits for the event that answers it. Raises the error instead."""
         event_id = self._event_id()
-        future: asyncio.Future[protocol.SessionUpdated]
-        future = asyncio.get_running_loop().create_future()
-        self._updates[event_id] = future
-        await self._send_json("session.update", event_id, session=dict(settings))
-        return await future
+        future: asyncio.Future[protocol.ServerEvent] = asyncio.get_running_loop().create_future()
+        self._replies[event_id] = future
+        await self._send_json(message, event_id, **fields)
+        reply = await future
+        if not isinstance(reply, kind):
+            raise ProtocolError(f"{message} was answered by {protocol.tag_of(type(reply))}")
+        return reply
 
     async def send_frame(self, jpeg: bytes, pts_us: int) -> int:
         """Sends one picture and returns its number.
@@ -313,9 +345,9 @@ class Client:
             stream = self._by_response_id.pop(event.response_id, None)
             if stream is not None:
                 stream.finish(_answer_of(event))
-        elif isinstance(event, protocol.SessionUpdated):
-            future = self._updates.pop(event.event_id or "", None)
-            if future is not None:
+        elif isinstance(event, REPLIES):
+            future = self._replies.pop(event.event_id or "", None)
+            if future is not None and not future.done():
                 future.set_result(event)
         elif isinstance(event, protocol.SessionStats):
             self.stats = event
@@ -328,8 +360,8 @@ class Client:
         stream = self._by_event_id.pop(detail.event_id or "", None)
         if stream is not None:
             stream.finish(error)
-        future = self._updates.pop(detail.event_id or "", None)
-        if future is not None:
+        future = self._replies.pop(detail.event_id or "", None)
+        if future is not None and not future.done():
             future.set_exception(error)
 
     async def _fail(self, error: EdgeVlmError) -> None:
@@ -339,7 +371,7 @@ class Client:
             self._changed.notify_all()
         for stream in [*self._by_event_id.values(), *self._by_response_id.values()]:
             stream.finish(error)
-        for future in self._updates.values():
+        for future in self._replies.values():
             if not future.done():
                 future.set_exception(error)
 
