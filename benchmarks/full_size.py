@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ STAMP_TOKENS = 5
 """Text before a frame: its time stamp."""
 QUESTION_TOKENS = 24
 CAUSAL = -1
+ROW_ALIGNMENT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +150,17 @@ def prompt_patches(cells_per_frame: list[int]) -> list[bool]:
 
 
 def attention_bias(blocks_Bs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, s, s]: everything before, and two-way inside a block."""
-    length = blocks_Bs.shape[1]
+    """Additive mask [B, s, s]: everything before, and two-way inside a block.
+
+    Its rows are aligned in memory, or the GPU's kernel would copy it in every layer.
+    """
+    batch, length = blocks_Bs.shape
     visible = torch.ones(length, length, dtype=torch.bool, device=blocks_Bs.device).tril()
     together = (blocks_Bs[:, :, None] == blocks_Bs[:, None, :]) & (blocks_Bs >= 0)[:, :, None]
-    masked = torch.tensor(MASKED, dtype=dtype, device=blocks_Bs.device)
-    return torch.where(visible | together, torch.zeros_like(masked), masked)
+    aligned = math.ceil(length / ROW_ALIGNMENT) * ROW_ALIGNMENT
+    bias = torch.zeros(batch, length, aligned, dtype=dtype, device=blocks_Bs.device)
+    bias = bias[:, :, :length]
+    return bias.masked_fill_(~(visible | together), MASKED)
 
 
 def measure(

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ def device_record(device: torch.device) -> dict[str, Any]:
             "device": properties.name,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
-            "clock_mhz": torch.cuda.clock_rate(device),
+            "nvidia_smi": _nvidia_smi(),
         }
     return record | {
         "device": _cpu_name(),
@@ -38,6 +39,21 @@ def device_record(device: torch.device) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def _nvidia_smi() -> str | None:
+    """Driver, SM clock now and at most, power limit; None where the tool is missing."""
+    query = "driver_version,clocks.sm,clocks.max.sm,power.limit"
+    try:
+        return subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _cpu_name() -> str:
