@@ -30,7 +30,9 @@ COMMANDS = {
     "train": ("train", "train a model on the rendered world"),
     "world": ("train", "write held-out clips with questions and true answers"),
     "eval": ("ort", "measure a bundle on a question set through the served path"),
+    "eval-alerts": ("ort", "measure a bundle's alerts on footage with known events"),
     "calibrate": ("train", "measure a checkpoint's scores and ranges on footage"),
+    "inspect": ("train", "say what a model's folder holds: parts, parameters, memory"),
     "export": ("export", "turn a checkpoint into a bundle of ONNX graphs"),
     "verify": ("export", "compare a bundle's graphs with torch"),
 }

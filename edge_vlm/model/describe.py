@@ -1,0 +1,154 @@
+"""What a folder of weights holds, from its config and its files' headers: no weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from edge_vlm.config import LanguageConfig, ModelConfig, ScorerConfig, VisionAttention
+from edge_vlm.model.checkpoint import CONFIG, WEIGHTS, read_config
+from edge_vlm.model.published import open_published
+from edge_vlm.model.weight_files import StoredTensor, read_json, read_layout
+from edge_vlm.model.weights import check_fit, shapes
+from edge_vlm.report import Report, gigabytes
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# The first that begins a weight's name is the part it belongs to.
+PARTS = {
+    "vit.": "vision transformer",
+    "scorer.": "scorer",
+    "connector.": "connector",
+    "llm.embed.": "token embeddings",
+    "llm.head.": "language head",
+    "llm.": "language blocks",
+}
+SCALED_WEIGHTS = 128
+"""So many weights of a matrix share one scale where they are stored as small integers."""
+LOOKED_UP = ("llm.embed.weight", "vit.pos_embed")
+
+
+def describe_weights(folder: Path) -> Report:
+    """A checkpoint of this project or a published Molmo2 folder.
+
+    Raises what loading them raises: CheckpointError and its leaves, ConfigError.
+    """
+    if "language" in read_json(folder / CONFIG):
+        cfg, tensors = read_config(folder), read_layout(folder)
+        check_fit(shapes(cfg), tensors, folder / WEIGHTS)
+        return report(f"{folder}: a checkpoint of this project", cfg, tensors)
+    found = open_published(folder)
+    title = f"{folder}: a published Molmo2 folder ({found.naming.name} names)"
+    return report(title, found.config, found.tensors)
+
+
+def report(title: str, cfg: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Report:
+    ours = shapes(cfg)
+    total = sum(map(math.prod, ours.values()))
+    return Report(
+        title=title,
+        facts={
+            "weights": _stored(tensors),
+            "vision": _vision(cfg),
+            "scorer": _scorer(cfg.scorer),
+            "connector": (
+                f"{cfg.connector.num_heads} heads of {cfg.connector.head_dim} pool the patches of "
+                f"a cell, MLP {cfg.connector.mlp_width}"
+            ),
+            "language": _language(cfg.language),
+            "attention": {
+                VisionAttention.ALL: "all: every vision token sees every other one, so past frames "
+                "cannot be cached",
+                VisionAttention.FRAME: "frame: vision tokens see their own frame and what came "
+                "before, so past frames stay cached",
+            }[cfg.attention],
+        },
+        tables={
+            "parameters": {n: (v, "") for n, v in parameters(ours).items()}
+            | {"total": (total, "")},
+            "memory": {n: (v, "bytes") for n, v in memory(ours).items()}
+            | {"cache per token": (cache_bytes(cfg.language), "bytes")},
+        },
+        notes=(
+            f"int8 and int4: matrices alone, {SCALED_WEIGHTS} weights to a 16-bit scale; tables, "
+            "norms and biases stay at 16 bits. The cache is at 16 bits.",
+        ),
+        data={"config": cfg.to_dict()},
+    )
+
+
+def parameters(ours: Shapes) -> dict[str, int]:
+    """How many each part has; parts that a model lacks are left out."""
+    counts: dict[str, int] = {}
+    for name, shape in ours.items():
+        part = next(part for prefix, part in PARTS.items() if name.startswith(prefix))
+        counts[part] = counts.get(part, 0) + math.prod(shape)
+    return {part: counts[part] for part in PARTS.values() if part in counts}
+
+
+def memory(ours: Shapes) -> dict[str, int]:
+    """Bytes of the weights at each precision."""
+    matrices = sum(
+        math.prod(shape)
+        for name, shape in ours.items()
+        if len(shape) == 2 and name not in LOOKED_UP
+    )
+    total = sum(map(math.prod, ours.values()))
+    small = {
+        bits: matrices * bits // 8 + 2 * math.ceil(matrices / SCALED_WEIGHTS) for bits in (8, 4)
+    }
+    return {
+        "fp32": 4 * total,
+        "bf16": 2 * total,
+        "fp16": 2 * total,
+        **{f"int{bits}": size + 2 * (total - matrices) for bits, size in small.items()},
+    }
+
+
+def cache_bytes(language: LanguageConfig) -> int:
+    """Keys and values of one token, at 16 bits."""
+    return 2 * 2 * language.num_layers * language.num_kv_heads * language.head_dim
+
+
+def _stored(tensors: Mapping[str, StoredTensor]) -> str:
+    files = len({tensor.file for tensor in tensors.values()})
+    size = sum(tensor.num_bytes for tensor in tensors.values())
+    types = Counter(tensor.dtype for tensor in tensors.values())
+    named = ", ".join(f"{count} {dtype}" for dtype, count in types.most_common())
+    return f"{files} file{'s' * (files > 1)}, {gigabytes(size)}, tensors: {named}"
+
+
+def _vision(cfg: ModelConfig) -> str:
+    vision = cfg.vision
+    read = " and ".join(map(str, vision.feature_layers))
+    return (
+        f"{vision.image_size} pixels square, {vision.num_patches} patches, {vision.num_cells} "
+        f"cells; {vision.num_layers} blocks of {vision.width}, {vision.num_heads} heads of "
+        f"{vision.head_dim}, MLP {vision.mlp_width}; read behind blocks {read}"
+    )
+
+
+def _scorer(scorer: ScorerConfig | None) -> str:
+    if scorer is None:
+        return "none: every cell is kept"
+    return (
+        f"STTS behind block {scorer.prune_at}, cells dropped behind block {scorer.prune_at + 1}; "
+        f"scores rescaled by {scorer.rescale.value}"
+    )
+
+
+def _language(language: LanguageConfig) -> str:
+    norms = "norms behind" if language.post_norm else "norms before"
+    heads = "over all heads" if language.full_qk_norm else "per head"
+    scaling = language.rope_scaling
+    rope = f"rotary base {language.rope_theta:,.0f}"
+    if scaling is not None:
+        rope += f", scaled {scaling.factor:g} times in {len(scaling.layers)} blocks"
+    return (
+        f"{language.num_layers} blocks of {language.width}, {language.num_heads} heads of "
+        f"{language.head_dim} on {language.num_kv_heads} of keys and values, MLP "
+        f"{language.mlp_width}; {norms}, q/k norm {heads}; {rope}; {language.base_vocab:,} + "
+        f"{language.extra_vocab} ids, {language.max_positions:,} positions"
+    )

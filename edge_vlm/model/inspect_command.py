@@ -1,0 +1,38 @@
+"""`edge-vlm inspect`: what a folder holds.
+
+A folder tells by its files what it is. Torch is loaded only for a folder of weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from edge_vlm.cli import Command
+from edge_vlm.report import Report
+
+
+def describe(folder: Path) -> Report:
+    """Raises the typed error of whatever is wrong with the folder."""
+    from edge_vlm.model.describe import describe_weights
+
+    return describe_weights(folder)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="a checkpoint or a published Molmo2 folder")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _run(args: argparse.Namespace) -> int:
+    report = describe(args.folder)
+    print(report.json() if args.json else report.text())
+    return 0
+
+
+inspect = Command(
+    name="inspect",
+    help="Say what a folder holds: architecture, scorer, parameters and memory by precision.",
+    add_arguments=_add_arguments,
+    run=_run,
+)
