@@ -19,7 +19,8 @@
     |   |-- MessageTooLarge     7  E-MESSAGE-TOO-LARGE
     |   `-- UnknownMessageType  7  E-UNKNOWN-TYPE
     |-- ServerUnreachable       8  E-SERVER-UNREACHABLE
-    |   `-- ServerBusy          8  E-SERVER-BUSY        no free session, or it is stopping
+    |   |-- ServerBusy          8  E-SERVER-BUSY        no free session, or it is stopping
+    |   `-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
@@ -37,6 +38,8 @@
     |   |-- NonFinite          11  E-NONFINITE          NaN or infinity in a tensor
     |   `-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
     |-- InternalError           1  E-INTERNAL           a bug of ours, logged with its traceback
+    |-- RecordingError         14  E-RECORDING          a recorded session cannot be read or written
+    |   `-- ReplayDiffers      14  E-REPLAY-DIFFERS     the same work did not give the same events
     |-- DeliveryError          13  E-DELIVERY           an alert output did not take everything
     |   `-- DeliveryRefused     13  E-DELIVERY-REFUSED   the receiver will never take this event
     `-- ExportError            12  E-EXPORT
@@ -193,6 +196,10 @@ class ServerBusy(ServerUnreachable):
     code = "E-SERVER-BUSY"
 
 
+class Unauthorized(ServerUnreachable):
+    code = "E-UNAUTHORIZED"
+
+
 class MissingExtraError(EdgeVlmError):
     """An optional library is absent. Raised by the one module that imports it."""
 
@@ -281,6 +288,15 @@ class DeliveryRefused(DeliveryError):
 
 class InternalError(EdgeVlmError):
     code = "E-INTERNAL"
+
+
+class RecordingError(EdgeVlmError):
+    code = "E-RECORDING"
+    exit_code = 14
+
+
+class ReplayDiffers(RecordingError):
+    code = "E-REPLAY-DIFFERS"
 
 
 class ExportError(EdgeVlmError):

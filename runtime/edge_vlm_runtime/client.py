@@ -344,7 +344,7 @@ class Client:
         elif isinstance(event, protocol.ResponseDone):
             stream = self._by_response_id.pop(event.response_id, None)
             if stream is not None:
-                stream.finish(_answer_of(event))
+                stream.finish(answer_of(event))
         elif isinstance(event, REPLIES):
             future = self._replies.pop(event.event_id or "", None)
             if future is not None and not future.done():
@@ -376,7 +376,7 @@ class Client:
                 future.set_exception(error)
 
 
-def _answer_of(event: protocol.ResponseDone) -> Answer:
+def answer_of(event: protocol.ResponseDone) -> Answer:
     return Answer(
         text=event.text,
         status=event.status,

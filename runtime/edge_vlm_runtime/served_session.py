@@ -19,10 +19,13 @@ import edge_vlm
 from edge_vlm.errors import EdgeVlmError, ServerBusy, SessionGone
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.event_log import EventLog
+from edge_vlm_runtime.record import Recorder
 from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.worker import EngineWorker, SessionHandle
 
 log = logging.getLogger(__name__)
+
+OnEvent = Callable[[str, protocol.ServerEvent], None]
 
 
 class Viewer(Protocol):
@@ -46,7 +49,8 @@ class Ending:
 class ServedSession:
     """One session as the server keeps it. Made by `SessionTable.open`."""
 
-    def __init__(self, limits: ServerLimits) -> None:
+    def __init__(self, limits: ServerLimits, on_event: OnEvent | None = None) -> None:
+        self._on_event = on_event
         self.session_id = secrets.token_hex(8)
         self.resume_token = secrets.token_urlsafe(24)
         self.log = EventLog(max_events=limits.max_replay_events, max_bytes=limits.max_replay_bytes)
@@ -67,6 +71,8 @@ class ServedSession:
         """The next event. While nobody is connected, gauges are not worth keeping."""
         if self.ending is not None:
             return
+        if self._on_event is not None:
+            self._on_event(self.session_id, event)
         if self.viewer is None and isinstance(event, protocol.SessionStats):
             return
         if isinstance(event, (protocol.SessionCreated, protocol.SessionUpdated)):
@@ -103,8 +109,13 @@ class SessionTable:
         settings: SessionSettings,
         model: ModelLimits,
         limits: ServerLimits,
+        recorder: Recorder | None = None,
+        on_event: OnEvent | None = None,
     ) -> None:
+        """`on_event` gets a session's name and every event of it, connected or not."""
+        self._on_event = on_event
         self._worker = worker
+        self._recorder = recorder
         self._bundle_name = bundle_name
         self._settings = settings
         self._model = model
@@ -127,27 +138,19 @@ class SessionTable:
     async def open(self) -> ServedSession:
         """A new session whose log begins with `session.created`.
 
-        A session whose viewer is away gives up its place when all are taken. Raises ServerBusy, and
-        ConfigError when the model cannot hold to the settings.
+        A session whose viewer is away gives up its place when all are taken. Raises ServerBusy,
+        ConfigError when the model cannot hold to the settings, RecordingError.
         """
         given_up = self._make_room()
-        session = ServedSession(self.limits)
+        session = ServedSession(self.limits, self._on_event)
         self._sessions[session.session_id] = session  # before any await: the place is taken
         if given_up is not None:
             await self.end(given_up)
-        loop = asyncio.get_running_loop()
-        opened: asyncio.Future[SessionHandle | EdgeVlmError] = loop.create_future()
-        self._worker.open_session(
-            self._settings,
-            emit=lambda event: _on_loop(loop, session.send, event),
-            on_open=lambda result: _on_loop(loop, resolve, opened, result),
-            on_failure=lambda: _on_loop(loop, session.end, 1011, "the session failed"),
-        )
-        result = await opened
-        if isinstance(result, EdgeVlmError):
+        try:
+            session.handle = await self._open_engines_side(session)
+        except BaseException:
             del self._sessions[session.session_id]
-            raise result
-        session.handle = result
+            raise
         session.send(
             protocol.SessionCreated(
                 session_id=session.session_id,
@@ -160,6 +163,24 @@ class SessionTable:
             )
         )
         return session
+
+    async def _open_engines_side(self, session: ServedSession) -> SessionHandle:
+        loop = asyncio.get_running_loop()
+        opened: asyncio.Future[SessionHandle | EdgeVlmError] = loop.create_future()
+        tape = None
+        if self._recorder is not None:
+            tape = self._recorder.tape(session.session_id, self._settings, self.limits)
+        self._worker.open_session(
+            self._settings,
+            emit=lambda event: _on_loop(loop, session.send, event),
+            on_open=lambda result: _on_loop(loop, resolve, opened, result),
+            on_failure=lambda: _on_loop(loop, session.end, 1011, "the session failed"),
+            tape=tape,
+        )
+        result = await opened
+        if isinstance(result, EdgeVlmError):
+            raise result
+        return result
 
     def _make_room(self) -> ServedSession | None:
         """Finds a place for one more session; returns the session that lost its own for it."""

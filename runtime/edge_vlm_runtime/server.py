@@ -26,7 +26,8 @@ from edge_vlm.pruning import KeepAll
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.connection import Connection, refuse
 from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.served_session import SessionTable
+from edge_vlm_runtime.record import Recorder
+from edge_vlm_runtime.served_session import OnEvent, SessionTable
 from edge_vlm_runtime.settings import (
     ModelLimits,
     ServerLimits,
@@ -79,9 +80,12 @@ class Server:
         port: int = 0,
         limits: ServerLimits | None = None,
         settings: SessionSettings | None = None,
+        recorder: Recorder | None = None,
+        on_event: OnEvent | None = None,
     ) -> None:
-        """Port 0 takes a free one. Raises ConfigError when host and port cannot be listened on, or
-        the settings do not fit the model."""
+        """Port 0 takes a free one; `on_event` gets a session's name and every event of it, on the
+        server's loop. Raises ConfigError when host and port cannot be listened on, or the settings
+        do not fit the model."""
         self.limits = limits or ServerLimits()
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
@@ -98,6 +102,8 @@ class Server:
             settings=self.settings,
             model=self.model,
             limits=self.limits,
+            recorder=recorder,
+            on_event=on_event,
         )
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -128,12 +134,26 @@ class Server:
         port: int = 0,
         threads: int = 2,
         limits: ServerLimits | None = None,
+        record_to: Path | None = None,
+        on_event: OnEvent | None = None,
     ) -> Server:
-        """Checks and loads the bundle. Raises BundleError and its leaves, ConfigError."""
+        """Checks and loads the bundle. `record_to`: a folder for a recording of each session, or
+        the file for that of the only one; `on_event`: see `__init__`. Raises BundleError and its
+        leaves, ConfigError."""
         engines = Engines.open(bundle, threads=threads)
         try:
             warm_up(engines)
-            return cls(engines, host=host, port=port, limits=limits)
+            recorder = None
+            if record_to is not None:
+                recorder = Recorder(path=record_to, bundle=engines.bundle, threads=threads)
+            return cls(
+                engines,
+                host=host,
+                port=port,
+                limits=limits,
+                recorder=recorder,
+                on_event=on_event,
+            )
         except BaseException:
             engines.close()
             raise

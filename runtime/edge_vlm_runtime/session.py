@@ -91,6 +91,7 @@ class Session:
         limits: ServerLimits,
         emit: Emit,
         clock_ns: ClockNs,
+        make_slot: Callable[..., FrameSlot] = FrameSlot,
     ) -> None:
         """Raises ConfigError when the model cannot hold to the settings."""
         self._engines = engines
@@ -100,7 +101,7 @@ class Session:
         self._emit = emit
         self._clock_ns = clock_ns
         self.settings = settings
-        self.slot = FrameSlot(
+        self.slot = make_slot(
             delivery=settings.delivery,
             fps_cap=settings.fps_cap,
             wait_capacity=limits.max_unacknowledged_frames,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from edge_vlm.errors import EdgeVlmError, InternalError
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.frame_slot import Dropped, DropReason, WaitingFrame
+from edge_vlm_runtime.frame_slot import Dropped, WaitingFrame
+from edge_vlm_runtime.record import NoTape
 from edge_vlm_runtime.session import Emit, Session, dropped_event
 from edge_vlm_runtime.settings import ServerLimits, SessionSettings
 
@@ -39,9 +40,11 @@ class SessionHandle:
         session: Session,
         emit: Emit,
         on_failure: Callable[[], None],
+        tape: NoTape,
     ) -> None:
         self._worker = worker
         self.emit = emit
+        self.tape = tape
         self.on_failure = on_failure
         """Called when a bug ended the session; it emits nothing afterwards."""
         self.session: Session | None = session
@@ -64,7 +67,7 @@ class SessionHandle:
 
     def refuse_frame(self, frame: WaitingFrame, error: EdgeVlmError) -> None:
         """Gives a frame whose message was broken its outcome."""
-        self._report(self._slot.refuse(frame, DropReason.DECODE_ERROR), error)
+        self._report(self.tape.refuse(self._slot, frame, error), error)
 
     def _report(self, dropped: list[Dropped], error: EdgeVlmError | None = None) -> None:
         for frame, reason in dropped:
@@ -77,8 +80,14 @@ class SessionHandle:
 
         def run() -> None:
             self._num_done += 1
-            if self.session is not None:
-                deliver(self.session, message, received_ns, self.emit)
+            session = self.session
+            if session is not None:
+                self.tape.work(
+                    "message",
+                    lambda: deliver(session, message, received_ns, self.emit),
+                    message=message,
+                    received_ns=received_ns,
+                )
 
         self._worker.post(self, run)
 
@@ -149,22 +158,31 @@ class EngineWorker:
         emit: Emit,
         on_open: Callable[[SessionHandle | EdgeVlmError], None],
         on_failure: Callable[[], None],
+        tape: NoTape | None = None,
     ) -> None:
-        """Makes a session; `on_open` gets its handle or the error, on the engine thread."""
+        """Makes a session; `on_open` gets its handle or the error, on the engine thread. What it
+        does goes on the tape, which is closed with it."""
+        used = tape or NoTape()
+        noted = used.emit(emit)
+
+        def construct() -> Session:
+            return Session(
+                engines=self._engines,
+                settings=settings,
+                limits=self._limits,
+                emit=noted,
+                clock_ns=used.clock(self.clock_ns),
+                make_slot=used.make_slot,
+            )
 
         def make() -> None:
             try:
-                session = Session(
-                    engines=self._engines,
-                    settings=settings,
-                    limits=self._limits,
-                    emit=emit,
-                    clock_ns=self.clock_ns,
-                )
+                session = used.work("open", construct)
             except EdgeVlmError as error:
+                used.close()
                 on_open(error)
                 return
-            handle = SessionHandle(self, session, emit, on_failure)
+            handle = SessionHandle(self, session, noted, on_failure, used)
             self._handles.append(handle)
             on_open(handle)
 
@@ -205,11 +223,11 @@ class EngineWorker:
         session = handle.session
         if session is None:
             return False
-        worked = session.step()
+        worked = handle.tape.work("step", session.step)
         now_ns = self.clock_ns()
         if now_ns >= handle.next_stats_ns:
             handle.next_stats_ns = now_ns + STATS_INTERVAL_NS
-            session.emit_stats()
+            handle.tape.work("stats", session.emit_stats)
         return worked
 
     def _end(self, handle: SessionHandle) -> None:
@@ -217,7 +235,8 @@ class EngineWorker:
         if handle in self._handles:
             self._handles.remove(handle)
         if session is not None:
-            session.close()
+            handle.tape.work("close", session.close)
+            handle.tape.close()
 
     def _guarded(self, handle: SessionHandle | None, call: Callable[[], object]) -> object:
         """A bug in one session must not take the others down."""
@@ -233,5 +252,6 @@ class EngineWorker:
                         InternalError("the session failed", remedy="see the server's log")
                     )
                 )
+                handle.tape.close()
                 handle.on_failure()
             return None

@@ -1,0 +1,108 @@
+"""`edge-vlm replay FILE`: a recorded session again. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_vlm.cli import Command
+from edge_vlm_runtime.commands import DEMO_BUNDLE
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.engines import Engines
+    from edge_vlm_runtime.recording import Recording
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a recording of --record")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        default=DEMO_BUNDLE,
+        metavar="FOLDER",
+        help="the bundle it was recorded with (default: the demo model)",
+    )
+    parser.add_argument("--threads", type=int, help="threads of the engines (default: as recorded)")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="run its input at full speed, on any bundle, and print figures",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --measure: figures as JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edge_vlm.bundle import MANIFEST, sha256_of_file
+    from edge_vlm.errors import RecordingError
+    from edge_vlm_runtime.engines import Engines
+    from edge_vlm_runtime.recording import Recording
+
+    with Recording.open(args.file) as recording:
+        header = recording.header
+        threads = args.threads or int(header.get("threads", 2))
+        with Engines.open(args.bundle, threads=threads) as engines:
+            name = engines.bundle.name
+            if args.measure:
+                print(f"{args.file.name} on bundle {name!r}, {threads} CPU threads, full speed")
+                return _measure(args, engines, recording)
+            found = sha256_of_file(engines.bundle.path / MANIFEST)
+            if found != header.get("bundle_sha256"):
+                raise RecordingError(
+                    f"recorded with another bundle named {header.get('bundle')!r}",
+                    where=args.file,
+                    remedy="give that one with --bundle, or --measure this one",
+                )
+            return _again(engines, recording)
+
+
+def _again(engines: Engines, recording: Recording) -> int:
+    from edge_vlm.errors import ReplayDiffers
+    from edge_vlm_runtime.replay import Replay
+    from edge_vlm_runtime.replay_report import Report
+    from edge_vlm_runtime.view import PlainView, summary_line
+
+    report = Report(PlainView(engines.bundle.config.vision.cell_grid))
+    player = Replay(
+        engines,
+        recording,
+        emit=report.event,
+        told=lambda message: report.told(message, player.capture_s),
+    )
+    comparison = player.run()
+    print(summary_line(report.finish(player)))
+    if recording.cut_off is not None:
+        print(f"note: {recording.cut_off}; everything before was replayed", file=sys.stderr)
+    if comparison.num_differences:
+        for line in comparison.differences:
+            print(f"differs: {line}", file=sys.stderr)
+        raise ReplayDiffers(
+            f"{comparison.num_differences} differences in {comparison.num_events} recorded events",
+            where=recording.path,
+        )
+    print(f"all {comparison.num_events} recorded events came again as they were")
+    return 0
+
+
+def _measure(args: argparse.Namespace, engines: Engines, recording: Recording) -> int:
+    from edge_vlm_runtime.replay_report import measure
+    from edge_vlm_runtime.server import warm_up
+
+    warm_up(engines)
+    figures = measure(engines, recording)
+    print("\n".join(figures.lines()))
+    if recording.cut_off is not None:
+        print(f"note: {recording.cut_off}; everything before was measured", file=sys.stderr)
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+replay = Command(
+    name="replay",
+    help="run a recorded session again: the same report, or figures at full speed",
+    add_arguments=_arguments,
+    run=_run,
+)
