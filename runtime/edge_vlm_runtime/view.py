@@ -13,6 +13,7 @@ from typing import TextIO
 
 from edge_vlm.errors import EdgeVlmError, MissingExtraError
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.alert_messages import AlertCleared, AlertTriggered
 from edge_vlm_runtime.client import Answer
 from edge_vlm_runtime.sources import Picture
 from edge_vlm_runtime.streaming import Observer, Outcome, PlannedQuestion
@@ -29,6 +30,7 @@ except ImportError as error:
 HISTORY = 12
 """Frames over which the live view averages its rates."""
 MAX_ANSWERS = 8
+MAX_ALERTS = 8
 KEPT, DROPPED = "█", "·"
 
 
@@ -54,6 +56,16 @@ def frame_line(event: protocol.FrameAccepted, grid: int) -> str:
         f"kept {event.cells_kept:>{len(str(event.cells_seen))}}/{event.cells_seen}"
     )
     return f"{line}  {heat_row(event.kept_cells, grid)}" if grid <= 5 else line
+
+
+def alert_line(event: AlertTriggered | AlertCleared) -> str:
+    if isinstance(event, AlertTriggered):
+        return f"! {event.question}  begins at {event.time_s:.1f} s  [{event.probability:.2f}]"
+    why = "" if event.reason == "probability" else f" ({event.reason})"
+    return (
+        f"! {event.question}  ends at {event.time_s:.1f} s, after {event.lasted_s:.1f} s{why}"
+        f"  [{event.probability:.2f}]"
+    )
 
 
 def answer_line(result: Answer | EdgeVlmError) -> str:
@@ -124,6 +136,8 @@ class PlainView(Observer):
             self._once("the memory is full: from now on the oldest frames are forgotten")
         elif isinstance(event, protocol.MemoryRebased) and event.time_offset_s:
             self._once("the model's time range is full: it is moved along from now on")
+        elif isinstance(event, (AlertTriggered, AlertCleared)):
+            self.line(alert_line(event))
         elif isinstance(event, protocol.SessionGoAway):
             self.line("the server is stopping")
 
@@ -148,6 +162,7 @@ class LiveView(PlainView):
         self._stats: protocol.SessionStats | None = None
         self._last_ttft_s: float | None = None
         self._answers: dict[PlannedQuestion, str] = {}
+        self._alerts: list[str] = []
         # Last, because it draws at once.
         self._live = Live(console=Console(), refresh_per_second=8, get_renderable=self._render)
 
@@ -175,6 +190,8 @@ class LiveView(PlainView):
             self._dropped[event.reason] += 1
         elif isinstance(event, protocol.SessionStats):
             self._stats = event
+        elif isinstance(event, (AlertTriggered, AlertCleared)):
+            self._alerts = [*self._alerts, alert_line(event)][-MAX_ALERTS:]
 
     def asked(self, question: PlannedQuestion, after_s: float) -> None:
         self._answers[question] = ""
@@ -200,6 +217,8 @@ class LiveView(PlainView):
         for question, text in self._answers.items():
             dialogue.add_row(Text("?", style="bold"), Text(question.text, style="bold"))
             dialogue.add_row(Text(">"), Text(text or "..."))
+        for text in self._alerts:
+            dialogue.add_row(Text("!", style="bold"), Text(text.removeprefix("! ")))
         return Panel(Group(parts, Text(), dialogue), title=self._title, title_align="left")
 
     def _gauges(self) -> list[tuple[str, str]]:

@@ -51,6 +51,15 @@ def _world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--demo-clip", action="store_true", help="write the demo's clip.mp4 and clip.json instead"
     )
+    parser.add_argument(
+        "--events",
+        type=int,
+        metavar="COUNT",
+        help="write COUNT stretches of footage with event times for `eval-alerts` instead",
+    )
+    parser.add_argument(
+        "--frames", type=int, default=48, help="pictures of each of these, two a second"
+    )
 
 
 def _world(args: argparse.Namespace) -> int:
@@ -61,6 +70,16 @@ def _world(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         write_demo_clip(args.out, args.seed)
         print(f"demo clip: {args.out / 'clip.mp4'}")
+        return 0
+    if args.events is not None:
+        from edge_vlm.event_set import write_event_set
+        from edge_vlm_training.heldout_events import heldout_footage
+
+        if args.events < 1 or not 2 <= args.frames <= 1000:
+            raise ConfigError("--events must be positive and --frames in 2..1000")
+        footage = heldout_footage(args.seed, args.events, args.frames)
+        num_events = write_event_set(args.out, footage)
+        print(f"{num_events} events in {args.events} stretches of footage: {args.out}")
         return 0
     asked = write_question_set(args.out, heldout_clips(args.seed, args.per_kind))
     print(f"{asked} questions about held-out clips: {args.out}")
