@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
+from edge_vlm_runtime.alert_command import (
+    add_alert_arguments,
+    add_output_arguments,
+    alert_handlers,
+    alert_outputs,
+    alert_summary,
+    create_alerts,
+    tell_all,
+)
 
 if TYPE_CHECKING:
+    from edge_vlm_runtime.outputs import AlertOutputs
     from edge_vlm_runtime.sources import Source
     from edge_vlm_runtime.streaming import Outcome, PlannedQuestion
 
@@ -57,6 +67,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-sessions", type=_positive_int, metavar="N", help="viewers at the same time (4)"
     )
+    add_output_arguments(parser)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -69,16 +80,20 @@ def _serve(args: argparse.Namespace) -> int:
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     given = {} if args.max_sessions is None else {"max_sessions": args.max_sessions}
-    with Server.open(
-        args.bundle,
-        host=args.host,
-        port=args.port,
-        threads=args.threads,
-        limits=ServerLimits(**given),
-    ) as server:
-        print(f"serving {args.bundle} at {server.page_url}  (clients: {server.url})", flush=True)
-        server.serve()
-    print("stopped", flush=True)
+    with alert_outputs(args) as outputs:
+        with Server.open(
+            args.bundle,
+            host=args.host,
+            port=args.port,
+            threads=args.threads,
+            limits=ServerLimits(**given),
+            on_event=None if outputs is None else outputs.put,
+        ) as server:
+            print(
+                f"serving {args.bundle} at {server.page_url}  (clients: {server.url})", flush=True
+            )
+            server.serve()
+        print("stopped", flush=True)
     return 0
 
 
@@ -110,18 +125,22 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_bundle_arguments(parser)
     _add_settings_arguments(parser)
+    add_alert_arguments(parser)
 
 
 def _watch(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.streaming import parse_question
 
     questions = [parse_question(text, args.every) for text in args.ask]
-    with server_url(args) as url:
-        return asyncio.run(_watch_session(args, url, questions))
+    with alert_outputs(args) as outputs, server_url(args) as url:
+        return asyncio.run(_watch_session(args, url, questions, outputs))
 
 
 async def _watch_session(
-    args: argparse.Namespace, url: str, questions: list[PlannedQuestion]
+    args: argparse.Namespace,
+    url: str,
+    questions: list[PlannedQuestion],
+    outputs: AlertOutputs | None,
 ) -> int:
     from edge_vlm_runtime.client import Client
     from edge_vlm_runtime.sources import mask_credentials, open_source
@@ -134,7 +153,10 @@ async def _watch_session(
         await client.update({"delivery": "live" if source.is_live else "wait"})
         title = f"{mask_credentials(args.source)} on {client.created.model.bundle}"
         with make_view(client.created.model.limits.cell_grid, title) as view:
-            client.on_event = view.event
+            client.on_event = tell_all(
+                view.event, *alert_handlers(args, client.created.session_id, outputs)
+            )
+            await create_alerts(args, client)
             try:
                 await stream(
                     source,
@@ -147,6 +169,9 @@ async def _watch_session(
             except asyncio.CancelledError:
                 if not source.is_live:
                     raise  # Ctrl-C is how a live source ends, but it cuts a file short
+            alerts = await client.alerts() if args.alerts else []
+    for status in alerts:
+        print(alert_summary(status))
     print(summary_line(outcome))
     return _finish(outcome)
 
