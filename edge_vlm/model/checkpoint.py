@@ -93,4 +93,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     temporary = path.with_name(f"{path.name}.partial")
     # "pt" tells transformers that no other framework wrote the file.
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+    os.chmod(temporary, 0o644)  # the library's 0600 would keep a server under another user out
     os.replace(temporary, path)

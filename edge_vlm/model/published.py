@@ -89,7 +89,8 @@ def load_published(folder: Path, dtype: torch.dtype = torch.float32) -> VideoLM:
     weights: dict[str, Tensor] = {}
     for file in found.files:
         weights.update(read_tensors(folder / file))
-    return assemble(found.config, to_ours(found.naming, found.config, weights, folder), dtype)
+    ours = to_ours(found.naming, found.config, weights, folder, dtype)
+    return assemble(found.config, ours, dtype)
 
 
 def save_published(

@@ -64,17 +64,22 @@ def check_published(
 
 
 def to_ours(
-    naming: Naming, cfg: ModelConfig, weights: Mapping[str, Tensor], where: object = None
+    naming: Naming,
+    cfg: ModelConfig,
+    weights: Mapping[str, Tensor],
+    where: object = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Renames a published state dict: every name of ours that the naming covers.
 
-    Tensors are views where nothing has to be joined. Raises as `check_published`.
+    Tensors are views where nothing has to be joined or, with a `dtype`, converted; those that have
+    to be are written once, in their new type. Raises as `check_published`.
     """
     check_published(naming, cfg, weights, where)
     wanted = shapes(cfg)
     ours: dict[str, Tensor] = {}
     for row in naming.expand(cfg):
-        joined = _join([weights[name] for name in row.published])
+        joined = _join([weights[name] for name in row.published], dtype)
         sizes = [wanted[name][0] for name in row.ours]
         ours.update(zip(row.ours, joined.split(sizes), strict=True))
     return ours
@@ -103,8 +108,14 @@ def published_items(
         yield from zip(row.published, joined.split(sizes), strict=True)
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+def _join(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    first, dtype = tensors[0], dtype or tensors[0].dtype
+    if len(tensors) == 1:
+        return first.to(dtype)
+    joined = first.new_empty((sum(len(t) for t in tensors), *first.shape[1:]), dtype=dtype)
+    for part, tensor in zip(joined.split([len(t) for t in tensors]), tensors, strict=True):
+        part.copy_(tensor)
+    return joined
 
 
 def _row_shapes(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tests.model.peers import (
     largest,
     load_ours,
     our_logits,
+    parameters_of,
     peer_logits,
     random_peer,
     variant,
@@ -205,3 +208,63 @@ def test_what_a_published_folder_cannot_say_is_refused(tmp_path: Path) -> None:
     (tmp_path / "here").write_text("x")
     with pytest.raises(CheckpointError, match="in the way"):
         save_published(tmp_path, VideoLM(variant("4b")))
+
+
+MEASURE = """
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from edge_vlm.model.published import load_published
+
+
+def own() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def watch() -> None:
+    while not done.wait(0.002):
+        peaks.append(own())
+
+
+dtype = getattr(torch, sys.argv[3])
+load_published(Path(sys.argv[2]), dtype)  # whatever libraries set up at first is not counted
+before, done, peaks = own(), threading.Event(), [0]
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_published(Path(sys.argv[1]), dtype)
+done.set()
+watcher.join()
+print(max(*peaks, own()) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory figures")
+def test_loading_takes_no_second_copy_of_the_model(tmp_path: Path) -> None:
+    """As stored: only the joined embedding table is new memory. Converted: the new type's size."""
+    cfg = variant("4b")
+    save_published(tmp_path / "small", VideoLM(cfg))
+    language = dataclasses.replace(cfg.language, width=640, mlp_width=2560, base_vocab=3000)
+    model = VideoLM(dataclasses.replace(cfg, language=language))
+    save_published(tmp_path / "large", model, max_shard_bytes=30_000_000)
+    assert len(list((tmp_path / "large").glob("*.safetensors"))) > 1
+    size = 4 * parameters_of(model)
+    table = 4 * model.llm.embed.weight.numel()
+    assert size > 8 * table > 50e6
+    slack = 10e6
+    for dtype, allowed in (("float32", table), ("bfloat16", size // 2)):
+        folders = [str(tmp_path / name) for name in ("large", "small")]
+        command = [sys.executable, "-c", MEASURE, *folders, dtype]
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+        )
+        assert int(run.stdout) <= allowed + slack, dtype
+
+
+def test_the_files_can_be_read_by_others(pair: Pair, tmp_path: Path) -> None:
+    """A server often runs as another user than whoever saved the model."""
+    save_published(tmp_path, pair.ours)
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in tmp_path.iterdir())
