@@ -198,8 +198,9 @@ def _attention_factor(rope: Section, factor: float) -> float:
 def published_config(cfg: ModelConfig) -> dict[str, Any]:
     """The hub's config.json of a model; `config_from_published` reads it back, less the scorer.
 
-    Ids of markers are those of tokenizers that add them right behind the base vocabulary, as all
-    published ones do. Raises ConfigError for what such a config cannot say.
+    What a model does not know of its prompts is said as the released models have it: markers are
+    the first ids behind the base vocabulary, and frames have no markers of their own. Raises
+    ConfigError for what such a config cannot say.
     """
     _require_sayable(cfg)
     vision, connector, language = cfg.vision, cfg.connector, cfg.language

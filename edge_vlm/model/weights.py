@@ -15,7 +15,6 @@ from torch import Tensor
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import WeightNamesError
-from edge_vlm.model.namings import STTS as STTS
 from edge_vlm.model.namings import Naming, Row
 from edge_vlm.model.video_lm import VideoLM
 

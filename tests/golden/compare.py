@@ -34,9 +34,10 @@ from edge_vlm.config import (
     ScorerConfig,
     VisionConfig,
 )
+from edge_vlm.model.namings import STTS
 from edge_vlm.model.reference import ReferenceEncoding, encode_reference
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.weights import STTS, to_ours, to_published
+from edge_vlm.model.weights import to_ours, to_published
 from edge_vlm_training.losses import similarity_loss
 
 TOLERANCE = 1e-4
