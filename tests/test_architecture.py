@@ -39,7 +39,7 @@ MODEL = "model"  # of edge_vlm: whoever imports it has torch, and with it the ex
 
 # Runtime modules from the bottom up: a module imports its own layer's siblings and lower layers.
 LAYERS = (
-    {"settings", "device"},
+    {"settings", "device", "device_gauges", "api_key", "tls"},
     {"backends"},
     {"kv_arena"},
     {"vision", "language"},
@@ -55,7 +55,7 @@ LAYERS = (
     {"record"},
     {"worker", "sources", "delivery_queue"},
     {"outputs", "webhook", "mqtt"},
-    {"event_log", "replay"},
+    {"event_log", "replay", "server_metrics"},
     {"served_session"},
     {"connection"},
     {"server", "line"},

@@ -23,6 +23,7 @@ from edge_vlm.errors import (
     ProtocolError,
     ServerBusy,
     SessionError,
+    Unauthorized,
 )
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.frame_slot import WaitingFrame
@@ -119,6 +120,7 @@ class Connection:
         self._session = session
         self._sent = wanted.last_sequence
         self._table.attach(session, self)
+        self._table.metrics.resumes.inc()
         resumed = self._table.resumed(session, wanted.last_sequence)
         resumed.event_id = wanted.event_id
         self._greeting = protocol.encode(resumed)
@@ -210,6 +212,7 @@ class Connection:
 
     def _take_frame(self, message: protocol.FrameMessage, handle: SessionHandle) -> None:
         session = self._session
+        self._table.metrics.frames_received.inc()
         newest = session.newest_frame_sequence
         session.newest_frame_sequence = max(message.sequence, newest or 0)
         frame = WaitingFrame(
@@ -259,7 +262,7 @@ async def refuse(websocket: WebSocket, error: EdgeVlmError) -> None:
     code = 1011
     if isinstance(error, ServerBusy):
         code = 1013
-    elif isinstance(error, (SessionError, ProtocolError)):
+    elif isinstance(error, (SessionError, ProtocolError, Unauthorized)):
         code = 1008
     with suppress(Exception):  # the other side may be gone already
         await websocket.send_text(protocol.encode(protocol.error_event(error)))

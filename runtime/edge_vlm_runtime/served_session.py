@@ -20,6 +20,7 @@ from edge_vlm.errors import EdgeVlmError, ServerBusy, SessionGone
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.event_log import EventLog
 from edge_vlm_runtime.record import Recorder
+from edge_vlm_runtime.server_metrics import ServerMetrics
 from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.worker import EngineWorker, SessionHandle
 
@@ -114,6 +115,9 @@ class SessionTable:
     ) -> None:
         """`on_event` gets a session's name and every event of it, connected or not."""
         self._on_event = on_event
+        self.metrics = ServerMetrics(
+            bundle_name=bundle_name, num_sessions=lambda: len(self._sessions)
+        )
         self._worker = worker
         self._recorder = recorder
         self._bundle_name = bundle_name
@@ -142,7 +146,7 @@ class SessionTable:
         ConfigError when the model cannot hold to the settings, RecordingError.
         """
         given_up = self._make_room()
-        session = ServedSession(self.limits, self._on_event)
+        session = ServedSession(self.limits, self._notify)
         self._sessions[session.session_id] = session  # before any await: the place is taken
         if given_up is not None:
             await self.end(given_up)
@@ -254,6 +258,7 @@ class SessionTable:
         self._sessions.pop(session.session_id, None)
         self._stop_expiry(session)
         await self.end_engines_side(session)
+        self.metrics.ended(session.session_id)
 
     def _stop_expiry(self, session: ServedSession) -> None:
         expiry = self._expiries.pop(session.session_id, None)
@@ -274,6 +279,11 @@ class SessionTable:
         task = asyncio.get_running_loop().create_task(self.end(session))
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)
+
+    def _notify(self, session_id: str, event: protocol.ServerEvent) -> None:
+        self.metrics.event(session_id, event)
+        if self._on_event is not None:
+            self._on_event(session_id, event)
 
     def _model_part(self) -> protocol.Model:
         return protocol.Model(bundle=self._bundle_name, limits=self._model)

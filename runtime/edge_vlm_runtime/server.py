@@ -20,10 +20,12 @@ from urllib.parse import urlsplit
 import numpy as np
 
 import edge_vlm
-from edge_vlm.errors import ConfigError, MissingExtraError, ServerBusy
+from edge_vlm.errors import ConfigError, MissingExtraError, ServerBusy, Unauthorized
 from edge_vlm.frames import Frame
+from edge_vlm.metrics import CONTENT_TYPE
 from edge_vlm.pruning import KeepAll
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.api_key import SUBPROTOCOL, require_key
 from edge_vlm_runtime.connection import Connection, refuse
 from edge_vlm_runtime.engines import Engines
 from edge_vlm_runtime.record import Recorder
@@ -35,6 +37,7 @@ from edge_vlm_runtime.settings import (
     default_settings,
     video_window,
 )
+from edge_vlm_runtime.tls import Tls
 from edge_vlm_runtime.worker import EngineWorker
 
 try:
@@ -43,6 +46,7 @@ try:
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route, WebSocketRoute
+    from starlette.types import ASGIApp, Receive, Scope, Send
     from starlette.websockets import WebSocket
 except ImportError as error:
     raise MissingExtraError.for_library(error.name or "starlette", "ort") from error
@@ -82,10 +86,12 @@ class Server:
         settings: SessionSettings | None = None,
         recorder: Recorder | None = None,
         on_event: OnEvent | None = None,
+        api_key: str | None = None,
+        tls: Tls | None = None,
     ) -> None:
         """Port 0 takes a free one; `on_event` gets a session's name and every event of it, on the
-        server's loop. Raises ConfigError when host and port cannot be listened on, or the settings
-        do not fit the model."""
+        server's loop; with `api_key` a client must have it, see `api_key`. Raises ConfigError when
+        host and port cannot be listened on, or the settings do not fit the model."""
         self.limits = limits or ServerLimits()
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
@@ -93,6 +99,8 @@ class Server:
         self._engines = engines
         self._worker = EngineWorker(engines, self.limits)
         self._socket = _listen(host, port)
+        self._api_key = api_key
+        self._is_tls = tls is not None
         self.host = host
         self.port = int(self._socket.getsockname()[1])
         self._connections: set[Connection] = set()
@@ -117,6 +125,8 @@ class Server:
                 ws_ping_interval=PING_INTERVAL_S,
                 ws_ping_timeout=PING_INTERVAL_S,
                 ws_per_message_deflate=False,
+                ssl_certfile=None if tls is None else tls.certificate,
+                ssl_keyfile=None if tls is None else tls.key,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -136,9 +146,11 @@ class Server:
         limits: ServerLimits | None = None,
         record_to: Path | None = None,
         on_event: OnEvent | None = None,
+        api_key: str | None = None,
+        tls: Tls | None = None,
     ) -> Server:
         """Checks and loads the bundle. `record_to`: a folder for a recording of each session, or
-        the file for that of the only one; `on_event`: see `__init__`. Raises BundleError and its
+        the file for that of the only one; the rest: see `__init__`. Raises BundleError and its
         leaves, ConfigError."""
         engines = Engines.open(bundle, threads=threads)
         try:
@@ -153,6 +165,8 @@ class Server:
                 limits=limits,
                 recorder=recorder,
                 on_event=on_event,
+                api_key=api_key,
+                tls=tls,
             )
         except BaseException:
             engines.close()
@@ -161,11 +175,11 @@ class Server:
     @property
     def url(self) -> str:
         """Where clients connect."""
-        return f"ws://{self._authority}{protocol.PATH}"
+        return f"{'wss' if self._is_tls else 'ws'}://{self._authority}{protocol.PATH}"
 
     @property
     def page_url(self) -> str:
-        return f"http://{self._authority}/"
+        return f"{'https' if self._is_tls else 'http'}://{self._authority}/"
 
     @property
     def _authority(self) -> str:
@@ -245,15 +259,18 @@ class Server:
     # ---- what it answers ---------------------------------------------------------------------
 
     def _application(self) -> Starlette:
-        return Starlette(
+        application = Starlette(
             routes=[
                 *[Route(path, _page(name, kind)) for path, (name, kind) in PAGE_FILES.items()],
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
                 Route("/version", self._version),
+                Route("/metrics", self._metrics),
                 WebSocketRoute(protocol.PATH, self._realtime),
             ]
         )
+        application.add_middleware(_KeyGuard, key=self._api_key)
+        return application
 
     async def _healthz(self, request: Request) -> Response:
         alive = self._worker.is_alive
@@ -272,11 +289,20 @@ class Server:
             }
         )
 
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self._table.metrics.render(), media_type=CONTENT_TYPE)
+
     async def _realtime(self, websocket: WebSocket) -> None:
         if not _same_origin(websocket.headers.get("origin"), websocket.headers.get("host")):
             await websocket.close(1008, "a page from elsewhere may not connect")
             return
-        await websocket.accept()
+        offered = websocket.scope.get("subprotocols", ())
+        await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        try:
+            require_key(self._api_key, websocket.scope)
+        except Unauthorized as error:
+            await refuse(websocket, error)
+            return
         if len(self._connections) >= CONNECTIONS_PER_SESSION * self.limits.max_sessions:
             await refuse(websocket, ServerBusy("too many connections", remedy="connect later"))
             return
@@ -287,6 +313,34 @@ class Server:
             await connection.run()
         finally:
             self._connections.discard(connection)
+
+
+class _KeyGuard:
+    """ASGI middleware: HTTP 401 without the key. Websockets are told by an event, see above."""
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app = app
+        self._key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            try:
+                require_key(self._key, scope)
+            except Unauthorized as error:
+                app = JSONResponse(
+                    {
+                        "error": {
+                            "message": str(error),
+                            "type": "invalid_request_error",
+                            "param": None,
+                            "code": error.code,
+                        }
+                    },
+                    status_code=401,
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        await app(scope, receive, send)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -1,0 +1,73 @@
+"""The optional API key of a server: who has it may watch, ask and read the metrics.
+
+HTTP and websocket clients send `Authorization: Bearer KEY`. A page in a browser cannot set headers
+on a websocket; it offers the subprotocols `edge-vlm` and `edge-vlm-key.` with the key in base64url.
+The page itself and the health checks are open.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_vlm.errors import ConfigError, Unauthorized
+
+VARIABLE = "EDGE_VLM_API_KEY"
+SUBPROTOCOL = "edge-vlm"
+KEY_SUBPROTOCOL = "edge-vlm-key."
+GUARDED = ("/v1/", "/metrics")
+
+
+def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The key in a file, or else of `EDGE_VLM_API_KEY`, or None. Raises ConfigError.
+
+    Not an argument of a command: those can be seen by every user of the machine.
+    """
+    if file is None:
+        return environment.get(VARIABLE) or None
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the API key cannot be read: {error}", where=file) from error
+    if not key or not key.isprintable() or not key.isascii():
+        raise ConfigError("an API key is one line of printable ASCII", where=file)
+    return key
+
+
+def is_guarded(path: str) -> bool:
+    return any(path == guarded or path.startswith(guarded) for guarded in GUARDED)
+
+
+def require_key(key: str | None, scope: Mapping[str, Any]) -> None:
+    """Checks an ASGI scope of HTTP or a websocket. Raises Unauthorized."""
+    if key is None or not is_guarded(scope["path"]):
+        return
+    given = _bearer(scope["headers"]) or _of_subprotocols(scope.get("subprotocols", ()))
+    if given is None:
+        raise Unauthorized("this server wants an API key", remedy=f"set {VARIABLE}")
+    if not hmac.compare_digest(given, key.encode()):
+        raise Unauthorized("this is not the server's API key", remedy=f"set {VARIABLE}")
+
+
+def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    for name, value in headers:
+        scheme, _, token = value.partition(b" ")
+        if name.lower() == b"authorization" and scheme.lower() == b"bearer":
+            return token.strip()
+    return None
+
+
+def _of_subprotocols(offered: Iterable[str]) -> bytes | None:
+    for name in offered:
+        if name.startswith(KEY_SUBPROTOCOL):
+            text = name.removeprefix(KEY_SUBPROTOCOL)
+            try:
+                return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+            except (binascii.Error, ValueError):
+                return None
+    return None
