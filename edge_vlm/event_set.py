@@ -31,6 +31,7 @@ class Watch:
     events: Sequence[tuple[float, float]] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "events", tuple(self.events))
         last_s = float("-inf")
         for begin_s, end_s in self.events:
             if not last_s <= begin_s < end_s:

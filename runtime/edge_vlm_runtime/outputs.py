@@ -110,8 +110,9 @@ class AlertOutputs:
             self._inbox.append(_body(session_id, event, self._wall_clock()))
             self._loop.call_soon_threadsafe(self._take_in)
 
-    def close(self, grace_s: float = GRACE_S) -> None:
-        """Waits until everything has arrived, at most `grace_s`. Twice does no harm."""
+    def close(self, grace_s: float | None = None) -> None:
+        """Waits until everything has arrived, at most `grace_s` (GRACE_S). Twice does no harm."""
+        grace_s = GRACE_S if grace_s is None else grace_s
         with self._lock:
             if self._is_closed:
                 return
@@ -123,12 +124,12 @@ class AlertOutputs:
         """Behind `close`: raises DeliveryError if a receiver did not take everything."""
         if not self.undelivered:
             return
-        numbers = ", ".join(f"{name}: {count}" for name, count in self.undelivered.items())
+        numbers = ", ".join(f"{count} for {name}" for name, count in self.undelivered.items())
         kept = self._queue.path
         remedy = "keep them in a file with --alert-queue FILE"
         if kept is not None:
             remedy = f"they are kept in {kept} for the next run that names it"
-        raise DeliveryError(f"alert events that did not arrive: {numbers}", remedy=remedy)
+        raise DeliveryError(f"alert events did not arrive: {numbers}", remedy=remedy)
 
     def __enter__(self) -> AlertOutputs:
         self.start()

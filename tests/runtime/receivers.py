@@ -250,7 +250,7 @@ class Subscriber:
         self._client.on_connect = lambda client, *_: client.subscribe(f"{topic}/#", qos=1)
         self._client.on_subscribe = lambda *_: self._subscribed.set()
         self._client.on_message = lambda _c, _d, message: self.messages.append(
-            (message.topic, message.payload)
+            (message.topic, bytes(message.payload))
         )
         self._client.connect("127.0.0.1", broker.port)
         self._client.loop_start()

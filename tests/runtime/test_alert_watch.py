@@ -43,7 +43,7 @@ class Watcher(Viewer):
     def delete(self, alert_id: str) -> None:
         self.session.take(messages.AlertDelete(alert_id=alert_id, event_id="gone"), self.clock())
 
-    def list(self, event_id: str = "list") -> None:
+    def ask_list(self, event_id: str = "list") -> None:
         self.session.take(messages.AlertList(event_id=event_id), self.clock())
 
     def yes(self, probability: float) -> None:
@@ -63,7 +63,7 @@ class Watcher(Viewer):
         ]
 
     def status(self) -> messages.AlertStatus:
-        self.list()
+        self.ask_list()
         self.run()
         return self.of(messages.AlertListed)[-1].alerts[0]
 
@@ -162,7 +162,7 @@ def test_frames_that_come_during_an_answer_are_checked_when_it_ends() -> None:
     for sequence in (2, 3):
         watcher.put(sequence)
         watcher.session.step()
-    watcher.list()
+    watcher.ask_list()
     assert watcher.measured == [1]
     assert not watcher.of(messages.AlertListed)
     watcher.run()
@@ -227,7 +227,7 @@ def test_evidence_is_as_small_as_the_limit_asks_and_may_be_left_out() -> None:
 
 def test_lists_tell_where_alerts_stand() -> None:
     watcher = Watcher()
-    watcher.list()
+    watcher.ask_list()
     assert watcher.of(messages.AlertListed)[0].alerts == []
     watcher.create()
     watcher.yes(0.9)
@@ -297,7 +297,7 @@ def test_lists_that_wait_are_bounded() -> None:
     watcher.session.step()
     with pytest.raises(TooManyQuestions):
         for _ in range(MAX_WAITING_LISTS + 1):
-            watcher.list()
+            watcher.ask_list()
     watcher.run()
     assert len(watcher.of(messages.AlertListed)) == MAX_WAITING_LISTS
 
@@ -360,7 +360,7 @@ def test_whatever_happens_begins_and_ends_alternate(
             elif action == "delete":
                 watcher.delete("alert_1")
             elif action == "list":
-                watcher.list()
+                watcher.ask_list()
                 asked += 1
             elif action == "cancel":
                 watcher.session.cancel(None)

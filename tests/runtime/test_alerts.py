@@ -56,11 +56,11 @@ def test_a_hold_lets_only_what_lasts_begin() -> None:
 
 def test_states_tell_what_is_about_to_happen() -> None:
     machine = AlertMachine(rule(hold_s=1.0))
-    assert machine.state is AlertState.IDLE
-    machine.update(0.0, 0.9)
-    assert machine.state is AlertState.HOLDING
-    machine.update(1.0, 0.9)
-    assert machine.state is AlertState.ACTIVE
+    states = [machine.state]
+    for time_s in (0.0, 1.0):
+        machine.update(time_s, 0.9)
+        states.append(machine.state)
+    assert states == [AlertState.IDLE, AlertState.HOLDING, AlertState.ACTIVE]
 
 
 def test_a_hold_at_the_end_bridges_gaps() -> None:
