@@ -1,23 +1,25 @@
 """Checks a session's alerts on its memory and tells what began and ended.
 
 A check is one prefill of the question behind the remembered video and a look at the logits: nothing
-is decoded and nothing stays in the cache. All alerts that are due are measured in as few runs of
-the language graph as they fit into, alerts with the same question once.
+is decoded and nothing stays in the cache. Alerts that are due are measured together, as many as
+fit into one run of the language graph, alerts with the same question once.
 
 No I/O, no threads; the clock and the way out for events are arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from edge_vlm.errors import EdgeVlmError, QuestionTooLong, TooManyQuestions
 from edge_vlm.frames import shrink_jpeg
 from edge_vlm_runtime import alert_messages as messages
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.alerts import Alert, AlertBook, Change, SeenFrame, YesNo
-from edge_vlm_runtime.settings import ModelLimits, ServerLimits, question_capacity
+from edge_vlm_runtime.settings import Attention, ModelLimits, ServerLimits, question_capacity
 
 if TYPE_CHECKING:
     from edge_vlm.prompt import PromptFormat
@@ -54,6 +56,7 @@ class AlertWatch:
         self._limits = limits
         # A question goes through the graph whole.
         self._max_question_tokens = min(question_capacity(model, limits), model.max_prefill_tokens)
+        self._max_tokens_per_step = model.max_prefill_tokens
         self._emit = emit
         self._clock_ns = clock_ns
         self._book = AlertBook(limits.max_alerts)
@@ -137,7 +140,8 @@ class AlertWatch:
     # ---- checking ----------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Checks the alerts that are due on the newest frame; False when there are none.
+        """Checks alerts that are due on the newest frame, as many as fit into one run of the
+        language graph; False when there are none.
 
         Nothing may lie behind the mark. What the engines raise becomes an `error` event, once until
         a check succeeds again.
@@ -145,8 +149,10 @@ class AlertWatch:
         due = self._book.due()
         if not due:
             return False
+        branches = self._branches(due)
+        due = [alert for alert in due if alert.rule.question in branches]
         try:
-            readings = self._measure({alert.rule.question for alert in due})
+            readings = self._measure(branches)
         except EdgeVlmError as error:
             if any([self._book.failed(alert) for alert in due]):
                 self._emit(protocol.error_event(error))
@@ -156,14 +162,27 @@ class AlertWatch:
         self._answer_lists()
         return True
 
-    def _measure(self, questions: set[str]) -> dict[str, tuple[float, float]]:
+    def _branches(self, due: Sequence[Alert]) -> dict[str, np.ndarray]:
+        """Embeddings of the questions to check now, by question.
+
+        Where the whole video is prefilled for a check they are all checked together.
+        """
+        room = self._max_tokens_per_step
+        branches: dict[str, np.ndarray] = {}
+        for text in dict.fromkeys(alert.rule.question for alert in due):
+            branch = self._language.embed(self._prompt.question_ids(text))
+            room -= len(branch)
+            if branches and room < 0 and self._context.attention is Attention.FRAME:
+                break
+            branches[text] = branch
+        return branches
+
+    def _measure(self, branches: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
         """Probability and answer mass by question."""
         assert self._yes_no is not None  # made with the first alert
         self._context.show()
-        texts = sorted(questions)
-        branches = [self._language.embed(self._prompt.question_ids(text)) for text in texts]
-        logits = self._language.measure(self._arena, branches)
-        return {text: self._yes_no.read(row) for text, row in zip(texts, logits, strict=True)}
+        logits = self._language.measure(self._arena, list(branches.values()))
+        return {text: self._yes_no.read(row) for text, row in zip(branches, logits, strict=True)}
 
     def _note(self, alert: Alert, probability: float, answer_mass: float) -> None:
         change = self._book.measured(alert, probability, answer_mass)

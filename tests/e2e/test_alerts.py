@@ -27,12 +27,13 @@ from edge_vlm_runtime.client import Client
 from edge_vlm_runtime.commands import watch
 from edge_vlm_runtime.outputs import AlertOutputs
 from edge_vlm_runtime.server import Server
+from edge_vlm_runtime.view import LiveView
 from edge_vlm_runtime.webhook import WebhookSink
 from tests.fakes import tiny_bundle
 from tests.runtime.command_line import command_line
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg, write_video
-from tests.runtime.receivers import WebServer, free_port
+from tests.runtime.receivers import WebServer, cleared, free_port, triggered
 
 FILE = {"delivery": "wait", "max_answer_tokens": 6}
 QUESTION = "is there a red ball ?"
@@ -260,6 +261,20 @@ def test_watch_refuses_what_makes_no_sense_in_one_line(
     assert command_line(watch, watch_arguments(video, *arguments)) == code
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1
+
+
+def test_the_live_view_shows_the_last_alerts() -> None:
+    from rich.console import Console
+
+    view = LiveView(3, "clip.mp4 on tiny")
+    for episode in range(1, 12):
+        view.event(triggered(episode))
+        view.event(cleared(episode))
+    console = Console(record=True, width=100)
+    console.print(view._render())
+    text = console.export_text()
+    assert text.count("begins at") == text.count("ends at") == 4
+    assert "begins at 5.5 s" in text and "after 0.2 s" in text
 
 
 # ---- figures ---------------------------------------------------------------------------------

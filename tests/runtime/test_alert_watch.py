@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from edge_vlm_runtime.alert_watch import MAX_WAITING_LISTS
 from edge_vlm_runtime.engines import Engines
 from edge_vlm_runtime.settings import Attention
 from tests.fakes import tiny_bundle
-from tests.runtime.fake_engines import FakeClock
+from tests.runtime.fake_engines import FakeClock, FakeEngines
 from tests.runtime.pictures import jpeg
 from tests.runtime.test_session import LIMITS, Viewer
 
@@ -129,6 +130,29 @@ def test_alerts_are_measured_together_and_the_same_question_once() -> None:
     ]
     watcher.show(2)
     assert watcher.measured == [2, 2]
+
+
+def test_one_step_is_one_run_and_a_question_comes_between_two() -> None:
+    engines = FakeEngines(FakeClock())
+    dims = engines.bundle.specs["llm"].dims
+    dims["s"] = dataclasses.replace(dims["s"], opt=16, max=40)
+    watcher = Watcher(engines, engines.vision._clock)
+    watcher.show(1)
+    watcher.yes(0.9)
+    texts = ["is it red ?", "is it blue ?", "is there a cube ?", "is there a dog ?", "no ."]
+    for text in texts:
+        watcher.create(text)
+    watcher.session.step()
+    first = len(watcher.of(messages.AlertTriggered))
+    assert 0 < first < len(texts)
+    watcher.ask()
+    watcher.run()
+    kinds = [type(event) for event in watcher.events]
+    done = kinds.index(protocol.ResponseDone)
+    assert kinds[:done].count(messages.AlertTriggered) == first
+    begun = [event.question for event in watcher.of(messages.AlertTriggered)]
+    assert begun == texts
+    assert sum(watcher.measured) == len(texts) and len(watcher.measured) > 1
 
 
 def test_questions_come_before_alerts_and_alerts_before_the_next_frame() -> None:
