@@ -27,6 +27,7 @@ COMMANDS = {
     "serve": ("ort", "serve a bundle over a websocket, with a browser page"),
     "watch": ("ort", "stream a file, webcam or RTSP camera to a server and ask questions"),
     "ask": ("ort", "ask one question about one video file"),
+    "replay": ("ort", "run a recorded session again: the same report, or figures at full speed"),
     "train": ("train", "train a model on the rendered world"),
     "world": ("train", "write held-out clips with questions and true answers"),
     "eval": ("ort", "measure a bundle on a question set through the served path"),

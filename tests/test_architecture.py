@@ -64,7 +64,7 @@ LAYERS = (
     {"alert_evaluate"},
     {"view"},
     {"replay_report"},
-    {"alert_command"},
+    {"alert_command", "server_options"},
     {"commands", "demo_command", "evaluate_command", "protocol_docs", "replay_command"},
     {"alert_evaluate_command"},
 )

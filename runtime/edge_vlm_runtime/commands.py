@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
+from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.alert_command import (
     add_alert_arguments,
     add_output_arguments,
@@ -20,6 +21,13 @@ from edge_vlm_runtime.alert_command import (
     alert_summary,
     create_alerts,
     tell_all,
+)
+from edge_vlm_runtime.server_options import (
+    access_of,
+    add_access_arguments,
+    add_record_argument,
+    add_server_arguments,
+    server_options,
 )
 
 if TYPE_CHECKING:
@@ -68,6 +76,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-sessions", type=_positive_int, metavar="N", help="viewers at the same time (4)"
     )
     add_output_arguments(parser)
+    add_server_arguments(parser)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -79,15 +88,17 @@ def _serve(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    given = {} if args.max_sessions is None else {"max_sessions": args.max_sessions}
+    given = {"max_sessions": args.max_sessions, "resume_grace_s": args.resume_grace}
+    limits = ServerLimits(**{name: value for name, value in given.items() if value is not None})
     with alert_outputs(args) as outputs:
         with Server.open(
             args.bundle,
             host=args.host,
             port=args.port,
             threads=args.threads,
-            limits=ServerLimits(**given),
+            limits=limits,
             on_event=None if outputs is None else outputs.put,
+            **server_options(args),
         ) as server:
             print(
                 f"serving {args.bundle} at {server.page_url}  (clients: {server.url})", flush=True
@@ -126,13 +137,19 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle_arguments(parser)
     _add_settings_arguments(parser)
     add_alert_arguments(parser)
+    add_access_arguments(parser)
+    add_record_argument(parser, "FILE.evlm", "record the session (with a server of its own only)")
 
 
 def _watch(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.streaming import parse_question
 
     questions = [parse_question(text, args.every) for text in args.ask]
-    with alert_outputs(args) as outputs, server_url(args) as url:
+    if args.record is not None and args.url is not None:
+        raise ConfigError(
+            "a session is recorded by its server", remedy="give --record to `edge-vlm serve`"
+        )
+    with alert_outputs(args) as outputs, server_url(args, record_to=args.record) as url:
         return asyncio.run(_watch_session(args, url, questions, outputs))
 
 
@@ -148,7 +165,8 @@ async def _watch_session(
     from edge_vlm_runtime.view import make_view, summary_line
 
     outcome = Outcome()
-    async with await Client.connect(url, _settings_of(args)) as client:
+    access = access_of(args)
+    async with await Client.connect(url, _settings_of(args), access=access) as client:
         source = await _open_source(open_source, args.source, args.fps, client)
         await client.update({"delivery": "live" if source.is_live else "wait"})
         title = f"{mask_credentials(args.source)} on {client.created.model.bundle}"
@@ -185,6 +203,7 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="a running server (default: one of its own)")
     add_bundle_arguments(parser)
     _add_settings_arguments(parser)
+    add_access_arguments(parser)
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -198,7 +217,8 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
     from edge_vlm_runtime.streaming import PlannedQuestion, stream
     from edge_vlm_runtime.view import answer_times
 
-    async with await Client.connect(url, {**_settings_of(args), "delivery": "wait"}) as client:
+    settings = {**_settings_of(args), "delivery": "wait"}
+    async with await Client.connect(url, settings, access=access_of(args)) as client:
         source = await _open_source(FileSource, args.video, args.fps, client)
         question = PlannedQuestion(text=args.question)
         outcome = await stream(source, client, [question], real_time=False)
@@ -239,14 +259,14 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def server_url(args: argparse.Namespace) -> Iterator[str]:
+def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Iterator[str]:
     """The URL that was given, or that of a server of our own on a free loopback port."""
     if args.url is not None:
         yield args.url
         return
     from edge_vlm_runtime.server import Server
 
-    with Server.open(args.bundle, threads=args.threads) as server:
+    with Server.open(args.bundle, threads=args.threads, record_to=record_to) as server:
         server.start()
         yield server.url
 

@@ -201,7 +201,7 @@ class _RecordedClock:
 
     @property
     def elapsed_s(self) -> float:
-        return 0.0 if self._begin_ns is None else (self._last_ns - self._begin_ns) * 1e-9
+        return 0.0 if self._begin_ns is None else max(0, self._last_ns - self._begin_ns) * 1e-9
 
     def __call__(self) -> int:
         if self._readings_ns:

@@ -107,10 +107,12 @@ class Figures:
     """Of this process at its largest, engines included."""
 
     def to_dict(self) -> dict[str, Any]:
-        result = dataclasses.asdict(self)
-        result["stage_ms"] = {name: fmean(values) for name, values in self.stage_ms.items()}
-        result["frames_per_s"] = self.frames_per_s
-        return result
+        return {
+            **vars(self),
+            "frames_dropped": dict(self.frames_dropped),
+            "stage_ms": {name: fmean(values) for name, values in self.stage_ms.items()},
+            "frames_per_s": self.frames_per_s,
+        }
 
     @property
     def frames_per_s(self) -> float:

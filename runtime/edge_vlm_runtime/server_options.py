@@ -1,0 +1,101 @@
+"""Options of commands about how a server may be reached and what it keeps. Light to import."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.line import Access
+    from edge_vlm_runtime.tls import Tls
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("access and operation")
+    group.add_argument(
+        "--tls",
+        action="store_true",
+        help="serve https and wss with a certificate made on the first start (browsers give the "
+        "camera only to https pages and to localhost)",
+    )
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="a certificate of your own")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
+    _add_key_argument(group)
+    group.add_argument(
+        "--resume-grace",
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long a session is kept when its connection breaks (30); 0: not at all",
+    )
+    add_record_argument(group, "FOLDER", "write a recording of each session into this folder")
+
+
+def add_record_argument(parser: Any, metavar: str, help: str) -> None:
+    parser.add_argument("--record", type=Path, metavar=metavar, help=f"{help}; see `replay`")
+
+
+def add_access_arguments(parser: argparse.ArgumentParser) -> None:
+    """For commands that may connect to a server elsewhere."""
+    group = parser.add_argument_group("access to a server")
+    _add_key_argument(group)
+    group.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="certificate to trust for wss://"
+    )
+
+
+def _add_key_argument(parser: Any) -> None:
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the API key (default: the variable EDGE_VLM_API_KEY, or none)",
+    )
+
+
+def server_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `Server.open`. Raises ConfigError."""
+    from edge_vlm_runtime.api_key import read_api_key
+
+    key = read_api_key(args.api_key_file)
+    if key is None and args.host not in LOOPBACK:
+        print(
+            f"edge-vlm: anybody who reaches {args.host} may watch and ask; an API key "
+            "(--api-key-file) keeps others out",
+            file=sys.stderr,
+        )
+    return {"record_to": args.record, "api_key": key, "tls": _tls(args)}
+
+
+def _tls(args: argparse.Namespace) -> Tls | None:
+    from edge_vlm.errors import ConfigError
+    from edge_vlm_runtime.tls import Tls, default_folder, own_names, self_signed
+
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key go together")
+    if args.tls_cert is not None:
+        return Tls(args.tls_cert, args.tls_key).check()
+    if not args.tls:
+        return None
+    made = self_signed(default_folder(), own_names(args.host))
+    print(f"certificate: {made.certificate}  (for clients: --tls-ca)", flush=True)
+    return made
+
+
+def access_of(args: argparse.Namespace) -> Access:
+    """How to reach the server that was named. Raises ConfigError."""
+    from edge_vlm_runtime.api_key import read_api_key
+    from edge_vlm_runtime.line import Access
+
+    return Access(api_key=read_api_key(args.api_key_file), ca_file=args.tls_ca)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
