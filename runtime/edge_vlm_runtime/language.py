@@ -108,8 +108,8 @@ class LanguageModel:
         """Logits f32 [len(branches), base_vocab] behind each branch; the arena stays as it is.
 
         Every branch, embeddings f32 [n, width], continues the arena as if it were alone there: the
-        branches do not see each other. As many as fit go through the graph in one run, which costs
-        little more than one of them, because the weights are read once. Raises as `prefill`.
+        branches do not see each other. As many as fit go through the graph in one run, so that the
+        weights are read once for all of them. Raises as `prefill`.
         """
         if not branches or any(b.ndim != 2 or len(b) == 0 for b in branches):
             raise ValueError("need one or more branches of one or more tokens each")
