@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,24 @@ def test_watch_refuses_what_makes_no_sense_in_one_line(
     assert command_line(watch, watch_arguments(video, *arguments)) == code
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("library", "module", "option"),
+    [("aiohttp", "webhook", "--webhook"), ("paho.mqtt.client", "mqtt", "--mqtt")],
+)
+def test_a_missing_extra_is_named(
+    video: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    library: str,
+    module: str,
+    option: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"edge_vlm_runtime.{module}", raising=False)
+    assert command_line(watch, watch_arguments(video, option, "http://127.0.0.1/")) == 9
+    assert "edge-vlm[alerts]" in capsys.readouterr().err
 
 
 def test_the_live_view_shows_the_last_alerts() -> None:
