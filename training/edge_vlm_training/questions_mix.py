@@ -10,8 +10,9 @@ from edge_vlm_training.questions import QUESTION_KINDS, ask_any
 from edge_vlm_training.world import Scenes
 
 _FLOOR = 0.04
-_POINT_SHARE = 0.3
-"""Exact coordinates stay wrong for long; at full weight they would take the batch over."""
+_EMPHASIS = {"point": 0.15, "when": 2.0}
+"""Exact coordinates stay wrong for long: at full weight they would take the batch over. The time of
+an event is learned last: several digits, each of which has to be looked up by the thing's name."""
 _MAX_HISTORY = 2
 NOW_KINDS = ("presence", "name", "colour", "count", "where", "point")
 """Kinds whose answer lies in the newest frames: fair to ask when older ones were forgotten."""
@@ -26,8 +27,7 @@ class QuestionMix:
 
     def weights(self) -> dict[str, float]:
         weights = {kind: 1 - right + _FLOOR for kind, right in self.accuracy.items()}
-        weights["point"] *= _POINT_SHARE
-        return weights
+        return {kind: weight * _EMPHASIS.get(kind, 1.0) for kind, weight in weights.items()}
 
     def update(self, kinds: Iterable[str], right: Iterable[bool]) -> None:
         for kind, ok in zip(kinds, right, strict=True):

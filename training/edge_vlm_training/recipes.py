@@ -214,6 +214,7 @@ def demo_deeper(minutes: float = 64.0) -> Recipe:
                 frozen,
                 name="all",
                 minutes=22 * unit,
+                branches=16,
                 freeze_vision=False,
                 lr_vision=7e-5,
                 lr_connector=7e-5,
