@@ -10,7 +10,7 @@ from edge_vlm_training.questions import QUESTION_KINDS, ask_any
 from edge_vlm_training.world import Scenes
 
 _FLOOR = 0.04
-_EMPHASIS = {"point": 0.15, "when": 2.0}
+_EMPHASIS = {"point": 0.15, "when": 3.0}
 """Exact coordinates stay wrong for long: at full weight they would take the batch over. The time of
 an event is learned last: several digits, each of which has to be looked up by the thing's name."""
 _MAX_HISTORY = 2

@@ -188,9 +188,9 @@ def demo_more(minutes: float = 60.0) -> Recipe:
     )
 
 
-def demo_deeper(minutes: float = 64.0) -> Recipe:
+def demo_deeper(minutes: float = 89.0) -> Recipe:
     """Goes on from a demo checkpoint (`--init`) with two more language blocks."""
-    unit = minutes / 64.0
+    unit = minutes / 89.0
     frozen = Stage(
         name="frozen",
         minutes=20 * unit,
@@ -226,6 +226,16 @@ def demo_deeper(minutes: float = 64.0) -> Recipe:
                 branches=20,
                 rate=(0.8, 0.01),
                 decay_from=0.1,
+            ),
+            # A question after frame t sees a clip of t frames: no shorter ones are needed here.
+            dataclasses.replace(
+                frozen,
+                name="events",
+                minutes=25 * unit,
+                branches=20,
+                shorter=(),
+                rate=(1.0, 0.01),
+                decay_from=0.4,
             ),
         ),
     )
