@@ -155,39 +155,6 @@ def demo_cpu(minutes: float = 115.0) -> Recipe:
     )
 
 
-def demo_more(minutes: float = 60.0) -> Recipe:
-    """Goes on from a demo checkpoint (`--init`): the kinds that need two looks learn last."""
-    unit = minutes / 60.0
-    return Recipe(
-        name="demo_more",
-        seed=1,
-        forgetful_share=0.15,
-        stages=(
-            Stage(
-                name="all",
-                minutes=20 * unit,
-                batch=8,
-                num_frames=8,
-                shorter=(4,),
-                removed=REMOVED_MIXED,
-                lr_vision=5e-5,
-                lr_connector=5e-5,
-            ),
-            Stage(
-                name="frozen",
-                minutes=40 * unit,
-                batch=8,
-                num_frames=8,
-                branches=16,
-                removed=REMOVED_MIXED,
-                freeze_vision=True,
-                rate=(1.0, 0.01),
-                decay_from=0.5,
-            ),
-        ),
-    )
-
-
 def demo_deeper(minutes: float = 89.0) -> Recipe:
     """Goes on from a demo checkpoint (`--init`) with two more language blocks."""
     unit = minutes / 89.0
@@ -265,4 +232,4 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_deeper, demo_more, smoke)}
+RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_deeper, smoke)}
