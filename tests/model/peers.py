@@ -161,6 +161,14 @@ class Prompt:
             "mm_token_type_ids": self.is_vision.long()[None],
         }
 
+    def features(self, model: VideoLM) -> Tensor | None:
+        """What is added to the embeddings of the patch tokens, [patches, E]."""
+        if self.pixels is None:
+            return None
+        everything = torch.arange(len(self.pixels) * self.cfg.vision.num_cells)
+        frames = everything // self.cfg.vision.num_cells
+        return model.vit_trunk(model.vit.embed(self.pixels), everything, frames)
+
 
 def text_prompt(cfg: ModelConfig, length: int = 40) -> Prompt:
     generator = torch.Generator().manual_seed(2)
@@ -194,12 +202,10 @@ def peer_logits(peer: Any, prompt: Prompt) -> Tensor:
 def embed(model: VideoLM, prompt: Prompt) -> Tensor:
     """[1, s, E]: features are added to the patch tokens' embeddings."""
     embeds: Tensor = model.llm.embed(prompt.ids)
-    if prompt.pixels is not None:
-        everything = torch.arange(len(prompt.pixels) * prompt.cfg.vision.num_cells)
-        frames = everything // prompt.cfg.vision.num_cells
-        features = model.vit_trunk(model.vit.embed(prompt.pixels), everything, frames)
-        embeds = embeds.index_add(0, prompt.is_patch.nonzero().squeeze(1), features)
-    return embeds
+    features = prompt.features(model)
+    if features is None:
+        return embeds
+    return embeds.index_add(0, prompt.is_patch.nonzero().squeeze(1), features)
 
 
 def our_logits(model: VideoLM, prompt: Prompt, blocks: list[int] | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from edge_vlm.model.namings import TRANSFORMERS
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.model.weights import to_ours, to_published
 from edge_vlm.rope import rope_table
+from tests.model.image_prompts import one_image_prompt, several_images_prompt
 from tests.model.peers import (
     TOLERANCE,
     largest,
@@ -30,7 +31,12 @@ from tests.model.peers import (
 
 STEPS = 32
 VARIANTS = ("4b", "8b", "o-7b")
-PROMPTS = {"text": text_prompt, "video": video_prompt}
+PROMPTS = {
+    "text": text_prompt,
+    "video": video_prompt,
+    "one image": one_image_prompt,
+    "several images": several_images_prompt,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,15 @@ def test_the_comparison_sees_a_wrong_mask(pair: Pair) -> None:
     frames_apart = torch.where(prompt.is_vision, prompt.is_start.cumsum(0), -1).tolist()
     for blocks in (markers_as_text, frames_apart):
         assert largest(theirs - our_logits(pair.ours, prompt, blocks)) > 10 * TOLERANCE
+
+
+def test_the_comparison_sees_wrong_windows(pair: Pair) -> None:
+    """Padding taken for a patch, or the views in the other order: each must show."""
+    prompt = one_image_prompt(pair.cfg)
+    theirs = peer_logits(pair.peer, prompt)
+    for windows in (prompt.windows.clamp(min=0), prompt.windows.roll(1, 0)):
+        wrong = dataclasses.replace(prompt, windows=windows)
+        assert largest(theirs - our_logits(pair.ours, wrong)) > 10 * TOLERANCE
 
 
 SCALING = variant("o-7b").language.rope_scaling
