@@ -72,19 +72,22 @@ def in_turn(
     warmups: int,
     device: torch.device,
     say: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every case, once per round: A B C A B C ...
 
     A machine whose speed drifts slows all of them alike, so that ratios within a round hold.
+    `clock=time.process_time` counts processor seconds (of all threads) instead of time that passes:
+    for a CPU that others use as well.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(-warmups, rounds):
         for name, run in cases.items():
             _settle(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             _settle(device)
-            took = time.perf_counter() - begin
+            took = clock() - begin
             if turn >= 0:
                 seconds[name].append(took)
             say(f"{'warm-up' if turn < 0 else f'round {turn + 1}'}: {name} {took:.4f} s")

@@ -63,6 +63,15 @@ def test_vit_pruning_states_what_it_measured(
     assert "keep 0.7" in capsys.readouterr().out
 
 
+def test_processor_time_is_for_a_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    argv = ["--tiny", "--frames", "2", "--rounds", "1", "--clock", "processor", "--out", str(path)]
+    assert vit_pruning.main([*argv, "--device", "cpu"]) == 0
+    assert read(path)["clock"] == "processor"
+    with pytest.raises(SystemExit):
+        vit_pruning.main([*argv, "--device", "cuda"])
+
+
 def test_unpruned_is_the_model_without_a_scorer() -> None:
     model = VideoLM(CFG).init_weights(torch.Generator().manual_seed(0))
     plain = VideoLM(dataclasses.replace(CFG, scorer=None))
