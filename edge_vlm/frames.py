@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -117,9 +118,16 @@ def shrink_jpeg(data: bytes, limit_bytes: int) -> bytes:
 def thumbnail(rgb: np.ndarray, size: int) -> np.ndarray:
     """Area-averaged grey picture, f32 [size, size] in 0..255, aspect ignored.
 
-    Averaging hides the noise of a sensor.
+    Averaging hides the noise of a sensor. Rows first, in pieces: a large picture is never held as
+    floats.
     """
-    return block_means(rgb.mean(axis=2, dtype=np.float32), size)
+    height = rgb.shape[0]
+    edges = [row * height // size for row in range(size + 1)] if height >= size else []
+    bands = [
+        rgb[top:bottom].mean(axis=0, dtype=np.float32)
+        for top, bottom in pairwise(edges)
+    ]
+    return block_means(np.stack(bands) if bands else rgb.astype(np.float32), size).mean(axis=2)
 
 
 def block_means(plane: np.ndarray, size: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_vlm_runtime.alerts import AlertRule
-from edge_vlm_runtime.wire import ClientMessage, Part, ServerEvent
+from edge_vlm_runtime.wire import ClientMessage, Part, ServerEvent, Text
 
 # ---- parts -----------------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ class Evidence(Part, kw_only=True):
 class AlertCreate(ClientMessage, tag="alert.create"):
     """Watch for something from now on; answered by `alert.created`."""
 
-    question: str
+    question: Text
     """Answered by yes or no, such as "Is there a cat now?"."""
     on_threshold: float = AlertRule.on_threshold
     """The alert begins at this probability of "yes"."""

@@ -13,7 +13,18 @@ from typing import Any
 from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError, UnknownMessageType
 from edge_vlm_runtime import alert_messages
 from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
-from edge_vlm_runtime.wire import UNSET, ClientMessage, Part, ServerEvent, UnsetType, decode
+from edge_vlm_runtime.wire import (
+    MAX_CAPTURE_TIME_US,
+    UNSET,
+    CaptureTimeUs,
+    ClientMessage,
+    FrameNumber,
+    Part,
+    ServerEvent,
+    Text,
+    UnsetType,
+    decode,
+)
 from edge_vlm_runtime.wire import encode as encode
 from edge_vlm_runtime.wire import event_id_of as event_id_of
 from edge_vlm_runtime.wire import json_object as json_object
@@ -21,6 +32,8 @@ from edge_vlm_runtime.wire import json_schema as json_schema
 from edge_vlm_runtime.wire import tag_of as tag_of
 
 PATH = "/v1/realtime"
+MAX_ERROR_TEXT = 1000
+"""Characters of an error's message; it may repeat what a client sent."""
 RESUME_PARAMETER = "resume"
 """In the query of a connection that goes on with a session."""
 PROTOCOL_VERSION = 1
@@ -33,8 +46,6 @@ HEADER = struct.Struct("<BBHHHIIQ")
 capture time in microseconds u64; little-endian, 24 bytes."""
 HEADER_VERSION = 1
 TYPE_JPEG = 1
-MAX_CAPTURE_TIME_US = 1 << 53
-"""285 years; the largest whole number that JavaScript counts exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +143,9 @@ class SessionUpdate(ClientMessage, tag="session.update"):
 class InputVideoFrameAppend(ClientMessage, tag="input_video_frame.append"):
     """A frame as JSON, for clients without binary messages."""
 
-    sequence: int
+    sequence: FrameNumber
     """As in the binary header."""
-    capture_time_us: int
+    capture_time_us: CaptureTimeUs
     """As in the binary header."""
     frame: bytes
     """A JPEG."""
@@ -143,7 +154,7 @@ class InputVideoFrameAppend(ClientMessage, tag="input_video_frame.append"):
 class ResponseCreate(ClientMessage, tag="response.create"):
     """A question about what was seen so far. Questions wait for each other, frames go on."""
 
-    text: str
+    text: Text
     """The question, without any chat markup."""
 
 
@@ -440,6 +451,5 @@ def error_event(error: EdgeVlmError, *, event_id: str | None = None) -> Error:
         kind = "invalid_request_error"
     else:
         kind = "session_error" if isinstance(error, SessionError) else "server_error"
-    return Error(
-        error=ErrorDetail(type=kind, code=error.code, message=str(error), event_id=event_id)
-    )
+    text = str(error)[:MAX_ERROR_TEXT]
+    return Error(error=ErrorDetail(type=kind, code=error.code, message=text, event_id=event_id))

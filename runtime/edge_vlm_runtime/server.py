@@ -71,6 +71,8 @@ DRAIN_S = 5.0
 CONNECTIONS_PER_SESSION = 4
 """Connections that have no session yet, or none any more, count too."""
 PING_INTERVAL_S = 20.0
+LINGER_S = 5.0
+"""For the closing handshake of a websocket; then its connection is cut."""
 
 
 class Server:
@@ -309,10 +311,24 @@ class Server:
         resumes = protocol.RESUME_PARAMETER in websocket.query_params
         connection = Connection(websocket, self._table, resumes=resumes)
         self._connections.add(connection)
+        transport = self._transport_of(websocket)
         try:
             await connection.run()
         finally:
             self._connections.discard(connection)
+            if transport is not None and self._loop is not None:
+                # Closing waits for the other side to read what was sent; that may be never.
+                self._loop.call_later(LINGER_S, transport.abort)
+
+    def _transport_of(self, websocket: WebSocket) -> asyncio.Transport | None:
+        """What carries this websocket; neither Starlette nor ASGI give it."""
+        for carrier in self._uvicorn.server_state.connections:
+            transport = getattr(carrier, "transport", None)
+            if isinstance(transport, asyncio.Transport) and websocket.client is not None:
+                peer = transport.get_extra_info("peername")
+                if peer is not None and tuple(peer[:2]) == tuple(websocket.client):
+                    return transport
+        return None
 
 
 class _KeyGuard:

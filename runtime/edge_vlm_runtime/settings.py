@@ -13,6 +13,9 @@ from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
 from edge_vlm.pruning import POLICY_NAMES
 
+MAX_WHOLE = 1 << 53
+"""The largest whole number that every reader of JSON counts exactly."""
+
 
 class Delivery(str, Enum):
     """What happens to frames that come faster than they can be processed."""
@@ -82,9 +85,9 @@ class SessionSettings:
             *("policy_seed", "min_cells", "window_tokens"),
             *("duplicate_threshold", "history_turns"),
         ):
-            self._require(field, 0 <= getattr(self, field) < math.inf, "must not be negative")
+            self._require(field, 0 <= getattr(self, field) <= MAX_WHOLE, f"must be 0..{MAX_WHOLE}")
         for field in ("last_n", "max_answer_tokens"):
-            self._require(field, getattr(self, field) >= 1, "must be at least 1")
+            self._require(field, 1 <= getattr(self, field) <= MAX_WHOLE, f"must be 1..{MAX_WHOLE}")
         for field in ("fps_cap", "heartbeat_s", "max_frame_age_s"):
             self._require(field, 0.0 < getattr(self, field) < math.inf, "must be positive")
 

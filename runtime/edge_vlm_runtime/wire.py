@@ -5,7 +5,7 @@ Texts are JSON objects with a `type`. No I/O here. msgspec is imported only here
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from edge_vlm.errors import MissingExtraError, ProtocolError, UnknownMessageType
 
@@ -17,15 +17,28 @@ except ImportError as error:
 UNSET = msgspec.UNSET
 UnsetType = msgspec.UnsetType
 
+MAX_EVENT_ID = 256
+MAX_SHOWN = 60
+"""Characters of something unknown that are repeated."""
+MAX_TEXT = 20_000
+"""Characters of a question: far above any limit in tokens, and quickly counted."""
+MAX_CAPTURE_TIME_US = 1 << 53
+"""285 years; the largest whole number that JavaScript counts exactly."""
+
+EventId = Annotated[str, msgspec.Meta(max_length=MAX_EVENT_ID)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+FrameNumber = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+CaptureTimeUs = Annotated[int, msgspec.Meta(ge=0, le=MAX_CAPTURE_TIME_US)]
+
 
 class Part(msgspec.Struct, kw_only=True):
     """Something that stands inside messages."""
 
 
 class ClientMessage(msgspec.Struct, tag_field="type", forbid_unknown_fields=True, kw_only=True):
-    """`event_id` is any string; an `error` that this message causes repeats it."""
+    """`event_id` is any short string; an `error` that this message causes repeats it."""
 
-    event_id: str | None = None
+    event_id: EventId | None = None
 
 
 class ServerEvent(msgspec.Struct, tag_field="type", kw_only=True):
@@ -58,8 +71,11 @@ def decode(text: str | bytes, types: dict[str, type[Kind]]) -> Kind:
             return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a message of this protocol: {error}") from error
+    except RecursionError as error:
+        raise ProtocolError("not a message of this protocol: nested too deeply") from error
+    unknown = str(msgspec.json.decode(text)["type"])
     raise UnknownMessageType(
-        f"unknown message type {msgspec.json.decode(text)['type']!r}",
+        f"unknown message type {unknown[:MAX_SHOWN]!r}",
         remedy=f"known are {', '.join(types)}",
     )
 
@@ -67,9 +83,10 @@ def decode(text: str | bytes, types: dict[str, type[Kind]]) -> Kind:
 def event_id_of(text: str | bytes) -> str | None:
     """The `event_id` of a message that may be unusable otherwise."""
     try:
-        return msgspec.json.decode(text, type=_Envelope).event_id
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        found = msgspec.json.decode(text, type=_Envelope).event_id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    return None if found is None or len(found) > MAX_EVENT_ID else found
 
 
 def encode(message: ClientMessage | ServerEvent) -> str:
