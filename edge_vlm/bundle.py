@@ -15,6 +15,7 @@ interrupted export leaves nothing that could be mistaken for a bundle.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,11 +38,12 @@ from edge_vlm.errors import (
     BundleSchemaError,
 )
 from edge_vlm.precision import FP32, KVLayout, Precision, Variant
+from edge_vlm.prompt import PLAIN, PromptStyle
 from edge_vlm.specs import GraphSpec
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-"""Version 1 had no precisions, variants or layouts: float32, portable, token-major."""
+"""Version 1 said nothing of precision, variant, layout and prompt: it had today's defaults."""
 MANIFEST = "manifest.json"
 PRECISION_PLAN = "precision_plan.json"
 TOKENIZER = "tokenizer.json"
@@ -72,6 +74,7 @@ class EngineBundle:
     precision: Precision = FP32
     variant: Variant = Variant.PORTABLE
     kv_layout: KVLayout = KVLayout.TOKEN_MAJOR
+    style: PromptStyle = PLAIN
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -121,9 +124,12 @@ class EngineBundle:
         except ValueError as error:
             raise BundleSchemaError(f"{EMBED_TABLE}: {error}", where=self.path) from error
 
-    def reference(self, graph: str) -> dict[str, np.ndarray]:
-        """Recorded arrays of one graph, keyed "inputs/NAME" and "outputs/NAME"."""
-        with np.load(self.path / "reference" / f"{graph}.npz", allow_pickle=False) as arrays:
+    def has_reference(self, name: str) -> bool:
+        return (self.path / "reference" / f"{name}.npz").is_file()
+
+    def reference(self, name: str) -> dict[str, np.ndarray]:
+        """Recorded arrays; of a graph, keyed "inputs/NAME" and "outputs/NAME"."""
+        with np.load(self.path / "reference" / f"{name}.npz", allow_pickle=False) as arrays:
             return dict(arrays)
 
 
@@ -156,6 +162,7 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
             precision=Precision.from_dict(data["precision"] if version > 1 else {}),
             variant=Variant(data["variant"] if version > 1 else Variant.PORTABLE),
             kv_layout=KVLayout(data["kv_layout"] if version > 1 else KVLayout.TOKEN_MAJOR),
+            style=PromptStyle(**(data["prompt"] if version > 1 else {})),
             schema_version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -209,6 +216,7 @@ class BundleWriter:
         precision: Precision = FP32,
         variant: Variant = Variant.PORTABLE,
         kv_layout: KVLayout = KVLayout.TOKEN_MAJOR,
+        style: PromptStyle = PLAIN,
     ) -> None:
         files = {
             path.relative_to(self.folder).as_posix(): sha256_of_file(path)
@@ -221,6 +229,7 @@ class BundleWriter:
             "precision": precision.to_dict(),
             "variant": variant.value,
             "kv_layout": kv_layout.value,
+            "prompt": dataclasses.asdict(style),
             "model": config.to_dict(),
             "graphs": self._graphs,
             "files": files,

@@ -21,6 +21,7 @@ CACHE = ROOT / ".pytest_cache" / "edge-vlm-tiny"
 SOURCES = (
     "edge_vlm/bundle.py",
     "edge_vlm/config.py",
+    "edge_vlm/precision.py",
     "edge_vlm/prompt.py",
     "edge_vlm/specs.py",
     "edge_vlm/model/*.py",
@@ -82,7 +83,7 @@ def _make(folder: Path) -> None:
     from edge_vlm.model.checkpoint import save_checkpoint
     from edge_vlm.model.video_lm import VideoLM
     from edge_vlm_export.graphs import GraphLimits
-    from edge_vlm_export.to_onnx import export_bundle
+    from edge_vlm_export.to_onnx import ExportOptions, export_bundle
     from edge_vlm_training.vocabulary import build_tokenizer
 
     words = folder / "words.json"
@@ -90,4 +91,5 @@ def _make(folder: Path) -> None:
     model = VideoLM(config).init_weights(torch.Generator().manual_seed(0))
     checkpoint = folder / "tiny-checkpoint"
     save_checkpoint(checkpoint, config, model.state_dict(), words)
-    export_bundle(checkpoint, folder / "tiny-bundle", limits=GraphLimits(**TINY_LIMITS))
+    options = ExportOptions(limits=GraphLimits(**TINY_LIMITS))
+    export_bundle(checkpoint, folder / "tiny-bundle", options)

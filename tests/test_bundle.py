@@ -104,6 +104,7 @@ def _damage_manifest(bundle: Path, damage: Callable[[dict], object]) -> None:
         lambda d: d["precision"].update(llm="int3"),
         lambda d: d.update(variant="fast"),
         lambda d: d.update(kv_layout="rows"),
+        lambda d: d["prompt"].update(own_frame_markers=True, unknown=True),
         lambda d: d.pop("schema_version"),
         lambda d: d.pop("files"),
         lambda d: d["files"].pop(TOKENIZER),

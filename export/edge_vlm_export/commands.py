@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
+from edge_vlm.precision import PRESETS, Precision, Variant
 
 if TYPE_CHECKING:
-    from edge_vlm_export.verify import Comparison
+    from edge_vlm.bundle import EngineBundle
+    from edge_vlm_export.to_onnx import ExportOptions
+    from edge_vlm_export.weights import WeightSource
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="folder with config.json and weights")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        help="folder written by `edge-vlm train`, or a published Molmo2 folder",
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument("--name", help="name of the model (default: the checkpoint folder's)")
     parser.add_argument(
@@ -28,31 +38,126 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, help="most new tokens per run of the llm")
     parser.add_argument("--max-past", type=int, help="most past tokens the llm can attend to")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    precision = parser.add_argument_group("precision and form")
+    precision.add_argument(
+        "--precision",
+        default="fp32",
+        help=f"{', '.join(PRESETS)}, or base=...,vit=...,llm=...,head=... (default: fp32)",
+    )
+    precision.add_argument(
+        "--footage",
+        type=Path,
+        action="append",
+        default=[],
+        help="video or question set on which ranges are measured (fp16 and int8); repeatable",
+    )
+    precision.add_argument(
+        "--footage-frames", type=int, default=16, metavar="N", help="of each footage (16)"
+    )
+    precision.add_argument(
+        "--calibration", type=Path, help="calibration.json, whose ranges are added"
+    )
+    precision.add_argument(
+        "--variant",
+        choices=[variant.value for variant in Variant],
+        default=Variant.PORTABLE.value,
+        help="standard operators, or ONNX Runtime's own fast ones (default: portable)",
+    )
+    precision.add_argument(
+        "--kv-form",
+        choices=["concat", "split", "both"],
+        default="concat",
+        help="how the portable language graph attends to its past (default: concat)",
+    )
+    trial = parser.add_argument_group("without a checkpoint")
+    trial.add_argument(
+        "--random-weights",
+        metavar="SHAPE",
+        help="weights made up for a known shape, e.g. molmo2_4b; needs --tokenizer",
+    )
+    trial.add_argument("--seed", type=int, default=0, help="of the random weights (0)")
+    trial.add_argument("--tokenizer", type=Path, help="tokenizer.json for --random-weights")
+    trial.add_argument(
+        "--without-scorer", action="store_true", help="the shape as published, without scorer"
+    )
+    _add_depth(parser)
+
+
+def _add_depth(parser: argparse.ArgumentParser) -> None:
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument(
+        "--thorough",
+        action="store_const",
+        const=True,
+        default=None,
+        help="compare at the largest sizes and on a clip, however large the model is",
+    )
+    depth.add_argument(
+        "--quick",
+        dest="thorough",
+        action="store_const",
+        const=False,
+        help="compare at the smallest and usual sizes only",
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
-    from edge_vlm_export.graphs import GraphLimits
-    from edge_vlm_export.to_onnx import export_bundle
+    source, options = _source(args), _options(args)
+    from edge_vlm_export.preflight import peak_memory
+    from edge_vlm_export.to_onnx import export_source
+
+    progress, began = _printed_progress(), time.monotonic()
+    bundle = export_source(source, args.out, options, progress)
+    _print_sizes(bundle)
+    peak = peak_memory()
+    memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
+    size_mb = sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file()) / 1e6
+    print(f"took {time.monotonic() - began:.0f} s{memory}")
+    print(
+        f"bundle {bundle.name}: {bundle.path} ({size_mb:.1f} MB, {bundle.precision.label}, "
+        f"{bundle.variant.value})"
+    )
+    return 0
+
+
+def _source(args: argparse.Namespace) -> WeightSource:
+    if (args.checkpoint is None) == (args.random_weights is None):
+        raise ConfigError("name either a checkpoint folder or --random-weights SHAPE")
+    from edge_vlm_export.weights import open_weights, random_weights
+
+    if args.checkpoint is not None:
+        return open_weights(args.checkpoint)
+    if args.tokenizer is None:
+        raise ConfigError("--random-weights needs --tokenizer FILE")
+    return random_weights(
+        args.random_weights, args.seed, args.tokenizer, with_scorer=not args.without_scorer
+    )
+
+
+def _options(args: argparse.Namespace) -> ExportOptions:
+    """Raises ConfigError for values that are out of range or contradict each other."""
+    from edge_vlm_export.graphs import GraphLimits, KVForm
+    from edge_vlm_export.to_onnx import ExportOptions
 
     given = {"max_tokens": args.max_tokens, "max_past": args.max_past}
     try:
-        limits = GraphLimits(**{name: value for name, value in given.items() if value is not None})
+        return ExportOptions(
+            name=args.name,
+            defaults=dict(_setting(text) for text in args.default),
+            limits=GraphLimits(**{k: value for k, value in given.items() if value is not None}),
+            precision=Precision.parse(args.precision),
+            variant=Variant(args.variant),
+            kv_form=KVForm(args.kv_form),
+            footage=tuple(args.footage),
+            max_frames=args.footage_frames,
+            calibration=args.calibration,
+            thorough=args.thorough,
+            overwrite=args.overwrite,
+            threads=args.threads,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    results: list[Comparison] = []
-    bundle = export_bundle(
-        args.checkpoint,
-        args.out,
-        name=args.name,
-        defaults=dict(_setting(text) for text in args.default),
-        limits=limits,
-        overwrite=args.overwrite,
-        on_compared=results.append,
-    )
-    _print_results(results, "torch")
-    size_mb = sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file()) / 1e6
-    print(f"bundle {bundle.name}: {bundle.path} ({size_mb:.1f} MB)")
-    return 0
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -66,37 +171,59 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def _printed_progress() -> Any:
+    from edge_vlm_export.preflight import Estimate
+    from edge_vlm_export.to_onnx import Progress
+    from edge_vlm_export.verify import Report
+
+    class Printed(Progress):
+        def estimated(self, needed: Estimate) -> None:
+            print(f"the export {needed}", flush=True)
+
+        def stage(self, text: str) -> None:
+            if sys.stderr.isatty():
+                print(f"{text} ...", file=sys.stderr, flush=True)
+
+        def compared(self, report: Report) -> None:
+            print(report, flush=True)
+
+    return Printed()
+
+
+def _print_sizes(bundle: EngineBundle) -> None:
+    for file in sorted(bundle.path.rglob("*")):
+        size_mb = file.stat().st_size / 1e6
+        if file.is_file() and size_mb >= 1:
+            print(f"  {size_mb:9.1f} MB  {file.relative_to(bundle.path)}")
+
+
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder of the bundle")
     parser.add_argument(
         "--checkpoint", type=Path, help="compare with torch on these weights, at several sizes"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    _add_depth(parser)
 
 
 def _verify(args: argparse.Namespace) -> int:
     from edge_vlm.bundle import EngineBundle
-    from edge_vlm_export.verify import require_parity, require_source, verify_bundle
+    from edge_vlm_export.verify import require_source, verify_bundle
 
     bundle = EngineBundle.open(args.bundle)
-    model = None
+    source = None
     if args.checkpoint is not None:
-        from edge_vlm.model.checkpoint import load_checkpoint
+        from edge_vlm_export.weights import open_weights
 
         require_source(bundle, args.checkpoint)
-        model = load_checkpoint(args.checkpoint)
-    results = verify_bundle(bundle, model, threads=args.threads)
-    _print_results(results, "the bundle's reference tensors" if model is None else "torch")
-    require_parity(results)
+        source = open_weights(args.checkpoint)
+    report = verify_bundle(
+        bundle, source, threads=args.threads, thorough=args.thorough is not False
+    )
+    print(report)
+    report.require()
     print(f"bundle {bundle.name}: every file has its recorded hash, every graph agrees")
     return 0
-
-
-def _print_results(results: list[Comparison], against: str) -> None:
-    from edge_vlm_export.verify import format_table
-
-    print(f"ONNX Runtime against {against}:")
-    print(format_table(results))
 
 
 export = Command(

@@ -1,15 +1,28 @@
 """The contract of every exported graph: the only place that knows names, dtypes and free sizes.
 
 Free dimensions: F frames, G kept cells over all frames, s new tokens, p past tokens, n rows of
-logits wanted.
+logits wanted, C rows that a shared cache buffer has room for.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from edge_vlm.config import ModelConfig
+from edge_vlm.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.specs import DynamicDim, GraphSpec, TensorSpec
+
+
+class KVForm(str, enum.Enum):
+    """How the portable language graph attends to its past; all give the same result."""
+
+    CONCAT = "concat"
+    """Past and new keys are joined first: engine builders can fuse the attention."""
+    SPLIT = "split"
+    """Only scores are joined: the past is never copied. Best where few tokens are new."""
+    BOTH = "both"
+    """`llm` joins keys, for prefill; `llm_decode` joins scores. They share one weights file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +42,28 @@ class GraphLimits:
                 raise ValueError(f"GraphLimits.{field} = {getattr(self, field)}: must be positive")
 
 
-def graph_specs(cfg: ModelConfig, limits: GraphLimits | None = None) -> dict[str, GraphSpec]:
-    """Specs of `vit_stem`, `vit_trunk` and `llm`, in that order."""
+def graph_specs(
+    cfg: ModelConfig,
+    limits: GraphLimits | None = None,
+    *,
+    precision: Precision = FP32,
+    variant: Variant = Variant.PORTABLE,
+    kv_form: KVForm = KVForm.CONCAT,
+) -> dict[str, GraphSpec]:
+    """Specs of `vit_stem`, `vit_trunk`, `llm` and perhaps `llm_decode`, in that order."""
     limits = limits or GraphLimits()
-    return {
-        spec.name: spec for spec in (_stem(cfg, limits), _trunk(cfg, limits), _llm(cfg, limits))
-    }
+    specs = [_stem(cfg, limits), _trunk(cfg, limits)]
+    if variant is Variant.ORT:
+        specs.append(_llm_in_place(cfg, limits, precision.base))
+    else:
+        specs.append(_llm(cfg, limits, precision.base))
+        if kv_form is KVForm.BOTH:
+            specs.append(_llm(cfg, limits, precision.base, decode=True))
+    return {spec.name: spec for spec in specs}
+
+
+def kv_layout(variant: Variant) -> KVLayout:
+    return KVLayout.HEAD_MAJOR if variant is Variant.ORT else KVLayout.TOKEN_MAJOR
 
 
 def _f32(name: str, *shape: int | str) -> TensorSpec:
@@ -44,6 +73,14 @@ def _f32(name: str, *shape: int | str) -> TensorSpec:
 def _stem(cfg: ModelConfig, limits: GraphLimits) -> GraphSpec:
     vision = cfg.vision
     cells = vision.num_cells
+    dims = {"F": DynamicDim(min=1, opt=1, max=limits.max_frames)}
+    if cfg.scorer is None:
+        return GraphSpec(
+            name="vit_stem",
+            inputs=(_f32("pixels", "F", vision.num_patches, vision.patch_dim),),
+            outputs=(_f32("hidden", "F", vision.num_patches, vision.width),),
+            dims=dims,
+        )
     return GraphSpec(
         name="vit_stem",
         inputs=(
@@ -56,7 +93,7 @@ def _stem(cfg: ModelConfig, limits: GraphLimits) -> GraphSpec:
             _f32("cells", "F", cells, vision.width),
             _f32("scores", "F", cells),
         ),
-        dims={"F": DynamicDim(min=1, opt=1, max=limits.max_frames)},
+        dims=dims,
     )
 
 
@@ -78,28 +115,70 @@ def _trunk(cfg: ModelConfig, limits: GraphLimits) -> GraphSpec:
     )
 
 
-def _llm(cfg: ModelConfig, limits: GraphLimits) -> GraphSpec:
+def _llm(
+    cfg: ModelConfig, limits: GraphLimits, kv_dtype: str, *, decode: bool = False
+) -> GraphSpec:
     lm = cfg.language
-    max_tokens = min(limits.max_tokens, lm.max_positions)
-    max_past = min(limits.max_past, lm.max_positions)
-    kinds = [(kind, i) for i in range(lm.num_layers) for kind in ("k", "v")]
+    new, past, rows = _llm_dims(cfg, limits)
+    if decode:
+        new = rows = DynamicDim(min=1, opt=1, max=1)
+    kinds = _kinds(cfg)
+
+    def cache(side: str, axis: str) -> tuple[TensorSpec, ...]:
+        shape = (axis, lm.num_kv_heads, lm.head_dim)
+        return tuple(TensorSpec(name=f"{side}_{k}", dtype=kv_dtype, shape=shape) for k in kinds)
+
+    return GraphSpec(
+        name="llm_decode" if decode else "llm",
+        inputs=(*_llm_inputs(cfg), *cache("past", "p")),
+        outputs=(_f32("logits", "n", lm.base_vocab), *cache("new", "s")),
+        dims={"s": new, "p": past, "n": rows},
+    )
+
+
+def _llm_in_place(cfg: ModelConfig, limits: GraphLimits, kv_dtype: str) -> GraphSpec:
+    """The form whose `past_*` and `present_*` are bound to one buffer [1, h, C, d]."""
+    lm = cfg.language
+    new, past, rows = _llm_dims(cfg, limits)
+    shape = (1, lm.num_kv_heads, "C", lm.head_dim)
+    past_tensors, present_tensors = (
+        tuple(TensorSpec(name=f"{side}_{k}", dtype=kv_dtype, shape=shape) for k in _kinds(cfg))
+        for side in ("past", "present")
+    )
     return GraphSpec(
         name="llm",
-        inputs=(
-            _f32("inputs_embeds", "s", lm.width),
-            _f32("cos", "s", lm.rope_width),
-            _f32("sin", "s", lm.rope_width),
-            _f32("attn_bias", "s", "p+s"),
-            TensorSpec(name="last_idx", dtype="int32", shape=("n",)),
-            *(_f32(f"past_{kind}_{i}", "p", lm.num_kv_heads, lm.head_dim) for kind, i in kinds),
-        ),
-        outputs=(
-            _f32("logits", "n", lm.base_vocab),
-            *(_f32(f"new_{kind}_{i}", "s", lm.num_kv_heads, lm.head_dim) for kind, i in kinds),
-        ),
+        inputs=(*_llm_inputs(cfg), *past_tensors),
+        outputs=(_f32("logits", "n", lm.base_vocab), *present_tensors),
         dims={
-            "s": DynamicDim(min=1, opt=min(limits.opt_tokens, max_tokens), max=max_tokens),
-            "p": DynamicDim(min=0, opt=min(limits.opt_tokens * 8, max_past), max=max_past),
-            "n": DynamicDim(min=1, opt=1, max=max_tokens),
+            "s": new,
+            "p": past,
+            "n": rows,
+            "C": DynamicDim(min=1, opt=past.opt + new.opt, max=past.max + new.max),
         },
+    )
+
+
+def _llm_inputs(cfg: ModelConfig) -> tuple[TensorSpec, ...]:
+    lm = cfg.language
+    return (
+        _f32("inputs_embeds", "s", lm.width),
+        _f32("cos", "s", lm.rope_width),
+        _f32("sin", "s", lm.rope_width),
+        _f32("attn_bias", "s", "p+s"),
+        TensorSpec(name="last_idx", dtype="int32", shape=("n",)),
+    )
+
+
+def _kinds(cfg: ModelConfig) -> list[str]:
+    return [f"{kind}_{i}" for i in range(cfg.language.num_layers) for kind in ("k", "v")]
+
+
+def _llm_dims(cfg: ModelConfig, limits: GraphLimits) -> tuple[DynamicDim, DynamicDim, DynamicDim]:
+    """Ranges of s, p and n."""
+    max_tokens = min(limits.max_tokens, cfg.language.max_positions)
+    max_past = min(limits.max_past, cfg.language.max_positions)
+    return (
+        DynamicDim(min=1, opt=min(limits.opt_tokens, max_tokens), max=max_tokens),
+        DynamicDim(min=0, opt=min(limits.opt_tokens * 8, max_past), max=max_past),
+        DynamicDim(min=1, opt=1, max=max_tokens),
     )

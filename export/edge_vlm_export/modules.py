@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from edge_vlm.model.llm import PastAttention
 from edge_vlm.model.ragged import Method
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.precision import Variant
+from edge_vlm_export.attention import concat_attention, in_place_attention, split_attention
+from edge_vlm_export.graphs import KVForm
 
 
 class VitStemGraph(nn.Module):
@@ -24,6 +28,17 @@ class VitStemGraph(nn.Module):
         return self.model.vit_stem(pixels, prev_cells, is_first)
 
 
+class EmbedGraph(nn.Module):
+    """The stem of a model without scorer: nothing is dropped, so every block is the trunk's."""
+
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.vit = model.vit
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vit.embed(pixels)
+
+
 class VitTrunkGraph(nn.Module):
     def __init__(self, model: VideoLM) -> None:
         super().__init__()
@@ -34,11 +49,15 @@ class VitTrunkGraph(nn.Module):
 
 
 class LlmGraph(nn.Module):
-    """Token-major past [p, h, d] per layer, as the arena keeps it: keys and values in turn."""
+    """Past of each layer as the cache keeps it, keys and values in turn.
 
-    def __init__(self, model: VideoLM) -> None:
+    Token-major [p, h, d]: the new rows [s, h, d] come back. Head-major [1, h, C, d]: the whole
+    buffer does.
+    """
+
+    def __init__(self, model: VideoLM, attention: PastAttention) -> None:
         super().__init__()
-        self.llm = model.llm
+        self.llm, self.attention = model.llm, attention
 
     def forward(
         self,
@@ -49,14 +68,33 @@ class LlmGraph(nn.Module):
         last_idx: Tensor,
         *past: Tensor,
     ) -> tuple[Tensor, ...]:
-        pairs = [(past[i][None], past[i + 1][None]) for i in range(0, len(past), 2)]
-        hidden, new = self.llm(inputs_embeds[None], cos[None], sin[None], attn_bias[None], pairs)
+        whole = self.attention is in_place_attention
+        tensors = past if whole else tuple(tensor[None] for tensor in past)
+        hidden, new = self.llm(
+            inputs_embeds[None],
+            cos[None],
+            sin[None],
+            attn_bias[None],
+            list(zip(tensors[::2], tensors[1::2], strict=True)),
+            self.attention,
+        )
         logits = self.llm.head(hidden[0].index_select(0, last_idx)).float()
-        return (logits, *(tensor[0] for pair in new for tensor in pair))
+        return (logits, *(tensor if whole else tensor[0] for pair in new for tensor in pair))
 
 
-GRAPH_MODULES: dict[str, type[nn.Module]] = {
-    "vit_stem": VitStemGraph,
-    "vit_trunk": VitTrunkGraph,
-    "llm": LlmGraph,
-}
+def graph_module(
+    name: str,
+    model: VideoLM,
+    *,
+    variant: Variant = Variant.PORTABLE,
+    kv_form: KVForm = KVForm.CONCAT,
+) -> nn.Module:
+    """The function that the graph of this name computes, for export and for comparison."""
+    if name == "vit_stem":
+        return (EmbedGraph(model) if model.scorer is None else VitStemGraph(model)).eval()
+    if name == "vit_trunk":
+        return VitTrunkGraph(model).eval()
+    if variant is Variant.ORT:
+        return LlmGraph(model, in_place_attention).eval()
+    joined = name == "llm" and kv_form is not KVForm.SPLIT
+    return LlmGraph(model, concat_attention if joined else split_attention).eval()

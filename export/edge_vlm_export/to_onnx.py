@@ -1,242 +1,350 @@
 """A checkpoint becomes a bundle: graphs, embedding table, tokenizer, reference tensors, manifest.
 
-Each graph is exported by torch.export with every free dimension left free and is then read back
-from disk: opset, IR version, tensor names, dtypes and dimensions must be what its GraphSpec says.
+Each graph is traced without its weights, given the number formats of the precision plan, written
+weight by weight, read back from disk (names, types and dimensions must be what its GraphSpec says)
+and compared with torch. The bundle appears by one rename, when everything agreed.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnx_ir
-import torch
-from torch import nn
+import numpy as np
+import onnx_ir as ir
 
 import edge_vlm
-from edge_vlm.bundle import TOKENIZER, EngineBundle, sha256_of_file, write_bundle
-from edge_vlm.errors import ExportError, Specialised
-from edge_vlm.model.checkpoint import load_checkpoint
+from edge_vlm.bundle import BundleWriter, EngineBundle, write_bundle
+from edge_vlm.calibration_table import CalibrationTable
+from edge_vlm.errors import ConfigError
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.specs import GraphSpec, TensorSpec
-from edge_vlm_export.graphs import GraphLimits, graph_specs
-from edge_vlm_export.modules import GRAPH_MODULES
+from edge_vlm.model.weights import shapes
+from edge_vlm.precision import FP32, Precision, Variant
+from edge_vlm.prompt import PromptFormat
+from edge_vlm.specs import GraphSpec
+from edge_vlm.tokenizer import Tokenizer
+from edge_vlm_export.chain import Chain, Clip, Run, drawn_clip
+from edge_vlm_export.convert import Ranges, convert
+from edge_vlm_export.graph_files import check_graph, out_of_space, save_graph, versions
+from edge_vlm_export.graphs import GraphLimits, KVForm, graph_specs, kv_layout
+from edge_vlm_export.modules import graph_module
+from edge_vlm_export.plan import PrecisionPlan, plan_graph
+from edge_vlm_export.preflight import Estimate, estimate, require_room
+from edge_vlm_export.ranges import Observer, footage_clips, measure, with_table
+from edge_vlm_export.samples import reference_sizes, sample_inputs
+from edge_vlm_export.sessions import Arrays
+from edge_vlm_export.trace import hollow_model, trace
 from edge_vlm_export.verify import (
-    Comparison,
-    compare_graph,
-    require_parity,
+    CHAIN,
+    Graphs,
+    Report,
+    chain_arrays,
+    compare_chains,
+    compare_with_torch,
     run_torch,
-    sample_inputs,
+    session_run,
+    stem_states,
+    torch_run,
 )
+from edge_vlm_export.weights import WeightSource, open_weights, streamed_model
 
-OPSET = 20
-"""The newest that TensorRT 10.3, the oldest engine builder we serve, reads."""
-IR_VERSION = 10
+LARGE_MODEL = 1_000_000_000
+"""From so many weights on a model is compared at its smallest and usual sizes only, and not on a
+clip, unless that is asked for: torch reads every weight for every comparison."""
 
-# Sizes seen while tracing: different from each other and never 0 or 1, which torch.export would
-# take for constants.
-TRACE_SIZES = {"F": 3, "G": 11, "s": 7, "p": 13, "n": 2}
-# Sizes of the reference tensors that travel in the bundle.
-REFERENCE_SIZES = {"F": 2, "G": 6, "s": 5, "p": 9, "n": 1}
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What an export may be told besides its source and destination."""
+
+    name: str | None = None
+    """Of the model; by default that of the checkpoint's folder."""
+    defaults: Mapping[str, Any] | None = None
+    limits: GraphLimits | None = None
+    precision: Precision = FP32
+    variant: Variant = Variant.PORTABLE
+    kv_form: KVForm = KVForm.CONCAT
+    footage: tuple[Path, ...] = ()
+    """Videos or question sets on which ranges are measured."""
+    max_frames: int = 16
+    """Of each footage."""
+    calibration: Path | None = None
+    """`calibration.json` of the same checkpoint; its ranges are added to the measured ones."""
+    thorough: bool | None = None
+    """Compare at the largest sizes and on a clip; by default unless the model is large."""
+    overwrite: bool = False
+    threads: int = 1
+
+
+@dataclass
+class Progress:
+    """Who watches an export. Every method may be overridden."""
+
+    def estimated(self, needed: Estimate) -> None:
+        """Before anything is written."""
+
+    def stage(self, text: str) -> None:
+        """Something that takes a while begins."""
+
+    def compared(self, report: Report) -> None:
+        """All comparisons, also when some of them failed."""
 
 
 def export_bundle(
-    checkpoint_dir: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
-    *,
-    name: str | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    limits: GraphLimits | None = None,
-    overwrite: bool = False,
-    on_compared: Callable[[Comparison], None] | None = None,
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
 ) -> EngineBundle:
-    """Exports a checkpoint folder (config.json, model.safetensors, tokenizer.json).
+    """Exports a checkpoint of ours or a published Molmo2 folder. Raises as `export_source`, and
+    CheckpointError and ConfigError for what is wrong with the folder."""
+    return export_source(open_weights(Path(checkpoint)), out_dir, options, progress)
 
-    Every graph is compared with torch at several sizes, and each result is told to `on_compared`.
-    Nothing appears at `out_dir` unless everything agreed. Raises CheckpointError, ExportError and
-    its leaves (ParityError), BundleError if `out_dir` is taken.
+
+def export_source(
+    source: WeightSource,
+    out_dir: str | os.PathLike[str],
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+) -> EngineBundle:
+    """Nothing appears at `out_dir` unless everything agreed with torch.
+
+    Raises ConfigError (options that do not fit each other), NoSpaceLeft, NotEnoughMemory,
+    ExportError, Specialised, RangeFp16, ParityError, NonFinite, VideoError (footage), BundleError
+    if `out_dir` is taken.
     """
-    checkpoint = Path(checkpoint_dir)
-    model = load_checkpoint(checkpoint)
-    source = {
-        "checkpoint": checkpoint.resolve().name,
-        "sha256": {
-            path.name: sha256_of_file(path)
-            for path in sorted(checkpoint.iterdir())
-            if path.name in ("config.json", TOKENIZER) or path.suffix == ".safetensors"
-        },
-    }
-    return export_model(
-        model,
-        checkpoint / TOKENIZER,
-        out_dir,
-        name=name or checkpoint.resolve().name,
-        defaults=defaults,
-        source=source,
-        limits=limits,
-        overwrite=overwrite,
-        on_compared=on_compared,
-    )
+    options, target = options or ExportOptions(), Path(out_dir)
+    export = _Export(source, options, progress or Progress())
+    needed = export.estimate(target)
+    export.progress.estimated(needed)
+    require_room(needed, target)
+    try:
+        with write_bundle(target, overwrite=options.overwrite) as writer:
+            export.write(writer)
+    except OSError as error:
+        raise out_of_space(error, target) from error
+    return EngineBundle.open(target)
 
 
-def export_model(
-    model: VideoLM,
-    tokenizer: Path,
-    out_dir: str | os.PathLike[str],
-    *,
-    name: str,
-    defaults: Mapping[str, Any] | None = None,
-    source: Mapping[str, Any] | None = None,
-    limits: GraphLimits | None = None,
-    overwrite: bool = False,
-    on_compared: Callable[[Comparison], None] | None = None,
-) -> EngineBundle:
-    """Exports a model in memory; see `export_bundle`."""
-    if model.scorer is None:
-        raise ExportError(
-            "the model has no token scorer", remedy="train one first: edge-vlm train --help"
+class _Export:
+    def __init__(self, source: WeightSource, options: ExportOptions, progress: Progress) -> None:
+        if options.precision.needs_ranges and not options.footage:
+            raise ConfigError(
+                f"precision {options.precision.label} is decided by what real pictures do",
+                remedy="name some with --footage",
+            )
+        self.source, self.options, self.progress = source, options, progress
+        self.specs = self._specs(options.precision)
+        count = sum(int(np.prod(shape)) for shape in shapes(source.cfg).values())
+        small = count < LARGE_MODEL
+        self.thorough = small if options.thorough is None else options.thorough
+
+    def _specs(self, precision: Precision) -> dict[str, GraphSpec]:
+        options = self.options
+        return graph_specs(
+            self.source.cfg,
+            options.limits,
+            precision=precision,
+            variant=options.variant,
+            kv_form=options.kv_form,
         )
-    model = model.float().cpu().eval()
-    with write_bundle(out_dir, overwrite=overwrite) as writer:
-        for spec in graph_specs(model.cfg, limits).values():
-            module = GRAPH_MODULES[spec.name](model).eval()
-            path = writer.graph_file(spec)
-            export_graph(module, spec, path)
-            results = compare_graph(path, spec, model)
-            for result in results:
-                if on_compared is not None:
-                    on_compared(result)
-            require_parity(results)
-            inputs = sample_inputs(spec, REFERENCE_SIZES, model.cfg, seed=0)
+
+    def estimate(self, target: Path) -> Estimate:
+        return estimate(
+            self.source.cfg,
+            shapes(self.source.cfg),
+            self.specs,
+            self.options.precision,
+            target,
+            largest_check=self.thorough,
+        )
+
+    def write(self, writer: BundleWriter) -> None:
+        source, options = self.source, self.options
+        writer.tokenizer(source.tokenizer)
+        traced = self._trace()
+        ranges: dict[str, Ranges] = {}
+        scratch = writer.folder / "scratch"
+        if options.precision.needs_ranges:
+            scratch.mkdir()
+            ranges = self._measure(traced, scratch)
+        paths = self._write_graphs(traced, ranges, writer)
+        shutil.rmtree(scratch, ignore_errors=True)
+        self.progress.stage("writing the embedding table")
+        writer.embed_table(source.float32("llm.embed.weight").numpy())
+        self._compare(writer, paths)
+        writer.finish(
+            name=options.name or source.name,
+            config=source.cfg,
+            defaults=self._defaults(),
+            source={
+                **source.identity,
+                "kv_form": options.kv_form.value,
+                "made_with": {"edge-vlm": edge_vlm.__version__, **versions()},
+            },
+            precision=options.precision,
+            variant=options.variant,
+            kv_layout=kv_layout(options.variant),
+            style=source.style,
+        )
+
+    def _defaults(self) -> dict[str, Any]:
+        given = dict(self.options.defaults or {})
+        if self.source.cfg.scorer is None:  # there are no scores to choose by
+            return {"policy": "keep_all", "keep_ratio": 1.0, **given}
+        return given
+
+    # ---- graphs ----------------------------------------------------------------------------------
+
+    def _trace(self) -> dict[str, ir.Model]:
+        options, hollow = self.options, hollow_model(self.source.cfg)
+        traced = {}
+        for name, spec in self._specs(FP32).items():
+            self.progress.stage(f"tracing {name}")
+            module = graph_module(name, hollow, variant=options.variant, kv_form=options.kv_form)
+            traced[name] = trace(module, spec, self.source.read)
+        return traced
+
+    def _measure(self, traced: Mapping[str, ir.Model], scratch: Path) -> dict[str, Ranges]:
+        """Writes the float32 graphs and runs them on the footage."""
+        options, specs = self.options, self._specs(FP32)
+        observers: dict[str, Observer] = {}
+        for name, model in traced.items():
+            self.progress.stage(f"writing {name} in float32 to be measured")
+            path = scratch / f"{name}.onnx"
+            save_graph(model, path)
+            observers[name] = Observer.open(path, specs[name], options.threads)
+        self.progress.stage("measuring ranges on the footage")
+        # What one form of the language graph is given, the other must stand too.
+        forms = [name for name in observers if name.startswith("llm")]
+
+        def run(name: str, inputs: Arrays) -> Arrays:
+            for other in forms if name in forms else []:
+                if other != name:
+                    observers[other].run(inputs)
+            return observers[name].run(inputs)
+
+        footage = tuple(path.resolve().name for path in options.footage)
+        clips = footage_clips(options.footage, options.max_frames)
+        ranges = measure(observers, self._chain(run, specs), clips, footage)
+        table = self._calibration()
+        if table is not None:
+            ranges = {
+                name: with_table(found, traced[name].graph, table) for name, found in ranges.items()
+            }
+        return ranges
+
+    def _calibration(self) -> CalibrationTable | None:
+        path = self.options.calibration
+        if path is None:
+            return None
+        table = CalibrationTable.read(path)
+        hashes = self.source.identity.get("sha256", {})
+        if table.checkpoint_sha256 not in hashes.values():
+            raise ConfigError(
+                "the calibration is that of other weights",
+                where=path,
+                remedy="run `edge-vlm calibrate` on this checkpoint",
+            )
+        return table
+
+    def _write_graphs(
+        self, traced: Mapping[str, ir.Model], ranges: Mapping[str, Ranges], writer: BundleWriter
+    ) -> dict[str, Path]:
+        options = self.options
+        plans, paths, shared = {}, {}, {}
+        for name, spec in self.specs.items():
+            model, seen = traced[name], ranges.get(name)
+            tensors = seen.tensors if seen is not None else None
+            plans[name] = plan_graph(model.graph, spec, options.precision, tensors)
+            convert(model, spec, plans[name], seen, options.variant)
+            self.progress.stage(f"writing {name}")
+            paths[name] = writer.graph_file(spec)
+            written = save_graph(model, paths[name], shared if name == "llm_decode" else None)
+            if name == "llm":
+                shared = written
+            check_graph(paths[name], spec, options.variant)
+        footage = tuple(path.resolve().name for path in options.footage) if ranges else ()
+        plan = PrecisionPlan(precision=options.precision, footage=footage, graphs=plans)
+        writer.precision_plan(plan.to_json())
+        return paths
+
+    # ---- comparison ------------------------------------------------------------------------------
+
+    def _compare(self, writer: BundleWriter, paths: Mapping[str, Path]) -> None:
+        options = self.options
+        graphs = Graphs(
+            paths=paths,
+            specs=self.specs,
+            precision=options.precision,
+            variant=options.variant,
+            layout=kv_layout(options.variant),
+            threads=options.threads,
+        )
+        model, clip = streamed_model(self.source), self._clip()
+        self.progress.stage("comparing with torch")
+        report = Report("torch")
+        report.graphs += compare_with_torch(graphs, model, clip, largest=self.thorough)
+        self._write_references(writer, graphs, model, clip)
+        if self.thorough:
+            keep_ratio = self._defaults().get("keep_ratio", 0.5)
+            expected = self._chain(torch_run(model, graphs), self.specs).stream(clip)
+            chain = self._chain(session_run(graphs), self.specs)
+            report.chains += compare_chains(chain, clip, expected, "torch", options.precision)
+            writer.reference(CHAIN, chain_arrays(clip, keep_ratio, expected))
+        self.progress.compared(report)
+        report.require()
+
+    def _write_references(
+        self, writer: BundleWriter, graphs: Graphs, model: VideoLM, clip: Clip
+    ) -> None:
+        hidden = stem_states(model, clip)
+        for name, spec in self.specs.items():
+            inputs = sample_inputs(
+                spec, reference_sizes(spec), model.cfg, seed=0, clip=clip, hidden=hidden
+            )
+            module = graph_module(name, model, variant=self.options.variant)
             outputs = run_torch(module, spec, inputs)
             arrays = {f"inputs/{key}": value for key, value in inputs.items()}
             arrays |= {f"outputs/{key}": value for key, value in outputs.items()}
-            writer.reference(spec.name, arrays)
-        writer.embed_table(model.llm.embed.weight.detach().numpy())
-        writer.tokenizer(tokenizer)
-        versions = {"edge-vlm": edge_vlm.__version__, "torch": torch.__version__}
-        writer.finish(
-            name=name,
-            config=model.cfg,
-            defaults=defaults or {},
-            source={**(source or {}), "made_with": {**versions, "onnx": onnx.__version__}},
-        )
-    return EngineBundle.open(out_dir)
+            writer.reference(name, arrays)
 
+    def _clip(self) -> Clip:
+        """Three pictures: of the footage if there is any, else drawn."""
+        footage = self.options.footage
+        if not footage:
+            return drawn_clip(self.source.cfg.vision.image_size)
+        clip = next(footage_clips(footage[:1], 3))
+        return replace(clip, pictures=[_reduced(picture) for picture in clip.pictures])
 
-def export_graph(module: nn.Module, spec: GraphSpec, path: Path) -> None:
-    """Writes `path` (ONNX) and its tensors beside it. Raises ExportError, Specialised."""
-    dtypes = {"float32": torch.float32, "int32": torch.int32, "bool": torch.bool}
-    args = tuple(torch.zeros(t.resolve(TRACE_SIZES), dtype=dtypes[t.dtype]) for t in spec.inputs)
-    free = [
-        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(t.shape) if isinstance(axis, str)}
-        for t in spec.inputs
-    ]
-    # The llm takes its past as *args, which torch.export wants as one nested entry.
-    named = len([t for t in spec.inputs if not t.name.startswith("past_")])
-    dynamic_shapes = (*free[:named], tuple(free[named:])) if free[named:] else tuple(free)
-    try:
-        with torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                module,
-                args,
-                dynamo=True,
-                dynamic_shapes=dynamic_shapes,
-                opset_version=OPSET,
-                input_names=[t.name for t in spec.inputs],
-                output_names=[t.name for t in spec.outputs],
-                verbose=False,
-            )
-    except Exception as error:  # torch.export and the ONNX translator raise dozens of types
-        raise ExportError(f"torch cannot export graph {spec.name}: {error}") from error
-    assert program is not None
-    _tidy(program.model, spec)
-    onnx_ir.save(program.model, path, external_data=f"{spec.name}.weights")
-    check_graph(path, spec)
+    def _chain(self, run: Run, specs: Mapping[str, GraphSpec]) -> Chain:
+        weight: list[np.ndarray] = []
 
+        def embed(ids: np.ndarray) -> np.ndarray:
+            if not weight:
+                weight.append(self.source.float32("llm.embed.weight").numpy())
+            return np.array(weight[0][ids], np.float32)
 
-def _tidy(model: onnx_ir.Model, spec: GraphSpec) -> None:
-    """Names the free dimensions as the spec does and drops the exporter's notes.
-
-    The notes are stack traces with file paths of this machine: they would make equal models differ.
-    """
-    for value, tensor in zip(
-        [*model.graph.inputs, *model.graph.outputs], spec.tensors, strict=True
-    ):
-        assert value.shape is not None
-        if len(value.shape) != len(tensor.shape):
-            raise Specialised(f"{tensor.name} of graph {spec.name} became {value.shape}")
-        for axis, wanted in enumerate(tensor.shape):
-            if isinstance(wanted, str) and not isinstance(value.shape[axis], int):
-                value.shape[axis] = wanted
-    graph_inputs = set(model.graph.inputs) | set(model.graph.outputs)
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for output in node.outputs:
-            output.metadata_props.clear()
-            if output not in graph_inputs:
-                output.shape = None  # shapes in the exporter's own symbols, now without meaning
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.name = spec.name
-    model.producer_name, model.producer_version = "edge-vlm", edge_vlm.__version__
-
-
-def check_graph(path: Path, spec: GraphSpec) -> None:
-    """Reads the graph back from disk and compares it with its spec.
-
-    Raises Specialised if a free dimension became a constant, ExportError for any other difference.
-    """
-    model = onnx.load(path, load_external_data=False)
-    opsets = {item.domain: item.version for item in model.opset_import}
-    if set(opsets) != {""} or opsets[""] > OPSET or model.ir_version > IR_VERSION:
-        raise ExportError(
-            f"graph {spec.name} needs opsets {opsets} and IR {model.ir_version}, "
-            f"allowed are opset {OPSET} of the standard domain and IR {IR_VERSION}"
-        )
-    initializers = {item.name for item in model.graph.initializer}
-    values = [item for item in model.graph.input if item.name not in initializers]
-    values += list(model.graph.output)
-    names = [value.name for value in values]
-    if names != [tensor.name for tensor in spec.tensors]:
-        raise ExportError(f"graph {spec.name} has tensors {names}")
-    for value, tensor in zip(values, spec.tensors, strict=True):
-        _check_value(value, tensor, spec)
-
-
-def _check_value(value: Any, tensor: TensorSpec, spec: GraphSpec) -> None:
-    kind = value.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
-    if dtype != tensor.dtype:
-        raise ExportError(f"{tensor.name} of graph {spec.name} is {dtype}, not {tensor.dtype}")
-    shape = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
-    if shape != tensor.shape:
-        raise Specialised(
-            f"{tensor.name} of graph {spec.name} has shape {list(shape)}, "
-            f"its spec says {list(tensor.shape)}"
+        tokenizer = Tokenizer.from_file(self.source.tokenizer)
+        return Chain(
+            run,
+            cfg=self.source.cfg,
+            specs=specs,
+            prompt=PromptFormat(tokenizer, self.source.style),
+            embed=embed,
+            layout=kv_layout(self.options.variant),
+            keep_ratio=float(self._defaults().get("keep_ratio", 0.5)),
         )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences notes of the exporter that ask nothing of the user (no torchvision, pytree)."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+REFERENCE_PIXELS = 400
+"""Longer side of the pictures that travel in a bundle."""
+
+
+def _reduced(picture: np.ndarray) -> np.ndarray:
+    step = -(-max(picture.shape[:2]) // REFERENCE_PIXELS)
+    return np.ascontiguousarray(picture[::step, ::step])

@@ -62,7 +62,7 @@ class Engines:
 
 def _prompt(bundle: EngineBundle) -> PromptFormat:
     try:
-        prompt = PromptFormat(Tokenizer.from_file(bundle.tokenizer_path))
+        prompt = PromptFormat(Tokenizer.from_file(bundle.tokenizer_path), bundle.style)
     except KeyError as error:
         raise BundleSchemaError(
             f"the tokenizer does not fit: {error}", where=bundle.path

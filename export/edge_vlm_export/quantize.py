@@ -1,0 +1,88 @@
+"""Weights as small integers: symmetric, without zero points, rounded to nearest.
+
+A matrix is [K, N] here, as a MatMul takes it: K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+I8 = npt.NDArray[np.int8]
+
+BLOCK_SIZES = (128, 64, 32, 16)
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Shares of a block's largest value that are tried as the largest one that can be written."""
+
+
+def block_size(num_inputs: int) -> int | None:
+    """The largest block that divides K; None if K is not a multiple of the smallest."""
+    return next((size for size in BLOCK_SIZES if num_inputs % size == 0), None)
+
+
+def quantize_blocks(weight_KN: F32, bits: int, block: int) -> tuple[I8, F32]:
+    """Whole numbers [K, N] and scales [K / block, N] of blocks of `block` inputs of one output.
+
+    The scale of a block is the one of `SHRINK` that leaves the smallest squared error. At 8 bits
+    that is nearly always the largest value, so only that one is used.
+    """
+    k, n = weight_KN.shape
+    blocks = weight_KN.reshape(k // block, block, n)
+    largest = np.abs(blocks).max(1, keepdims=True)
+    most = 2 ** (bits - 1) - 1
+    best = np.full_like(largest, np.inf)
+    scale = np.empty_like(largest)
+    for share in SHRINK if bits < 8 else SHRINK[:1]:
+        tried = _nonzero(largest * np.float32(share / most))
+        error = blocks - np.clip(np.rint(blocks / tried), -most - 1, most) * tried
+        total = np.einsum("gbn,gbn->gn", error, error)[:, None]
+        better = total < best
+        best, scale = np.where(better, total, best), np.where(better, tried, scale)
+    numbers = np.clip(np.rint(blocks / scale), -most - 1, most).astype(np.int8)
+    return numbers.reshape(k, n), scale[:, 0]
+
+
+def quantize_outputs(weight_KN: F32) -> tuple[I8, F32]:
+    """int8 [K, N] and one scale per output, [N]."""
+    scale = _nonzero(np.abs(weight_KN).max(0) / np.float32(127))
+    return np.clip(np.rint(weight_KN / scale), -127, 127).astype(np.int8), scale
+
+
+def dequantize(numbers_KN: I8, scale: F32) -> F32:
+    """The inverse, up to rounding: `scale` is [N] or [K / block, N]."""
+    if scale.ndim == 1:
+        return numbers_KN.astype(np.float32) * scale
+    block = len(numbers_KN) // len(scale)
+    return numbers_KN.astype(np.float32) * np.repeat(scale, block, 0)
+
+
+def activation_scale(largest: float) -> float:
+    """Of a whole tensor whose values reach `largest`."""
+    return max(largest, 1e-6) / 127
+
+
+def smoothing(inputs_K: F32, weights_K: F32, strength: float = 0.5) -> F32:
+    """SmoothQuant (arXiv 2211.10438, eq. 4): what each input channel is divided by, [K].
+
+    `inputs` and `weights` are the largest absolute values of each channel. Outliers move from the
+    activations, of which a whole tensor shares one scale, into the weights.
+    """
+    low = np.float32(1e-5)
+    return np.maximum(inputs_K, low) ** strength / np.maximum(weights_K, low) ** (1 - strength)
+
+
+def pack_nbits(numbers_KN: I8, bits: int, block: int) -> npt.NDArray[np.uint8]:
+    """The layout of ONNX Runtime's MatMulNBits, [N, K / block, block * bits / 8].
+
+    Numbers are stored unsigned around 2^(bits - 1), the lower half of a byte first.
+    """
+    k, n = numbers_KN.shape
+    unsigned = (numbers_KN.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    rows = np.ascontiguousarray(unsigned.T).reshape(n, k // block, block)
+    return rows if bits == 8 else rows[..., ::2] | (rows[..., 1::2] << 4)
+
+
+def _nonzero(scale: F32) -> F32:
+    """A block of zeros gets any scale: its numbers are zero."""
+    return np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
