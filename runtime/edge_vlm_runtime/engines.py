@@ -31,7 +31,14 @@ class Engines:
                 where=bundle.path,
             )
         self.vision = VisionPipeline(graphs["vit_stem"], graphs["vit_trunk"], cfg)
-        self.language = LanguageModel(graphs["llm"], table, cfg.language, self.prompt.patch_id)
+        self.language = LanguageModel(
+            graphs["llm"],
+            table,
+            cfg.language,
+            self.prompt.patch_id,
+            bundle.kv_layout,
+            graphs.get("llm_decode"),
+        )
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], threads: int = 2) -> Engines:
@@ -40,8 +47,9 @@ class Engines:
         Raises BundleError and its leaves, EngineError, MissingExtraError.
         """
         bundle = EngineBundle.open(path)
-        names = ("vit_stem", "vit_trunk", "llm")
-        return cls(bundle, {name: OrtEngine(bundle, name, threads=threads) for name in names})
+        return cls(
+            bundle, {name: OrtEngine(bundle, name, threads=threads) for name in bundle.specs}
+        )
 
     def close(self) -> None:
         """Frees the graphs; twice does no harm."""

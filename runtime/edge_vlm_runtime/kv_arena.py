@@ -1,8 +1,11 @@
 """Keys and values of one conversation, in memory that never moves.
 
-Per layer one buffer for keys and one for values, token-major [capacity, heads, head_dim]. A graph
-reads the past from a buffer's start and writes the new rows right behind it, so appending copies
-nothing, and undoing an append is setting a number back.
+Per layer one buffer for keys and one for values. A graph reads the past from a buffer and writes
+the new rows behind it, so appending copies nothing, and undoing an append is setting a number back.
+
+Token-major buffers are [capacity, heads, head_dim]: a graph is given their start as its past and
+the place behind the last row for its output. Head-major ones are [1, heads, capacity, head_dim]: a
+graph is given the whole buffer as input and as output.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ import ctypes
 import numpy as np
 
 from edge_vlm.errors import KvFull
+from edge_vlm.precision import KVLayout
+
+Shape = tuple[int, ...]
 
 
 class KVArena:
@@ -25,11 +31,14 @@ class KVArena:
         num_kv_heads: int,
         head_dim: int,
         dtype: str = "float32",
+        layout: KVLayout = KVLayout.TOKEN_MAJOR,
     ) -> None:
         for field, value in (("num_layers", num_layers), ("capacity", capacity)):
             if value < 1:
                 raise ValueError(f"{field} must be positive, got {value}")
-        self._buffer = np.empty((num_layers, 2, capacity, num_kv_heads, head_dim), dtype)
+        self._in_place = layout is KVLayout.HEAD_MAJOR
+        rows = (num_kv_heads, capacity) if self._in_place else (capacity, num_kv_heads)
+        self._buffer = np.empty((num_layers, 2, *rows, head_dim), dtype)
         self._positions = np.empty(capacity, np.int64)
         self._length = 0
         self.row_shape = (num_kv_heads, head_dim)
@@ -68,8 +77,18 @@ class KVArena:
 
     def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of the keys and values in use, each [length, heads, head_dim]."""
-        keys, values = self._buffer[layer, :, : self._length]
-        return keys, values
+        both = self._buffer[layer]
+        keys, values = both.swapaxes(1, 2) if self._in_place else both
+        return keys[: self._length], values[: self._length]
+
+    def places(self, num_rows: int) -> tuple[Shape, int, Shape]:
+        """What a graph that adds `num_rows` is given of each buffer: the shape that it reads from
+        the buffer's start, the offset in bytes at which it writes, and the shape that it writes."""
+        if self._in_place:
+            whole = (1, self.row_shape[0], self.capacity, self.row_shape[1])
+            return whole, 0, whole
+        past, new = (self._length, *self.row_shape), (num_rows, *self.row_shape)
+        return past, self._length * self.row_bytes, new
 
     def reserve(self, num_rows: int) -> None:
         """Raises KvFull unless `num_rows` more fit."""
@@ -107,12 +126,13 @@ class KVArena:
         tail = self._length - stop
         if start == stop:
             return
+        # Within a buffer, one run of rows or, head-major, one for every head.
+        heads = self.row_shape[0] if self._in_place else 1
+        step = self.row_bytes // heads
         for pointer in self.pointers:
-            ctypes.memmove(
-                pointer + start * self.row_bytes,
-                pointer + stop * self.row_bytes,
-                tail * self.row_bytes,
-            )
+            for head in range(heads):
+                base = pointer + head * self.capacity * step
+                ctypes.memmove(base + start * step, base + stop * step, tail * step)
         self._positions[start : start + tail] = self._positions[stop : self._length].copy()
         self._length = start + tail
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edge_vlm.config import LanguageConfig
 from edge_vlm.errors import NonFinite, PositionsUsedUp, ShapeRange
+from edge_vlm.precision import KVLayout
 from edge_vlm.rope import rope_table
 from edge_vlm_runtime.backends.base import Engine
 from edge_vlm_runtime.kv_arena import KVArena
@@ -26,8 +27,17 @@ class LanguageModel:
     """Stateless but for scratch memory; the conversation is the arena. One thread."""
 
     def __init__(
-        self, engine: Engine, embed_table: np.ndarray, cfg: LanguageConfig, patch_id: int
+        self,
+        engine: Engine,
+        embed_table: np.ndarray,
+        cfg: LanguageConfig,
+        patch_id: int,
+        layout: KVLayout = KVLayout.TOKEN_MAJOR,
+        decode_engine: Engine | None = None,
     ) -> None:
+        """`decode_engine`: another form of the same graph that is faster with one new token."""
+        self._decode_engine = decode_engine or engine
+        self._layout = layout
         self._engine, self._table, self.cfg, self._patch_id = engine, embed_table, cfg, patch_id
         self.max_positions = cfg.max_positions
         self.max_tokens = engine.spec.dims["s"].max
@@ -37,7 +47,9 @@ class LanguageModel:
         self._last_idx = np.zeros(1, np.int32)
         kinds = [(kind, i) for i in range(cfg.num_layers) for kind in ("k", "v")]
         self._past_names = [f"past_{kind}_{i}" for kind, i in kinds]
-        self._new_names = [f"new_{kind}_{i}" for kind, i in kinds]
+        written = "present" if layout is KVLayout.HEAD_MAJOR else "new"
+        self._new_names = [f"{written}_{kind}_{i}" for kind, i in kinds]
+        self._kv_dtype = next(t.dtype for t in engine.spec.inputs if t.name == "past_k_0")
 
     def new_arena(self, capacity: int | None = None) -> KVArena:
         """An empty arena of `capacity` tokens, by default as many as the graph can attend to.
@@ -56,6 +68,8 @@ class LanguageModel:
             capacity=most if capacity is None else capacity,
             num_kv_heads=cfg.num_kv_heads,
             head_dim=cfg.head_dim,
+            dtype=self._kv_dtype,
+            layout=self._layout,
         )
 
     def embed(self, ids: npt.ArrayLike, features: np.ndarray | None = None) -> np.ndarray:
@@ -175,7 +189,7 @@ class LanguageModel:
 
         The new keys and values lie behind the arena's last row, where `append` takes them over.
         """
-        engine, s, p = self._engine, len(embeds), arena.length
+        engine = self._decode_engine if len(embeds) == len(rows) == 1 else self._engine
         logits = np.empty((len(rows), self.cfg.base_vocab), np.float32)
         engine.bind_array("inputs_embeds", embeds)
         engine.bind_array("cos", self._cos[positions])
@@ -183,7 +197,7 @@ class LanguageModel:
         engine.bind_array("attn_bias", bias)
         engine.bind_array("last_idx", rows)
         engine.bind_array("logits", logits)
-        past, new, offset = (p, *arena.row_shape), (s, *arena.row_shape), p * arena.row_bytes
+        past, offset, new = arena.places(len(embeds))
         for past_name, new_name, pointer in zip(
             self._past_names, self._new_names, arena.pointers, strict=True
         ):

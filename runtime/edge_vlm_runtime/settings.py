@@ -130,6 +130,7 @@ class ModelLimits:
     max_time_s: float | None
     """Largest time stamp of a frame; None when the checkpoint does not say."""
     trained_attention: str
+    has_scorer: bool = True
 
     @classmethod
     def from_bundle(cls, bundle: EngineBundle) -> ModelLimits:
@@ -147,6 +148,7 @@ class ModelLimits:
             max_cache_tokens=bundle.specs["llm"].dims["p"].max,
             max_time_s=None if max_time_s is None else float(max_time_s),
             trained_attention=bundle.config.attention.value,
+            has_scorer=bundle.config.scorer is not None,
         )
 
 
@@ -178,6 +180,10 @@ class ServerLimits:
             least = 0 if field.name == "resume_grace_s" else 1
             if not least <= value < math.inf:
                 raise ValueError(f"{field.name} must be at least {least}, got {value}")
+
+
+SCORED_POLICIES = ("stream", "frame_topk")
+"""Policies that look at the scores of the token scorer."""
 
 
 def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSettings:
@@ -217,6 +223,12 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
     Raises ConfigError when the dialogue leaves too little room, or `window_tokens` asks for more
     than there is or for less than two whole frames.
     """
+    if not model.has_scorer and settings.policy in SCORED_POLICIES:
+        raise ConfigError(
+            f"policy {settings.policy!r} chooses by scores, and the model has no token scorer",
+            where="session settings",
+            remedy="take keep_all",
+        )
     room = cache_capacity(model, limits) - dialogue_reserve(settings, model, limits)
     least = 2 * (model.num_cells + 16)  # with their stamps and markers
     if room < least:

@@ -63,7 +63,9 @@ class VisionPipeline:
         self._is_first = np.zeros(1, np.bool_)
         self._hidden = np.empty((1, vision.num_patches, vision.width), np.float32)
         self._frame_id = np.zeros(vision.num_cells, np.int32)
-        stem.bind_array("is_first", self._is_first)
+        self._has_scorer = cfg.scorer is not None
+        if self._has_scorer:
+            stem.bind_array("is_first", self._is_first)
         stem.bind_array("hidden", self._hidden)
         trunk.bind_array("hidden", self._hidden)
 
@@ -101,8 +103,15 @@ class VisionPipeline:
         )
 
     def _score(self, pixels: np.ndarray, state: VisionState) -> np.ndarray:
-        """Fills the hidden states and the state's next cells; returns scores [num_cells]."""
+        """Fills the hidden states and the state's next cells; returns scores [num_cells].
+
+        Without a scorer all scores are 1.
+        """
         stem = self._stem
+        if not self._has_scorer:
+            stem.bind_array("pixels", pixels[None])
+            stem.run()
+            return np.ones(self.num_cells, np.float32)
         scores = np.empty((1, self.num_cells), np.float32)
         self._is_first[0] = state.is_first
         stem.bind_array("pixels", pixels[None])

@@ -2,7 +2,8 @@
 
 The caller owns every buffer, inputs and outputs alike, and must keep it alive until `run` has
 returned: nothing is allocated, copied or converted on the way. An output may be bound inside the
-same allocation as an input as long as the two ranges do not overlap.
+same allocation as an input as long as the two ranges do not overlap, or, where a graph adds to a
+cache in place (`present_*`), exactly where its input is.
 """
 
 from __future__ import annotations
@@ -25,12 +26,19 @@ class Engine(ABC):
         self._tensors = {tensor.name: tensor for tensor in spec.tensors}
         self._bound: dict[str, Shape] = {}
         self._kept: dict[str, np.ndarray] = {}
-        # Where to read each free dimension: the first axis that is exactly that dimension.
+        # Where to read each free dimension: the first axis that is exactly that dimension, or
+        # else a sum of it and another.
         self._sources: dict[str, tuple[str, int]] = {}
+        self._sums: dict[str, tuple[str, int, str]] = {}
         for tensor in spec.tensors:
             for axis, size in enumerate(tensor.shape):
                 if isinstance(size, str) and size in spec.dims:
                     self._sources.setdefault(size, (tensor.name, axis))
+        for tensor in spec.tensors:
+            for axis, size in enumerate(tensor.shape):
+                first, plus, second = str(size).partition("+")
+                if plus and first not in self._sources:
+                    self._sums.setdefault(first, (tensor.name, axis, second))
 
     def bind(self, name: str, pointer: int, shape: Shape) -> None:
         """Binds contiguous memory at address `pointer`, of the spec's dtype."""
@@ -61,7 +69,9 @@ class Engine(ABC):
         missing = self._tensors.keys() - bound.keys()
         if missing:
             raise EngineError(f"graph {self.spec.name} runs with {sorted(missing)} not bound")
-        dims = {name: bound[tensor][axis] for name, (tensor, axis) in self._sources.items()}
+        dims = {name: bound[source][axis] for name, (source, axis) in self._sources.items()}
+        for name, (source, axis, other) in self._sums.items():
+            dims[name] = bound[source][axis] - dims[other]
         self.spec.check_dims(dims)
         # The many past tensors share one shape: resolve it once per run.
         resolved: dict[tuple[int | str, ...], Shape] = {}
