@@ -21,6 +21,7 @@ VARIABLE = "EDGE_VLM_API_KEY"
 SUBPROTOCOL = "edge-vlm"
 KEY_SUBPROTOCOL = "edge-vlm-key."
 GUARDED = ("/v1/", "/metrics")
+REMEDY = f"set {VARIABLE}, or open the page with #key=KEY behind its address"
 
 
 def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -49,9 +50,9 @@ def require_key(key: str | None, scope: Mapping[str, Any]) -> None:
         return
     given = _bearer(scope["headers"]) or _of_subprotocols(scope.get("subprotocols", ()))
     if given is None:
-        raise Unauthorized("this server wants an API key", remedy=f"set {VARIABLE}")
+        raise Unauthorized("this server wants an API key", remedy=REMEDY)
     if not hmac.compare_digest(given, key.encode()):
-        raise Unauthorized("this is not the server's API key", remedy=f"set {VARIABLE}")
+        raise Unauthorized("this is not the server's API key", remedy=REMEDY)
 
 
 def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

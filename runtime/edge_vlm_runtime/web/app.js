@@ -1,5 +1,8 @@
 // The browser page: camera or file in, kept cells over the picture, answers as they come.
-// One websocket is one session; docs/protocol.md describes the messages.
+// docs/protocol.md describes the messages. A server with an API key wants the page's address to end
+// in #key=..., which the browser keeps to itself.
+
+import { Line } from "./line.js";
 
 const $ = (id) => document.getElementById(id);
 const HEADER_BYTES = 24;
@@ -11,7 +14,8 @@ const video = $("video");
 const overlay = $("overlay");
 const scratch = document.createElement("canvas");
 
-let socket = null;
+const apiKey = new URLSearchParams(location.hash.slice(1)).get("key");
+let line = null;
 let created = null; // the session.created event
 let source = null; // {kind: "camera" | "file", stream?, url?}
 let sequence = 0;
@@ -29,8 +33,6 @@ const open = new Map(); // event_id or response_id -> {item, answer, times}
 
 function connect() {
   const url = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/realtime`;
-  const current = new WebSocket(url);
-  socket = current;
   created = null;
   sequence = 0;
   unacknowledged = 0;
@@ -39,34 +41,41 @@ function connect() {
   heat = [];
   points = [];
   status("connecting", "");
-  current.onmessage = (message) => {
-    if (socket === current) take(JSON.parse(message.data));
-  };
-  current.onclose = (closed) => {
-    if (socket !== current) return;
-    socket = null;
-    stopTimer();
-    status("not connected", "off");
-    for (const entry of new Set(open.values())) finish(entry, "no answer: the connection ended");
-    if (closed.code !== 1000) notice(`The session ended (${closed.code}) ${closed.reason}`);
-  };
+  const current = new Line(url, protocols(), {
+    event(event) {
+      if (line === current) take(event);
+    },
+    broke() {
+      if (line === current) status("connection lost, trying again", "off");
+    },
+    ended(closed) {
+      if (line !== current) return;
+      line = null;
+      stopTimer();
+      status("not connected", "off");
+      for (const entry of new Set(open.values())) finish(entry, "no answer: the connection ended");
+      if (closed.code !== 1000) notice(`The session ended (${closed.code}) ${closed.reason}`);
+    },
+  });
+  line = current;
+}
+
+function protocols() {
+  if (apiKey === null) return [];
+  const text = btoa(apiKey).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  return ["edge-vlm", `edge-vlm-key.${text}`];
 }
 
 function send(type, fields = {}) {
   eventNumber += 1;
   const event_id = `page_${eventNumber}`;
-  if (socket?.readyState === WebSocket.OPEN) {
-    socket.send(JSON.stringify({ type, event_id, ...fields }));
-  }
+  line?.send(JSON.stringify({ type, event_id, ...fields }), event_id);
   return event_id;
 }
 
 function closeSession() {
-  const current = socket;
-  socket = null;
-  if (current?.readyState === WebSocket.OPEN) {
-    current.send(JSON.stringify({ type: "session.close" }));
-  }
+  line?.close();
+  line = null;
 }
 
 const handlers = {
@@ -79,6 +88,10 @@ const handlers = {
     status("connected", "on");
     send("session.update", { session: { delivery: source?.kind === "file" ? "wait" : "live" } });
     startTimer();
+  },
+  "session.resumed"() {
+    status("connected", "on");
+    resumeFile();
   },
   "frame.accepted"(event) {
     unacknowledged -= 1;
@@ -225,7 +238,11 @@ function capture() {
   if (!source || !created || encoding || video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) {
     return;
   }
-  if (socket.bufferedAmount > MAX_BUFFERED_BYTES) return; // the network is the bottleneck
+  if (!line.isUp) { // a camera's pictures of that time are lost, a file waits
+    if (source.kind === "file") video.pause();
+    return;
+  }
+  if (line.bufferedAmount > MAX_BUFFERED_BYTES) return; // the network is the bottleneck
   const fps = created.settings.fps_cap;
   let now_s = performance.now() / 1000;
   if (source.kind === "file") {
@@ -244,7 +261,7 @@ function capture() {
   scratch.height = Math.round(video.videoHeight * scale);
   scratch.getContext("2d").drawImage(video, 0, 0, scratch.width, scratch.height);
   encoding = true;
-  const current = socket;
+  const current = line;
   scratch.toBlob(async (blob) => {
     try {
       if (blob) sendFrame(current, await blob.arrayBuffer(), time_us);
@@ -255,7 +272,7 @@ function capture() {
 }
 
 function sendFrame(current, jpeg, time_us) {
-  if (socket !== current || current.readyState !== WebSocket.OPEN) return;
+  if (line !== current) return;
   sequence += 1;
   unacknowledged += 1;
   const message = new Uint8Array(HEADER_BYTES + jpeg.byteLength);
@@ -266,7 +283,7 @@ function sendFrame(current, jpeg, time_us) {
   view.setUint32(12, jpeg.byteLength, true);
   view.setBigUint64(16, BigInt(time_us), true);
   message.set(new Uint8Array(jpeg), HEADER_BYTES);
-  current.send(message);
+  current.send(message, `frame ${sequence}`);
 }
 
 function resumeFile() {
@@ -327,7 +344,7 @@ function pointsIn(text) {
 
 function ask(text) {
   notice("");
-  if (socket?.readyState !== WebSocket.OPEN) {
+  if (!created || line === null) {
     notice("Start the camera or choose a file first.");
     return false;
   }
