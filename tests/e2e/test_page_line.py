@@ -29,7 +29,7 @@ def cut_connections(server: Server) -> None:
 
     def cut() -> None:
         for carrier in list(server._uvicorn.server_state.connections):
-            carrier.transport.abort()  # type: ignore[union-attr]
+            carrier.transport.abort()
 
     assert server._loop is not None
     server._loop.call_soon_threadsafe(cut)
