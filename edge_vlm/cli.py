@@ -35,6 +35,7 @@ COMMANDS = {
     "calibrate": ("train", "measure a checkpoint's scores and ranges on footage"),
     "inspect": ("train", "say what a model's folder holds: parts, parameters, memory"),
     "export": ("export", "turn a checkpoint into a bundle of ONNX graphs"),
+    "build": ("trt-rtx", "compile a bundle's graphs to TensorRT engines, on the device"),
     "verify": ("export", "compare a bundle's graphs with torch"),
 }
 

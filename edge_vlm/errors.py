@@ -36,7 +36,17 @@
     |   `-- PositionsUsedUp    10  E-POSITIONS          past the last position the model knows
     |-- EngineError            11  E-ENGINE
     |   |-- NonFinite          11  E-NONFINITE          NaN or infinity in a tensor
-    |   `-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
+    |   |-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
+    |   |-- TrtMissing         11  E-TRT-MISSING-LIB    no usable TensorRT in this Python
+    |   |-- GpuMissing         11  E-GPU                no NVIDIA driver or GPU, or it fails
+    |   |-- OnnxUnsupported    11  E-ONNX-UNSUPPORTED   TensorRT has no such operator
+    |   |-- TrtParse           11  E-TRT-PARSE          it cannot read a graph for another reason
+    |   |-- TrtProfile         11  E-TRT-PROFILE        shape ranges that contradict each other
+    |   |-- TrtNoTactic        11  E-TRT-NO-TACTIC      no kernel for a layer on this GPU
+    |   |-- TrtOutOfMemory     11  E-TRT-OOM
+    |   |-- TrtBuildFailed     11  E-TRT-BUILD          the build ended for a reason not listed here
+    |   |-- EngineMissing      11  E-ENGINE-MISSING     not built yet
+    |   `-- EngineStale        11  E-ENGINE-STALE       built for another GPU, version or graph
     |-- InternalError           1  E-INTERNAL           a bug of ours, logged with its traceback
     |-- RecordingError         14  E-RECORDING          a recorded session cannot be read or written
     |   `-- ReplayDiffers      14  E-REPLAY-DIFFERS     the same work did not give the same events
@@ -275,6 +285,59 @@ class NonFinite(EngineError):
 
 class ShapeRange(EngineError):
     code = "E-SHAPE-RANGE"
+
+
+class TrtMissing(EngineError):
+    code = "E-TRT-MISSING-LIB"
+
+
+class GpuMissing(EngineError):
+    code = "E-GPU"
+
+
+class OnnxUnsupported(EngineError):
+    code = "E-ONNX-UNSUPPORTED"
+
+
+class TrtParse(EngineError):
+    code = "E-TRT-PARSE"
+
+
+class TrtProfile(EngineError):
+    code = "E-TRT-PROFILE"
+
+
+class TrtNoTactic(EngineError):
+    code = "E-TRT-NO-TACTIC"
+
+
+class TrtOutOfMemory(EngineError):
+    code = "E-TRT-OOM"
+
+
+class TrtBuildFailed(EngineError):
+    code = "E-TRT-BUILD"
+
+
+class EngineMissing(EngineError):
+    code = "E-ENGINE-MISSING"
+
+
+class EngineStale(EngineError):
+    """`differences`: one line for each field in which the engine differs from what is needed."""
+
+    code = "E-ENGINE-STALE"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        remedy: str | None = None,
+        differences: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.differences = differences
 
 
 class DeliveryError(EdgeVlmError):

@@ -31,8 +31,8 @@ RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
     *("PIL", "aiohttp", "av", "cv2", "jtop", "msgspec", "onnx", "onnxruntime", "paho"),
-    *("rich", "safetensors"),
-    *("starlette", "tensorrt", "tokenizers", "transformers", "uvicorn", "websockets"),
+    *("rich", "safetensors", "tensorrt", "tensorrt_rtx"),
+    *("starlette", "tokenizers", "transformers", "uvicorn", "websockets"),
 }
 GUARDED_PACKAGES = (CORE, RUNTIME)
 MODEL = "model"  # of edge_vlm: whoever imports it has torch, and with it the extra it came by
@@ -41,6 +41,8 @@ MODEL = "model"  # of edge_vlm: whoever imports it has torch, and with it the ex
 LAYERS = (
     {"settings", "device", "device_gauges", "api_key", "tls"},
     {"backends"},
+    {"engine_store", "trt_compile"},
+    {"trt_builder"},
     {"kv_arena"},
     {"vision", "language"},
     {"sampling", "generate"},
@@ -65,6 +67,7 @@ LAYERS = (
     {"view"},
     {"replay_report"},
     {"alert_command", "server_options"},
+    {"build_command"},
     {"commands", "demo_command", "evaluate_command", "protocol_docs", "replay_command"},
     {"alert_evaluate_command"},
 )
