@@ -33,7 +33,7 @@ COMMANDS = {
     "eval": ("ort", "measure a bundle on a question set through the served path"),
     "eval-alerts": ("ort", "measure a bundle's alerts on footage with known events"),
     "calibrate": ("train", "measure a checkpoint's scores and ranges on footage"),
-    "inspect": ("train", "say what a model's folder holds: parts, parameters, memory"),
+    "inspect": ("train", "say what a model or bundle holds: parts, sizes, precision"),
     "export": ("export", "turn a checkpoint into a bundle of ONNX graphs"),
     "build": ("trt-rtx", "compile a bundle's graphs to TensorRT engines, on the device"),
     "verify": ("export", "compare a bundle's graphs with torch"),

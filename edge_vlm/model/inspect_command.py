@@ -8,19 +8,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from edge_vlm.bundle import MANIFEST
+from edge_vlm.bundle_report import describe_bundle
 from edge_vlm.cli import Command
 from edge_vlm.report import Report
 
 
 def describe(folder: Path) -> Report:
     """Raises the typed error of whatever is wrong with the folder."""
+    if (folder / MANIFEST).is_file():
+        return describe_bundle(folder)
     from edge_vlm.model.describe import describe_weights
 
     return describe_weights(folder)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="a checkpoint or a published Molmo2 folder")
+    parser.add_argument(
+        "folder", type=Path, help="a bundle, a checkpoint or a published Molmo2 folder"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
