@@ -41,20 +41,19 @@ def save_graph(
     """
     weights = path.with_suffix(".weights")
     shared = shared or {}
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
     large = {
-        name: value
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None
-        and value.const_value.nbytes > INLINE_BYTES
-        and name not in shared
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.nbytes > INLINE_BYTES and name not in shared
     }
-    total = sum(value.const_value.nbytes for value in large.values() if value.const_value)
+    total = sum(tensor.nbytes for tensor in large.values())
     written: dict[str, ir.ExternalTensor] = dict(shared)
     try:
         if large:
             with weights.open("wb") as file:
-                for name, value in large.items():
-                    written[name] = _write(file, name, value.const_value, path.parent)
+                for name, tensor in large.items():
+                    written[name] = _write(file, name, tensor, path.parent)
                     if progress is not None:
                         progress(file.tell(), total)
         for name, value in model.graph.initializers.items():
@@ -87,7 +86,7 @@ def _write(file: Any, name: str, tensor: ir.TensorProtocol, folder: Path) -> ir.
         offset=start,
         length=file.tell() - start,
         dtype=tensor.dtype,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         name=name,
         base_dir=folder,
     )

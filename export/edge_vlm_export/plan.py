@@ -191,8 +191,9 @@ def _integers(
             return None, None, "left as it is: its input was not measured"
         return "int8", "int8", "vision product"
     if parent.startswith("llm.blocks.") and leaf in LLM_PRODUCTS and precision.llm != "base":
-        if precision.llm == "int4" and block_size(int(weight.shape[0])) is None:
-            return None, None, f"left as it is: {weight.shape[0]} inputs do not divide into blocks"
+        num_inputs = weight.shape.numpy()[0]
+        if precision.llm == "int4" and block_size(num_inputs) is None:
+            return None, None, f"left as it is: {num_inputs} inputs do not divide into blocks"
         return precision.llm, None, "language product"
     if (parent, leaf) == ("llm", "head") and precision.head != "base":
         return precision.head, None, "language head"

@@ -69,7 +69,8 @@ def smoothing(inputs_K: F32, weights_K: F32, strength: float = 0.5) -> F32:
     activations, of which a whole tensor shares one scale, into the weights.
     """
     low = np.float32(1e-5)
-    return np.maximum(inputs_K, low) ** strength / np.maximum(weights_K, low) ** (1 - strength)
+    factor = np.maximum(inputs_K, low) ** strength / np.maximum(weights_K, low) ** (1 - strength)
+    return factor.astype(np.float32)
 
 
 def pack_nbits(numbers_KN: I8, bits: int, block: int) -> npt.NDArray[np.uint8]:

@@ -111,7 +111,7 @@ def add_observers(model: ir.Model) -> tuple[list[str], list[str]]:
         if value in products:
             weight = products[value]
             assert weight is not None and weight.shape is not None
-            k = int(weight.shape[0])
+            k = weight.shape.numpy()[0]
             shape = _constant(graph, f"observer.rows.{k}", np.array([-1, k], np.int64))
             rows = ir.node("Reshape", [size.outputs[0], shape])
             each = ir.node("ReduceMax", [rows.outputs[0], first_axis], {"keepdims": 0})

@@ -32,24 +32,15 @@ from edge_vlm_export.convert import Ranges, convert
 from edge_vlm_export.graph_files import check_graph, out_of_space, save_graph, versions
 from edge_vlm_export.graphs import GraphLimits, KVForm, graph_specs, kv_layout
 from edge_vlm_export.modules import graph_module
-from edge_vlm_export.plan import PrecisionPlan, plan_graph
+from edge_vlm_export.plan import NodePlan, PrecisionPlan, plan_graph
 from edge_vlm_export.preflight import Estimate, estimate, require_room
 from edge_vlm_export.ranges import Observer, footage_clips, measure, with_table
+from edge_vlm_export.runs import Graphs, run_torch, session_run, torch_run
 from edge_vlm_export.samples import reference_sizes, sample_inputs
 from edge_vlm_export.sessions import Arrays
 from edge_vlm_export.trace import hollow_model, trace
-from edge_vlm_export.verify import (
-    CHAIN,
-    Graphs,
-    Report,
-    chain_arrays,
-    compare_chains,
-    compare_with_torch,
-    run_torch,
-    session_run,
-    stem_states,
-    torch_run,
-)
+from edge_vlm_export.verify import Report, compare_with_torch, stem_states
+from edge_vlm_export.verify_chain import CHAIN, chain_arrays, compare_chains
 from edge_vlm_export.weights import WeightSource, open_weights, streamed_model
 
 LARGE_MODEL = 1_000_000_000
@@ -256,7 +247,9 @@ class _Export:
         self, traced: Mapping[str, ir.Model], ranges: Mapping[str, Ranges], writer: BundleWriter
     ) -> dict[str, Path]:
         options = self.options
-        plans, paths, shared = {}, {}, {}
+        plans: dict[str, tuple[NodePlan, ...]] = {}
+        paths: dict[str, Path] = {}
+        shared: dict[str, ir.ExternalTensor] = {}
         for name, spec in self.specs.items():
             model, seen = traced[name], ranges.get(name)
             tensors = seen.tensors if seen is not None else None

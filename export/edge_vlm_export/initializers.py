@@ -1,0 +1,43 @@
+"""Constants of a graph: made lazily, shared by name, dropped when unused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_vlm_export.trace import lazy
+
+Read = Callable[[], np.ndarray]
+
+
+def initializer(
+    graph: ir.Graph,
+    name: str,
+    shape: tuple[int, ...],
+    read: Read,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> ir.Value:
+    if name not in graph.initializers:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        value.const_value = lazy(name, ir.Shape(shape), read, dtype)
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def initializer_as(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> ir.Value:
+    old = value.const_value
+    assert old is not None and value.shape is not None
+    return initializer(
+        graph,
+        f"{value.name}.{kind.name.lower()}",
+        tuple(int(size) for size in value.shape.numpy()),
+        lambda: old.numpy().astype(kind.numpy()),
+        kind,
+    )
+
+
+def drop_unused(graph: ir.Graph, value: ir.Value) -> None:
+    if not value.uses():
+        del graph.initializers[str(value.name)]
