@@ -160,9 +160,9 @@ def _parse_error(trt: Any, parser: Any, library: TrtLibrary, graph: Path) -> Eng
     lines, missing = [], []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
-        at = f"{error.node_operator} {error.node_name}".strip()
-        lines.append(f"{at}: {error.desc}" if at else str(error.desc))
-        if error.code in unsupported:
+        at = f"{error.node_operator()} {error.node_name()}".strip()
+        lines.append(f"{at}: {error.desc()}" if at else str(error.desc()))
+        if error.code() in unsupported:
             missing.append(lines[-1])
     if missing:
         return OnnxUnsupported(
