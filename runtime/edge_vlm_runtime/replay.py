@@ -34,7 +34,9 @@ MEASURED = "stage_ms"
 """The field of an event that is measured anew."""
 RELATIVE_TOLERANCE = 1e-6
 MAX_DIFFERENCES = 10
-Told = Callable[[protocol.ClientMessage], None]
+MAX_ARRIVALS = 256
+"""Frames that came between the arrival of a message and the engines' taking it up, at most."""
+Told = Callable[[protocol.ClientMessage, float], None]
 
 
 @dataclass
@@ -60,10 +62,12 @@ class Replay:
         self, engines: Engines, recording: Recording, *, emit: Emit, told: Told | None = None
     ) -> None:
         """`emit` gets every event that the session says now; `told` every message before it is
-        taken up. Raises RecordingError when the header does not say how the session began."""
+        taken up, and the capture time of the frame that had come last when it came, in seconds
+        since the first one. Raises RecordingError when the header does not say how the session
+        began."""
         self._engines = engines
         self._recording = recording
-        self._told = told or (lambda message: None)
+        self._told = told or (lambda message, capture_s: None)
         self._emit = emit
         self._clock = _RecordedClock()
         self._during: deque[Inner] = deque()
@@ -71,9 +75,8 @@ class Replay:
         self._session: Session | None = None
         self._compared = _Comparer()
         self._first_capture_us: int | None = None
+        self._arrivals: deque[tuple[int, float]] = deque(maxlen=MAX_ARRIVALS)
         self.frames_received = 0
-        self.capture_s = 0.0
-        """Capture time of the frame that came last, since the first one."""
         self._settings, self._limits = settings_of(recording)
 
     def run(self) -> Comparison:
@@ -139,7 +142,7 @@ class Replay:
             session.close()
         elif op.name == "message" and op.message is not None and op.received_ns is not None:
             message = protocol.decode_client_message(op.message)
-            self._told(message)
+            self._told(message, self._capture_s_at(op.received_ns))
             deliver(session, message, op.received_ns, self._say)
         else:
             raise RecordingError(f"unknown work {op.name!r}", where=self._recording.path)
@@ -163,7 +166,8 @@ class Replay:
         self._clock.begin(frame.received_ns)
         if self._first_capture_us is None:
             self._first_capture_us = frame.capture_time_us
-        self.capture_s = (frame.capture_time_us - self._first_capture_us) * 1e-6
+        capture_s = (frame.capture_time_us - self._first_capture_us) * 1e-6
+        self._arrivals.append((frame.received_ns, capture_s))
         error: EdgeVlmError | None = None
         if isinstance(entry, Refused):
             dropped = self._slot.refuse(entry.frame, DropReason.DECODE_ERROR)
@@ -172,6 +176,11 @@ class Replay:
             dropped = self._slot.put(entry)
         for frame, reason in dropped:
             self._say(dropped_event(frame, reason, error))
+
+    def _capture_s_at(self, now_ns: int) -> float:
+        """Of the last frame that had come by then."""
+        found = [capture_s for arrived_ns, capture_s in self._arrivals if arrived_ns <= now_ns]
+        return found[-1] if found else 0.0
 
     def _say(self, event: protocol.ServerEvent) -> None:
         self._compared.replayed(json.loads(protocol.encode(event)))

@@ -60,18 +60,16 @@ def _run(args: argparse.Namespace) -> int:
 
 def _again(engines: Engines, recording: Recording) -> int:
     from edge_vlm.errors import ReplayDiffers
+    from edge_vlm_runtime.alert_command import alert_summary
     from edge_vlm_runtime.replay import Replay
     from edge_vlm_runtime.replay_report import Report
     from edge_vlm_runtime.view import PlainView, summary_line
 
     report = Report(PlainView(engines.bundle.config.vision.cell_grid))
-    player = Replay(
-        engines,
-        recording,
-        emit=report.event,
-        told=lambda message: report.told(message, player.capture_s),
-    )
+    player = Replay(engines, recording, emit=report.event, told=report.told)
     comparison = player.run()
+    for status in report.alerts:
+        print(alert_summary(status))
     print(summary_line(report.finish(player)))
     if recording.cut_off is not None:
         print(f"note: {recording.cut_off}; everything before was replayed", file=sys.stderr)

@@ -11,6 +11,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.alert_messages import AlertListed, AlertStatus
 from edge_vlm_runtime.client import answer_of
 from edge_vlm_runtime.frame_slot import WaitingFrame
 from edge_vlm_runtime.line import error_from_detail
@@ -33,6 +34,8 @@ class Report:
         self._asked: list[tuple[str | None, PlannedQuestion]] = []
         self._answering: dict[str, PlannedQuestion] = {}
         self.outcome = Outcome()
+        self.alerts: list[AlertStatus] = []
+        """As they were listed last."""
 
     def told(self, message: protocol.ClientMessage, capture_s: float) -> None:
         """What the viewer sent, when the newest picture was that of `capture_s` seconds."""
@@ -53,6 +56,8 @@ class Report:
             question = self._taken(event.event_id)
             if question is not None:
                 self._answering[event.response_id] = question
+        elif isinstance(event, AlertListed):
+            self.alerts = event.alerts
         self._view.event(event)
         if isinstance(event, protocol.ResponseDone) and event.response_id in self._answering:
             question = self._answering.pop(event.response_id)
