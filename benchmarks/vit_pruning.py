@@ -111,8 +111,13 @@ def measure(
         model = VideoLM(cfg).init_weights().to(dtype).eval()
         shape = (frames, cfg.vision.num_patches, cfg.vision.patch_dim)
         pixels = torch.randn(shape).to(dtype)
+    kept: dict[float, Tensor] = {}
+
+    def pruned(ratio: float) -> None:
+        kept[ratio] = encode_pruned(model, pixels, ratio).kept_FC
+
     cases: dict[str, Callable[[], object]] = {
-        f"keep {ratio:g}": partial(encode_pruned, model, pixels, ratio) for ratio in keep_ratios
+        f"keep {ratio:g}": partial(pruned, ratio) for ratio in keep_ratios
     }
     cases = {UNPRUNED: partial(encode_unpruned, model, pixels), **cases}
     with torch.inference_mode():
@@ -124,7 +129,6 @@ def measure(
             say=progress,
             clock=CLOCKS[clock],
         )
-        kept = {ratio: encode_pruned(model, pixels, ratio).kept_FC for ratio in keep_ratios}
     whole = vision_flops(dataclasses.replace(cfg, scorer=None), [cfg.vision.num_cells] * frames)
     results: dict[str, Any] = {UNPRUNED: summary(seconds[UNPRUNED]) | {"tflop": whole / 1e12}}
     for ratio in keep_ratios:
