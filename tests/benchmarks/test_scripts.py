@@ -44,8 +44,8 @@ def test_vit_pruning_states_what_it_measured(
 ) -> None:
     path = tmp_path / "result.json"
     argv = ["--tiny", "--device", "cpu", "--frames", "4", "--rounds", "2", "--keep", "0.7", "0.3"]
-    argv += ["--warmups", "0", "--out", str(path)]
-    assert vit_pruning.main(argv) == 0
+    argv += ["--warmups", "0"]
+    assert vit_pruning.main([*argv, "--out", str(path)]) == 0
     result = read(path)
     assert result["command"] == " ".join(["python -m benchmarks.vit_pruning", *argv])
     assert {"device", "threads", "torch", "dtype", "edge_vlm"} <= result.keys()
