@@ -13,6 +13,8 @@ from typing import Any
 
 MAX_OPSET = 20
 MAX_IR = 10
+INT4_OPSET = 21
+"""ONNX has int4 only from here on. The changelog says 10.0 added it, not up to which opset."""
 
 # "Y" in operators.md of 8.4, those that a transformer can use: support was never withdrawn.
 NAMES_8_4 = """
@@ -40,7 +42,8 @@ UNCONFIRMED = {
 }
 # ONNX tensor types (TensorProto.DataType) that strongly typed networks of 10.3 hold.
 TYPES = {1: "FLOAT", 2: "UINT8", 3: "INT8", 6: "INT32", 7: "INT64", 9: "BOOL", 10: "FLOAT16"}
-TYPES |= {16: "BFLOAT16", 17: "FLOAT8E4M3FN", 22: "INT4"}
+INT4 = 22
+TYPES |= {16: "BFLOAT16", 17: "FLOAT8E4M3FN", INT4: "INT4"}
 CONSTANT_INPUTS = {"ReduceMax": 1, "ReduceMean": 1, "ReduceMin": 1, "ReduceProd": 1, "ReduceSum": 1}
 CONSTANT_INPUTS |= {"Squeeze": 1, "Unsqueeze": 1, "CumSum": 1}
 """Operators and the input that must be an initialiser or a Constant."""
@@ -50,17 +53,21 @@ CONSTANT_INPUTS |= {"Squeeze": 1, "Unsqueeze": 1, "CumSum": 1}
 class Report:
     problems: tuple[str, ...]
     doubts: tuple[str, ...]
-    """Operators of UNCONFIRMED that the graph uses."""
+    """What it uses that is likely, but not shown for 10.3: operators of UNCONFIRMED, opset 21."""
 
 
 def lint(model: Any) -> Report:
     """Reads an `onnx.ModelProto`; its weights need not be loaded."""
     problems = []
+    doubts: dict[str, None] = {}
+    holds_int4 = any(tensor.data_type == INT4 for tensor in model.graph.initializer)
     if model.ir_version > MAX_IR:
         problems.append(f"IR version {model.ir_version}, at most {MAX_IR}")
     for opset in model.opset_import:
         if opset.domain not in ("", "ai.onnx"):
             problems.append(f"operator domain {opset.domain!r}")
+        elif opset.version == INT4_OPSET and holds_int4:
+            doubts[f"opset {INT4_OPSET}"] = None
         elif opset.version > MAX_OPSET:
             problems.append(f"opset {opset.version}, at most {MAX_OPSET}")
     if len(model.functions):
@@ -74,7 +81,6 @@ def lint(model: Any) -> Report:
     constants |= {
         name for node in model.graph.node if node.op_type == "Constant" for name in node.output
     }
-    doubts: dict[str, None] = {}
     for node in model.graph.node:
         if node.op_type in UNCONFIRMED:
             doubts[node.op_type] = None

@@ -63,3 +63,10 @@ def test_a_wrong_type_is_named() -> None:
     model = _model(helper.make_node("Relu", ["x"], ["y"]))
     model.graph.initializer.append(helper.make_tensor("w", TensorProto.DOUBLE, [1], [1.0]))
     assert lint(model).problems == ("initialiser w has type 11",)
+
+
+def test_int4_weights_may_use_the_opset_that_has_them() -> None:
+    model = _model(helper.make_node("Relu", ["x"], ["y"]), opset=21)
+    weights = helper.make_tensor("w", TensorProto.INT4, [2], [1, -2])
+    model.graph.initializer.append(weights)
+    assert (lint(model).problems, lint(model).doubts) == ((), ("opset 21",))

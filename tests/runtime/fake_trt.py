@@ -231,7 +231,7 @@ class FakeTrt:
 def _view(address: int, shape: tuple[int, ...]) -> np.ndarray:
     count = int(np.prod(shape))
     buffer = (ctypes.c_float * count).from_address(address)
-    return np.frombuffer(buffer, np.float32).reshape(shape)
+    return np.ctypeslib.as_array(buffer).reshape(shape)
 
 
 class FakeDevice:
