@@ -113,10 +113,12 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 
 def command_line(script: str, argv: Sequence[str] | None) -> str:
-    """The command that made a result, as it is repeated from the repository's root."""
-    return " ".join(
-        ["python -m", f"benchmarks.{script}", *(sys.argv[1:] if argv is None else argv)]
-    )
+    """The command that makes a result again from the repository's root, wherever it was put."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--out" in arguments:
+        place = arguments.index("--out")
+        del arguments[place : place + 2]
+    return " ".join(["python -m", f"benchmarks.{script}", *arguments])
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
