@@ -81,7 +81,7 @@ def write_demo_clip(folder: Path, seed: int, num_frames: int = 8) -> None:
         seed += 1
     rng = random.Random(seed)
     last = num_frames - 1
-    plan = (("name", 2), ("presence", last - 3), ("where", last - 1), ("count", last))
+    plan = (("name", 2), ("where", last - 3), ("when", last - 1), ("count", last))
     questions = []
     for kind, t in plan:
         question = next(
