@@ -1,6 +1,6 @@
 """Molmo2-4B at full size with random weights: what pruning saves from frames to answer.
 
-    python -m benchmarks.full_size                    # needs a GPU with 40 GB or more
+    python -m benchmarks.full_size                    # needs a GPU; 40 GB by estimate
     python -m benchmarks.full_size --clips 1x64 2x64 --removed 0 0.5
     python -m benchmarks.full_size --tiny --out /tmp/tiny.json
 
