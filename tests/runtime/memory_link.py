@@ -41,6 +41,8 @@ class MemoryLink:
         self._num_up = self._num_down = 0
         self._is_broken = False
         self._closed: Close | None = None
+        self.arrived: list[str] = []
+        """Everything the client read from it."""
 
     def cut(self) -> None:
         if self._is_broken:
@@ -74,6 +76,7 @@ class MemoryLink:
         if text is None:
             self._down.put_nowait(None)
             raise self._error()
+        self.arrived.append(text)
         return text
 
     # `close` is the same on both ends.

@@ -7,6 +7,7 @@ chosen messages. Engines without a model, so that an example takes milliseconds.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -75,6 +76,9 @@ def conversation(breaks: Sequence[Break]) -> tuple[list[protocol.ServerEvent], l
     with fake_table() as table, network(table, breaks) as made:
         texts, reconnects = run(session(made))
         assert table.num_sessions == 0
+        on_the_wire = [json.loads(text)["sequence"] for link in made.links for text in link.arrived]
+        numbers = [number for number in on_the_wire if number]
+        assert numbers == list(range(1, len(numbers) + 1))
     return events, texts, reconnects
 
 
