@@ -228,7 +228,7 @@ def test_too_little_memory_or_disk_is_said_beforehand(
         monkeypatch.setattr(trt_builder, "memory_available", lambda: None)
         preflight({"a": 10**15}, tmp_path)
     monkeypatch.setattr(trt_builder, "memory_available", lambda: 2 * 10**9)
-    with pytest.raises(TrtOutOfMemory, match=r"building big needs about 4\.0 GB of memory, 2\.0"):
+    with pytest.raises(TrtOutOfMemory, match=r"building big needs about 6\.0 GB of memory, 2\.0"):
         preflight({"small": 1, "big": 10**9}, tmp_path)
 
 
