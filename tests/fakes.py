@@ -13,6 +13,7 @@ import tempfile
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from edge_vlm.config import ModelConfig, tiny
 
@@ -44,6 +45,58 @@ def tiny_checkpoint() -> Path:
 def tiny_bundle() -> Path:
     """Folder of the exported bundle of `tiny_checkpoint()`: 9 cells a frame, 2 layers, width 48."""
     return _made() / "tiny-bundle"
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "both": {"kv_form": "both"},
+    "ort-int4": {"variant": "ort", "precision": "int4"},
+    "edge": {"precision": "edge", "kv_form": "both"},
+    "ort-fp16": {"variant": "ort", "precision": "fp16"},
+}
+"""Other exports of `tiny_checkpoint()`, by name: what differs from the plain one."""
+
+
+@lru_cache
+def tiny_variant(name: str) -> Path:
+    """Folder of the exported bundle of `tiny_checkpoint()` with the options of VARIANTS."""
+    from edge_vlm.precision import Precision, Variant
+    from edge_vlm_export.graphs import GraphLimits, KVForm
+    from edge_vlm_export.to_onnx import ExportOptions, export_bundle
+
+    wanted = VARIANTS[name]
+    precision = Precision.parse(wanted.get("precision", "fp32"))
+    target = _made() / f"tiny-{name}"
+    if not target.exists():
+        options = ExportOptions(
+            limits=GraphLimits(**TINY_LIMITS),
+            precision=precision,
+            variant=Variant(wanted.get("variant", "portable")),
+            kv_form=KVForm(wanted.get("kv_form", "concat")),
+            footage=(tiny_footage(),) if precision.needs_ranges else (),
+        )
+        export_bundle(tiny_checkpoint(), target, options)
+    return target
+
+
+def tiny_footage() -> Path:
+    """A video of three seconds, 64x48, of a square that moves."""
+    import av
+    import numpy as np
+
+    path = _made() / "footage.mp4"
+    if not path.exists():
+        partial = path.with_suffix(".partial.mp4")
+        with av.open(str(partial), "w") as container:
+            stream = container.add_stream("mpeg4", rate=4)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for i in range(12):
+                rgb = np.full((48, 64, 3), (40, 90, 160), np.uint8)
+                rgb[10:26, 4 * i : 4 * i + 16] = (240, 60, 30)
+                for packet in stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")):
+                    container.mux(packet)
+            container.mux(stream.encode(None))
+        partial.rename(path)
+    return path
 
 
 @lru_cache(maxsize=1)

@@ -57,8 +57,11 @@ def save_graph(
                     if progress is not None:
                         progress(file.tell(), total)
         for name, value in model.graph.initializers.items():
+            small = tensors[name]
             if name in written:
                 value.const_value = written[name]
+            elif isinstance(small, ir.LazyTensor):
+                value.const_value = ir.Tensor(small.numpy(), dtype=small.dtype, name=name)
         ir.save(model, path)
     except OSError as error:
         raise out_of_space(error, path) from error

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from edge_vlm.errors import RangeFp16
 from edge_vlm_export.trace import lazy
 
 Read = Callable[[], np.ndarray]
@@ -29,11 +30,22 @@ def initializer(
 def initializer_as(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> ir.Value:
     old = value.const_value
     assert old is not None and value.shape is not None
+
+    def read() -> np.ndarray:
+        numbers = old.numpy()
+        largest = float(np.abs(numbers).max(initial=0))
+        if largest > float(np.finfo(kind.numpy()).max):
+            raise RangeFp16(
+                f"weight {value.name} reaches {largest:.0f}, which float16 cannot hold",
+                remedy="export with base=float32",
+            )
+        return numbers.astype(kind.numpy())
+
     return initializer(
         graph,
         f"{value.name}.{kind.name.lower()}",
         tuple(int(size) for size in value.shape.numpy()),
-        lambda: old.numpy().astype(kind.numpy()),
+        read,
         kind,
     )
 

@@ -257,6 +257,7 @@ _LEAVES = frozenset(
         "k_norm",
         "attn_norm",
         "mlp_norm",
+        "norm",
     ]
 )
 
