@@ -123,10 +123,7 @@ def thumbnail(rgb: np.ndarray, size: int) -> np.ndarray:
     """
     height = rgb.shape[0]
     edges = [row * height // size for row in range(size + 1)] if height >= size else []
-    bands = [
-        rgb[top:bottom].mean(axis=0, dtype=np.float32)
-        for top, bottom in pairwise(edges)
-    ]
+    bands = [rgb[top:bottom].mean(axis=0, dtype=np.float32) for top, bottom in pairwise(edges)]
     return block_means(np.stack(bands) if bands else rgb.astype(np.float32), size).mean(axis=2)
 
 
