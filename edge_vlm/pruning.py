@@ -235,8 +235,8 @@ class StreamBudget(_Budgeted):
     are static and low, so the mean separates). A frame with more news than its even share may
     spend whatever the coming frames are not expected to need; one with less banks the difference,
     apart from what is left over even after that, which goes to its next best cells. The budget is
-    spent whole: on held-out clips, leaving cells below half the mean unbought cost more (count: 89 %
-    instead of 95 %) than it saved.
+    spent whole: on held-out clips, leaving cells below half the mean unbought cost more than it
+    saved (count: 89 % instead of 95 %).
     """
 
     def __init__(

@@ -71,15 +71,16 @@ def test_a_run_starts_from_a_checkpoint_of_its_own_kind(tmp_path: Path) -> None:
 
 
 def test_new_blocks_begin_as_identities(tmp_path: Path) -> None:
-    quiet = {"dtype": torch.float32, "report": lambda line: None}
-    new = Trainer(RECIPE, tmp_path / "old", **quiet).model
+    def trainer(recipe: Recipe, name: str, init: Path | None = None) -> Trainer:
+        folder = tmp_path / name
+        return Trainer(recipe, folder, dtype=torch.float32, init=init, report=lambda line: None)
+
+    new = trainer(RECIPE, "old").model
     old_config = replace(new.cfg, language=replace(new.cfg.language, num_layers=4))
     old = VideoLM(old_config).init_weights(torch.Generator().manual_seed(3))
     folder = tmp_path / "checkpoint"
     save_checkpoint(folder, old_config, old.state_dict(), tmp_path / "old" / "tokenizer.json")
-    grown = Trainer(
-        replace(RECIPE, new_blocks=(1, 3)), tmp_path / "grown", init=folder, **quiet
-    ).model
+    grown = trainer(replace(RECIPE, new_blocks=(1, 3)), "grown", init=folder).model
     assert len(grown.llm.blocks) == 6
     embeds = torch.randn(1, 5, old_config.language.width)
     bias = torch.zeros(1, 5, 5)
