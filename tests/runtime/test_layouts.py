@@ -34,7 +34,7 @@ def _graph_adds(arena: KVArena, layout: KVLayout, rows: np.ndarray) -> None:
     for pointer, new in zip(arena.pointers, rows, strict=True):
         size = int(np.prod(written))
         memory = (ctypes.c_uint16 * size).from_address(pointer + offset)
-        target = np.frombuffer(memory, np.float16).reshape(written)
+        target = np.frombuffer(memoryview(memory), np.float16).reshape(written)
         if layout is KVLayout.HEAD_MAJOR:
             target[0, :, arena.length : arena.length + rows.shape[1]] = new.swapaxes(0, 1)
         else:

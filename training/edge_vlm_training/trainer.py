@@ -112,9 +112,9 @@ class Trainer:
                 remedy="start without --init, or from a checkpoint with this vocabulary and shape",
             )
         for index in new:
-            block = self.model.llm.blocks[index]
-            nn.init.zeros_(block.attn.o.weight)
-            nn.init.zeros_(block.mlp.down.weight)
+            for name in ("attn.o", "mlp.down"):
+                writes = self.model.llm.blocks[index].get_submodule(name)
+                nn.init.zeros_(writes.get_parameter("weight"))
         kept = [block for i, block in enumerate(self.model.llm.blocks) if i not in new]
         for block, trained in zip(kept, model.llm.blocks, strict=True):
             block.load_state_dict(trained.state_dict())
@@ -285,8 +285,9 @@ class Trainer:
         metrics = {"loss": loss.item(), "aux": seen.aux_loss.item()}
         cells = torch.arange(batch * world.num_frames * cfg.num_cells)
         cells = cells.view(batch, world.num_frames, -1)[:, shown].flatten()[seen.cell_idx_G]
-        for read_out, hidden in zip(self.heads["timeline"], answered.hidden, strict=True):
-            story, read = timeline_loss(read_out(hidden), stories.at(cells))
+        for number, hidden in enumerate(answered.hidden):
+            outputs = self.heads.get_submodule(f"timeline.{number}")(hidden)
+            story, read = timeline_loss(outputs, stories.at(cells))
             loss = loss + recipe.timeline_weight * story
             metrics |= read
         read_out = self.heads["connector"](seen.features_GE, self.model.llm.embed.weight)
