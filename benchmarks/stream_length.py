@@ -168,7 +168,9 @@ def measure_lengths(args: argparse.Namespace, clock_ns: Callable[[], int]) -> di
 
         def stream(length: int) -> Stream:
             made = Stream(engines, settings, limits, clock_ns)
-            made.feed(jpegs, length)
+            if length:
+                made.feed(jpegs, length)
+                made.ask()  # so that all of them show an earlier turn with a question
             return made
 
         streams, memory = _grow(args.lengths, lambda: stream(0), jpegs)

@@ -16,6 +16,7 @@ interrupted export leaves nothing that could be mistaken for a bundle.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -261,7 +262,9 @@ def write_bundle(
                 "exists already", where=target, remedy="pass --overwrite to replace it"
             )
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    _remove_abandoned(target)
+    prefix = f".{target.name}.partial-{os.getpid()}-"
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         yield BundleWriter(folder)
         if not (folder / MANIFEST).is_file():
@@ -276,3 +279,21 @@ def write_bundle(
             folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what exports to the same place left behind that were killed in the middle."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.partial-*-*"):
+        process = folder.name.removeprefix(f".{target.name}.partial-").partition("-")[0]
+        if process.isdigit() and not _is_running(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

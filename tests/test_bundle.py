@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +156,19 @@ def test_a_killed_export_is_not_taken_for_a_bundle(tmp_path: Path) -> None:
         raise RuntimeError
     with pytest.raises(BundleNotFound):
         EngineBundle.open(tmp_path / "left-behind")
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    abandoned = tmp_path / f".bundle.partial-{dead.pid}-abc"
+    at_work = tmp_path / f".bundle.partial-{os.getpid()}-abc"
+    foreign = tmp_path / f".other.partial-{dead.pid}-abc"
+    for folder in (abandoned, at_work, foreign):
+        (folder / "graphs").mkdir(parents=True)
+    _write(tmp_path / "bundle")
+    assert not abandoned.exists()
+    assert at_work.exists() and foreign.exists()
 
 
 def test_an_unfinished_bundle_never_appears(tmp_path: Path) -> None:

@@ -155,9 +155,9 @@ def demo_cpu(minutes: float = 115.0) -> Recipe:
     )
 
 
-def demo_deeper(minutes: float = 97.0) -> Recipe:
+def demo_deeper(minutes: float = 89.0) -> Recipe:
     """Goes on from a demo checkpoint (`--init`) with two more language blocks."""
-    unit = minutes / 97.0
+    unit = minutes / 89.0
     frozen = Stage(
         name="frozen",
         minutes=20 * unit,
@@ -203,15 +203,6 @@ def demo_deeper(minutes: float = 97.0) -> Recipe:
                 shorter=(),
                 rate=(1.0, 0.01),
                 decay_from=0.4,
-            ),
-            dataclasses.replace(
-                frozen,
-                name="polish",
-                minutes=8 * unit,
-                lr=4e-4,
-                branches=20,
-                shorter=(),
-                rate=(1.0, 0.01),
             ),
         ),
     )
