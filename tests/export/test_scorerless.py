@@ -1,0 +1,72 @@
+"""A model without a token scorer becomes a bundle that keeps every cell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_vlm.bundle import EngineBundle
+from edge_vlm.errors import ConfigError
+from edge_vlm.frames import Frame
+from edge_vlm.patches import to_pixel_values
+from edge_vlm.pruning import KeepAll
+from edge_vlm_export.graphs import GraphLimits
+from edge_vlm_export.to_onnx import ExportOptions, export_source
+from edge_vlm_export.weights import WeightSource, open_weights, streamed_model
+from edge_vlm_runtime.engines import Engines
+from edge_vlm_runtime.settings import (
+    ModelLimits,
+    ServerLimits,
+    default_settings,
+    video_window,
+)
+from tests.fakes import TINY_LIMITS, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def source() -> WeightSource:
+    whole = open_weights(tiny_checkpoint())
+    return replace(whole, cfg=replace(whole.cfg, scorer=None))
+
+
+@pytest.fixture(scope="module")
+def bundle(source: WeightSource, tmp_path_factory: pytest.TempPathFactory) -> EngineBundle:
+    folder: Path = tmp_path_factory.mktemp("scorerless") / "bundle"
+    return export_source(source, folder, ExportOptions(limits=GraphLimits(**TINY_LIMITS)))
+
+
+def test_its_stem_only_embeds(bundle: EngineBundle) -> None:
+    spec = bundle.specs["vit_stem"]
+    assert [t.name for t in spec.tensors] == ["pixels", "hidden"]
+    assert bundle.defaults["policy"] == "keep_all"
+
+
+def test_frames_equal_torch(bundle: EngineBundle, source: WeightSource) -> None:
+    torch = pytest.importorskip("torch")
+    model, vision = streamed_model(source), source.cfg.vision
+    rng = np.random.default_rng(4)
+    with Engines.open(bundle.path, threads=1) as engines:
+        state = engines.vision.new_state()
+        for i in range(3):
+            rgb = rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)
+            tokens = engines.vision.encode(Frame(rgb=rgb, pts_ns=i, seq=i), state, KeepAll())
+            cells = torch.arange(vision.num_cells)
+            with torch.no_grad():
+                hidden = model.vit.embed(torch.from_numpy(to_pixel_values(rgb, vision))[None])
+                expected = model.vit_trunk(hidden, cells, cells * 0)
+            np.testing.assert_allclose(tokens.embeds, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_policies_that_need_scores_are_refused(bundle: EngineBundle) -> None:
+    limits, model = ServerLimits(max_question_tokens=32), ModelLimits.from_bundle(bundle)
+    settings = default_settings(bundle, limits)
+    assert (settings.policy, settings.keep_ratio) == ("keep_all", 1.0)
+    assert video_window(settings, model, limits) > 0
+    for policy in ("stream", "frame_topk"):
+        with pytest.raises(ConfigError, match="no token scorer"):
+            video_window(settings.changed({"policy": policy}), model, limits)
+    for policy in ("random", "difference"):
+        assert video_window(settings.changed({"policy": policy}), model, limits) > 0
