@@ -18,8 +18,8 @@ SIZES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / BLOCK_SI
 """Bytes of one weight, scales included."""
 PROGRAM_BYTES = 2_000_000_000
 """Libraries, and a traced graph of some thousand nodes."""
-WORKING_COPIES = 6
-"""A weight is held so many times while it is quantised: itself, turned, rounded, its errors."""
+WORKING_COPIES = 4
+"""A weight is held so many times while it is written: itself, turned, as integers, as bytes."""
 MARGIN = 1.05
 
 

@@ -12,6 +12,7 @@ F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
 
 BLOCK_SIZES = (128, 64, 32, 16)
+PIECE_COLUMNS = 1024
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Shares of a block's largest value that are tried as the largest one that can be written."""
 
@@ -28,19 +29,40 @@ def quantize_blocks(weight_KN: F32, bits: int, block: int) -> tuple[I8, F32]:
     that is nearly always the largest value, so only that one is used.
     """
     k, n = weight_KN.shape
-    blocks = weight_KN.reshape(k // block, block, n)
-    largest = np.abs(blocks).max(1, keepdims=True)
+    numbers = np.empty((k, n), np.int8)
+    scale = np.empty((k // block, n), np.float32)
+    for group in range(k // block):
+        rows = slice(group * block, (group + 1) * block)
+        for column in range(0, n, PIECE_COLUMNS):  # pieces that stay in a processor's cache
+            columns = slice(column, column + PIECE_COLUMNS)
+            piece = np.ascontiguousarray(weight_KN[rows, columns])
+            numbers[rows, columns], scale[group, columns] = _quantize_piece(piece, bits)
+    return numbers, scale
+
+
+def _quantize_piece(weight: F32, bits: int) -> tuple[F32, F32]:
+    """One block of each of some outputs, [block, n] -> numbers and scales [n]."""
     most = 2 ** (bits - 1) - 1
+    largest = np.abs(weight).max(0)
     best = np.full_like(largest, np.inf)
     scale = np.empty_like(largest)
+    rounded = np.empty_like(weight)
     for share in SHRINK if bits < 8 else SHRINK[:1]:
         tried = _nonzero(largest * np.float32(share / most))
-        error = blocks - np.clip(np.rint(blocks / tried), -most - 1, most) * tried
-        total = np.einsum("gbn,gbn->gn", error, error)[:, None]
-        better = total < best
-        best, scale = np.where(better, total, best), np.where(better, tried, scale)
-    numbers = np.clip(np.rint(blocks / scale), -most - 1, most).astype(np.int8)
-    return numbers.reshape(k, n), scale[:, 0]
+        _round_to(weight, tried, most, rounded)
+        rounded *= tried
+        rounded -= weight
+        error = np.einsum("bn,bn->n", rounded, rounded)
+        better = error < best
+        best, scale = np.where(better, error, best), np.where(better, tried, scale)
+    _round_to(weight, scale, most, rounded)
+    return rounded, scale
+
+
+def _round_to(weight: F32, scale: F32, most: int, out: F32) -> None:
+    np.multiply(weight, 1 / scale, out=out)
+    np.rint(out, out=out)
+    np.clip(out, -most - 1, most, out=out)
 
 
 def quantize_outputs(weight_KN: F32) -> tuple[I8, F32]:
