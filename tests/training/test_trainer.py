@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from edge_vlm.errors import CheckpointError
-from edge_vlm.model.checkpoint import load_checkpoint, save_checkpoint
-from edge_vlm.model.llm import rope_tables
-from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm_training.recipes import Recipe, Stage
 from edge_vlm_training.trainer import Trainer
 
@@ -68,27 +66,6 @@ def test_a_run_starts_from_a_checkpoint_of_its_own_kind(tmp_path: Path) -> None:
     (checkpoint / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not one of this recipe's"):
         Trainer(other, tmp_path / "third", init=checkpoint, report=lambda line: None)
-
-
-def test_new_blocks_begin_as_identities(tmp_path: Path) -> None:
-    def trainer(recipe: Recipe, name: str, init: Path | None = None) -> Trainer:
-        folder = tmp_path / name
-        return Trainer(recipe, folder, dtype=torch.float32, init=init, report=lambda line: None)
-
-    new = trainer(RECIPE, "old").model
-    old_config = replace(new.cfg, language=replace(new.cfg.language, num_layers=4))
-    old = VideoLM(old_config).init_weights(torch.Generator().manual_seed(3))
-    folder = tmp_path / "checkpoint"
-    save_checkpoint(folder, old_config, old.state_dict(), tmp_path / "old" / "tokenizer.json")
-    grown = trainer(replace(RECIPE, new_blocks=(1, 3)), "grown", init=folder).model
-    assert len(grown.llm.blocks) == 6
-    embeds = torch.randn(1, 5, old_config.language.width)
-    bias = torch.zeros(1, 5, 5)
-    tables = rope_tables(old_config.language, torch.arange(5)[None])
-    with torch.no_grad():
-        torch.testing.assert_close(
-            grown.llm(embeds, *tables, bias)[0], old.llm(embeds, *tables, bias)[0]
-        )
 
 
 def test_a_frozen_stage_leaves_the_vision_side_alone(tmp_path: Path) -> None:

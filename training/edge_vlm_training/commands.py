@@ -11,7 +11,7 @@ from edge_vlm.errors import ConfigError
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", nargs="?", default="demo_cpu", help="demo_cpu (default), demo_deeper or smoke"
+        "recipe", nargs="?", default="demo_cpu", help="demo_cpu (default), demo_longer or smoke"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights")

@@ -63,8 +63,6 @@ class Recipe:
     """Weight of the loss that bounds the scale of the vision features."""
     crowded: float = 0.5
     """Share of clips that are as full as they can be: with one thing a clip, any event is its."""
-    new_blocks: tuple[int, ...] = ()
-    """Language blocks that the checkpoint started from lacks: they begin as identities."""
     min_cells: int = 2
     """Up to this many cells of every later frame are kept whatever their rank."""
     history_share: float = 0.15
@@ -155,54 +153,35 @@ def demo_cpu(minutes: float = 115.0) -> Recipe:
     )
 
 
-def demo_deeper(minutes: float = 89.0) -> Recipe:
-    """Goes on from a demo checkpoint (`--init`) with two more language blocks."""
-    unit = minutes / 89.0
-    frozen = Stage(
-        name="frozen",
-        minutes=20 * unit,
+def demo_longer(minutes: float = 55.0) -> Recipe:
+    """Goes on from a demo checkpoint (`--init`): a settling vision side, then late questions."""
+    unit = minutes / 55.0
+    settling = Stage(
+        name="settling",
+        minutes=18 * unit,
         batch=8,
         num_frames=8,
-        shorter=(4,),
+        branches=20,
         removed=REMOVED_MIXED,
         lr=6e-4,
-        freeze_vision=True,
+        lr_vision=4e-5,
+        lr_connector=4e-5,
     )
     return Recipe(
-        name="demo_deeper",
-        seed=2,
-        new_blocks=(1, 3),
+        name="demo_longer",
+        seed=3,
         forgetful_share=0.1,
         history_share=0.1,
         timeline_weight=0.25,
         stages=(
-            frozen,
+            settling,
             dataclasses.replace(
-                frozen,
-                name="all",
-                minutes=22 * unit,
-                branches=16,
-                freeze_vision=False,
-                lr_vision=7e-5,
-                lr_connector=7e-5,
-            ),
-            dataclasses.replace(
-                frozen,
-                name="decay",
-                minutes=22 * unit,
-                branches=20,
-                rate=(0.8, 0.01),
-                decay_from=0.1,
-            ),
-            # A question after frame t sees a clip of t frames: no shorter ones are needed here.
-            dataclasses.replace(
-                frozen,
+                settling,
                 name="events",
-                minutes=25 * unit,
-                branches=20,
-                shorter=(),
+                minutes=37 * unit,
+                freeze_vision=True,
                 rate=(1.0, 0.01),
-                decay_from=0.4,
+                decay_from=0.35,
             ),
         ),
     )
@@ -232,4 +211,4 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_deeper, smoke)}
+RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_longer, smoke)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -101,25 +100,15 @@ class Trainer:
         self.masters.update({name: p.detach().float().clone() for name, p in named.items()})
 
     def _start_from(self, checkpoint: Path) -> None:
-        model, new = load_checkpoint(checkpoint), self.recipe.new_blocks
+        model = load_checkpoint(checkpoint)
         same_words = (checkpoint / TOKENIZER).read_bytes() == (self.folder / TOKENIZER).read_bytes()
-        depth = model.cfg.language.num_layers + len(new)
-        language = dataclasses.replace(model.cfg.language, num_layers=depth)
-        if dataclasses.replace(model.cfg, language=language) != self.config or not same_words:
+        if model.cfg != self.config or not same_words:
             raise CheckpointError(
                 "the checkpoint is not one of this recipe's models",
                 where=checkpoint,
                 remedy="start without --init, or from a checkpoint with this vocabulary and shape",
             )
-        for index in new:
-            for name in ("attn.o", "mlp.down"):
-                writes = self.model.llm.blocks[index].get_submodule(name)
-                nn.init.zeros_(writes.get_parameter("weight"))
-        kept = [block for i, block in enumerate(self.model.llm.blocks) if i not in new]
-        for block, trained in zip(kept, model.llm.blocks, strict=True):
-            block.load_state_dict(trained.state_dict())
-        others = {n: w for n, w in model.state_dict().items() if not n.startswith("llm.blocks.")}
-        self.model.load_state_dict(others, strict=False)
+        self.model.load_state_dict(model.state_dict())
 
     # -- state ------------------------------------------------------------------------------
 
