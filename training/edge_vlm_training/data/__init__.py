@@ -1,0 +1,1 @@
+"""Training data: records of videos, the rendered world, mixtures, message trees, packing."""

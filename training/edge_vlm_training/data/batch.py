@@ -1,0 +1,179 @@
+"""What the data side hands to a training loop: packed rows of clips with their branches.
+
+A row holds several clips; a clip is a prefix (begin token, stamped frames) and the branches behind
+it, one for each annotation. Nothing sees another clip, branches see their own prefix and nothing of
+each other (`masks`), and each begins at the position where the last frame it may see ends.
+
+A batch is built with every cell, for which cells a model keeps is known only behind its scorer;
+`PackedBatch.pruned` leaves the others' tokens out. A step therefore runs::
+
+    pixels = to_pixel_values(batch.frames_FSS3, cfg.vision, dtype)
+    seen = encode_clips(model, pixels, batch.frames_per_clip, batch.removed,
+                        min_cells=batch.min_cells)
+    tokens = batch.pruned(seen.kept_FC)
+    embeds = llm.embed(tokens.ids_RS)
+    flat = embeds.flatten(0, 1).index_add(0, tokens.patch_places(), seen.features_GE)
+    hidden, _ = llm(flat.view_as(embeds), *rope_tables(llm.cfg, tokens.positions_RS),
+                    additive_mask(tokens, cfg.attention, dtype))
+    # the loss: cross-entropy with target_RS where it is not IGNORED, times weight_RS
+
+Shape letters: R rows, S tokens of a row (padded), F frames of all clips end to end, C cells of a
+frame, G kept cells over all frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Target of a token whose successor is not trained on (torch's default `ignore_index`)."""
+NOWHERE = -1
+"""Clip of padding, branch of a prefix token, cell of anything but a patch token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedTokens:
+    """Rows of tokens, all [R, S]. Padding stands at a row's end: `clip` -1, `target` IGNORED."""
+
+    ids_RS: Tensor
+    """int64, 0 where padded."""
+    positions_RS: Tensor
+    """int64. From 0 in every clip; a branch's go on behind the last frame that it sees."""
+    target_RS: Tensor
+    """int64: the next token where it is trained on, IGNORED elsewhere."""
+    weight_RS: Tensor
+    """f32 loss weight of the target, 0 where there is none."""
+    clip_RS: Tensor
+    """int64: number of the clip in the batch."""
+    branch_RS: Tensor
+    """int64: number of the branch in the batch; NOWHERE in a clip's prefix."""
+    frame_RS: Tensor
+    """int64: frame of the batch that a prefix token belongs to, stamp and markers included (the
+    begin token: the clip's first); for a branch token the last frame that it sees."""
+    vision_RS: Tensor
+    """bool: patch tokens and the markers around them, which see each other both ways."""
+    cell_RS: Tensor
+    """int64: frame * C + cell of a patch token, NOWHERE elsewhere."""
+    offset_RS: Tensor
+    """int64: place of a branch token in its branch, 0 in a prefix."""
+
+    def patch_places(self) -> Tensor:
+        """Where in the flattened [R * S] the features of the kept cells belong, in their order."""
+        return (self.cell_RS != NOWHERE).flatten().nonzero().squeeze(1)
+
+    @property
+    def lengths_R(self) -> Tensor:
+        """int64: tokens in each row, padding not counted."""
+        return (self.clip_RS != NOWHERE).sum(1)
+
+
+PADDING: dict[str, int] = {
+    "target_RS": IGNORED,
+    "clip_RS": NOWHERE,
+    "branch_RS": NOWHERE,
+    "cell_RS": NOWHERE,
+}
+"""What padding holds where it is not 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """Pictures and tokens of a training step; see the module's docstring."""
+
+    frames_FSS3: Tensor
+    """u8 at the model's input size, clips end to end in the order of the rows."""
+    times_s_F: Tensor
+    """f32: seconds from the start of its clip."""
+    frames_per_clip: tuple[int, ...]
+    tokens: PackedTokens
+    """With every cell."""
+    removed: float
+    """Share of the cells to remove; the rows were packed to their length for this share."""
+    min_cells: int
+    """Cells that every later frame keeps in any case (`encode_clips`)."""
+    clip_names: tuple[str, ...]
+    """Where each clip comes from, for messages."""
+    branch_kinds: tuple[str, ...]
+    """Kind of each branch: its numbers are those of `branch_RS`."""
+
+    def pruned(self, kept_FC: Tensor, pad_to: int | None = None) -> PackedTokens:
+        """The tokens without those of dropped cells; positions close up as in a live session.
+
+        `kept` is bool. Rows are padded to the longest or to `pad_to`; ValueError if that is too
+        short.
+        """
+        everything = self.tokens
+        kept = kept_FC.flatten()[everything.cell_RS.clamp(min=0)]
+        stays = (everything.clip_RS != NOWHERE) & ((everything.cell_RS == NOWHERE) | kept)
+        lengths = stays.sum(1)
+        longest = int(lengths.max())
+        size = longest if pad_to is None else pad_to
+        if size < longest:
+            raise ValueError(f"pad_to = {pad_to}: a row has {longest} tokens")
+        # Stable: what stays moves to the front in its order.
+        order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
+        real = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
+        columns = {}
+        for field in dataclasses.fields(PackedTokens):
+            fill = PADDING.get(field.name, 0)
+            column = getattr(everything, field.name).gather(1, order).masked_fill(~real, fill)
+            short = size - column.shape[1]
+            columns[field.name] = torch.nn.functional.pad(column, (0, max(0, short)), value=fill)
+        tokens = PackedTokens(**columns)
+        positions = positions_of(tokens, self.frames_per_clip)
+        return dataclasses.replace(tokens, positions_RS=positions)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        tokens = {
+            f.name: move(getattr(self.tokens, f.name)) for f in dataclasses.fields(self.tokens)
+        }
+        return dataclasses.replace(
+            self,
+            frames_FSS3=move(self.frames_FSS3),
+            times_s_F=move(self.times_s_F),
+            tokens=PackedTokens(**tokens),
+        )
+
+
+def positions_of(tokens: PackedTokens, frames_per_clip: tuple[int, ...]) -> Tensor:
+    """Positions [R, S] from what each token is: counted anew whatever was left out.
+
+    Relies on clips lying in the rows in the order of their frames, each with its prefix first.
+    """
+    device = tokens.clip_RS.device
+    sizes = torch.tensor(frames_per_clip, device=device)
+    first_F = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    prefix = (tokens.clip_RS != NOWHERE) & (tokens.branch_RS == NOWHERE)
+    per_frame = torch.zeros(len(first_F), dtype=torch.int64, device=device)
+    per_frame.index_add_(0, tokens.frame_RS[prefix], torch.ones_like(tokens.frame_RS[prefix]))
+    until_F = per_frame.cumsum(0)
+    before_clip_F = (until_F - per_frame)[first_F]
+    inside = prefix.flatten().cumsum(0).view_as(prefix) - 1 - before_clip_F[tokens.frame_RS]
+    behind = (until_F - before_clip_F)[tokens.frame_RS] + tokens.offset_RS
+    return torch.where(prefix, inside, behind).masked_fill(tokens.clip_RS == NOWHERE, 0)
+
+
+class BatchStream(Protocol):
+    """An endless, repeatable stream of batches.
+
+    The state taken after batch n goes on with batch n + 1, in this or in another process; it holds
+    plain numbers, strings, lists and dicts only.
+    """
+
+    def __iter__(self) -> Iterator[PackedBatch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises CheckpointError for the state of another stream."""
+        ...
