@@ -52,6 +52,9 @@
     |   `-- ReplayDiffers      14  E-REPLAY-DIFFERS     the same work did not give the same events
     |-- DeliveryError          13  E-DELIVERY           an alert output did not take everything
     |   `-- DeliveryRefused     13  E-DELIVERY-REFUSED   the receiver will never take this event
+    |-- DataError              15  E-DATA               training data: a file, or all of a source
+    |   |-- RecordInvalid      15  E-DATA-RECORD        names the record (file:line) and the field
+    |   `-- RecordTooLong      15  E-DATA-TOO-LONG      does not fit a packed row
     `-- ExportError            12  E-EXPORT
         |-- Specialised        12  E-EXPORT-SPECIALISED a free dimension became a constant
         |-- RangeFp16          12  E-RANGE-FP16         a float16 tensor saw too large a value
@@ -360,6 +363,32 @@ class RecordingError(EdgeVlmError):
 
 class ReplayDiffers(RecordingError):
     code = "E-REPLAY-DIFFERS"
+
+
+class DataError(EdgeVlmError):
+    code = "E-DATA"
+    exit_code = 15
+
+
+class RecordInvalid(DataError):
+    """`field`: path of the wrong value inside its record, as `$.annotations[0].count`."""
+
+    code = "E-DATA-RECORD"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        remedy: str | None = None,
+        field: str = "$",
+    ) -> None:
+        super().__init__(f"{what} - at {field}", where=where, remedy=remedy)
+        self.field = field
+
+
+class RecordTooLong(DataError):
+    code = "E-DATA-TOO-LONG"
 
 
 class ExportError(EdgeVlmError):
