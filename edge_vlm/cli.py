@@ -30,7 +30,7 @@ COMMANDS = {
     "replay": ("ort", "run a recorded session again: the same report, or figures at full speed"),
     "train": ("train", "train a model on the rendered world"),
     "world": ("train", "write held-out clips with questions and true answers"),
-    "eval": ("ort", "measure a bundle on a question set through the served path"),
+    "eval": ("ort", "measure models on questions: policies, budgets and paths in one table"),
     "eval-alerts": ("ort", "measure a bundle's alerts on footage with known events"),
     "calibrate": ("train", "measure a checkpoint's scores and ranges on footage"),
     "inspect": ("train", "say what a model or bundle holds: parts, sizes, precision"),
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; a typed error becomes one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        return run_command(arguments)
     except EdgeVlmError as error:
         print(f"edge-vlm: {error.code}: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _dispatch(arguments: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
+    """As `main`, but what is raised is the caller's: for commands that call another stage's."""
     commands = {point.name: point for point in metadata.entry_points(group=ENTRY_POINT_GROUP)}
     if not arguments or arguments[0].startswith("-"):
         parser = _top_parser(sorted(commands, key=_order))

@@ -27,7 +27,7 @@ def read_footage(path: Path, fps: float, max_frames: int) -> Iterator[Shot]:
     """
     if not path.exists():
         raise VideoNotFound("no such file or folder", where=path)
-    frames = _question_set_frames(path) if path.is_dir() else _video_frames(path, fps)
+    frames = _question_set_frames(path) if path.is_dir() else _video_shots(path, fps)
     seen = False
     for shot in islice(frames, max_frames):
         seen = True
@@ -42,7 +42,18 @@ def _question_set_frames(folder: Path) -> Iterator[Shot]:
             yield i == 0, decode_jpeg(jpeg)
 
 
-def _video_frames(path: Path, fps: float) -> Iterator[Shot]:
+def _video_shots(path: Path, fps: float) -> Iterator[Shot]:
+    for i, (_, rgb) in enumerate(read_video(path, fps)):
+        yield i == 0, rgb
+
+
+def read_video(path: Path, fps: float) -> Iterator[tuple[float, np.ndarray]]:
+    """A video's frames at `fps`: seconds from the first one, rgb u8 [H, W, 3].
+
+    Raises VideoNotFound, VideoUnreadable, MissingExtraError.
+    """
+    if not path.exists():
+        raise VideoNotFound("no such file", where=path)
     try:
         import av
     except ImportError as error:
@@ -60,7 +71,7 @@ def _video_frames(path: Path, fps: float) -> Iterator[Shot]:
                 start_s = time_s if start_s is None else start_s
                 due = int((time_s - start_s) * fps + 1e-3)
                 if due >= tick:
-                    yield i == 0, frame.to_ndarray(format="rgb24")
+                    yield time_s - start_s, frame.to_ndarray(format="rgb24")
                     tick = due + 1
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoUnreadable(f"not a video, or broken ({error})", where=path) from error

@@ -5,7 +5,9 @@
     {"name": "0007", "times_s": [0.0, 0.5], "questions": [
       {"kind": "where", "text": "Where is the cat now?", "answer": "top left", "frame": 1}]}
 
-A question is asked when the frames up to `frame` have been seen and none later.
+A question is asked when the frames up to `frame` have been seen and none later. How an answer is
+judged follows from the question (`edge_vlm.judging`). One's own videos and questions are easier to
+write down as one JSONL file (`edge_vlm.question_file`).
 """
 
 from __future__ import annotations
@@ -20,19 +22,29 @@ from edge_vlm.errors import ConfigError
 
 INDEX = "clips.jsonl"
 
+Box = tuple[float, float, float, float]
+"""Centre x, centre y, width, height in shares of the picture."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AskedQuestion:
-    """One question with its exact answer; `box` is where a pointed-at thing is.
-
-    `box` is (centre x, centre y, side) in shares of the picture.
-    """
+    """One question with its true answer."""
 
     kind: str
     text: str
     answer: str
     frame: int
-    box: tuple[float, float, float] | None = None
+    also: tuple[str, ...] = ()
+    """Other wordings of the answer that are right too."""
+    boxes: tuple[Box, ...] | None = None
+    """Where the things are that the answer points to."""
+
+    def __post_init__(self) -> None:
+        for box in self.boxes or ():
+            if len(box) != 4 or not all(0 <= value <= 1 for value in box):
+                raise ValueError(
+                    f"a box is centre x, centre y, width and height in 0..1, got {list(box)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +97,7 @@ def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
         try:
             data: dict[str, Any] = json.loads(line)
             name, times_s = str(data["name"]), [float(t) for t in data["times_s"]]
-            questions = [
-                AskedQuestion(**q | {"box": tuple(q["box"]) if q.get("box") else None})
-                for q in data["questions"]
-            ]
+            questions = [_question(fields) for fields in data["questions"]]
             paths = [folder / "frames" / f"{name}-{i}.jpg" for i in range(len(times_s))]
             jpegs = [path.read_bytes() for path in paths]
             yield ClipQuestions(name=name, jpegs=jpegs, times_s=times_s, questions=questions)
@@ -96,3 +105,20 @@ def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
             raise ConfigError(
                 f"bad clip: {error!r}", where=f"{index}:{number}", remedy="write the set anew"
             ) from error
+
+
+def _question(fields: dict[str, Any]) -> AskedQuestion:
+    fields = dict(fields)
+    square = fields.pop("box", None)  # sets written earlier: centre x, centre y, side
+    boxes = fields.pop("boxes", None)
+    if boxes is None and square is not None:
+        boxes = [[*square, square[-1]]]
+    also = tuple(str(text) for text in fields.pop("also", ()))
+    return AskedQuestion(**fields, also=also, boxes=boxes_of(boxes))
+
+
+def boxes_of(values: Any) -> tuple[Box, ...] | None:
+    """JSON's lists of numbers as boxes. Raises TypeError and ValueError."""
+    if values is None:
+        return None
+    return tuple((float(x), float(y), float(w), float(h)) for x, y, w, h in values)

@@ -62,13 +62,13 @@ LAYERS = (
     {"connection"},
     {"server", "line"},
     {"client"},
-    {"evaluate", "streaming"},
+    {"evaluate", "evaluate_bundle", "streaming"},
     {"alert_evaluate"},
     {"view"},
     {"replay_report"},
     {"alert_command", "server_options"},
     {"build_command"},
-    {"commands", "demo_command", "evaluate_command", "protocol_docs", "replay_command"},
+    {"commands", "demo_command", "evaluators", "protocol_docs", "replay_command"},
     {"alert_evaluate_command"},
 )
 PURE_MODULES = {

@@ -13,11 +13,11 @@ from typing import Any
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.event_set import Footage, Watch
+from edge_vlm.tally import Tally
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.alert_messages import AlertCleared, AlertTriggered
 from edge_vlm_runtime.alerts import AlertRule
 from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.evaluate import Tally
 
 
 @dataclass(frozen=True)

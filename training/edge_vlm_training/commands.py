@@ -47,6 +47,15 @@ def _train(args: argparse.Namespace) -> int:
 def _world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--per-kind", type=int, default=200, help="questions of every kind")
+    parser.add_argument(
+        "--kinds", metavar="NAMES", help="which kinds, with commas; also alert and caption"
+    )
+    parser.add_argument(
+        "--per-clip", type=int, default=1, metavar="N", help="questions of a kind in one clip"
+    )
+    parser.add_argument(
+        "--benchmark", action="store_true", help="as `edge-vlm eval` does it: with alerts, denser"
+    )
     parser.add_argument("--seed", type=int, default=1, help="which held-out clips")
     parser.add_argument(
         "--demo-clip", action="store_true", help="write the demo's clip.mp4 and clip.json instead"
@@ -81,9 +90,33 @@ def _world(args: argparse.Namespace) -> int:
         num_events = write_event_set(args.out, footage)
         print(f"{num_events} events in {args.events} stretches of footage: {args.out}")
         return 0
-    asked = write_question_set(args.out, heldout_clips(args.seed, args.per_kind))
+    clips = heldout_clips(args.seed, args.per_kind, kinds=_kinds(args), per_clip=_per_clip(args))
+    asked = write_question_set(args.out, clips)
     print(f"{asked} questions about held-out clips: {args.out}")
     return 0
+
+
+def _kinds(args: argparse.Namespace) -> tuple[str, ...]:
+    from edge_vlm_training.heldout import BENCHMARK_KINDS, EXTRA_KINDS
+    from edge_vlm_training.questions import QUESTION_KINDS
+
+    if args.kinds is None:
+        return BENCHMARK_KINDS if args.benchmark else QUESTION_KINDS
+    names = tuple(dict.fromkeys(args.kinds.split(",")))
+    if unknown := set(names) - {*QUESTION_KINDS, *EXTRA_KINDS}:
+        raise ConfigError(
+            f"unknown kinds of question: {', '.join(sorted(unknown))}",
+            remedy=f"there are {', '.join((*QUESTION_KINDS, *EXTRA_KINDS))}",
+        )
+    return names
+
+
+def _per_clip(args: argparse.Namespace) -> int:
+    from edge_vlm_training.heldout import BENCHMARK_PER_CLIP
+
+    if args.per_clip < 1 or args.per_kind < 1:
+        raise ConfigError("--per-clip and --per-kind must be positive")
+    return BENCHMARK_PER_CLIP if args.benchmark else args.per_clip
 
 
 train = Command(

@@ -4,37 +4,63 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from edge_vlm.frames import encode_jpeg
 from edge_vlm.question_set import AskedQuestion, ClipQuestions
 from edge_vlm_training.questions import QUESTION_KINDS, Question, ask
 from edge_vlm_training.render import draw_batch
-from edge_vlm_training.world import Scenes, WorldConfig
+from edge_vlm_training.videos import write_video
+from edge_vlm_training.sprites import KINDS
+from edge_vlm_training.world import COLOUR_NAMES, Scenes, WorldConfig
 
 PICTURE_SIZE = 192
 """Pixels a side of what is sent: twice the model's, so that JPEG's coarse colour is harmless."""
 _TRIES = 6
+_WATCHED_SHARE = 2 / 3
 
 
-def heldout_clips(seed: int, per_kind: int, num_frames: int = 8) -> Iterator[ClipQuestions]:
-    """Clips until every kind of question has `per_kind` questions; at most one of a kind a clip."""
-    rng = random.Random(seed)
+ALERT, CAPTION = "alert", "caption"
+EXTRA_KINDS = (ALERT, CAPTION)
+"""Kinds that are only asked, never trained on. They need no word that training lacks."""
+BENCHMARK_KINDS = (*QUESTION_KINDS, ALERT)
+BENCHMARK_PER_CLIP = 3
+
+
+def heldout_clips(
+    seed: int,
+    per_kind: int,
+    num_frames: int = 8,
+    *,
+    kinds: Sequence[str] = QUESTION_KINDS,
+    per_clip: int = 1,
+) -> Iterator[ClipQuestions]:
+    """Clips until every kind of question has `per_kind` questions, `per_clip` of a kind in a clip.
+
+    `alert` asks "Is there a ... now?" about one thing behind every frame of a clip; `caption` asks
+    what there is, answered by every visible thing with its colour. Raises ValueError for other
+    kinds than those and QUESTION_KINDS.
+    """
+    unknown = set(kinds) - {*QUESTION_KINDS, *EXTRA_KINDS}
+    if unknown:
+        raise ValueError(f"unknown kinds of question: {', '.join(sorted(unknown))}")
+    rng, other_rng = random.Random(seed), random.Random(~seed)  # extra kinds change no others
     world = WorldConfig(num_frames=num_frames, split="heldout", start_at_zero=1.0)  # as a session
-    missing = dict.fromkeys(QUESTION_KINDS, per_kind)
+    missing = dict.fromkeys(kinds, per_kind)
     number = 0
-    while any(missing.values()):
+    while any(left > 0 for left in missing.values()):
         frames, scenes = draw_batch(seed * 100_003 + number, 1, world, PICTURE_SIZE)
-        questions = []
-        for kind in (kind for kind, left in missing.items() if left):
-            question = _try_to_ask(scenes, kind, rng)
-            if question is not None:
-                questions.append(_asked(question, scenes))
-                missing[kind] -= 1
+        questions: list[AskedQuestion] = []
+        for kind in (kind for kind, left in missing.items() if left > 0):
+            if kind in EXTRA_KINDS:
+                found = (_alert if kind == ALERT else _caption)(scenes, other_rng)
+            else:
+                tries = (_try_to_ask(scenes, kind, rng) for _ in range(per_clip))
+                found = [_asked(question, scenes) for question in tries if question is not None]
+            found = list(dict.fromkeys(found))[: missing[kind]]
+            missing[kind] -= len(found)
+            questions += found
         number += 1
         if questions:
             yield ClipQuestions(
@@ -54,17 +80,49 @@ def _try_to_ask(scenes: Scenes, kind: str, rng: random.Random) -> Question | Non
 
 
 def _asked(question: Question, scenes: Scenes) -> AskedQuestion:
-    box = None
+    boxes = None
     if question.kind == "point":
         side = float(scenes.size[0, question.meta["object"]])
-        box = (float(question.meta["x"]), float(question.meta["y"]), side)
+        boxes = ((float(question.meta["x"]), float(question.meta["y"]), side, side),)
     return AskedQuestion(
         kind=question.kind,
         text=question.text,
         answer=question.answer,
         frame=question.frame,
-        box=box,
+        boxes=boxes,
     )
+
+
+def _alert(scenes: Scenes, rng: random.Random) -> list[AskedQuestion]:
+    """One thing watched for over the whole clip: in two of three clips one that comes."""
+    kinds = scenes.kind[0].tolist()
+    there = [m for m, kind in enumerate(kinds) if kind >= 0]
+    thing = rng.choice(there) if rng.random() < _WATCHED_SHARE else None
+    absent = rng.choice([kind for kind in range(len(KINDS)) if kind not in kinds])
+    name = KINDS[absent if thing is None else kinds[thing]]
+    return [
+        AskedQuestion(
+            kind=ALERT,
+            text=f"Is there a {name} now?",
+            answer="yes" if thing is not None and scenes.visible[0, t, thing] else "no",
+            frame=t,
+        )
+        for t in range(scenes.num_frames)
+    ]
+
+
+def _caption(scenes: Scenes, rng: random.Random) -> list[AskedQuestion]:
+    """Every visible thing at one moment; nothing in a clip's empty moments."""
+    t = rng.randrange(scenes.num_frames)
+    facts = [
+        f"{COLOUR_NAMES[scenes.colour[0, t, m]]} {KINDS[scenes.kind[0, m]]}"
+        for m, seen in enumerate(scenes.visible[0, t])
+        if seen
+    ]
+    if not facts:
+        return []
+    answer = ", ".join(facts)
+    return [AskedQuestion(kind=CAPTION, text="What is there now?", answer=answer, frame=t)]
 
 
 def write_demo_clip(folder: Path, seed: int, num_frames: int = 8) -> None:
@@ -91,19 +149,6 @@ def write_demo_clip(folder: Path, seed: int, num_frames: int = 8) -> None:
         )
         stamp = float(scenes.times_s()[0, t])
         questions.append({"ask_at_s": stamp, "text": question.text, "answer": question.answer})
-    _write_video(folder / "clip.mp4", frames[0].numpy(), world.fps)
+    write_video(folder / "clip.mp4", frames[0].numpy(), world.fps)
     record = {"fps": world.fps, "seed": seed, "questions": questions}
     (folder / "clip.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _write_video(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=int(fps), options={"crf": "14"})
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        for picture in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
