@@ -112,14 +112,17 @@ class AlertWatch:
 
     # ---- what the session sees ---------------------------------------------------------------
 
-    def saw(self, frame: SeenFrame, *, in_memory: bool) -> None:
-        """A frame was encoded. One that waits for an answer to end is checked once it joins."""
+    @property
+    def is_watching(self) -> bool:
+        """There are alerts, each to be checked on every frame that it wants."""
+        return bool(self._book.alerts)
+
+    def saw(self, frame: SeenFrame) -> None:
+        """A frame was encoded; it is checked once it joins the memory."""
         self._newest_seen = frame
-        if in_memory:
-            self._book.saw(frame)
 
     def caught_up(self) -> None:
-        """The frames that were waiting have joined the memory, or were lost with an error."""
+        """What was encoded has joined the memory, or was lost with an error."""
         newest, seen = self._context.newest, self._newest_seen
         if newest is not None and seen is not None and newest.seq == seen.sequence:
             self._book.saw(seen)

@@ -255,7 +255,8 @@ class FrameAccepted(ServerEvent, tag="frame.accepted"):
     kv_tokens: int
     """Length of the cache."""
     in_memory: bool
-    """False while an answer is being decoded: the frame joins the memory when it ends."""
+    """False when it joins the memory later, together with others: when the answer under way ends,
+    or with the frames that wait behind it; in any case before the next question."""
 
 
 class FrameDropped(ServerEvent, tag="frame.dropped"):

@@ -30,8 +30,8 @@ from edge_vlm_runtime.recording import (
     entry_bytes,
     header_bytes,
 )
-from edge_vlm_runtime.session import Emit
 from edge_vlm_runtime.settings import ServerLimits, SessionSettings
+from edge_vlm_runtime.video_feed import Emit
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Tape(NoTape):
         finally:
             with self._lock:
                 self._op = None
-                if name == "step" and result is False:  # there was nothing to do
+                if name in ("answer", "watch") and result is False:  # there was nothing to do
                     for entry in op.during:
                         if not isinstance(entry, SlotTouch):
                             self._write(entry_bytes(entry))

@@ -21,8 +21,9 @@ from edge_vlm.errors import EdgeVlmError, FrameDecodeError, InternalError, Recor
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.frame_slot import Dropped, DropReason, FrameSlot, WaitingFrame
 from edge_vlm_runtime.recording import Event, Inner, Op, Recording, Refused, SlotTouch
-from edge_vlm_runtime.session import Emit, Session, dropped_event
+from edge_vlm_runtime.session import Session
 from edge_vlm_runtime.settings import ServerLimits, SessionSettings
+from edge_vlm_runtime.video_feed import Emit, dropped_event
 from edge_vlm_runtime.worker import deliver
 
 if TYPE_CHECKING:
@@ -134,8 +135,10 @@ class Replay:
         return self._slot
 
     def _work_of(self, session: Session, op: Op) -> None:
-        if op.name == "step":
-            session.step()
+        if op.name == "answer":
+            session.answer()
+        elif op.name == "watch":
+            session.watch()
         elif op.name == "stats":
             session.emit_stats()
         elif op.name == "close":

@@ -16,8 +16,9 @@ from edge_vlm_runtime.client import answer_of
 from edge_vlm_runtime.frame_slot import WaitingFrame
 from edge_vlm_runtime.line import error_from_detail
 from edge_vlm_runtime.replay import Replay, settings_of, what_came
-from edge_vlm_runtime.session import Session, dropped_event
+from edge_vlm_runtime.session import Session
 from edge_vlm_runtime.streaming import Outcome, PlannedQuestion
+from edge_vlm_runtime.video_feed import dropped_event
 from edge_vlm_runtime.view import PlainView
 from edge_vlm_runtime.worker import deliver
 

@@ -1,8 +1,8 @@
 """One viewer's conversation about one stream.
 
-A session does one unit of work at a time (`step`), so that one thread can serve several of them and
-video goes on while an answer is decoded. The order inside a session: a token of the answer under
-way, then the next question, then the alerts that are due, then the next frame; while an answer is
+A session does one unit of work at a time, so that one thread can serve several of them and video
+goes on while an answer is decoded. `answer` decodes a token of the answer under way or takes up the
+next question; `watch` checks the alerts that are due or works on the next frame. While an answer is
 decoded, frames are encoded between its tokens and join the memory in one go when it ends.
 
 No I/O, no threads; the clock and the way out for events are arguments.
@@ -28,11 +28,10 @@ from edge_vlm.errors import (
 from edge_vlm.tokenizer import StreamDetokenizer
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.alert_watch import AlertMessage, AlertWatch
-from edge_vlm_runtime.alerts import SeenFrame
-from edge_vlm_runtime.context import Change, Evicted, Rebased, StreamContext
-from edge_vlm_runtime.frame_slot import DropReason, FrameSlot, WaitingFrame
+from edge_vlm_runtime.context import StreamContext
+from edge_vlm_runtime.frame_slot import FrameSlot
 from edge_vlm_runtime.generate import generate
-from edge_vlm_runtime.intake import FrameIntake, TurnedAway
+from edge_vlm_runtime.intake import FrameIntake
 from edge_vlm_runtime.sampling import Sampling
 from edge_vlm_runtime.session_tally import SessionTally
 from edge_vlm_runtime.settings import (
@@ -44,15 +43,11 @@ from edge_vlm_runtime.settings import (
     question_capacity,
     video_window,
 )
+from edge_vlm_runtime.video_feed import Emit, VideoFeed, report
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.engines import Engines
-    from edge_vlm_runtime.vision import FrameTokens
 
-MAX_PENDING_FRAMES = 16
-"""Frames encoded while an answer is decoded; more wait in the slot, under its drop rule."""
-
-Emit = Callable[[protocol.ServerEvent], None]
 ClockNs = Callable[[], int]
 
 
@@ -132,9 +127,17 @@ class Session:
         self._history: deque[np.ndarray] = deque()
         self._answer: _Answer | None = None
         self._num_answers = 0
-        self._pending: list[FrameTokens] = []
-        self._arrived_ns: dict[int, int] = {}
         self._tally = SessionTally(clock_ns())
+        self._feed = VideoFeed(
+            slot=self.slot,
+            intake=self._intake,
+            context=self._context,
+            arena=self._arena,
+            alerts=self._alerts,
+            tally=self._tally,
+            emit=emit,
+            clock_ns=clock_ns,
+        )
 
     # ---- what the viewer asks for ------------------------------------------------------------
 
@@ -166,18 +169,17 @@ class Session:
 
     def _reconfigure_context(self) -> None:
         settings = self.settings
-        self._report(
-            self._context.reconfigure(
-                attention=settings.attention,
-                window_tokens=video_window(settings, self._model, self._limits),
-                last_n=settings.last_n,
-                reserve_tokens=dialogue_reserve(settings, self._model, self._limits),
-            )
+        changes = self._context.reconfigure(
+            attention=settings.attention,
+            window_tokens=video_window(settings, self._model, self._limits),
+            last_n=settings.last_n,
+            reserve_tokens=dialogue_reserve(settings, self._model, self._limits),
         )
+        report(changes, self._context, self._emit)
 
     def ask(self, question: Question) -> None:
         """Queues a question. Raises NoFrameYet, QuestionTooLong, TooManyQuestions."""
-        if self._context.newest is None and len(self.slot) == 0:
+        if not self._has_seen and len(self.slot) == 0:
             raise NoFrameYet("there is no frame to answer from yet", remedy="send a frame first")
         if len(self._questions) >= self._limits.max_queued_questions:
             raise TooManyQuestions(
@@ -211,108 +213,53 @@ class Session:
         self._turn_questions_away("the session ended before the answer began")
         if self._answer is not None:
             self._finish("cancelled", None)
-        for frame, reason in self.slot.empty():
-            self._emit_dropped(frame, reason)
+        self._feed.close()
         self._alerts.close()
 
     # ---- one unit of work --------------------------------------------------------------------
 
-    def step(self) -> bool:
-        """Does the next unit of work; False when there is none.
+    def answer(self) -> bool:
+        """A token of the answer under way, or the next question; False when nobody waits.
 
-        What the engines raise is reported as an `error` event and ends only the answer or frame it
-        belongs to.
+        What the engines raise is reported as an `error` event and ends only the answer.
         """
         if self._answer is not None:
             self._decode_one_token()
-            if len(self._pending) < MAX_PENDING_FRAMES:
-                self._work_on_a_frame()
             return True
-        if self._questions and self._context.newest is not None:
+        if not self._questions:
+            return False
+        if self._feed.has_pending:
+            self._feed.join()
+        if self._context.newest is not None:
             self._start_answer(self._questions.popleft())
             return True
-        if self._alerts.step():
-            return True
-        if self._work_on_a_frame():
-            return True
-        if self._questions:  # every frame that came before it turned out unusable
+        if len(self.slot) == 0:  # every frame that came before it turned out unusable
             question = self._questions.popleft()
             self._emit_error(NoFrameYet("there is no frame to answer from yet"), question.event_id)
             return True
         return False
 
-    # ---- frames ------------------------------------------------------------------------------
+    def watch(self) -> bool:
+        """The alerts that are due, or the next frame; False when there is nothing to do.
 
-    def _work_on_a_frame(self) -> bool:
-        waiting = self.slot.take()
-        if waiting is None:
-            return False
-        begin_ns = self._clock_ns()
-        try:
-            tokens, stage_ms = self._intake.encode(waiting)
-        except TurnedAway as turned:
-            self._drop(waiting, turned.reason, turned.error)
-            if turned.reason is DropReason.DUPLICATE:
-                self._alerts.stood_still(waiting.capture_time_us)
+        What the engines raise becomes an event and ends only the frame it belongs to.
+        """
+        answering = self._answer is not None
+        if not answering and self._alerts.step():
             return True
-        try:
-            prefill_ms = self._remember(tokens, waiting)
-        except EdgeVlmError as error:
-            self._drop(waiting, DropReason.ENGINE_ERROR, error)
+        return self._feed.step(answering=answering)
+
+    def step(self) -> bool:
+        """One unit of a session that has the engines for itself: an answer's tokens and frames
+        alternate. Several sessions take turns, see `Turns`."""
+        answering = self._answer is not None
+        if self.answer() and not answering:
             return True
-        if prefill_ms is not None:
-            stage_ms["prefill"] = prefill_ms
-        self._accept(waiting, tokens, begin_ns, stage_ms)
-        seen = SeenFrame(
-            sequence=waiting.sequence,
-            time_s=tokens.pts_ns * 1e-9,
-            capture_time_us=waiting.capture_time_us,
-            received_ns=waiting.received_ns,
-            jpeg=waiting.jpeg,
-        )
-        self._alerts.saw(seen, in_memory=prefill_ms is not None)
-        return True
+        return self.watch() or answering
 
-    def _remember(self, tokens: FrameTokens, waiting: WaitingFrame) -> float | None:
-        """Milliseconds of the prefill, or None if the frame has to wait for an answer to end."""
-        if self._answer is not None:
-            self._pending.append(tokens)
-            self._arrived_ns[tokens.seq] = waiting.received_ns
-            return None
-        begin_ns = self._clock_ns()
-        self._report(self._context.add([tokens]))
-        self._arrived_ns = {tokens.seq: waiting.received_ns}
-        return (self._clock_ns() - begin_ns) * 1e-6
-
-    def _accept(
-        self, waiting: WaitingFrame, tokens: FrameTokens, begin_ns: int, stage_ms: dict[str, float]
-    ) -> None:
-        self._tally.frame(tokens.scores.size, tokens.cells.size)
-        self._emit(
-            protocol.FrameAccepted(
-                frame_sequence=waiting.sequence,
-                time_s=tokens.pts_ns * 1e-9,
-                cells_seen=tokens.scores.size,
-                cells_kept=tokens.cells.size,
-                kept_cells=tokens.cells.tolist(),
-                stage_ms={name: round(value, 3) for name, value in stage_ms.items()},
-                queue_ms=(begin_ns - waiting.received_ns) * 1e-6,
-                age_ms=(self._clock_ns() - waiting.received_ns) * 1e-6,
-                kv_tokens=self._arena.length,
-                in_memory="prefill" in stage_ms,
-            )
-        )
-
-    def _drop(
-        self, frame: WaitingFrame, reason: DropReason, error: EdgeVlmError | None = None
-    ) -> None:
-        self.slot.count_dropped(reason)
-        self._emit_dropped(frame, reason, error)
-
-    def _emit_dropped(
-        self, frame: WaitingFrame, reason: DropReason, error: EdgeVlmError | None = None
-    ) -> None:
-        self._emit(dropped_event(frame, reason, error))
+    @property
+    def _has_seen(self) -> bool:
+        return self._context.newest is not None or self._feed.has_pending
 
     # ---- answers -----------------------------------------------------------------------------
 
@@ -324,7 +271,7 @@ class Session:
         try:
             self._context.show()
             mark = self._arena.mark()
-            newest = self._newest_frame()
+            newest = self._feed.newest_frame()
             self._emit(
                 protocol.ResponseCreated(
                     response_id=response_id,
@@ -356,16 +303,6 @@ class Session:
             newest_frame=newest,
             vision_tokens=mark,
             text_tokens=len(ids),
-        )
-
-    def _newest_frame(self) -> protocol.NewestFrame:
-        newest = self._context.newest
-        assert newest is not None  # checked before an answer is started
-        arrived_ns = self._arrived_ns.get(newest.seq, self._clock_ns())
-        return protocol.NewestFrame(
-            frame_sequence=newest.seq,
-            time_s=newest.pts_ns * 1e-9,
-            age_s=(self._clock_ns() - arrived_ns) * 1e-9,
         )
 
     def _decode_one_token(self) -> None:
@@ -438,31 +375,13 @@ class Session:
 
     def _catch_up(self) -> None:
         """Settings and frames that came while the answer was decoded."""
-        pending, self._pending = self._pending, []
         try:
             self._reconfigure_context()
-            if pending:
-                self._report(self._context.add(pending))
         except EdgeVlmError as error:
             self._emit_error(error)
-        self._alerts.caught_up()
+        self._feed.join()
 
     # ---- reports -----------------------------------------------------------------------------
-
-    def _report(self, changes: list[Change]) -> None:
-        context = self._context
-        frames = sum(change.frames for change in changes if isinstance(change, Evicted))
-        if frames:
-            tokens = sum(change.tokens for change in changes if isinstance(change, Evicted))
-            self._emit(
-                protocol.MemoryEvicted(
-                    frames=frames, tokens=tokens, oldest_s=context.oldest_in_window_s
-                )
-            )
-        rebases = [change for change in changes if isinstance(change, Rebased)]
-        if rebases:
-            last = rebases[-1]
-            self._emit(protocol.MemoryRebased(frames=last.frames, time_offset_s=last.time_offset_s))
 
     def _emit_error(self, error: EdgeVlmError, event_id: str | None = None) -> None:
         self._emit(protocol.error_event(error, event_id=event_id))
@@ -481,14 +400,3 @@ class Session:
                 questions_waiting=len(self._questions),
             )
         )
-
-
-def dropped_event(
-    frame: WaitingFrame, reason: DropReason, error: EdgeVlmError | None = None
-) -> protocol.FrameDropped:
-    return protocol.FrameDropped(
-        frame_sequence=frame.sequence,
-        reason=reason.value,
-        code=None if error is None else error.code,
-        message=None if error is None else str(error),
-    )

@@ -173,11 +173,13 @@ class ServerLimits:
     """Alerts of one session."""
     max_evidence_bytes: int = 256 << 10
     """Size of the picture in `alert.triggered`; a larger one is sent smaller."""
+    max_answer_slowdown: float = 0.2
+    """Time that video may take while answers are decoded, as a share of the answers' own."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "resume_grace_s" else 1
+            least = 0 if field.name in ("resume_grace_s", "max_answer_slowdown") else 1
             if not least <= value < math.inf:
                 raise ValueError(f"{field.name} must be at least {least}, got {value}")
 

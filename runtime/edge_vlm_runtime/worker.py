@@ -19,8 +19,10 @@ from edge_vlm.errors import EdgeVlmError, InternalError
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.frame_slot import Dropped, WaitingFrame
 from edge_vlm_runtime.record import NoTape
-from edge_vlm_runtime.session import Emit, Session, dropped_event
+from edge_vlm_runtime.session import Session
 from edge_vlm_runtime.settings import ServerLimits, SessionSettings
+from edge_vlm_runtime.turns import Turns
+from edge_vlm_runtime.video_feed import Emit, dropped_event
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.engines import Engines
@@ -123,7 +125,12 @@ class EngineWorker:
         self._calls: deque[tuple[SessionHandle | None, Callable[[], None]]] = deque()
         self._woken = False
         self._stopping = False
-        self._handles: list[SessionHandle] = []
+        self._turns: Turns[SessionHandle] = Turns(
+            answer=lambda handle: self._do(handle, "answer"),
+            watch=lambda handle: self._do(handle, "watch"),
+            clock_ns=clock_ns,
+            max_answer_slowdown=limits.max_answer_slowdown,
+        )
         self._thread = threading.Thread(target=self._run, name="edge-vlm-engines", daemon=True)
 
     # ---- called from other threads -----------------------------------------------------------
@@ -183,7 +190,7 @@ class EngineWorker:
                 on_open(error)
                 return
             handle = SessionHandle(self, session, noted, on_failure, used)
-            self._handles.append(handle)
+            self._turns.add(handle)
             on_open(handle)
 
         self.post(None, make)
@@ -210,30 +217,32 @@ class EngineWorker:
                 self._woken = False
             for handle, call in calls:
                 self._guarded(handle, call)
-            worked = False
-            for handle in list(self._handles):
-                worked |= bool(self._guarded(handle, partial(self._step, handle)))
+            worked = self._turns.round(interrupted=lambda: bool(self._calls))
+            for player in self._turns.players:
+                self._guarded(player, partial(self._tell_stats, player))
             with self._wake:
                 if not worked and not self._calls and not self._woken and not self._stopping:
                     self._wake.wait(IDLE_WAIT_S)
-        for handle in list(self._handles):
-            self._guarded(handle, partial(self._end, handle))
+        for player in self._turns.players:
+            self._guarded(player, partial(self._end, player))
 
-    def _step(self, handle: SessionHandle) -> bool:
+    def _do(self, handle: SessionHandle, name: str) -> bool:
+        """A unit of a session's work; False when it has none."""
         session = handle.session
         if session is None:
             return False
-        worked = handle.tape.work("step", session.step)
-        now_ns = self.clock_ns()
-        if now_ns >= handle.next_stats_ns:
+        unit = session.answer if name == "answer" else session.watch
+        return bool(self._guarded(handle, lambda: handle.tape.work(name, unit)))
+
+    def _tell_stats(self, handle: SessionHandle) -> None:
+        session, now_ns = handle.session, self.clock_ns()
+        if session is not None and now_ns >= handle.next_stats_ns:
             handle.next_stats_ns = now_ns + STATS_INTERVAL_NS
             handle.tape.work("stats", session.emit_stats)
-        return worked
 
     def _end(self, handle: SessionHandle) -> None:
         session, handle.session = handle.session, None
-        if handle in self._handles:
-            self._handles.remove(handle)
+        self._turns.remove(handle)
         if session is not None:
             handle.tape.work("close", session.close)
             handle.tape.close()
@@ -244,8 +253,8 @@ class EngineWorker:
             return call()
         except Exception:
             log.exception("a session failed")
-            if handle is not None and handle in self._handles:
-                self._handles.remove(handle)
+            if handle is not None and handle in self._turns:
+                self._turns.remove(handle)
                 handle.session = None
                 handle.emit(
                     protocol.error_event(

@@ -215,7 +215,7 @@ EVENTS = st.text(max_size=20).map(Event)
 INNER = st.one_of(FRAMES, EVENTS, st.sampled_from(["take", "len"]).map(SlotTouch))
 OPS = st.builds(
     Op,
-    st.sampled_from(["step", "message"]),
+    st.sampled_from(["answer", "watch", "message"]),
     st.lists(st.integers(0, 1 << 62), max_size=4),
     st.none() | st.text(max_size=10),
     st.none() | st.integers(0, 1 << 62),
@@ -265,7 +265,7 @@ def test_a_file_is_good_up_to_its_last_whole_entry(
 
 @given(data=st.data())
 def test_damage_is_a_typed_error_that_says_where(file: Path, data: st.DataObject) -> None:
-    entries: list[Entry] = [frame(9), Op("step", [1, 2], during=[Event("{}")]), Event("{}")]
+    entries: list[Entry] = [frame(9), Op("watch", [1, 2], during=[Event("{}")]), Event("{}")]
     whole = bytearray(header_bytes({"threads": 1}) + b"".join(map(entry_bytes, entries)))
     place = data.draw(st.integers(0, len(whole) - 1))
     whole[place] ^= data.draw(st.integers(1, 255))
@@ -333,5 +333,7 @@ def parts(entries: list[Entry]) -> Iterator[object]:
 def test_idle_polls_leave_no_trace(tmp_path: Path) -> None:
     recorded_session(tmp_path / "a.evlm", 5)
     entries, _ = read(tmp_path / "a.evlm")
-    assert not any(isinstance(e, Op) and e.name == "step" and not e.during for e in entries)
+    assert not any(
+        isinstance(e, Op) and e.name in ("answer", "watch") and not e.during for e in entries
+    )
     assert sum(isinstance(part, WaitingFrame) for part in parts(entries)) > 20

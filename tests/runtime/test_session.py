@@ -13,8 +13,9 @@ from edge_vlm.errors import ConfigError, NoFrameYet, QuestionTooLong, TooManyQue
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engines import Engines
 from edge_vlm_runtime.frame_slot import DropReason, WaitingFrame
-from edge_vlm_runtime.session import Question, Session, dropped_event
+from edge_vlm_runtime.session import Question, Session
 from edge_vlm_runtime.settings import Attention, Delivery, ServerLimits, default_settings
+from edge_vlm_runtime.video_feed import dropped_event
 from tests.fakes import tiny_bundle
 from tests.runtime.fake_engines import ANSWER, FakeClock, FakeEngines
 from tests.runtime.pictures import jpeg
