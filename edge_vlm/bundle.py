@@ -38,6 +38,7 @@ from edge_vlm.errors import (
     BundleNotFound,
     BundleSchemaError,
 )
+from edge_vlm.images import ImageConfig
 from edge_vlm.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.prompt import PLAIN, PromptStyle
 from edge_vlm.specs import GraphSpec
@@ -47,6 +48,8 @@ READABLE_VERSIONS = (1, 2)
 """Version 1 said nothing of precision, variant, layout and prompt: it had today's defaults."""
 MANIFEST = "manifest.json"
 PRECISION_PLAN = "precision_plan.json"
+IMAGE_ENCODER = "image_encoder"
+"""The graph of still pictures; only checkpoints with an image path have it."""
 TOKENIZER = "tokenizer.json"
 EMBED_TABLE = "embed_table.npy"
 
@@ -76,6 +79,8 @@ class EngineBundle:
     variant: Variant = Variant.PORTABLE
     kv_layout: KVLayout = KVLayout.TOKEN_MAJOR
     style: PromptStyle = PLAIN
+    images: ImageConfig | None = None
+    """How still pictures are cut for the graph `image_encoder`; None without that graph."""
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -164,6 +169,7 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
             variant=Variant(data["variant"] if version > 1 else Variant.PORTABLE),
             kv_layout=KVLayout(data["kv_layout"] if version > 1 else KVLayout.TOKEN_MAJOR),
             style=PromptStyle(**(data["prompt"] if version > 1 else {})),
+            images=_images(data.get("images"), graph_files),
             schema_version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -176,6 +182,13 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
         if name not in files:
             raise BundleSchemaError(f"{MANIFEST} has no hash for {name}", where=root)
     return bundle, files
+
+
+def _images(fields: Mapping[str, Any] | None, graphs: Mapping[str, str]) -> ImageConfig | None:
+    """Raises ValueError unless the graph is there exactly when its pictures are described."""
+    if (fields is None) != (IMAGE_ENCODER not in graphs):
+        raise ValueError(f"images and the graph {IMAGE_ENCODER} belong together")
+    return None if fields is None else ImageConfig(**fields)
 
 
 class BundleWriter:
@@ -218,6 +231,7 @@ class BundleWriter:
         variant: Variant = Variant.PORTABLE,
         kv_layout: KVLayout = KVLayout.TOKEN_MAJOR,
         style: PromptStyle = PLAIN,
+        images: ImageConfig | None = None,
     ) -> None:
         files = {
             path.relative_to(self.folder).as_posix(): sha256_of_file(path)
@@ -231,6 +245,7 @@ class BundleWriter:
             "variant": variant.value,
             "kv_layout": kv_layout.value,
             "prompt": dataclasses.asdict(style),
+            "images": None if images is None else dataclasses.asdict(images),
             "model": config.to_dict(),
             "graphs": self._graphs,
             "files": files,

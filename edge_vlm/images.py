@@ -85,18 +85,23 @@ class ImageCrops:
     grid: ImageGrid
 
 
+def all_tilings(max_crops: int) -> list[tuple[int, int]]:
+    """Rows and columns of every tiling of up to `max_crops` crops, those of fewer crops first."""
+    tilings = [
+        (rows, columns)
+        for rows in range(1, max_crops + 1)
+        for columns in range(1, max_crops // rows + 1)
+    ]
+    return sorted(tilings, key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
+
+
 def choose_tiling(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
     """Rows and columns of `window` pixels each to which a picture fits best.
 
     The tiling that enlarges least; if all of them shrink the picture, the one that shrinks least.
     A side that is zero or negative (a picture smaller than the margins) never decides.
     """
-    tilings = [
-        (rows, columns)
-        for rows in range(1, max_crops + 1)
-        for columns in range(1, max_crops // rows + 1)
-    ]
-    tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
+    tilings = all_tilings(max_crops)
     sizes = np.array(tilings, np.float32) * np.float32(window)
     with np.errstate(divide="ignore"):
         scales = (sizes / np.array([height, width], np.float32)).min(axis=1)
@@ -113,8 +118,19 @@ def _tiling(height: int, width: int, vision: VisionConfig, cfg: ImageConfig) -> 
 
 def image_grid(height: int, width: int, vision: VisionConfig, cfg: ImageConfig) -> ImageGrid:
     """The tokens a picture of this size will have, without touching its pixels."""
-    apart, margins = cfg.window_patches(vision), sum(cfg.overlap)
+    return grid_of(_tiling(height, width, vision, cfg), vision, cfg)
+
+
+def image_crops(height: int, width: int, vision: VisionConfig, cfg: ImageConfig) -> int:
+    """The inputs of the vision transformer a picture of this size will have, both views together."""
     rows, columns = _tiling(height, width, vision, cfg)
+    return 1 + rows * columns
+
+
+def grid_of(tiling: tuple[int, int], vision: VisionConfig, cfg: ImageConfig) -> ImageGrid:
+    """The tokens of a picture that is cut into `tiling`, rows and columns of crops."""
+    apart, margins = cfg.window_patches(vision), sum(cfg.overlap)
+    rows, columns = tiling
     sides = (
         vision.patch_grid,
         vision.patch_grid,

@@ -33,6 +33,7 @@ COLUMN = "<im_col>"
 """Ends a row of an image's patches."""
 OWN_FRAME_START = "<frame_start>"
 OWN_FRAME_END = "<frame_end>"
+IMAGE_TOKENS = (PATCH, FRAME_START, FRAME_END, LOW_RES_START, COLUMN)
 UNUSED_PATCH = "<im_low>"
 """In the vocabulary and among the published vision tokens, but in no prompt."""
 
@@ -57,6 +58,21 @@ class PromptStyle:
 PLAIN = PromptStyle()
 RELEASED = PromptStyle(space_before_answers=True)
 """As the released Molmo2 checkpoints have it."""
+
+
+def has_image_tokens(tokenizer: Tokenizer) -> bool:
+    """Whether a still picture can be written with this vocabulary."""
+    with contextlib.suppress(KeyError):
+        for token in IMAGE_TOKENS:
+            tokenizer.id_of(token)
+        return True
+    return False
+
+
+def image_length(grid: ImageGrid, style: PromptStyle) -> int:
+    """Tokens of one image alone in a prompt, markers included."""
+    columns = grid.rows + grid.low_rows * style.low_res_columns
+    return grid.num_tokens + columns + 4
 
 
 class PromptFormat:

@@ -1,7 +1,7 @@
 """The contract of every exported graph: the only place that knows names, dtypes and free sizes.
 
-Free dimensions: F frames, G kept cells over all frames, s new tokens, p past tokens, n rows of
-logits wanted, C rows that a shared cache buffer has room for.
+Free dimensions: F frames, G kept cells over all frames, I crops of a still picture, T its tokens, s
+new tokens, p past tokens, n rows of logits wanted, C rows that a shared cache buffer has room for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from edge_vlm.bundle import IMAGE_ENCODER
 from edge_vlm.config import ModelConfig
+from edge_vlm.images import ImageConfig, all_tilings, grid_of, image_crops, image_grid
 from edge_vlm.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.specs import DynamicDim, GraphSpec, TensorSpec
 
@@ -49,10 +51,14 @@ def graph_specs(
     precision: Precision = FP32,
     variant: Variant = Variant.PORTABLE,
     kv_form: KVForm = KVForm.CONCAT,
+    images: ImageConfig | None = None,
 ) -> dict[str, GraphSpec]:
-    """Specs of `vit_stem`, `vit_trunk`, `llm` and perhaps `llm_decode`, in that order."""
+    """Specs of `vit_stem`, `vit_trunk`, perhaps `image_encoder`, `llm` and perhaps `llm_decode`, in
+    that order."""
     limits = limits or GraphLimits()
     specs = [_stem(cfg, limits), _trunk(cfg, limits)]
+    if images is not None:
+        specs.append(_image_encoder(cfg, images))
     if variant is Variant.ORT:
         specs.append(_llm_in_place(cfg, limits, precision.base))
     else:
@@ -111,6 +117,34 @@ def _trunk(cfg: ModelConfig, limits: GraphLimits) -> GraphSpec:
         dims={
             "F": DynamicDim(min=1, opt=1, max=limits.max_frames),
             "G": DynamicDim(min=1, opt=(cells + 1) // 2, max=cells * limits.max_frames),
+        },
+    )
+
+
+CAMERA = (480, 640)
+"""Height and width of the picture at which the image graph is to be fastest."""
+
+
+def _image_encoder(cfg: ModelConfig, images: ImageConfig) -> GraphSpec:
+    """One picture of any size, cut by `images`."""
+    vision = cfg.vision
+    tokens = [
+        grid_of(tiling, vision, images).num_tokens for tiling in all_tilings(images.max_crops)
+    ]
+    return GraphSpec(
+        name=IMAGE_ENCODER,
+        inputs=(
+            _f32("pixels", "I", vision.num_patches, vision.patch_dim),
+            TensorSpec(name="windows", dtype="int32", shape=("T", images.pool**2)),
+        ),
+        outputs=(_f32("features", "T", cfg.language.width),),
+        dims={
+            "I": DynamicDim(
+                min=2, opt=image_crops(*CAMERA, vision, images), max=1 + images.max_crops
+            ),
+            "T": DynamicDim(
+                min=min(tokens), opt=image_grid(*CAMERA, vision, images).num_tokens, max=max(tokens)
+            ),
         },
     )
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from edge_vlm.bundle import IMAGE_ENCODER
+from edge_vlm.model.images import encode_images
 from edge_vlm.model.llm import PastAttention
 from edge_vlm.model.ragged import Method
 from edge_vlm.model.video_lm import VideoLM
@@ -46,6 +48,15 @@ class VitTrunkGraph(nn.Module):
 
     def forward(self, hidden: Tensor, cell_idx: Tensor, frame_id: Tensor) -> Tensor:
         return self.model.vit_trunk(hidden, cell_idx.long(), frame_id, method=Method.MASK)
+
+
+class ImageEncoderGraph(nn.Module):
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, windows: Tensor) -> Tensor:
+        return encode_images(self.model, pixels, windows.long())
 
 
 class LlmGraph(nn.Module):
@@ -94,6 +105,8 @@ def graph_module(
         return (EmbedGraph(model) if model.scorer is None else VitStemGraph(model)).eval()
     if name == "vit_trunk":
         return VitTrunkGraph(model).eval()
+    if name == IMAGE_ENCODER:
+        return ImageEncoderGraph(model).eval()
     if variant is Variant.ORT:
         return LlmGraph(model, in_place_attention).eval()
     joined = name == "llm" and kv_form is not KVForm.SPLIT

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from edge_vlm.config import ModelConfig
+from edge_vlm.images import PADDING
 from edge_vlm.patches import to_pixel_values
 from edge_vlm.rope import rope_table
 from edge_vlm.specs import GraphSpec
 from edge_vlm_export.chain import MASKED, Clip
 from edge_vlm_export.sessions import Arrays
 
-REFERENCE_SIZES = {"F": 2, "G": 6, "s": 5, "p": 9, "n": 1, "C": 24}
+REFERENCE_SIZES = {"F": 2, "G": 6, "I": 2, "T": 8, "s": 5, "p": 9, "n": 1, "C": 24}
 """Sizes of the reference tensors that travel in the bundle."""
 
 
@@ -80,6 +81,12 @@ def sample_inputs(
         num_cells = cfg.vision.num_cells
         cells = np.sort(rng.permutation(sizes["F"] * num_cells)[: sizes["G"]])
         arrays["cell_idx"], arrays["frame_id"] = cells, cells // num_cells
+    if "windows" in names:
+        shape = spec.inputs[1].resolve(sizes)
+        windows = rng.integers(0, sizes["I"] * cfg.vision.num_patches, shape)
+        # At the edge of a picture some places of a window are empty, but never all.
+        windows[:, 1:][rng.random((shape[0], shape[1] - 1)) < 0.2] = PADDING
+        arrays["windows"] = windows
     if "attn_bias" in names:
         s, p = sizes["s"], sizes["p"]
         arrays["cos"], arrays["sin"] = (t[p:] for t in rope_table(cfg.language, p + s))

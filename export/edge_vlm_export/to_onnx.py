@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import numpy as np
 import onnx_ir as ir
 
 import edge_vlm
-from edge_vlm.bundle import BundleWriter, EngineBundle, write_bundle
+from edge_vlm.bundle import IMAGE_ENCODER, BundleWriter, EngineBundle, write_bundle
 from edge_vlm.calibration_table import CalibrationTable
 from edge_vlm.errors import ConfigError
+from edge_vlm.images import ImageConfig, prepare_image
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.model.weights import shapes
 from edge_vlm.precision import FP32, Precision, Variant
@@ -142,6 +143,7 @@ class _Export:
             precision=precision,
             variant=options.variant,
             kv_form=options.kv_form,
+            images=self.source.images,
         )
 
     def estimate(self, target: Path) -> Estimate:
@@ -181,6 +183,7 @@ class _Export:
             variant=options.variant,
             kv_layout=kv_layout(options.variant),
             style=source.style,
+            images=source.images,
         )
 
     def _defaults(self) -> dict[str, Any]:
@@ -221,6 +224,8 @@ class _Export:
 
         footage = tuple(path.resolve().name for path in options.footage)
         clips = footage_clips(options.footage, options.max_frames)
+        if self.source.images is not None:
+            clips = self._with_stills(clips, self.source.images, observers[IMAGE_ENCODER])
         ranges = measure(observers, self._chain(run, specs), clips, footage)
         table = self._calibration()
         if table is not None:
@@ -228,6 +233,15 @@ class _Export:
                 name: with_table(found, traced[name].graph, table) for name, found in ranges.items()
             }
         return ranges
+
+    def _with_stills(
+        self, clips: Iterable[Clip], images: ImageConfig, observer: Observer
+    ) -> Iterator[Clip]:
+        """The clips; the first picture of each is also looked at as a still."""
+        for clip in clips:
+            still = prepare_image(clip.pictures[0], self.source.cfg.vision, images)
+            observer.run({"pixels": still.pixels, "windows": still.windows})
+            yield clip
 
     def _calibration(self) -> CalibrationTable | None:
         path = self.options.calibration
@@ -249,7 +263,7 @@ class _Export:
         options = self.options
         plans: dict[str, tuple[NodePlan, ...]] = {}
         paths: dict[str, Path] = {}
-        shared: dict[str, ir.ExternalTensor] = {}
+        written: dict[str, dict[str, ir.ExternalTensor]] = {}
         for name, spec in self.specs.items():
             model, seen = traced[name], ranges.get(name)
             tensors = seen.tensors if seen is not None else None
@@ -257,14 +271,29 @@ class _Export:
             convert(model, spec, plans[name], seen, options.variant)
             self.progress.stage(f"writing {name}")
             paths[name] = writer.graph_file(spec)
-            written = save_graph(model, paths[name], shared if name == "llm_decode" else None)
-            if name == "llm":
-                shared = written
+            written[name] = save_graph(model, paths[name], self._shared(name, written))
             check_graph(paths[name], spec, options.variant)
         footage = tuple(path.resolve().name for path in options.footage) if ranges else ()
         plan = PrecisionPlan(precision=options.precision, footage=footage, graphs=plans)
         writer.precision_plan(plan.to_json())
         return paths
+
+    def _shared(
+        self, name: str, written: Mapping[str, Mapping[str, ir.ExternalTensor]]
+    ) -> Mapping[str, ir.ExternalTensor]:
+        """What a graph need not write again. Quantised vision weights are each graph's own: they
+        are scaled by what the graph itself has seen."""
+        if name == "llm_decode":
+            return written["llm"]
+        if name != IMAGE_ENCODER or self.options.precision.vit != "base":
+            return {}
+        weights = shapes(self.source.cfg)
+        return {
+            tensor: place
+            for graph in ("vit_stem", "vit_trunk")
+            for tensor, place in written[graph].items()
+            if tensor.removesuffix(".float16") in weights
+        }
 
     # ---- comparison ------------------------------------------------------------------------------
 

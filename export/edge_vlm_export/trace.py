@@ -35,7 +35,7 @@ IR_VERSION = 10
 
 # Sizes seen while tracing: different from each other and never 0 or 1, which torch.export would
 # take for constants.
-TRACE_SIZES = {"F": 3, "G": 11, "s": 7, "p": 13, "n": 2, "C": 29}
+TRACE_SIZES = {"F": 3, "G": 11, "I": 5, "T": 17, "s": 7, "p": 13, "n": 2, "C": 29}
 _DTYPES = {"float32": torch.float32, "int32": torch.int32, "bool": torch.bool}
 
 GetWeight = Callable[[str], Tensor]

@@ -20,6 +20,7 @@ import edge_vlm.config as recipes
 from edge_vlm.bundle import sha256_of_file
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, ConfigError
+from edge_vlm.images import ImageConfig
 from edge_vlm.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_config, read_tensors
 from edge_vlm.model.published import open_published
 from edge_vlm.model.video_lm import VideoLM
@@ -27,7 +28,8 @@ from edge_vlm.model.vit import cell_patch_table
 from edge_vlm.model.weight_files import read_json
 from edge_vlm.model.weights import check_fit, shapes, to_ours
 from edge_vlm.processor_config import read_processors
-from edge_vlm.prompt import PLAIN, PromptStyle
+from edge_vlm.prompt import PLAIN, PromptStyle, has_image_tokens
+from edge_vlm.tokenizer import Tokenizer
 
 SMALL_PARAMETERS = 1 << 16
 """Parameters with fewer numbers than this stay in a streamed model."""
@@ -45,6 +47,8 @@ class WeightSource:
     read: Callable[[str], Tensor]
     """A tensor by our name."""
     style: PromptStyle = PLAIN
+    images: ImageConfig | None = None
+    """How still pictures are cut; None for a model that knows video only."""
 
     def float32(self, name: str) -> Tensor:
         return self.read(name).detach().float()
@@ -65,12 +69,13 @@ def open_weights(folder: Path) -> WeightSource:
     if not (folder / TOKENIZER).is_file():
         raise CheckpointError(f"the checkpoint lacks {TOKENIZER}", where=folder)
     if "language" in read_json(folder / CONFIG):
-        cfg, style = read_config(folder), PLAIN
+        cfg, style, images = read_config(folder), PLAIN, None
         weights: Mapping[str, Tensor] = read_tensors(folder / WEIGHTS)
         check_fit(shapes(cfg), weights, folder / WEIGHTS)
     else:
         found = open_published(folder)
-        cfg, style = found.config, read_processors(folder, found.config.vision)[1]
+        cfg = found.config
+        images, style = _picture_rules(folder, cfg)
         stored: dict[str, Tensor] = {}
         for file in found.files:
             stored.update(read_tensors(folder / file))
@@ -82,7 +87,15 @@ def open_weights(folder: Path) -> WeightSource:
         identity=identity_of(folder),
         read=weights.__getitem__,
         style=style,
+        images=images,
     )
+
+
+def _picture_rules(folder: Path, cfg: ModelConfig) -> tuple[ImageConfig | None, PromptStyle]:
+    """Pictures are a matter of the vocabulary too: one of video only has no words for them."""
+    images, style = read_processors(folder, cfg.vision)
+    known = has_image_tokens(Tokenizer.from_file(folder / TOKENIZER))
+    return images if known else None, style
 
 
 def identity_of(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Points and tracks in an answer: where the model says that something is.
+
+Molmo2 points by text (arXiv 2601.10611, section 3): `<points coords="...">label</points>` and
+`<tracks coords="...">label</tracks>`. Inside stand groups, separated by ";" (by a tab in the older
+format): a time in seconds, or the number of a picture, and then triples `ID X Y`. X and Y are
+thousandths of the picture's width and height, written with three or four digits; an object keeps
+its ID through all groups. What is read here is what the published examples read: malformed triples
+and places outside the picture are skipped, and so is a tag that was cut off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+SCALE = 1000
+_TAG = re.compile(
+    r"<(points|tracks)\b[^<>]*?\bcoords=\"([^\"<>]*)\"[^<>]*>(?:([^<]*)</(?:points|tracks)>)?"
+)
+_GROUP = re.compile(r"(?:^|[\t:,;])\s*([0-9]{1,9})(\.[0-9]{1,9})? ([0-9. ]+)")
+_TRIPLE = re.compile(r"(?<![0-9.])([0-9]{1,9}) ([0-9]{3,4}) ([0-9]{3,4})(?![0-9.])")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One place of one object."""
+
+    kind: Literal["points", "tracks"]
+    label: str
+    """What the model calls it; empty when it says nothing."""
+    object_id: int
+    x: float
+    """From the left edge, 0..1 of the picture's width."""
+    y: float
+    """From the top edge, 0..1 of the picture's height."""
+    at: float
+    """Seconds, or the number of a picture from 1."""
+    is_time: bool
+    """Whether `at` was written as a time, with a decimal point; pictures are counted in whole
+    numbers."""
+
+
+def parse_points(text: str) -> list[Point]:
+    """All points and tracks of an answer, in the order in which they are written.
+
+    Never raises: a text without any gives an empty list.
+    """
+    found = []
+    for tag in _TAG.finditer(text):
+        kind: Literal["points", "tracks"] = "tracks" if tag[1] == "tracks" else "points"
+        for group in _GROUP.finditer(tag[2]):
+            for triple in _TRIPLE.finditer(group[3]):
+                x, y = int(triple[2]), int(triple[3])
+                if max(x, y) > SCALE:
+                    continue
+                found.append(
+                    Point(
+                        kind=kind,
+                        label=(tag[3] or "").strip(),
+                        object_id=int(triple[1]),
+                        x=x / SCALE,
+                        y=y / SCALE,
+                        at=float(f"{group[1]}{group[2] or ''}"),
+                        is_time=group[2] is not None,
+                    )
+                )
+    return found

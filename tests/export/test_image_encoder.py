@@ -1,0 +1,103 @@
+"""The graph of still pictures: equal to torch, shared weights, told by the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edge_vlm.bundle import MANIFEST, EngineBundle
+from edge_vlm.config import molmo2_4b
+from edge_vlm.errors import BundleSchemaError
+from edge_vlm.images import ImageConfig, image_grid, prepare_image
+from edge_vlm.model.images import encode_images
+from edge_vlm.prompt import RELEASED
+from edge_vlm_export.graphs import graph_specs
+from edge_vlm_export.runs import Graphs
+from edge_vlm_export.verify import verify_bundle
+from edge_vlm_export.weights import open_weights
+from tests.fakes import tiny_bundle
+from tests.published_folder import CUT, image_bundle, published_folder, published_model
+
+
+@pytest.fixture(scope="module")
+def bundle() -> EngineBundle:
+    return EngineBundle.open(image_bundle())
+
+
+def test_it_equals_torch_at_its_smallest_usual_and_largest(bundle: EngineBundle) -> None:
+    report = verify_bundle(bundle, open_weights(published_folder()))
+    report.require()
+    sizes = [dict(found.sizes) for found in report.graphs if found.graph == "image_encoder"]
+    spec = bundle.specs["image_encoder"]
+    assert sizes == [spec.sizes(which) for which in ("min", "opt", "max")]
+    assert len({found["I"] for found in sizes}) == 3
+    verify_bundle(bundle).require()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 120), (11, 15), (200, 90), (480, 640)])
+def test_a_picture_of_any_size_is_encoded_as_by_torch(
+    bundle: EngineBundle, size: tuple[int, int]
+) -> None:
+    vision = bundle.config.vision
+    rgb = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    still = prepare_image(rgb, vision, CUT)
+    session = Graphs.of(bundle, 1).open("image_encoder")
+    got = session.run({"pixels": still.pixels, "windows": still.windows})["features"]
+    with torch.no_grad():
+        expected = encode_images(
+            published_model(), torch.from_numpy(still.pixels), torch.from_numpy(still.windows)
+        )
+    np.testing.assert_allclose(got, expected.numpy(), atol=1e-5, rtol=1e-4)
+    spec = bundle.specs["image_encoder"]
+    spec.check_dims({"I": len(still.pixels), "T": len(still.windows)})
+
+
+def test_the_manifest_says_how_pictures_are_cut_and_prompts_written(bundle: EngineBundle) -> None:
+    assert bundle.images == CUT
+    assert bundle.style == RELEASED
+    plain = EngineBundle.open(tiny_bundle())
+    assert plain.images is None
+    assert "image_encoder" not in plain.specs
+
+
+def test_its_weights_are_those_of_the_video_graphs(bundle: EngineBundle) -> None:
+    assert not (bundle.path / "graphs" / "image_encoder.weights").exists()
+    model = onnx.load(bundle.graph_path("image_encoder"), load_external_data=False)
+    places = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert places == {"vit_stem.weights", "vit_trunk.weights"}
+
+
+def test_a_manifest_with_half_an_image_path_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(image_bundle(), folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "images": None}))
+    with pytest.raises(BundleSchemaError, match="belong together"):
+        EngineBundle.open(folder)
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "images": {"max_crops": 0}}))
+    with pytest.raises(BundleSchemaError, match="max_crops"):
+        EngineBundle.open(folder)
+
+
+def test_published_sizes() -> None:
+    """Every tiling of the released settings has its place in the range."""
+    cfg, images = molmo2_4b(), ImageConfig()
+    dims = graph_specs(cfg, images=images)["image_encoder"].dims
+    assert (dims["I"].min, dims["I"].opt, dims["I"].max) == (2, 5, 9)
+    assert dims["T"].min == image_grid(1, 1, cfg.vision, images).num_tokens == 392
+    assert dims["T"].max == image_grid(378, 9000, cfg.vision, images).num_tokens == 1316
+    small = dataclasses.replace(images, max_crops=1)
+    dims = graph_specs(cfg, images=small)["image_encoder"].dims
+    assert dims["T"].min == dims["T"].max == 392

@@ -1,0 +1,88 @@
+"""A published Molmo2 folder in small: random weights, the hub's names, its ten extra tokens and its
+processor file, and the bundle that the real exporter makes of it. Shared and read-only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import tokenizers
+import torch
+
+from edge_vlm.config import ModelConfig, VisionAttention, tiny
+from edge_vlm.images import ImageConfig
+from edge_vlm.model.published import load_published, save_published
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm_export.graphs import GraphLimits
+from edge_vlm_export.to_onnx import ExportOptions, export_bundle
+from tests.fakes import WORDS
+
+LIMITS = GraphLimits(max_frames=2, opt_tokens=32, max_tokens=160, max_past=1024)
+CUT = ImageConfig(max_crops=5, overlap=(2, 3))
+TEXT_SPECIAL = ("<|endoftext|>", "<unk>", "<|im_end|>", "<|im_start|>")
+# In the order of the published ids.
+EXTRA = (
+    *("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>"),
+    *("<im_low>", "<frame_start>", "<frame_end>", "<|video|>"),
+)
+
+
+@lru_cache(maxsize=1)
+def published_folder() -> Path:
+    """config.json, model.safetensors, tokenizer.json and preprocessor_config.json."""
+    folder = Path(tempfile.mkdtemp(prefix="edge-vlm-published-")) / "tiny-molmo2"
+    words = _tokenizer()
+    cfg = config(words.get_vocab_size() - len(EXTRA))
+    model = VideoLM(cfg).init_weights(torch.Generator().manual_seed(5))
+    with torch.no_grad():  # answers of random weights are otherwise one word over and over
+        model.llm.embed.weight.mul_(20.0)
+    save_published(folder, model.eval())
+    words.save(str(folder / "tokenizer.json"))
+    rules = {
+        "max_crops": CUT.max_crops,
+        "overlap_margins": list(CUT.overlap),
+        "pooling_size": [CUT.pool, CUT.pool],
+        "patch_size": cfg.vision.patch_size,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(rules))
+    return folder
+
+
+@lru_cache(maxsize=1)
+def published_model() -> VideoLM:
+    return load_published(published_folder())
+
+
+@lru_cache(maxsize=1)
+def image_bundle() -> Path:
+    """Folder of the exported bundle, which has an `image_encoder`."""
+    folder = published_folder()
+    target = folder.parent / "bundle"
+    export_bundle(folder, target, ExportOptions(limits=LIMITS, defaults={"max_time_s": 600.0}))
+    return target
+
+
+def config(base_vocab: int) -> ModelConfig:
+    """`tiny` as a published model: no scorer, every vision token sees every other one."""
+    cfg = tiny(base_vocab, len(EXTRA))
+    language = dataclasses.replace(cfg.language, max_positions=1024)
+    return dataclasses.replace(cfg, scorer=None, attention=VisionAttention.ALL, language=language)
+
+
+def _tokenizer() -> tokenizers.Tokenizer:
+    pieces = {"\n", " ", ".", "?", "user", "assistant", *map(str, range(10))}
+    pieces |= set(re.findall(r"\w+|\W", WORDS))
+    base = [*TEXT_SPECIAL, *sorted(pieces)]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({t: i for i, t in enumerate(base)}, unk_token="<unk>")
+    )
+    pattern = tokenizers.Regex(r"[0-9]|[A-Za-z]+|[^A-Za-z0-9]")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.add_special_tokens([*TEXT_SPECIAL, *EXTRA])
+    assert backend.token_to_id(EXTRA[0]) == len(base)
+    return backend
