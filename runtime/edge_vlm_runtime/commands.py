@@ -22,6 +22,7 @@ from edge_vlm_runtime.alert_command import (
     create_alerts,
     tell_all,
 )
+from edge_vlm_runtime.backends.names import add_backend_arguments, backend_options
 from edge_vlm_runtime.server_options import (
     access_of,
     add_access_arguments,
@@ -54,6 +55,7 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
         default=min(4, os.cpu_count() or 1),
         help="threads of the engines (default: %(default)s)",
     )
+    add_backend_arguments(parser)
 
 
 def _add_settings_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +100,7 @@ def _serve(args: argparse.Namespace) -> int:
             threads=args.threads,
             limits=limits,
             on_event=None if outputs is None else outputs.put,
+            **backend_options(args),
             **server_options(args),
         ) as server:
             print(
@@ -266,7 +269,8 @@ def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Itera
         return
     from edge_vlm_runtime.server import Server
 
-    with Server.open(args.bundle, threads=args.threads, record_to=record_to) as server:
+    options = {"threads": args.threads, "record_to": record_to, **backend_options(args)}
+    with Server.open(args.bundle, **options) as server:
         server.start()
         yield server.url
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edge_vlm.errors import ConfigError, EdgeVlmError
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.backends.names import backend_options
 from edge_vlm_runtime.client import Answer, Client
 from edge_vlm_runtime.server import Server
 from edge_vlm_runtime.sources import FileSource
@@ -109,8 +110,9 @@ def run_demo(args: argparse.Namespace) -> int:
     began = time.monotonic()
     with _open_server(args) as server:
         server.start()
+        where = f"{args.threads} CPU threads" if args.backend == "ort" else args.backend
         print(
-            f"edge-vlm demo: bundle {args.bundle.name!r} on {args.threads} CPU threads, ready in "
+            f"edge-vlm demo: bundle {args.bundle.name!r} on {where}, ready in "
             f"{time.monotonic() - began:.1f} s\nstreaming {clip.video.name} at real speed, "
             f"{clip.fps:g} frames/s, over {server.url}\n",
             flush=True,
@@ -130,10 +132,11 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def _open_server(args: argparse.Namespace) -> Server:
+    options = {"threads": args.threads, **backend_options(args)}
     try:
-        return Server.open(args.bundle, port=args.port, threads=args.threads)
+        return Server.open(args.bundle, port=args.port, **options)
     except ConfigError:  # somebody else has the usual port: the demo takes any free one
-        return Server.open(args.bundle, port=0, threads=args.threads)
+        return Server.open(args.bundle, port=0, **options)
 
 
 async def _stream_clip(url: str, clip: DemoClip) -> tuple[Outcome, int]:

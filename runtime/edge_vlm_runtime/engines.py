@@ -5,20 +5,29 @@ from __future__ import annotations
 import os
 from types import TracebackType
 
-from edge_vlm.bundle import EngineBundle
+from edge_vlm.bundle import IMAGE_ENCODER, EngineBundle
 from edge_vlm.errors import BundleSchemaError
 from edge_vlm.prompt import PromptFormat
 from edge_vlm.tokenizer import Tokenizer
 from edge_vlm_runtime.backends.base import Engine
-from edge_vlm_runtime.backends.ort import OrtEngine
+from edge_vlm_runtime.backends.names import Backend
+from edge_vlm_runtime.image_vision import ImageVision
+from edge_vlm_runtime.kv_arena import CacheMemory
 from edge_vlm_runtime.language import LanguageModel
+from edge_vlm_runtime.open_graphs import open_graphs
 from edge_vlm_runtime.vision import VisionPipeline
 
 
 class Engines:
     """One bundle's graphs and what surrounds them. Owned by one thread; sessions take turns."""
 
-    def __init__(self, bundle: EngineBundle, graphs: dict[str, Engine]) -> None:
+    def __init__(
+        self,
+        bundle: EngineBundle,
+        graphs: dict[str, Engine],
+        cache_memory: CacheMemory | None = None,
+    ) -> None:
+        """`cache_memory`: of the device on which the graphs run; None is the host."""
         self.bundle = bundle
         self._graphs = graphs
         cfg = bundle.config
@@ -31,6 +40,11 @@ class Engines:
                 where=bundle.path,
             )
         self.vision = VisionPipeline(graphs["vit_stem"], graphs["vit_trunk"], cfg)
+        encoder = graphs.get(IMAGE_ENCODER)
+        self.images: ImageVision | None = None
+        """For pictures at full detail; None if the model reads video only."""
+        if encoder is not None and bundle.images is not None:
+            self.images = ImageVision(encoder, cfg, bundle.images)
         self.language = LanguageModel(
             graphs["llm"],
             table,
@@ -38,18 +52,24 @@ class Engines:
             self.prompt.patch_id,
             bundle.kv_layout,
             graphs.get("llm_decode"),
+            cache_memory,
         )
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], threads: int = 2) -> Engines:
-        """Checks the bundle and loads its graphs on the CPU.
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        threads: int = 2,
+        backend: Backend = Backend.ORT,
+        engines: str | os.PathLike[str] | None = None,
+    ) -> Engines:
+        """Checks the bundle and loads its graphs; `engines`: see `open_graphs`.
 
-        Raises BundleError and its leaves, EngineError, MissingExtraError.
+        Raises BundleError and its leaves, and what `open_graphs` raises.
         """
         bundle = EngineBundle.open(path)
-        return cls(
-            bundle, {name: OrtEngine(bundle, name, threads=threads) for name in bundle.specs}
-        )
+        opened = open_graphs(bundle, backend, threads=threads, engines=engines)
+        return cls(bundle, opened.graphs, opened.cache_memory)
 
     def close(self) -> None:
         """Frees the graphs; twice does no harm."""

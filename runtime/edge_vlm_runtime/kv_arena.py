@@ -6,11 +6,15 @@ the new rows behind it, so appending copies nothing, and undoing an append is se
 Token-major buffers are [capacity, heads, head_dim]: a graph is given their start as its past and
 the place behind the last row for its output. Head-major ones are [1, heads, capacity, head_dim]: a
 graph is given the whole buffer as input and as output.
+
+The memory is the host's, or that of a device whose engines read and write it there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import weakref
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +22,18 @@ from edge_vlm.errors import KvFull
 from edge_vlm.precision import KVLayout
 
 Shape = tuple[int, ...]
+
+
+class CacheMemory(Protocol):
+    """Memory of a device. What is asked of it happens in the order in which it is asked."""
+
+    def alloc(self, num_bytes: int) -> int: ...
+    def free(self, pointer: int) -> None: ...
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Between places that do not overlap."""
+
+    def to_host(self, target: int, source: int, num_bytes: int) -> None: ...
+    def synchronize(self) -> None: ...
 
 
 class KVArena:
@@ -32,18 +48,29 @@ class KVArena:
         head_dim: int,
         dtype: str = "float32",
         layout: KVLayout = KVLayout.TOKEN_MAJOR,
+        memory: CacheMemory | None = None,
     ) -> None:
+        """`memory`: of the device that is to hold the buffers; None is the host."""
         for field, value in (("num_layers", num_layers), ("capacity", capacity)):
             if value < 1:
                 raise ValueError(f"{field} must be positive, got {value}")
         self._in_place = layout is KVLayout.HEAD_MAJOR
         rows = (num_kv_heads, capacity) if self._in_place else (capacity, num_kv_heads)
-        self._buffer = np.empty((num_layers, 2, *rows, head_dim), dtype)
+        self._dtype, self._memory = np.dtype(dtype), memory
+        self._layer_shape = (2, *rows, head_dim)
         self._positions = np.empty(capacity, np.int64)
         self._length = 0
         self.row_shape = (num_kv_heads, head_dim)
-        self.row_bytes = num_kv_heads * head_dim * self._buffer.itemsize
-        start, plane = self._buffer.ctypes.data, capacity * self.row_bytes
+        self.row_bytes = num_kv_heads * head_dim * self._dtype.itemsize
+        plane = capacity * self.row_bytes
+        self._num_bytes = num_layers * 2 * plane
+        if memory is None:
+            self._buffer = np.empty((num_layers, *self._layer_shape), self._dtype)
+            start = self._buffer.ctypes.data
+        else:
+            start = memory.alloc(self._num_bytes)
+            self._finalizer = weakref.finalize(self, memory.free, start)
+            self._finalizer.atexit = False  # at the end of the process the device does it
         self.pointers: tuple[int, ...] = tuple(start + i * plane for i in range(num_layers * 2))
         """Addresses of the buffers: keys and values of layer 0, of layer 1, ..."""
 
@@ -63,7 +90,7 @@ class KVArena:
     @property
     def num_bytes(self) -> int:
         """Size of the allocation, full or not."""
-        return self._buffer.nbytes
+        return self._num_bytes
 
     @property
     def positions(self) -> np.ndarray:
@@ -76,10 +103,17 @@ class KVArena:
         return int(self._positions[self._length - 1]) + 1 if self._length else 0
 
     def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Views of the keys and values in use, each [length, heads, head_dim]."""
-        both = self._buffer[layer]
+        """The keys and values in use, each [length, heads, head_dim]: views, or copies from a
+        device."""
+        both = self._buffer[layer] if self._memory is None else self._fetched(layer, self._memory)
         keys, values = both.swapaxes(1, 2) if self._in_place else both
         return keys[: self._length], values[: self._length]
+
+    def _fetched(self, layer: int, memory: CacheMemory) -> np.ndarray:
+        copy = np.empty(self._layer_shape, self._dtype)
+        memory.to_host(copy.ctypes.data, self.pointers[2 * layer], copy.nbytes)
+        memory.synchronize()
+        return copy
 
     def places(self, num_rows: int) -> tuple[Shape, int, Shape]:
         """What a graph that adds `num_rows` is given of each buffer: the shape that it reads from
@@ -132,9 +166,24 @@ class KVArena:
         for pointer in self.pointers:
             for head in range(heads):
                 base = pointer + head * self.capacity * step
-                ctypes.memmove(base + start * step, base + stop * step, tail * step)
+                self._move_down(base + start * step, base + stop * step, tail * step)
         self._positions[start : start + tail] = self._positions[stop : self._length].copy()
         self._length = start + tail
 
+    def _move_down(self, target: int, source: int, num_bytes: int) -> None:
+        if self._memory is None:
+            ctypes.memmove(target, source, num_bytes)
+            return
+        # In pieces as long as the way is: none of them overlaps its target.
+        piece = source - target
+        for offset in range(0, num_bytes, piece):
+            size = min(piece, num_bytes - offset)
+            self._memory.copy(target + offset, source + offset, size)
+
     def clear(self) -> None:
         self._length = 0
+
+    def close(self) -> None:
+        """Frees a device's memory. Using the arena afterwards is an error; closing twice is not."""
+        if self._memory is not None:
+            self._finalizer()

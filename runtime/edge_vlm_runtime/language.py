@@ -15,7 +15,7 @@ from edge_vlm.errors import NonFinite, PositionsUsedUp, ShapeRange
 from edge_vlm.precision import KVLayout
 from edge_vlm.rope import rope_table
 from edge_vlm_runtime.backends.base import Engine
-from edge_vlm_runtime.kv_arena import KVArena
+from edge_vlm_runtime.kv_arena import CacheMemory, KVArena
 
 MASKED = -30_000.0
 """Added to the score of a pair that must not attend: finite, so fp16-safe and never a NaN row."""
@@ -34,8 +34,11 @@ class LanguageModel:
         patch_id: int,
         layout: KVLayout = KVLayout.TOKEN_MAJOR,
         decode_engine: Engine | None = None,
+        memory: CacheMemory | None = None,
     ) -> None:
-        """`decode_engine`: another form of the same graph that is faster with one new token."""
+        """`decode_engine`: another form of the same graph that is faster with one new token.
+        `memory`: of the device that is to hold what is remembered; None is the host."""
+        self._memory = memory
         self._decode_engine = decode_engine or engine
         self._layout = layout
         self._engine, self._table, self.cfg, self._patch_id = engine, embed_table, cfg, patch_id
@@ -70,6 +73,7 @@ class LanguageModel:
             head_dim=cfg.head_dim,
             dtype=self._kv_dtype,
             layout=self._layout,
+            memory=self._memory,
         )
 
     def embed(self, ids: npt.ArrayLike, features: np.ndarray | None = None) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
+from edge_vlm_runtime.backends.names import add_backend_arguments, backend_options
 from edge_vlm_runtime.commands import DEMO_BUNDLE
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run its input at full speed, on any bundle, and print figures",
     )
+    add_backend_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="with --measure: figures as JSON")
 
 
@@ -43,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
     with Recording.open(args.file) as recording:
         header = recording.header
         threads = args.threads or int(header.get("threads", 2))
-        with Engines.open(args.bundle, threads=threads) as engines:
+        with Engines.open(args.bundle, threads, **backend_options(args)) as engines:
             name = engines.bundle.name
             if args.measure:
                 print(f"{args.file.name} on bundle {name!r}, {threads} CPU threads, full speed")

@@ -26,6 +26,7 @@ from edge_vlm.metrics import CONTENT_TYPE
 from edge_vlm.pruning import KeepAll
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.api_key import SUBPROTOCOL, require_key
+from edge_vlm_runtime.backends.names import Backend
 from edge_vlm_runtime.connection import Connection, refuse
 from edge_vlm_runtime.engines import Engines
 from edge_vlm_runtime.record import Recorder
@@ -146,23 +147,25 @@ class Server:
         host: str = "127.0.0.1",
         port: int = 0,
         threads: int = 2,
+        backend: Backend = Backend.ORT,
+        engines: str | os.PathLike[str] | None = None,
         limits: ServerLimits | None = None,
         record_to: Path | None = None,
         on_event: OnEvent | None = None,
         api_key: str | None = None,
         tls: Tls | None = None,
     ) -> Server:
-        """Checks and loads the bundle. `record_to`: a folder for a recording of each session, or
-        the file for that of the only one; the rest: see `__init__`. Raises BundleError and its
-        leaves, ConfigError."""
-        engines = Engines.open(bundle, threads=threads)
+        """Checks and loads the bundle. `engines`: see `open_graphs`; `record_to`: a folder for a
+        recording of each session, or the file for that of the only one; the rest: see `__init__`.
+        Raises what `Engines.open` raises, ConfigError."""
+        opened = Engines.open(bundle, threads, backend, engines)
         try:
-            warm_up(engines)
+            warm_up(opened)
             recorder = None
             if record_to is not None:
-                recorder = Recorder(path=record_to, bundle=engines.bundle, threads=threads)
+                recorder = Recorder(path=record_to, bundle=opened.bundle, threads=threads)
             return cls(
-                engines,
+                opened,
                 host=host,
                 port=port,
                 limits=limits,
@@ -172,7 +175,7 @@ class Server:
                 tls=tls,
             )
         except BaseException:
-            engines.close()
+            opened.close()
             raise
 
     @property
@@ -387,6 +390,7 @@ def warm_up(engines: Engines) -> None:
     ids = prompt.frame_ids(0.0, len(frame.cells), first=True)
     language.prefill(arena, language.embed(ids, frame.embeds))
     language.decode_step(arena, prompt.eos_id)
+    arena.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

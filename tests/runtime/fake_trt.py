@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from edge_vlm.specs import GraphSpec
+from edge_vlm_runtime.backends.cuda import Gpu
+from edge_vlm_runtime.backends.trt import ALIGNMENT
 from edge_vlm_runtime.backends.trt_library import TrtLibrary
 from edge_vlm_runtime.backends.trt_profiles import profiles_of
 from edge_vlm_runtime.trt_compile import DTYPES
@@ -23,6 +25,8 @@ from edge_vlm_runtime.trt_compile import DTYPES
 API: dict[str, dict[str, list[str]]] = json.loads(
     (Path(__file__).parents[1] / "data" / "trt_api.json").read_text()
 )
+Arrays = dict[str, np.ndarray]
+Compute = Callable[[Arrays], Arrays]
 ENUMS = (
     *("ComputeCapability", "DataType", "ErrorCode", "MemoryPoolType"),
     "NetworkDefinitionCreationFlag",
@@ -46,7 +50,11 @@ def _strict(names: list[str], behaviour: dict[str, Any]) -> type:
 
 
 class FakeTrt:
-    """`library` is what the code under test gets. Graphs are "parsed" from `spec`."""
+    """`library` is what the code under test gets. Graphs are "parsed" from `spec`.
+
+    `engines` says what the bytes of an engine file are: a graph, and how it computes. Any other
+    bytes are an engine of `spec` whose every output is the sum of all inputs, in each element.
+    """
 
     def __init__(self, release: str, spec: GraphSpec) -> None:
         self.api = API[release]
@@ -62,6 +70,7 @@ class FakeTrt:
         self.profile_runs: list[int] = []
         self.device_memory = 1000
         self.refuses_engine = False
+        self.engines: dict[bytes, tuple[GraphSpec, Compute]] = {}
         version = release.partition("==")[2]
         module = SimpleNamespace(__version__=version, ILogger=object, IProgressMonitor=object)
         for name in ENUMS:
@@ -166,8 +175,20 @@ class FakeTrt:
         )()
 
     def _running_classes(self) -> None:
-        """An engine whose every output is the sum of all float inputs, in each element."""
-        fake, spec = self, self.spec
+        fake = self
+
+        def deserialize(self: Any, data: bytes) -> Any:
+            fake._log()
+            if fake.refuses_engine:
+                return None
+            return fake._engine(*fake.engines.get(data, (fake.spec, None)))
+
+        self.module.Runtime = self._class(
+            "Runtime", __init__=lambda self, logger: None, deserialize_cuda_engine=deserialize
+        )
+
+    def _engine(self, spec: GraphSpec, compute: Compute | None) -> Any:
+        fake = self
         names = [tensor.name for tensor in spec.tensors]
 
         def set_profile(self: Any, index: int, stream: int) -> bool:
@@ -183,12 +204,18 @@ class FakeTrt:
 
         def set_address(self: Any, name: str, address: int) -> bool:
             self._addresses[name] = address
-            return address != 0
+            return address != 0 and address % ALIGNMENT == 0
 
         def execute(self: Any, stream: int) -> bool:
-            total = 0.0
-            for tensor in spec.inputs:
-                total += float(_view(self._addresses[tensor.name], self._shapes[tensor.name]).sum())
+            inputs = {
+                t.name: _view(self._addresses[t.name], self._shapes[t.name], t.dtype)
+                for t in spec.inputs
+            }
+            if compute is not None:
+                for name, array in compute(inputs).items():
+                    tensor = next(t for t in spec.outputs if t.name == name)
+                    _view(self._addresses[name], array.shape, tensor.dtype)[...] = array
+                return True
             sizes = {
                 axis: self._shapes[tensor.name][i]
                 for tensor in spec.inputs
@@ -196,7 +223,8 @@ class FakeTrt:
                 if isinstance(axis, str)
             }
             for tensor in spec.outputs:
-                _view(self._addresses[tensor.name], tensor.resolve(sizes))[...] = total
+                view = _view(self._addresses[tensor.name], tensor.resolve(sizes), tensor.dtype)
+                view[...] = sum(float(array.sum()) for array in inputs.values())
             return True
 
         def init(self: Any) -> None:
@@ -210,28 +238,20 @@ class FakeTrt:
             set_tensor_address=set_address,
             execute_async_v3=execute,
         )
-        engine_class = self._class(
+        return self._class(
             "ICudaEngine",
             num_io_tensors=len(names),
             get_tensor_name=lambda self, i: names[i],
             num_optimization_profiles=len(profiles_of(spec)),
             device_memory_size_v2=property(lambda self: fake.device_memory),
             create_execution_context=lambda self: context_class(),
-        )
-
-        def deserialize(self: Any, data: bytes) -> Any:
-            fake._log()
-            return None if fake.refuses_engine else engine_class()
-
-        self.module.Runtime = self._class(
-            "Runtime", __init__=lambda self, logger: None, deserialize_cuda_engine=deserialize
-        )
+        )()
 
 
-def _view(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    count = int(np.prod(shape))
-    buffer = (ctypes.c_float * count).from_address(address)
-    return np.ctypeslib.as_array(buffer).reshape(shape)
+def _view(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = (ctypes.c_char * count).from_address(address)
+    return np.frombuffer(memoryview(buffer), dtype).reshape(shape)
 
 
 class FakeDevice:
@@ -239,33 +259,58 @@ class FakeDevice:
 
     stream = 7
 
-    def __init__(self, free: int = 10**6) -> None:
-        self.blocks: dict[int, Any] = {}
+    def __init__(self, free: int = 10**6, gpu: Gpu | None = None) -> None:
+        self.gpu = gpu or Gpu(name="NVIDIA GeForce RTX 4090", capability="sm_89")
+        self.blocks: dict[int, tuple[Any, int]] = {}
         self.free_bytes = free
         self.copies = 0
+        self.copied_bytes = 0
+        """Across, to the device or back."""
+        self.moved_bytes = 0
+        """Within the device."""
+        self.entered = 0
+
+    def enter(self) -> None:
+        self.entered += 1
 
     def memory(self) -> tuple[int, int]:
         return self.free_bytes, self.free_bytes
 
     def alloc(self, num_bytes: int) -> int:
-        block = ctypes.create_string_buffer(num_bytes)
-        self.blocks[ctypes.addressof(block)] = block
-        return ctypes.addressof(block)
+        block = ctypes.create_string_buffer(num_bytes + ALIGNMENT)
+        address = -(-ctypes.addressof(block) // ALIGNMENT) * ALIGNMENT
+        self.blocks[address] = block, num_bytes
+        return address
 
     def free(self, pointer: int) -> None:
         del self.blocks[pointer]
 
-    def to_device(self, target: int, source: int, num_bytes: int) -> None:
-        assert num_bytes <= len(self.blocks[target])
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        assert self._holds(target, num_bytes) and self._holds(source, num_bytes)
+        assert abs(target - source) >= num_bytes, "the two overlap"
         ctypes.memmove(target, source, num_bytes)
-        self.copies += 1
+        self.moved_bytes += num_bytes
+
+    def to_device(self, target: int, source: int, num_bytes: int) -> None:
+        assert self._holds(target, num_bytes) and not self.is_device_memory(source)
+        self._across(target, source, num_bytes)
 
     def to_host(self, target: int, source: int, num_bytes: int) -> None:
-        assert num_bytes <= len(self.blocks[source])
+        assert self._holds(source, num_bytes) and not self.is_device_memory(target)
+        self._across(target, source, num_bytes)
+
+    def _across(self, target: int, source: int, num_bytes: int) -> None:
         ctypes.memmove(target, source, num_bytes)
         self.copies += 1
+        self.copied_bytes += num_bytes
 
     def synchronize(self) -> None: ...
 
     def is_device_memory(self, pointer: int) -> bool:
-        return any(start <= pointer < start + len(b) for start, b in self.blocks.items())
+        return self._holds(pointer, 1)
+
+    def _holds(self, pointer: int, num_bytes: int) -> bool:
+        return any(
+            start <= pointer and pointer + num_bytes <= start + size
+            for start, (_, size) in self.blocks.items()
+        )

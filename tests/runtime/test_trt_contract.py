@@ -206,6 +206,26 @@ def test_device_memory_is_used_where_it_is(fake: FakeTrt, engine_file: Path) -> 
     assert device.copies == 2  # x in, y out
 
 
+def test_device_memory_at_an_odd_address_goes_through_a_buffer(
+    fake: FakeTrt, engine_file: Path
+) -> None:
+    device = FakeDevice()
+    engine = TrtEngine(SPEC, engine_file, fake.library, device)
+    _bound(engine, 2, 1)
+    past, result = device.alloc(64), device.alloc(64)
+    rows = np.arange(4, dtype=np.float32)
+    device.to_device(past + 8, rows.ctypes.data, 16)
+    device.copies = 0
+    engine.bind("past", past + 8, (2, 2))
+    engine.bind("y", result + 8, (2, 2))
+    engine.run()
+    assert device.copies == 1  # x; the others never leave the device
+    assert device.moved_bytes == 32
+    y = np.zeros((2, 2), np.float32)
+    device.to_host(y.ctypes.data, result + 8, 16)
+    assert (y == 12 + 6).all()
+
+
 def test_shapes_outside_are_refused(fake: FakeTrt, engine_file: Path) -> None:
     engine = TrtEngine(SPEC, engine_file, fake.library, FakeDevice())
     _bound(engine, 5, 0)

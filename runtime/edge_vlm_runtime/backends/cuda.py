@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Gpu:
 class Cuda:
     """The first GPU and its primary context. Raises GpuMissing without a driver or a GPU.
 
-    Belongs to the thread that made it.
+    May be used by any thread, by one at a time.
     """
 
     def __init__(self, driver: str = DRIVER) -> None:
@@ -40,10 +41,11 @@ class Cuda:
                 f"no NVIDIA driver: {error}", remedy="install it, or run where there is a GPU"
             ) from error
         self._call("cuInit", 0)
-        device, context = ctypes.c_int(), ctypes.c_void_p()
+        device, self._context = ctypes.c_int(), ctypes.c_void_p()
         self._call("cuDeviceGet", ctypes.byref(device), 0)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self._call("cuCtxSetCurrent", context)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        self._entered = threading.local()
+        self.enter()
         name = ctypes.create_string_buffer(128)
         self._call("cuDeviceGetName", name, 128, device)
         major, minor = (
@@ -54,22 +56,41 @@ class Cuda:
         self._call("cuStreamCreate", ctypes.byref(stream), 1)  # CU_STREAM_NON_BLOCKING
         self.stream = stream.value or 0
 
+    def enter(self) -> None:
+        """Makes the GPU the calling thread's: CUDA keeps that for each thread."""
+        if not getattr(self._entered, "done", False):
+            self._call("cuCtxSetCurrent", self._context)
+            self._entered.done = True
+
     def memory(self) -> tuple[int, int]:
         """Free and total bytes."""
+        self.enter()
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
 
     def alloc(self, num_bytes: int) -> int:
         """Address of that much device memory. Raises TrtOutOfMemory."""
+        self.enter()
         pointer = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(num_bytes))
         return pointer.value
 
     def free(self, pointer: int) -> None:
+        self.enter()
         self._call("cuMemFree_v2", ctypes.c_uint64(pointer))
 
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Within device memory, in the order of the stream; the two must not overlap."""
+        self.enter()
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            *(ctypes.c_uint64(target), ctypes.c_uint64(source)),
+            *(ctypes.c_size_t(num_bytes), ctypes.c_void_p(self.stream)),
+        )
+
     def to_device(self, target: int, source: int, num_bytes: int) -> None:
+        self.enter()
         self._call(
             "cuMemcpyHtoDAsync_v2",
             *(ctypes.c_uint64(target), ctypes.c_void_p(source)),
@@ -77,6 +98,7 @@ class Cuda:
         )
 
     def to_host(self, target: int, source: int, num_bytes: int) -> None:
+        self.enter()
         self._call(
             "cuMemcpyDtoHAsync_v2",
             *(ctypes.c_void_p(target), ctypes.c_uint64(source)),
@@ -84,10 +106,12 @@ class Cuda:
         )
 
     def synchronize(self) -> None:
+        self.enter()
         self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
 
     def is_device_memory(self, pointer: int) -> bool:
         """False for memory that CUDA does not know, such as a numpy array's."""
+        self.enter()
         kind = ctypes.c_uint()
         code = self._lib.cuPointerGetAttribute(
             ctypes.byref(kind), POINTER_MEMORY_TYPE, ctypes.c_uint64(pointer)

@@ -1,4 +1,7 @@
-"""ONNX Runtime on the CPU. The only module of the runtime that imports onnxruntime."""
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU. The only module of the runtime that imports it.
+
+Tensors are bound in host memory. On a GPU the library copies them in and out at every run.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,32 @@ from typing import Any
 import numpy as np
 
 from edge_vlm.bundle import EngineBundle
-from edge_vlm.errors import EngineError, MissingExtraError
+from edge_vlm.errors import EngineError, GpuMissing, MissingExtraError
 from edge_vlm.specs import TensorSpec
 from edge_vlm_runtime.backends.base import Engine, Shape
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 class OrtEngine(Engine):
     """One graph of a bundle in one inference session.
 
-    Raises MissingExtraError without the library, EngineError if it cannot load the graph or the
-    graph's tensors are not those of its spec.
+    Raises MissingExtraError without the library or without its part for GPUs, GpuMissing if that
+    finds none, EngineError if the graph cannot be loaded or its tensors are not those of its spec.
     """
 
-    def __init__(self, bundle: EngineBundle, name: str, *, threads: int) -> None:
+    def __init__(
+        self, bundle: EngineBundle, name: str, *, threads: int, provider: str = CPU
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
             raise MissingExtraError.for_library("onnxruntime", "ort") from error
+        if provider not in onnxruntime.get_available_providers():
+            raise MissingExtraError(
+                f"this onnxruntime {onnxruntime.__version__} has no {provider}",
+                remedy="uninstall onnxruntime, then: pip install 'edge-vlm[gpu]'",
+            )
         path = bundle.graph_path(name)
         super().__init__(bundle.specs[name])
         options = onnxruntime.SessionOptions()
@@ -35,12 +47,17 @@ class OrtEngine(Engine):
         options.log_severity_level = 3
         try:
             session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                str(path), options, providers=list(dict.fromkeys([provider, CPU]))
             )
         except Exception as error:  # the library's exceptions share no public base
             raise EngineError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load it: {error}", where=path
             ) from error
+        if provider not in session.get_providers():  # it goes on without one it cannot start
+            raise GpuMissing(
+                f"ONNX Runtime {onnxruntime.__version__} cannot start {provider}",
+                remedy="its log says why: a driver, CUDA or cuDNN of another version",
+            )
         found = {item.name for item in (*session.get_inputs(), *session.get_outputs())}
         if found != self._tensors.keys():
             raise EngineError(

@@ -2,21 +2,28 @@
 
 Tensors may be bound in device memory, which is used as it is, or in host memory, which is copied in
 before a run and out after it. A cache that lives in host memory is copied whole at every run: keep
-it on the device.
+it on the device, with rows that end at multiples of ALIGNMENT bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from edge_vlm.errors import EngineError, EngineStale, ShapeRange, TrtOutOfMemory
+from edge_vlm.errors import EngineError, EngineStale, GpuMissing, ShapeRange, TrtOutOfMemory
 from edge_vlm.specs import GraphSpec, TensorSpec
 from edge_vlm_runtime.backends.base import Engine, Shape
 from edge_vlm_runtime.backends.trt_library import TrtLibrary
 from edge_vlm_runtime.backends.trt_profiles import profile_for, profiles_of
+
+ALIGNMENT = 256
+"""Of the address of every tensor, in bytes, as the libraries demand it."""
+Move = Callable[[int, int, int], None]
+"""Target, source and number of bytes."""
+OLD_DRIVER = ("cudaError 35", "driver version is insufficient")
 
 
 class DeviceMemory(Protocol):
@@ -24,9 +31,11 @@ class DeviceMemory(Protocol):
 
     stream: int
 
+    def enter(self) -> None: ...
     def memory(self) -> tuple[int, int]: ...
     def alloc(self, num_bytes: int) -> int: ...
     def free(self, pointer: int) -> None: ...
+    def copy(self, target: int, source: int, num_bytes: int) -> None: ...
     def to_device(self, target: int, source: int, num_bytes: int) -> None: ...
     def to_host(self, target: int, source: int, num_bytes: int) -> None: ...
     def synchronize(self) -> None: ...
@@ -36,8 +45,8 @@ class DeviceMemory(Protocol):
 class TrtEngine(Engine):
     """An engine file whose entry `EngineStore.checked` has approved.
 
-    Raises EngineStale if the library will not have it, TrtOutOfMemory if its scratch memory does
-    not fit the GPU.
+    Raises EngineStale if the library will not have it, GpuMissing if the driver is too old for the
+    library, TrtOutOfMemory if its scratch memory does not fit the GPU.
     """
 
     def __init__(
@@ -55,11 +64,7 @@ class TrtEngine(Engine):
         self._runtime: Any = trt.Runtime(library.logger)
         self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise EngineStale(
-                f"{library.name} {library.version} refuses the engine: {self._said()}",
-                where=path,
-                remedy="build it here: edge-vlm build BUNDLE",
-            )
+            raise self._refusal(path)
         self._check_tensors(path)
         needed, (free, _) = int(self._engine.device_memory_size_v2), device.memory()
         if needed > free:
@@ -72,6 +77,20 @@ class TrtEngine(Engine):
         self._context: Any = self._engine.create_execution_context()
         if self._context is None:
             raise TrtOutOfMemory(f"no room for graph {spec.name}: {self._said()}", where=path)
+
+    def _refusal(self, path: Path) -> EngineError:
+        what = f"{self._library.name} {self._library.version}"
+        said = self._said()
+        if any(mark in said for mark in OLD_DRIVER):
+            return GpuMissing(
+                f"the NVIDIA driver is missing or too old for {what}: {said}",
+                remedy="install the driver that this version asks for",
+            )
+        return EngineStale(
+            f"{what} refuses the engine: {said}",
+            where=path,
+            remedy="build it here: edge-vlm build BUNDLE",
+        )
 
     def _check_tensors(self, path: Path) -> None:
         engine = self._engine
@@ -89,6 +108,7 @@ class TrtEngine(Engine):
 
     def _run(self) -> None:
         device, context = self._device, self._context
+        device.enter()
         self._library.clear()
         self._choose_profile()
         outputs = []
@@ -96,20 +116,20 @@ class TrtEngine(Engine):
             shape = self._bound[tensor.name]
             if not context.set_input_shape(tensor.name, shape):
                 raise ShapeRange(f"{tensor.name} {list(shape)} is refused: {self._said()}")
-            address, staged = self._address(tensor)
-            if staged and (size := self._size(tensor)):
-                device.to_device(address, self._pointers[tensor.name], size)
+            address, move = self._address(tensor, device.to_device)
+            if move is not None and (size := self._size(tensor)):
+                move(address, self._pointers[tensor.name], size)
             self._set_address(tensor, address)
         for tensor in self.spec.outputs:
-            address, staged = self._address(tensor)
+            address, move = self._address(tensor, device.to_host)
             self._set_address(tensor, address)
-            if staged:
-                outputs.append((tensor, address))
+            if move is not None:
+                outputs.append((tensor, address, move))
         if not context.execute_async_v3(device.stream):
             raise EngineError(f"graph {self.spec.name} failed: {self._said()}")
-        for tensor, address in outputs:
+        for tensor, address, move in outputs:
             if size := self._size(tensor):
-                device.to_host(self._pointers[tensor.name], address, size)
+                move(self._pointers[tensor.name], address, size)
         device.synchronize()
 
     def _choose_profile(self) -> None:
@@ -122,11 +142,14 @@ class TrtEngine(Engine):
                 )
             self._profile = profile
 
-    def _address(self, tensor: TensorSpec) -> tuple[int, bool]:
-        """Where the GPU finds `tensor`, and whether that is a buffer of ours."""
-        pointer = self._pointers[tensor.name]
+    def _address(self, tensor: TensorSpec, across: Move) -> tuple[int, Move | None]:
+        """Where the GPU finds `tensor`, and how it gets there or back if that is a buffer of ours:
+        by `across` from or to the host."""
+        pointer, move = self._pointers[tensor.name], across
         if self._device.is_device_memory(pointer):
-            return pointer, False
+            if pointer % ALIGNMENT == 0:
+                return pointer, None
+            move = self._device.copy
         address, capacity = self._staging.get(tensor.name, (0, 0))
         size = max(self._size(tensor), 1)  # an empty tensor needs an address too
         if size > capacity:
@@ -137,7 +160,7 @@ class TrtEngine(Engine):
             capacity = size + size // 2
             address = self._device.alloc(capacity)
             self._staging[tensor.name] = (address, capacity)
-        return address, True
+        return address, move
 
     def _set_address(self, tensor: TensorSpec, address: int) -> None:
         if not self._context.set_tensor_address(tensor.name, address):

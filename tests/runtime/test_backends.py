@@ -1,0 +1,253 @@
+"""The same stream on every backend, and the named error where one cannot be had.
+
+TensorRT itself is a stand-in here whose engines compute through ONNX Runtime, on a "device" whose
+memory is apart from the host's: what is tested is everything around the library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_vlm.bundle import EngineBundle
+from edge_vlm.cli import main
+from edge_vlm.errors import (
+    ConfigError,
+    EngineMissing,
+    EngineStale,
+    GpuMissing,
+    MissingExtraError,
+    TrtMissing,
+    TrtOutOfMemory,
+)
+from edge_vlm.frames import Frame
+from edge_vlm.pruning import FrameTopK
+from edge_vlm_export.sessions import GraphSession
+from edge_vlm_runtime.backends.cuda import Cuda, Gpu
+from edge_vlm_runtime.backends.names import Backend
+from edge_vlm_runtime.backends.trt_library import load_library
+from edge_vlm_runtime.engine_store import EngineStore, Fingerprint
+from edge_vlm_runtime.engines import Engines
+from edge_vlm_runtime.open_graphs import open_engines
+from tests.fakes import tiny_bundle, tiny_variant
+from tests.runtime.fake_trt import API, FakeDevice, FakeTrt
+
+RELEASE = sorted(API)[0]
+ORIN = Gpu(name="Orin", capability="sm_87")
+
+
+def _fake(bundle: EngineBundle, folder: Path, gpu: Gpu) -> FakeTrt:
+    """A library, and in `folder` entries of engines that it "built" on `gpu`."""
+    fake = FakeTrt(RELEASE, bundle.specs["llm"])
+    store = EngineStore(folder, fake.library.name)
+    store.folder.mkdir(parents=True)
+    for name, spec in bundle.specs.items():
+        fake.engines[name.encode()] = (spec, GraphSession(bundle.graph_path(name), spec).run)
+        file = store.folder / "new"
+        file.write_bytes(name.encode())
+        fingerprint = Fingerprint.of(
+            bundle,
+            name,
+            library=fake.library.name,
+            library_version=fake.library.version,
+            gpu=gpu.name,
+            capabilities=(gpu.capability,),
+            options={},
+        )
+        store.write(name, file, fingerprint, {})
+    return fake
+
+
+def _stream(engines: Engines) -> list[np.ndarray]:
+    """Logits behind frames, questions that are undone, answers and an eviction."""
+    rng = np.random.default_rng(3)
+    vision, lm, prompt = engines.vision, engines.language, engines.prompt
+    arena, state, policy = lm.new_arena(160), vision.new_state(), FrameTopK(0.5)
+    lm.prefill(arena, lm.embed(prompt.bos_ids))
+    logits, ends = [], [arena.length]
+    for i in range(4):
+        rgb = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        tokens = vision.encode(Frame(rgb=rgb, pts_ns=i * 10**9, seq=i), state, policy)
+        ids = prompt.frame_ids(float(i), len(tokens.cells), first=i == 0)
+        blocks = np.where(prompt.vision_mask(ids), i, -1)
+        logits.append(lm.prefill(arena, lm.embed(ids, tokens.embeds), blocks))
+        ends.append(arena.length)
+        mark = arena.mark()
+        logits.append(lm.prefill(arena, lm.embed(prompt.question_ids("is there a car ?"))))
+        logits += [lm.decode_step(arena, token) for token in (5, 6, 7)]
+        arena.truncate(mark)
+    arena.evict(ends[1], ends[2])
+    logits.append(lm.prefill(arena, lm.embed(prompt.question_ids("how many cars ?"))))
+    logits.append(lm.measure(arena, [lm.embed([5, 6]), lm.embed([7])]).ravel())
+    logits += [plane.ravel() for layer in range(2) for plane in arena.rows(layer)]
+    arena.close()
+    arena.close()
+    return logits
+
+
+@pytest.mark.parametrize("variant", ["plain", "both"])
+def test_a_stream_on_engines_equals_onnx_runtime(variant: str, tmp_path: Path) -> None:
+    folder = tiny_bundle() if variant == "plain" else tiny_variant(variant)
+    bundle, device = EngineBundle.open(folder), FakeDevice()
+    fake = _fake(bundle, tmp_path, device.gpu)
+    opened = open_engines(bundle, tmp_path, fake.library, device)
+    with Engines(bundle, opened.graphs, opened.cache_memory) as engines:
+        got = _stream(engines)
+        assert device.entered > 0
+    assert not device.blocks  # neither a cache nor a buffer is left behind
+    with Engines.open(folder, threads=1) as engines:
+        expected = _stream(engines)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_cache_never_leaves_the_device(tmp_path: Path) -> None:
+    bundle, device = EngineBundle.open(tiny_bundle()), FakeDevice(free=10**9)
+    fake = _fake(bundle, tmp_path, device.gpu)
+    opened = open_engines(bundle, tmp_path, fake.library, device)
+    with Engines(bundle, opened.graphs, opened.cache_memory) as engines:
+        lm = engines.language
+        arena = lm.new_arena(400)
+        lm.prefill(arena, lm.embed(np.full(64, 5)))
+        device.copied_bytes = 0
+        lm.decode_step(arena, 5)
+        short = device.copied_bytes
+        for _ in range(3):
+            lm.prefill(arena, lm.embed(np.full(64, 5)))
+        device.copied_bytes = 0
+        lm.decode_step(arena, 5)
+        # The mask has grown by a number for each token of the past; nothing else has.
+        assert device.copied_bytes - short == 4 * (3 * 64 + 1)
+        del arena
+    assert not device.blocks
+
+
+def test_an_arena_that_is_forgotten_gives_its_memory_back(tmp_path: Path) -> None:
+    bundle, device = EngineBundle.open(tiny_bundle()), FakeDevice()
+    fake = _fake(bundle, tmp_path, device.gpu)
+    opened = open_engines(bundle, tmp_path, fake.library, device)
+    with Engines(bundle, opened.graphs, opened.cache_memory) as engines:
+        arena = engines.language.new_arena(100)
+        assert len(device.blocks) == 1
+        assert device.is_device_memory(arena.pointers[0])
+        del arena
+        assert not device.blocks
+
+
+def test_engines_of_another_gpu_or_release_are_refused(tmp_path: Path) -> None:
+    bundle = EngineBundle.open(tiny_bundle())
+    fake = _fake(bundle, tmp_path, ORIN)
+    with pytest.raises(EngineStale, match=r"gpu: 'Orin', now 'NVIDIA GeForce RTX 4090'"):
+        open_engines(bundle, tmp_path, fake.library, FakeDevice())
+    fake.library.version = "99.0"
+    with pytest.raises(EngineStale, match=r"library_version: .* now '99\.0'"):
+        open_engines(bundle, tmp_path, fake.library, FakeDevice(gpu=ORIN))
+
+
+def test_a_graph_without_engine_is_named_before_any_is_loaded(tmp_path: Path) -> None:
+    bundle = EngineBundle.open(tiny_bundle())
+    fake = _fake(bundle, tmp_path, ORIN)
+    EngineStore(tmp_path, fake.library.name).engine_path("llm").unlink()
+    fake.refuses_engine = True
+    with pytest.raises(EngineMissing, match=r"graph llm has no engine.*edge-vlm build"):
+        open_engines(bundle, tmp_path, fake.library, FakeDevice(gpu=ORIN))
+
+
+def test_a_gpu_without_room_leaves_nothing_behind(tmp_path: Path) -> None:
+    bundle, device = EngineBundle.open(tiny_bundle()), FakeDevice(free=10)
+    fake = _fake(bundle, tmp_path, device.gpu)
+    with pytest.raises(TrtOutOfMemory, match="scratch memory"):
+        open_engines(bundle, tmp_path, fake.library, device)
+    assert not device.blocks
+
+
+def _has_gpu() -> bool:
+    try:
+        Cuda()
+    except GpuMissing:
+        return False
+    return True
+
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
+)
+
+
+@needs_rtx
+def test_the_real_library_without_a_driver_is_a_named_error(tmp_path: Path) -> None:
+    if _has_gpu():
+        pytest.skip("there is a GPU here")
+    bundle = EngineBundle.open(tiny_bundle())
+    library = load_library("tensorrt_rtx")
+    fake = _fake(bundle, tmp_path, ORIN)
+    entry = EngineStore(tmp_path, fake.library.name).engine_path("llm")
+    from edge_vlm_runtime.backends.trt import TrtEngine
+
+    with pytest.raises(GpuMissing, match="driver is missing or too old for tensorrt_rtx") as caught:
+        TrtEngine(bundle.specs["llm"], entry, library, FakeDevice())
+    assert caught.value.code == "E-GPU"
+
+
+@needs_rtx
+def test_serving_engines_without_a_gpu_is_one_clear_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if _has_gpu():
+        pytest.skip("there is a GPU here")
+    code = main(["serve", "--bundle", str(tiny_bundle()), "--backend", "trt", "--port", "0"])
+    err = capsys.readouterr().err
+    assert code == GpuMissing.exit_code
+    assert "edge-vlm: E-GPU: no NVIDIA driver" in err
+    assert err.count("\n") == 1
+
+
+def test_serving_engines_without_the_library_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_library.cache_clear()
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    try:
+        code = main(["serve", "--bundle", str(tiny_bundle()), "--backend", "trt", "--port", "0"])
+    finally:
+        load_library.cache_clear()
+    err = capsys.readouterr().err
+    assert code == TrtMissing.exit_code
+    assert "edge-vlm: E-TRT-MISSING-LIB: " in err
+    assert err.count("\n") == 1
+
+
+def test_a_bundle_for_onnx_runtime_has_no_engines() -> None:
+    with pytest.raises(ConfigError, match="--variant portable"):
+        Engines.open(tiny_variant("ort-int4"), backend=Backend.TRT)
+
+
+def test_engines_are_for_their_backend(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--backend trt"):
+        Engines.open(tiny_bundle(), engines=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.parametrize("provider_is_there", [False, True])
+def test_onnx_runtime_never_falls_back_to_the_cpu(
+    provider_is_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    real = onnxruntime.get_available_providers
+    names: list[str] = [*real(), "CUDAExecutionProvider"] if provider_is_there else real()
+    if not provider_is_there and "CUDAExecutionProvider" in names:
+        pytest.skip("this onnxruntime has it")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    kind: Any = GpuMissing if provider_is_there else MissingExtraError
+    if provider_is_there and _has_gpu():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(kind, match="CUDAExecutionProvider"):
+        Engines.open(tiny_bundle(), backend=Backend.CUDA)
