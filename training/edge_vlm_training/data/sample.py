@@ -1,4 +1,4 @@
-"""A clip with what is asked about it, before any token: what every source of training data gives."""
+"""A clip with what is asked about it, before any token: what every source of data gives."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """At which times of a video its frames are taken: Molmo2's rule `uniform_last_frame`.
 
-arXiv 2601.10611, section 3 and the published code: so many pictures a second from the start, and the
-last one exactly; a video too long for that gives `max_frames` equally spaced ones, both ends
+arXiv 2601.10611, section 3 and the published code: so many pictures a second from the start, and
+the last one exactly; a video too long for that gives `max_frames` equally spaced ones, both ends
 included.
 """
 

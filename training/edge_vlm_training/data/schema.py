@@ -47,7 +47,7 @@ Number = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Point(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Where an object is at a time: `x`, `y` in 0..1 from the top left, `id` the same through time."""
+    """Where an object is at a time: `x`, `y` in 0..1 from the top left; it keeps its `id`."""
 
     time_s: Seconds
     x: Share
@@ -99,6 +99,10 @@ class CountObjects(Annotation, tag="count"):
     label: Text = "objects"
     points: list[Point] = []
 
+    @property
+    def kind(self) -> str:
+        return "count_points" if self.points else "count"
+
     def turn(self) -> tuple[str, str]:
         return self.styled(self.question), count_text(self.count, _places(self.points), self.label)
 
@@ -112,7 +116,7 @@ class PointAt(Annotation, tag="point"):
         return self.styled(self.question), points_text(_places(self.points), self.label)
 
 
-KINDS = ("qa", "caption", "count", "point")
+KINDS = ("qa", "caption", "count", "count_points", "point")
 
 
 class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
