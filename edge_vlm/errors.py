@@ -2,6 +2,7 @@
 
     EdgeVlmError                1  E-EDGE-VLM
     |-- ConfigError             2  E-CONFIG             a setting, recipe or config file is wrong
+    |   `-- RecipeTooLarge      2  E-RECIPE-MEMORY      a training run that cannot fit its memory
     |-- CheckpointError         3  E-CHECKPOINT         names, shapes or files of a checkpoint
     |   |-- WeightFilesError    3  E-CHECKPOINT-FILES   lists absent, cut off and foreign files
     |   `-- WeightNamesError    3  E-CHECKPOINT-NAMES   lists missing, unknown, unfit tensors
@@ -30,6 +31,8 @@
     |   |-- UnknownAlert       10  E-UNKNOWN-ALERT      no alert of this id
     |   |-- TooManyAlerts      10  E-TOO-MANY-ALERTS
     |   |-- AlertsUnsupported  10  E-ALERTS-UNSUPPORTED the model has no words for yes and no
+    |   |-- SnapshotsUnsupported 10 E-NO-SNAPSHOTS     the model reads video only
+    |   |-- SnapshotTooLarge   10  E-SNAPSHOT-ROOM      no room for a picture in full detail
     |   |-- SessionGone        10  E-SESSION-GONE       no session of this name to go on with
     |   |-- ReplayLost         10  E-REPLAY-LOST        it is there, but not all it said meanwhile
     |   |-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
@@ -93,6 +96,10 @@ class EdgeVlmError(Exception):
 class ConfigError(EdgeVlmError):
     code = "E-CONFIG"
     exit_code = 2
+
+
+class RecipeTooLarge(ConfigError):
+    code = "E-RECIPE-MEMORY"
 
 
 class CheckpointError(EdgeVlmError):
@@ -259,6 +266,14 @@ class TooManyAlerts(SessionError):
 
 class AlertsUnsupported(SessionError):
     code = "E-ALERTS-UNSUPPORTED"
+
+
+class SnapshotsUnsupported(SessionError):
+    code = "E-NO-SNAPSHOTS"
+
+
+class SnapshotTooLarge(SessionError):
+    code = "E-SNAPSHOT-ROOM"
 
 
 class SessionGone(SessionError):

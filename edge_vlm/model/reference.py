@@ -85,12 +85,14 @@ def encode_reference(
     removed: float,
     *,
     previous_across_clips: bool = False,
+    record: bool = True,
 ) -> ReferenceEncoding:
     """Encodes whole clips, end to end in `pixels`, dropping the share `removed` of each one.
 
     `previous_across_clips` scores a later clip's first frame against the last frame of the clip
-    before it, as the published code does by mistake. Raises ValueError if the frames do not add up
-    or the model does not rescale its scores by row.
+    before it, as the published code does by mistake. Without `record` only the hidden states that
+    the scorer saw are kept. Raises ValueError if the frames do not add up or the model does not
+    rescale its scores by row.
     """
     if sum(frames_per_clip) != pixels_FNP.shape[0] or min(frames_per_clip, default=0) < 1:
         raise ValueError(
@@ -115,12 +117,14 @@ def encode_reference(
     kept = keep_by_clip(scores, frames_per_clip, removed)
     context = kept.clone()
     context[frames_alone(kept.sum(1).tolist(), kept.shape[1])] = True
-    features, later = _trunk(model, x, kept, context)
+    features, later = _trunk(model, x, kept, context, record)
+    if not record:
+        del hidden[prune_at + 1]
     return ReferenceEncoding(scores, kept, features, hidden | later)
 
 
 def _trunk(
-    model: VideoLM, x_FND: Tensor, kept_FC: Tensor, context_FC: Tensor
+    model: VideoLM, x_FND: Tensor, kept_FC: Tensor, context_FC: Tensor, record: bool
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Later blocks on every context cell, connector on the kept ones."""
     vit, patches_per_cell = model.vit, CELL * CELL
@@ -135,8 +139,10 @@ def _trunk(
     hidden: dict[int, Tensor] = {}
     for i in range(model.trunk_start, model.cfg.vision.num_layers):
         x = vit.block(i).forward_ragged(x, layout)
-        kept_G9D[i] = x.unflatten(0, (-1, patches_per_cell))[is_kept_G]
-        hidden[i] = torch.zeros_like(x_FND).index_put(places, kept_G9D[i])
+        if record or i in model.cfg.vision.feature_layers:
+            kept_G9D[i] = x.unflatten(0, (-1, patches_per_cell))[is_kept_G]
+        if record:
+            hidden[i] = torch.zeros_like(x_FND).index_put(places, kept_G9D[i])
     joined = torch.cat([kept_G9D[i] for i in model.cfg.vision.feature_layers], -1)
     number_G = (frame_G * kept_FC.shape[1] + cell_G)[is_kept_G]
     return model.connector(joined[number_G.argsort()]), hidden

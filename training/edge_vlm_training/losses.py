@@ -28,13 +28,22 @@ def similarity_loss(
     The reference lets the target's gradient reach the ViT, which can then lower the loss by
     flattening its own features; `detach_target=False` reproduces that.
     """
-    target = 1 - neighbour_similarity(patches_FC9D)
+    errors = similarity_errors(scores_FC, patches_FC9D, is_first_F, detach_target=detach_target)
+    return errors.mean() if len(errors) else scores_FC.sum() * 0.0
+
+
+def similarity_errors(
+    scores_FC: Tensor, patches_FC9D: Tensor, is_first_F: Tensor, *, detach_target: bool = True
+) -> Tensor:
+    """The squared distances that `similarity_loss` averages, fp32 [later frames, C].
+
+    Their sum and number add up over batches and processes of unequal size, which means do not.
+    """
     if detach_target:
-        target = target.detach()
+        patches_FC9D = patches_FC9D.detach()
+    target = 1 - neighbour_similarity(patches_FC9D)
     later = ~is_first_F
-    if not bool(later.any()):
-        return scores_FC.sum() * 0.0
-    return F.mse_loss(scores_FC[later], target[later])
+    return (scores_FC[later].float() - target[later]).square()
 
 
 def feature_scale_loss(features_GE: Tensor, limit: float = 4.0) -> Tensor:
@@ -52,6 +61,22 @@ def answer_loss(logits_AV: Tensor, targets_A: Tensor, weights_A: Tensor) -> Tens
     """Weighted mean cross-entropy of the answer tokens, in fp32."""
     losses = F.cross_entropy(logits_AV.float(), targets_A, reduction="none")
     return (losses * weights_A).sum() / weights_A.sum()
+
+
+def answer_sums(
+    logits_AV: Tensor, targets_A: Tensor, weights_A: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sums of cross-entropy and of the squared log-partition (z-loss), and right tokens.
+
+    All in fp32; divide the first two by the sum of weights over the whole update, which may be
+    spread over batches and processes. The third is the number of tokens that are the arg-max.
+    """
+    logits = logits_AV.float()
+    partition = logits.logsumexp(-1)
+    chosen = logits.gather(1, targets_A[:, None]).squeeze(1)
+    losses, squares = partition - chosen, partition.square()
+    right = (logits.detach().argmax(-1) == targets_A).sum()
+    return (losses * weights_A).sum(), (squares * weights_A).sum(), right
 
 
 def exact_answers(logits_AV: Tensor, targets_A: Tensor, question_A: Tensor, num: int) -> Tensor:
