@@ -122,7 +122,7 @@ def image_grid(height: int, width: int, vision: VisionConfig, cfg: ImageConfig) 
 
 
 def image_crops(height: int, width: int, vision: VisionConfig, cfg: ImageConfig) -> int:
-    """The inputs of the vision transformer a picture of this size will have, both views together."""
+    """The inputs of the ViT that a picture of this size will have, both views together."""
     rows, columns = _tiling(height, width, vision, cfg)
     return 1 + rows * columns
 

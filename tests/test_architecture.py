@@ -44,7 +44,7 @@ LAYERS = (
     {"engine_store", "trt_compile"},
     {"trt_builder"},
     {"kv_arena"},
-    {"vision", "language"},
+    {"vision", "image_vision", "language"},
     {"sampling", "generate"},
     {"engines"},
     {"wire"},
@@ -52,7 +52,7 @@ LAYERS = (
     {"alert_messages"},
     {"protocol", "frame_slot"},
     {"context", "intake"},
-    {"session", "session_tally", "alert_watch"},
+    {"session", "session_tally", "alert_watch", "pointing", "snapshots"},
     {"recording"},
     {"record"},
     {"worker", "sources", "delivery_queue"},
@@ -73,7 +73,7 @@ LAYERS = (
 )
 PURE_MODULES = {
     *("alert_messages", "alert_watch", "alerts", "context", "event_log", "intake", "protocol"),
-    *("session", "session_tally", "wire"),
+    *("pointing", "session", "session_tally", "snapshots", "wire"),
 }
 IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}
 

@@ -64,7 +64,20 @@ class _Remembered:
 
 
 @dataclass(frozen=True)
-class _Segment:
+class ShownFrame:
+    """A frame as a question sees it."""
+
+    sequence: int
+    stamp_s: float
+    """The time that is written before it."""
+    capture_s: float
+    """Seconds since the first frame of the stream."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that stand together: those of a frame or of a picture."""
+
     embeds: npt.NDArray[np.float32]
     is_vision: npt.NDArray[np.bool_]
 
@@ -167,15 +180,20 @@ class StreamContext:
             rest = rest[group:]
         return changes
 
-    def show(self) -> None:
-        """Makes the arena hold exactly what a question may see. Called before each question."""
+    def show(self, picture: Segment | None = None) -> None:
+        """Makes the arena hold exactly what a question may see. Called before each question.
+
+        A `picture` comes behind the frames as one block, or, where these see each other both ways,
+        in one block with them. Whoever shows one truncates it away before frames are added.
+        """
         if self.attention is Attention.FRAME:
+            if picture is not None:
+                self._prefill([picture])
             return
         self._arena.clear()
-        known = self._remembered
-        if self.attention is Attention.LAST_N:
-            known = known[-self._last_n :]
-        segments = [self._segment(item.frame, first=i == 0) for i, item in enumerate(known)]
+        segments = [self._segment(item.frame, first=i == 0) for i, item in enumerate(self._shown())]
+        if picture is not None:
+            segments.append(picture)
         is_vision = np.concatenate([segment.is_vision for segment in segments])
         self._language.prefill(
             self._arena,
@@ -183,12 +201,28 @@ class StreamContext:
             np.where(is_vision, 0, CAUSAL),
         )
 
+    def shown(self) -> list[ShownFrame]:
+        """The frames that `show` shows, oldest first."""
+        return [
+            ShownFrame(known.frame.seq, self._stamp_s(known.frame), self.capture_s(known.frame))
+            for known in self._shown()
+        ]
+
+    @property
+    def shown_tokens(self) -> int:
+        """Tokens of the frames that `show` shows."""
+        return sum(known.num_tokens for known in self._shown())
+
+    def _shown(self) -> list[_Remembered]:
+        last = self.attention is Attention.LAST_N
+        return self._remembered[-self._last_n :] if last else self._remembered
+
     # ---- adding ------------------------------------------------------------------------------
 
-    def _group(self, frames: list[FrameTokens]) -> tuple[int, list[_Segment]]:
+    def _group(self, frames: list[FrameTokens]) -> tuple[int, list[Segment]]:
         """How many frames to prefill together, and their tokens."""
         room = self._window_tokens - (self._remembered[0].num_tokens if self._remembered else 0)
-        segments: list[_Segment] = []
+        segments: list[Segment] = []
         for index, frame in enumerate(frames[:FRAMES_PER_PREFILL]):
             segment = self._segment(frame, first=not self._remembered and index == 0)
             room -= len(segment.embeds)
@@ -197,7 +231,7 @@ class StreamContext:
             segments.append(segment)
         return len(segments), segments
 
-    def _add_group(self, frames: list[FrameTokens], segments: list[_Segment]) -> list[Change]:
+    def _add_group(self, frames: list[FrameTokens], segments: list[Segment]) -> list[Change]:
         count = self._num_to_forget(_num_tokens(segments), self._window_tokens)
         changes = self._forget(count, in_arena=self.attention is Attention.FRAME)
         if self._runs_out(frames, segments):
@@ -211,16 +245,17 @@ class StreamContext:
         ]
         return changes
 
-    def _segment(self, frame: FrameTokens, first: bool) -> _Segment:
-        is_anchor = not self._remembered or frame is self._remembered[0].frame
-        offset = 0.0 if is_anchor else self.time_offset_s
-        stamp_s = max(self.capture_s(frame) - offset, 0.0)
-        ids = self._prompt.frame_ids(stamp_s, len(frame.cells), first=first)
+    def _segment(self, frame: FrameTokens, first: bool) -> Segment:
+        ids = self._prompt.frame_ids(self._stamp_s(frame), len(frame.cells), first=first)
         if first:
             ids = np.concatenate([self._prompt.bos_ids, ids])
-        return _Segment(self._language.embed(ids, frame.embeds), self._prompt.vision_mask(ids))
+        return Segment(self._language.embed(ids, frame.embeds), self._prompt.vision_mask(ids))
 
-    def _prefill(self, segments: list[_Segment]) -> None:
+    def _stamp_s(self, frame: FrameTokens) -> float:
+        is_anchor = not self._remembered or frame is self._remembered[0].frame
+        return max(self.capture_s(frame) - (0.0 if is_anchor else self.time_offset_s), 0.0)
+
+    def _prefill(self, segments: list[Segment]) -> None:
         blocks = [
             np.where(segment.is_vision, index, CAUSAL) for index, segment in enumerate(segments)
         ]
@@ -272,7 +307,7 @@ class StreamContext:
 
     # ---- positions and stamps that run out ---------------------------------------------------
 
-    def _runs_out(self, frames: list[FrameTokens], segments: list[_Segment]) -> bool:
+    def _runs_out(self, frames: list[FrameTokens], segments: list[Segment]) -> bool:
         return self._time_runs_out(frames[-1]) or self._positions_run_out(_num_tokens(segments))
 
     def _time_runs_out(self, frame: FrameTokens) -> bool:
@@ -311,5 +346,5 @@ class StreamContext:
         return self._forget(count, in_arena=False)
 
 
-def _num_tokens(segments: list[_Segment]) -> int:
+def _num_tokens(segments: list[Segment]) -> int:
     return sum(len(segment.embeds) for segment in segments)

@@ -7,6 +7,7 @@ a step turns away costs nothing behind it. No I/O, no threads; the clock is an a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,16 @@ class TurnedAway(Exception):
         self.error = error
 
 
+@dataclass(frozen=True, kw_only=True)
+class NewestPicture:
+    """As it arrived, to be looked at again in full detail."""
+
+    sequence: int
+    time_s: float
+    """Capture time since the first frame of the session."""
+    jpeg: bytes = field(repr=False)
+
+
 class FrameIntake:
     """State of one stream up to the features: vision state, policy, last thumbnail."""
 
@@ -50,6 +61,8 @@ class FrameIntake:
         self._origin_us: int | None = None
         self._last_thumbnail: np.ndarray | None = None
         self._last_encoded_us = 0
+        self.newest: NewestPicture | None = None
+        """The last one that could be decoded, near-duplicates included. Only one is ever held."""
 
     def configure(self, settings: SessionSettings) -> None:
         """Other rules for the frames to come. A changed policy begins with a whole frame."""
@@ -69,11 +82,14 @@ class FrameIntake:
         except FrameDecodeError as error:
             raise TurnedAway(DropReason.DECODE_ERROR, error) from error
         decode_ms = (self._clock_ns() - begin_ns) * 1e-6
-        if live and settings.drop_duplicates and self._is_duplicate(rgb, waiting):
-            raise TurnedAway(DropReason.DUPLICATE)
         if self._origin_us is None:
             self._origin_us = waiting.capture_time_us
         pts_ns = (waiting.capture_time_us - self._origin_us) * 1000
+        self.newest = NewestPicture(
+            sequence=waiting.sequence, time_s=pts_ns * 1e-9, jpeg=waiting.jpeg
+        )
+        if live and settings.drop_duplicates and self._is_duplicate(rgb, waiting):
+            raise TurnedAway(DropReason.DUPLICATE)
         frame = Frame(rgb=rgb, pts_ns=pts_ns, seq=waiting.sequence)
         try:
             tokens = self._vision.encode(frame, self._state, self._policy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError, UnknownMessageType
 from edge_vlm_runtime import alert_messages
@@ -156,6 +156,9 @@ class ResponseCreate(ClientMessage, tag="response.create"):
 
     text: Text
     """The question, without any chat markup."""
+    detail: Literal["video", "snapshot", "both"] = "video"
+    """What is looked at: `video`, what was seen so far; `snapshot`, the newest picture alone, in
+    full detail, to read a label; `both`, the video and that picture behind it."""
 
 
 class ResponseCancel(ClientMessage, tag="response.cancel"):
@@ -278,6 +281,39 @@ class NewestFrame(Part, kw_only=True):
     """Since it arrived, when the question was taken up."""
 
 
+class Snapshot(Part, kw_only=True):
+    """The picture that a question was shown in full detail."""
+
+    frame_sequence: int
+    time_s: float
+    """Capture time since the first frame of the session."""
+    width: int
+    """Of the picture as it was sent, in pixels."""
+    height: int
+    crops: int
+    """Pieces it was cut into; a view of the whole comes on top."""
+    tokens: int
+    encode_ms: float
+
+
+class PointedAt(Part, kw_only=True):
+    """A place that an answer names, read from its text."""
+
+    kind: Literal["point", "track"]
+    label: str
+    """What the answer calls it."""
+    object_id: int
+    """Of the same object in all places of one answer and label."""
+    x: float
+    """From the left edge, 0 to 1 of the picture's width."""
+    y: float
+    """From the top edge, 0 to 1 of the picture's height."""
+    time_s: float
+    """Capture time since the first frame of the session."""
+    frame_sequence: int | None
+    """Frame that the model was shown of that time, or null if there was none near it."""
+
+
 class ResponseCreated(ServerEvent, tag="response.created"):
     """A question was taken up."""
 
@@ -285,6 +321,8 @@ class ResponseCreated(ServerEvent, tag="response.created"):
     text: str
     """The question."""
     newest_frame: NewestFrame
+    snapshot: Snapshot | None = None
+    """If the question asked for one."""
     event_id: str | None = None
     """Of the `response.create`."""
 
@@ -300,7 +338,7 @@ class Usage(Part, kw_only=True):
     """Tokens an answer was made from."""
 
     vision_tokens: int
-    """Tokens of video in the cache, time stamps and markers included."""
+    """Tokens of video and snapshot in the cache, time stamps and markers included."""
     text_tokens: int
     """Tokens of the question and of earlier turns."""
     output_tokens: int
@@ -323,6 +361,10 @@ class ResponseDone(ServerEvent, tag="response.done"):
     newest_frame: NewestFrame
     kv_tokens: int
     time_offset_s: float
+    snapshot: Snapshot | None = None
+    """As in `response.created`."""
+    points: tuple[PointedAt, ...] = ()
+    """Points and tracks in `text`, in its order, with capture times."""
     error_code: str | None = None
 
 
@@ -400,7 +442,7 @@ class Error(ServerEvent, tag="error"):
 
 
 PARTS: tuple[type[Part], ...] = (
-    *(Model, NewestFrame, Usage, ErrorDetail),
+    *(Model, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
     *alert_messages.PARTS,
 )
 CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (

@@ -188,6 +188,8 @@ def _properties(kind: Any) -> dict[str, Any]:
 
 
 def _type_text(rule: dict[str, Any]) -> str:
+    if "enum" in rule:
+        return " or ".join(f"`{value}`" for value in rule["enum"])
     if "anyOf" in rule:
         return " or ".join(_type_text(part) for part in rule["anyOf"])
     if "$ref" in rule:

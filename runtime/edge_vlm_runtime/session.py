@@ -32,6 +32,7 @@ from edge_vlm_runtime.context import StreamContext
 from edge_vlm_runtime.frame_slot import FrameSlot
 from edge_vlm_runtime.generate import generate
 from edge_vlm_runtime.intake import FrameIntake
+from edge_vlm_runtime.pointing import pointed_at
 from edge_vlm_runtime.sampling import Sampling
 from edge_vlm_runtime.session_tally import SessionTally
 from edge_vlm_runtime.settings import (
@@ -43,6 +44,7 @@ from edge_vlm_runtime.settings import (
     question_capacity,
     video_window,
 )
+from edge_vlm_runtime.snapshots import Detail, Exhibits, Shown
 from edge_vlm_runtime.video_feed import Emit, VideoFeed, report
 
 if TYPE_CHECKING:
@@ -55,20 +57,20 @@ ClockNs = Callable[[], int]
 class Question:
     text: str
     received_ns: int
+    detail: Detail = "video"
     event_id: str | None = None
 
 
 @dataclass
 class _Answer:
-    """The answer that is being decoded; everything behind `mark` in the arena is its own."""
+    """The answer that is being decoded, behind what it was shown."""
 
     response_id: str
     question: Question
-    mark: int
+    shown: Shown
     tokens: Generator[int, None, str]
     detokenizer: StreamDetokenizer
     newest_frame: protocol.NewestFrame
-    vision_tokens: int
     text_tokens: int
     text: str = ""
     output_tokens: int = 0
@@ -123,6 +125,14 @@ class Session:
             clock_ns=clock_ns,
         )
         self._intake = FrameIntake(engines.vision, settings, clock_ns)
+        self._exhibits = Exhibits(
+            engines=engines,
+            context=self._context,
+            arena=self._arena,
+            model=self._model,
+            intake=self._intake,
+            clock_ns=clock_ns,
+        )
         self._questions: deque[Question] = deque()
         self._history: deque[np.ndarray] = deque()
         self._answer: _Answer | None = None
@@ -147,7 +157,12 @@ class Session:
             self.update(message.session, message.event_id)
         elif isinstance(message, protocol.ResponseCreate):
             self.ask(
-                Question(text=message.text, received_ns=received_ns, event_id=message.event_id)
+                Question(
+                    text=message.text,
+                    received_ns=received_ns,
+                    detail=message.detail,
+                    event_id=message.event_id,
+                )
             )
         elif isinstance(message, protocol.ResponseCancel):
             self.cancel(message.response_id)
@@ -178,7 +193,9 @@ class Session:
         report(changes, self._context, self._emit)
 
     def ask(self, question: Question) -> None:
-        """Queues a question. Raises NoFrameYet, QuestionTooLong, TooManyQuestions."""
+        """Queues a question. Raises SnapshotsUnsupported, NoFrameYet, QuestionTooLong,
+        TooManyQuestions."""
+        self._exhibits.require(question.detail)
         if not self._has_seen and len(self.slot) == 0:
             raise NoFrameYet("there is no frame to answer from yet", remedy="send a frame first")
         if len(self._questions) >= self._limits.max_queued_questions:
@@ -215,6 +232,7 @@ class Session:
             self._finish("cancelled", None)
         self._feed.close()
         self._alerts.close()
+        self._arena.close()
 
     # ---- one unit of work --------------------------------------------------------------------
 
@@ -267,33 +285,33 @@ class Session:
         engines, prompt = self._engines, self._engines.prompt
         self._num_answers += 1
         response_id = f"response_{self._num_answers}"
-        mark: int | None = None
+        newest = self._feed.newest_frame()
+        ids = np.concatenate([*self._history, prompt.question_ids(question.text)])
+        shown: Shown | None = None
         try:
-            self._context.show()
-            mark = self._arena.mark()
-            newest = self._feed.newest_frame()
-            self._emit(
-                protocol.ResponseCreated(
-                    response_id=response_id,
-                    text=question.text,
-                    newest_frame=newest,
-                    event_id=question.event_id,
-                )
-            )
-            ids = np.concatenate([*self._history, prompt.question_ids(question.text)])
-            logits = engines.language.prefill(self._arena, engines.language.embed(ids))
+            shown = self._exhibits.show(question.detail, len(ids) + self.settings.max_answer_tokens)
+            logits = engines.language.prefill(shown.arena, engines.language.embed(ids))
         except EdgeVlmError as error:
-            if mark is not None:
-                self._arena.truncate(mark)
+            if shown is not None:
+                shown.forget()
             self._emit_error(error, question.event_id)
             return
+        self._emit(
+            protocol.ResponseCreated(
+                response_id=response_id,
+                text=question.text,
+                newest_frame=newest,
+                snapshot=shown.snapshot,
+                event_id=question.event_id,
+            )
+        )
         self._answer = _Answer(
             response_id=response_id,
             question=question,
-            mark=mark,
+            shown=shown,
             tokens=generate(
                 engines.language,
-                self._arena,
+                shown.arena,
                 logits,
                 Sampling(),
                 prompt.eos_id,
@@ -301,7 +319,6 @@ class Session:
             ),
             detokenizer=StreamDetokenizer(prompt.tokenizer),
             newest_frame=newest,
-            vision_tokens=mark,
             text_tokens=len(ids),
         )
 
@@ -337,8 +354,9 @@ class Session:
         assert answer is not None
         self._answer = None
         answer.tokens.close()
-        kv_tokens = self._arena.length
-        self._arena.truncate(answer.mark)
+        shown = answer.shown
+        kv_tokens = shown.arena.length
+        shown.forget()
         if status == "completed":
             turn = self._engines.prompt.turn_ids(answer.question.text, answer.text)
             self._history.append(turn)
@@ -359,7 +377,7 @@ class Session:
                 finish_reason=finish_reason,
                 text=answer.text,
                 usage=protocol.Usage(
-                    vision_tokens=answer.vision_tokens,
+                    vision_tokens=shown.vision_tokens,
                     text_tokens=answer.text_tokens,
                     output_tokens=answer.output_tokens,
                 ),
@@ -368,6 +386,8 @@ class Session:
                 newest_frame=answer.newest_frame,
                 kv_tokens=kv_tokens,
                 time_offset_s=self._context.time_offset_s,
+                snapshot=shown.snapshot,
+                points=pointed_at(answer.text, shown.frames, shown.snapshot),
                 error_code=None if error is None else error.code,
             )
         )

@@ -11,6 +11,8 @@ from typing import Any
 from edge_vlm.bundle import EngineBundle
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
+from edge_vlm.images import all_tilings, grid_of
+from edge_vlm.prompt import image_length
 from edge_vlm.pruning import POLICY_NAMES
 
 MAX_WHOLE = 1 << 53
@@ -131,6 +133,8 @@ class ModelLimits:
     """Largest time stamp of a frame; None when the checkpoint does not say."""
     trained_attention: str
     has_scorer: bool = True
+    snapshot_tokens: int = 0
+    """Most tokens of a picture at full detail; 0: the model reads video only."""
 
     @classmethod
     def from_bundle(cls, bundle: EngineBundle) -> ModelLimits:
@@ -149,7 +153,16 @@ class ModelLimits:
             max_time_s=None if max_time_s is None else float(max_time_s),
             trained_attention=bundle.config.attention.value,
             has_scorer=bundle.config.scorer is not None,
+            snapshot_tokens=_snapshot_tokens(bundle),
         )
+
+
+def _snapshot_tokens(bundle: EngineBundle) -> int:
+    images = bundle.images
+    if images is None:
+        return 0
+    grids = [grid_of(t, bundle.config.vision, images) for t in all_tilings(images.max_crops)]
+    return max(image_length(grid, bundle.style) for grid in grids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,9 +227,13 @@ def question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
 
 
 def dialogue_reserve(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
-    """Cache rows kept free behind the video: earlier turns, the question, the answer."""
+    """Cache rows kept free behind the video: a picture at full detail, earlier turns, the question,
+    the answer. The picture gets a quarter of the cache at most and has fewer crops then."""
     turn = question_capacity(model, limits) + settings.max_answer_tokens
-    return turn * (1 + settings.history_turns)
+    snapshot = min(
+        model.snapshot_tokens, model.max_prefill_tokens, cache_capacity(model, limits) // 4
+    )
+    return snapshot + turn * (1 + settings.history_turns)
 
 
 def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:

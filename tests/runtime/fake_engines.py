@@ -136,12 +136,15 @@ class FakeLanguage:
 
 
 class FakeEngines:
+    images = None
+
     def __init__(self, clock: FakeClock, max_positions: int = 512) -> None:
         config = tiny_config()
         language = dataclasses.replace(config.language, max_positions=max_positions)
         self.prompt = PromptFormat(Tokenizer.from_file(tiny_bundle() / "tokenizer.json"))
         self.bundle = SimpleNamespace(
             name="fake",
+            images=None,
             config=dataclasses.replace(config, language=language),
             defaults={},
             specs={
