@@ -39,6 +39,10 @@ class KeepPolicy(Protocol):
         kept. Raises ValueError on scores that are not [C] or not finite.
         """
 
+    def fund(self, coming: float, later: float) -> None:
+        """What the budget gets with the coming frame, and with each later one as far as is known,
+        in cells. Unless told otherwise every frame brings `keep_ratio` of its cells."""
+
 
 class Allowance:
     """What a stream may have spent by now, so that its average never exceeds `keep_ratio`.
@@ -64,6 +68,10 @@ class Allowance:
     ) -> None:
         self.num_cells = num_cells
         self.income = keep_ratio * num_cells
+        """Of each coming frame, as far as is known."""
+        self._earned = 0.0
+        self._earned_until = 0
+        self._extra = 0.0
         self.horizon = payback_frames
         if keep_ratio * payback_frames < 1.25:
             self.horizon = math.ceil(1.5 / keep_ratio)
@@ -75,11 +83,23 @@ class Allowance:
         self.spent = 0
         self.forfeited = 0.0
 
+    def fund(self, coming: float, later: float) -> None:
+        """The coming frame brings `coming` cells, and each later one `later`."""
+        if later != self.income:
+            self._earned = self._earned_by(self.frames)
+            self._earned_until = self.frames
+            self.income = later
+        self._extra = coming - later
+
+    def _earned_by(self, frame: int) -> float:
+        return self._earned + self.income * (frame - self._earned_until)
+
     def left(self) -> float:
         """Cells that the coming frame may use at most, before the ceiling of a frame is applied."""
         seen = max(self.frames + 1, self.horizon)
         reserve = self.min_cells * max(self.horizon - (self.frames + 1), 0)
-        return self.income * seen - self.forfeited - self.spent - reserve + 1e-9
+        earned = self._earned_by(seen) + self._extra
+        return earned - self.forfeited - self.spent - reserve + 1e-9
 
     def frames_to_plan(self) -> int:
         """Frames, the coming one included, over which the present credit should be spent evenly."""
@@ -98,8 +118,10 @@ class Allowance:
     def spend(self, cells: int) -> None:
         self.frames += 1
         self.spent += cells
+        self._earned += self._extra
+        self._extra = 0.0
         if self.frames >= self.horizon:
-            banked = self.income * self.frames - self.forfeited - self.spent
+            banked = self._earned_by(self.frames) - self.forfeited - self.spent
             self.forfeited += max(banked - self.bank_limit, 0.0)
 
 
@@ -128,6 +150,9 @@ class KeepAll:
     def reset(self) -> None:
         """Nothing to forget."""
 
+    def fund(self, coming: float, later: float) -> None:
+        """All cells are kept, whatever the budget."""
+
     def select(self, scores: Scores, frame_rgb: Rgb | None, is_first: bool) -> Cells:
         return np.arange(_checked(scores).size, dtype=np.int32)
 
@@ -153,9 +178,15 @@ class _Budgeted(ABC):
         self._payback_frames = payback_frames
         self._bank_frames = bank_frames
         self._allowance: Allowance | None = None
+        self._funds: tuple[float, float] | None = None
 
     def reset(self) -> None:
         self._allowance = None
+
+    def fund(self, coming: float, later: float) -> None:
+        if not (coming >= 0.0 and later >= 0.0):
+            raise ValueError(f"cells to spend must be >= 0, got {coming} and {later}")
+        self._funds = (coming, later)
 
     def select(self, scores: Scores, frame_rgb: Rgb | None, is_first: bool) -> Cells:
         scores = _checked(scores)
@@ -169,17 +200,26 @@ class _Budgeted(ABC):
                 self._bank_frames,
             )
             self._start(scores, frame_rgb)
-            cells = np.arange(scores.size, dtype=np.int32)
-        elif self.keep_ratio == 1.0:  # nothing is pruned, however low it scores
+            self._apply_funds(self._allowance)
             cells = np.arange(scores.size, dtype=np.int32)
         else:
             if scores.size != self._allowance.num_cells:
                 raise ValueError(
                     f"scores changed from {self._allowance.num_cells} to {scores.size} cells"
                 )
-            cells = self._choose(scores, frame_rgb, self._allowance)
+            self._apply_funds(self._allowance)
+            if self._allowance.income >= scores.size:  # nothing is pruned, however low it scores
+                cells = np.arange(scores.size, dtype=np.int32)
+            else:
+                cells = self._choose(scores, frame_rgb, self._allowance)
         self._allowance.spend(cells.size)
         return cells
+
+    def _apply_funds(self, allowance: Allowance) -> None:
+        if self._funds is not None:
+            coming, later = self._funds
+            allowance.fund(coming, later)
+            self._funds = (later, later)
 
     def _start(self, scores: Scores, frame_rgb: Rgb | None) -> None:  # noqa: B027 (optional)
         """A stream begins with this frame, which is kept whole."""

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.vision import FrameTokens, VisionPipeline
 
 THUMBNAIL = 32
-POLICY_FIELDS = ("keep_ratio", "policy", "policy_seed", "min_cells")
+POLICY_FIELDS = ("policy", "policy_seed", "min_cells")
+BUDGET_FIELDS = ("keep_ratio", "vision_tokens_per_s")
+INTERVAL_NEWS = 0.2
+"""Weight of the last interval in what is expected of the next one."""
 
 
 class TurnedAway(Exception):
@@ -56,8 +59,10 @@ class FrameIntake:
         self._vision = vision
         self._clock_ns = clock_ns
         self._settings = settings
-        self._policy = _policy_of(settings)
+        self._policy = _policy_of(settings, vision.num_cells)
         self._state = vision.new_state()
+        self._interval_s = 1.0 / settings.fps_cap
+        self._last_chosen_us: int | None = None
         self._origin_us: int | None = None
         self._last_thumbnail: np.ndarray | None = None
         self._last_encoded_us = 0
@@ -65,10 +70,14 @@ class FrameIntake:
         """The last one that could be decoded, near-duplicates included. Only one is ever held."""
 
     def configure(self, settings: SessionSettings) -> None:
-        """Other rules for the frames to come. A changed policy begins with a whole frame."""
+        """Other rules for the frames to come. Another policy begins with a whole frame, another
+        budget does not."""
         old, self._settings = self._settings, settings
-        if any(getattr(old, field) != getattr(settings, field) for field in POLICY_FIELDS):
-            self._policy = _policy_of(settings)
+        if _differ(old, settings, POLICY_FIELDS):
+            self._policy = _policy_of(settings, self._vision.num_cells)
+        elif _differ(old, settings, BUDGET_FIELDS):
+            share = settings.keep_ratio * self._vision.num_cells
+            self._policy.fund(share, share)  # a budget by time funds each frame anew
 
     def encode(self, waiting: WaitingFrame) -> tuple[FrameTokens, dict[str, float]]:
         """Features and milliseconds by stage. Raises TurnedAway."""
@@ -91,11 +100,24 @@ class FrameIntake:
         if live and settings.drop_duplicates and self._is_duplicate(rgb, waiting):
             raise TurnedAway(DropReason.DUPLICATE)
         frame = Frame(rgb=rgb, pts_ns=pts_ns, seq=waiting.sequence)
+        self._fund(waiting.capture_time_us)
         try:
             tokens = self._vision.encode(frame, self._state, self._policy)
         except EngineError as error:
             raise TurnedAway(DropReason.ENGINE_ERROR, error) from error
+        self._last_chosen_us = waiting.capture_time_us
         return tokens, {"decode": decode_ms, **tokens.stage_ms}
+
+    def _fund(self, capture_time_us: int) -> None:
+        """A budget by time grows with the time since the last frame, whatever came between."""
+        per_s = self._settings.vision_tokens_per_s
+        if per_s == 0.0:
+            return
+        since_s = self._interval_s
+        if self._last_chosen_us is not None:
+            since_s = (capture_time_us - self._last_chosen_us) * 1e-6
+            self._interval_s += INTERVAL_NEWS * (since_s - self._interval_s)
+        self._policy.fund(per_s * since_s, per_s * self._interval_s)
 
     def _is_duplicate(self, rgb: np.ndarray, waiting: WaitingFrame) -> bool:
         """Compares with the last frame let through; a new one takes its place."""
@@ -113,10 +135,17 @@ class FrameIntake:
         return False
 
 
-def _policy_of(settings: SessionSettings) -> KeepPolicy:
+def _differ(old: SessionSettings, new: SessionSettings, fields: tuple[str, ...]) -> bool:
+    return any(getattr(old, field) != getattr(new, field) for field in fields)
+
+
+def _policy_of(settings: SessionSettings, num_cells: int) -> KeepPolicy:
+    keep_ratio = settings.keep_ratio
+    if settings.vision_tokens_per_s > 0.0:  # how long the first frame's excess is paid back
+        keep_ratio = min(1.0, settings.vision_tokens_per_s / (settings.fps_cap * num_cells))
     return make_policy(
         settings.policy,
-        settings.keep_ratio,
+        keep_ratio,
         min_cells=settings.min_cells,
         seed=settings.policy_seed,
     )

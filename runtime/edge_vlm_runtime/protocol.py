@@ -113,6 +113,7 @@ class SettingsPatch(Part, forbid_unknown_fields=True, kw_only=True):
     """The settings to change; absent fields stay as they are."""
 
     keep_ratio: float | UnsetType = UNSET
+    vision_tokens_per_s: float | UnsetType = UNSET
     policy: str | UnsetType = UNSET
     policy_seed: int | UnsetType = UNSET
     min_cells: int | UnsetType = UNSET

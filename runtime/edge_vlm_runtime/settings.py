@@ -48,6 +48,9 @@ class SessionSettings:
 
     keep_ratio: float = 0.5
     """Share of cells kept, (0, 1]."""
+    vision_tokens_per_s: float = 0.0
+    """Cells kept per second of video, instead of `keep_ratio`, at whatever rate frames come; 0:
+    `keep_ratio` holds."""
     policy: str = "stream"
     """One of edge_vlm.pruning.POLICY_NAMES."""
     policy_seed: int = 0
@@ -69,7 +72,7 @@ class SessionSettings:
     """Live sessions drop frames that look like the last one encoded."""
     duplicate_threshold: float = 6.0
     """Largest change (0..255) of any point of a 32x32 thumbnail that still is the same picture."""
-    heartbeat_s: float = 5.0
+    heartbeat_s: float = 10.0
     """A duplicate is encoded all the same if nothing was for this long."""
     max_frame_age_s: float = 2.0
     """A live frame that waited longer is dropped as stale."""
@@ -82,6 +85,8 @@ class SessionSettings:
         object.__setattr__(self, "attention", _member(Attention, "attention", self.attention))
         object.__setattr__(self, "delivery", _member(Delivery, "delivery", self.delivery))
         self._require("keep_ratio", 0.0 < self.keep_ratio <= 1.0, "must be in (0, 1]")
+        rate = self.vision_tokens_per_s
+        self._require("vision_tokens_per_s", 0.0 <= rate < math.inf, "must be 0 or positive")
         self._require("policy", self.policy in POLICY_NAMES, f"must be one of {POLICY_NAMES}")
         for field in (
             *("policy_seed", "min_cells", "window_tokens"),

@@ -40,7 +40,7 @@ class FakeClock:
 
 class FakeVision:
     def __init__(self, num_cells: int, width: int, clock: FakeClock) -> None:
-        self._num_cells = num_cells
+        self.num_cells = num_cells
         self._width = width
         self._clock = clock
         self.fails_on: set[int] = set()
@@ -55,7 +55,7 @@ class FakeVision:
         self._clock.pass_s(self.takes_s)
         if frame.seq in self.fails_on:
             raise NonFinite("the token scores of a frame are not finite", where="vit_stem")
-        scores = np.random.default_rng(frame.seq).random(self._num_cells, dtype=np.float32)
+        scores = np.random.default_rng(frame.seq).random(self.num_cells, dtype=np.float32)
         cells = policy.select(scores, frame.rgb, state.is_first)
         state.is_first = False
         self.encoded.append(frame.seq)

@@ -21,6 +21,25 @@ def jpeg(seed: int, size: int = 48) -> bytes:
     return encode_jpeg(picture(seed, size))
 
 
+def scene(kind: str, num_frames: int, size: int = 96) -> list[np.ndarray]:
+    """Three coloured squares on a cluttered ground with a camera's noise: `static`, `slow`, `fast`,
+    or `bursts` (still for twenty frames, then ten fast ones)."""
+    random = np.random.default_rng(7)
+    ground = np.kron(random.integers(60, 190, (12, 12, 3)), np.ones((size // 12, size // 12, 1)))
+    side, turns, made = size // 5, 0.0, []
+    for index in range(num_frames):
+        moving = index % 30 >= 20 if kind == "bursts" else True
+        turns += {"static": 0.0, "slow": 0.005, "fast": 0.12, "bursts": 0.12}[kind] * moving
+        rgb = ground + random.normal(0, 1, ground.shape)
+        for thing, colour in enumerate([(255, 40, 40), (40, 255, 60), (60, 60, 255)]):
+            angle = 2 * np.pi * (turns + thing / 3)
+            place = (size - side) * (0.5 + 0.45 * np.array([np.sin(angle), np.cos(angle)]))
+            top, left = place.astype(int)
+            rgb[top : top + side, left : left + side] = colour
+        made.append(rgb.clip(0, 255).astype(np.uint8))
+    return made
+
+
 def write_video(
     path: Path, num_frames: int = 8, fps: int = 2, size: int = 48, codec: str = "mpeg4"
 ) -> Path:
