@@ -202,6 +202,17 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, help="compare with torch on these weights, at several sizes"
     )
+    parser.add_argument(
+        "--footage",
+        type=Path,
+        action="append",
+        default=[],
+        help="video that is streamed too: every value must be finite, and with --checkpoint it is "
+        "compared with torch; repeatable",
+    )
+    parser.add_argument(
+        "--footage-frames", type=int, default=16, metavar="N", help="of each footage (16)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     _add_depth(parser)
 
@@ -218,7 +229,12 @@ def _verify(args: argparse.Namespace) -> int:
         require_source(bundle, args.checkpoint)
         source = open_weights(args.checkpoint)
     report = verify_bundle(
-        bundle, source, threads=args.threads, thorough=args.thorough is not False
+        bundle,
+        source,
+        threads=args.threads,
+        thorough=args.thorough is not False,
+        footage=args.footage,
+        max_frames=args.footage_frames,
     )
     print(report)
     report.require()

@@ -30,10 +30,10 @@ from edge_vlm.precision import FP32, Precision, Variant
 from edge_vlm_export.chain import Arrays
 from edge_vlm_export.graph_files import load_graph, save_graph
 from edge_vlm_export.plan import PrecisionPlan, plan_graph
-from edge_vlm_export.ranges import footage_clips
 from edge_vlm_export.runs import Graphs, session_run
 from edge_vlm_export.verify import Report, verify_bundle
 from edge_vlm_export.verify_chain import chain_of
+from edge_vlm_export.verify_footage import footage_clips
 
 VISION_GRAPHS = ("vit_stem", "vit_trunk")
 METHODS = ("minmax", "entropy", "percentiles")

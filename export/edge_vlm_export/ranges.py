@@ -6,7 +6,7 @@ float tensor, and of every channel of what goes into a product with weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from edge_vlm.calibration_table import CalibrationTable
 from edge_vlm.errors import NonFinite
-from edge_vlm.footage import read_footage
 from edge_vlm.specs import GraphSpec
 from edge_vlm_export.chain import Chain, Clip
 from edge_vlm_export.convert import Ranges
@@ -23,25 +22,7 @@ from edge_vlm_export.graph_files import load_graph
 from edge_vlm_export.plan import FLOATS, is_product
 from edge_vlm_export.sessions import Arrays, GraphSession
 
-FPS = 2.0
-CLIP_FRAMES = 4
-"""Frames that the language model reads at once; longer footage is several such clips."""
 MAX_PREFIX, CHANNELS_PREFIX = "max:", "channels:"
-
-
-def footage_clips(paths: Iterable[Path], max_frames: int) -> Iterator[Clip]:
-    """The first `max_frames` frames of each footage, in clips of `CLIP_FRAMES`. Raises VideoError.
-
-    A question set's own cuts begin a new clip.
-    """
-    for path in paths:
-        pictures: list[np.ndarray] = []
-        for is_first, rgb in read_footage(path, FPS, max_frames):
-            if pictures and (is_first or len(pictures) == CLIP_FRAMES):
-                yield Clip(pictures=pictures, fps=FPS)
-                pictures = []
-            pictures.append(rgb)
-        yield Clip(pictures=pictures, fps=FPS)
 
 
 @dataclass

@@ -35,13 +35,14 @@ from edge_vlm_export.graphs import GraphLimits, KVForm, graph_specs, kv_layout
 from edge_vlm_export.modules import graph_module
 from edge_vlm_export.plan import NodePlan, PrecisionPlan, plan_graph
 from edge_vlm_export.preflight import Estimate, estimate, require_room
-from edge_vlm_export.ranges import Observer, footage_clips, measure, with_table
+from edge_vlm_export.ranges import Observer, measure, with_table
 from edge_vlm_export.runs import Graphs, run_torch, session_run, torch_run
 from edge_vlm_export.samples import reference_sizes, sample_inputs
 from edge_vlm_export.sessions import Arrays
 from edge_vlm_export.trace import hollow_model, trace
 from edge_vlm_export.verify import Report, compare_with_torch, stem_states
 from edge_vlm_export.verify_chain import CHAIN, chain_arrays, compare_chains
+from edge_vlm_export.verify_footage import footage_clips
 from edge_vlm_export.weights import WeightSource, open_weights, streamed_model
 
 LARGE_MODEL = 1_000_000_000

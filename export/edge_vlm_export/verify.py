@@ -8,7 +8,7 @@ sizes: that shows that a copy, or another version of a runtime, still computes t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ import numpy as np
 
 from edge_vlm.bundle import EngineBundle, sha256_of_file
 from edge_vlm.errors import CheckpointError, ParityError
+from edge_vlm.precision import FP32
 from edge_vlm.specs import GraphSpec
 from edge_vlm_export.chain import Arrays, ChainResult, Clip
 from edge_vlm_export.compare import Comparison, compare, format_table, require_parity
@@ -29,6 +30,7 @@ from edge_vlm_export.verify_chain import (
     compare_chains,
     read_clip,
 )
+from edge_vlm_export.verify_footage import FootageCheck, check_footage
 
 if TYPE_CHECKING:
     from edge_vlm.model.video_lm import VideoLM
@@ -42,15 +44,17 @@ class Report:
     against: str
     graphs: list[Comparison] = field(default_factory=list)
     chains: list[ChainComparison] = field(default_factory=list)
+    footage: list[FootageCheck] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"ONNX Runtime against {self.against}:", format_table(self.graphs)]
-        return "\n".join([*lines, *map(str, self.chains)])
+        return "\n".join([*lines, *map(str, self.chains), *map(str, self.footage)])
 
     def require(self) -> None:
         """Raises NonFinite or ParityError naming the first tensor that differs."""
         require_parity(self.graphs)
-        for chain in self.chains:
+        compared = [clip for check in self.footage for clip in check.compared]
+        for chain in [*self.chains, *compared]:
             if not chain.ok:
                 raise ParityError(f"the chain differs: {chain}")
 
@@ -61,16 +65,21 @@ def verify_bundle(
     *,
     threads: int = 1,
     thorough: bool = True,
+    footage: Sequence[Path] = (),
+    max_frames: int = 16,
 ) -> Report:
     """Compares with torch on `source`'s weights, else with the reference tensors.
 
     `thorough`: also at the largest sizes, which takes the most memory and time, and on a clip.
+    `footage`: videos of which the first `max_frames` frames are streamed too. Raises NonFinite,
+    VideoError.
     """
     graphs = Graphs.of(bundle, threads)
     has_chain = thorough and bundle.has_reference(CHAIN)
     reference = bundle.reference(CHAIN) if has_chain else {}
     clip = read_clip(reference) if has_chain else None
-    keep_ratio = float(reference["keep_ratio"]) if has_chain else 1.0
+    keep_ratio = float(reference["keep_ratio"]) if has_chain else _keep_ratio(bundle)
+    torch_chain = None
     if source is None:
         report = Report("the bundle's reference tensors")
         for name, spec in bundle.specs.items():
@@ -84,11 +93,19 @@ def verify_bundle(
         report = Report("torch")
         report.graphs += compare_with_torch(graphs, model, clip, largest=thorough)
         run = torch_run(model, graphs)
-        expected = chain_of(run, bundle, keep_ratio).stream(clip) if clip is not None else None
+        torch_chain = chain_of(run, bundle, keep_ratio)
+        expected = torch_chain.stream(clip) if clip is not None else None
+    chain = chain_of(session_run(graphs), bundle, keep_ratio)
     if clip is not None and expected is not None:
-        chain = chain_of(session_run(graphs), bundle, keep_ratio)
         report.chains += compare_chains(chain, clip, expected, report.against, graphs.precision)
+    exact = graphs.precision == FP32
+    for path in footage:
+        report.footage.append(check_footage(path, max_frames, chain, torch_chain, exact=exact))
     return report
+
+
+def _keep_ratio(bundle: EngineBundle) -> float:
+    return float(bundle.defaults.get("keep_ratio", 0.5))
 
 
 def compare_with_torch(

@@ -65,12 +65,12 @@ def compare_chains(
     whole = chain.whole(clip)
     exact = precision == FP32
     return [
-        _compare_results(f"clip against {against}", streamed, expected, exact),
-        _compare_results("frame by frame against the whole clip", streamed, whole, exact),
+        compare_results(f"clip against {against}", streamed, expected, exact),
+        compare_results("frame by frame against the whole clip", streamed, whole, exact),
     ]
 
 
-def _compare_results(
+def compare_results(
     name: str, got: ChainResult, expected: ChainResult, required: bool
 ) -> ChainComparison:
     same = [np.array_equal(a, b) for a, b in zip(got.kept, expected.kept, strict=True)]
