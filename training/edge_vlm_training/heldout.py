@@ -11,8 +11,8 @@ from edge_vlm.frames import encode_jpeg
 from edge_vlm.question_set import AskedQuestion, ClipQuestions
 from edge_vlm_training.questions import QUESTION_KINDS, Question, ask
 from edge_vlm_training.render import draw_batch
-from edge_vlm_training.videos import write_video
 from edge_vlm_training.sprites import KINDS
+from edge_vlm_training.videos import write_video
 from edge_vlm_training.world import COLOUR_NAMES, Scenes, WorldConfig
 
 PICTURE_SIZE = 192
