@@ -54,7 +54,7 @@ def clip(name: str, num_frames: int, branches: int, *, at_end: bool = True) -> S
 
     return Sample(
         name=name,
-        times_s=np.arange(num_frames) * 0.5,
+        times_s=np.arange(num_frames, dtype=np.float64) / 2,
         branches=tuple(
             Branch(
                 kind=("qa", "caption", "point")[int(rng.integers(3))],

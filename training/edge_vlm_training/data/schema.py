@@ -69,6 +69,11 @@ class Annotation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_f
     def kind(self) -> str:
         return str(self.__struct_config__.tag)
 
+    @property
+    def places(self) -> list[Point]:
+        """The points that it holds."""
+        return []
+
     def turn(self) -> tuple[str, str]:
         """Question and answer as texts. Raises ValueError if its fields contradict each other."""
         raise NotImplementedError
@@ -103,6 +108,10 @@ class CountObjects(Annotation, tag="count"):
     def kind(self) -> str:
         return "count_points" if self.points else "count"
 
+    @property
+    def places(self) -> list[Point]:
+        return self.points
+
     def turn(self) -> tuple[str, str]:
         return self.styled(self.question), count_text(self.count, _places(self.points), self.label)
 
@@ -111,6 +120,10 @@ class PointAt(Annotation, tag="point"):
     question: Text
     label: Text
     points: list[Point]
+
+    @property
+    def places(self) -> list[Point]:
+        return self.points
 
     def turn(self) -> tuple[str, str]:
         return self.styled(self.question), points_text(_places(self.points), self.label)
@@ -173,15 +186,12 @@ def _check(record: Record, where: str) -> None:
         for special in _SPECIAL:
             if any(special in text for text in texts):
                 wrong(f"a text holds the token {special}", field)
-        if annotation.at_s is not None and annotation.at_s > length_s:
-            wrong(f"at_s = {annotation.at_s} lies behind the clip's end", f"{field}.at_s")
-        if isinstance(annotation, (CountObjects, PointAt)):
-            for j, point in enumerate(annotation.points):
-                if point.time_s > length_s:
-                    wrong(
-                        f"time_s = {point.time_s} lies behind the clip's end",
-                        f"{field}.points[{j}].time_s",
-                    )
+        times = {f"points[{j}].time_s": p.time_s for j, p in enumerate(annotation.places)}
+        if annotation.at_s is not None:
+            times["at_s"] = annotation.at_s
+        for name, time_s in times.items():
+            if time_s > length_s:
+                wrong(f"{time_s} s lies behind the clip's end", f"{field}.{name}")
 
 
 def _places(points: list[Point]) -> list[Place]:

@@ -94,13 +94,16 @@ def _clip_end(located: Located, probed: VideoTimes) -> float:
     end_s = probed.end_s if record.end_s is None else min(record.end_s, probed.end_s)
     clip_s = max(end_s - record.start_s, 0.0)
     for i, annotation in enumerate(record.annotations):
-        for j, point in enumerate(getattr(annotation, "points", ())):
-            if point.time_s > clip_s + slack_s:
+        times = {f"points[{j}].time_s": p.time_s for j, p in enumerate(annotation.places)}
+        if annotation.at_s is not None:
+            times["at_s"] = annotation.at_s
+        for field, time_s in times.items():
+            if time_s > clip_s + slack_s:
                 raise RecordInvalid(
-                    f"time_s = {point.time_s}: the clip ends at {clip_s:.2f} s",
+                    f"{time_s} s, where the clip ends at {clip_s:.2f} s",
                     where=located.where,
-                    field=f"$.annotations[{i}].points[{j}].time_s",
-                    remedy="times of points count in seconds from the clip's start",
+                    field=f"$.annotations[{i}].{field}",
+                    remedy="times of annotations count in seconds from the clip's start",
                 )
     return clip_s
 
