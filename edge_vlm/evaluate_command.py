@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -87,86 +86,6 @@ def _positive(text: str) -> int:
     return value
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the arguments name."""
-
-    targets: Mapping[str, str | None]
-    """By path; None: the model that comes with it."""
-    questions: Path | None
-
-
-def plan(targets: Sequence[str], through: str | None = None) -> Plan:
-    """Tells by its files what each argument is. Raises ConfigError, VideoNotFound."""
-    from edge_vlm.evaluation import PATHS
-
-    paths = [] if through is None else through.split(",")
-    if unknown := [path for path in paths if path not in PATHS]:
-        raise ConfigError(f"--through must name some of {', '.join(PATHS)}, got {unknown[0]!r}")
-    found: dict[str, str | None] = {}
-    questions: Path | None = None
-    for target in targets:
-        kind = _kind_of(target)
-        if kind == "questions":
-            if questions is not None:
-                raise ConfigError(f"two question sets: {questions} and {target}")
-            questions = Path(target)
-            continue
-        offered = {"url": ["served"], "checkpoint": ["torch"], "bundle": ["served", "bundle"]}[kind]
-        chosen = [path for path in paths if path in offered] or offered[:1]
-        for path in chosen:
-            if path in found:
-                raise ConfigError(
-                    f"two models for the path {path}: {found[path]} and {target}",
-                    remedy="measure one after the other",
-                )
-            found[path] = target
-    if not found:
-        found = dict.fromkeys([path for path in paths if path != "torch"] or ["served"])
-    if missing := [path for path in paths if path not in found]:
-        raise ConfigError(f"nothing that was named can be measured through {missing[0]}")
-    return Plan(found, questions)
-
-
-def _kind_of(target: str) -> str:
-    from edge_vlm.bundle import MANIFEST
-    from edge_vlm.question_set import INDEX
-
-    if target.startswith(("ws://", "wss://")):
-        return "url"
-    path = Path(target)
-    if not path.exists():
-        raise ConfigError("no such file or folder", where=target)
-    if path.is_file() or (path / INDEX).is_file():
-        return "questions"
-    if (path / MANIFEST).is_file():
-        return "bundle"
-    if (path / "config.json").is_file():
-        return "checkpoint"
-    raise ConfigError(
-        "neither a checkpoint nor a bundle nor a question set",
-        where=target,
-        remedy=f"expected is config.json, {MANIFEST} or {INDEX} in it",
-    )
-
-
-def _runs(args: argparse.Namespace) -> list[Run]:
-    from edge_vlm.evaluation import ATTENTIONS, KEEP_RATIOS, POLICIES, Run, grid
-
-    if args.runs:
-        return list(dict.fromkeys(Run.parse(text) for text in args.runs))
-    try:
-        ratios = [float(text) for text in _list(args.keep_ratio)] or KEEP_RATIOS
-        modes = [type(ATTENTIONS[0])(text) for text in _list(args.attention)] or ATTENTIONS
-    except ValueError as error:
-        raise ConfigError(f"cannot read the table's rows: {error}") from None
-    return grid(_list(args.policy) or POLICIES, ratios, modes)
-
-
-def _list(text: str | None) -> list[str]:
-    return [] if text is None else [part.strip() for part in text.split(",")]
-
-
 def open_evaluators(
     stack: ExitStack, targets: Mapping[str, str | None], options: EvaluatorOptions
 ) -> dict[str, Evaluator]:
@@ -188,10 +107,11 @@ def open_evaluators(
 
 def _run(args: argparse.Namespace) -> int:
     from edge_vlm.evaluation import EvaluatorOptions
+    from edge_vlm.evaluation_plan import plan, rows
 
     extra = [target for target in (args.bundle, args.url) if target]
     wanted = plan([*args.targets, *extra], args.through)
-    runs = _runs(args)
+    runs = rows(args.runs, args.policy, args.keep_ratio, args.attention)
     options = EvaluatorOptions(
         threads=args.threads, api_key_file=args.api_key_file, tls_ca=args.tls_ca
     )
@@ -288,16 +208,28 @@ def _ask(
             missing = [
                 run for run in runs if evaluator.can(run) and (path, run.name, clip.name) not in log
             ]
-            for run, answers in evaluator.answers(clip, missing):
-                log.add((path, run.name, clip.name), answers)
+            if missing:
+                for run, answers in evaluator.answers(clip, missing):
+                    log.add((path, run.name, clip.name), answers)
         asked[clip.name] = clip.questions
-        if time.monotonic() - told > REPORT_EVERY_S or sys.stderr.isatty():
-            told = time.monotonic()
-            passed_s = told - begin
-            print(f"{len(asked)} clips, {passed_s:.0f} s", file=sys.stderr, flush=True)
+        told = _tell(len(asked), begin, told)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     if not asked:
         raise ConfigError("there is no clip to ask about")
     return asked
+
+
+def _tell(num_clips: int, begin: float, told: float) -> float:
+    """A sign of life on stderr: always on a terminal, once a minute elsewhere. When it last was."""
+    now = time.monotonic()
+    if sys.stderr.isatty():
+        print(f"\r{num_clips} clips, {now - begin:.0f} s", end="", file=sys.stderr, flush=True)
+    elif now - told > REPORT_EVERY_S:
+        print(f"{num_clips} clips, {now - begin:.0f} s", file=sys.stderr, flush=True)
+    else:
+        return told
+    return now
 
 
 evaluate = Command(

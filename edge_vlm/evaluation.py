@@ -1,4 +1,4 @@
-"""What is measured when models answer questions, and by whom: runs, evaluators, scores.
+"""What is measured when models answer questions, and by whom: runs and evaluators.
 
 A *run* is one way of choosing what the language model sees: a policy, a share of cells to keep, and
 which vision tokens see which. A *path* is where the answers come from: `torch` (a checkpoint),
@@ -12,15 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
-from edge_vlm.judging import Verdict
 from edge_vlm.question_set import ClipQuestions
-from edge_vlm.tally import Z95, wilson
 
 EVALUATOR_GROUP = "edge_vlm.evaluators"
 """Entry points by path; each is an `OpenEvaluator`."""
@@ -40,8 +38,6 @@ ATTENTIONS = (VisionAttention.FRAME, VisionAttention.ALL)
 MIN_CELLS = 2
 """Of the causal policies, as sessions have it."""
 MAX_ANSWER_TOKENS = 48
-HEADLINE = ("presence", "name", "colour", "count", "direction", "when", "where")
-"""Kinds of the rendered world in the mean, where they are asked; others stand beside it."""
 
 
 @dataclass(frozen=True)
@@ -158,111 +154,3 @@ class OpenEvaluator(Protocol):
 
         Raises the typed error of whatever is wrong with it, MissingExtraError.
         """
-
-
-# ---- scores ------------------------------------------------------------------------------------
-
-
-@dataclass
-class KindScore:
-    """One kind of question in one run: the share of right answers, or the F1 of their parts.
-
-    Questions about the same clip are not independent. The interval is Wilson's at the *effective*
-    number of questions: that of independent ones whose share would vary as much as this one does
-    from clip to clip (a ratio estimator over clusters; Kish 1965, Korn & Graubard 1998). It is
-    bounded by the number of clips below and of questions above.
-    """
-
-    right: int = 0
-    asked: int = 0
-    clips: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """By clip: 2 found, said + true."""
-    partial: bool = False
-    """Answers have parts: the share is an F1 score."""
-
-    def add(self, clip: str, verdict: Verdict) -> None:
-        self.asked += 1
-        self.right += verdict.right
-        self.partial |= (verdict.said, verdict.true) != (1, 1)
-        hits, parts = self.clips.get(clip, (0, 0))
-        self.clips[clip] = (hits + 2 * verdict.found, parts + verdict.said + verdict.true)
-
-    @property
-    def share(self) -> float:
-        parts = sum(parts for _, parts in self.clips.values())
-        return sum(hits for hits, _ in self.clips.values()) / parts if parts else math.nan
-
-    @property
-    def effective(self) -> float:
-        """Independent questions that would tell as much."""
-        p, num_clips = self.share, len(self.clips)
-        if num_clips < 2 or not 0 < p < 1:
-            return float(num_clips)
-        parts = sum(parts for _, parts in self.clips.values())
-        spread = sum((hits - p * size) ** 2 for hits, size in self.clips.values())
-        variance = spread / parts**2 * num_clips / (num_clips - 1)
-        if not variance:
-            return float(self.asked)
-        return min(max(p * (1 - p) / variance, num_clips), self.asked)
-
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.share, self.effective)
-
-
-@dataclass
-class RunScore:
-    """All answers of one run on one path."""
-
-    path: str
-    run: Run
-    kinds: dict[str, KindScore] = field(default_factory=dict)
-    cells_seen: int = 0
-    cells_kept: int = 0
-    clips: int = 0
-
-    @property
-    def kept_share(self) -> float:
-        return self.cells_kept / self.cells_seen if self.cells_seen else math.nan
-
-    @property
-    def asked(self) -> int:
-        return sum(score.asked for score in self.kinds.values())
-
-    def headline_kinds(self) -> list[str]:
-        return [kind for kind in HEADLINE if kind in self.kinds] or sorted(self.kinds)
-
-    def mean(self, kinds: Sequence[str] | None = None) -> float:
-        """Mean share over kinds, each weighted alike."""
-        shares = [self.kinds[kind].share for kind in kinds or self.headline_kinds()]
-        return sum(shares) / len(shares) if shares else math.nan
-
-    def mean_interval(self, kinds: Sequence[str] | None = None) -> tuple[float, float]:
-        """95 % interval of the mean: the kinds' variances added.
-
-        Each is taken at the middle of its Wilson interval, so that a kind without an error still
-        counts as one that might have had some.
-        """
-        scores = [self.kinds[kind] for kind in kinds or self.headline_kinds()]
-        if not scores:
-            return (0.0, 1.0)
-        variance = 0.0
-        for score in scores:
-            low, high = score.interval()
-            middle = (low + high) / 2
-            variance += middle * (1 - middle) / (score.effective + Z95**2)
-        half = Z95 * math.sqrt(variance) / len(scores)
-        mean = self.mean(kinds)
-        return (max(mean - half, 0.0), min(mean + half, 1.0))
-
-
-def order_runs(scores: Iterable[RunScore]) -> list[RunScore]:
-    """As tables show them: by path, attention, share kept and policy."""
-    return sorted(
-        scores,
-        key=lambda score: (
-            PATHS.index(score.path),
-            ATTENTIONS.index(score.run.attention),
-            -score.run.keep_ratio,
-            POLICIES.index(score.run.policy),
-        ),
-    )

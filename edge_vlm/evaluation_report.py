@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edge_vlm.answer_log import AnswerLog
-from edge_vlm.evaluation import HEADLINE, KindScore, Run, RunScore, order_runs
+from edge_vlm.evaluation import KEEP_ALL, Run
+from edge_vlm.evaluation_score import HEADLINE, KindScore, RunScore, difference, order_runs
 from edge_vlm.judging import judge
 from edge_vlm.question_set import AskedQuestion
 
@@ -79,13 +80,35 @@ def to_record(scores: Sequence[RunScore]) -> list[dict[str, Any]]:
             "kept_percent": _percent(total.kept_share),
             "clips": total.clips,
             "questions": total.asked,
-            "mean_percent": _percent(total.mean()),
+            "mean_percent": _percent(total.mean),
             "mean_interval_95": [_percent(end) for end in total.mean_interval()],
             "mean_of": total.headline_kinds(),
+            **_differences(total, scores),
             "kinds": {kind: _kind(total.kinds[kind]) for kind in sorted(total.kinds)},
         }
         for total in scores
     ]
+
+
+def unpruned(total: RunScore, scores: Sequence[RunScore]) -> RunScore | None:
+    """The row with the same path and attention in which everything is kept."""
+    return _peer(total, scores, Run(KEEP_ALL, 1.0, total.run.attention))
+
+
+def _peer(total: RunScore, scores: Sequence[RunScore], run: Run) -> RunScore | None:
+    same = (other for other in scores if (other.path, other.run) == (total.path, run))
+    return next((other for other in same if other is not total), None)
+
+
+def _differences(total: RunScore, scores: Sequence[RunScore]) -> dict[str, list[float]]:
+    """In points, with half the 95 % interval of each."""
+    random = Run("random", total.run.keep_ratio, total.run.attention)
+    peers = {"keep_all": unpruned(total, scores), "random": _peer(total, scores, random)}
+    return {
+        f"points_over_{name}": [round(100 * value, 2) for value in difference(total, peer)]
+        for name, peer in peers.items()
+        if peer is not None
+    }
 
 
 def _kind(kind: KindScore) -> dict[str, Any]:
@@ -111,8 +134,8 @@ def table(scores: Sequence[RunScore], markdown: bool = False) -> str:
     kinds = kinds_of(scores)
     if not scores:
         return "nothing was answered"
-    head = ["path", "attention", "policy", "keep", "kept", "questions", "mean", *kinds]
-    rows = [_row(total, kinds) for total in scores]
+    head = ["path", "attention", "policy", "keep", "kept", "questions", "mean", "change", *kinds]
+    rows = [_row(total, scores, kinds) for total in scores]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def plain(cells: Sequence[str]) -> str:
@@ -130,14 +153,17 @@ def table(scores: Sequence[RunScore], markdown: bool = False) -> str:
     return "\n".join([line(head), *rule, *map(line, rows), "", *_notes(scores, kinds)])
 
 
-def _row(total: RunScore, kinds: Sequence[str]) -> list[str]:
+def _row(total: RunScore, scores: Sequence[RunScore], kinds: Sequence[str]) -> list[str]:
     low, high = total.mean_interval()
+    peer = unpruned(total, scores)
+    change, half = difference(total, peer) if peer else (0.0, 0.0)
     cells = [
         *(total.path, total.run.attention.value, total.run.policy),
         f"{total.run.keep_ratio:g}",
         f"{100 * total.kept_share:.1f}",
         str(total.asked),
-        f"{100 * total.mean():.1f} ({100 * low:.1f}-{100 * high:.1f})",
+        f"{100 * total.mean:.1f} ({100 * low:.1f}-{100 * high:.1f})",
+        f"{100 * change:+.1f} ±{100 * half:.1f}" if peer else "-",
     ]
     for kind in kinds:
         there = total.kinds.get(kind)
@@ -165,7 +191,8 @@ def _notes(scores: Sequence[RunScore], kinds: Sequence[str]) -> list[str]:
     ]
     notes = [
         f"percent right, mean over {', '.join(scores[0].headline_kinds())} with its 95 % interval;"
-        " keep: asked for, kept: of all cells of the clips.",
+        " keep: asked for, kept: of all cells of the clips; change: of the mean against keep_all"
+        " on the same questions.",
         f"questions of a kind in each row and its widest 95 % interval: {exact}.",
     ]
     return notes + ([f"F1 instead of the share right: {', '.join(parts)}."] if parts else [])

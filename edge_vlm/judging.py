@@ -9,7 +9,8 @@
 
 The last two have parts, so that an answer can be partly right: a verdict holds what was found, said
 and true, and the F1 score 2 found / (said + true) over many verdicts is their share. For words all
-three are one, and the share is that of right answers.
+three are one, and the share is that of right answers. Saying nothing where there is nothing to say
+is right, too.
 """
 
 from __future__ import annotations
@@ -41,15 +42,13 @@ class Verdict:
 
 def judge(question: AskedQuestion, text: str) -> Verdict:
     """What `text`, said to `question`, is worth."""
+    answers = (question.answer, *question.also)
     if question.boxes is not None:
         return _judge_points(question.boxes, points_of(text))
     if question.kind == CAPTION:
-        return max(
-            (_judge_facts(answer, text) for answer in (question.answer, *question.also)),
-            key=lambda verdict: verdict.found / max(verdict.said + verdict.true, 1),
-        )
-    wordings = {_plain(answer) for answer in (question.answer, *question.also)}
-    return Verdict(int(_plain(text) in wordings), 1, 1)
+        verdicts = [_judge_facts(answer, text) for answer in answers]
+        return max(verdicts, key=lambda verdict: verdict.found / (verdict.said + verdict.true))
+    return Verdict(int(_plain(text) in map(_plain, answers)), 1, 1)
 
 
 def points_of(text: str) -> list[tuple[float, float]]:
@@ -82,7 +81,7 @@ def _judge_points(boxes: tuple[Box, ...], points: list[tuple[float, float]]) -> 
         if hit is not None:
             free.remove(hit)
             found += 1
-    return Verdict(found, len(points), len(boxes))
+    return _verdict(found, len(points), len(boxes))
 
 
 def _inside(box: Box, x: float, y: float) -> bool:
@@ -92,7 +91,11 @@ def _inside(box: Box, x: float, y: float) -> bool:
 
 def _judge_facts(answer: str, text: str) -> Verdict:
     true, said = facts_of(answer), facts_of(text)
-    return Verdict((true & said).total(), said.total(), true.total())
+    return _verdict((true & said).total(), said.total(), true.total())
+
+
+def _verdict(found: int, said: int, true: int) -> Verdict:
+    return Verdict(found, said, true) if said or true else Verdict(1, 1, 1)
 
 
 def _plain(text: str) -> str:

@@ -2,15 +2,13 @@
 
     {"video": "clips/door.mp4", "question": "How many people are there?", "answer": "2"}
 
-| field | |
-| --- | --- |
-| `video` | path of a video file, from the JSONL file's folder |
-| `question` | text |
-| `answer` | the true answer, or a list of wordings of it |
-| `kind` | what the question counts under in the table (default `question`); `caption`: by facts |
-| `at_s` | asked when the video has been seen up to here (default: to its end) |
-| `boxes` | where the things are that are to be pointed to: lists of centre x, centre y, width and
-height in shares of the picture |
+- `video`: path of a video file, from the JSONL file's folder;
+- `question`: its text;
+- `answer`: the true answer, or a list of wordings of it;
+- `kind`: what it counts under in the table (default `question`); a `caption` is judged by facts;
+- `at_s`: asked when the video has been seen up to here (default: to its end);
+- `boxes`: where the things are that are to be pointed to, each centre x, centre y, width and height
+  in shares of the picture.
 
 Lines about the same video become one clip. Empty lines are skipped.
 """
