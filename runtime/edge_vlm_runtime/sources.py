@@ -1,4 +1,5 @@
-"""Where pictures come from: a video file, a webcam, an RTSP camera. PyAV is imported only here.
+"""Where pictures come from: a video file, a webcam, an RTSP camera, a GStreamer pipeline. PyAV is
+imported only here.
 
 A source gives pictures with times, already thinned to the wanted rate. Files give every due picture
 and then end; live sources give the newest picture there is, and never end by themselves.
@@ -24,6 +25,7 @@ from edge_vlm.errors import (
     VideoNotFound,
     VideoUnreadable,
 )
+from edge_vlm_runtime.gst_pipe import GstPipe, csi_pipeline
 
 try:
     import av
@@ -39,6 +41,8 @@ FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 10.0
 EPSILON_S = 1e-4
 CUT_OFF_TOLERANCE_S = 0.5
+CSI = re.compile(r"csi(?::(\d+))?")
+GST = "gst:"
 WEBCAM = re.compile(r"(?:webcam(?::(\d+))?|/dev/video(\d+))")
 CREDENTIALS = re.compile(r"(\w+://)\S*@")
 NOT_VIDEO_FORMATS = {"tty", "bin", "idf", "adf", "xbin"}
@@ -66,10 +70,17 @@ class Source(Protocol):
 
 
 def open_source(text: str, fps: float) -> Source:
-    """A file, `webcam`, `webcam:1`, `/dev/video1` or `rtsp://...`, at most `fps` pictures a second.
+    """A file, `webcam`, `webcam:1`, `/dev/video1`, `rtsp://...`, `csi`, `csi:1`, or `gst:` and a
+    GStreamer pipeline that ends in raw video, at most `fps` pictures a second.
 
     Raises VideoNotFound, VideoUnreadable; VideoEmpty only when the pictures are read.
     """
+    csi = CSI.fullmatch(text)
+    if csi is not None or text.startswith(GST):
+        pipeline = text[len(GST) :] if csi is None else csi_pipeline(int(csi.group(1) or 0))
+        return LiveSource(
+            text, fps, open_container=lambda url, name, **_: _GstContainer(pipeline, name, fps)
+        )
     webcam = WEBCAM.fullmatch(text)
     if webcam is not None:
         device = f"/dev/video{webcam.group(1) or webcam.group(2) or 0}"
@@ -259,6 +270,30 @@ class LiveSource:
                 self.reconnects += 1
                 log.warning("camera %s is back", self.name)
                 break
+
+
+class _GstContainer:
+    """A GStreamer pipeline in the place of a container."""
+
+    def __init__(self, pipeline: str, name: str, fps: float) -> None:
+        """Raises VideoNotFound, VideoUnreadable."""
+        self._pipe = GstPipe(pipeline, fps, READ_TIMEOUT_S)
+        try:
+            self._container = av.open(self._pipe, format="yuv4mpegpipe")
+        except (av.FFmpegError, OSError, ValueError) as error:
+            self._pipe.close()
+            why = mask_credentials(self._pipe.last_words() or _reason(error))
+            raise VideoUnreadable(f"the pipeline gives no picture ({why})", where=name) from error
+
+    def decode(self, video: int) -> Iterator[Any]:
+        """Raises OSError when the pipeline ends with an error."""
+        yield from self._container.decode(video=video)
+        if why := self._pipe.last_words():
+            raise OSError(why)
+
+    def close(self) -> None:
+        self._container.close()
+        self._pipe.close()
 
 
 def _open(
