@@ -85,12 +85,14 @@ def encode_reference(
     removed: float,
     *,
     previous_across_clips: bool = False,
+    refill_by_clip: bool = False,
     record: bool = True,
 ) -> ReferenceEncoding:
     """Encodes whole clips, end to end in `pixels`, dropping the share `removed` of each one.
 
     `previous_across_clips` scores a later clip's first frame against the last frame of the clip
-    before it, as the published code does by mistake. Without `record` only the hidden states that
+    before it, as the published code does by mistake. With `refill_by_clip` frames are refilled as
+    if each clip were alone in the pack, so that no clip changes another's. Without `record` only the hidden states that
     the scorer saw are kept. Raises ValueError if the frames do not add up or the model does not
     rescale its scores by row.
     """
@@ -116,7 +118,11 @@ def encode_reference(
 
     kept = keep_by_clip(scores, frames_per_clip, removed)
     context = kept.clone()
-    context[frames_alone(kept.sum(1).tolist(), kept.shape[1])] = True
+    start = 0
+    for frames in frames_per_clip if refill_by_clip else [len(kept)]:
+        counts = kept[start : start + frames].sum(1).tolist()
+        context[start : start + frames][frames_alone(counts, kept.shape[1])] = True
+        start += frames
     features, later = _trunk(model, x, kept, context, record)
     if not record:
         del hidden[prune_at + 1]

@@ -11,36 +11,78 @@ from edge_vlm.errors import ConfigError
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", nargs="?", default="demo_cpu", help="demo_cpu (default), demo_longer or smoke"
+        "recipe",
+        nargs="?",
+        default="demo_cpu",
+        help="by the clock: demo_cpu (default), demo_longer, smoke; by steps: stts_demo_cpu, "
+        "stts_demo_gpu, stts_smoke, molmo2_4b_stts_50, molmo2_4b_stts_30, molmo2_4b_stream",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last state")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="change a field of the recipe; may be given several times",
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
 
 
 def _train(args: argparse.Namespace) -> int:
     import torch
 
+    from edge_vlm_training.finetune.recipe import STEP_RECIPES
+    from edge_vlm_training.recipes import RECIPES
+
+    if args.recipe not in {**RECIPES, **STEP_RECIPES}:
+        raise ConfigError(
+            f"unknown recipe {args.recipe!r}",
+            remedy=f"choose one of {', '.join([*RECIPES, *STEP_RECIPES])}",
+        )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.recipe in RECIPES:
+        return _train_by_clock(args)
+    return _train_by_steps(args)
+
+
+def _train_by_clock(args: argparse.Namespace) -> int:
+    from edge_vlm_training.finetune.overrides import override
     from edge_vlm_training.recipes import RECIPES
     from edge_vlm_training.trainer import STATE, Trainer
 
-    if args.recipe not in RECIPES:
-        raise ConfigError(
-            f"unknown recipe {args.recipe!r}", remedy=f"choose one of {', '.join(RECIPES)}"
-        )
     if (args.out / STATE).exists() and not args.resume:
         raise ConfigError(
             "the folder holds a run already",
             where=args.out,
             remedy="add --resume to go on with it, or name another folder",
         )
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    trainer = Trainer(RECIPES[args.recipe](), args.out, init=args.init)
+    recipe = override(RECIPES[args.recipe](), args.settings)
+    trainer = Trainer(recipe, args.out, init=args.init)
     if args.resume:
         trainer.resume()
     print(f"checkpoint: {trainer.run()}")
+    return 0
+
+
+def _train_by_steps(args: argparse.Namespace) -> int:
+    from edge_vlm_training.finetune.distributed import join_world
+    from edge_vlm_training.finetune.overrides import override
+    from edge_vlm_training.finetune.progress import terminal
+    from edge_vlm_training.finetune.recipe import STEP_RECIPES
+    from edge_vlm_training.finetune.start import stored_recipe, train
+
+    name = args.recipe
+    recipe = stored_recipe(args.out, name) if args.resume else STEP_RECIPES[name]()
+    settings = [*args.settings, *([f"init={args.init}"] if args.init else [])]
+    recipe = override(recipe, settings)
+    with join_world(recipe.device) as world:
+        checkpoint = train(recipe, args.out, world, resume=args.resume, console=terminal())
+        if world.leads:
+            print(f"checkpoint: {checkpoint}")
     return 0
 
 
@@ -121,7 +163,7 @@ def _per_clip(args: argparse.Namespace) -> int:
 
 train = Command(
     name="train",
-    help="train a model on the rendered world",
+    help="train a model by a recipe, in one process or many",
     add_arguments=_train_arguments,
     run=_train,
 )

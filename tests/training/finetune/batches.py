@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from edge_vlm.config import ModelConfig, VisionConfig
-from edge_vlm.errors import CheckpointError
 from edge_vlm_training.data.batch import (
     IGNORED,
     NOWHERE,
@@ -51,8 +50,10 @@ def make_batch(
                     number = f * vision.num_cells + cell
                     line.append(_token(PATCH, clip, frame=f, vision=1, cell=number))
                 line.append(_token(END, clip, frame=f, vision=1))
-            for _ in range(branches):
-                seen = frame + int(torch.randint(frames, (), generator=generator))
+            for number in range(branches):
+                # The first sees the whole clip, the others a part of it.
+                drawn = int(torch.randint(frames, (), generator=generator))
+                seen = frame + (drawn if number else frames - 1)
                 question, answer = words(4), words(3)
                 ids = [*question, *answer]
                 for offset, token in enumerate(ids[:-1]):
@@ -99,18 +100,16 @@ class HandStream:
     """Batches by number; process `rank` of `size` takes every size-th one."""
 
     def __init__(self, cfg: ModelConfig, rank: int = 0, size: int = 1) -> None:
-        self._cfg, self._next, self._stride = cfg, rank, size
+        self._cfg, self._rank, self._size, self._batches = cfg, rank, size, 0
 
     def __iter__(self) -> Iterator[PackedBatch]:
         while True:
-            number = self._next
-            self._next += self._stride
+            number = self._batches * self._size + self._rank
+            self._batches += 1
             yield make_batch(self._cfg.vision, SHAPES[number % len(SHAPES)], number)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"next": self._next}
+        return {"batches": self._batches, "lanes": {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "next" not in state:
-            raise CheckpointError("the state of another stream")
-        self._next = state["next"]
+        self._batches = state["batches"]

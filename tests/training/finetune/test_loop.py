@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from edge_vlm.errors import ConfigError, NonFinite
+from edge_vlm_training.data.batch import PackedBatch
 from edge_vlm_training.finetune import checkpoints
 from edge_vlm_training.finetune.distributed import World
 from tests.training.finetune.runs import RECIPE, go, make_run, reports
@@ -66,17 +67,19 @@ def test_every_part_learns_and_reports_say_so(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_a_loss_that_is_no_number_stops_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_and_leaves_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path)
     update = run._update
 
-    def break_weights(batches: list) -> object:  # type: ignore[type-arg]
+    def break_weights(batches: list[PackedBatch]) -> object:
         if run.step == 2:
             with torch.no_grad():
                 run.model.llm.norm.weight.fill_(math.nan)
         return update(batches)
 
-    run._update = break_weights  # type: ignore[method-assign]
+    monkeypatch.setattr(run, "_update", break_weights)
     with pytest.raises(NonFinite, match=r"loss of step 3 is nan .*clip 4"):
         go(run)
     again = make_run(tmp_path)

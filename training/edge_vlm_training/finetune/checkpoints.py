@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
 from edge_vlm.model.checkpoint import save_checkpoint
+from edge_vlm_training.data.stream import merge_states
 from edge_vlm_training.finetune.distributed import World, whole
 from edge_vlm_training.finetune.update import Updater
 
@@ -51,7 +52,7 @@ class Progressed:
     seconds: float
     """Of training, over all its processes' starts."""
     stream: dict[str, Any]
-    """State of this process's data."""
+    """State of the data: when saving that of this process, when loaded that of all."""
 
 
 def latest(folder: Path) -> Path | None:
@@ -116,17 +117,13 @@ def save(
 def load(path: Path, world: World, weights: dict[str, Tensor], updater: Updater) -> Progressed:
     """Fills weights and moments in place, sets the random numbers, and says how far the run was.
 
+    The number of processes may differ from that which wrote it; dropout then draws other numbers.
+
     Raises WeightNamesError listing what the checkpoint lacks, holds beyond the model or has in
-    another shape; CheckpointError if it cannot be read or was made by another number of processes.
+    another shape; CheckpointError if it cannot be read.
     """
     run = _read_json(path / RUN)
-    if run["processes"] != world.size:
-        raise CheckpointError(
-            f"the checkpoint is that of {run['processes']} processes, not of {world.size}",
-            where=path,
-            remedy=f"resume with --nproc-per-node so that there are {run['processes']}",
-        )
-    own = _read_json(path / _process_file(world.rank))
+    states = [_read_json(path / _process_file(rank)) for rank in range(run["processes"])]
     tensors = _tensors(weights, updater, run["step"])
     _check_names(path, tensors)
     try:
@@ -138,8 +135,10 @@ def load(path: Path, world: World, weights: dict[str, Tensor], updater: Updater)
             where=path,
             remedy=f"remove it to resume from the one before in {path.parent}",
         ) from error
-    _set_random_state(own["random"], world)
-    return Progressed(run["step"], run["seconds"], own["stream"])
+    if run["processes"] == world.size:
+        _set_random_state(states[world.rank]["random"], world)
+    stream = merge_states([state["stream"] for state in states])
+    return Progressed(run["step"], run["seconds"], stream)
 
 
 def save_whole(

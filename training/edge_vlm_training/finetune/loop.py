@@ -85,7 +85,8 @@ class Run:
             raise CheckpointError("nothing to resume", where=self.folder)
         found = checkpoints.load(path, self.world, self.weights(), self.updater)
         self.step, self.seconds = found.step, found.seconds
-        self.stream.load_state_dict(found.stream)
+        # Batches are counted in this run's size, whatever number of processes went before.
+        self.stream.load_state_dict({**found.stream, "batches": self.step * self.accumulated})
 
     def save(self) -> Path:
         """Every process has to call this."""
@@ -112,7 +113,9 @@ class Run:
                 started = time.monotonic()
                 mine = [next(batches).to(self.world.device) for _ in range(self.accumulated)]
                 if recipe.sample_every and self.step % recipe.sample_every == 0:
+                    paused = time.monotonic()
                     self._sample(mine[0], reporter)
+                    started += time.monotonic() - paused
                 sums, parts = self._update(mine)
                 self.step += 1
                 took = time.monotonic() - started

@@ -79,6 +79,7 @@ def _activations(
     tokens = recipe.device_batch * recipe.sequence_length
     per_frame = kept * vision.num_cells + _TEXT_PER_FRAME
     frames = max(1.0, (1 - _TEXT_SHARE) * tokens / per_frame)
+    frames = min(frames, recipe.device_batch * recipe.row_frames)
     residual = 4 if processes == 1 else width  # autocast leaves the residual stream in float32
 
     stem_blocks = 0 if cfg.scorer is None else cfg.scorer.prune_at + 2

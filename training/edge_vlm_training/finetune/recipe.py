@@ -13,6 +13,8 @@ ModelName = Literal["demo", "tiny", "molmo2_4b", "molmo2_8b", "molmo2_o_7b"]
 Precision = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 
+WORLD = "world"
+"""The source of rendered clips."""
 PARTS = ("llm", "vit", "connector", "scorer")
 """Parts of the model with a learning rate of their own, by the first word of a weight's name."""
 
@@ -35,10 +37,21 @@ class StepRecipe:
     """Checkpoint folder to start from, ours or a published one; without it weights are random."""
     tokenizer: Path | None = None
     """tokenizer.json; by default that of `init`, or for the demo model the rendered world's."""
-    data: str = "world"
-    """`world` (rendered clips), or the path of a JSONL file, a folder or a mixture."""
+    data: tuple[str, ...] = (WORLD,)
+    """`world` (rendered clips) or the paths of JSONL files or folders of records, each with
+    `@WEIGHT` behind it if they are several in other than equal parts."""
     max_frames: int = 64
+    """Of a clip."""
+    row_frames: int = 128
+    """Of a packed row."""
     fps: float = 2.0
+    token_weight: float = 4.0
+    """An answer of n tokens weighs this times sqrt(n); captions 0.1, points 0.2 a token."""
+    world_questions: int = 8
+    """About each rendered clip."""
+    skip_bad: bool = False
+    """Leave records out that cannot be read, instead of stopping."""
+    decode_threads: int = 0
     frame_markers: bool = False
     """Frames stand between `<frame_start>` and `<frame_end>` instead of the image markers."""
 
@@ -94,16 +107,26 @@ class StepRecipe:
         for field in ("init", "tokenizer"):
             value = getattr(self, field)
             object.__setattr__(self, field, None if value is None else Path(value))
-        for field in ("removed", "betas"):
+        for field in ("removed", "betas", "data"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in (
             *("steps", "batch", "device_batch", "sequence_length", "max_frames", "fps", "eps"),
-            *("clip_norm", "log_every", "save_every", "keep_last", "sample_tokens"),
+            *(
+                "clip_norm",
+                "token_weight",
+                "world_questions",
+                "row_frames",
+                "log_every",
+                "save_every",
+                "keep_last",
+                "sample_tokens",
+            ),
         ):
             self._check(field, getattr(self, field) > 0, "must be positive")
         for field in (
             *("warmup_steps", "lr_llm", "lr_vit", "lr_connector", "lr_scorer", "weight_decay"),
             *("z_loss", "aux_weight", "sample_every", "min_cells", "memory_gib", "peak_tflops"),
+            "decode_threads",
         ):
             self._check(field, getattr(self, field) >= 0, "must not be negative")
         for field in ("final_rate", "residual_dropout"):
@@ -113,9 +136,8 @@ class StepRecipe:
         self._check("removed", all(0 <= s < 1 for s in shares), "shares must lie in [0, 1)")
         self._check("betas", len(self.betas) == 2, "needs two numbers")
         self._check("betas", all(0 <= b < 1 for b in self.betas), "must lie in [0, 1)")
-        self._check(
-            "batch", self.batch % self.device_batch == 0, "must be a multiple of device_batch"
-        )
+        fits = self.batch % self.device_batch == 0
+        self._check("batch", fits, f"must be a multiple of device_batch = {self.device_batch}")
 
     def _check(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -150,6 +172,7 @@ OPERATIONAL = frozenset(
     {
         *("log_every", "save_every", "keep_last", "sample_every", "sample_tokens"),
         *("memory_gib", "peak_tflops", "activation_checkpointing"),
+        *("skip_bad", "decode_threads", "device_batch"),
     }
 )
 """Fields that a resumed run may change: they do not change what it learns."""

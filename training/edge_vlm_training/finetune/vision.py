@@ -54,7 +54,8 @@ def see_clips(
 ) -> SeenClips:
     """Scores, prunes each clip by its own budget and encodes, as `encode_clips` does.
 
-    A scorer with `Rescale.ROW` trains as published (target not detached). A model without a scorer
+    A scorer with `Rescale.ROW` trains as published (target not detached), each clip as if it were
+    alone in its pack. A model without a scorer
     keeps every cell and has no similarity loss. `dtype` is that of the products.
     """
     scorer = model.scorer
@@ -63,7 +64,9 @@ def see_clips(
         return SeenClips(run.features_GE, run.kept_FC, pixels_FNP.new_zeros((), dtype=torch.float))
     is_first = first_frames(frames_per_clip, pixels_FNP.device)
     if scorer.cfg.rescale is Rescale.ROW:
-        published = encode_reference(model, pixels_FNP, frames_per_clip, removed, record=False)
+        published = encode_reference(
+            model, pixels_FNP, frames_per_clip, removed, refill_by_clip=True, record=False
+        )
         cells = model.vit.cells(published.hidden_FND[scorer.cfg.prune_at])
         errors = similarity_errors(published.scores_FC, cells, is_first, detach_target=False)
         return SeenClips(published.features_GE, published.kept_FC, errors.sum())
