@@ -12,13 +12,14 @@ from edge_vlm.model.clips import encode_clips
 from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.prompt import PLAIN, RELEASED, PromptFormat, PromptStyle
 from edge_vlm_training.data.assemble import CellBudget, assemble
 from edge_vlm_training.data.batch import IGNORED, PackedBatch
 from edge_vlm_training.data.masks import additive_mask
 from edge_vlm_training.data.sample import Sample
 from edge_vlm_training.data.trees import TokenWeights, TreeBuilder
 from edge_vlm_training.step import to_pixel_values
-from tests.training.data.trees import clip, config, model, prompt
+from tests.training.data.trees import PUBLISHED, clip, config, model, prompt
 
 WEIGHTS = TokenWeights()
 
@@ -50,9 +51,11 @@ def branch_losses(lm: VideoLM, batch: PackedBatch) -> torch.Tensor:
     return out.index_add(0, tokens.branch_RS.flatten()[trained], weighted)
 
 
-def losses_alone(lm: VideoLM, sample: Sample, removed: float, min_cells: int) -> list[float]:
+def losses_alone(
+    lm: VideoLM, fmt: PromptFormat, sample: Sample, removed: float, min_cells: int
+) -> list[float]:
     """The same, each annotation in a sequence of its own, written out from the prompt's pieces."""
-    cfg, fmt = lm.cfg, prompt()
+    cfg = lm.cfg
     pixels = to_pixel_values(
         torch.from_numpy(sample.load(cfg.vision.image_size)), cfg.vision, torch.float32
     )
@@ -93,30 +96,34 @@ def losses_alone(lm: VideoLM, sample: Sample, removed: float, min_cells: int) ->
 
 @pytest.mark.parametrize("removed, min_cells", [(0.0, 0), (0.5, 2), (0.8, 0)])
 @pytest.mark.parametrize(
-    "attention, rescale",
+    "attention, rescale, style",
     [
-        (VisionAttention.FRAME, Rescale.ABSOLUTE),
-        (VisionAttention.ALL, Rescale.FRAME),
-        (VisionAttention.ALL, Rescale.ROW),
+        (VisionAttention.FRAME, Rescale.ABSOLUTE, PLAIN),
+        (VisionAttention.ALL, Rescale.FRAME, RELEASED),
+        (VisionAttention.ALL, Rescale.ROW, PUBLISHED),
     ],
 )
 @torch.no_grad()
 def test_pack_equals_every_sample_alone(
-    attention: VisionAttention, rescale: Rescale, removed: float, min_cells: int
+    attention: VisionAttention,
+    rescale: Rescale,
+    style: PromptStyle,
+    removed: float,
+    min_cells: int,
 ) -> None:
     cfg = config(attention, rescale)
-    lm = model(cfg)
+    lm, fmt = model(cfg), prompt(style)
     at_end = attention is VisionAttention.ALL
     samples = [
         clip(str(i), frames, branches, at_end=at_end)
         for i, (frames, branches) in enumerate([(4, 3), (1, 1), (3, 4), (6, 2)])
     ]
-    trees = [TreeBuilder(prompt(), attention).build(sample) for sample in samples]
+    trees = [TreeBuilder(fmt, attention).build(sample) for sample in samples]
     budget = CellBudget(cfg=cfg, removed=removed, min_cells=min_cells)
     rows = [trees[:3], trees[3:]]
     pictures = [tree.load(cfg.vision.image_size) for tree in trees]
-    packed = branch_losses(lm, assemble(rows, pictures, prompt(), WEIGHTS, budget))
-    alone = [loss for s in samples for loss in losses_alone(lm, s, removed, min_cells)]
+    packed = branch_losses(lm, assemble(rows, pictures, fmt, WEIGHTS, budget))
+    alone = [loss for s in samples for loss in losses_alone(lm, fmt, s, removed, min_cells)]
     assert min(alone) > 0
     torch.testing.assert_close(packed, torch.tensor(alone), atol=1e-5, rtol=1e-5)
 

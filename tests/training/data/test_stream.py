@@ -17,6 +17,7 @@ from edge_vlm_training.data.mixture import Mixture, Share
 from edge_vlm_training.data.prefetch import Prefetch
 from edge_vlm_training.data.sample import Pictures, Sample
 from edge_vlm_training.data.stream import PackedStream, PackingConfig, merge_states
+from edge_vlm_training.data.trees import TreeBuilder
 from tests.training.data.trees import SMALL, Clips, clip, config, mixture, prompt
 
 MIXED = dataclasses.replace(SMALL, removed=(0.0, 0.5, 0.8), min_cells=(0, 2))
@@ -216,6 +217,14 @@ def test_a_question_in_mid_clip_is_refused_where_frames_see_later_ones() -> None
     asks = PackedStream(mixture(at_end=False), prompt(), cfg, SMALL)
     with pytest.raises(DataError, match="would see later frames"):
         take(asks, 1)
+
+
+def test_a_word_that_the_vocabulary_lacks_is_not_learned_as_unknown() -> None:
+    sample = clip("x", 1, 1)
+    odd = dataclasses.replace(sample.branches[0], answer="a zebra")
+    builder = TreeBuilder(prompt(), VisionAttention.FRAME)
+    with pytest.raises(DataError, match=r"lacks in .*'a zebra' \(x\)"):
+        builder.build(dataclasses.replace(sample, branches=(odd,)))
 
 
 def test_another_streams_state_is_refused() -> None:

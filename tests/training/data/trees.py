@@ -8,11 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.prompt import PromptFormat
+from edge_vlm.prompt import OWN_FRAME_END, OWN_FRAME_START, PLAIN, PromptFormat, PromptStyle
 from edge_vlm.tokenizer import Tokenizer
 from edge_vlm_training.data.mixture import Mixture, Share
 from edge_vlm_training.data.sample import LAST, Branch, Pictures, Sample
@@ -24,12 +25,18 @@ ANSWERS = ("cat", "it is red", "there are two of them", "a cat and a red ball st
 SMALL = PackingConfig(max_tokens=260, max_frames=12, window=6, max_branches=4)
 
 
-@lru_cache(maxsize=1)
-def prompt() -> PromptFormat:
+PUBLISHED = PromptStyle(own_frame_markers=True, space_before_answers=True)
+"""As the published STTS training writes its prompts."""
+
+
+@lru_cache(maxsize=4)
+def prompt(style: PromptStyle = PLAIN) -> PromptFormat:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         build_tokenizer([*QUESTIONS, *ANSWERS], path)
-        return PromptFormat(Tokenizer.from_file(path))
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.add_special_tokens([OWN_FRAME_START, OWN_FRAME_END])
+        return PromptFormat(Tokenizer(backend), style)
 
 
 def config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ from edge_vlm.config import VisionAttention
 from edge_vlm.errors import DataError, RecordTooLong
 from edge_vlm.prompt import Ids, PromptFormat
 from edge_vlm_training.data.sample import LAST, Pictures, Sample
+from edge_vlm_training.vocabulary import UNKNOWN
 
 PAPER_SCALE = 4.0
 """Of `TokenWeights`; the published code has 2."""
@@ -83,12 +85,16 @@ class TreeBuilder:
 
     def __init__(self, prompt: PromptFormat, attention: VisionAttention) -> None:
         self.prompt, self.attention = prompt, attention
+        self._unknown: int | None = None
+        with contextlib.suppress(KeyError):  # byte-level vocabularies know every text
+            self._unknown = prompt.tokenizer.id_of(UNKNOWN)
         self._stamp = functools.lru_cache(10_000)(
             lambda pts_s, first: prompt.frame_ids(pts_s, 0, first)
         )
 
     def build(self, sample: Sample) -> Tree:
-        """Raises DataError for a branch in mid-clip if vision tokens see later frames."""
+        """Raises DataError for a word that the vocabulary lacks, and for a branch in mid-clip if
+        vision tokens see later frames."""
         stamps = (self._stamp(round(float(t), 1), i == 0) for i, t in enumerate(sample.times_s))
         last = len(sample.times_s) - 1
         branches = []
@@ -104,6 +110,12 @@ class TreeBuilder:
             turns = [self.prompt.turn_ids(*turn) for turn in branch.history]
             text = np.concatenate([*turns, self.prompt.question_ids(branch.question)])
             answer = self.prompt.answer_ids(branch.answer)
+            if self._unknown in text or self._unknown in answer:
+                raise DataError(
+                    f"a word that the vocabulary lacks in {branch.question!r} or {branch.answer!r}",
+                    where=sample.name,
+                    remedy="train with a tokenizer made for these texts, or a published one",
+                )
             branches.append(BranchTokens(branch.kind, frame, text, answer))
         return Tree(
             name=sample.name,
