@@ -60,6 +60,15 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-ratio", type=float, metavar="R", help="share of cells kept, (0, 1]")
+    parser.add_argument(
+        "--tokens-per-second",
+        type=_positive_float,
+        metavar="N",
+        help="vision tokens per second of video instead of a share",
+    )
+    parser.add_argument(
+        "--attention", help="how the video is remembered: frame, exact or last_n (the model's own)"
+    )
     parser.add_argument("--policy", help="how cells are chosen, see docs/pruning.md")
     parser.add_argument("--fps", type=_positive_float, help="pictures a second (default: model's)")
     parser.add_argument("--max-answer-tokens", type=_positive_int, metavar="N")
@@ -122,7 +131,7 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         required=True,
         metavar="SOURCE",
-        help="a video file, webcam, webcam:1 or rtsp://...",
+        help="a video file, webcam, webcam:1, rtsp://..., csi or gst:PIPELINE",
     )
     parser.add_argument(
         "--ask",
@@ -278,6 +287,8 @@ def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Itera
 def _settings_of(args: argparse.Namespace) -> dict[str, Any]:
     fields = {
         "keep_ratio": args.keep_ratio,
+        "vision_tokens_per_s": args.tokens_per_second,
+        "attention": args.attention,
         "policy": args.policy,
         "fps_cap": args.fps,
         "max_answer_tokens": args.max_answer_tokens,

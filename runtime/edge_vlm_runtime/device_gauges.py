@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,18 @@ class Gpus:
             with suppress(OSError):
                 values[str(number)] = read(handle)
         return values
+
+
+WHOLE_BOARD_RAILS = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0")
+"""Rails of the Jetson modules that feed all others."""
+
+
+def total_watts(rails: Mapping[str, float], gpus: Mapping[str, float]) -> float | None:
+    """What the whole board draws, else its GPUs; None when neither is known."""
+    for name in WHOLE_BOARD_RAILS:
+        if name in rails:
+            return rails[name]
+    return sum(gpus.values()) if gpus else None
 
 
 def open_gpus() -> Gpus | None:

@@ -404,6 +404,12 @@ class SessionStats(ServerEvent, tag="session.stats"):
     questions_waiting: int
     ttft_s: float | None
     """Of the last answer."""
+    tokens_per_s: float | None = None
+    """Of the last answer."""
+    memory_bytes: int | None = None
+    """Resident memory of the server's process."""
+    power_watts: float | None = None
+    """What the machine draws, or its GPUs do, where it tells."""
 
 
 class SessionGoAway(ServerEvent, tag="session.go_away"):

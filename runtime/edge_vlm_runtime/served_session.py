@@ -282,6 +282,8 @@ class SessionTable:
 
     def _notify(self, session_id: str, event: protocol.ServerEvent) -> None:
         self.metrics.event(session_id, event)
+        if isinstance(event, protocol.SessionStats):
+            self.metrics.complete(event)
         if self._on_event is not None:
             self._on_event(session_id, event)
 

@@ -12,7 +12,7 @@ import edge_vlm
 from edge_vlm.metrics import Counter, Gauge, Histogram, Metric, render
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.alert_messages import AlertCleared, AlertTriggered
-from edge_vlm_runtime.device_gauges import open_gpus, rail_watts, resident_bytes
+from edge_vlm_runtime.device_gauges import open_gpus, rail_watts, resident_bytes, total_watts
 
 PREFIX = "edge_vlm_"
 Read = Callable[[], float | Mapping[str, float] | None]
@@ -67,7 +67,7 @@ class ServerMetrics:
             "session_resumes_total", "Connections that went on with a session."
         )
         self._gauge("sessions_active", "Sessions, absent viewers' included.", num_sessions)
-        gpus = open_gpus()
+        self._gpus = gpus = open_gpus()
         if gpus is not None:
             self._gauge("gpu_power_watts", "Power a GPU draws.", gpus.watts, "gpu")
             self._gauge("gpu_memory_used_bytes", "Memory of a GPU in use.", gpus.used_bytes, "gpu")
@@ -91,6 +91,12 @@ class ServerMetrics:
 
     def render(self) -> str:
         return render(self._metrics)
+
+    def complete(self, event: protocol.SessionStats) -> None:
+        """Adds what the machine tells, which no session knows."""
+        event.memory_bytes = resident_bytes()
+        gpu_watts = {} if self._gpus is None else self._gpus.watts()
+        event.power_watts = total_watts(rail_watts(), gpu_watts)
 
     def event(self, session_id: str, event: protocol.ServerEvent) -> None:
         """Counts what a session said."""

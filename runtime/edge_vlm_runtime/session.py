@@ -369,7 +369,7 @@ class Session:
             decoding_s = (now_ns - answer.first_delta_ns) * 1e-9
             if answer.output_tokens > 1 and decoding_s > 0:
                 tokens_per_s = (answer.output_tokens - 1) / decoding_s
-        self._tally.last_ttft_s = ttft_s
+        self._tally.last_ttft_s, self._tally.last_tokens_per_s = ttft_s, tokens_per_s
         self._emit(
             protocol.ResponseDone(
                 response_id=answer.response_id,

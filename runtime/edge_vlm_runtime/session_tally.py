@@ -16,6 +16,7 @@ class SessionTally:
         self._cells_kept = 0
         self._before = (now_ns, 0, 0)
         self.last_ttft_s: float | None = None
+        self.last_tokens_per_s: float | None = None
 
     def frame(self, cells_seen: int, cells_kept: int) -> None:
         """A frame was encoded."""
@@ -39,5 +40,6 @@ class SessionTally:
             cells_seen=self._cells_seen,
             cells_kept=self._cells_kept,
             ttft_s=self.last_ttft_s,
+            tokens_per_s=self.last_tokens_per_s,
             **gauges,
         )

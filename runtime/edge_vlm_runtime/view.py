@@ -6,7 +6,6 @@ Rich is imported only here.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TextIO
@@ -15,6 +14,7 @@ from edge_vlm.errors import EdgeVlmError, MissingExtraError
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.alert_messages import AlertCleared, AlertTriggered
 from edge_vlm_runtime.client import Answer
+from edge_vlm_runtime.live_gauges import LiveGauges
 from edge_vlm_runtime.sources import Picture
 from edge_vlm_runtime.streaming import Observer, Outcome, PlannedQuestion
 
@@ -27,8 +27,6 @@ try:
 except ImportError as error:
     raise MissingExtraError.for_library("rich", "ort") from error
 
-HISTORY = 12
-"""Frames over which the live view averages its rates."""
 MAX_ANSWERS = 8
 MAX_ALERTS = 8
 KEPT, DROPPED = "█", "·"
@@ -154,13 +152,7 @@ class LiveView(PlainView):
     def __init__(self, grid: int, title: str) -> None:
         super().__init__(grid)
         self._title = title
-        self._accepted: list[protocol.FrameAccepted] = []
-        self._sent: list[float] = []
-        self._num_sent = 0
-        self._num_accepted = 0
-        self._dropped: Counter[str] = Counter()
-        self._stats: protocol.SessionStats | None = None
-        self._last_ttft_s: float | None = None
+        self._gauges = LiveGauges()
         self._answers: dict[PlannedQuestion, str] = {}
         self._alerts: list[str] = []
         # Last, because it draws at once.
@@ -179,18 +171,11 @@ class LiveView(PlainView):
         self._live.stop()
 
     def sent(self, sequence: int, picture: Picture) -> None:
-        self._num_sent += 1
-        self._sent = [*self._sent, picture.time_s][-HISTORY:]
+        self._gauges.sent()
 
     def event(self, event: protocol.ServerEvent) -> None:
-        if isinstance(event, protocol.FrameAccepted):
-            self._num_accepted += 1
-            self._accepted = [*self._accepted, event][-HISTORY:]
-        elif isinstance(event, protocol.FrameDropped):
-            self._dropped[event.reason] += 1
-        elif isinstance(event, protocol.SessionStats):
-            self._stats = event
-        elif isinstance(event, (AlertTriggered, AlertCleared)):
+        self._gauges.event(event)
+        if isinstance(event, (AlertTriggered, AlertCleared)):
             self._alerts = [*self._alerts, alert_line(event)][-MAX_ALERTS:]
 
     def asked(self, question: PlannedQuestion, after_s: float) -> None:
@@ -203,13 +188,11 @@ class LiveView(PlainView):
             self._answers[question] += text
 
     def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
-        if isinstance(result, Answer):
-            self._last_ttft_s = result.ttft_s
         self._answers[question] = answer_line(result)
 
     def _render(self) -> Panel:
         gauges = Table.grid(padding=(0, 2))
-        for name, value in self._gauges():
+        for name, value in self._gauges.rows():
             gauges.add_row(Text(name, style="dim"), value)
         parts = Table.grid(padding=(0, 4))
         parts.add_row(gauges, self._heat_map())
@@ -221,38 +204,15 @@ class LiveView(PlainView):
             dialogue.add_row(Text("!", style="bold"), Text(text.removeprefix("! ")))
         return Panel(Group(parts, Text(), dialogue), title=self._title, title_align="left")
 
-    def _gauges(self) -> list[tuple[str, str]]:
-        last = self._accepted[-1] if self._accepted else None
-        seen = sum(event.cells_seen for event in self._accepted)
-        kept = sum(event.cells_kept for event in self._accepted)
-        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(self._dropped.items()))
-        ttft = "-" if self._last_ttft_s is None else f"{self._last_ttft_s * 1e3:.0f} ms"
-        stats = self._stats
-        capacity = "" if stats is None else f" / {stats.kv_capacity_tokens}"
-        return [
-            ("fps in", f"{_rate(self._sent):.1f}"),
-            ("processed", f"{self._num_accepted} of {self._num_sent}"),
-            ("dropped", dropped or "none"),
-            ("cells kept", f"{kept / seen:.0%} of the last {len(self._accepted)}" if seen else "-"),
-            ("frame age", "-" if last is None else f"{last.age_ms:.0f} ms"),
-            ("cache", "-" if last is None else f"{last.kv_tokens}{capacity} tokens"),
-            ("TTFT", ttft),
-        ]
-
     def _heat_map(self) -> Text:
-        if not self._accepted:
+        last = self._gauges.newest
+        if last is None:
             return Text("no frame yet", style="dim")
-        last = self._accepted[-1]
         rows = "\n".join(heat_rows(last.kept_cells, self._grid))
         return Text(
             f"frame {last.frame_sequence}, t={last.time_s:.1f} s, "
             f"kept {last.cells_kept}/{last.cells_seen}\n{rows}"
         )
-
-
-def _rate(times_s: list[float]) -> float:
-    span = times_s[-1] - times_s[0] if times_s else 0.0
-    return (len(times_s) - 1) / span if span > 0 else 0.0
 
 
 def make_view(grid: int, title: str) -> PlainView:

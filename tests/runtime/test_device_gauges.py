@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edge_vlm_runtime.device_gauges import Gpus, rail_watts, resident_bytes
+from edge_vlm_runtime.device_gauges import Gpus, rail_watts, resident_bytes, total_watts
 
 
 def test_memory_of_this_process(tmp_path: Path) -> None:
@@ -83,3 +83,10 @@ def test_a_driver_that_does_not_answer() -> None:
         Gpus(Silent())
     with pytest.raises(OSError, match="not there"):
         Gpus(object())
+
+
+def test_power_of_the_whole_board_or_of_the_gpus() -> None:
+    rails = {"VDD_CPU_GPU_CV": 2.5, "VDD_IN": 9.5, "VDD_SOC": 1.5}
+    assert total_watts(rails, {"0": 55.0}) == 9.5
+    assert total_watts({"VDD_SOC": 1.5}, {"0": 55.0, "1": 20.0}) == 75.0
+    assert total_watts({"VDD_SOC": 1.5}, {}) is None
