@@ -71,7 +71,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path)
-    update = run._update
+    update = run.update
 
     def break_weights(batches: list[PackedBatch]) -> object:
         if run.step == 2:
@@ -79,7 +79,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_checkpoint(
                 run.model.llm.norm.weight.fill_(math.nan)
         return update(batches)
 
-    monkeypatch.setattr(run, "_update", break_weights)
+    monkeypatch.setattr(run, "update", break_weights)
     with pytest.raises(NonFinite, match=r"loss of step 3 is nan .*clip 4"):
         go(run)
     again = make_run(tmp_path)

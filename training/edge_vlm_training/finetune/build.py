@@ -61,7 +61,10 @@ def model_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
         cfg = read_config(recipe.init)
     scorer = cfg.scorer or stts_scorer(cfg, cfg.vision.mlp_width)
     scorer = dataclasses.replace(scorer, rescale=recipe.rescale)
-    return dataclasses.replace(cfg, scorer=scorer, attention=recipe.attention)
+    try:
+        return dataclasses.replace(cfg, scorer=scorer, attention=recipe.attention)
+    except ValueError as error:
+        raise ConfigError(f"no room for the scorer: {error}", where=recipe.init) from error
 
 
 def _named_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:

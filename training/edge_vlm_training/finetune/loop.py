@@ -116,7 +116,7 @@ class Run:
                     paused = time.monotonic()
                     self._sample(mine[0], reporter)
                     started += time.monotonic() - paused
-                sums, parts = self._update(mine)
+                sums, parts = self.update(mine)
                 self.step += 1
                 took = time.monotonic() - started
                 self.seconds += took
@@ -128,7 +128,7 @@ class Run:
                 if self.step % recipe.save_every == 0 or self.step == recipe.steps:
                     self.save()
 
-    def _update(self, batches: list[PackedBatch]) -> tuple[UpdateSums, list[BatchSums]]:
+    def update(self, batches: list[PackedBatch]) -> tuple[UpdateSums, list[BatchSums]]:
         """One step of the weights on this process's share of the batch."""
         device = self.world.device
         mine = totals_of(batches, self.cfg.vision.num_cells).to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.model.checkpoint import TOKENIZER
 from edge_vlm.prompt import PromptFormat, PromptStyle
 from edge_vlm.tokenizer import Tokenizer
+from edge_vlm_training.data.prefetch import Prefetch
 from edge_vlm_training.finetune import checkpoints
 from edge_vlm_training.finetune.build import build_model, model_config, prepare_tokenizer
 from edge_vlm_training.finetune.distributed import World
@@ -110,12 +112,20 @@ def train(
         Tokenizer.from_file(tokenizer_path), PromptStyle(own_frame_markers=recipe.frame_markers)
     )
     stream = open_stream(recipe, cfg, prompt, world)
-    run = Run(recipe, cfg, build_model(recipe, cfg), stream, world, folder, prompt)
-    if resume:
-        run.resume()
-    reporter = None
-    if world.leads:
-        reporter = Reporter(folder, recipe.steps, run.step, console=console)
-        reporter.say(f"{recipe.name} on {world.size} x {world.device}: about {need}")
-    run.go(reporter)
+    # With threads of its own, decoding goes on while a step is computed.
+    ahead = Prefetch(stream) if recipe.decode_threads else None
+    with ahead or contextlib.nullcontext():
+        run = Run(recipe, cfg, build_model(recipe, cfg), ahead or stream, world, folder, prompt)
+        if resume:
+            run.resume()
+        reporter = None
+        if world.leads:
+            reporter = Reporter(folder, recipe.steps, run.step, console=console)
+            reporter.say(f"{recipe.name} on {world.size} x {world.device}: about {need}")
+        run.go(reporter)
+    if stream.skipped:
+        print(
+            f"{sum(stream.skipped.values())} bad records were met and left out by process "
+            f"{world.rank}: {', '.join(sorted(stream.skipped))}"
+        )
     return checkpoints.save_whole(folder, world, cfg, run.weights(), tokenizer_path)
