@@ -103,9 +103,9 @@ class PackedStream:
     ) -> None:
         """This process's `lanes` of `num_lanes`; a batch takes `rows_per_batch` of them in turn.
 
-        With `skip_bad` a sample that cannot be read or does not fit is left out, counted in
-        `skipped` and reported; without, its error stops the stream. `threads` decode at a time.
-        Raises ValueError for lanes that are not in 0..num_lanes or not divided by rows_per_batch.
+        With `skip_bad` a sample that cannot be read or does not fit is left out, reported when
+        first met and counted in `skipped`; without, its error stops the stream. `threads` decode at
+        a time. Raises ValueError for lanes that are not in 0..num_lanes or not divided by rows_per_batch.
         """
         rows = len(lanes) if rows_per_batch is None else rows_per_batch
         if not lanes or not set(lanes) <= set(range(num_lanes)) or len(set(lanes)) < len(lanes):
@@ -194,7 +194,7 @@ class PackedStream:
         found: list[tuple[Tree, Pictures | None]] = []
         for tree, frames in zip(trees, loaded, strict=True):
             if isinstance(frames, (DataError, VideoError)):
-                self._bad(lane, tree.name, frames)
+                self._bad(lane, frames)
                 found.append((tree, None))
             else:
                 found.append((tree, frames))
@@ -210,7 +210,7 @@ class PackedStream:
             try:
                 return self._trees(source, number)
             except (DataError, VideoError) as error:
-                self._bad(lane, str(error.where), error)
+                self._bad(lane, error)
         raise DataError(
             f"{_MOST_BAD_IN_A_ROW} records in a row are bad",
             where=", ".join(self.mixture.names),
@@ -233,11 +233,13 @@ class PackedStream:
             )
         return [_Waiting(source, number, i, part) for i, part in enumerate(parts)]
 
-    def _bad(self, lane: _Lane, name: str, error: BadRecord) -> None:
+    def _bad(self, lane: _Lane, error: BadRecord) -> None:
         if not self.skip_bad:
             raise error
+        name = str(error.where)
+        if name not in self.skipped:
+            self.report(f"skipped: {error.code}: {error}")
         lane.skipped[name] += 1
-        self.report(f"skipped: {error.code}: {error}")
 
     # -- state ------------------------------------------------------------------------------
 

@@ -124,8 +124,8 @@ def train(
             reporter.say(f"{recipe.name} on {world.size} x {world.device}: about {need}")
         run.go(reporter)
     if stream.skipped:
+        met = sum(stream.skipped.values())
         print(
-            f"{sum(stream.skipped.values())} bad records were met and left out by process "
-            f"{world.rank}: {', '.join(sorted(stream.skipped))}"
+            f"process {world.rank} left {len(stream.skipped)} bad records out, {met} times in all"
         )
     return checkpoints.save_whole(folder, world, cfg, run.weights(), tokenizer_path)
