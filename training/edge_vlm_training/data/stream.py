@@ -105,7 +105,8 @@ class PackedStream:
 
         With `skip_bad` a sample that cannot be read or does not fit is left out, reported when
         first met and counted in `skipped`; without, its error stops the stream. `threads` decode at
-        a time. Raises ValueError for lanes that are not in 0..num_lanes or not divided by rows_per_batch.
+        a time. Raises ValueError for lanes that are not in 0..num_lanes or that rows_per_batch
+        does not divide.
         """
         rows = len(lanes) if rows_per_batch is None else rows_per_batch
         if not lanes or not set(lanes) <= set(range(num_lanes)) or len(set(lanes)) < len(lanes):
