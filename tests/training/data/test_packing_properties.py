@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
 from edge_vlm.config import VisionAttention
 from edge_vlm_training.data.assemble import CellBudget, assemble
 from edge_vlm_training.data.batch import IGNORED, NOWHERE, PackedBatch, PackedTokens
 from edge_vlm_training.data.knapsack import TOKEN_UNIT, fill_row
-from edge_vlm_training.data.masks import additive_mask, allowed_mask
+from edge_vlm_training.data.masks import additive_mask, allowed_mask, mask_rule
 from edge_vlm_training.data.trees import TokenWeights, Tree, TreeBuilder, split_tree
 from tests.training.data.trees import clip, config, prompt
 
@@ -76,6 +77,15 @@ def test_masks_are_right_pair_by_pair(
     real = tokens.clip_RS != NOWHERE
     assert bool(allowed.diagonal(dim1=1, dim2=2)[real].all())
     assert not bool(allowed[~real].any())
+
+
+@pytest.mark.parametrize("attention", list(VisionAttention))
+def test_rule_is_one_that_flex_attention_takes(attention: VisionAttention) -> None:
+    batch, _ = batch_of([[(2, 2), (1, 1)], [(3, 1)]])
+    tokens = batch.pruned(kept_cells(batch, 0))
+    rows, size = tokens.ids_RS.shape
+    mask = create_mask(mask_rule(tokens, attention), rows, 1, size, size, device="cpu")
+    assert torch.equal(mask[:, 0], allowed_mask(tokens, attention))
 
 
 @settings(max_examples=12, deadline=None)
