@@ -14,6 +14,7 @@ tokens, E language width.
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,6 +64,10 @@ class Asked:
     ids: Ids
 
 
+View = tuple[Prefix, Sequence[Asked]]
+"""A prefix and all questions behind it."""
+
+
 class ClipModel(Protocol):
     """A model in this process."""
 
@@ -77,10 +82,11 @@ class ClipModel(Protocol):
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
         """Of each frame of the clip looked at last: features f32 [K, E] of these cells."""
 
-    def answer(
-        self, prefix: Prefix, asked: Sequence[Asked], max_tokens: int = MAX_ANSWER_TOKENS
-    ) -> list[str]:
-        """The most likely answers, token by token. No question sees another."""
+    def answer(self, views: Sequence[View], max_tokens: int = MAX_ANSWER_TOKENS) -> list[list[str]]:
+        """The most likely answers to each view's questions, token by token.
+
+        No question sees another.
+        """
 
 
 def can_run(config: ModelConfig, run: Run) -> bool:
@@ -138,8 +144,9 @@ def _answers(
     sent = [np.empty(0, np.int32) if chosen is None else chosen for chosen in cells]
     features = model.features(sent)
     shown = [i for i, chosen in enumerate(cells) if chosen is not None]
-    texts = [""] * len(clip.questions)
-    for window, numbers in _views(clip, run, shown):
+    windows = list(_windows(clip, run, shown))
+    views: list[View] = []
+    for window, numbers in windows:
         prefix, ends = _prefix(model, clip, window, features, run.attention)
         if len(prefix.ids) > model.max_prefix_tokens:
             raise ConfigError(
@@ -148,18 +155,21 @@ def _answers(
                 where=f"clip {clip.name}, run {run.name}",
                 remedy="take fewer frames a second (--fps) or a shorter clip",
             )
-        asked = []
-        for number in numbers:
-            frame = clip.questions[number].frame
-            newest = max(place for place, i in enumerate(window) if i <= frame)
-            asked.append(Asked(ends[newest], asked_ids[number]))
-        for number, text in zip(numbers, model.answer(prefix, asked), strict=True):
+        newest = [bisect_right(window, clip.questions[number].frame) - 1 for number in numbers]
+        asked = [
+            Asked(ends[place], asked_ids[number])
+            for place, number in zip(newest, numbers, strict=True)
+        ]
+        views.append((prefix, asked))
+    texts = [""] * len(clip.questions)
+    for (_, numbers), told in zip(windows, model.answer(views), strict=True):
+        for number, text in zip(numbers, told, strict=True):
             texts[number] = text
     num_cells = model.config.vision.num_cells
     return ClipAnswers(texts, num_cells * len(clip.jpegs), kept_cells(run, cells))
 
 
-def _views(
+def _windows(
     clip: ClipQuestions, run: Run, shown: Sequence[int]
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Frames of a prefix, and the numbers of the questions that read it."""

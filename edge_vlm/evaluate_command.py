@@ -61,7 +61,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--per-kind", type=_positive, default=100, help="of the rendered benchmark")
     asked.add_argument("--seed", type=int, default=1, help="of the rendered benchmark")
     asked.add_argument("--clips", type=_positive, metavar="N", help="only the first N")
-    asked.add_argument("--minutes", type=float, metavar="M", help="stop behind the clip then asked")
+    asked.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="stop behind the clip asked then; 0: only show the table",
+    )
     asked.add_argument("--fps", type=float, default=2.0, help="frames a second of your own videos")
     asked.add_argument("--max-frames", type=_positive, default=64, help="of one of your videos")
     parser.add_argument(
@@ -148,7 +153,7 @@ def _evaluate(
     runs: Sequence[Run],
 ) -> int:
     from edge_vlm.answer_log import AnswerLog
-    from edge_vlm.evaluation_report import score, table, to_record, wrong_answers
+    from edge_vlm.evaluation_report import overview, score, table, to_record, wrong_answers
     from edge_vlm.question_file import read_questions
 
     measured: dict[str, Any] = {"questions": _digest(questions, args)}
@@ -160,11 +165,11 @@ def _evaluate(
     finally:
         log.close()
     scores = score(log, asked, list(evaluators), runs)
-    print(table(scores))
+    print("\n\n".join(part for part in (overview(scores), table(scores)) if part))
     record = {
         "command": f"edge-vlm eval {shlex.join(sys.argv[2:])}" if sys.argv[1:2] == ["eval"] else "",
         "version": edge_vlm.__version__,
-        "questions": {"name": questions.name, "clips": len(asked), "sha256": measured["questions"]},
+        "questions": {"name": questions.name, "sha256": measured["questions"]},
         "models": {
             path: {"name": evaluator.name, "identity": evaluator.identity}
             for path, evaluator in evaluators.items()
@@ -175,7 +180,8 @@ def _evaluate(
         record["wrong"] = wrong_answers(log, asked, scores)
     text = json.dumps(record, indent=1) + "\n"
     if args.out:
-        (out / TABLE).write_text(table(scores, markdown=True) + "\n")
+        parts = overview(scores, markdown=True), table(scores, markdown=True)
+        (out / TABLE).write_text("\n\n".join(part for part in parts if part) + "\n")
         (out / RECORD).write_text(text)
     if args.json is not None:
         args.json.write_text(text)
@@ -198,26 +204,32 @@ def _ask(
     log: AnswerLog,
     minutes: float | None,
 ) -> dict[str, Sequence[AskedQuestion]]:
-    """All runs on all paths, clip by clip; the questions of the clips that were answered."""
+    """All runs on all paths, clip by clip; the questions of all clips."""
     begin = told = time.monotonic()
     asked: dict[str, Sequence[AskedQuestion]] = {}
     for clip in clips:
-        if minutes is not None and time.monotonic() - begin > 60 * minutes:
-            break
-        for path, evaluator in evaluators.items():
-            missing = [
-                run for run in runs if evaluator.can(run) and (path, run.name, clip.name) not in log
-            ]
-            if missing:
-                for run, answers in evaluator.answers(clip, missing):
-                    log.add((path, run.name, clip.name), answers)
+        if minutes is None or time.monotonic() - begin < 60 * minutes:
+            _ask_clip(clip, evaluators, runs, log)
+            told = _tell(len(asked) + 1, begin, told)
         asked[clip.name] = clip.questions
-        told = _tell(len(asked), begin, told)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     if not asked:
         raise ConfigError("there is no clip to ask about")
     return asked
+
+
+def _ask_clip(
+    clip: ClipQuestions, evaluators: Mapping[str, Evaluator], runs: Sequence[Run], log: AnswerLog
+) -> None:
+    """What the log does not hold yet."""
+    for path, evaluator in evaluators.items():
+        missing = [
+            run for run in runs if evaluator.can(run) and (path, run.name, clip.name) not in log
+        ]
+        if missing:
+            for run, answers in evaluator.answers(clip, missing):
+                log.add((path, run.name, clip.name), answers)
 
 
 def _tell(num_clips: int, begin: float, told: float) -> float:

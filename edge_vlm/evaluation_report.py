@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edge_vlm.answer_log import AnswerLog
-from edge_vlm.evaluation import KEEP_ALL, Run
+from edge_vlm.evaluation import ATTENTIONS, KEEP_ALL, PATHS, POLICIES, Run
 from edge_vlm.evaluation_score import HEADLINE, KindScore, RunScore, difference, order_runs
 from edge_vlm.judging import judge
 from edge_vlm.question_set import AskedQuestion
@@ -126,16 +126,35 @@ def _percent(share: float) -> float | None:
     return None if math.isnan(share) else round(100 * share, 1)
 
 
-Line = Callable[[Sequence[str]], str]
+def overview(scores: Sequence[RunScore], markdown: bool = False) -> str:
+    """Means of the headline kinds by share kept, a row for each policy; "" with one share only."""
+    ratios = sorted({total.run.keep_ratio for total in scores} - {1.0}, reverse=True)
+    if len(ratios) < 2:
+        return ""
+    head = ["path", "attention", "policy", "1", *(f"{ratio:g}" for ratio in ratios)]
+    rows = []
+    groups = {(total.path, total.run.attention, total.run.policy): None for total in scores}
+    for path, attention, policy in sorted(
+        groups,
+        key=lambda key: (PATHS.index(key[0]), ATTENTIONS.index(key[1]), POLICIES.index(key[2])),
+    ):
+        if policy == KEEP_ALL:
+            continue
+        names = [Run(KEEP_ALL, 1.0, attention), *(Run(policy, r, attention) for r in ratios)]
+        found = {total.run: total for total in scores if total.path == path}
+        rows.append([path, attention.value, policy, *(_mean(found.get(run)) for run in names)])
+    return "\n".join(_lines(head, rows, markdown))
 
 
-def table(scores: Sequence[RunScore], markdown: bool = False) -> str:
-    """One row a run, one column a kind, in percent; the mean with its 95 % interval."""
-    kinds = kinds_of(scores)
-    if not scores:
-        return "nothing was answered"
-    head = ["path", "attention", "policy", "keep", "kept", "questions", "mean", "change", *kinds]
-    rows = [_row(total, scores, kinds) for total in scores]
+def _mean(total: RunScore | None) -> str:
+    if total is None:
+        return "-"
+    low, high = total.mean_interval()
+    return f"{100 * total.mean:.1f} ±{50 * (high - low):.1f}"
+
+
+def _lines(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:
+    """Three columns of names, then figures."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def plain(cells: Sequence[str]) -> str:
@@ -148,9 +167,19 @@ def table(scores: Sequence[RunScore], markdown: bool = False) -> str:
     def piped(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cells)} |"
 
-    line: Line = piped if markdown else plain
+    line = piped if markdown else plain
     rule = [line(["---"] * 3 + ["---:"] * (len(head) - 3))] if markdown else []
-    return "\n".join([line(head), *rule, *map(line, rows), "", *_notes(scores, kinds)])
+    return [line(head), *rule, *map(line, rows)]
+
+
+def table(scores: Sequence[RunScore], markdown: bool = False) -> str:
+    """One row a run, one column a kind, in percent; the mean with its 95 % interval."""
+    kinds = kinds_of(scores)
+    if not scores:
+        return "nothing was answered"
+    head = ["path", "attention", "policy", "keep", "kept", "questions", "mean", "change", *kinds]
+    rows = [_row(total, scores, kinds) for total in scores]
+    return "\n".join([*_lines(head, rows, markdown), "", *_notes(scores, kinds)])
 
 
 def _row(total: RunScore, scores: Sequence[RunScore], kinds: Sequence[str]) -> list[str]:

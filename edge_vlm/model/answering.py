@@ -1,7 +1,7 @@
 """A checkpoint that answers questions about clips, in torch: the path `torch` of `edge-vlm eval`.
 
-Shape letters: F frames, N patches per frame, C cells per frame, G kept cells, D ViT width, P prefix
-tokens, Q questions, L tokens of a question (padded), S tokens behind the prefix, V vocabulary.
+Shape letters: F frames, N patches per frame, C cells per frame, G kept cells, D ViT width, V views,
+P prefix tokens (padded), Q questions, L tokens of a question (padded), S tokens behind the prefix.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from edge_vlm.bundle import sha256_of_file
-from edge_vlm.clip_answers import Asked, Prefix, answer_clip, can_run
+from edge_vlm.clip_answers import CAUSAL, Asked, Prefix, View, answer_clip, can_run
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation import MAX_ANSWER_TOKENS, ClipAnswers, EvaluatorOptions, Run
 from edge_vlm.model.checkpoint import TOKENIZER, WEIGHTS, load_checkpoint
 from edge_vlm.model.layers import MASKED
-from edge_vlm.model.llm import KeyValue, rope_tables
+from edge_vlm.model.llm import KeyValue, LanguageModel, attend_past, rope_tables
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.patches import to_pixel_values
 from edge_vlm.prompt import PromptFormat
@@ -71,26 +71,33 @@ class TorchModel:
         return [part.numpy() for part in features.split(counts)]
 
     @torch.inference_mode()
-    def answer(
-        self, prefix: Prefix, asked: Sequence[Asked], max_tokens: int = MAX_ANSWER_TOKENS
-    ) -> list[str]:
-        """One pass over the prefix, then all questions side by side, each with its own past."""
-        past = self._prefill(prefix)
-        tokens = _Decoding(self.model, past, asked, self.prompt.eos_id).run(max_tokens)
-        return [self.prompt.tokenizer.decode(ids) for ids in tokens]
+    def answer(self, views: Sequence[View], max_tokens: int = MAX_ANSWER_TOKENS) -> list[list[str]]:
+        """One pass over all prefixes, then all questions side by side, each with its own past."""
+        if not views:
+            return []
+        past = self._prefill([prefix for prefix, _ in views])
+        asked = [(number, item) for number, (_, items) in enumerate(views) for item in items]
+        tokens = iter(_Decoding(self.model.llm, past, asked, self.prompt.eos_id).run(max_tokens))
+        decode = self.prompt.tokenizer.decode
+        return [[decode(next(tokens)) for _ in items] for _, items in views]
 
-    def _prefill(self, prefix: Prefix) -> list[KeyValue]:
+    def _prefill(self, prefixes: Sequence[Prefix]) -> list[KeyValue]:
+        """Keys and values of prefixes [V, P, ...], padded behind their ends."""
         llm = self.model.llm
-        ids = torch.from_numpy(prefix.ids.astype(np.int64))
-        embeds = llm.embed(ids)
-        places = (ids == self.prompt.patch_id).nonzero().squeeze(1)
-        embeds = embeds.index_add(0, places, torch.from_numpy(prefix.features))
-        order = torch.arange(len(ids))
-        block = torch.from_numpy(prefix.blocks)
-        seen = order[None] <= order[:, None]
-        seen |= (block[None] == block[:, None]) & (block[None] >= 0)
-        tables = rope_tables(llm.cfg, order[None])
-        _, past = llm(embeds[None], *tables, _bias(seen)[None])
+        longest = max(len(prefix.ids) for prefix in prefixes)
+        ids_VP = torch.zeros(len(prefixes), longest, dtype=torch.int64)
+        block_VP = torch.full_like(ids_VP, CAUSAL)
+        for ids, block, prefix in zip(ids_VP, block_VP, prefixes, strict=True):
+            ids[: len(prefix.ids)] = torch.from_numpy(prefix.ids.astype(np.int64))
+            block[: len(prefix.ids)] = torch.from_numpy(prefix.blocks)
+        embeds = llm.embed(ids_VP)
+        features = torch.from_numpy(np.concatenate([prefix.features for prefix in prefixes]))
+        places = (ids_VP == self.prompt.patch_id).flatten().nonzero().squeeze(1)
+        embeds = embeds.flatten(0, 1).index_add(0, places, features).view_as(embeds)
+        order = torch.arange(longest)
+        together = (block_VP[:, None] == block_VP[:, :, None]) & (block_VP[:, None] >= 0)
+        seen_VPP = (order[None] <= order[:, None])[None] | together
+        _, past = llm(embeds, *rope_tables(llm.cfg, order[None]), _bias(seen_VPP))
         return past
 
 
@@ -99,24 +106,29 @@ def _bias(allowed: Tensor) -> Tensor:
 
 
 class _Decoding:
-    """Greedy answers to several questions over one prefix. A row is a question not yet answered."""
+    """Greedy answers to several questions over their prefixes. A row is one not yet answered."""
 
     def __init__(
-        self, model: VideoLM, past: list[KeyValue], asked: Sequence[Asked], eos_id: int
+        self,
+        llm: LanguageModel,
+        past: list[KeyValue],
+        asked: Sequence[tuple[int, Asked]],
+        eos_id: int,
     ) -> None:
-        self.llm = model.llm
+        """`asked` are questions with the number of their prefix in `past`."""
+        self.llm = llm
         self.eos_id = eos_id
         self.tokens: list[list[int]] = [[] for _ in asked]
         self.rows = list(range(len(asked)))
-        ends_Q = torch.tensor([item.end for item in asked])
-        self.past = [
-            (k.expand(len(asked), -1, -1, -1), v.expand(len(asked), -1, -1, -1)) for k, v in past
-        ]
+        view_Q = torch.tensor([number for number, _ in asked])
+        questions = [item for _, item in asked]
+        ends_Q = torch.tensor([item.end for item in questions])
+        self.past = [(k[view_Q], v[view_Q]) for k, v in past]
         num_prefix = past[0][0].shape[1]
         self.seen_QS = torch.arange(num_prefix)[None] < ends_Q[:, None]
-        lengths_Q = torch.tensor([len(item.ids) for item in asked])
+        lengths_Q = torch.tensor([len(item.ids) for item in questions])
         ids_QL = torch.zeros(len(asked), int(lengths_Q.max()), dtype=torch.int64)
-        for row, item in zip(ids_QL, asked, strict=True):
+        for row, item in zip(ids_QL, questions, strict=True):
             row[: len(item.ids)] = torch.from_numpy(item.ids.astype(np.int64))
         self.next_Q = ends_Q + lengths_Q
         own = torch.arange(ids_QL.shape[1])
@@ -124,11 +136,11 @@ class _Decoding:
         seen = self.seen_QS[:, None].expand(-1, len(own), -1)
         hidden = self._step(ids_QL, ends_Q[:, None] + own, torch.cat([seen, causal_QLL], -1))
         self.seen_QS = torch.cat([self.seen_QS, own[None] < lengths_Q[:, None]], -1)
-        self.logits_QV = self.llm.head(hidden[torch.arange(len(asked)), lengths_Q - 1])
+        self.logits_Q = self.llm.head(hidden[torch.arange(len(asked)), lengths_Q - 1])
 
     def run(self, max_tokens: int) -> list[list[int]]:
         for number in range(max_tokens):
-            chosen_Q = self.logits_QV.argmax(-1)
+            chosen_Q = self.logits_Q.argmax(-1)
             alive = [i for i, token in enumerate(chosen_Q.tolist()) if token != self.eos_id]
             for i in alive:
                 self.tokens[self.rows[i]].append(int(chosen_Q[i]))
@@ -142,7 +154,7 @@ class _Decoding:
             )
             hidden = self._step(chosen_Q[:, None], self.next_Q[:, None], self.seen_QS[:, None])
             self.next_Q = self.next_Q + 1
-            self.logits_QV = self.llm.head(hidden[:, -1])
+            self.logits_Q = self.llm.head(hidden[:, -1])
         return self.tokens
 
     def _keep(self, index: Tensor) -> None:
@@ -154,12 +166,19 @@ class _Decoding:
     def _step(self, ids_QS: Tensor, positions_QS: Tensor, seen_QSK: Tensor) -> Tensor:
         """Hidden states of new tokens, whose keys and values join the past."""
         tables = rope_tables(self.llm.cfg, positions_QS)
-        hidden, new = self.llm(self.llm.embed(ids_QS), *tables, _bias(seen_QSK), self.past)
-        self.past = [
-            (torch.cat([k, new_k], 1), torch.cat([v, new_v], 1))
-            for (k, v), (new_k, new_v) in zip(self.past, new, strict=True)
-        ]
+        bias = _bias(seen_QSK)
+        hidden, self.past = self.llm(self.llm.embed(ids_QS), *tables, bias, self.past, _attend)
         return hidden
+
+
+def _attend(
+    q_QSHd: Tensor, k_QShd: Tensor, v_QShd: Tensor, bias_QSK: Tensor, past: KeyValue | None
+) -> tuple[Tensor, KeyValue]:
+    """As `attend_past`, but what it returns is the whole past of the next call: joined once."""
+    assert past is not None
+    k, v = torch.cat([past[0], k_QShd], 1), torch.cat([past[1], v_QShd], 1)
+    out, _ = attend_past(q_QSHd, k, v, bias_QSK, None)
+    return out, (k, v)
 
 
 class TorchEvaluator:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.bundle import MANIFEST, EngineBundle, sha256_of_file
-from edge_vlm.clip_answers import Asked, Prefix, answer_clip, can_run
+from edge_vlm.clip_answers import Asked, Prefix, View, answer_clip, can_run
 from edge_vlm.evaluation import MAX_ANSWER_TOKENS, ClipAnswers, Run
 from edge_vlm.patches import to_pixel_values
 from edge_vlm.pruning import Cells, Rgb, Scores
@@ -82,10 +82,11 @@ class BundleModel:
             trunk.run()
         return features
 
-    def answer(
-        self, prefix: Prefix, asked: Sequence[Asked], max_tokens: int = MAX_ANSWER_TOKENS
-    ) -> list[str]:
-        """The prefix grows from question to question; each answer is taken off again."""
+    def answer(self, views: Sequence[View], max_tokens: int = MAX_ANSWER_TOKENS) -> list[list[str]]:
+        """A prefix grows from question to question; each answer is taken off again."""
+        return [self._view(prefix, asked, max_tokens) for prefix, asked in views]
+
+    def _view(self, prefix: Prefix, asked: Sequence[Asked], max_tokens: int) -> list[str]:
         language, arena = self._engines.language, self._arena
         arena.clear()
         embeds = language.embed(prefix.ids, prefix.features)

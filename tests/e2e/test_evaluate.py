@@ -71,7 +71,8 @@ def test_a_model_answers_alike_in_torch_in_its_bundle_and_over_the_wire(
 
     record = json.loads((out / RECORD).read_text())
     assert len(record["rows"]) == 2 * len(IN_PROCESS_RUNS) + 3 * len(RUNS)
-    assert record["questions"]["clips"] == 2 and set(record["models"]) == set(paths.split(","))
+    assert {row["clips"] for row in record["rows"]} == {2}
+    assert set(record["models"]) == set(paths.split(","))
     stream = next(row for row in record["rows"] if row["policy"] == "stream")
     assert stream["kept_percent"] == pytest.approx(50, abs=1)
     assert stream["mean_percent"] > 60 and len(stream["points_over_keep_all"]) == 2
@@ -79,7 +80,7 @@ def test_a_model_answers_alike_in_torch_in_its_bundle_and_over_the_wire(
     assert len(wrong) == stream["questions"] - sum(k["right"] for k in stream["kinds"].values())
     shown = capsys.readouterr().out
     assert "stream" in shown and "95 % interval" in shown
-    assert (out / TABLE).read_text().startswith("| path | attention | policy |")
+    assert (out / TABLE).read_text().startswith("| path | attention | policy | 1 | 0.5 |")
 
 
 def test_a_run_goes_on_where_it_stopped(questions: Path, tmp_path: Path) -> None:
@@ -93,7 +94,10 @@ def test_a_run_goes_on_where_it_stopped(questions: Path, tmp_path: Path) -> None
     lines = log_lines(out)[1:]
     assert len(lines) == 4
     assert [line["said"][0].startswith("kept! ") for line in lines] == [True, False, False, False]
-    assert json.loads((out / RECORD).read_text())["questions"]["clips"] == 2
+    rows_told = json.loads((out / RECORD).read_text())["rows"]
+    assert [row["clips"] for row in rows_told] == [2, 2]
+    assert run(questions, CHECKPOINT, *rows, "-o", out, "--minutes", 0) == 0
+    assert json.loads((out / RECORD).read_text())["rows"] == rows_told and len(log_lines(out)) == 5
 
 
 def test_answers_of_another_question_set_are_not_mixed_in(
@@ -123,7 +127,7 @@ def test_ones_own_videos_on_a_running_server(
     shown = capsys.readouterr()
     assert code == 0, shown.err
     rows = [line.split()[:4] for line in shown.out.splitlines() if line.startswith("served")]
-    assert rows == [
+    assert rows == [  # one share only: no overview by share
         ["served", attention, policy, keep]
         for attention in ("frame", "all")
         for policy, keep in (("keep_all", "1"), ("stream", "0.5"))

@@ -46,9 +46,10 @@ def prefix_of(
     """Of frames that keep fewer and fewer cells."""
     num_cells = model.config.vision.num_cells
     model.look(rgbs)
-    features = model.features([np.arange(num_cells - i, dtype=np.int32) for i in range(FRAMES)])
+    kept = [np.arange(num_cells - i, dtype=np.int32) for i in range(len(rgbs))]
+    features = model.features(kept)
     ids, blocks, ends = [model.prompt.bos_ids], [np.array([CAUSAL])], []
-    for i in range(FRAMES):
+    for i in range(len(rgbs)):
         ids.append(model.prompt.frame_ids(i / 2, num_cells - i, i == 0))
         block = 0 if attention is VisionAttention.ALL else i
         blocks.append(np.where(model.prompt.vision_mask(ids[-1]), block, CAUSAL))
@@ -95,9 +96,19 @@ def test_answers_side_by_side_are_those_of_each_alone(
         Asked(end, model.prompt.question_ids(text))
         for end, text in zip(moments, QUESTIONS, strict=True)
     ]
-    told = model.answer(prefix, asked, 6)
+    (told,) = model.answer([(prefix, asked)], 6)
     assert told == [alone(model, prefix, item, 6) for item in asked]
     assert len(set(told)) > 1  # else nothing could be told apart
+
+
+def test_prefixes_of_other_lengths_do_not_matter(model: TorchModel, rgbs: list[np.ndarray]) -> None:
+    """As with `ALL` attention, where every moment has a prefix of its own."""
+    views = []
+    for num_frames in (2, 4, 1):
+        prefix, ends = prefix_of(model, rgbs[:num_frames], VisionAttention.ALL)
+        views.append((prefix, [Asked(ends[-1], model.prompt.question_ids(q)) for q in QUESTIONS]))
+    told = model.answer(views, 5)
+    assert told == [[alone(model, prefix, item, 5) for item in asked] for prefix, asked in views]
 
 
 def test_rows_that_have_ended_leave_the_others_alone(
@@ -107,10 +118,10 @@ def test_rows_that_have_ended_leave_the_others_alone(
     prefix, ends = prefix_of(model, rgbs, VisionAttention.FRAME)
     asked = [Asked(end, model.prompt.question_ids(QUESTIONS[0])) for end in ends]
     eos_id = model.prompt.eos_id
-    words = [model.prompt.tokenizer.encode(text) for text in model.answer(prefix, asked, 4)]
+    words = [model.prompt.tokenizer.encode(text) for text in model.answer([(prefix, asked)], 4)[0]]
     try:
         model.prompt.eos_id = words[0][1]
-        told = model.answer(prefix, asked, 4)
+        (told,) = model.answer([(prefix, asked)], 4)
         assert told == [alone(model, prefix, item, 4) for item in asked]
     finally:
         model.prompt.eos_id = eos_id
