@@ -1,0 +1,59 @@
+"""The scripts about streams, at small size: what they state follows from what they measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import live_load, stream_length
+
+
+def read(path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text())
+    assert isinstance(result, dict)
+    return result
+
+
+def test_stream_length_states_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    argv = ["--lengths", "3", "30", "--clips", "--rounds", "3", "--warmups", "0"]
+    assert stream_length.main([*argv, "--out", str(path)]) == 0
+    result = read(path)
+    assert result["command"] == " ".join(["python -m benchmarks.stream_length", *argv])
+    assert "question" not in result
+    stream = result["stream"]
+    first, last = (stream["lengths"][length] for length in ("3", "30"))
+    assert first["kv_tokens"] < last["kv_tokens"] <= stream["settings"]["window_tokens"]
+    for name in ("time_to_first_token", "one_frame"):
+        pairs = zip(last[name]["rounds_s"], first[name]["rounds_s"], strict=True)
+        expected = statistics.median(later / earlier for later, earlier in pairs)
+        assert stream[f"{name}_last_to_first"] == pytest.approx(expected, rel=0.05, abs=0.01)
+    assert "last to first" in capsys.readouterr().out
+
+
+def test_live_load_states_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    argv = ["--answer", "20", "--seconds", "12", "--rounds", "1"]
+    assert live_load.main([*argv, "--out", str(path)]) == 0
+    result = read(path)
+    cases = result["answer"]["cases"]
+    assert cases["alone"]["times_alone"] == 1.0
+    assert cases["alone"]["frames_encoded_meanwhile"] == 0
+    for case in cases.values():
+        ratio = case["rounds_s"][0] / cases["alone"]["rounds_s"][0]
+        assert case["times_alone"] == pytest.approx(ratio, rel=0.01)
+    budget = result["budget"]
+    values = [value for row in budget["spent_to_target"].values() for value in row.values()]
+    assert budget["worst"] == max(abs(1 - value) for value in values)
+    static = result["static"]
+    assert static["static"]["frames_encoded"] == 2 and static["fast"]["frames_encoded"] == 24
+    assert static["static_to_busy"]["frames_encoded"] == pytest.approx(2 / 24, abs=1e-3)
+    assert "static to busy" in capsys.readouterr().out

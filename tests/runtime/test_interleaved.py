@@ -1,0 +1,100 @@
+"""Several sessions on one engine set, each with settings of its own: whatever the order of their
+turns, each says and remembers exactly what it does alone. Not nearly: bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.alert_messages import AlertCreate
+from edge_vlm_runtime.engines import Engines
+from tests.fakes import tiny_bundle, tiny_config
+from tests.runtime.fake_engines import FakeClock
+from tests.runtime.pictures import jpeg
+from tests.runtime.test_session import Viewer
+
+SETTINGS: list[dict[str, Any]] = [
+    {"keep_ratio": 0.4, "max_answer_tokens": 6, "history_turns": 1},
+    {"attention": "exact", "policy": "frame_topk", "keep_ratio": 0.6, "max_answer_tokens": 8},
+    {"attention": "last_n", "last_n": 2, "policy": "difference", "max_answer_tokens": 5},
+    {"vision_tokens_per_s": 7.0, "window_tokens": 60, "max_answer_tokens": 7},
+]
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    with Engines.open(tiny_bundle(), threads=1) as opened:
+        yield opened
+
+
+def new_viewer(engines: Engines, number: int) -> Viewer:
+    return Viewer(engines, FakeClock(), **SETTINGS[number])
+
+
+def script(viewer: Viewer, number: int) -> Iterator[Callable[[], object]]:
+    """What this viewer does, call by call; it does not depend on time."""
+    session = viewer.session
+    if number == 3:
+        alert = AlertCreate(question="is there a red ball ?")
+        yield lambda: session.take(alert, received_ns=0)
+    for sequence in range(1, 10):
+        yield lambda sequence=sequence: viewer.put(sequence, data=jpeg(sequence + 10 * number))
+        if sequence % 4 != number:  # so that frames pile up and join together
+            yield session.watch
+            yield session.watch
+        if sequence % 3 == 0:
+            yield lambda: viewer.ask("how many cars are there now ?")
+            for _ in range(12):
+                yield session.answer
+                yield session.watch
+        if sequence == 6:
+            yield lambda: session.update(protocol.SettingsPatch(keep_ratio=0.8, min_cells=1))
+    yield viewer.run
+
+
+def all_of(viewer: Viewer) -> list[bytes]:
+    """Everything it said, but for durations of the vision graphs, which differ from run to run."""
+    for event in viewer.of(protocol.FrameAccepted):
+        event.stage_ms = {}
+    return [protocol.encode(event).encode() for event in viewer.events]
+
+
+def memory_of(viewer: Viewer) -> np.ndarray:
+    arena = viewer.session._arena
+    layers = range(tiny_config().language.num_layers)
+    return np.stack([np.stack(arena.rows(layer)) for layer in layers])
+
+
+@pytest.fixture(scope="module")
+def alone(engines: Engines) -> list[tuple[list[bytes], np.ndarray]]:
+    found = []
+    for number in range(len(SETTINGS)):
+        viewer = new_viewer(engines, number)
+        for call in script(viewer, number):
+            call()
+        found.append((all_of(viewer), memory_of(viewer)))
+    assert len({tuple(said) for said, _ in found}) == len(SETTINGS)
+    assert all(b"response.done" in b"".join(said) for said, _ in found)
+    return found
+
+
+@settings(max_examples=12, deadline=None)
+@given(order=st.lists(st.integers(0, len(SETTINGS) - 1), max_size=400))
+def test_interleaved_sessions_give_exactly_what_each_gives_alone(
+    engines: Engines, alone: list[tuple[list[bytes], np.ndarray]], order: list[int]
+) -> None:
+    viewers = [new_viewer(engines, number) for number in range(len(SETTINGS))]
+    scripts = [script(viewer, number) for number, viewer in enumerate(viewers)]
+    for number in [*order, *[n for _ in range(300) for n in range(len(SETTINGS))]]:
+        call = next(scripts[number], None)
+        if call is not None:
+            call()
+    for (said, memory), viewer in zip(alone, viewers, strict=True):
+        assert all_of(viewer) == said
+        assert np.array_equal(memory_of(viewer), memory)
