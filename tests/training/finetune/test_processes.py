@@ -60,3 +60,10 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert again.step == 2
     for mine, theirs in zip(go(again), shared, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
+
+
+def test_a_launcher_can_start_the_command_as_a_module() -> None:
+    """`torchrun -m edge_vlm train ...`"""
+    command = [sys.executable, "-m", "edge_vlm", "train", "no_such_recipe", "-o", "unused"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "E-CONFIG: unknown recipe" in run.stderr

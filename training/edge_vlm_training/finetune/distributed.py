@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -104,6 +105,8 @@ def shard(
     besides `forward` may then be called. Products are computed in `dtype`; the shards, the sums of
     gradients and what the optimizer sees are float32.
     """
+    # A block also returns its values, which are a view; nothing here changes anything in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
