@@ -71,7 +71,6 @@ def _train_by_clock(args: argparse.Namespace) -> int:
 def _train_by_steps(args: argparse.Namespace) -> int:
     from edge_vlm_training.finetune.distributed import join_world
     from edge_vlm_training.finetune.overrides import override
-    from edge_vlm_training.finetune.progress import terminal
     from edge_vlm_training.finetune.recipe import STEP_RECIPES
     from edge_vlm_training.finetune.start import stored_recipe, train
 
@@ -80,7 +79,7 @@ def _train_by_steps(args: argparse.Namespace) -> int:
     settings = [*args.settings, *([f"init={args.init}"] if args.init else [])]
     recipe = override(recipe, settings)
     with join_world(recipe.device) as world:
-        checkpoint = train(recipe, args.out, world, resume=args.resume, console=terminal())
+        checkpoint = train(recipe, args.out, world, resume=args.resume, watched=True)
         if world.leads:
             print(f"checkpoint: {checkpoint}")
     return 0

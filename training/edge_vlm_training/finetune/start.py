@@ -7,8 +7,6 @@ import json
 import os
 from pathlib import Path
 
-from rich.console import Console
-
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.model.checkpoint import TOKENIZER
 from edge_vlm.prompt import PromptFormat, PromptStyle
@@ -19,7 +17,7 @@ from edge_vlm_training.finetune.build import build_model, model_config, prepare_
 from edge_vlm_training.finetune.distributed import World
 from edge_vlm_training.finetune.loop import Run
 from edge_vlm_training.finetune.memory import check_fits
-from edge_vlm_training.finetune.progress import Reporter
+from edge_vlm_training.finetune.progress import Reporter, terminal
 from edge_vlm_training.finetune.recipe import OPERATIONAL, StepRecipe
 from edge_vlm_training.finetune.sources import open_stream
 
@@ -94,9 +92,11 @@ def train(
     world: World,
     *,
     resume: bool = False,
-    console: Console | None = None,
+    watched: bool = False,
 ) -> Path:
     """Runs what is left of a recipe; returns the checkpoint folder that other commands read.
+
+    If it is `watched` the leading process shows its progress on the terminal.
 
     Raises what `begin`, the data and the loaders raise, RecipeTooLarge before anything is loaded,
     and NonFinite if the loss is no number any more. The last checkpoint is intact in any case.
@@ -120,7 +120,9 @@ def train(
             run.resume()
         reporter = None
         if world.leads:
-            reporter = Reporter(folder, recipe.steps, run.step, console=console)
+            reporter = Reporter(
+                folder, recipe.steps, run.step, console=terminal() if watched else None
+            )
             reporter.say(f"{recipe.name} on {world.size} x {world.device}: about {need}")
         run.go(reporter)
     if stream.skipped:
