@@ -39,6 +39,10 @@ class KeepPolicy(Protocol):
         kept. Raises ValueError on scores that are not [C] or not finite.
         """
 
+
+class FundedPolicy(KeepPolicy, Protocol):
+    """One whose budget can be changed while the stream runs."""
+
     def fund(self, coming: float, later: float) -> None:
         """What the budget gets with the coming frame, and with each later one as far as is known,
         in cells. Unless told otherwise every frame brings `keep_ratio` of its cells."""
@@ -405,7 +409,7 @@ def clip_budget(scores: Scores, keep_ratio: float, *, min_cells: int = 0) -> lis
 POLICY_NAMES = ("stream", "random", "frame_topk", "difference", "keep_all")
 
 
-def make_policy(name: str, keep_ratio: float, *, min_cells: int = 2, seed: int = 0) -> KeepPolicy:
+def make_policy(name: str, keep_ratio: float, *, min_cells: int = 2, seed: int = 0) -> FundedPolicy:
     """A fresh policy by its name in settings. Raises ValueError for a name not in POLICY_NAMES."""
     if name == "stream":
         return StreamBudget(keep_ratio, min_cells=min_cells)

@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_vlm.errors import EdgeVlmError, EngineError, FrameDecodeError
 from edge_vlm.frames import Frame, decode_jpeg, thumbnail
-from edge_vlm.pruning import KeepPolicy, make_policy
+from edge_vlm.pruning import FundedPolicy, make_policy
 from edge_vlm_runtime.frame_slot import DropReason, WaitingFrame
 from edge_vlm_runtime.settings import Delivery, SessionSettings
 
@@ -139,7 +139,7 @@ def _differ(old: SessionSettings, new: SessionSettings, fields: tuple[str, ...])
     return any(getattr(old, field) != getattr(new, field) for field in fields)
 
 
-def _policy_of(settings: SessionSettings, num_cells: int) -> KeepPolicy:
+def _policy_of(settings: SessionSettings, num_cells: int) -> FundedPolicy:
     keep_ratio = settings.keep_ratio
     if settings.vision_tokens_per_s > 0.0:  # how long the first frame's excess is paid back
         keep_ratio = min(1.0, settings.vision_tokens_per_s / (settings.fps_cap * num_cells))

@@ -52,6 +52,8 @@ class LiveGauges:
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each, in the order of a frame's way."""
         stats = self._stats
+        memory_bytes = None if stats is None else stats.memory_bytes
+        watts = None if stats is None else stats.power_watts
         return [
             ("fps in", f"{self._rate():.1f}"),
             ("processed", self._processed(stats)),
@@ -61,8 +63,8 @@ class LiveGauges:
             ("TTFT", self._of_answer(lambda done: f"{(done.ttft_s or 0.0) * 1e3:.0f} ms")),
             ("tokens/s", self._of_answer(_speed)),
             ("KV", self._cache(stats)),
-            ("memory", _gauge(stats and stats.memory_bytes, lambda n: f"{n / 2**20:.0f} MiB")),
-            ("power", _gauge(stats and stats.power_watts, lambda watts: f"{watts:.1f} W")),
+            ("memory", _gauge(memory_bytes, lambda value: f"{value / 2**20:.0f} MiB")),
+            ("power", _gauge(watts, lambda value: f"{value:.1f} W")),
         ]
 
     def _rate(self) -> float:

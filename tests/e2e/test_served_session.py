@@ -113,15 +113,14 @@ def test_budget_and_mode_change_in_mid_stream(server: Server) -> None:
 
     async def session() -> None:
         async with await Client.connect(server.url, FILE) as client:
+            changes: list[dict[str, Any]] = [
+                {"keep_ratio": 0.8},
+                {"keep_ratio": 0.3, "attention": "exact"},
+                {"vision_tokens_per_s": 9.0, "attention": "last_n", "last_n": 2},
+                {"vision_tokens_per_s": 0.0, "keep_ratio": 0.8, "attention": "frame"},
+            ]
             shares, modes, texts = [], [], []
-            for part, change in enumerate(
-                [
-                    {"keep_ratio": 0.8},
-                    {"keep_ratio": 0.3, "attention": "exact"},
-                    {"vision_tokens_per_s": 9.0, "attention": "last_n", "last_n": 2},
-                    {"vision_tokens_per_s": 0.0, "keep_ratio": 0.8, "attention": "frame"},
-                ]
-            ):
+            for part, change in enumerate(changes):
                 updated = await client.update(change)
                 modes.append(updated.settings.attention.value)
                 await send(client, part * 40, 40)

@@ -4,6 +4,7 @@ turns, each says and remembers exactly what it does alone. Not nearly: bit for b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def script(viewer: Viewer, number: int) -> Iterator[Callable[[], object]]:
         alert = AlertCreate(question="is there a red ball ?")
         yield lambda: session.take(alert, received_ns=0)
     for sequence in range(1, 10):
-        yield lambda sequence=sequence: viewer.put(sequence, data=jpeg(sequence + 10 * number))
+        yield partial(viewer.put, sequence, data=jpeg(sequence + 10 * number))
         if sequence % 4 != number:  # so that frames pile up and join together
             yield session.watch
             yield session.watch

@@ -104,7 +104,7 @@ def test_a_budget_is_changed_in_mid_stream(engines: Engines) -> None:
     watched = Watched(engines, keep_ratio=0.8)
     pictures = scene("fast", 240)
     times_s = evenly(240, 2.0)
-    changes: list[dict[str, float]] = [
+    changes: list[dict[str, Any]] = [
         {},
         {"keep_ratio": 0.25},
         {"vision_tokens_per_s": 16.0},
