@@ -1,7 +1,7 @@
 """A checkpoint that answers questions about clips, in torch: the path `torch` of `edge-vlm eval`.
 
 Shape letters: F frames, N patches per frame, C cells per frame, G kept cells, D ViT width, V views,
-P prefix tokens (padded), Q questions, L tokens of a question (padded), S tokens behind the prefix.
+P prefix tokens (padded), R questions, S new tokens of all of them, K everything they may look at.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class TorchModel:
             return []
         past = self._prefill([prefix for prefix, _ in views])
         asked = [(number, item) for number, (_, items) in enumerate(views) for item in items]
-        tokens = iter(_Decoding(self.model.llm, past, asked, self.prompt.eos_id).run(max_tokens))
+        tokens = iter(_Decoding(self.model.llm, past, asked, self.prompt.eos_id, max_tokens).run())
         decode = self.prompt.tokenizer.decode
         return [[decode(next(tokens)) for _ in items] for _, items in views]
 
@@ -106,7 +106,12 @@ def _bias(allowed: Tensor) -> Tensor:
 
 
 class _Decoding:
-    """Greedy answers to several questions over their prefixes. A row is one not yet answered."""
+    """Greedy answers to several questions over their prefixes, all in one sequence.
+
+    Prefixes and questions lie end to end and are told apart by the mask, so that a prefix is held
+    once however many questions read it. K counts everything so far, R the questions not yet
+    answered.
+    """
 
     def __init__(
         self,
@@ -114,71 +119,84 @@ class _Decoding:
         past: list[KeyValue],
         asked: Sequence[tuple[int, Asked]],
         eos_id: int,
+        max_tokens: int,
     ) -> None:
-        """`asked` are questions with the number of their prefix in `past`."""
+        """`asked` are questions with the number of their prefix in `past` [V, P, ...]."""
         self.llm = llm
+        self.max_tokens = max_tokens
         self.eos_id = eos_id
         self.tokens: list[list[int]] = [[] for _ in asked]
         self.rows = list(range(len(asked)))
-        view_Q = torch.tensor([number for number, _ in asked])
-        questions = [item for _, item in asked]
-        ends_Q = torch.tensor([item.end for item in questions])
-        self.past = [(k[view_Q], v[view_Q]) for k, v in past]
-        num_prefix = past[0][0].shape[1]
-        self.seen_QS = torch.arange(num_prefix)[None] < ends_Q[:, None]
-        lengths_Q = torch.tensor([len(item.ids) for item in questions])
-        ids_QL = torch.zeros(len(asked), int(lengths_Q.max()), dtype=torch.int64)
-        for row, item in zip(ids_QL, questions, strict=True):
-            row[: len(item.ids)] = torch.from_numpy(item.ids.astype(np.int64))
-        self.next_Q = ends_Q + lengths_Q
-        own = torch.arange(ids_QL.shape[1])
-        causal_QLL = (own[None] <= own[:, None])[None].expand(len(asked), -1, -1)
-        seen = self.seen_QS[:, None].expand(-1, len(own), -1)
-        hidden = self._step(ids_QL, ends_Q[:, None] + own, torch.cat([seen, causal_QLL], -1))
-        self.seen_QS = torch.cat([self.seen_QS, own[None] < lengths_Q[:, None]], -1)
-        self.logits_Q = self.llm.head(hidden[torch.arange(len(asked)), lengths_Q - 1])
+        num_views, longest = past[0][0].shape[:2]
+        place = torch.arange(longest).repeat(num_views)
+        view = torch.arange(num_views).repeat_interleave(longest)
+        view_R = torch.tensor([number for number, _ in asked])
+        ends_R = torch.tensor([item.end for _, item in asked])
+        self.seen_RK = (view == view_R[:, None]) & (place < ends_R[:, None])
+        lengths_R = torch.tensor([len(item.ids) for _, item in asked])
+        room = int(lengths_R.sum()) + len(asked) * max_tokens
+        self.past = [(_with_room(k, room), _with_room(v, room)) for k, v in past]
+        self.length = num_views * longest
+        last_R = lengths_R.cumsum(0) - 1
+        row_S = torch.arange(len(asked)).repeat_interleave(lengths_R)
+        order = torch.arange(len(row_S))
+        within_S = order - (last_R + 1 - lengths_R)[row_S]
+        own_SS = (row_S == row_S[:, None]) & (order <= order[:, None])
+        ids_S = torch.from_numpy(np.concatenate([item.ids for _, item in asked]).astype(np.int64))
+        seen_SK = torch.cat([self.seen_RK[row_S], own_SS], -1)
+        hidden = self._step(ids_S, ends_R[row_S] + within_S, seen_SK)
+        self.seen_RK = torch.cat([self.seen_RK, row_S == torch.arange(len(asked))[:, None]], -1)
+        self.next_R = ends_R + lengths_R
+        self.logits_R = self.llm.head(hidden[last_R])
 
-    def run(self, max_tokens: int) -> list[list[int]]:
-        for number in range(max_tokens):
-            chosen_Q = self.logits_Q.argmax(-1)
-            alive = [i for i, token in enumerate(chosen_Q.tolist()) if token != self.eos_id]
-            for i in alive:
-                self.tokens[self.rows[i]].append(int(chosen_Q[i]))
-            if not alive or number + 1 == max_tokens:
+    def run(self) -> list[list[int]]:
+        """Token ids of each answer, in the order of the questions, without the end token."""
+        for number in range(self.max_tokens):
+            chosen_R = self.logits_R.argmax(-1)
+            alive = [i for i, token in enumerate(chosen_R.tolist()) if token != self.eos_id]
+            self.rows = [self.rows[i] for i in alive]
+            chosen_R = chosen_R[alive]
+            for row, token in zip(self.rows, chosen_R.tolist(), strict=True):
+                self.tokens[row].append(token)
+            if not alive or number + 1 == self.max_tokens:
                 break
-            if len(alive) < len(self.rows):
-                self._keep(torch.tensor(alive))
-                chosen_Q = chosen_Q[alive]
-            self.seen_QS = torch.cat(
-                [self.seen_QS, torch.ones(len(alive), 1, dtype=torch.bool)], -1
-            )
-            hidden = self._step(chosen_Q[:, None], self.next_Q[:, None], self.seen_QS[:, None])
-            self.next_Q = self.next_Q + 1
-            self.logits_Q = self.llm.head(hidden[:, -1])
+            own_RR = torch.eye(len(alive), dtype=torch.bool)
+            self.seen_RK = torch.cat([self.seen_RK[alive], own_RR], -1)
+            hidden = self._step(chosen_R, self.next_R[alive], self.seen_RK)
+            self.next_R = self.next_R[alive] + 1
+            self.logits_R = self.llm.head(hidden)
         return self.tokens
 
-    def _keep(self, index: Tensor) -> None:
-        """Goes on with some of the rows only."""
-        self.rows = [self.rows[i] for i in index.tolist()]
-        self.past = [(k[index], v[index]) for k, v in self.past]
-        self.seen_QS, self.next_Q = self.seen_QS[index], self.next_Q[index]
+    def _step(self, ids_S: Tensor, positions_S: Tensor, seen_SK: Tensor) -> Tensor:
+        """Hidden states [S, D] of new tokens, whose keys and values join the past."""
+        tables = rope_tables(self.llm.cfg, positions_S[None])
+        embeds, bias = self.llm.embed(ids_S[None]), _bias(seen_SK)[None]
+        hidden, _ = self.llm(embeds, *tables, bias, self.past, self._attend)
+        self.length += len(ids_S)
+        return hidden[0]
 
-    def _step(self, ids_QS: Tensor, positions_QS: Tensor, seen_QSK: Tensor) -> Tensor:
-        """Hidden states of new tokens, whose keys and values join the past."""
-        tables = rope_tables(self.llm.cfg, positions_QS)
-        bias = _bias(seen_QSK)
-        hidden, self.past = self.llm(self.llm.embed(ids_QS), *tables, bias, self.past, _attend)
-        return hidden
+    def _attend(
+        self,
+        q_BSHd: Tensor,
+        k_BShd: Tensor,
+        v_BShd: Tensor,
+        bias_BSK: Tensor,
+        past: KeyValue | None,
+    ) -> tuple[Tensor, KeyValue]:
+        """As `attend_past`, with a past that has room for the new keys and values."""
+        assert past is not None
+        k, v = (buffer[:, : self.length + k_BShd.shape[1]] for buffer in past)
+        k[:, self.length :], v[:, self.length :] = k_BShd, v_BShd
+        out, _ = attend_past(q_BSHd, k, v, bias_BSK, None)
+        return out, past
 
 
-def _attend(
-    q_QSHd: Tensor, k_QShd: Tensor, v_QShd: Tensor, bias_QSK: Tensor, past: KeyValue | None
-) -> tuple[Tensor, KeyValue]:
-    """As `attend_past`, but what it returns is the whole past of the next call: joined once."""
-    assert past is not None
-    k, v = torch.cat([past[0], k_QShd], 1), torch.cat([past[1], v_QShd], 1)
-    out, _ = attend_past(q_QSHd, k, v, bias_QSK, None)
-    return out, (k, v)
+def _with_room(x_VPhd: Tensor, room: int) -> Tensor:
+    """One row [1, V P + room, ...] that begins with all of `x`."""
+    num_views, longest = x_VPhd.shape[:2]
+    buffer = x_VPhd.new_empty(1, num_views * longest + room, *x_VPhd.shape[2:])
+    buffer[:, : num_views * longest] = x_VPhd.flatten(0, 1)
+    return buffer
 
 
 class TorchEvaluator:
