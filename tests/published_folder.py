@@ -75,7 +75,8 @@ def config(base_vocab: int) -> ModelConfig:
 
 def _tokenizer() -> tokenizers.Tokenizer:
     pieces = {"\n", " ", ".", "?", "user", "assistant", *map(str, range(10))}
-    pieces |= set(re.findall(r"\w+|\W", WORDS))
+    pieces |= set(re.findall(r"[a-z]+|[^a-z]", WORDS))
+    pieces |= {*'<>/"=;', "points", "tracks", "coords"}  # for scripted answers that point
     base = [*TEXT_SPECIAL, *sorted(pieces)]
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({t: i for i, t in enumerate(base)}, unk_token="<unk>")

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from edge_vlm.errors import EdgeVlmError, ProtocolError
 from edge_vlm_runtime import alert_messages as messages
@@ -36,6 +36,7 @@ REPLIES = (
     *(messages.AlertListed, messages.AlertDeleted),
 )
 """Events that answer a message and repeat its `event_id`."""
+Detail = Literal["video", "snapshot", "both"]
 Reply = TypeVar("Reply", bound=protocol.ServerEvent)
 
 
@@ -57,6 +58,10 @@ class Answer:
     output_tokens: int
     kv_tokens: int
     time_offset_s: float
+    snapshot: protocol.Snapshot | None = None
+    """The picture that was looked at in full detail, if the question asked for one."""
+    points: tuple[protocol.PointedAt, ...] = ()
+    """Points and tracks in the text."""
 
 
 class AnswerStream:
@@ -245,17 +250,19 @@ class Client:
             )
         self._raise_failure()
 
-    async def start_answer(self, text: str) -> AnswerStream:
-        """Asks a question; the answer streams in while frames can be sent."""
+    async def start_answer(self, text: str, detail: Detail = "video") -> AnswerStream:
+        """Asks a question; the answer streams in while frames can be sent. `detail`: what is
+        looked at, see `response.create`."""
         event_id = self._event_id()
         stream = AnswerStream(text)
         self._by_event_id[event_id] = stream
-        await self._send_json("response.create", event_id, text=text)
+        await self._send_json("response.create", event_id, text=text, detail=detail)
         return stream
 
-    async def ask(self, text: str) -> Answer:
-        """Asks a question and waits. Raises NoFrameYet and the other typed errors of a session."""
-        return await (await self.start_answer(text)).answer()
+    async def ask(self, text: str, detail: Detail = "video") -> Answer:
+        """Asks a question and waits. Raises NoFrameYet, SnapshotsUnsupported and the other typed
+        errors of a session."""
+        return await (await self.start_answer(text, detail)).answer()
 
     async def cancel(self, response_id: str | None = None) -> None:
         """Stops one answer, or all that are under way or waiting."""
@@ -390,4 +397,6 @@ def answer_of(event: protocol.ResponseDone) -> Answer:
         output_tokens=event.usage.output_tokens,
         kv_tokens=event.kv_tokens,
         time_offset_s=event.time_offset_s,
+        snapshot=event.snapshot,
+        points=event.points,
     )

@@ -141,6 +141,13 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
         help="a question, asked at that second of the source or at its end; may be repeated",
     )
     parser.add_argument(
+        "--snapshot-ask",
+        action="append",
+        default=[],
+        metavar="[SECONDS@]TEXT",
+        help="the same about the newest picture alone, in full detail: to read a label",
+    )
+    parser.add_argument(
         "--every", type=_positive_float, metavar="SECONDS", help="ask again and again"
     )
     parser.add_argument(
@@ -157,6 +164,7 @@ def _watch(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.streaming import parse_question
 
     questions = [parse_question(text, args.every) for text in args.ask]
+    questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     if args.record is not None and args.url is not None:
         raise ConfigError(
             "a session is recorded by its server", remedy="give --record to `edge-vlm serve`"
@@ -212,6 +220,13 @@ async def _watch_session(
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", help="a video file")
     parser.add_argument("question")
+    parser.add_argument(
+        "--detail",
+        choices=("video", "snapshot", "both"),
+        default="video",
+        help="what is looked at: the video, its last picture alone in full detail, or the video "
+        "and that picture (default: %(default)s)",
+    )
     parser.add_argument("--url", help="a running server (default: one of its own)")
     add_bundle_arguments(parser)
     _add_settings_arguments(parser)
@@ -227,19 +242,19 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
     from edge_vlm_runtime.client import Answer, Client
     from edge_vlm_runtime.sources import FileSource
     from edge_vlm_runtime.streaming import PlannedQuestion, stream
-    from edge_vlm_runtime.view import answer_times
+    from edge_vlm_runtime.view import answer_times, point_lines, snapshot_text
 
     settings = {**_settings_of(args), "delivery": "wait"}
     async with await Client.connect(url, settings, access=access_of(args)) as client:
         source = await _open_source(FileSource, args.video, args.fps, client)
-        question = PlannedQuestion(text=args.question)
+        question = PlannedQuestion(text=args.question, detail=args.detail)
         outcome = await stream(source, client, [question], real_time=False)
     for _, result in outcome.answers:
         if isinstance(result, Answer):
-            print(result.text)
+            print("\n".join([result.text, *point_lines(result)]))
             print(
                 f"{outcome.frames_processed} frames, {outcome.cells_kept} of {outcome.cells_seen} "
-                f"cells kept{answer_times(result)}",
+                f"cells kept{answer_times(result)}{snapshot_text(result)}",
                 file=sys.stderr,
             )
     return _finish(outcome)

@@ -41,7 +41,7 @@ class Report:
     def told(self, message: protocol.ClientMessage, capture_s: float) -> None:
         """What the viewer sent, when the newest picture was that of `capture_s` seconds."""
         if isinstance(message, protocol.ResponseCreate):
-            question = PlannedQuestion(text=message.text, at_s=capture_s)
+            question = PlannedQuestion(text=message.text, detail=message.detail, at_s=capture_s)
             self._asked.append((message.event_id, question))
             self._view.asked(question, capture_s)
 

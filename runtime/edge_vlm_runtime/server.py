@@ -59,6 +59,7 @@ PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
     "/line.js": ("line.js", "text/javascript; charset=utf-8"),
+    "/points.js": ("points.js", "text/javascript; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
 }
 PAGE_HEADERS = {

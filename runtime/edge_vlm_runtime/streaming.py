@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edge_vlm.errors import EdgeVlmError, NoFrameYet, VideoError
 from edge_vlm.frames import encode_jpeg
-from edge_vlm_runtime.client import Answer, AnswerStream, Client
+from edge_vlm_runtime.client import Answer, AnswerStream, Client, Detail
 from edge_vlm_runtime.sources import Picture, Source
 
 
@@ -18,6 +18,8 @@ class PlannedQuestion:
     """Asked when the picture of `at_s` seconds has been processed; None: behind the last one."""
 
     text: str
+    detail: Detail = "video"
+    """What is looked at, see `response.create` in docs/protocol.md."""
     at_s: float | None = None
     every_s: float | None = None
     """Asked again each time this long after `at_s`."""
@@ -149,13 +151,7 @@ class _Run:
             await self.client.wait_processed()
             await self._ask(question, now_s)
             if question.every_s is not None:
-                later.append(
-                    PlannedQuestion(
-                        text=question.text,
-                        at_s=now_s + question.every_s,
-                        every_s=question.every_s,
-                    )
-                )
+                later.append(replace(question, at_s=now_s + question.every_s))
         return later
 
     async def _ask(self, question: PlannedQuestion, after_s: float) -> None:
@@ -164,7 +160,7 @@ class _Run:
             self._note(question, error)
             return
         self.observer.asked(question, after_s)
-        answer = await self.client.start_answer(question.text)
+        answer = await self.client.start_answer(question.text, question.detail)
         self._answers.append(asyncio.create_task(self._follow(question, answer)))
 
     async def _follow(self, question: PlannedQuestion, answer: AnswerStream) -> None:
@@ -182,10 +178,12 @@ class _Run:
         self.observer.answered(question, result)
 
 
-def parse_question(text: str, every_s: float | None) -> PlannedQuestion:
+def parse_question(text: str, every_s: float | None, detail: Detail = "video") -> PlannedQuestion:
     """`TEXT` or `SECONDS@TEXT`, as `--ask` takes it."""
     before, at, after = text.partition("@")
     if at:
         with suppress(ValueError):
-            return PlannedQuestion(text=after.strip(), at_s=float(before), every_s=every_s)
-    return PlannedQuestion(text=text, at_s=every_s, every_s=every_s)
+            return PlannedQuestion(
+                text=after.strip(), detail=detail, at_s=float(before), every_s=every_s
+            )
+    return PlannedQuestion(text=text, detail=detail, at_s=every_s, every_s=every_s)

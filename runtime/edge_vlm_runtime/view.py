@@ -29,6 +29,7 @@ except ImportError as error:
 
 MAX_ANSWERS = 8
 MAX_ALERTS = 8
+MAX_POINTS = 12
 KEPT, DROPPED = "█", "·"
 
 
@@ -69,7 +70,33 @@ def alert_line(event: AlertTriggered | AlertCleared) -> str:
 def answer_line(result: Answer | EdgeVlmError) -> str:
     if isinstance(result, EdgeVlmError):
         return f"no answer: {result.code}: {result}"
-    return f"{result.text or '(nothing)'}{answer_times(result)}"
+    return f"{result.text or '(nothing)'}{answer_times(result)}{snapshot_text(result)}"
+
+
+def snapshot_text(answer: Answer) -> str:
+    """What the model looked at, in a few words; empty unless that was a snapshot."""
+    seen = answer.snapshot
+    if seen is None:
+        return ""
+    return (
+        f"  [frame {seen.frame_sequence}, {seen.width}x{seen.height}, in {seen.crops} "
+        f"{'crop' if seen.crops == 1 else 'crops'}, {seen.tokens} tokens]"
+    )
+
+
+def point_lines(answer: Answer) -> list[str]:
+    """Where the answer points, a line for each place."""
+    lines = [point_line(point) for point in answer.points[:MAX_POINTS]]
+    rest = len(answer.points) - len(lines)
+    return [*lines, f"  ... and {rest} more"] if rest else lines
+
+
+def point_line(point: protocol.PointedAt) -> str:
+    frame = "no frame" if point.frame_sequence is None else f"frame {point.frame_sequence}"
+    return (
+        f"  {point.kind} {point.object_id} {point.label!r}  x {point.x:.3f}  y {point.y:.3f}  "
+        f"t={point.time_s:.1f} s ({frame})"
+    )
 
 
 def answer_times(answer: Answer) -> str:
@@ -140,10 +167,13 @@ class PlainView(Observer):
             self.line("the server is stopping")
 
     def asked(self, question: PlannedQuestion, after_s: float) -> None:
-        self.line(f"? {question.text}  [asked at {after_s:.1f} s]")
+        detail = "" if question.detail == "video" else f", {question.detail}"
+        self.line(f"? {question.text}  [asked at {after_s:.1f} s{detail}]")
 
     def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
         self.line(f"> {answer_line(result)}")
+        for line in point_lines(result) if isinstance(result, Answer) else []:
+            self.line(line)
 
 
 class LiveView(PlainView):
@@ -188,7 +218,8 @@ class LiveView(PlainView):
             self._answers[question] += text
 
     def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
-        self._answers[question] = answer_line(result)
+        points = point_lines(result) if isinstance(result, Answer) else []
+        self._answers[question] = "\n".join([answer_line(result), *points])
 
     def _render(self) -> Panel:
         gauges = Table.grid(padding=(0, 2))

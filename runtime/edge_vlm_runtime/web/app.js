@@ -3,6 +3,7 @@
 // in #key=..., which the browser keeps to itself.
 
 import { Line } from "./line.js";
+import { SentPictures, pointedPictures } from "./points.js";
 
 const $ = (id) => document.getElementById(id);
 const HEADER_BYTES = 24;
@@ -26,7 +27,7 @@ let encoding = false;
 let eventNumber = 0;
 let heat = [];
 let kept = null;
-let points = [];
+const pictures = new SentPictures();
 const open = new Map(); // event_id or response_id -> {item, answer, times}
 
 // ---- connection ---------------------------------------------------------------------------
@@ -39,7 +40,7 @@ function connect() {
   lastTick = -1;
   kept = null;
   heat = [];
-  points = [];
+  pictures.clear();
   status("connecting", "");
   const current = new Line(url, protocols(), {
     event(event) {
@@ -85,6 +86,10 @@ const handlers = {
     $("keep").value = Math.round(event.settings.keep_ratio * 100);
     $("policy").value = event.settings.policy;
     showKeep();
+    const canRead = event.model.limits.snapshot_tokens > 0;
+    $("detail").disabled = !canRead;
+    $("detail-label").title = canRead ? "Look at the newest picture alone, in full detail"
+      : "This model reads video only";
     status("connected", "on");
     send("session.update", { session: { delivery: source?.kind === "file" ? "wait" : "live" } });
     startTimer();
@@ -117,7 +122,6 @@ const handlers = {
     open.delete(event.event_id);
     open.set(event.response_id, entry);
     entry.responseId = event.response_id;
-    points = [];
   },
   "response.output_text.delta"(event) {
     const entry = open.get(event.response_id);
@@ -133,10 +137,17 @@ const handlers = {
       $("g-ttft").textContent = `${Math.round(event.ttft_s * 1000)} ms`;
     }
     if (event.status !== "completed") parts.unshift(event.status);
+    if (event.snapshot) {
+      const { frame_sequence, width, height, crops } = event.snapshot;
+      const pieces = `${crops} ${crops === 1 ? "piece" : "pieces"}`;
+      parts.push(`full detail of frame ${frame_sequence}: ${width}x${height} in ${pieces}`);
+    }
     if (!event.text) entry.answer.textContent = "(nothing)";
-    points = pointsIn(event.text);
-    draw();
     finish(entry, parts.join(", "));
+    pointedPictures(event.points, pictures).then((figures) => {
+      entry.item.append(...figures);
+      scrollDown();
+    });
   },
   "session.stats"(event) {
     $("g-fps").textContent = `${event.fps_processed.toFixed(1)} of ${event.fps_in.toFixed(1)} fps`;
@@ -216,7 +227,7 @@ function stopSource() {
   video.removeAttribute("src");
   video.load();
   kept = null;
-  points = [];
+  pictures.clear();
   draw();
   $("hint").hidden = false;
   $("stop").disabled = true;
@@ -264,16 +275,17 @@ function capture() {
   const current = line;
   scratch.toBlob(async (blob) => {
     try {
-      if (blob) sendFrame(current, await blob.arrayBuffer(), time_us);
+      if (blob) sendFrame(current, blob, await blob.arrayBuffer(), time_us);
     } finally {
       encoding = false;
     }
   }, "image/jpeg", JPEG_QUALITY);
 }
 
-function sendFrame(current, jpeg, time_us) {
+function sendFrame(current, blob, jpeg, time_us) {
   if (line !== current) return;
   sequence += 1;
+  pictures.add(sequence, blob);
   unacknowledged += 1;
   const message = new Uint8Array(HEADER_BYTES + jpeg.byteLength);
   const view = new DataView(message.buffer);
@@ -298,13 +310,6 @@ function draw() {
   overlay.width = box.width * devicePixelRatio;
   overlay.height = box.height * devicePixelRatio;
   if ($("heat").checked && kept) drawCells(context);
-  for (const [x, y] of points) {
-    context.beginPath();
-    context.arc(x * overlay.width, y * overlay.height, 8 * devicePixelRatio, 0, 2 * Math.PI);
-    context.lineWidth = 3 * devicePixelRatio;
-    context.strokeStyle = "#22d3ee";
-    context.stroke();
-  }
 }
 
 function drawCells(context) {
@@ -326,20 +331,6 @@ function drawCells(context) {
   }
 }
 
-// Molmo's points: coords="TIME ID X Y ID X Y; TIME ..." with x and y in thousandths.
-function pointsIn(text) {
-  const found = [];
-  for (const [, coords] of text.matchAll(/<points coords="([^"]*)"/g)) {
-    for (const group of coords.split(/[;\t]/)) {
-      const numbers = group.trim().split(/\s+/).slice(1).map(Number);
-      for (let i = 0; i + 2 < numbers.length; i += 3) {
-        found.push([numbers[i + 1] / 1000, numbers[i + 2] / 1000]);
-      }
-    }
-  }
-  return found.filter(([x, y]) => Number.isFinite(x) && Number.isFinite(y));
-}
-
 // ---- the conversation ---------------------------------------------------------------------
 
 function ask(text) {
@@ -358,7 +349,8 @@ function ask(text) {
   entry.question.textContent = text;
   entry.answer.classList.add("open");
   $("dialogue").append(item);
-  open.set(send("response.create", { text }), entry);
+  const detail = $("detail").checked && !$("detail").disabled ? "snapshot" : "video";
+  open.set(send("response.create", { text, detail }), entry);
   $("cancel").disabled = false;
   scrollDown();
   return true;
