@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ort-int4": {"variant": "ort", "precision": "int4"},
     "edge": {"precision": "edge", "kv_form": "both"},
     "ort-fp16": {"variant": "ort", "precision": "fp16"},
+    "ort-int8": {"variant": "ort", "precision": "int8"},
 }
 """Other exports of `tiny_checkpoint()`, by name: what differs from the plain one."""
 

@@ -131,6 +131,7 @@ class _Export:
                 remedy="name some with --footage",
             )
         self.source, self.options, self.progress = source, options, progress
+        self.prompt = _prompt(source)
         self.specs = self._specs(options.precision)
         count = sum(int(np.prod(shape)) for shape in shapes(source.cfg).values())
         small = count < LARGE_MODEL
@@ -352,16 +353,32 @@ class _Export:
                 weight.append(self.source.float32("llm.embed.weight").numpy())
             return np.array(weight[0][ids], np.float32)
 
-        tokenizer = Tokenizer.from_file(self.source.tokenizer)
         return Chain(
             run,
             cfg=self.source.cfg,
             specs=specs,
-            prompt=PromptFormat(tokenizer, self.source.style),
+            prompt=self.prompt,
             embed=embed,
             layout=kv_layout(self.options.variant),
             keep_ratio=float(self._defaults().get("keep_ratio", 0.5)),
         )
+
+
+def _prompt(source: WeightSource) -> PromptFormat:
+    """Raises ConfigError if the tokenizer is that of another model."""
+    language = source.cfg.language
+    try:
+        prompt = PromptFormat(Tokenizer.from_file(source.tokenizer), source.style)
+    except KeyError as error:
+        raise ConfigError(str(error.args[0]), where=source.tokenizer) from error
+    if prompt.patch_id >= language.vocab or prompt.eos_id >= language.base_vocab:
+        raise ConfigError(
+            f"the tokenizer has ids up to {max(prompt.patch_id, prompt.eos_id)}, the model "
+            f"{language.vocab} words",
+            where=source.tokenizer,
+            remedy="name the tokenizer.json that belongs to the weights",
+        )
+    return prompt
 
 
 REFERENCE_PIXELS = 400

@@ -125,6 +125,11 @@ def random_weights(
     cfg: ModelConfig = getattr(recipes, shape)()
     if not with_scorer:
         cfg = replace(cfg, scorer=None)
+    return made_up_weights(cfg, seed, tokenizer, shape)
+
+
+def made_up_weights(cfg: ModelConfig, seed: int, tokenizer: Path, shape: str) -> WeightSource:
+    """As `random_weights`, for any configuration; `shape` is what it is called."""
     wanted = shapes(cfg)
     norms = _norm_weights(cfg)
     blocks = {"vit": cfg.vision.num_layers, "llm": cfg.language.num_layers}

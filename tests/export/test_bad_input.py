@@ -24,7 +24,7 @@ from edge_vlm_export import preflight
 from edge_vlm_export.graph_files import load_graph, save_graph
 from edge_vlm_export.graphs import GraphLimits
 from edge_vlm_export.to_onnx import ExportOptions, Progress, export_bundle
-from tests.fakes import TINY_LIMITS, tiny_bundle, tiny_checkpoint
+from tests.fakes import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint
 
 LIMITS = GraphLimits(**TINY_LIMITS)
 
@@ -122,6 +122,10 @@ def test_a_graph_that_differs_from_torch_is_never_a_bundle(
             ["export", "-o", "{tmp}/out", "--random-weights", "huge", "--tokenizer", "{words}"],
             "E-CONFIG",
         ),
+        (  # a tokenizer of more words than the model knows
+            ["export", "-o", "{tmp}/out", "--random-weights", "tiny", "--tokenizer", "{more}"],
+            "E-CONFIG",
+        ),
         (
             ["export", "-o", "{tmp}/out", "--random-weights", "tiny", "--tokenizer", "{tmp}/no"],
             "E-CONFIG",
@@ -135,6 +139,7 @@ def test_contradicting_arguments_are_one_clear_line(
         "tmp": tmp_path,
         "checkpoint": tiny_checkpoint(),
         "words": tiny_checkpoint() / "tokenizer.json",
+        "more": ROOT / "training/checkpoints/demo/tokenizer.json",
     }
     assert main([text.format(**names) for text in arguments]) == 2
     err = capsys.readouterr().err

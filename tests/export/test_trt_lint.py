@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -9,7 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge_vlm_export.trt_lint import UNCONFIRMED, lint
-from tests.fakes import tiny_bundle
+from tests.fakes import tiny_bundle, tiny_variant
+from tests.published_folder import image_bundle
 
 
 def _model(*nodes: onnx.NodeProto, opset: int = 20, ir: int = 10) -> onnx.ModelProto:
@@ -21,9 +23,18 @@ def _model(*nodes: onnx.NodeProto, opset: int = 20, ir: int = 10) -> onnx.ModelP
     return helper.make_model(graph, opset_imports=imports, ir_version=ir)
 
 
-@pytest.mark.parametrize("graph", ["vit_stem", "vit_trunk", "llm"])
-def test_portable_graphs_pass(graph: str) -> None:
-    path: Path = tiny_bundle() / "graphs" / f"{graph}.onnx"
+@pytest.mark.parametrize(
+    ("folder", "graph"),
+    [
+        (tiny_bundle, "vit_stem"),
+        (tiny_bundle, "vit_trunk"),
+        (tiny_bundle, "llm"),
+        (lambda: tiny_variant("both"), "llm_decode"),
+        (image_bundle, "image_encoder"),
+    ],
+)
+def test_portable_graphs_pass(folder: Callable[[], Path], graph: str) -> None:
+    path = folder() / "graphs" / f"{graph}.onnx"
     report = lint(onnx.load(path, load_external_data=False))
     assert report.problems == ()
     # Said in docs/tensorrt.md as not shown for 10.3; whoever adds another must say so there.

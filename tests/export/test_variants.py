@@ -137,5 +137,6 @@ def test_operators_and_opsets_are_those_of_the_variant(name: str) -> None:
         else:
             assert opsets[""] == 20
             used = {node.op_type for node in model.graph.node if node.domain}
-            fast = {"GroupQueryAttention"} | ({"MatMulNBits"} if int4 else set())
+            packed = bundle.precision.llm != "base"
+            fast = {"GroupQueryAttention"} | ({"MatMulNBits"} if packed else set())
             assert used == (fast if graph == "llm" else set())

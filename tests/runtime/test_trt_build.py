@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ from edge_vlm_runtime.backends.cuda import Gpu
 from edge_vlm_runtime.build_command import build
 from edge_vlm_runtime.engine_store import EngineStore, Fingerprint
 from edge_vlm_runtime.trt_builder import BuildOptions, build_engines, preflight, run_child
-from tests.fakes import tiny_bundle
+from tests.fakes import tiny_bundle, tiny_variant
+from tests.published_folder import image_bundle
 from tests.runtime.command_line import command_line
 
 RTX = "tensorrt_rtx"
@@ -77,6 +79,23 @@ def test_every_graph_builds_for_ada_and_blackwell(bundle: EngineBundle, engines:
     assert {p.name for p in store.folder.iterdir()} == {
         f"{name}.{end}" for name in bundle.specs for end in ("engine", "json")
     }
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("folder", "graph"),
+    [
+        (lambda: tiny_variant("edge"), "vit_trunk"),  # float16, int8 in and int8 weights
+        (lambda: tiny_variant("edge"), "llm_decode"),  # float16, int4 weights, joined scores
+        (image_bundle, "image_encoder"),
+    ],
+)
+def test_other_precisions_and_graphs_build(
+    folder: Callable[[], Path], graph: str, tmp_path: Path
+) -> None:
+    options = BuildOptions(library=RTX, targets=("sm_89", "sm_120"))
+    built = build_engines(EngineBundle.open(folder()), tmp_path, options, graphs=[graph])
+    assert built[graph].entry.build["warnings"] == []
 
 
 @needs_rtx
