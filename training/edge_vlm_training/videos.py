@@ -5,8 +5,10 @@ PyAV is imported here and nowhere else in this package.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from edge_vlm.footage import TEXT_FORMATS
 
 _EPSILON_S = 1e-4
 _RAW_FPS = 25.0
+_JUMP_S = 1.0
+"""A keyframe nearer than this is reached by decoding on."""
 _LOST_S = 0.25
 """How much of a file's end may be missing behind its last readable frame, beyond one frame."""
 
@@ -33,6 +37,9 @@ class VideoTimes:
     """Of the last frame, from the first one."""
     frame_s: float
     """Mean distance of two frames; 0 for a single one."""
+    keys_s: tuple[float, ...]
+    """Ascending times of the frames from which decoding can begin; none if the file has no times of
+    its own."""
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -42,48 +49,88 @@ def probe_video(path: Path) -> VideoTimes:
     Raises VideoNotFound, VideoUnreadable (not a video), VideoEmpty.
     """
     times: list[float] = []
+    keys: list[float] = []
     with _opened(path) as (container, stream):
         rate = float(stream.average_rate or _RAW_FPS)
         for packet in container.demux(stream):
-            if packet.size:
-                # Raw streams carry no times: frames come at the rate of the stream.
-                raw_s = len(times) / rate
-                times.append(raw_s if packet.pts is None else float(packet.pts * stream.time_base))
+            if not packet.size:
+                continue
+            if packet.pts is None:  # a raw stream: frames come at the rate of the stream
+                times.append(len(times) / rate)
+                continue
+            times.append(float(packet.pts * stream.time_base))
+            if packet.is_keyframe:
+                keys.append(times[-1])
     if not times:
         raise VideoEmpty("there is no frame in it", where=path)
-    end_s = max(times) - min(times)
-    return VideoTimes(len(times), end_s, end_s / (len(times) - 1) if len(times) > 1 else 0.0)
+    start_s, end_s = min(times), max(times) - min(times)
+    frame_s = end_s / (len(times) - 1) if len(times) > 1 else 0.0
+    keys_s = tuple(sorted(key - start_s for key in keys))
+    return VideoTimes(len(times), end_s, frame_s, keys_s)
 
 
 def read_moments(path: Path, times_s: Sequence[float]) -> Iterator[npt.NDArray[np.uint8]]:
     """The picture shown at each of these ascending times (seconds from the first frame).
 
     rgb u8 [H, W, 3] each. A time behind the last frame shows the last one; if the file breaks off
-    clearly before a time that its packets promise, that is VideoUnreadable. Raises as
-    `probe_video`, too.
+    clearly before a time that its packets promise, that is VideoUnreadable. Stretches between far
+    moments are jumped over where the file allows it. Raises as `probe_video`, too.
     """
     probed = probe_video(path)
     wanted = list(times_s)
-    slack_s = probed.frame_s + _LOST_S
+    served = 0
+    try:
+        for picture in _moments(path, probed, wanted, probed.keys_s):
+            yield picture
+            served += 1
+    except _LostJump:  # its index is wrong: every frame is decoded
+        yield from _moments(path, probed, wanted[served:], ())
+
+
+class _LostJump(Exception):
+    """A jump did not land where the file's keyframes promised."""
+
+
+def _moments(
+    path: Path, probed: VideoTimes, wanted: list[float], keys_s: Sequence[float]
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """As `read_moments`; jumps to `keys_s` only."""
     served = 0
     shown: Any = None
     shown_s = 0.0
+    jumped = False
     with _opened(path) as (container, stream):
         start_s: float | None = None
         rate = float(stream.average_rate or _RAW_FPS)
-        for i, frame in enumerate(container.decode(stream)):
-            time_s = i / rate if frame.time is None else float(frame.time)
-            start_s = time_s if start_s is None else start_s
+        frames = container.decode(stream)
+        for i in itertools.count():
+            frame = next(frames, None)
+            if frame is None:
+                break
+            raw_s = i / rate if frame.time is None else float(frame.time)
+            start_s = raw_s if start_s is None else start_s
+            time_s = raw_s - start_s
+            if jumped and time_s > wanted[served] + _EPSILON_S:
+                raise _LostJump
+            jumped = False
             while shown is not None and served < len(wanted):
-                if wanted[served] >= time_s - start_s - _EPSILON_S:
+                if wanted[served] >= time_s - _EPSILON_S:
                     break
                 yield shown.to_ndarray(format="rgb24")
                 served += 1
             if served == len(wanted):
                 return
-            shown, shown_s = frame, time_s - start_s
+            shown, shown_s = frame, time_s
+            nearest = bisect.bisect_right(keys_s, wanted[served] + _EPSILON_S) - 1
+            if nearest >= 0 and keys_s[nearest] > shown_s + _JUMP_S:
+                place = round((keys_s[nearest] + start_s) / stream.time_base)
+                container.seek(place, stream=stream, backward=True)
+                frames = container.decode(stream)
+                jumped = True
+    if jumped:
+        raise _LostJump
     for time_s in wanted[served:]:
-        if shown is None or min(time_s, probed.end_s) > shown_s + slack_s:
+        if shown is None or min(time_s, probed.end_s) > shown_s + probed.frame_s + _LOST_S:
             raise VideoUnreadable(
                 f"the video breaks off behind {shown_s:.2f} s", where=path, remedy="copy it anew"
             )
