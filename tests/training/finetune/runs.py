@@ -16,7 +16,6 @@ from edge_vlm.config import tiny
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.prompt import PromptFormat
 from edge_vlm.tokenizer import Tokenizer
-from edge_vlm_training.finetune import checkpoints
 from edge_vlm_training.finetune.distributed import World, join_world
 from edge_vlm_training.finetune.loop import Run
 from edge_vlm_training.finetune.progress import LOG, Reporter
@@ -70,9 +69,7 @@ def main(folder: str, *options: str) -> None:
         if "resume" in options:
             run.resume()
         go(run)
-        checkpoints.save_whole(
-            Path(folder), world, run.cfg, run.weights(), Path(folder) / "tokenizer.json"
-        )
+        run.save_whole()
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_a_published_folder_without_a_scorer_gets_one(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], tensor), name
     assert model.scorer is not None and again.scorer is not None
     assert torch.equal(model.scorer.fc1.weight, again.scorer.fc1.weight)  # in every process
-    std = float(model.scorer.fc2.weight.std())
+    std = float(model.scorer.fc2.weight.detach().std())
     assert std == pytest.approx(cfg.scorer.mlp_width**-0.5, rel=0.1)
     assert not model.scorer.fc2.bias.any()
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -13,7 +13,16 @@ import torch
 from edge_vlm.cli import main
 from edge_vlm.model.checkpoint import load_checkpoint
 
-FAST = ["--set", "steps=2", "--set", "save_every=1", "--set", "sample_tokens=2"]
+FAST = [
+    "--set",
+    "steps=2",
+    "--set",
+    "whole_every=1",
+    "--set",
+    "save_every=1",
+    "--set",
+    "sample_tokens=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +80,7 @@ def test_a_run_starts_from_the_checkpoint_of_another(finished: Path, tmp_path: P
         (["stts_smoke", "--set", "data=world@heavy"], 2, "SOURCE or SOURCE@WEIGHT"),
         (["stts_smoke", "--init", "no/such/folder"], None, "no/such/folder"),
         (["molmo2_4b_stts_50", "--set", "device=cpu"], 2, "no vocabulary of its own.*--init"),
+        (["stts_smoke", "--set", "frame_markers=true"], 2, "no token '<frame_start>'"),
         (["smoke", "--set", "stages.0.batch=0"], 2, r"Stage.batch = 0"),
     ],
 )

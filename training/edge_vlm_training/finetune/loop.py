@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
+from edge_vlm.model.checkpoint import TOKENIZER
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.prompt import PromptFormat
 from edge_vlm_training.data.batch import BatchStream, PackedBatch
@@ -100,6 +101,11 @@ class Run:
             self.recipe.keep_last,
         )
 
+    def save_whole(self) -> Path:
+        """The checkpoint folder that other commands read; every process has to call this."""
+        tokenizer = self.folder / TOKENIZER
+        return checkpoints.save_whole(self.folder, self.world, self.cfg, self.weights(), tokenizer)
+
     def go(self, reporter: Reporter | None = None) -> None:
         """Trains until the recipe's last step; the last one is always saved."""
         recipe = self.recipe
@@ -127,6 +133,8 @@ class Run:
                         reporter.numbers(self.step, tally.report(self.step))
                 if self.step % recipe.save_every == 0 or self.step == recipe.steps:
                     self.save()
+                if recipe.whole_every and self.step % recipe.whole_every == 0:
+                    self.save_whole()
 
     def update(self, batches: list[PackedBatch]) -> tuple[UpdateSums, list[BatchSums]]:
         """One step of the weights on this process's share of the batch."""

@@ -95,6 +95,8 @@ class StepRecipe:
     save_every: int = 500
     keep_last: int = 2
     """How many sharded checkpoints stay."""
+    whole_every: int = 0
+    """Steps between checkpoints that other commands read; 0: at the end only."""
     sample_every: int = 500
     """Steps between samples of answers; 0: none."""
     sample_tokens: int = 16
@@ -125,7 +127,15 @@ class StepRecipe:
             self._check(field, getattr(self, field) > 0, "must be positive")
         for field in (
             *("warmup_steps", "lr_llm", "lr_vit", "lr_connector", "lr_scorer", "weight_decay"),
-            *("z_loss", "aux_weight", "sample_every", "min_cells", "memory_gib", "peak_tflops"),
+            *(
+                "z_loss",
+                "aux_weight",
+                "sample_every",
+                "whole_every",
+                "min_cells",
+                "memory_gib",
+                "peak_tflops",
+            ),
             "decode_threads",
         ):
             self._check(field, getattr(self, field) >= 0, "must not be negative")
@@ -170,7 +180,7 @@ class StepRecipe:
 
 OPERATIONAL = frozenset(
     {
-        *("log_every", "save_every", "keep_last", "sample_every", "sample_tokens"),
+        *("log_every", "save_every", "keep_last", "sample_every", "sample_tokens", "whole_every"),
         *("memory_gib", "peak_tflops", "activation_checkpointing"),
         *("skip_bad", "decode_threads", "device_batch"),
     }

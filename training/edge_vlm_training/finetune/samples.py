@@ -45,7 +45,7 @@ def sample_answers(
                 f"{batch.branch_kinds[branch]}: {_text(tokenizer, question.tolist())} | "
                 f"{_text(tokenizer, answer)} | wanted {_text(tokenizer, wanted_ids)}"
             )
-        return lines
+        return list(dict.fromkeys(lines))
     finally:
         objective.train(was_training)
 

@@ -108,9 +108,15 @@ def train(
     tokenizer_path = folder / TOKENIZER
     cfg = model_config(recipe, tokenizer_path)
     need = check_fits(recipe, cfg, world)
-    prompt = PromptFormat(
-        Tokenizer.from_file(tokenizer_path), PromptStyle(own_frame_markers=recipe.frame_markers)
-    )
+    style = PromptStyle(own_frame_markers=recipe.frame_markers)
+    try:
+        prompt = PromptFormat(Tokenizer.from_file(tokenizer_path), style)
+    except KeyError as error:
+        raise ConfigError(
+            f"{error.args[0]}, which the recipe's prompts need",
+            where=tokenizer_path,
+            remedy="take the tokenizer of a Molmo2 checkpoint, or --set frame_markers=false",
+        ) from error
     stream = open_stream(recipe, cfg, prompt, world)
     # With threads of its own, decoding goes on while a step is computed.
     ahead = Prefetch(stream) if recipe.decode_threads else None
@@ -130,4 +136,4 @@ def train(
         print(
             f"process {world.rank} left {len(stream.skipped)} bad records out, {met} times in all"
         )
-    return checkpoints.save_whole(folder, world, cfg, run.weights(), tokenizer_path)
+    return run.save_whole()
