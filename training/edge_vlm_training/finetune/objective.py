@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_training.data.batch import IGNORED, PackedBatch, PackedTokens
+from edge_vlm_training.data.batch import IGNORED, PADDING, PackedBatch, PackedTokens
 from edge_vlm_training.data.masks import additive_mask
 from edge_vlm_training.finetune.vision import SeenClips, aux_count, see_clips
 from edge_vlm_training.losses import answer_sums
@@ -52,6 +52,7 @@ class BatchSums:
     """int64: tokens of each row behind the drop."""
 
 
+_ALIGNMENT = 8
 SUMS = ("answer", "z", "aux", "right", "trained", "kept", "cells", "tokens")
 
 
@@ -84,7 +85,7 @@ class Objective(nn.Module):
         gradients of processes are averaged."""
         with self._precision():
             seen = self._see(batch)
-            tokens = batch.pruned(seen.kept_FC)
+            tokens = _aligned(batch.pruned(seen.kept_FC))
             hidden = self._hidden(tokens, seen.features_GE)
             trained = (tokens.target_RS != IGNORED).flatten()
             logits = self.model.llm.head(hidden.flatten(0, 1)[trained])
@@ -146,6 +147,16 @@ class Objective(nn.Module):
         for i, block in enumerate(llm.blocks):
             x, _ = block(x, *tables[llm.cfg.rope_table_of(i)], bias, None)
         return llm.norm(x)
+
+
+def _aligned(tokens: PackedTokens) -> PackedTokens:
+    """Rows of a length that fused attention takes a mask of without copying it."""
+    short = -tokens.ids_RS.shape[1] % _ALIGNMENT
+    columns = {
+        f.name: F.pad(getattr(tokens, f.name), (0, short), value=PADDING.get(f.name, 0))
+        for f in dataclasses.fields(tokens)
+    }
+    return PackedTokens(**columns)
 
 
 def _drop_from_residuals(model: VideoLM, share: float) -> None:
