@@ -44,8 +44,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from edge_vlm_training.data.check import Lengths, check_records, describe
+    from edge_vlm_training.data.lanes import PackingConfig
     from edge_vlm_training.data.sampling import FrameSampling
-    from edge_vlm_training.data.stream import PackingConfig
 
     try:
         sampling = FrameSampling(fps=args.fps, max_frames=args.max_frames)

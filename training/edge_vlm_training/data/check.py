@@ -15,10 +15,10 @@ from edge_vlm.model.selection import num_kept
 from edge_vlm.prompt import PromptFormat
 from edge_vlm.report import Report
 from edge_vlm_training.data.knapsack import fill_row
+from edge_vlm_training.data.lanes import PackingConfig
 from edge_vlm_training.data.records import scan_records
 from edge_vlm_training.data.sample import Sample
 from edge_vlm_training.data.sampling import FrameSampling
-from edge_vlm_training.data.stream import PackingConfig
 from edge_vlm_training.data.trees import Tree, TreeBuilder, split_tree
 from edge_vlm_training.data.video_source import record_sample
 
