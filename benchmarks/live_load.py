@@ -167,15 +167,15 @@ def measure_answer(
             "max_frame_age_s": 1000.0,
         }
     )
+    watching = settings.changed({"max_answer_tokens": 40})
     jpegs = pictures(engines.bundle.config.vision.image_size)
     endless = EndlessEngines(engines)
     frames: dict[str, list[int]] = {}
 
     def answer(name: str, rate: float | str | None, others: int = 0) -> None:
-        cameras = [
-            Camera(endless, settings, limits, jpegs, mine, clock_ns)
-            for mine in [rate, *[FLOOD] * others]
-        ]
+        cameras = [Camera(endless, settings, limits, jpegs, rate, clock_ns)]
+        for _ in range(others):  # they are not asked, so they need no room for an answer
+            cameras.append(Camera(endless, watching, limits, jpegs, FLOOD, clock_ns))
         turns: Turns[Camera] = Turns(
             answer=lambda camera: camera.session.answer(),
             watch=lambda camera: camera.session.watch(),

@@ -191,7 +191,7 @@ class ServerLimits:
     """Alerts of one session."""
     max_evidence_bytes: int = 256 << 10
     """Size of the picture in `alert.triggered`; a larger one is sent smaller."""
-    max_answer_slowdown: float = 0.2
+    max_answer_slowdown: float = 0.15
     """Time that video may take while answers are decoded, as a share of the answers' own."""
 
     def __post_init__(self) -> None:

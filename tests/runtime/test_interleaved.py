@@ -99,3 +99,26 @@ def test_interleaved_sessions_give_exactly_what_each_gives_alone(
     for (said, memory), viewer in zip(alone, viewers, strict=True):
         assert all_of(viewer) == said
         assert np.array_equal(memory_of(viewer), memory)
+
+
+@pytest.mark.parametrize("attention", ["frame", "exact", "last_n"])
+def test_frames_that_come_during_an_answer_do_not_change_it(
+    engines: Engines, attention: str
+) -> None:
+    texts = []
+    for frames_meanwhile in (0, 9):
+        viewer = Viewer(engines, FakeClock(), attention=attention, max_answer_tokens=12)
+        viewer.show(1, 2, 3)
+        viewer.ask("how many cars are there now ?")
+        viewer.session.answer()
+        for sequence in range(4, 4 + frames_meanwhile):
+            viewer.put(sequence)
+            viewer.session.watch()
+            viewer.session.answer()
+        viewer.run()
+        (done,) = viewer.of(protocol.ResponseDone)
+        texts.append((done.text, done.usage, done.newest_frame.frame_sequence))
+        expected = list(range(1, 4 + frames_meanwhile))
+        assert viewer.session._context.frame_sequences() == expected
+        assert viewer.outcomes() == expected and not viewer.drop_reasons()
+    assert texts[0] == texts[1]
