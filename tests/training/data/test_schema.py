@@ -92,6 +92,8 @@ COUNT = {"type": "count", "question": "How many?", "count": 1, "points": [POINT]
             "behind the clip's end",
         ),
         (record(QA | {"answer": "a <|im_end|>"}), "$.annotations[0]", "<|im_end|>"),
+        (record(QA | {"history": [["a", "<im_patch>"]]}), "$.annotations[0]", "<im_patch>"),
+        (record(QA | {"history": [["a"]]}), "$.annotations[0].history[0]", "length 2"),
     ],
 )
 def test_a_wrong_record_names_its_place_and_field(line: str, field: str, what: str) -> None:

@@ -133,11 +133,12 @@ def test_keyframes_in_wrong_places_are_not_trusted(
 
 def test_samples_hold_the_stretch_that_their_record_names(tmp_path: Path) -> None:
     make_video(tmp_path / "a.mp4")
-    ask = [QA, QA | {"at_s": 0.0}, QA | {"at_s": 0.7}, QA | {"at_s": 1.1}]
+    ask = [QA, QA | {"at_s": 0.0}, QA | {"at_s": 0.7}, QA | {"at_s": 1.1, "history": [["a", "b"]]}]
     stretch = {"video": "a.mp4", "annotations": ask, "start_s": 1.0, "end_s": 2.1}
     sample = source(tmp_path, stretch).sample(0)
     assert sample.times_s == pytest.approx([0, 0.5, 1.0, 1.1])
     assert [branch.frame for branch in sample.branches] == [LAST, 0, 1, 3]
+    assert [branch.history for branch in sample.branches] == [(), (), (), (("a", "b"),)]
     pictures = sample.load(24)
     assert pictures.shape == (4, 24, 24, 3) and pictures.dtype == np.uint8
     assert numbers(pictures) == [10, 15, 20, 21]

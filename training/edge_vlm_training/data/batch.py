@@ -17,8 +17,9 @@ A batch is built with every cell, for which cells a model keeps is known only be
                     additive_mask(tokens, cfg.attention, dtype))
     # the loss: cross-entropy with target_RS where it is not IGNORED, times weight_RS
 
-(With `Rescale.ROW` clips must go through `encode_clips` one by one for a pack to equal its samples:
-the published rule lets the clips of a call share out which frames keep all patches as context.)
+(With `Rescale.ROW` clips must be encoded one by one, or by `encode_reference(refill_by_clip=True)`,
+for a pack to equal its samples: the published rule lets the clips of a call share out which frames
+keep all patches as context.)
 
 Shape letters: R rows, S tokens of a row (padded), F frames of all clips end to end, C cells of a
 frame, G kept cells over all frames.

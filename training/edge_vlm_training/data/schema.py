@@ -6,6 +6,7 @@ package. Whatever is wrong is a RecordInvalid that names the place of the record
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Annotated, NoReturn
@@ -59,11 +60,13 @@ class Annotation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_f
     """What every annotation may have.
 
     `style` is written before the question (`style: question`), as Molmo2 tells its tasks apart;
-    `at_s` lets the question be asked when the clip has been seen up to there.
+    `at_s` lets the question be asked when the clip has been seen up to there. `history` holds
+    questions and answers that stand before it and are not learned.
     """
 
     style: Text | None = None
     at_s: Seconds | None = None
+    history: list[tuple[Text, Text]] = []
 
     @property
     def kind(self) -> str:
@@ -180,7 +183,7 @@ def _check(record: Record, where: str) -> None:
     for i, annotation in enumerate(record.annotations):
         field = f"$.annotations[{i}]"
         try:
-            texts = annotation.turn()
+            texts = [*annotation.turn(), *itertools.chain(*annotation.history)]
         except ValueError as error:
             wrong(str(error), field)
         for special in _SPECIAL:

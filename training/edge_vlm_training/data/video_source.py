@@ -75,7 +75,15 @@ def record_sample(located: Located, sampling: FrameSampling) -> Sample:
         if annotation.at_s is not None:
             seen = np.searchsorted(times_s, annotation.at_s + _EPSILON_S, side="right")
             frame = max(int(seen) - 1, 0)
-        branches.append(Branch(kind=annotation.kind, question=question, answer=answer, frame=frame))
+        branches.append(
+            Branch(
+                kind=annotation.kind,
+                question=question,
+                answer=answer,
+                frame=frame,
+                history=tuple(annotation.history),
+            )
+        )
     return Sample(name=located.where, times_s=times_s, branches=tuple(branches), load=load)
 
 
