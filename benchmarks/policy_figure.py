@@ -86,7 +86,7 @@ def _panel(rows: Sequence[Row], floor: int) -> str:
         f'<text x="{WIDTH / 2}" y="{HEIGHT + 36}" text-anchor="middle">cells kept, %</text>'
     )
     whole = [row for row in rows if row["policy"] == KEEP_ALL]
-    for policy in COLOURS:
+    for policy in reversed(COLOURS):  # the first one on top
         own = [row for row in rows if row["policy"] == policy]
         if not own:
             continue
