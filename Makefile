@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := edge_vlm export runtime training calibration tests
+SOURCES := edge_vlm export runtime training calibration tests benchmarks
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

@@ -92,9 +92,9 @@ def encode_reference(
 
     `previous_across_clips` scores a later clip's first frame against the last frame of the clip
     before it, as the published code does by mistake. With `refill_by_clip` frames are refilled as
-    if each clip were alone in the pack, so that no clip changes another's. Without `record` only the hidden states that
-    the scorer saw are kept. Raises ValueError if the frames do not add up or the model does not
-    rescale its scores by row.
+    if each clip were alone in the pack, so that no clip changes another's. Without `record` only
+    the hidden states that the scorer saw are kept. Raises ValueError if the frames do not add up or
+    the model does not rescale its scores by row.
     """
     if sum(frames_per_clip) != pixels_FNP.shape[0] or min(frames_per_clip, default=0) < 1:
         raise ValueError(
