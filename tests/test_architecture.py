@@ -52,10 +52,10 @@ LAYERS = (
     {"alert_messages"},
     {"protocol", "frame_slot"},
     {"context", "intake"},
-    {"session", "session_tally", "alert_watch", "pointing", "snapshots"},
-    {"recording"},
+    {"session", "session_tally", "alert_watch", "pointing", "snapshots", "video_feed"},
+    {"recording", "turns"},
     {"record"},
-    {"worker", "sources", "delivery_queue"},
+    {"worker", "sources", "gst_pipe", "delivery_queue"},
     {"outputs", "webhook", "mqtt"},
     {"event_log", "replay", "server_metrics"},
     {"served_session"},
@@ -64,7 +64,7 @@ LAYERS = (
     {"client"},
     {"evaluate", "evaluate_bundle", "streaming"},
     {"alert_evaluate"},
-    {"view"},
+    {"view", "live_gauges"},
     {"replay_report"},
     {"alert_command", "server_options"},
     {"build_command"},
@@ -73,7 +73,7 @@ LAYERS = (
 )
 PURE_MODULES = {
     *("alert_messages", "alert_watch", "alerts", "context", "event_log", "intake", "protocol"),
-    *("pointing", "session", "session_tally", "snapshots", "wire"),
+    *("pointing", "session", "session_tally", "snapshots", "turns", "video_feed", "wire"),
 }
 IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}
 
