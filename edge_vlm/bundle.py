@@ -50,6 +50,8 @@ MANIFEST = "manifest.json"
 PRECISION_PLAN = "precision_plan.json"
 IMAGE_ENCODER = "image_encoder"
 """The graph of still pictures; only checkpoints with an image path have it."""
+BORROWED = {"llm_decode": ("llm",), IMAGE_ENCODER: ("vit_stem", "vit_trunk")}
+"""Graphs whose tensors may lie in the weights files of others."""
 TOKENIZER = "tokenizer.json"
 EMBED_TABLE = "embed_table.npy"
 

@@ -27,6 +27,7 @@ def describe_bundle(folder: Path) -> Report:
         "precision": _precision(bundle),
         "variant": f"{bundle.variant.value}, cache {bundle.kv_layout.value}",
         "scorer": "yes" if bundle.config.scorer is not None else "none: every cell is kept",
+        "still pictures": _pictures(bundle),
         "defaults": ", ".join(f"{k}={v}" for k, v in bundle.defaults.items()) or "none",
     }
     facts |= {f"graph {name}": _ranges(spec) for name, spec in bundle.specs.items()}
@@ -62,6 +63,13 @@ def _source(bundle: EngineBundle) -> str:
 def _precision(bundle: EngineBundle) -> str:
     parts = ", ".join(f"{part} {kind}" for part, kind in bundle.precision.to_dict().items())
     return f"{bundle.precision.label} ({parts})"
+
+
+def _pictures(bundle: EngineBundle) -> str:
+    images = bundle.images
+    if images is None:
+        return "none: the model reads video only"
+    return f"up to {images.max_crops} crops, {images.pool}x{images.pool} patches a token"
 
 
 def _ranges(spec: GraphSpec) -> str:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import onnx_ir as ir
 
+from edge_vlm.bundle import IMAGE_ENCODER
 from edge_vlm.calibration_table import FP16_LIMIT
 from edge_vlm.errors import BundleSchemaError, RangeFp16
 from edge_vlm.precision import Precision
@@ -168,7 +169,9 @@ def _half_or_single(
         return "float32", "rotary positions"
     if node.op_type == "Add" and any(user.op_type == "Softmax" for user in node.successors()):
         return "float32", "attention scores"
-    if spec.name == "vit_stem" and (module in OUTSIDE or module.startswith("scorer")):
+    if spec.name in ("vit_stem", IMAGE_ENCODER) and (
+        module in OUTSIDE or module.startswith("scorer")
+    ):
         return "float32", "patch embedding and scorer"
     if seen is None:
         return "float32", "not measured"

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 import edge_vlm
-from edge_vlm.bundle import IMAGE_ENCODER, BundleWriter, EngineBundle, write_bundle
+from edge_vlm.bundle import BORROWED, IMAGE_ENCODER, BundleWriter, EngineBundle, write_bundle
 from edge_vlm.calibration_table import CalibrationTable
 from edge_vlm.errors import ConfigError
 from edge_vlm.images import ImageConfig, prepare_image
@@ -36,11 +36,12 @@ from edge_vlm_export.modules import graph_module
 from edge_vlm_export.plan import NodePlan, PrecisionPlan, plan_graph
 from edge_vlm_export.preflight import Estimate, estimate, require_room
 from edge_vlm_export.ranges import Observer, measure, with_table
+from edge_vlm_export.real_inputs import real_inputs
 from edge_vlm_export.runs import Graphs, run_torch, session_run, torch_run
-from edge_vlm_export.samples import reference_sizes, sample_inputs
+from edge_vlm_export.samples import RealInputs, reference_sizes, sample_inputs
 from edge_vlm_export.sessions import Arrays
 from edge_vlm_export.trace import hollow_model, trace
-from edge_vlm_export.verify import Report, compare_with_torch, stem_states
+from edge_vlm_export.verify import Report, compare_with_torch
 from edge_vlm_export.verify_chain import CHAIN, chain_arrays, compare_chains
 from edge_vlm_export.verify_footage import footage_clips
 from edge_vlm_export.weights import WeightSource, open_weights, streamed_model
@@ -285,14 +286,14 @@ class _Export:
     ) -> Mapping[str, ir.ExternalTensor]:
         """What a graph need not write again. Quantised vision weights are each graph's own: they
         are scaled by what the graph itself has seen."""
-        if name == "llm_decode":
+        if name == "llm_decode":  # the same nodes, so constants are the same too
             return written["llm"]
         if name != IMAGE_ENCODER or self.options.precision.vit != "base":
             return {}
         weights = shapes(self.source.cfg)
         return {
             tensor: place
-            for graph in ("vit_stem", "vit_trunk")
+            for graph in BORROWED[name]
             for tensor, place in written[graph].items()
             if tensor.removesuffix(".float16") in weights
         }
@@ -311,12 +312,17 @@ class _Export:
         )
         model, clip = streamed_model(self.source), self._clip()
         self.progress.stage("comparing with torch")
-        report = Report("torch")
-        report.graphs += compare_with_torch(graphs, model, clip, largest=self.thorough)
-        self._write_references(writer, graphs, model, clip)
+        report, run = Report("torch"), torch_run(model, graphs)
+        real = real_inputs(
+            *(model, clip, run),
+            lambda recorded: self._chain(recorded, self.specs),
+            options.precision,
+        )
+        report.graphs += compare_with_torch(graphs, model, real, largest=self.thorough)
+        self._write_references(writer, graphs, model, real)
         if self.thorough:
             keep_ratio = self._defaults().get("keep_ratio", 0.5)
-            expected = self._chain(torch_run(model, graphs), self.specs).stream(clip)
+            expected = self._chain(run, self.specs).stream(clip)
             chain = self._chain(session_run(graphs), self.specs)
             report.chains += compare_chains(chain, clip, expected, "torch", options.precision)
             writer.reference(CHAIN, chain_arrays(clip, keep_ratio, expected))
@@ -324,13 +330,10 @@ class _Export:
         report.require()
 
     def _write_references(
-        self, writer: BundleWriter, graphs: Graphs, model: VideoLM, clip: Clip
+        self, writer: BundleWriter, graphs: Graphs, model: VideoLM, real: RealInputs
     ) -> None:
-        hidden = stem_states(model, clip)
         for name, spec in self.specs.items():
-            inputs = sample_inputs(
-                spec, reference_sizes(spec), model.cfg, seed=0, clip=clip, hidden=hidden
-            )
+            inputs = sample_inputs(spec, reference_sizes(spec), model.cfg, seed=0, real=real)
             module = graph_module(name, model, variant=self.options.variant)
             outputs = run_torch(module, spec, inputs)
             arrays = {f"inputs/{key}": value for key, value in inputs.items()}

@@ -256,7 +256,8 @@ class Client:
         event_id = self._event_id()
         stream = AnswerStream(text)
         self._by_event_id[event_id] = stream
-        await self._send_json("response.create", event_id, text=text, detail=detail)
+        asked = None if detail == "video" else detail  # an older server knows nothing else
+        await self._send_json("response.create", event_id, text=text, detail=asked)
         return stream
 
     async def ask(self, text: str, detail: Detail = "video") -> Answer:

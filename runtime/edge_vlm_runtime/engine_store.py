@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.bundle import MANIFEST, EngineBundle, sha256_of_file
+from edge_vlm.bundle import BORROWED, MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm.errors import BundleSchemaError, EngineMissing, EngineStale
 from edge_vlm_runtime.backends.cuda import Gpu
 
@@ -198,8 +198,8 @@ def _graph_digest(bundle: EngineBundle, name: str) -> str:
 
 
 def _graph_files(bundle: EngineBundle, name: str) -> list[str]:
-    """The graph and its weights; a graph that borrows weights counts all there are."""
+    """The graph and its weights, those that it may borrow included."""
     graph = bundle.graph_path(name)
-    own = graph.with_suffix(".weights")
-    weights = [own] if own.is_file() else sorted(graph.parent.glob("*.weights"))
+    places = [graph.with_name(f"{n}.weights") for n in (name, *BORROWED.get(name, ()))]
+    weights = [path for path in places if path.is_file()]
     return [path.relative_to(bundle.path).as_posix() for path in (graph, *weights)]

@@ -13,17 +13,21 @@ import pytest
 import torch
 
 from edge_vlm.bundle import MANIFEST, EngineBundle
+from edge_vlm.cli import main
 from edge_vlm.config import molmo2_4b
 from edge_vlm.errors import BundleSchemaError
 from edge_vlm.images import ImageConfig, image_grid, prepare_image
 from edge_vlm.model.images import encode_images
+from edge_vlm.precision import Precision, Variant
 from edge_vlm.prompt import RELEASED
 from edge_vlm_export.graphs import graph_specs
+from edge_vlm_export.plan import PrecisionPlan
 from edge_vlm_export.runs import Graphs
+from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_export.verify import verify_bundle
 from edge_vlm_export.weights import open_weights
-from tests.fakes import tiny_bundle
-from tests.published_folder import CUT, image_bundle, published_folder, published_model
+from tests.fakes import tiny_bundle, tiny_footage
+from tests.published_folder import CUT, LIMITS, image_bundle, published_folder, published_model
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,42 @@ def test_its_weights_are_those_of_the_video_graphs(bundle: EngineBundle) -> None
         if entry.key == "location"
     }
     assert places == {"vit_stem.weights", "vit_trunk.weights"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "variant"), [("fp16", Variant.ORT), ("edge", Variant.PORTABLE)]
+)
+def test_it_is_quantised_by_what_it_makes_of_the_footage(
+    precision: str, variant: Variant, tmp_path: Path
+) -> None:
+    """Its activations are not those of the video graphs: other pictures, other windows."""
+    options = ExportOptions(
+        limits=LIMITS,
+        precision=Precision.parse(precision),
+        variant=variant,
+        footage=(tiny_footage(),),
+    )
+    bundle = export_bundle(published_folder(), tmp_path / "bundle", options)  # compares with torch
+    plan = PrecisionPlan.from_json((bundle.path / "precision_plan.json").read_text())
+    nodes = plan.graphs["image_encoder"]
+    assert any(node.dtype == "float16" for node in nodes)
+    assert all(node.max_abs is not None for node in nodes if node.dtype == "float16")
+    int8 = {node.module for node in nodes if node.activations == "int8"}
+    assert ("vit.blocks.4.fc1" in int8) == (bundle.precision.vit == "int8")
+    # Quantised weights are scaled by what a graph has seen and so are its own.
+    places = [
+        path.with_suffix(".weights")
+        for path in map(bundle.graph_path, ("image_encoder", "vit_trunk"))
+    ]
+    own, trunk = (path.stat().st_size if path.exists() else 0 for path in places)
+    assert (own > trunk / 2) == (bundle.precision.vit == "int8")
+
+
+def test_inspect_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(image_bundle())]) == 0
+    assert "up to 5 crops, 2x2 patches a token" in capsys.readouterr().out
+    assert main(["inspect", str(tiny_bundle())]) == 0
+    assert "the model reads video only" in capsys.readouterr().out
 
 
 def test_a_manifest_with_half_an_image_path_is_refused(tmp_path: Path) -> None:
