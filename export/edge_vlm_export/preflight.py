@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_vlm.bundle import IMAGE_ENCODER
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import NoSpaceLeft, NotEnoughMemory
 from edge_vlm.precision import Precision
@@ -56,8 +57,12 @@ def estimate(
         if name == "llm.embed.weight":
             disk += 4 * count
             continue
-        disk += count * SIZES[weight_format(name, precision)]
-        single += count * 4
+        # Pictures have a graph that borrows its weights, but not before they are quantised, and not
+        # those that were quantised by what another graph has seen.
+        seen_twice = IMAGE_ENCODER in specs and name.startswith(("vit.", "connector."))
+        copies = 2 if seen_twice and precision.vit != "base" else 1
+        disk += copies * count * SIZES[weight_format(name, precision)]
+        single += (2 if seen_twice else 1) * count * 4
     if precision.needs_ranges:
         disk += single
     largest = max(_count(shape) for shape in shapes.values()) * 4

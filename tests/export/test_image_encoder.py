@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from edge_vlm.config import molmo2_4b
 from edge_vlm.errors import BundleSchemaError
 from edge_vlm.images import ImageConfig, image_grid, prepare_image
 from edge_vlm.model.images import encode_images
+from edge_vlm.model.weights import shapes
 from edge_vlm.precision import Precision, Variant
 from edge_vlm.prompt import RELEASED
 from edge_vlm_export.graphs import graph_specs
 from edge_vlm_export.plan import PrecisionPlan
+from edge_vlm_export.preflight import estimate
 from edge_vlm_export.runs import Graphs
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_export.verify import verify_bundle
@@ -110,6 +113,30 @@ def test_it_is_quantised_by_what_it_makes_of_the_footage(
     ]
     own, trunk = (path.stat().st_size if path.exists() else 0 for path in places)
     assert (own > trunk / 2) == (bundle.precision.vit == "int8")
+
+
+def test_the_room_it_needs_is_foreseen(tmp_path: Path) -> None:
+    cfg = molmo2_4b()
+    weights = shapes(cfg)
+    vision = sum(
+        math.prod(shape)
+        for name, shape in weights.items()
+        if name.startswith(("vit.", "connector"))
+    )
+    for label, lower, upper in (("fp32", 0, 0), ("fp16", 4, 4.3), ("edge", 5, 6)):
+        precision = Precision.parse(label)
+        without, with_images = (
+            estimate(
+                cfg,
+                weights,
+                graph_specs(cfg, precision=precision, images=images),
+                precision,
+                tmp_path,
+                largest_check=False,
+            ).disk
+            for images in (None, ImageConfig())
+        )
+        assert lower <= (with_images - without) / vision <= upper, label
 
 
 def test_inspect_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
