@@ -18,7 +18,7 @@ from edge_vlm_export.sessions import Arrays
 
 TOLERANCE = 1e-4
 """Largest |difference| allowed, in units of the largest |expected value| where that exceeds 1."""
-COSINES = {"float32": 0.99999, "float16": 0.999, "int8": 0.98, "int4": 0.95}
+COSINES = {"float32": 0.99999, "float16": 0.999, "int8": 0.98, "int4": 0.9}
 """Least cosine allowed with torch in float32, by the coarsest format in a graph."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,26 @@ from edge_vlm_export.sessions import Arrays
 
 REFERENCE_SIZES = {"F": 2, "G": 6, "I": 2, "T": 8, "s": 5, "p": 9, "n": 1, "C": 24}
 """Sizes of the reference tensors that travel in the bundle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageStates:
+    """What the language model was given on a clip, row by row, and what it kept of it."""
+
+    embeds: np.ndarray
+    """f32 [T, width]"""
+    cache: Mapping[str, np.ndarray]
+    """[T, heads, head_dim] by "k_0", "v_0", "k_1", ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealInputs:
+    """In place of random numbers, as far as they are there; repeated where more is asked for."""
+
+    clip: Clip | None = None
+    hidden: np.ndarray | None = None
+    """f32 [n, N, D]: what the clip's frames become in the stem."""
+    language: LanguageStates | None = None
 
 
 def reference_sizes(spec: GraphSpec) -> dict[str, int]:
@@ -52,26 +73,26 @@ def sample_inputs(
     cfg: ModelConfig,
     *,
     seed: int,
-    clip: Clip | None = None,
-    hidden: np.ndarray | None = None,
+    real: RealInputs | None = None,
 ) -> Arrays:
-    """Random numbers, but real indices, rotations and masks.
-
-    `clip` and `hidden` [n, N, D] (what its frames become in the stem) replace random pictures and
-    states: activations that were quantised by real footage are worth comparing on real footage
-    only.
-    """
+    """Random numbers, but real indices, rotations and masks; `real` replaces them."""
+    real = real or RealInputs()
     rng = np.random.default_rng(seed)
     arrays: Arrays = {}
     for tensor in spec.inputs:
         shape = tensor.resolve(sizes)
         if tensor.name == "pixels":
             arrays[tensor.name] = rng.uniform(-1, 1, shape)
-            if clip is not None:
-                frames = [to_pixel_values(picture, cfg.vision) for picture in clip.pictures]
+            if real.clip is not None:
+                frames = [to_pixel_values(picture, cfg.vision) for picture in real.clip.pictures]
                 arrays[tensor.name] = _cycled(np.stack(frames), shape[0])
-        elif tensor.name == "hidden" and hidden is not None:
-            arrays[tensor.name] = _cycled(hidden, shape[0])
+        elif tensor.name == "hidden" and real.hidden is not None:
+            arrays[tensor.name] = _cycled(real.hidden, shape[0])
+        elif tensor.name == "inputs_embeds" and real.language is not None:
+            arrays[tensor.name] = _cycled(real.language.embeds, shape[0], sizes["p"])
+        elif tensor.name.startswith("past_") and real.language is not None:
+            rows = real.language.cache[tensor.name.removeprefix("past_")]
+            arrays[tensor.name] = _past(rows, sizes["p"], shape)
         elif tensor.dtype in ("float32", "float16"):
             arrays[tensor.name] = rng.standard_normal(shape, np.float32)
     names = {tensor.name for tensor in spec.inputs}
@@ -97,5 +118,15 @@ def sample_inputs(
     return {t.name: np.ascontiguousarray(arrays[t.name], dtype=t.dtype) for t in spec.inputs}
 
 
-def _cycled(rows: np.ndarray, count: int) -> np.ndarray:
-    return rows[np.arange(count) % len(rows)]
+def _cycled(rows: np.ndarray, count: int, start: int = 0) -> np.ndarray:
+    return rows[np.arange(start, start + count) % len(rows)]
+
+
+def _past(rows: np.ndarray, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """`count` rows, laid out as a graph with `shape` for its past wants them."""
+    past = _cycled(rows, count)
+    if len(shape) == 3:
+        return past
+    buffer = np.zeros(shape, rows.dtype)
+    buffer[0, :, :count] = past.swapaxes(0, 1)
+    return buffer

@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edge_vlm.bundle import EngineBundle, sha256_of_file
 from edge_vlm.errors import CheckpointError, ParityError
 from edge_vlm.precision import FP32
 from edge_vlm.specs import GraphSpec
-from edge_vlm_export.chain import Arrays, ChainResult, Clip
+from edge_vlm_export.chain import Arrays, ChainResult, drawn_clip
 from edge_vlm_export.compare import Comparison, compare, format_table, require_parity
 from edge_vlm_export.runs import Graphs, run_torch, session_run, torch_module, torch_run
-from edge_vlm_export.samples import check_sizes, sample_inputs
+from edge_vlm_export.samples import RealInputs, check_sizes, sample_inputs
 from edge_vlm_export.verify_chain import (
     CHAIN,
     ChainComparison,
@@ -87,13 +85,20 @@ def verify_bundle(
             report.graphs.append(_compare_reference(graphs, spec, arrays))
         expected = ChainResult.from_arrays(reference) if has_chain else None
     else:
+        from edge_vlm_export.real_inputs import real_inputs
         from edge_vlm_export.weights import streamed_model
 
         model = streamed_model(source)
         report = Report("torch")
-        report.graphs += compare_with_torch(graphs, model, clip, largest=thorough)
         run = torch_run(model, graphs)
         torch_chain = chain_of(run, bundle, keep_ratio)
+        pictures = clip or drawn_clip(bundle.config.vision.image_size)
+        real = real_inputs(
+            *(model, pictures, run),
+            lambda recorded: chain_of(recorded, bundle, keep_ratio),
+            graphs.precision,
+        )
+        report.graphs += compare_with_torch(graphs, model, real, largest=thorough)
         expected = torch_chain.stream(clip) if clip is not None else None
     chain = chain_of(session_run(graphs), bundle, keep_ratio)
     if clip is not None and expected is not None:
@@ -111,42 +116,24 @@ def _keep_ratio(bundle: EngineBundle) -> float:
 def compare_with_torch(
     graphs: Graphs,
     model: VideoLM,
-    clip: Clip | None,
+    real: RealInputs,
     *,
     largest: bool = True,
     on_compared: Callable[[Comparison], None] = lambda result: None,
 ) -> list[Comparison]:
-    """Each graph at `check_sizes`."""
-    hidden = stem_states(model, clip) if clip is not None else None
+    """Each graph at `check_sizes`; `real` is what quantised graphs are given."""
+    vision_too = graphs.precision.vit == "int8"
+    real = real if vision_too else RealInputs(language=real.language)
     results = []
     for name, spec in graphs.specs.items():
         module, session = torch_module(name, model, graphs.variant), graphs.open(name)
-        # Quantised by real footage, so compared on some.
-        real = graphs.precision.vit == "int8"
         for i, sizes in enumerate(check_sizes(spec, largest=largest)):
-            inputs = sample_inputs(
-                spec,
-                sizes,
-                model.cfg,
-                seed=i + 1,
-                clip=clip if real else None,
-                hidden=hidden if real else None,
-            )
+            inputs = sample_inputs(spec, sizes, model.cfg, seed=i + 1, real=real)
             expected = run_torch(module, spec, inputs)
             result = compare(spec, sizes, session.run(inputs), expected, graphs.precision)
             on_compared(result)
             results.append(result)
     return results
-
-
-def stem_states(model: VideoLM, clip: Clip) -> np.ndarray:
-    """What the stem makes of a clip's frames, f32 [n, N, D]."""
-    from edge_vlm_export.graphs import graph_specs
-
-    spec = graph_specs(model.cfg)["vit_stem"]
-    sizes = {"F": len(clip.pictures)}
-    inputs = sample_inputs(spec, sizes, model.cfg, seed=0, clip=clip)
-    return run_torch(torch_module("vit_stem", model), spec, inputs)["hidden"]
 
 
 def _compare_reference(graphs: Graphs, spec: GraphSpec, arrays: Arrays) -> Comparison:
