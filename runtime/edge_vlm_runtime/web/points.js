@@ -3,7 +3,7 @@
 const MAX_PICTURES = 128;
 const MAX_BYTES = 16 << 20;
 const MAX_SHOWN = 4; // pictures under one answer
-const WIDTH = 320;
+const WIDTH = 300;
 const COLOURS = ["#22d3ee", "#f472b6", "#a3e635", "#facc15", "#c084fc", "#fb923c"];
 
 export class SentPictures {
