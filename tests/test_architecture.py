@@ -44,6 +44,7 @@ LAYERS = (
     {"engine_store", "trt_compile"},
     {"trt_builder"},
     {"kv_arena"},
+    {"open_graphs"},
     {"vision", "image_vision", "language"},
     {"sampling", "generate"},
     {"engines"},
