@@ -28,6 +28,7 @@ from edge_vlm_runtime.server_options import (
     add_access_arguments,
     add_record_argument,
     add_server_arguments,
+    server_limits,
     server_options,
 )
 
@@ -94,20 +95,17 @@ def _serve(args: argparse.Namespace) -> int:
     import logging
 
     from edge_vlm_runtime.server import Server
-    from edge_vlm_runtime.settings import ServerLimits
 
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    given = {"max_sessions": args.max_sessions, "resume_grace_s": args.resume_grace}
-    limits = ServerLimits(**{name: value for name, value in given.items() if value is not None})
     with alert_outputs(args) as outputs:
         with Server.open(
             args.bundle,
             host=args.host,
             port=args.port,
             threads=args.threads,
-            limits=limits,
+            limits=server_limits(args),
             on_event=None if outputs is None else outputs.put,
             **backend_options(args),
             **server_options(args),

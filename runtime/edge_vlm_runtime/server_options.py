@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.line import Access
+    from edge_vlm_runtime.settings import ServerLimits
     from edge_vlm_runtime.tls import Tls
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -31,6 +32,18 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         metavar="SECONDS",
         help="how long a session is kept when its connection breaks (30); 0: not at all",
+    )
+    group.add_argument(
+        "--session-memory",
+        type=_mebibytes,
+        metavar="MIB",
+        help="what one session may remember: keys, values and features (4096)",
+    )
+    group.add_argument(
+        "--max-answer-slowdown",
+        type=_seconds,
+        metavar="SHARE",
+        help="time that video may take while answers are decoded, as a share of theirs (0.15)",
     )
     add_record_argument(group, "FOLDER", "write a recording of each session into this folder")
 
@@ -55,6 +68,19 @@ def _add_key_argument(parser: Any) -> None:
         metavar="FILE",
         help="file with the API key (default: the variable EDGE_VLM_API_KEY, or none)",
     )
+
+
+def server_limits(args: argparse.Namespace) -> ServerLimits:
+    """What `serve` was told, and the default where it was not."""
+    from edge_vlm_runtime.settings import ServerLimits
+
+    given = {
+        "max_sessions": args.max_sessions,
+        "resume_grace_s": args.resume_grace,
+        "max_session_bytes": args.session_memory,
+        "max_answer_slowdown": args.max_answer_slowdown,
+    }
+    return ServerLimits(**{name: value for name, value in given.items() if value is not None})
 
 
 def server_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,6 +118,13 @@ def access_of(args: argparse.Namespace) -> Access:
     from edge_vlm_runtime.line import Access
 
     return Access(api_key=read_api_key(args.api_key_file), ca_file=args.tls_ca)
+
+
+def _mebibytes(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value << 20
 
 
 def _seconds(text: str) -> float:

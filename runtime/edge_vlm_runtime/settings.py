@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+import numpy as np
+
 from edge_vlm.bundle import EngineBundle
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
@@ -138,6 +140,8 @@ class ModelLimits:
     """Largest time stamp of a frame; None when the checkpoint does not say."""
     trained_attention: str
     has_scorer: bool = True
+    token_bytes: int = 1
+    """Memory of one token of video: its keys and values, and its feature on the host."""
     snapshot_tokens: int = 0
     """Most tokens of a picture at full detail; 0: the model reads video only."""
 
@@ -158,6 +162,7 @@ class ModelLimits:
             max_time_s=None if max_time_s is None else float(max_time_s),
             trained_attention=bundle.config.attention.value,
             has_scorer=bundle.config.scorer is not None,
+            token_bytes=_token_bytes(bundle),
             snapshot_tokens=_snapshot_tokens(bundle),
         )
 
@@ -182,6 +187,8 @@ class ServerLimits:
     max_question_tokens: int = 256
     kv_capacity_tokens: int = 8192
     """Largest cache of one session; the model's last position bounds it too."""
+    max_session_bytes: int = 4 << 30
+    """Memory for what one session remembers; bounds the cache too."""
     resume_grace_s: float = 30.0
     """A session whose connection broke is kept this long; 0: not at all."""
     max_replay_events: int = 2000
@@ -221,9 +228,18 @@ def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSetti
     return SessionSettings().changed(fields)
 
 
+def _token_bytes(bundle: EngineBundle) -> int:
+    language = bundle.config.language
+    keys = next(spec for spec in bundle.specs["llm"].inputs if spec.name == "past_k_0")
+    row = language.num_kv_heads * language.head_dim * np.dtype(keys.dtype).itemsize
+    feature = language.width * np.dtype(np.float32).itemsize
+    return language.num_layers * 2 * row + feature
+
+
 def cache_capacity(model: ModelLimits, limits: ServerLimits) -> int:
     """Rows of one session's cache."""
-    return min(limits.kv_capacity_tokens, model.max_positions, model.max_cache_tokens)
+    affordable = limits.max_session_bytes // model.token_bytes
+    return min(limits.kv_capacity_tokens, model.max_positions, model.max_cache_tokens, affordable)
 
 
 def question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
@@ -259,7 +275,7 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
         raise ConfigError(
             f"no room for video: {room} tokens are left and two frames need {least}",
             where="session settings",
-            remedy="lower max_answer_tokens or history_turns",
+            remedy="lower max_answer_tokens or history_turns, or give the session more memory",
         )
     if settings.window_tokens == 0:
         return room

@@ -125,6 +125,7 @@ def test_metrics_count_what_sessions_do(certificate: Path) -> None:
         async with await Client.connect(server.url, {"delivery": "wait"}) as client:
             for number in range(3):
                 await client.send_frame(jpeg(number), number * 500_000)
+                await client.wait_processed()  # or they would join the memory in one prefill
             await client.send_frame(b"junk", 2_000_000)
             await client.wait_processed()
             await client.ask(QUESTION)

@@ -149,10 +149,11 @@ class FakeEngines:
             defaults={},
             specs={
                 "llm": SimpleNamespace(
+                    inputs=[SimpleNamespace(name="past_k_0", dtype="float32")],
                     dims={
                         "s": DynamicDim(min=1, opt=16, max=512),
                         "p": DynamicDim(min=0, opt=16, max=512),
-                    }
+                    },
                 )
             },
         )
