@@ -98,6 +98,7 @@ def test_answers_are_torchs_own(server: Server, attention: str) -> None:
         "snapshot": answer(model, [image], QUESTION, STEPS, one_block=block),
         "both": answer(model, [*video, image], QUESTION, STEPS, one_block=block),
     }
+    assert len(set(expected.values())) == 3 and all(expected.values())
 
     async def session() -> None:
         async with await Client.connect(server.url, {**FILE, "attention": attention}) as client:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_vlm.errors import NoFrameYet, SnapshotsUnsupported
 from edge_vlm.frames import encode_jpeg
@@ -142,6 +145,34 @@ def test_the_stream_goes_on_as_if_nobody_had_asked(engines: Engines, detail: str
     asked.see(picture(5))
     silent.see(picture(5))
     assert asked.memory() == silent.memory()
+
+
+ASKED = st.tuples(st.sampled_from(["snapshot", "both"]), st.integers(0, 2 * STEPS))
+"""A question, and after how many steps it is cancelled, or the number of a frame."""
+
+
+@given(st.lists(st.one_of(st.integers(1, 5), ASKED), max_size=8))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_no_schedule_of_questions_leaves_a_trace(
+    engines: Engines, schedule: list[int | tuple[str, int]]
+) -> None:
+    asked, silent = (Viewer(engines, attention="frame") for _ in range(2))
+    for viewer in (asked, silent):
+        viewer.see(picture(0))
+    for item in schedule:
+        if isinstance(item, int):
+            asked.see(picture(item))
+            silent.see(picture(item))
+        else:
+            detail, steps = item
+            asked.begin(detail)
+            for _ in range(steps):
+                asked.session.step()
+            asked.session.cancel(None)
+            asked.run()
+        assert asked.memory() == silent.memory()
+    asked.events.clear()
+    assert asked.answered("video").text == silent.answered("video").text
 
 
 @pytest.mark.parametrize("detail", ["snapshot", "both"])
