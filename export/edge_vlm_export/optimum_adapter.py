@@ -67,9 +67,11 @@ def quantize_vision(
             path = writer.graph_file(spec)
             model = load_graph(source.graph_path(name))
             seen = {str(n.inputs[0].name): 0.0 for n in model.graph if n.inputs and n.inputs[0]}
-            plans[name] = plan_graph(model.graph, spec, PRECISION, seen)
+            # Stills are left as they are: the footage has none to measure.
+            precision = PRECISION if name in VISION_GRAPHS else FP32
+            plans[name] = plan_graph(model.graph, spec, precision, seen)
             wanted = [node.node for node in plans[name] if node.activations]
-            if name in VISION_GRAPHS and wanted:
+            if wanted:
                 _quantize_graph(source.graph_path(name), path, wanted, samples[name], method)
             else:
                 save_graph(model, path)
@@ -84,6 +86,7 @@ def quantize_vision(
             source={**source.source, "quantised_by": f"optimum ORTQuantizer, {method}"},
             precision=PRECISION,
             style=source.style,
+            images=source.images,
         )
         done = dataclasses.replace(source, path=writer.folder, precision=PRECISION)
         report = verify_bundle(done)
