@@ -26,14 +26,17 @@ class AnswerLog:
     def __init__(self, file: Path | None, measured: Mapping[str, Any]) -> None:
         """`measured` must be what the file was begun with, as far as both name the same things.
 
-        Raises ConfigError when it is not, or when the file is no such log.
+        Raises ConfigError when it is not, or when the file is no such log or cannot be written.
         """
         self._answers: dict[Key, ClipAnswers] = {}
         self._file: IO[bytes] | None = None
         if file is None:
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(file, "ab+")  # noqa: SIM115 (closed by `close`)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(file, "ab+")  # noqa: SIM115 (closed by `close`)
+        except OSError as error:
+            raise ConfigError(f"answers cannot be kept there: {error}", where=file) from error
         try:
             self._read(file, dict(measured))
         except BaseException:

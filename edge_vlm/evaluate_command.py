@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -63,11 +64,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--clips", type=_positive, metavar="N", help="only the first N")
     asked.add_argument(
         "--minutes",
-        type=float,
+        type=_not_negative,
         metavar="M",
         help="stop behind the clip asked then; 0: only show the table",
     )
-    asked.add_argument("--fps", type=float, default=2.0, help="frames a second of your own videos")
+    asked.add_argument("--fps", type=_rate, default=2.0, help="frames a second of your own videos")
     asked.add_argument("--max-frames", type=_positive, default=64, help="of one of your videos")
     parser.add_argument(
         "-o",
@@ -88,6 +89,20 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = _not_negative(text)
+    if not value:
+        raise argparse.ArgumentTypeError("must be above 0")
     return value
 
 
@@ -120,6 +135,8 @@ def _run(args: argparse.Namespace) -> int:
     options = EvaluatorOptions(
         threads=args.threads, api_key_file=args.api_key_file, tls_ca=args.tls_ca
     )
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ConfigError("no such folder", where=args.json.parent)  # not after hours of asking
     with ExitStack() as stack:
         out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         questions = wanted.questions or _rendered(out / RENDERED, args)

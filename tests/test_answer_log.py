@@ -67,3 +67,9 @@ def test_without_a_file_it_remembers() -> None:
     log = AnswerLog(None, MEASURED)
     log.add(KEY, ANSWERS)
     assert log[KEY] == ANSWERS
+
+
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ConfigError, match="cannot be kept there"):
+        AnswerLog(tmp_path / "run" / "answers.jsonl", MEASURED)

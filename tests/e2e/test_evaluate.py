@@ -190,6 +190,7 @@ def test_what_is_named_is_told_apart_by_its_files(questions: Path) -> None:
         (["--keep-ratio", "half"], "cannot read the table's rows"),
         (["--attention", "some"], "cannot read the table's rows"),
         (["--policy", "best"], "policy must be one of"),
+        (["--json", "nowhere/table.json"], "no such folder"),
     ],
 )
 def test_what_makes_no_sense_is_an_error_before_anything_is_opened(
