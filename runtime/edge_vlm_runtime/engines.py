@@ -69,7 +69,12 @@ class Engines:
         """
         bundle = EngineBundle.open(path)
         opened = open_graphs(bundle, backend, threads=threads, engines=engines)
-        return cls(bundle, opened.graphs, opened.cache_memory)
+        try:
+            return cls(bundle, opened.graphs, opened.cache_memory)
+        except BaseException:
+            for graph in opened.graphs.values():
+                graph.close()
+            raise
 
     def close(self) -> None:
         """Frees the graphs; twice does no harm."""
