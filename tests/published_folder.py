@@ -37,10 +37,16 @@ def published_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="edge-vlm-published-")) / "tiny-molmo2"
     words = _tokenizer()
     cfg = config(words.get_vocab_size() - len(EXTRA))
-    model = VideoLM(cfg).init_weights(torch.Generator().manual_seed(5))
-    with torch.no_grad():  # answers of random weights are otherwise one word over and over
-        model.llm.embed.weight.mul_(20.0)
-        model.llm.head.weight[words.token_to_id("<|im_end|>")] = 0.0  # and end at once
+    torch.manual_seed(5)
+    model = VideoLM(cfg)
+    with torch.no_grad():
+        # Weights so large that another picture, order, position or mask gives another answer.
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            is_norm = "norm" in name and name.endswith("weight")
+            scale = 0.15 if "embed" in name else 0.2
+            parameter.copy_(1 + 0.2 * noise if is_norm else scale * noise)
+        model.llm.head.weight[words.token_to_id("<|im_end|>")] = 0.0  # so that it does not end
     save_published(folder, model.eval())
     words.save(str(folder / "tokenizer.json"))
     rules = {

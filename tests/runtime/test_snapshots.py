@@ -125,6 +125,29 @@ def test_the_answer_is_that_of_torchs_own_image_forward(
     assert done.snapshot.tokens == len(image[0])
 
 
+def test_another_picture_order_or_mask_would_be_another_answer() -> None:
+    """What the test above can tell apart."""
+    model = published_model()
+    with torch.no_grad():
+        video = video_part(model, [(0.5 * i, jpeg) for i, jpeg in enumerate(FRAMES)])
+        ids, features = image_part(model, FRAMES[-1], CUT)
+        _, other = image_part(model, FRAMES[0], CUT)
+    assert features is not None
+    reversed_ = features.flip(0)
+    for before in ([], video):
+        for one_block in (False, True):
+            answers = [
+                answer(model, [*before, (ids, shown)], QUESTION, STEPS, one_block=one_block)
+                for shown in (features, reversed_, other)
+            ]
+            assert len(set(answers)) == 3
+    masks = [
+        answer(model, [*video, (ids, features)], QUESTION, STEPS, one_block=one_block)
+        for one_block in (False, True)
+    ]
+    assert masks[0] != masks[1]
+
+
 @pytest.mark.parametrize("detail", ["snapshot", "both"])
 def test_the_stream_goes_on_as_if_nobody_had_asked(engines: Engines, detail: str) -> None:
     asked, silent = (Viewer(engines, attention="frame") for _ in range(2))
