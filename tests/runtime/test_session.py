@@ -315,6 +315,8 @@ def test_settings_may_change_in_the_middle_of_an_answer() -> None:
     "bad",
     [
         {"keep_ratio": 0.0},
+        {"vision_tokens_per_s": -1.0},
+        {"vision_tokens_per_s": float("inf")},
         {"policy": "best"},
         {"attention": "none"},
         {"window_tokens": 10},
