@@ -79,6 +79,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     trial.add_argument("--seed", type=int, default=0, help="of the random weights (0)")
     trial.add_argument("--tokenizer", type=Path, help="tokenizer.json for --random-weights")
     trial.add_argument(
+        "--with-images",
+        action="store_true",
+        help="random weights that read still pictures too (a checkpoint's own files say so)",
+    )
+    trial.add_argument(
         "--without-scorer", action="store_true", help="the shape as published, without scorer"
     )
     _add_depth(parser)
@@ -131,7 +136,11 @@ def _source(args: argparse.Namespace) -> WeightSource:
     if args.tokenizer is None:
         raise ConfigError("--random-weights needs --tokenizer FILE")
     return random_weights(
-        args.random_weights, args.seed, args.tokenizer, with_scorer=not args.without_scorer
+        args.random_weights,
+        args.seed,
+        args.tokenizer,
+        with_scorer=not args.without_scorer,
+        with_images=args.with_images,
     )
 
 

@@ -111,12 +111,17 @@ def identity_of(folder: Path) -> dict[str, Any]:
 
 
 def random_weights(
-    shape: str, seed: int, tokenizer: Path, *, with_scorer: bool = True
+    shape: str,
+    seed: int,
+    tokenizer: Path,
+    *,
+    with_scorer: bool = True,
+    with_images: bool = False,
 ) -> WeightSource:
     """A model of a known shape with weights made up tensor by tensor: same seed, same weights.
 
     For trying an export, an engine build or a device without the real weights. Raises ConfigError
-    for an unknown shape.
+    for an unknown shape, and for `with_images` where shape or vocabulary are made for video only.
     """
     if shape not in RANDOM_SHAPES:
         raise ConfigError(f"no shape {shape!r}", remedy=f"one of {', '.join(RANDOM_SHAPES)}")
@@ -125,7 +130,14 @@ def random_weights(
     cfg: ModelConfig = getattr(recipes, shape)()
     if not with_scorer:
         cfg = replace(cfg, scorer=None)
-    return made_up_weights(cfg, seed, tokenizer, shape)
+    images = ImageConfig() if with_images else None
+    if images is not None and not _fits_images(images, cfg, tokenizer):
+        raise ConfigError(
+            f"{shape} with this tokenizer.json cannot read still pictures",
+            where=tokenizer,
+            remedy="take a molmo2 shape and the published tokenizer.json",
+        )
+    return replace(made_up_weights(cfg, seed, tokenizer, shape), images=images)
 
 
 def made_up_weights(cfg: ModelConfig, seed: int, tokenizer: Path, shape: str) -> WeightSource:
@@ -153,6 +165,11 @@ def made_up_weights(cfg: ModelConfig, seed: int, tokenizer: Path, shape: str) ->
         identity={"random_weights": shape, "seed": seed},
         read=read,
     )
+
+
+def _fits_images(images: ImageConfig, cfg: ModelConfig, tokenizer: Path) -> bool:
+    wide = cfg.vision.patch_grid > 2 * sum(images.overlap)
+    return wide and has_image_tokens(Tokenizer.from_file(tokenizer))
 
 
 def _norm_weights(cfg: ModelConfig) -> set[str]:

@@ -16,7 +16,7 @@ import torch
 from edge_vlm.bundle import MANIFEST, EngineBundle
 from edge_vlm.cli import main
 from edge_vlm.config import molmo2_4b
-from edge_vlm.errors import BundleSchemaError
+from edge_vlm.errors import BundleSchemaError, ConfigError
 from edge_vlm.images import ImageConfig, image_grid, prepare_image
 from edge_vlm.model.images import encode_images
 from edge_vlm.model.weights import shapes
@@ -29,7 +29,7 @@ from edge_vlm_export.preflight import estimate
 from edge_vlm_export.runs import Graphs
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_export.verify import verify_bundle
-from edge_vlm_export.weights import open_weights
+from edge_vlm_export.weights import open_weights, random_weights
 from tests.fakes import tiny_bundle, tiny_footage
 from tests.published_folder import CUT, LIMITS, image_bundle, published_folder, published_model
 
@@ -138,6 +138,18 @@ def test_the_room_it_needs_is_foreseen(tmp_path: Path) -> None:
             for images in (None, ImageConfig())
         )
         assert lower <= (with_images - without) / vision <= upper, label
+
+
+def test_random_weights_may_read_pictures_too() -> None:
+    published = published_folder() / "tokenizer.json"
+    assert random_weights("molmo2_4b", 0, published).images is None
+    assert random_weights("molmo2_4b", 0, published, with_images=True).images == ImageConfig()
+    for shape, words in (
+        ("tiny", published),
+        ("molmo2_4b", tiny_bundle() / "tokenizer.json"),
+    ):
+        with pytest.raises(ConfigError, match="still pictures"):
+            random_weights(shape, 0, words, with_images=True)
 
 
 def test_inspect_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
