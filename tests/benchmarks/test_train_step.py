@@ -18,9 +18,14 @@ def test_train_step_states_what_it_measured(
     path = tmp_path / "result.json"
     argv = ["--size", "tiny", "--frames", "4", "--clips", "2", "--rounds", "2", "--warmups", "0"]
     argv += ["--removed", "0.5"]
-    assert train_step.main([*argv, "--out", str(path)]) == 0
+    threads = torch.get_num_threads()
+    try:
+        assert train_step.main([*argv, "--out", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
     result = json.loads(path.read_text())
     assert result["command"] == " ".join(["python -m benchmarks.train_step", *argv])
+    assert result["clock"] == "processor" and result["threads"] == 1
     assert {"device", "threads", "torch", "precision", "edge_vlm"} <= result.keys()
     base, case = result["cases"]["unpruned"], result["cases"]["removed 0.5"]
     assert (base["cells_kept"], case["cells_kept"]) == (1.0, 0.5)
