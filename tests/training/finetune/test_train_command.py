@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,22 @@ def test_a_run_leaves_a_checkpoint_a_log_and_its_recipe(finished: Path) -> None:
     assert list((finished / "tensorboard").glob("events*"))
     model = load_checkpoint(finished / "checkpoint")
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_data_made_ahead_and_a_lost_step_change_no_loss(finished: Path, tmp_path: Path) -> None:
+    """Decoding in threads, then going on from the first step as if killed behind it."""
+
+    def losses(folder: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (folder / "log.jsonl").open()]
+
+    out = tmp_path / "ahead"
+    threads = ["--set", "decode_threads=2"]
+    assert main(["train", "stts_smoke", "-o", str(out), *FAST, *threads]) == 0
+    assert losses(out) == losses(finished)
+    for resumed_with in ([], ["--set", "decode_threads=0"]):
+        shutil.rmtree(out / "checkpoints" / "step-00000002")
+        assert main(["train", "stts_smoke", "-o", str(out), "--resume", *resumed_with]) == 0
+        assert losses(out) == losses(finished)
 
 
 def test_resume_goes_on_with_the_folder_s_recipe(
