@@ -63,8 +63,10 @@ def test_watch_asks_again_and_again(video: Path, capsys: pytest.CaptureFixture[s
 def test_watch_follows_a_camera_until_interrupted() -> None:
     """Live: the newest frame wins, Ctrl-C ends it with a summary, credentials stay secret."""
     code = (
-        "import sys; from tests.runtime.command_line import command_line; "
+        "import signal, sys; from tests.runtime.command_line import command_line; "
         "from edge_vlm_runtime.commands import watch; "
+        # A shell's background job, as these tests may be one, hands on an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "sys.exit(command_line(watch, sys.argv[1:]))"
     )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "runtime")])
