@@ -138,6 +138,7 @@ def test_a_server_records_each_session(tmp_path: Path, capsys: pytest.CaptureFix
             for number in range(3):
                 await client.send_frame(jpeg(number + offset), number * 500_000)
             await client.ask(QUESTION)
+            await client.wait_processed()  # a question comes before the frames that wait
 
     with Server.open(tiny_bundle(), threads=1, record_to=tmp_path / "all") as server:
         server.start()
