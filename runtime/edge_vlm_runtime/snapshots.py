@@ -129,7 +129,8 @@ class Exhibits:
         tokens, snapshot = self._encode(
             min(
                 model.max_prefill_tokens - len(begin),
-                min(model.max_cache_tokens, model.max_positions) - rest,
+                # An arena of its own is no larger than the session's, which has a bound in bytes.
+                min(self._arena.capacity, model.max_positions) - rest,
             ),
             "export the bundle with more tokens per run, or ask about the video",
         )

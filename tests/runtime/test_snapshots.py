@@ -276,6 +276,21 @@ def test_a_full_window_leaves_room_for_a_picture(engines: Engines) -> None:
     assert viewer.memory() == before
 
 
+@pytest.mark.parametrize("attention", ["frame", "exact"])
+def test_a_small_cache_has_fewer_crops(engines: Engines, attention: str) -> None:
+    crops = []
+    for capacity in (150, 116, 111):
+        limits = ServerLimits(max_question_tokens=20, kv_capacity_tokens=capacity)
+        viewer = Viewer(engines, limits, attention=attention)
+        viewer.see(FRAMES[0])
+        done = viewer.answered("snapshot")
+        assert done.snapshot is not None
+        assert done.kv_tokens <= capacity
+        crops.append(done.snapshot.crops)
+    assert crops == sorted(crops, reverse=True)
+    assert len(set(crops)) > 1
+
+
 def test_no_picture_and_no_image_path_are_typed_errors(engines: Engines) -> None:
     viewer = Viewer(engines)
     with pytest.raises(NoFrameYet):
