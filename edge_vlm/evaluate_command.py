@@ -191,11 +191,11 @@ def _evaluate(
             path: {"name": evaluator.name, "identity": evaluator.identity}
             for path, evaluator in evaluators.items()
         },
-        "rows": to_record(scores),
     }
     if args.runs:  # of the whole table they are in the log
         record["wrong"] = wrong_answers(log, asked, scores)
-    text = json.dumps(record, indent=1) + "\n"
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in to_record(scores))  # each on one line
+    text = json.dumps(record, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
     if args.out:
         parts = overview(scores, markdown=True), table(scores, markdown=True)
         (out / TABLE).write_text("\n\n".join(part for part in parts if part) + "\n")
