@@ -73,3 +73,15 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ConfigError, match="cannot be kept there"):
         AnswerLog(tmp_path / "run" / "answers.jsonl", MEASURED)
+
+
+def test_logs_may_be_joined_end_to_end(file: Path, tmp_path: Path) -> None:
+    other = AnswerLog(tmp_path / "b.jsonl", {"questions": "abc", "served": "ghi"})
+    served = ("served", "stream:0.5:frame", "0001")
+    other.add(served, ANSWERS)
+    other.close()
+    file.write_bytes(file.read_bytes() + (tmp_path / "b.jsonl").read_bytes())
+    log = AnswerLog(file, MEASURED | {"served": "ghi"})
+    assert KEY in log and served in log
+    with pytest.raises(ConfigError, match="answers of another served"):
+        AnswerLog(file, {"served": "other"})
