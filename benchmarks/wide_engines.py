@@ -11,6 +11,7 @@ needed, and none is used: nothing is run.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 from benchmarks.full_size_export import RESULTS, TOKENIZER
 from benchmarks.measure import command_line, device_record, progress, write_result
+from edge_vlm.bundle import EngineBundle
 from edge_vlm.config import ModelConfig, molmo2_4b, tiny
 from edge_vlm.precision import Precision
 from edge_vlm_export.graphs import KVForm
@@ -41,6 +43,14 @@ def shallow() -> ModelConfig:
     )
 
 
+def export(is_tiny: bool, precision: str, folder: Path) -> None:
+    source = made_up_weights(tiny(160, 3) if is_tiny else shallow(), 0, TOKENIZER, "wide")
+    options = ExportOptions(
+        precision=Precision.parse(precision), kv_form=KVForm.BOTH, thorough=False, threads=2
+    )
+    export_source(source, folder, options)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,14 +61,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     out = args.out or RESULTS / f"engines_wide_{args.precision}.json"
-    source = made_up_weights(tiny(160, 3) if args.tiny else shallow(), 0, TOKENIZER, "wide")
-    options = ExportOptions(
-        precision=Precision.parse(args.precision), kv_form=KVForm.BOTH, thorough=False, threads=2
-    )
     graphs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="engines-", dir=args.scratch) as scratch:
         progress("exporting ...")
-        bundle = export_source(source, Path(scratch) / "bundle", options)
+        # In a process of its own: a builder's peak memory counts what its parent held.
+        job = multiprocessing.get_context("spawn").Process(
+            target=export, args=(args.tiny, args.precision, Path(scratch) / "bundle")
+        )
+        job.start()
+        job.join()
+        if job.exitcode != 0:
+            return 1
+        bundle = EngineBundle.open(Path(scratch) / "bundle")
         for name in bundle.specs:
             built = build_engines(
                 bundle,
