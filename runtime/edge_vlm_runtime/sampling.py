@@ -49,8 +49,9 @@ class Sampler:
         return token
 
     def _draw(self, logits: np.ndarray) -> int:
-        scaled = logits.astype(np.float64) / self._sampling.temperature
-        probability = np.exp(scaled - scaled.max())
+        below_best = logits.astype(np.float64) - logits.max()
+        with np.errstate(over="ignore"):  # at a temperature near 0 the others are infinitely far
+            probability = np.exp(below_best / self._sampling.temperature)
         probability /= probability.sum()
         if self._sampling.top_p < 1:
             order = np.argsort(-probability, kind="stable")

@@ -61,6 +61,15 @@ class Question:
     event_id: str | None = None
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A question with what held when it was asked."""
+
+    question: Question
+    ids: np.ndarray
+    sampling: Sampling
+
+
 @dataclass
 class _Answer:
     """The answer that is being decoded, behind what it was shown."""
@@ -133,7 +142,7 @@ class Session:
             intake=self._intake,
             clock_ns=clock_ns,
         )
-        self._questions: deque[Question] = deque()
+        self._questions: deque[_Waiting] = deque()
         self._history: deque[np.ndarray] = deque()
         self._answer: _Answer | None = None
         self._num_answers = 0
@@ -203,11 +212,17 @@ class Session:
                 f"{len(self._questions)} questions are waiting already",
                 remedy="wait for answers or cancel them",
             )
-        length = len(self._engines.prompt.question_ids(question.text))
+        ids = self._engines.prompt.question_ids(question.text)
         most = question_capacity(self._model, self._limits)
-        if length > most:
-            raise QuestionTooLong(f"the question has {length} tokens", remedy=f"{most} are allowed")
-        self._questions.append(question)
+        if len(ids) > most:
+            raise QuestionTooLong(
+                f"the question has {len(ids)} tokens", remedy=f"{most} are allowed"
+            )
+        settings = self.settings
+        sampling = Sampling(
+            temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed
+        )
+        self._questions.append(_Waiting(question, ids, sampling))
 
     def cancel(self, response_id: str | None) -> None:
         """Stops the answer under way; without an id also all questions that wait."""
@@ -218,7 +233,7 @@ class Session:
 
     def _turn_questions_away(self, why: str) -> None:
         while self._questions:
-            question = self._questions.popleft()
+            question = self._questions.popleft().question
             self._emit_error(QuestionCancelled(why), question.event_id)
 
     @property
@@ -252,7 +267,7 @@ class Session:
             self._start_answer(self._questions.popleft())
             return True
         if len(self.slot) == 0:  # every frame that came before it turned out unusable
-            question = self._questions.popleft()
+            question = self._questions.popleft().question
             self._emit_error(NoFrameYet("there is no frame to answer from yet"), question.event_id)
             return True
         return False
@@ -281,12 +296,12 @@ class Session:
 
     # ---- answers -----------------------------------------------------------------------------
 
-    def _start_answer(self, question: Question) -> None:
-        engines, prompt = self._engines, self._engines.prompt
+    def _start_answer(self, waiting: _Waiting) -> None:
+        engines, prompt, question = self._engines, self._engines.prompt, waiting.question
         self._num_answers += 1
         response_id = f"response_{self._num_answers}"
         newest = self._feed.newest_frame()
-        ids = np.concatenate([*self._history, prompt.question_ids(question.text)])
+        ids = np.concatenate([*self._history, waiting.ids])
         shown: Shown | None = None
         try:
             shown = self._exhibits.show(question.detail, len(ids) + self.settings.max_answer_tokens)
@@ -313,7 +328,7 @@ class Session:
                 engines.language,
                 shown.arena,
                 logits,
-                Sampling(),
+                waiting.sampling,
                 prompt.eos_id,
                 self.settings.max_answer_tokens,
             ),

@@ -82,6 +82,13 @@ class SessionSettings:
     """An answer is cut behind so many tokens."""
     history_turns: int = 0
     """Earlier questions and answers shown with each question."""
+    temperature: float = 0.0
+    """0: an answer takes the likeliest word each time; above, up to 10, words are drawn."""
+    top_p: float = 1.0
+    """Draws are from the smallest set of likeliest words with this much probability, (0, 1]."""
+    seed: int = 0
+    """Of the draws. Every answer begins with it anew, so the same question about the same frames
+    gets the same answer, whatever other sessions do."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", _member(Attention, "attention", self.attention))
@@ -92,13 +99,16 @@ class SessionSettings:
         self._require("policy", self.policy in POLICY_NAMES, f"must be one of {POLICY_NAMES}")
         for field in (
             *("policy_seed", "min_cells", "window_tokens"),
-            *("duplicate_threshold", "history_turns"),
+            *("duplicate_threshold", "history_turns", "seed"),
         ):
             self._require(field, 0 <= getattr(self, field) <= MAX_WHOLE, f"must be 0..{MAX_WHOLE}")
         for field in ("last_n", "max_answer_tokens"):
             self._require(field, 1 <= getattr(self, field) <= MAX_WHOLE, f"must be 1..{MAX_WHOLE}")
         for field in ("fps_cap", "heartbeat_s", "max_frame_age_s"):
             self._require(field, 0.0 < getattr(self, field) < math.inf, "must be positive")
+        self._require("temperature", 0.0 <= self.temperature <= 10.0, "must be in 0..10")
+        self._require("top_p", 0.0 < self.top_p <= 1.0, "must be in (0, 1]")
+        self._require("seed", isinstance(self.seed, int), "must be a whole number")
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:

@@ -25,6 +25,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"attention": "exact", "policy": "frame_topk", "keep_ratio": 0.6, "max_answer_tokens": 8},
     {"attention": "last_n", "last_n": 2, "policy": "difference", "max_answer_tokens": 5},
     {"vision_tokens_per_s": 7.0, "window_tokens": 60, "max_answer_tokens": 7},
+    {"temperature": 1.5, "seed": 1, "max_answer_tokens": 6, "history_turns": 1},
+    {"temperature": 1.5, "seed": 2, "top_p": 0.9, "max_answer_tokens": 6},
 ]
 
 

@@ -41,13 +41,15 @@ from tests.runtime.pictures import jpeg
 QUESTION = "what colour is the cube ?"
 
 
-def recorded_session(path: Path, seed: int, max_bytes: int = 1 << 30) -> list[protocol.ServerEvent]:
+def recorded_session(
+    path: Path, number: int, max_bytes: int = 1 << 30, **changes: Any
+) -> list[protocol.ServerEvent]:
     """A viewer who sends whatever whenever, recorded; what it was told."""
     clock = FakeClock()
     engines = cast(Engines, FakeEngines(clock))
     limits = ServerLimits(max_queued_questions=3)
     settings = default_settings(cast(Any, engines.bundle), limits).changed(
-        {"delivery": "live", "fps_cap": 8.0, "max_answer_tokens": 9}
+        {"delivery": "live", "fps_cap": 8.0, "max_answer_tokens": 9, **changes}
     )
     recorder = Recorder(
         path=path, bundle=EngineBundle.open(tiny_bundle()), threads=1, max_bytes=max_bytes
@@ -68,7 +70,7 @@ def recorded_session(path: Path, seed: int, max_bytes: int = 1 << 30) -> list[pr
         assert opened.wait(TIMEOUT_S)
         handle = handles[0]
         assert isinstance(handle, SessionHandle)
-        _talk(handle, clock, random.Random(seed))
+        _talk(handle, clock, random.Random(number))
         worker.close_session(handle, closed.set)
         assert closed.wait(TIMEOUT_S)
     finally:
@@ -136,6 +138,19 @@ def test_a_recording_replayed_gives_the_same_events(tmp_path: Path, seed: int) -
         assert any(isinstance(e, protocol.ResponseDone) and e.text == ANSWER for e in told)
         kinds = {type(event) for event in told}
         assert kinds >= {protocol.FrameAccepted, protocol.FrameDropped, protocol.Error}
+
+
+def test_a_sampled_answer_comes_again(tmp_path: Path) -> None:
+    drawn = {"temperature": 0.9, "top_p": 0.8, "seed": 5, "max_answer_tokens": 4}
+    told = recorded_session(tmp_path / "a.evlm", 0, **drawn)
+    events, comparison, _ = replayed(tmp_path / "a.evlm")
+    assert (comparison.num_differences, comparison.differences) == (0, [])
+    texts = [
+        [e.text for e in what if isinstance(e, protocol.ResponseDone) and e.status == "completed"]
+        for what in (told, events)
+    ]
+    assert texts[0] == texts[1] and texts[0]
+    assert not any(ANSWER.startswith(text) for text in texts[0])  # they were drawn
 
 
 def replace_measured(event: protocol.ServerEvent) -> protocol.ServerEvent:

@@ -322,6 +322,12 @@ def test_settings_may_change_in_the_middle_of_an_answer() -> None:
         {"window_tokens": 10},
         {"window_tokens": 10_000},
         {"max_answer_tokens": 1000},
+        {"temperature": -0.1},
+        {"temperature": 11.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"seed": -1},
+        {"seed": 1 << 54},
     ],
 )
 def test_settings_that_cannot_be_held_to_change_nothing(bad: dict[str, Any]) -> None:
