@@ -32,7 +32,7 @@ RUNTIME = "edge_vlm_runtime"
 OPTIONAL = {
     *("PIL", "aiohttp", "av", "cv2", "jtop", "msgspec", "onnx", "onnxruntime", "paho"),
     *("rich", "safetensors", "tensorrt", "tensorrt_rtx"),
-    *("starlette", "tokenizers", "transformers", "uvicorn", "websockets"),
+    *("starlette", "tokenizers", "tomli", "transformers", "uvicorn", "websockets"),
 }
 GUARDED_PACKAGES = (CORE, RUNTIME)
 MODEL = "model"  # of edge_vlm: whoever imports it has torch, and with it the extra it came by
@@ -67,7 +67,7 @@ LAYERS = (
     {"alert_evaluate"},
     {"view", "live_gauges"},
     {"replay_report"},
-    {"alert_command", "server_options"},
+    {"alert_command", "configuration", "server_options"},
     {"build_command"},
     {"commands", "demo_command", "evaluators", "protocol_docs", "replay_command"},
     {"alert_evaluate_command"},

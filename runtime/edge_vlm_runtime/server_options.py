@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.tls import Tls
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LIMITS = {
+    "max_sessions": ("max_sessions", 1),
+    "resume_grace": ("resume_grace_s", 1),
+    "session_memory": ("max_session_bytes", 1 << 20),
+    "max_answer_slowdown": ("max_answer_slowdown", 1),
+}
+"""Option, field of ServerLimits, and the option's unit in the field's."""
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +42,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--session-memory",
-        type=_mebibytes,
+        type=_positive_int,
         metavar="MIB",
         help="what one session may remember: keys, values and features (4096)",
     )
@@ -75,12 +82,23 @@ def server_limits(args: argparse.Namespace) -> ServerLimits:
     from edge_vlm_runtime.settings import ServerLimits
 
     given = {
-        "max_sessions": args.max_sessions,
-        "resume_grace_s": args.resume_grace,
-        "max_session_bytes": args.session_memory,
-        "max_answer_slowdown": args.max_answer_slowdown,
+        field: getattr(args, key) * unit
+        for key, (field, unit) in LIMITS.items()
+        if getattr(args, key) is not None
     }
-    return ServerLimits(**{name: value for name, value in given.items() if value is not None})
+    return ServerLimits(**given)
+
+
+def default_limits() -> dict[str, Any]:
+    """What the options of LIMITS are where they are not given."""
+    from edge_vlm_runtime.settings import ServerLimits
+
+    defaults = ServerLimits()
+    # Whole units stay whole numbers: the memory is counted in them.
+    return {
+        key: getattr(defaults, field) if unit == 1 else getattr(defaults, field) // unit
+        for key, (field, unit) in LIMITS.items()
+    }
 
 
 def server_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,11 +138,11 @@ def access_of(args: argparse.Namespace) -> Access:
     return Access(api_key=read_api_key(args.api_key_file), ca_file=args.tls_ca)
 
 
-def _mebibytes(text: str) -> int:
+def _positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value << 20
+    return value
 
 
 def _seconds(text: str) -> float:

@@ -1,6 +1,6 @@
 """The browser page in a real headless browser with a fake camera. Skipped where there is none.
 
-Set EDGE_VLM_SCREENSHOT to a file name to look at the page afterwards.
+Set PAGE_SCREENSHOT to a file name to look at the page afterwards.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def test_camera_or_file_in_answers_and_kept_cells_out(tmp_path: Path) -> None:
             await page.value("document.getElementById('keep').dispatchEvent(new Event('change'))")
             assert await page.value(text("keep-text")) == "20 %"
             await page.until(f"{text('g-memory')}.includes('frames')")
-            if "EDGE_VLM_SCREENSHOT" in os.environ:
-                await page.screenshot(Path(os.environ["EDGE_VLM_SCREENSHOT"]))
+            if "PAGE_SCREENSHOT" in os.environ:
+                await page.screenshot(Path(os.environ["PAGE_SCREENSHOT"]))
 
             await page.value("document.getElementById('stop').click()")
             await page.until("document.getElementById('stop').disabled")
