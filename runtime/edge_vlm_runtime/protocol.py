@@ -128,6 +128,7 @@ class SettingsPatch(Part, forbid_unknown_fields=True, kw_only=True):
     max_frame_age_s: float | UnsetType = UNSET
     max_answer_tokens: int | UnsetType = UNSET
     history_turns: int | UnsetType = UNSET
+    instructions: Text | UnsetType = UNSET
     temperature: float | UnsetType = UNSET
     top_p: float | UnsetType = UNSET
     seed: int | UnsetType = UNSET

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_vlm.errors import (
+    ConfigError,
     EdgeVlmError,
     NoFrameYet,
     QuestionCancelled,
@@ -86,6 +87,11 @@ class _Answer:
     first_delta_ns: int | None = None
 
 
+def with_instructions(instructions: str, question: str) -> str:
+    """What stands in the user's turn."""
+    return f"{instructions}\n{question}" if instructions.strip() else question
+
+
 class Session:
     """Owned by the engine thread; only `slot` is also touched by the socket's side."""
 
@@ -104,6 +110,7 @@ class Session:
         self._model = ModelLimits.from_bundle(engines.bundle)
         window_tokens = video_window(settings, self._model, limits)
         self._limits = limits
+        self._require_room_for(settings.instructions)
         self._emit = emit
         self._clock_ns = clock_ns
         self.settings = settings
@@ -184,12 +191,24 @@ class Session:
         """Applies new settings from the next frame and question on. Raises ConfigError."""
         settings = self.settings.changed(patch.fields())
         video_window(settings, self._model, self._limits)  # raises if it cannot be held to
+        self._require_room_for(settings.instructions)
         self.settings = settings
         self.slot.configure(delivery=settings.delivery, fps_cap=settings.fps_cap)
         self._intake.configure(settings)
         if self._answer is None:
             self._reconfigure_context()
         self._emit(protocol.SessionUpdated(settings=settings, event_id=event_id))
+
+    def _require_room_for(self, instructions: str) -> None:
+        """Raises ConfigError when they would leave less than half of its room to a question."""
+        length = len(self._engines.prompt.tokenizer.encode(instructions))
+        most = question_capacity(self._model, self._limits) // 2
+        if length > most:
+            raise ConfigError(
+                f"instructions have {length} tokens",
+                where="session settings",
+                remedy=f"{most} are allowed",
+            )
 
     def _reconfigure_context(self) -> None:
         settings = self.settings
@@ -212,13 +231,15 @@ class Session:
                 f"{len(self._questions)} questions are waiting already",
                 remedy="wait for answers or cancel them",
             )
-        ids = self._engines.prompt.question_ids(question.text)
+        settings = self.settings
+        prompted = with_instructions(settings.instructions, question.text)
+        ids = self._engines.prompt.question_ids(prompted)
         most = question_capacity(self._model, self._limits)
         if len(ids) > most:
+            shared = " with the session's instructions" if settings.instructions else ""
             raise QuestionTooLong(
-                f"the question has {len(ids)} tokens", remedy=f"{most} are allowed"
+                f"the question{shared} has {len(ids)} tokens", remedy=f"{most} are allowed"
             )
-        settings = self.settings
         sampling = Sampling(
             temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed
         )

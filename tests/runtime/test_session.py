@@ -322,6 +322,7 @@ def test_settings_may_change_in_the_middle_of_an_answer() -> None:
         {"window_tokens": 10},
         {"window_tokens": 10_000},
         {"max_answer_tokens": 1000},
+        {"instructions": "is it red ? " * 100},
         {"temperature": -0.1},
         {"temperature": 11.0},
         {"top_p": 0.0},
