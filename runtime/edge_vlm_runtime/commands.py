@@ -23,11 +23,13 @@ from edge_vlm_runtime.alert_command import (
     tell_all,
 )
 from edge_vlm_runtime.backends.names import add_backend_arguments, backend_options
+from edge_vlm_runtime.configuration import configured
 from edge_vlm_runtime.server_options import (
     access_of,
     add_access_arguments,
     add_record_argument,
     add_server_arguments,
+    default_limits,
     server_limits,
     server_options,
 )
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_BUNDLE = DEMO_FOLDER / "bundle"
 DEFAULT_PORT = 8765
+OWN_SERVER_KEYS = ("bundle", "threads", "backend", "engines")
+"""What variables and files say about the server that `watch` and `ask` start."""
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -349,23 +353,34 @@ def _positive_float(text: str) -> float:
     return value
 
 
-serve = Command(
-    name="serve",
-    help="serve a bundle over a websocket, with a browser page",
-    add_arguments=_serve_arguments,
-    run=_serve,
+serve = configured(
+    Command(
+        name="serve",
+        help="serve a bundle over a websocket, with a browser page",
+        add_arguments=_serve_arguments,
+        run=_serve,
+    ),
+    unset=default_limits,
 )
-watch = Command(
-    name="watch",
-    help="stream a file, webcam or RTSP camera to a server and ask questions",
-    add_arguments=_watch_arguments,
-    run=_watch,
+watch = configured(
+    Command(
+        name="watch",
+        help="stream a file, webcam or RTSP camera to a server and ask questions",
+        add_arguments=_watch_arguments,
+        run=_watch,
+    ),
+    keys=OWN_SERVER_KEYS,
+    file_of=_serve_arguments,
 )
-ask = Command(
-    name="ask",
-    help="ask one question about one video file",
-    add_arguments=_ask_arguments,
-    run=_ask,
+ask = configured(
+    Command(
+        name="ask",
+        help="ask one question about one video file",
+        add_arguments=_ask_arguments,
+        run=_ask,
+    ),
+    keys=OWN_SERVER_KEYS,
+    file_of=_serve_arguments,
 )
 demo = Command(
     name="demo",
