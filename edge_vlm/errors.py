@@ -25,6 +25,7 @@
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
+    |   |-- NoQuestion         10  E-NO-QUESTION        an answer to nothing is asked for
     |   |-- QuestionCancelled  10  E-CANCELLED          before its answer began
     |   |-- QuestionTooLong    10  E-QUESTION-TOO-LONG
     |   |-- TooManyQuestions   10  E-TOO-MANY-QUESTIONS waiting for an answer already
@@ -242,6 +243,10 @@ class SessionError(EdgeVlmError):
 
 class NoFrameYet(SessionError):
     code = "E-NO-FRAME"
+
+
+class NoQuestion(SessionError):
+    code = "E-NO-QUESTION"
 
 
 class QuestionCancelled(SessionError):

@@ -32,7 +32,7 @@ from edge_vlm_runtime.line import (
 
 OnEvent = Callable[[protocol.ServerEvent], None]
 REPLIES = (
-    *(protocol.SessionUpdated, messages.AlertCreated),
+    *(protocol.SessionUpdated, protocol.ConversationItemCreated, messages.AlertCreated),
     *(messages.AlertListed, messages.AlertDeleted),
 )
 """Events that answer a message and repeat its `event_id`."""
@@ -249,6 +249,17 @@ class Client:
                 lambda: self._failure is not None or not self._unacknowledged
             )
         self._raise_failure()
+
+    async def say(self, text: str) -> None:
+        """Adds to the next question, which may then have no text of its own. Raises
+        QuestionTooLong."""
+        item = {
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": text}],
+        }
+        kind = protocol.ConversationItemCreated
+        await self._request(kind, "conversation.item.create", item=item)
 
     async def start_answer(self, text: str, detail: Detail = "video") -> AnswerStream:
         """Asks a question; the answer streams in while frames can be sent. `detail`: what is

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError, UnknownMessageType
-from edge_vlm_runtime import alert_messages
+from edge_vlm_runtime import alert_messages, question_messages
+from edge_vlm_runtime.question_messages import ConversationItemCreate as ConversationItemCreate
+from edge_vlm_runtime.question_messages import ConversationItemCreated as ConversationItemCreated
+from edge_vlm_runtime.question_messages import ResponseCancel as ResponseCancel
+from edge_vlm_runtime.question_messages import ResponseCreate as ResponseCreate
 from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.wire import (
     MAX_CAPTURE_TIME_US,
@@ -154,23 +158,6 @@ class InputVideoFrameAppend(ClientMessage, tag="input_video_frame.append"):
     """As in the binary header."""
     frame: bytes
     """A JPEG."""
-
-
-class ResponseCreate(ClientMessage, tag="response.create"):
-    """A question about what was seen so far. Questions wait for each other, frames go on."""
-
-    text: Text
-    """The question, without any chat markup."""
-    detail: Literal["video", "snapshot", "both"] = "video"
-    """What is looked at: `video`, what was seen so far; `snapshot`, the newest picture alone, in
-    full detail, to read a label; `both`, the video and that picture behind it."""
-
-
-class ResponseCancel(ClientMessage, tag="response.cancel"):
-    """Stop one answer, or all answers that are under way or waiting."""
-
-    response_id: str | None = None
-    """Of the answer to stop; without it all are stopped, and questions that wait get an `error`."""
 
 
 class SessionClose(ClientMessage, tag="session.close"):
@@ -454,13 +441,13 @@ class Error(ServerEvent, tag="error"):
 
 PARTS: tuple[type[Part], ...] = (
     *(Model, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
+    *question_messages.PARTS,
     *alert_messages.PARTS,
 )
 CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
     SessionUpdate,
     InputVideoFrameAppend,
-    ResponseCreate,
-    ResponseCancel,
+    *question_messages.CLIENT_MESSAGES,
     *alert_messages.CLIENT_MESSAGES,
     SessionResume,
     SessionClose,
@@ -472,6 +459,7 @@ SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
     SessionUpdated,
     FrameAccepted,
     FrameDropped,
+    *question_messages.SERVER_EVENTS,
     ResponseCreated,
     ResponseOutputTextDelta,
     ResponseDone,

@@ -83,7 +83,8 @@ CLOSING = """\
 went on with it; a page from another origin is refused with HTTP 403 before the upgrade |
 | 1009 | a message is larger than `max_message_bytes` |
 | 1011 | a bug of the server's ended the session; its log has the traceback |
-| 1013 | no free session, the server is stopping, or the client does not read what it is sent |
+| 1013 | no free session (there is no waiting line; the message says how many are taken), \
+the server is stopping, or the client does not read what it is sent |
 
 An `error` event before the close says more. Every other error leaves the session open: its `code`
 is one of the codes in `edge_vlm/errors.py`, and it repeats the `event_id` of the message that

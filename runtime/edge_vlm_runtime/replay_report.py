@@ -15,6 +15,7 @@ from edge_vlm_runtime.alert_messages import AlertListed, AlertStatus
 from edge_vlm_runtime.client import answer_of
 from edge_vlm_runtime.frame_slot import WaitingFrame
 from edge_vlm_runtime.line import error_from_detail
+from edge_vlm_runtime.question_messages import lines
 from edge_vlm_runtime.replay import Replay, settings_of, what_came
 from edge_vlm_runtime.session import Session
 from edge_vlm_runtime.streaming import Outcome, PlannedQuestion
@@ -33,6 +34,7 @@ class Report:
     def __init__(self, view: PlainView) -> None:
         self._view = view
         self._asked: list[tuple[str | None, PlannedQuestion]] = []
+        self._said: list[str] = []
         self._answering: dict[str, PlannedQuestion] = {}
         self.outcome = Outcome()
         self.alerts: list[AlertStatus] = []
@@ -40,8 +42,12 @@ class Report:
 
     def told(self, message: protocol.ClientMessage, capture_s: float) -> None:
         """What the viewer sent, when the newest picture was that of `capture_s` seconds."""
-        if isinstance(message, protocol.ResponseCreate):
-            question = PlannedQuestion(text=message.text, detail=message.detail, at_s=capture_s)
+        if isinstance(message, protocol.ConversationItemCreate):
+            self._said.append(message.item.text)
+        elif isinstance(message, protocol.ResponseCreate):
+            text = lines([*self._said, message.text])
+            self._said.clear()
+            question = PlannedQuestion(text=text, detail=message.detail, at_s=capture_s)
             self._asked.append((message.event_id, question))
             self._view.asked(question, capture_s)
 

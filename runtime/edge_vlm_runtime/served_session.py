@@ -195,7 +195,9 @@ class SessionTable:
         away = [session for session in self._sessions.values() if session.is_away]
         if not away:
             raise ServerBusy(
-                f"all {self.limits.max_sessions} sessions are taken", remedy="connect again later"
+                f"{len(self._sessions)} of {self.limits.max_sessions} sessions are taken, "
+                "there is no waiting line",
+                remedy="connect again later",
             )
         log.info("a session whose viewer is away makes room for a new one")
         longest = min(away, key=lambda session: session.left_at_s)

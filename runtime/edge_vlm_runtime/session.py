@@ -21,6 +21,7 @@ from edge_vlm.errors import (
     ConfigError,
     EdgeVlmError,
     NoFrameYet,
+    NoQuestion,
     QuestionCancelled,
     QuestionTooLong,
     TooManyQuestions,
@@ -34,6 +35,7 @@ from edge_vlm_runtime.frame_slot import FrameSlot
 from edge_vlm_runtime.generate import generate
 from edge_vlm_runtime.intake import FrameIntake
 from edge_vlm_runtime.pointing import pointed_at
+from edge_vlm_runtime.question_messages import UserMessage, lines
 from edge_vlm_runtime.sampling import Sampling
 from edge_vlm_runtime.session_tally import SessionTally
 from edge_vlm_runtime.settings import (
@@ -47,6 +49,7 @@ from edge_vlm_runtime.settings import (
 )
 from edge_vlm_runtime.snapshots import Detail, Exhibits, Shown
 from edge_vlm_runtime.video_feed import Emit, VideoFeed, report
+from edge_vlm_runtime.wire import MAX_TEXT
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.engines import Engines
@@ -150,6 +153,7 @@ class Session:
             clock_ns=clock_ns,
         )
         self._questions: deque[_Waiting] = deque()
+        self._said = ""
         self._history: deque[np.ndarray] = deque()
         self._answer: _Answer | None = None
         self._num_answers = 0
@@ -171,10 +175,13 @@ class Session:
         """Does what a message asks for. Raises what the method it stands for raises."""
         if isinstance(message, protocol.SessionUpdate):
             self.update(message.session, message.event_id)
+        elif isinstance(message, protocol.ConversationItemCreate):
+            self.say(message.item, message.event_id)
         elif isinstance(message, protocol.ResponseCreate):
+            said, self._said = self._said, ""
             self.ask(
                 Question(
-                    text=message.text,
+                    text=lines([said, message.text]) if said else message.text,
                     received_ns=received_ns,
                     detail=message.detail,
                     event_id=message.event_id,
@@ -220,9 +227,24 @@ class Session:
         )
         report(changes, self._context, self._emit)
 
+    def say(self, item: UserMessage, event_id: str | None = None) -> None:
+        """Keeps what the user says for the next `response.create`. Raises QuestionTooLong."""
+        said = lines([self._said, item.text])
+        if len(said) > MAX_TEXT:
+            raise QuestionTooLong(
+                f"{len(said)} characters were said and not asked yet", remedy="ask, or say less"
+            )
+        self._said = said
+        self._emit(protocol.ConversationItemCreated(item=item, event_id=event_id))
+
     def ask(self, question: Question) -> None:
-        """Queues a question. Raises SnapshotsUnsupported, NoFrameYet, QuestionTooLong,
+        """Queues a question. Raises NoQuestion, SnapshotsUnsupported, NoFrameYet, QuestionTooLong,
         TooManyQuestions."""
+        if not question.text.strip():
+            raise NoQuestion(
+                "there is no question to answer",
+                remedy="give response.create a text, or send conversation.item.create first",
+            )
         self._exhibits.require(question.detail)
         if not self._has_seen and len(self.slot) == 0:
             raise NoFrameYet("there is no frame to answer from yet", remedy="send a frame first")

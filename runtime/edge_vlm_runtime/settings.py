@@ -84,8 +84,8 @@ class SessionSettings:
     """Earlier questions and answers shown with each question."""
     instructions: str = ""
     """What holds for every answer, such as "Answer in one word.": it stands before each question,
-    at the begin of the user's turn, as the chat format has no other place for it. With a question it
-    has to fit into `max_question_tokens`, and alone into half of that. Alerts are asked without."""
+    at the begin of the user's turn, as the chat format has no other place for it. With a question
+    it has to fit into `max_question_tokens`, alone into half of that. Alerts are asked without."""
     temperature: float = 0.0
     """0: an answer takes the likeliest word each time; above, up to 10, words are drawn."""
     top_p: float = 1.0

@@ -22,7 +22,7 @@ import pytest
 import websockets
 from websockets.asyncio.client import connect
 
-from edge_vlm.errors import ConfigError, EdgeVlmError, ServerBusy, ServerUnreachable
+from edge_vlm.errors import ConfigError, EdgeVlmError, NoQuestion, ServerBusy, ServerUnreachable
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client import Client
 from edge_vlm_runtime.frame_slot import WaitingFrame
@@ -243,11 +243,25 @@ def test_a_client_that_vanishes_in_the_middle_of_an_answer_leaves_room(server: S
     run(session())
 
 
+def test_a_question_may_be_said_first_and_asked_then(server: Server) -> None:
+    async def session() -> None:
+        async with await Client.connect(server.url, FILE) as client:
+            await send(client, 0, 1)
+            await client.wait_processed()
+            at_once = await client.ask(QUESTION)
+            await client.say(QUESTION)
+            assert (await client.ask("")).text == at_once.text
+            with pytest.raises(NoQuestion):
+                await client.ask("")
+
+    run(session())
+
+
 def test_a_full_server_says_so_and_keeps_its_viewers(server: Server) -> None:
     async def session() -> None:
         clients = [await Client.connect(server.url, FILE) for _ in range(4)]
         try:
-            with pytest.raises(ServerBusy, match="sessions are taken"):
+            with pytest.raises(ServerBusy, match="4 of 4 sessions are taken, there is no waiting"):
                 await Client.connect(server.url)
             async with connect(server.url) as raw:
                 with pytest.raises(websockets.ConnectionClosed) as closed:

@@ -156,6 +156,19 @@ OBJECT = st.one_of(
     st.builds(lambda text: {"type": "response.create", "text": text}, TEXT),
     st.builds(lambda text: {"type": "alert.create", "question": text}, TEXT),
     st.builds(
+        lambda role, texts: {
+            "type": "conversation.item.create",
+            "item": {
+                "type": "message",
+                "role": role,
+                "content": [{"type": "input_text", "text": text} for text in texts],
+            },
+        },
+        st.sampled_from(["user", "user", "assistant", 1]),
+        st.lists(TEXT, max_size=3),
+    ),
+    st.just({"type": "response.create"}),
+    st.builds(
         lambda number, time_us: {
             "type": "input_video_frame.append",
             "sequence": number,

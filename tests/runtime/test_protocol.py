@@ -108,7 +108,7 @@ def test_bad_headers_are_told_apart(data: bytes, kind: type[Exception], words: s
         ("[]", ProtocolError, "not a message"),
         ('{"text": "hi"}', ProtocolError, "type"),
         ('{"type": "dance"}', UnknownMessageType, "'dance'"),
-        ('{"type": "response.create"}', ProtocolError, "text"),
+        ('{"type": "alert.create"}', ProtocolError, "question"),
         ('{"type": "response.create", "text": 3}', ProtocolError, "text"),
         ('{"type": "ping", "volume": 11}', ProtocolError, "volume"),
         (
