@@ -27,6 +27,7 @@ COMMANDS = {
     "serve": ("ort", "serve a bundle over a websocket, with a browser page"),
     "watch": ("ort", "stream a file, webcam or RTSP camera to a server and ask questions"),
     "ask": ("ort", "ask one question about one video file"),
+    "doctor": ("ort", "say what this machine has and lacks for serving, and how to get it"),
     "replay": ("ort", "run a recorded session again: the same report, or figures at full speed"),
     "train": ("train", "train a model by a recipe, in one process or many"),
     "data": ("train", "check training data: every record, every video, every length"),

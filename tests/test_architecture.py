@@ -70,7 +70,9 @@ LAYERS = (
     {"alert_command", "configuration", "server_options"},
     {"build_command"},
     {"commands", "demo_command", "evaluators", "protocol_docs", "replay_command"},
-    {"alert_evaluate_command"},
+    {"machine_checks"},
+    {"doctor"},
+    {"alert_evaluate_command", "doctor_command"},
 )
 PURE_MODULES = {
     *("alert_messages", "alert_watch", "alerts", "context", "event_log", "intake", "protocol"),

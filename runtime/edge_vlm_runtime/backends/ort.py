@@ -85,3 +85,14 @@ class OrtEngine(Engine):
         self._binding = self._session = None
         self._kept.clear()
         self._bound.clear()
+
+
+def ort_library() -> tuple[str, tuple[str, ...]]:
+    """Version and execution providers. Raises MissingExtraError, EngineError if it cannot load."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.for_library("onnxruntime", "ort") from error
+    except (ImportError, OSError) as error:  # a shared library of it is not there, or another one
+        raise EngineError(f"onnxruntime cannot be loaded: {error}") from error
+    return str(onnxruntime.__version__), tuple(onnxruntime.get_available_providers())
