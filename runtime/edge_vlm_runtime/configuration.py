@@ -284,8 +284,7 @@ def as_toml(settings: Mapping[str, Setting], unset: Mapping[str, Any], *, has_ke
             lines.append(f"# {key} = {_toml(shown)}  # {origin}; may hold a secret: set it again")
         else:
             lines.append(f"{key} = {_toml(value)}  # {origin}")
-    key_origin = f"is set by {KEY_VARIABLE}, not printed" if has_key else "is not set"
-    lines.append(f"# {KEY_VARIABLE} {key_origin}")
+    lines.append(f"# {KEY_VARIABLE} is {'set, not printed' if has_key else 'not set'}")
     return "\n".join(lines) + "\n"
 
 
