@@ -6,6 +6,7 @@ Pillow is imported here and nowhere else in this package. rgb is always u8 [H, W
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 JPEG_MAGIC = b"\xff\xd8\xff"
+RAW_HEADER = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")
+"""Of a binary PPM, https://netpbm.sourceforge.net/doc/ppm.html, in its plainest form."""
 MAX_PIXELS = 64_000_000
 """A larger picture is refused before it is decompressed (a small file can claim any size)."""
 SHRINK_SIDES = (1920, 1280, 960, 640, 480, 320, 160, 64)
@@ -77,6 +80,32 @@ def decode_jpeg(data: bytes) -> np.ndarray:
         ) from error
 
 
+def raw_picture(samples: bytes, width: int, height: int) -> bytes:
+    """u8 RGB samples, row by row, as a binary PPM.
+
+    Raises FrameDecodeError when there are not as many as width and height say, or none.
+    """
+    _require_samples(len(samples), width, height)
+    return b"P6\n%d %d\n255\n" % (width, height) + samples
+
+
+def _require_samples(number: int, width: int, height: int) -> None:
+    if number != 3 * width * height or number == 0:
+        raise FrameDecodeError(
+            f"a raw picture of {width}x{height} has {3 * width * height} bytes, not {number}"
+        )
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """A JPEG, or what `raw_picture` returned -> rgb u8 [H, W, 3]. Raises FrameDecodeError."""
+    header = RAW_HEADER.match(data)
+    if header is None:
+        return decode_jpeg(data)
+    width, height = int(header[1]), int(header[2])
+    _require_samples(len(data) - header.end(), width, height)
+    return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
+
+
 def encode_jpeg(rgb: np.ndarray, quality: int = 92) -> bytes:
     """rgb u8 [H, W, 3] -> JPEG bytes.
 
@@ -89,13 +118,16 @@ def encode_jpeg(rgb: np.ndarray, quality: int = 92) -> bytes:
 
 
 def shrink_jpeg(data: bytes, limit_bytes: int) -> bytes:
-    """The same picture as a JPEG of at most `limit_bytes`: `data` itself if it fits, else a copy.
+    """The same picture as a JPEG of at most `limit_bytes`: `data` itself if it is one that fits,
+    else a copy. `data`: as for `decode_picture`.
 
     The smallest copy has sides of up to 64 pixels, a few kB. Raises FrameDecodeError.
     """
+    image_module = _pillow_image()
+    if RAW_HEADER.match(data) is not None:
+        data = encode_jpeg(decode_picture(data))
     if len(data) <= limit_bytes:
         return data
-    image_module = _pillow_image()
     smaller = data
     try:
         with image_module.open(io.BytesIO(data), formats=["JPEG"]) as image:

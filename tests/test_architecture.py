@@ -50,7 +50,7 @@ LAYERS = (
     {"engines"},
     {"wire"},
     {"alerts"},
-    {"alert_messages", "question_messages"},
+    {"alert_messages", "frame_messages", "question_messages"},
     {"protocol", "frame_slot"},
     {"context", "intake"},
     {"session", "session_tally", "alert_watch", "pointing", "snapshots", "video_feed"},
@@ -77,7 +77,7 @@ LAYERS = (
 PURE_MODULES = {
     *("alert_messages", "alert_watch", "alerts", "context", "event_log", "intake", "protocol"),
     *("pointing", "question_messages", "session", "session_tally", "snapshots", "turns"),
-    *("video_feed", "wire"),
+    *("frame_messages", "video_feed", "wire"),
 }
 IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from edge_vlm.errors import EdgeVlmError, ProtocolError
 from edge_vlm_runtime import alert_messages as messages
@@ -29,6 +29,9 @@ from edge_vlm_runtime.line import (
     error_from_detail,
     frame_key,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OnEvent = Callable[[protocol.ServerEvent], None]
 REPLIES = (
@@ -223,8 +226,9 @@ class Client:
             raise ProtocolError(f"{message} was answered by {protocol.tag_of(type(reply))}")
         return reply
 
-    async def send_frame(self, jpeg: bytes, pts_us: int) -> int:
-        """Sends one picture and returns its number.
+    async def send_frame(self, picture: bytes | np.ndarray, pts_us: int) -> int:
+        """Sends one picture and returns its number: a JPEG, or rgb u8 [H, W, 3] as it is, if the
+        session has `raw_frames`.
 
         Waits while as many frames as the server allows are unacknowledged. Raises what ended the
         connection.
@@ -238,8 +242,11 @@ class Client:
         self._last_sequence += 1
         sequence = self._last_sequence
         self._unacknowledged.add(sequence)
-        message = protocol.frame_message(sequence, pts_us, jpeg).encode()
-        await self._send(message, frame_key(sequence))
+        if isinstance(picture, bytes):
+            message = protocol.frame_message(sequence, pts_us, picture)
+        else:
+            message = protocol.raw_frame_message(sequence, pts_us, picture)
+        await self._send(message.encode(), frame_key(sequence))
         return sequence
 
     async def wait_processed(self) -> None:

@@ -215,19 +215,21 @@ class Connection:
         self._table.metrics.frames_received.inc()
         newest = session.newest_frame_sequence
         session.newest_frame_sequence = max(message.sequence, newest or 0)
+        refused: FrameDecodeError | None = None
+        try:
+            picture = message.picture()
+        except FrameDecodeError as error:
+            picture, refused = message.payload, error
         frame = WaitingFrame(
             sequence=message.sequence,
             capture_time_us=message.capture_time_us,
-            jpeg=message.payload,
+            jpeg=picture,
             received_ns=self._table.clock_ns(),
         )
-        if message.payload_length == len(message.payload):
+        if refused is None:
             handle.put_frame(frame)
-            return
-        error = FrameDecodeError(
-            f"the header announces {message.payload_length} bytes, {len(message.payload)} came"
-        )
-        handle.refuse_frame(frame, error)
+        else:
+            handle.refuse_frame(frame, refused)
 
     async def _take_message(self, message: protocol.ClientMessage, handle: SessionHandle) -> None:
         session = self._session

@@ -36,6 +36,7 @@ class WaitingFrame:
     sequence: int
     capture_time_us: int
     jpeg: bytes
+    """Or a raw picture, see `edge_vlm.frames.decode_picture`."""
     received_ns: int
     """Server's monotonic clock."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_vlm.errors import EdgeVlmError, EngineError, FrameDecodeError
-from edge_vlm.frames import Frame, decode_jpeg, thumbnail
+from edge_vlm.frames import Frame, decode_jpeg, decode_picture, thumbnail
 from edge_vlm.pruning import FundedPolicy, make_policy
 from edge_vlm_runtime.frame_slot import DropReason, WaitingFrame
 from edge_vlm_runtime.settings import Delivery, SessionSettings
@@ -87,7 +87,7 @@ class FrameIntake:
         if live and begin_ns - waiting.received_ns > settings.max_frame_age_s * 1e9:
             raise TurnedAway(DropReason.STALE)
         try:
-            rgb = decode_jpeg(waiting.jpeg)
+            rgb = (decode_picture if settings.raw_frames else decode_jpeg)(waiting.jpeg)
         except FrameDecodeError as error:
             raise TurnedAway(DropReason.DECODE_ERROR, error) from error
         decode_ms = (self._clock_ns() - begin_ns) * 1e-6

@@ -1,24 +1,30 @@
 """The wire protocol: what stands in a message, and its bytes. No I/O here.
 
 Text messages are JSON objects with a `type`; names follow the OpenAI Realtime API where it has one.
-Binary messages are pictures behind a fixed header. docs/protocol.md is generated from this module.
+Binary messages are in `frame_messages`. docs/protocol.md is generated from this module.
 """
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError, UnknownMessageType
+from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError
 from edge_vlm_runtime import alert_messages, question_messages
+from edge_vlm_runtime.frame_messages import HEADER as HEADER
+from edge_vlm_runtime.frame_messages import HEADER_VERSION as HEADER_VERSION
+from edge_vlm_runtime.frame_messages import TYPE_JPEG as TYPE_JPEG
+from edge_vlm_runtime.frame_messages import TYPE_RAW as TYPE_RAW
+from edge_vlm_runtime.frame_messages import FrameMessage as FrameMessage
+from edge_vlm_runtime.frame_messages import decode_frame_message as decode_frame_message
+from edge_vlm_runtime.frame_messages import frame_message as frame_message
+from edge_vlm_runtime.frame_messages import raw_frame_message as raw_frame_message
 from edge_vlm_runtime.question_messages import ConversationItemCreate as ConversationItemCreate
 from edge_vlm_runtime.question_messages import ConversationItemCreated as ConversationItemCreated
 from edge_vlm_runtime.question_messages import ResponseCancel as ResponseCancel
 from edge_vlm_runtime.question_messages import ResponseCreate as ResponseCreate
 from edge_vlm_runtime.settings import ModelLimits, ServerLimits, SessionSettings
+from edge_vlm_runtime.wire import MAX_CAPTURE_TIME_US as MAX_CAPTURE_TIME_US
 from edge_vlm_runtime.wire import (
-    MAX_CAPTURE_TIME_US,
     UNSET,
     CaptureTimeUs,
     ClientMessage,
@@ -43,73 +49,6 @@ RESUME_PARAMETER = "resume"
 PROTOCOL_VERSION = 1
 
 
-# ---- binary messages -------------------------------------------------------------------------
-
-HEADER = struct.Struct("<BBHHHIIQ")
-"""version u8, type u8, flags u16, stream id u16, reserved u16, sequence u32, payload length u32,
-capture time in microseconds u64; little-endian, 24 bytes."""
-HEADER_VERSION = 1
-TYPE_JPEG = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrameMessage:
-    """A picture from the client."""
-
-    sequence: int
-    """Number the client gives its frames, rising; the outcome of the frame names it."""
-    capture_time_us: int
-    """When the picture was taken, microseconds on the client's clock from any starting point."""
-    payload: bytes
-    """A JPEG."""
-    payload_length: int
-    """What the header announced; differs from the payload when the message was cut."""
-
-    def encode(self) -> bytes:
-        head = HEADER.pack(
-            HEADER_VERSION,
-            TYPE_JPEG,
-            0,
-            0,
-            0,
-            self.sequence & 0xFFFFFFFF,
-            self.payload_length,
-            self.capture_time_us,
-        )
-        return head + self.payload
-
-
-def frame_message(sequence: int, capture_time_us: int, jpeg: bytes) -> FrameMessage:
-    return FrameMessage(
-        sequence=sequence, capture_time_us=capture_time_us, payload=jpeg, payload_length=len(jpeg)
-    )
-
-
-def decode_frame_message(data: bytes) -> FrameMessage:
-    """Raises ProtocolError (no whole header, other version), UnknownMessageType (not a JPEG frame).
-
-    A payload of another length than announced is returned as it is: the header is readable, so the
-    frame can be given an outcome.
-    """
-    if len(data) < HEADER.size:
-        raise ProtocolError(
-            f"a binary message of {len(data)} bytes has no whole {HEADER.size}-byte header"
-        )
-    version, kind, _flags, _stream, _reserved, sequence, length, time_us = HEADER.unpack_from(data)
-    if version != HEADER_VERSION:
-        raise ProtocolError(f"binary header version {version}, this side reads {HEADER_VERSION}")
-    if time_us > MAX_CAPTURE_TIME_US:
-        raise ProtocolError(f"capture time of {time_us} microseconds is out of range")
-    if kind != TYPE_JPEG:
-        raise UnknownMessageType(f"unknown binary message type {kind}", remedy="1 is a JPEG frame")
-    return FrameMessage(
-        sequence=sequence,
-        capture_time_us=time_us,
-        payload=data[HEADER.size :],
-        payload_length=length,
-    )
-
-
 # ---- what a client sends ---------------------------------------------------------------------
 
 
@@ -126,6 +65,7 @@ class SettingsPatch(Part, forbid_unknown_fields=True, kw_only=True):
     window_tokens: int | UnsetType = UNSET
     delivery: str | UnsetType = UNSET
     fps_cap: float | UnsetType = UNSET
+    raw_frames: bool | UnsetType = UNSET
     drop_duplicates: bool | UnsetType = UNSET
     duplicate_threshold: float | UnsetType = UNSET
     heartbeat_s: float | UnsetType = UNSET

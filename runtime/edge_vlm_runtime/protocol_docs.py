@@ -52,18 +52,21 @@ away longest. A connection closed with 1000 or 1001 ends its session at once.
 
 ## Frames
 
-A binary message is a {size}-byte little-endian header and a JPEG:
+A binary message is a {size}-byte little-endian header and a picture:
 
 | bytes | field | value |
 | --- | --- | --- |
 | 0 | version u8 | {version} |
-| 1 | type u8 | {jpeg} = JPEG |
+| 1 | type u8 | {jpeg} = JPEG, {raw} = raw, if the session has `raw_frames` |
 | 2-3 | flags u16 | 0 |
 | 4-5 | stream id u16 | 0 |
 | 6-7 | reserved u16 | 0 |
 | 8-11 | sequence u32 | rising with each frame of the session |
 | 12-15 | payload length u32 | bytes behind the header |
 | 16-23 | capture time u64 | microseconds on any clock of the client, rising |
+
+A raw picture is width u16, height u16, little-endian, and 3 bytes (red, green, blue) per pixel, row
+by row. `max_message_bytes` holds for it too: by default there is room for 1920x1080.
 
 Reasons for dropping a frame:
 
@@ -109,6 +112,7 @@ def render() -> str:
             size=protocol.HEADER.size,
             version=protocol.HEADER_VERSION,
             jpeg=protocol.TYPE_JPEG,
+            raw=protocol.TYPE_RAW,
         ),
         *(f"| `{reason.value}` | {text} |\n" for reason, text in _drop_reasons()),
         "\n## From the client\n\n",

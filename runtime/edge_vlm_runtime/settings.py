@@ -70,6 +70,9 @@ class SessionSettings:
     """`live`: the newest frame wins; `wait`: none is dropped, the sender waits."""
     fps_cap: float = 2.0
     """Frames per second of capture time that a live session takes; the rest is dropped."""
+    raw_frames: bool = False
+    """Binary messages may be raw pictures (type 2); send none before the `session.updated` that
+    says so, or it is dropped as `decode_error`."""
     drop_duplicates: bool = True
     """Live sessions drop frames that look like the last one encoded."""
     duplicate_threshold: float = 6.0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from edge_vlm.errors import NoFrameYet, SnapshotsUnsupported, SnapshotTooLarge
-from edge_vlm.frames import decode_jpeg
+from edge_vlm.frames import decode_picture
 from edge_vlm.images import ImageConfig, image_grid
 from edge_vlm.prompt import image_length
 from edge_vlm_runtime import protocol
@@ -179,7 +179,7 @@ class Exhibits:
         if picture is None:
             raise NoFrameYet("there is no picture to look at yet", remedy="send a frame first")
         begin_ns = self._clock_ns()
-        rgb = decode_jpeg(picture.jpeg)
+        rgb = decode_picture(picture.jpeg)
         height, width = rgb.shape[:2]
         cut = self._cut(vision.images, height, width, room, remedy)
         tokens = vision.encode(rgb, cut)

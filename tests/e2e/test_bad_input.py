@@ -140,7 +140,7 @@ def test_the_client_calls_an_oversized_message_by_its_name(server: Server) -> No
     ("text", "code", "event_id"),
     [
         ('{"type": "dance", "event_id": "e1"}', "E-UNKNOWN-TYPE", "e1"),
-        ('{"type": "response.create", "event_id": "e2"}', "E-PROTOCOL", "e2"),
+        ('{"type": "response.create", "event_id": "e2"}', "E-NO-QUESTION", "e2"),
         ('{"type": "response.create", "txt": "hi"}', "E-PROTOCOL", None),
         ("not json", "E-PROTOCOL", None),
     ],

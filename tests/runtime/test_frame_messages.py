@@ -1,0 +1,126 @@
+"""Raw pictures: what is sent is what is seen, if it was agreed on and has the length it says."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_vlm.errors import FrameDecodeError
+from edge_vlm.frames import decode_jpeg, decode_picture, raw_picture, shrink_jpeg
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client import Client
+from edge_vlm_runtime.server import Server
+from tests.runtime.live import open_server, run
+from tests.runtime.pictures import jpeg
+from tests.runtime.test_session import Viewer
+
+SETTINGS = {"delivery": "wait", "max_answer_tokens": 6}
+QUESTION = "how many cars are there now ?"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with open_server(max_message_bytes=100_000) as opened:
+        opened.start()
+        yield opened
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@given(height=st.integers(1, 9), width=st.integers(1, 9), sequence=st.integers(0, 2**32 - 1))
+def test_a_raw_picture_arrives_as_it_was(height: int, width: int, sequence: int) -> None:
+    rgb = noise(height, width)
+    message = protocol.raw_frame_message(sequence, 5, rgb)
+    data = message.encode()
+    assert data[:2] == b"\x01\x02" and data[24:28] == struct.pack("<HH", width, height)
+    decoded = protocol.decode_frame_message(data)
+    assert decoded == message
+    assert np.array_equal(decode_picture(decoded.picture()), rgb)
+
+
+@given(payload=st.binary(max_size=40))
+def test_any_other_length_is_refused(payload: bytes) -> None:
+    message = protocol.FrameMessage(
+        sequence=1, capture_time_us=0, payload=payload, payload_length=len(payload), kind=2
+    )
+    sides = struct.unpack_from("<HH", payload) if len(payload) >= 4 else (0, 0)
+    if len(payload) - 4 == 3 * sides[0] * sides[1] > 0:
+        return
+    with pytest.raises(FrameDecodeError):
+        message.picture()
+
+
+def test_wrong_lengths_say_what_is_right() -> None:
+    whole = protocol.raw_frame_message(1, 0, noise(2, 3))
+    assert len(whole.payload) == 4 + 18
+    for payload, words in (
+        (whole.payload[:-1], "3x2 has 18 bytes, not 17"),
+        (whole.payload + b"x", "3x2 has 18 bytes, not 19"),
+        (whole.payload[:3], "without width"),
+        (struct.pack("<HH", 0, 7), "0x7"),
+        (struct.pack("<HH", 65535, 65535), "65535x65535"),
+    ):
+        message = protocol.FrameMessage(
+            sequence=1, capture_time_us=0, payload=payload, payload_length=len(payload), kind=2
+        )
+        with pytest.raises(FrameDecodeError, match=words):
+            message.picture()
+    with pytest.raises(FrameDecodeError, match="announces"):
+        protocol.decode_frame_message(whole.encode()[:-5]).picture()
+    with pytest.raises(FrameDecodeError, match="not 17"):  # as in a damaged recording
+        decode_picture(raw_picture(bytes(18), 3, 2)[:-1])
+
+
+def test_raw_is_read_only_where_it_was_agreed_on() -> None:
+    viewer = Viewer()
+    raw = raw_picture(noise(8, 8).tobytes(), 8, 8)
+    viewer.put(1, data=raw)
+    viewer.run()
+    viewer.session.update(protocol.SettingsPatch(raw_frames=True))
+    viewer.put(2, data=raw)
+    viewer.put(3)  # a JPEG still is one
+    viewer.run()
+    assert viewer.drop_reasons() == {1: "decode_error"}
+    assert viewer.outcomes() == [1, 2, 3]
+
+
+def test_evidence_of_a_raw_picture_is_a_jpeg() -> None:
+    rgb = noise(64, 64)
+    small = shrink_jpeg(raw_picture(rgb.tobytes(), 64, 64), 1 << 20)
+    assert decode_jpeg(small).shape == rgb.shape
+
+
+def test_a_raw_stream_gives_what_the_same_pictures_as_jpeg_give(server: Server) -> None:
+    async def session(raw: bool) -> tuple[list[list[int]], str]:
+        async with await Client.connect(server.url, {**SETTINGS, "raw_frames": raw}) as client:
+            for number in range(3):
+                data = jpeg(number)
+                await client.send_frame(decode_jpeg(data) if raw else data, number * 500_000)
+            await client.wait_processed()
+            kept = [client.accepted[number].kept_cells for number in sorted(client.accepted)]
+            return kept, (await client.ask(QUESTION)).text
+
+    assert run(session(True)) == run(session(False))
+
+
+def test_over_the_wire_each_wrong_one_gets_its_outcome(server: Server) -> None:
+    async def session() -> None:
+        async with await Client.connect(server.url, SETTINGS) as client:
+            await client.send_frame(noise(8, 8), 0)
+            await client.wait_processed()
+            assert client.dropped[1].reason == "decode_error"
+            await client.update({"raw_frames": True})
+            await client.send_frame(noise(8, 8), 500_000)
+            await client.send_frame(noise(8, 0), 1_000_000)
+            await client.wait_processed()
+            assert set(client.accepted) == {2}
+            assert client.dropped[3].code == "E-FRAME-DECODE"
+
+    run(session())
