@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from edge_vlm.errors import NoFrameYet, NoQuestion, ProtocolError, QuestionTooLong
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.replay_report import Report
 from edge_vlm_runtime.wire import MAX_TEXT
 from tests.runtime.test_session import Viewer
 
@@ -88,6 +90,15 @@ def test_what_waits_is_bounded() -> None:
     with pytest.raises(QuestionTooLong, match="tokens"):
         take(viewer, {"type": "response.create"})
     take(viewer, said("is it red ?"))
+
+
+def test_a_replay_shows_the_whole_question() -> None:
+    shown: list[str] = []
+    view = SimpleNamespace(asked=lambda question, at_s: shown.append(question.text))
+    report = Report(cast(Any, view))
+    for message in (said("is it", "a cube ?"), {"type": "response.create"}, said("now ?")):
+        report.told(protocol.decode_client_message(json.dumps(message)), 0.0)
+    assert shown == ["is it\na cube ?"]
 
 
 @pytest.mark.parametrize(
