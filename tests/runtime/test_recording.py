@@ -141,7 +141,12 @@ def test_a_recording_replayed_gives_the_same_events(tmp_path: Path, seed: int) -
 
 
 def test_a_sampled_answer_comes_again(tmp_path: Path) -> None:
-    drawn = {"temperature": 0.9, "top_p": 0.8, "seed": 5, "max_answer_tokens": 4}
+    drawn: dict[str, Any] = {
+        "temperature": 0.9,
+        "top_p": 0.8,
+        "seed": 5,
+        "max_answer_tokens": 4,
+    }
     told = recorded_session(tmp_path / "a.evlm", 0, **drawn)
     events, comparison, _ = replayed(tmp_path / "a.evlm")
     assert (comparison.num_differences, comparison.differences) == (0, [])
