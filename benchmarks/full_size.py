@@ -2,7 +2,7 @@
 
     python -m benchmarks.full_size                    # needs a GPU; 40 GB by estimate
     python -m benchmarks.full_size --clips 1x64 2x64 --removed 0 0.5
-    python -m benchmarks.full_size --tiny --out /tmp/tiny.json
+    python -m benchmarks.full_size --tiny --out tiny.json
 
 For every workload (clips x frames) the unpruned model (no scorer) and each share of removed cells
 run in turn in one run: vision, then the prompt's prefill up to the first logits, then a greedy

@@ -1,7 +1,7 @@
 """What video costs while the model talks, and what a scene costs that stands still.
 
     python -m benchmarks.live_load                           # some minutes
-    python -m benchmarks.live_load --rounds 2 --answer 40 --seconds 10 --out /tmp/small.json
+    python -m benchmarks.live_load --rounds 2 --answer 40 --seconds 10 --out small.json
 
 1. An answer of 200 tokens: alone, with a camera of 2 to 30 frames a second in the same session,
    with frames as fast as they are taken, and with such a flood in three other sessions. In turn,

@@ -1,7 +1,7 @@
 """What the length of a stream costs, and what it would cost to encode the clip for each question.
 
     python -m benchmarks.stream_length                       # 10 to 10,000 frames; some minutes
-    python -m benchmarks.stream_length --lengths 10 100 --clips 16 --rounds 3 --out /tmp/small.json
+    python -m benchmarks.stream_length --lengths 10 100 --clips 16 --rounds 3 --out small.json
 
 1. The served bundle (the demo's by default), one session per length: time to first token of a
    question, time of one more frame (JPEG to cache), resident memory of the process on the way of
@@ -314,45 +314,10 @@ def _peer(cfg: ModelConfig, num_frames: int) -> Callable[[], object] | None:
         import transformers
     except ImportError:
         return None
-    vision, language, connector = cfg.vision, cfg.language, cfg.connector
+    from tests.model.peers import peer_config  # the configuration that parity is proven with
+
     torch.manual_seed(0)
-    config = transformers.Molmo2Config(
-        vision_config={
-            "hidden_size": vision.width,
-            "intermediate_size": vision.mlp_width,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_heads,
-            "num_key_value_heads": vision.num_heads,
-            "head_dim": vision.head_dim,
-            "image_size": [vision.image_size, vision.image_size],
-            "patch_size": vision.patch_size,
-        },
-        adapter_config={
-            "vision_feature_layer": list(vision.feature_layers),
-            "hidden_size": connector.width,
-            "num_attention_heads": connector.num_heads,
-            "num_key_value_heads": connector.num_heads,
-            "head_dim": connector.head_dim,
-            "intermediate_size": connector.mlp_width,
-            "text_hidden_size": language.width,
-        },
-        text_config={
-            "hidden_size": language.width,
-            "num_attention_heads": language.num_heads,
-            "num_key_value_heads": language.num_kv_heads,
-            "head_dim": language.head_dim,
-            "vocab_size": language.base_vocab,
-            "additional_vocab_size": language.extra_vocab,
-            "num_hidden_layers": language.num_layers,
-            "intermediate_size": language.mlp_width,
-            "max_position_embeddings": language.max_positions,
-            "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
-        },
-        image_start_token_id=language.base_vocab,
-        image_end_token_id=language.base_vocab + 1,
-        image_patch_id=language.base_vocab + 2,
-    )
-    model = transformers.Molmo2ForConditionalGeneration(config).eval()
+    model = transformers.Molmo2ForConditionalGeneration(peer_config(cfg)).eval()
     inputs = _peer_inputs(cfg, num_frames)
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step                 # the scaled-down model, on the CPU
     python -m benchmarks.train_step --device cuda --size molmo2_4b --clips 2 --frames 64
-    python -m benchmarks.train_step --size tiny --out /tmp/tiny.json
+    python -m benchmarks.train_step --size tiny --out tiny.json
 
 A step is all of it: pixels, vision side, language model, loss, backward pass, clipping, AdamW.
 Unpruned (no scorer, every cell) and pruned steps of the same model on the same clips are timed in

@@ -2,7 +2,7 @@
 
     python -m benchmarks.vit_pruning                  # every device there is
     python -m benchmarks.vit_pruning --device cuda --frames 64
-    python -m benchmarks.vit_pruning --tiny --out /tmp/tiny.json
+    python -m benchmarks.vit_pruning --tiny --out tiny.json
 
 Random weights of Molmo2-4B's vision transformer, scorer and connector; noise as frames. Unpruned
 (no scorer, dense attention) and several keep ratios are timed in turn in one run, from patches to

@@ -32,7 +32,7 @@ _SPECIAL_IDS = (
     "image_patch_id",
     "image_col_id",
     "low_res_image_start_token_id",
-    None,  # the placeholder of an image in a prompt, which the model never sees
+    None,  # `<|image|>` in a prompt: an image takes its place before the model sees it
     "image_low_res_id",
     "frame_start_token_id",
     "frame_end_token_id",
