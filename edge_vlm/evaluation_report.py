@@ -14,7 +14,7 @@ from edge_vlm.question_set import AskedQuestion
 
 Questions = Mapping[str, Sequence[AskedQuestion]]
 """Those of each clip, by its name."""
-KIND_ORDER = (*HEADLINE, "order", "point", "alert", "caption")
+KIND_ORDER = (*HEADLINE, "point")
 
 
 def score(

@@ -16,7 +16,18 @@ from edge_vlm.evaluation import ATTENTIONS, PATHS, POLICIES, Run
 from edge_vlm.judging import Verdict
 from edge_vlm.tally import Z95, wilson
 
-HEADLINE = ("presence", "name", "colour", "count", "direction", "when", "where")
+HEADLINE = (
+    "presence",
+    "name",
+    "colour",
+    "count",
+    "direction",
+    "order",
+    "when",
+    "where",
+    "caption",
+    "alert",
+)
 """Kinds of the rendered world in the mean, where they are asked; others stand beside it."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_vlm.config import tiny
+from edge_vlm.config import VisionAttention, tiny
 from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import LanguageModel, rope_tables
 from edge_vlm.prompt import PromptFormat
@@ -85,6 +85,18 @@ def test_packed_question_equals_the_question_alone(llm: LanguageModel, packer: P
             assert bucket.target_A[mine].tolist() == answer.tolist()
             met.add(number)
     assert met == set(range(packed.num_questions)) == set(range(len(asked)))
+
+
+def test_with_all_attention_vision_tokens_see_later_frames_and_text_does_not(
+    packer: Packer,
+) -> None:
+    everywhere = Packer(packer.prompt, VisionAttention.ALL)
+    packed = everywhere.pack(COUNTS, TIMES, [BRANCHES, BRANCHES])
+    for ids, bias in zip(packed.ids_BP, packed.bias_BPP, strict=True):
+        vision = torch.from_numpy(packer.prompt.vision_mask(ids.numpy()))
+        assert (bias[vision][:, vision] == 0).all()
+        later = torch.arange(len(ids))[None] > torch.arange(len(ids))[:, None]
+        assert (bias[~vision][later[~vision]] < -1e3).all()
 
 
 def test_patch_tokens_stand_for_the_kept_cells(packer: Packer) -> None:

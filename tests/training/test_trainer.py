@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm.errors import CheckpointError
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm_training.recipes import Recipe, Stage
+from edge_vlm_training.step import keep_mask
 from edge_vlm_training.trainer import Trainer
 
 STEP = 1e-4  # minutes: one step a stage
@@ -66,6 +69,54 @@ def test_a_run_starts_from_a_checkpoint_of_its_own_kind(tmp_path: Path) -> None:
     (checkpoint / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not one of this recipe's"):
         Trainer(other, tmp_path / "third", init=checkpoint, report=lambda line: None)
+
+
+def test_a_scorer_can_be_learned_anew(tmp_path: Path) -> None:
+    first = Trainer(RECIPE, tmp_path / "first", dtype=torch.float32, report=lambda line: None)
+    first.save()
+    other = replace(RECIPE, seed=5, new_scorer=True)
+    init = tmp_path / "first" / "checkpoint"
+    second = Trainer(other, tmp_path / "second", init=init, report=lambda line: None)
+    name = "scorer.fc1.weight"
+    assert not torch.equal(second.masters[name], first.masters[name])
+    name = "vit.patch_embed.weight"
+    assert torch.equal(second.masters[name], first.masters[name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection": ("random",)},
+        {"selection": ("stream",)},
+        {"rescale": Rescale.ROW},
+        {"attention": VisionAttention.ALL},
+    ],
+    ids=str,
+)
+def test_variants_of_a_recipe_train_their_model(tmp_path: Path, changes: dict[str, Any]) -> None:
+    stage = replace(RECIPE.stages[2], steps=2)
+    recipe = replace(RECIPE, stages=(stage,), **changes)
+    trainer = Trainer(recipe, tmp_path, dtype=torch.float32, report=lambda line: None)
+    model = load_checkpoint(trainer.run())
+    assert trainer.total_steps == 2
+    assert model.cfg.attention is recipe.attention
+    assert model.cfg.scorer is not None and model.cfg.scorer.rescale is recipe.rescale
+
+
+def test_an_unknown_choice_of_cells_is_named() -> None:
+    with pytest.raises(ValueError, match=r"Recipe.selection: .* guess"):
+        replace(RECIPE, selection=("guess",))
+
+
+@pytest.mark.parametrize("selection", ["clip", "stream", "random"])
+def test_cells_are_kept_within_the_budget(selection: str) -> None:
+    scores = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
+    mask = keep_mask(scores, selection, removed=0.5, floor=1, seed=7)
+    assert mask[:, 0].all() and (mask.sum(-1) >= 1).all()
+    assert (mask.sum((1, 2)) <= 128).all() and (mask.sum((1, 2)) > 100).all()
+    top = (scores[:, 1:] * mask[:, 1:]).sum() / mask[:, 1:].sum()
+    assert (top > 0.6) == (selection != "random")
+    assert keep_mask(scores, selection, removed=0.0, floor=0, seed=7).all()
 
 
 def test_a_frozen_stage_leaves_the_vision_side_alone(tmp_path: Path) -> None:

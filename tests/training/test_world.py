@@ -97,7 +97,7 @@ def test_spans_and_motion_agree_with_what_is_visible(scenes: Scenes) -> None:
 
 
 def test_shares_are_those_of_the_configuration() -> None:
-    cfg = WorldConfig()
+    cfg = WorldConfig(num_frames=8, max_objects=3)  # movers have to leave longer clips
     scenes = sample_scenes(0, 2000, cfg)
     present = scenes.kind >= 0
     assert abs((scenes.enter[present] > 0).mean() - cfg.late_entry) < 0.05
@@ -112,12 +112,19 @@ def test_shares_are_those_of_the_configuration() -> None:
     assert set(present.sum(1)) == {1, 2, 3}
 
 
+def test_full_clips_have_up_to_five_things_in_different_colours() -> None:
+    scenes = sample_scenes(4, 500, WorldConfig(crowded=1.0, colour_change=1.0))
+    assert scenes.visible.sum(2).max() == 5
+    changes = (np.diff(scenes.colour, axis=1) != 0).any(1).sum(1)
+    assert changes.max() == 3  # eight colours, five of them in use from the start
+
+
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 16, 40])
 @pytest.mark.parametrize("split", SPLITS)
 def test_other_clip_lengths(split: Split, num_frames: int) -> None:
     scenes = sample_scenes(2, 60, WorldConfig(num_frames=num_frames, split=split))
     seen = scenes.visible
-    assert seen.shape == (60, num_frames, 3) and seen.any()
+    assert seen.shape == (60, num_frames, 5) and seen.any()
     for place in (scenes.x, scenes.y):
         assert (place[seen] > 0.05).all() and (place[seen] < 0.95).all()
     assert scenes.times_s().shape == (60, num_frames)
@@ -132,7 +139,7 @@ def test_select_takes_whole_clips(scenes: Scenes) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_frames", 0), ("fps", 0.0), ("max_objects", 4), ("split", "test"), ("moving", 1.5)],
+    [("num_frames", 0), ("fps", 0.0), ("max_objects", 6), ("split", "test"), ("moving", 1.5)],
 )
 def test_bad_configuration_names_the_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):

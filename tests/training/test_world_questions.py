@@ -52,7 +52,7 @@ def test_every_kind_is_asked_and_repeatable(scenes: Scenes, asked: list[list[Que
     counts = Counter(q.kind for row in asked for q in row)
     assert set(counts) == set(QUESTION_KINDS)
     assert min(counts.values()) > 0.04 * counts.total()
-    assert {q.frame for row in asked for q in row} == set(range(8))
+    assert {q.frame for row in asked for q in row} == set(range(16))
     assert asked == ask_many(scenes, 12, random.Random(0))
 
 
@@ -90,8 +90,8 @@ def test_count_is_true_and_spread(scenes: Scenes, asked: list[list[Question]]) -
         assert q.text == "How many things are there now?"
         assert int(q.answer) == scenes.visible[b, q.frame].sum()
     share = shares(asked, "count")
-    assert set(share) == {"0", "1", "2", "3"}
-    assert max(share.values()) < 0.4 and min(share.values()) > 0.1
+    assert set(share) == {"0", "1", "2", "3", "4", "5"}
+    assert max(share.values()) < 0.3 and share["4"] > 0.05  # five at once are rare
 
 
 def test_direction_is_seen_in_the_frames_so_far(
@@ -111,7 +111,7 @@ def test_direction_is_seen_in_the_frames_so_far(
             truth = horizontal if abs(dx) > abs(dy) else vertical
         assert q.answer == truth
     share = shares(asked, "direction")
-    assert share["it stands still"] <= 0.32
+    assert share["it stands still"] <= 0.36
     assert len(share) == 5 and min(share.values()) > 0.1
 
 
@@ -154,6 +154,21 @@ def test_where_and_point_give_the_place(scenes: Scenes, asked: list[list[Questio
         assert int(x) % 50 == int(y) % 50 == 0
         assert abs(int(x) / 1000 - scenes.x[b, q.frame, m]) <= 0.0251
         assert abs(int(y) / 1000 - scenes.y[b, q.frame, m]) <= 0.0251
+
+
+def test_captions_name_all_that_is_there(scenes: Scenes, asked: list[list[Question]]) -> None:
+    longest = 0
+    for b, q in of_kind(asked, "caption"):
+        facts = [fact.split() for fact in q.answer.split(", ")]
+        here = [m for m, seen in enumerate(scenes.visible[b, q.frame]) if seen]
+        true = [
+            [COLOUR_NAMES[scenes.colour[b, q.frame, m]], KINDS[scenes.kind[b, m]]] for m in here
+        ]
+        assert sorted(facts) == sorted(true)
+        order = [COLOUR_NAMES.index(colour) for colour, _ in facts]
+        assert order == sorted(order)
+        longest = max(longest, len(facts))
+    assert longest >= 4
 
 
 def test_answers_do_not_depend_on_later_frames(scenes: Scenes) -> None:

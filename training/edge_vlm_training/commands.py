@@ -14,7 +14,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe",
         nargs="?",
         default="demo_cpu",
-        help="by the clock: demo_cpu (default), demo_longer, smoke; by steps: stts_demo_cpu, "
+        help="by the clock: demo_cpu (default), demo_larger, smoke; by steps: stts_demo_cpu, "
         "stts_demo_gpu, stts_smoke, molmo2_4b_stts_50, molmo2_4b_stts_30, molmo2_4b_stream",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
@@ -88,9 +88,7 @@ def _train_by_steps(args: argparse.Namespace) -> int:
 def _world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--per-kind", type=int, default=200, help="questions of every kind")
-    parser.add_argument(
-        "--kinds", metavar="NAMES", help="which kinds, with commas; also alert and caption"
-    )
+    parser.add_argument("--kinds", metavar="NAMES", help="which kinds, with commas; also alert")
     parser.add_argument(
         "--per-clip", type=int, default=1, metavar="N", help="questions of a kind in one clip"
     )
@@ -138,16 +136,16 @@ def _world(args: argparse.Namespace) -> int:
 
 
 def _kinds(args: argparse.Namespace) -> tuple[str, ...]:
-    from edge_vlm_training.heldout import BENCHMARK_KINDS, EXTRA_KINDS
+    from edge_vlm_training.heldout import BENCHMARK_KINDS
     from edge_vlm_training.questions import QUESTION_KINDS
 
     if args.kinds is None:
         return BENCHMARK_KINDS if args.benchmark else QUESTION_KINDS
     names = tuple(dict.fromkeys(args.kinds.split(",")))
-    if unknown := set(names) - {*QUESTION_KINDS, *EXTRA_KINDS}:
+    if unknown := set(names) - set(BENCHMARK_KINDS):
         raise ConfigError(
             f"unknown kinds of question: {', '.join(sorted(unknown))}",
-            remedy=f"there are {', '.join((*QUESTION_KINDS, *EXTRA_KINDS))}",
+            remedy=f"there are {', '.join(BENCHMARK_KINDS)}",
         )
     return names
 

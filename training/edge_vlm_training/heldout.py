@@ -9,21 +9,21 @@ from pathlib import Path
 
 from edge_vlm.frames import encode_jpeg
 from edge_vlm.question_set import AskedQuestion, ClipQuestions
-from edge_vlm_training.questions import QUESTION_KINDS, Question, ask
+from edge_vlm_training.questions import QUESTION_KINDS, Question, ask, ask_any, event_time
 from edge_vlm_training.render import draw_batch
 from edge_vlm_training.sprites import KINDS
 from edge_vlm_training.videos import write_video
-from edge_vlm_training.world import COLOUR_NAMES, Scenes, WorldConfig
+from edge_vlm_training.world import Scenes, WorldConfig
 
 PICTURE_SIZE = 192
 """Pixels a side of what is sent: twice the model's, so that JPEG's coarse colour is harmless."""
-_TRIES = 6
 _WATCHED_SHARE = 2 / 3
+_FULL_SHARE = 1 / 3
+"""Of clips that have as many things as a clip can; four and five at once are rare in the others."""
 
 
-ALERT, CAPTION = "alert", "caption"
-EXTRA_KINDS = (ALERT, CAPTION)
-"""Kinds that are only asked, never trained on. They need no word that training lacks."""
+ALERT = "alert"
+"""A kind that is only asked, never trained on as such. It needs no word that training lacks."""
 BENCHMARK_KINDS = (*QUESTION_KINDS, ALERT)
 BENCHMARK_PER_CLIP = 3
 
@@ -31,33 +31,37 @@ BENCHMARK_PER_CLIP = 3
 def heldout_clips(
     seed: int,
     per_kind: int,
-    num_frames: int = 8,
+    num_frames: int = 16,
     *,
     kinds: Sequence[str] = QUESTION_KINDS,
     per_clip: int = 1,
 ) -> Iterator[ClipQuestions]:
     """Clips until every kind of question has `per_kind` questions, `per_clip` of a kind in a clip.
 
-    `alert` asks "Is there a ... now?" about one thing behind every frame of a clip; `caption` asks
-    what there is, answered by every visible thing with its colour. Raises ValueError for other
-    kinds than those and QUESTION_KINDS.
+    `alert` asks "Is there a ... now?" about one thing behind every frame of a clip. Raises
+    ValueError for other kinds than that and QUESTION_KINDS.
     """
-    unknown = set(kinds) - {*QUESTION_KINDS, *EXTRA_KINDS}
+    unknown = set(kinds) - set(BENCHMARK_KINDS)
     if unknown:
         raise ValueError(f"unknown kinds of question: {', '.join(sorted(unknown))}")
-    rng, other_rng = random.Random(seed), random.Random(~seed)  # extra kinds change no others
-    world = WorldConfig(num_frames=num_frames, split="heldout", start_at_zero=1.0)  # as a session
+    rng, other_rng = random.Random(seed), random.Random(~seed)  # alerts change no others
+    world = WorldConfig(
+        num_frames=num_frames,
+        split="heldout",
+        start_at_zero=1.0,  # as a session does
+        crowded=_FULL_SHARE,
+    )
     missing = dict.fromkeys(kinds, per_kind)
     number = 0
     while any(left > 0 for left in missing.values()):
         frames, scenes = draw_batch(seed * 100_003 + number, 1, world, PICTURE_SIZE)
         questions: list[AskedQuestion] = []
         for kind in (kind for kind, left in missing.items() if left > 0):
-            if kind in EXTRA_KINDS:
-                found = (_alert if kind == ALERT else _caption)(scenes, other_rng)
+            if kind == ALERT:
+                found = _alert(scenes, other_rng)
             else:
-                tries = (_try_to_ask(scenes, kind, rng) for _ in range(per_clip))
-                found = [_asked(question, scenes) for question in tries if question is not None]
+                tries = (ask_any(scenes, 0, rng, {kind: 1.0}) for _ in range(per_clip))
+                found = [_asked(question, scenes) for question in tries if question.kind == kind]
             found = list(dict.fromkeys(found))[: missing[kind]]
             missing[kind] -= len(found)
             questions += found
@@ -71,16 +75,13 @@ def heldout_clips(
             )
 
 
-def _try_to_ask(scenes: Scenes, kind: str, rng: random.Random) -> Question | None:
-    for _ in range(_TRIES):
-        question = ask(scenes, 0, kind, rng.randrange(scenes.num_frames), rng)
-        if question is not None:
-            return question
-    return None
-
-
 def _asked(question: Question, scenes: Scenes) -> AskedQuestion:
     boxes = None
+    also: tuple[str, ...] = ()
+    if question.kind == "when":  # right within one frame interval
+        times, first = scenes.times_s()[0], question.meta["first"]
+        near = (t for t in (first - 1, first + 1) if 0 <= t < len(times))
+        also = tuple(event_time(times[t]) for t in near)
     if question.kind == "point":
         side = float(scenes.size[0, question.meta["object"]])
         boxes = ((float(question.meta["x"]), float(question.meta["y"]), side, side),)
@@ -89,6 +90,7 @@ def _asked(question: Question, scenes: Scenes) -> AskedQuestion:
         text=question.text,
         answer=question.answer,
         frame=question.frame,
+        also=also,
         boxes=boxes,
     )
 
@@ -111,35 +113,21 @@ def _alert(scenes: Scenes, rng: random.Random) -> list[AskedQuestion]:
     ]
 
 
-def _caption(scenes: Scenes, rng: random.Random) -> list[AskedQuestion]:
-    """Every visible thing at one moment; nothing in a clip's empty moments."""
-    t = rng.randrange(scenes.num_frames)
-    facts = [
-        f"{COLOUR_NAMES[scenes.colour[0, t, m]]} {KINDS[scenes.kind[0, m]]}"
-        for m, seen in enumerate(scenes.visible[0, t])
-        if seen
-    ]
-    if not facts:
-        return []
-    answer = ", ".join(facts)
-    return [AskedQuestion(kind=CAPTION, text="What is there now?", answer=answer, frame=t)]
-
-
-def write_demo_clip(folder: Path, seed: int, num_frames: int = 8) -> None:
+def write_demo_clip(folder: Path, seed: int, num_frames: int = 16) -> None:
     """Writes `clip.mp4` (H.264, 2 pictures a second) and `clip.json` with four questions.
 
-    Takes the first clip from `seed` on that starts at 0 s and shows three things, one of them late.
+    Takes the first clip from `seed` on that shows four things, one from the start and one late.
     """
     world = WorldConfig(num_frames=num_frames, split="heldout", start_at_zero=1.0)
+    last = num_frames - 1
     while True:
         frames, scenes = draw_batch(seed, 1, world, PICTURE_SIZE)
         entered = scenes.enter[0][scenes.kind[0] >= 0]
-        if len(entered) == 3 and 2 <= entered.max() <= num_frames - 3 and entered.min() == 0:
+        if len(entered) == 4 and entered.min() == 0 and last / 3 <= entered.max() <= last - 3:
             break
         seed += 1
     rng = random.Random(seed)
-    last = num_frames - 1
-    plan = (("name", 2), ("where", last - 3), ("when", last - 1), ("count", last))
+    plan = (("where", last // 3), ("caption", last * 2 // 3), ("when", last - 1), ("count", last))
     questions = []
     for kind, t in plan:
         question = next(

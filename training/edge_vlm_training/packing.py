@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from edge_vlm.config import VisionAttention
 from edge_vlm.model.layers import MASKED
 from edge_vlm.prompt import PromptFormat
 
@@ -78,10 +79,16 @@ def _padded(rows: Sequence[npt.NDArray[np.integer]], fill: int) -> Tensor:
 
 
 class Packer:
-    """Builds `Packed` batches; remembers the ids of texts it has met."""
+    """Builds `Packed` batches; remembers the ids of texts it has met.
 
-    def __init__(self, prompt: PromptFormat) -> None:
-        self.prompt = prompt
+    With `ALL` attention a vision token sees those of later frames too, so that every question must
+    be asked after the clip's last frame.
+    """
+
+    def __init__(
+        self, prompt: PromptFormat, attention: VisionAttention = VisionAttention.FRAME
+    ) -> None:
+        self.prompt, self.attention = prompt, attention
         self.question_ids = functools.lru_cache(100_000)(prompt.question_ids)
         self.answer_ids = functools.lru_cache(100_000)(prompt.answer_ids)
         self.turn_ids = functools.lru_cache(100_000)(prompt.turn_ids)
@@ -97,13 +104,13 @@ class Packer:
         dtype: torch.dtype = torch.float32,
     ) -> Packed:
         """`counts` kept cells and `times` in seconds of every frame; `branches` of every clip."""
-        prefixes, frames, ends = zip(
+        prefixes, blocks, ends = zip(
             *(self._prefix(c, t) for c, t in zip(counts_BT, times_BT, strict=True)), strict=True
         )
-        ids_BP, frame_BP = _padded(prefixes, 0), _padded(frames, -1)
+        ids_BP, block_BP = _padded(prefixes, 0), _padded(blocks, -1)
         index = torch.arange(ids_BP.shape[1])
         allowed = (index[None, :] <= index[:, None])[None] | (
-            (frame_BP[:, :, None] == frame_BP[:, None, :]) & (frame_BP[:, :, None] >= 0)
+            (block_BP[:, :, None] == block_BP[:, None, :]) & (block_BP[:, :, None] >= 0)
         )
         asked = [(clip, item) for clip, items in enumerate(branches) for item in items]
         lines = []
@@ -122,18 +129,19 @@ class Packer:
     def _prefix(
         self, counts: npt.NDArray[np.int64], times: npt.NDArray[np.floating]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Token ids, the frame that each vision token belongs to (-1: text), and frame ends."""
+        """Token ids, the block of vision tokens that each belongs to (-1: text), frame ends."""
         prompt = self.prompt
-        ids, frame, ends = [prompt.bos_ids], [np.array([-1])], []
+        ids, blocks, ends = [prompt.bos_ids], [np.array([-1])], []
         length = 1
         for i, (pts_s, kept) in enumerate(zip(times, counts, strict=True)):
             empty = self._stamp_ids(float(pts_s), i == 0)
             patches = np.full(int(kept), prompt.patch_id, np.int32)
             ids.append(np.insert(empty, len(empty) - 1, patches))
-            frame.append(np.where(prompt.vision_mask(ids[-1]), i, -1))
+            block = 0 if self.attention is VisionAttention.ALL else i
+            blocks.append(np.where(prompt.vision_mask(ids[-1]), block, -1))
             length += len(ids[-1])
             ends.append(length)
-        return np.concatenate(ids), np.concatenate(frame), np.array(ends)
+        return np.concatenate(ids), np.concatenate(blocks), np.array(ends)
 
     def _bucket(
         self,

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_vlm_training.paths import STILL
+from edge_vlm_training.splits import MOST_THINGS
 from edge_vlm_training.sprites import KINDS
 from edge_vlm_training.world import COLOUR_NAMES, Scenes
 
-COUNT_ANSWERS = ("0", "1", "2", "3")
+COUNT_ANSWERS = tuple(str(number) for number in range(MOST_THINGS + 1))
 DIRECTION_ANSWERS = ("left", "right", "up", "down", "it stands still")
 REGIONS = (
     ("top left", "top", "top right"),
@@ -28,6 +29,7 @@ _DIRECTION_FRAMES = 3  # visible frames needed to tell a direction
 _POINT_STEP = 50  # of 1000
 _LEFT_SHARE = 0.4  # "no" answers about a thing that was there and has left
 _YES_SHARE = 0.6  # where something is visible; empty pictures make up for it
+_LATER = 0.6  # exponent on a share of the clip
 _STILL_WEIGHT = 0.3  # standing things are asked about less often than moving ones
 
 
@@ -151,6 +153,11 @@ def _order(clip: _Clip, t: int, rng: random.Random) -> Question | None:
     return Question("order", text, clip.name(first), t, {"object": first})
 
 
+def event_time(seconds: float) -> str:
+    """The answer to "when"."""
+    return f"at {seconds:.1f} s"
+
+
 def _when(clip: _Clip, t: int, rng: random.Random) -> Question | None:
     entered = clip.entered(t)
     late = [m for m in entered if clip.enter[m] > 0]
@@ -158,7 +165,7 @@ def _when(clip: _Clip, t: int, rng: random.Random) -> Question | None:
         return None  # "from the start on" is the easy answer: asked about half as often
     m = rng.choice(late if late and rng.random() < 0.5 else entered)
     first = clip.enter[m]
-    answer = f"at {clip.times_s[first]:.1f} s"
+    answer = event_time(clip.times_s[first])
     text = f"When did the {clip.name(m)} appear?"
     return Question("when", text, answer, t, {"object": m, "first": first})
 
@@ -190,6 +197,15 @@ def _point(clip: _Clip, t: int, rng: random.Random) -> Question | None:
     return Question("point", f"Point to the {name}.", answer, t, {"object": m, "x": x, "y": y})
 
 
+def _caption(clip: _Clip, t: int, rng: random.Random) -> Question | None:
+    """Facts in the order of `COLOUR_NAMES`: one order, and one that asks for each thing by name."""
+    here = sorted(clip.now(t), key=lambda m: clip.colour[t][m])
+    if not here:
+        return None
+    answer = ", ".join(f"{COLOUR_NAMES[clip.colour[t][m]]} {clip.name(m)}" for m in here)
+    return Question("caption", "What is there now?", answer, t, {"object": None})
+
+
 _MAKERS: dict[str, Callable[[_Clip, int, random.Random], Question | None]] = {
     "presence": _presence,
     "name": _name,
@@ -200,6 +216,7 @@ _MAKERS: dict[str, Callable[[_Clip, int, random.Random], Question | None]] = {
     "when": _when,
     "where": _where,
     "point": _point,
+    "caption": _caption,
 }
 QUESTION_KINDS = tuple(_MAKERS)
 
@@ -225,7 +242,8 @@ def ask_any(
 ) -> Question:
     """A question of a random kind (in proportion to ``weights``), after frame ``t`` or any frame.
 
-    "How many" is balanced over the answers that the clip offers.
+    Any frame: later ones, with more to remember, are more likely, and "how many" is balanced over
+    the answers that the clip offers.
     """
     return _ask_any(_clip(scenes, b), rng, *_kinds_and_weights(weights), t)
 
@@ -266,7 +284,7 @@ def _ask_any(
         kind = rng.choices(kinds, shares)[0]
         # a few moments are tried before the kind is given up, so that rare kinds keep their share
         for _ in range(6):
-            moment = rng.randrange(frames) if t is None else t
+            moment = int(frames * rng.random() ** _LATER) if t is None else t
             if kind == "count" and t is None:
                 moment = _balanced_count_moment(clip, rng)
             question = _MAKERS[kind](clip, moment, rng)
@@ -281,13 +299,13 @@ def _balanced_count_moment(clip: _Clip, rng: random.Random) -> int:
     moments: dict[int, list[int]] = {}
     for t, seen in enumerate(clip.visible):
         moments.setdefault(sum(seen), []).append(t)
-    # clips with three at once are rare, so a larger number is preferred
+    # clips with many at once are rare, so a larger number is preferred
     numbers = list(moments)
     number = rng.choices(numbers, [_COUNT_WEIGHTS[n] for n in numbers])[0]
     return rng.choice(moments[number])
 
 
-_COUNT_WEIGHTS = (1.0, 0.7, 1.3, 5.0)
+_COUNT_WEIGHTS = (1.0, 0.7, 1.3, 2.0, 5.0, 15.0)
 
 
 def vocabulary() -> list[str]:
@@ -311,7 +329,18 @@ def vocabulary() -> list[str]:
             name,
         )
     ]
-    coloured = [text for name in COLOUR_NAMES for text in (f"What is the {name} thing?", name)]
-    others = ["How many things are there now?", "yes", "no", "at 0.0 s", *COUNT_ANSWERS]
+    coloured = [
+        text
+        for name in COLOUR_NAMES
+        for text in (f"What is the {name} thing?", f"{name} {KINDS[0]}, {name} {KINDS[0]}")
+    ]
+    others = [
+        "What is there now?",
+        "How many things are there now?",
+        "yes",
+        "no",
+        "at 0.0 s",
+        *COUNT_ANSWERS,
+    ]
     regions = [region for row in REGIONS for region in row]
     return [*named, *coloured, *others, *DIRECTION_ANSWERS, *regions]

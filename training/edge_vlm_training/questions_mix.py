@@ -10,11 +10,12 @@ from edge_vlm_training.questions import QUESTION_KINDS, ask_any
 from edge_vlm_training.world import Scenes
 
 _FLOOR = 0.04
-_EMPHASIS = {"point": 0.15, "when": 3.0}
-"""Exact coordinates stay wrong for long: at full weight they would take the batch over. The time of
-an event is learned last: several digits, each of which has to be looked up by the thing's name."""
+_EMPHASIS = {"point": 0.15, "caption": 0.5, "when": 3.0}
+"""Exact coordinates and captions of many facts stay wrong for long: at full weight they would take
+the batch over. The time of an event is learned last: several digits, each of which has to be looked
+up by the thing's name."""
 _MAX_HISTORY = 2
-NOW_KINDS = ("presence", "name", "colour", "count", "where", "point")
+NOW_KINDS = ("presence", "name", "colour", "count", "where", "point", "caption")
 """Kinds whose answer lies in the newest frames: fair to ask when older ones were forgotten."""
 
 
@@ -34,9 +35,15 @@ class QuestionMix:
             self.accuracy[kind] += 0.01 * (float(ok) - self.accuracy[kind])
 
     def branches(
-        self, scenes: Scenes, clip: int, count: int, history_share: float, forgotten: int = 0
+        self,
+        scenes: Scenes,
+        clip: int,
+        count: int,
+        history_share: float,
+        forgotten: int = 0,
+        at_end: bool = False,
     ) -> tuple[list[Branch], list[str]]:
-        """`count` questions about one clip after random frames, later ones more often.
+        """`count` questions about one clip after random frames, or all after the last (`at_end`).
 
         Frames 1 to `forgotten` are not shown to the language model: questions come behind them, ask
         about now only, and count frames without them.
@@ -45,21 +52,21 @@ class QuestionMix:
         weights = self.weights()
         if forgotten:
             weights = {kind: weights[kind] for kind in NOW_KINDS}
-        shown = scenes.num_frames - forgotten
+        last = scenes.num_frames - 1
         for _ in range(count):
-            frame = int(shown * self.rng.random() ** 0.6)
-            if forgotten:
-                frame = max(1, frame)
-            question = ask_any(scenes, clip, self.rng, weights, frame + forgotten)
+            moment = last if at_end else None
+            if forgotten and not at_end:
+                moment = self.rng.randint(forgotten + 1, last)
+            question = ask_any(scenes, clip, self.rng, weights, moment)
             history: list[tuple[str, str]] = []
             if self.rng.random() < history_share:
-                moments = sorted(
-                    self.rng.randint(0, frame + forgotten)
+                earlier = sorted(
+                    self.rng.randint(0, question.frame)
                     for _ in range(self.rng.randint(1, _MAX_HISTORY))
                 )
-                for moment in moments:
-                    earlier = ask_any(scenes, clip, self.rng, None, moment)
-                    history.append((earlier.text, earlier.answer))
+                turns = (ask_any(scenes, clip, self.rng, None, moment) for moment in earlier)
+                history = [(turn.text, turn.answer) for turn in turns]
+            frame = question.frame - forgotten
             branches.append(Branch(frame, question.text, question.answer, tuple(history)))
             kinds.append(question.kind)
         return branches, kinds

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-REMOVED_MIXED = (0.0, 0.3, 0.5, 0.5, 0.65)
+from edge_vlm.config import ModelConfig, Rescale, VisionAttention, demo
+from edge_vlm.pruning import POLICY_NAMES
+from edge_vlm_training.step import CLIP
+
+REMOVED_MIXED = (0.0, 0.3, 0.5, 0.65, 0.8)
 """Share of cells removed, drawn anew each step: a model trained at one breaks at others."""
 
 
@@ -15,6 +19,8 @@ class Stage:
     name: str
     minutes: float
     batch: int
+    steps: int = 0
+    """If positive, the stage is so many steps long instead: for runs that are compared."""
     num_frames: int = 1
     shorter: tuple[int, ...] = ()
     """Half of the steps take clips of one of these lengths instead, more at the same cost."""
@@ -38,6 +44,10 @@ class Stage:
         for share in self.removed:
             if not 0 <= share < 1:
                 raise ValueError(f"Stage.removed = {self.removed!r}: shares must lie in [0, 1)")
+
+    def progress(self, seconds: float, steps: int) -> float:
+        """The share of the stage that is done."""
+        return steps / self.steps if self.steps else seconds / (self.minutes * 60)
 
     def rate_at(self, progress: float) -> float:
         """The factor after the share `progress` of the stage."""
@@ -63,6 +73,13 @@ class Recipe:
     """Weight of the loss that bounds the scale of the vision features."""
     crowded: float = 0.5
     """Share of clips that are as full as they can be: with one thing a clip, any event is its."""
+    selection: tuple[str, ...] = (CLIP, "stream")
+    """How cells are chosen, drawn anew each step: the published rule over the whole clip, which
+    spends more where more happens, and the policy that a session can have."""
+    rescale: Rescale = Rescale.ABSOLUTE
+    attention: VisionAttention = VisionAttention.FRAME
+    new_scorer: bool = False
+    """The scorer of the weights that training starts from is thrown away."""
     min_cells: int = 2
     """Up to this many cells of every later frame are kept whatever their rank."""
     history_share: float = 0.15
@@ -71,6 +88,17 @@ class Recipe:
     """Share of steps whose clips miss a stretch behind the first frame, as a full memory does."""
     clip_norm: float = 1.0
     warmup_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.selection) - {CLIP, *POLICY_NAMES}:
+            raise ValueError(f"Recipe.selection: no way to choose cells is called {unknown.pop()}")
+
+    def model(self, base_vocab: int, extra_vocab: int) -> ModelConfig:
+        """The demo model as this recipe wants it."""
+        config = demo(base_vocab, extra_vocab)
+        assert config.scorer is not None
+        scorer = dataclasses.replace(config.scorer, rescale=self.rescale)
+        return dataclasses.replace(config, scorer=scorer, attention=self.attention)
 
 
 def demo_cpu(minutes: float = 115.0) -> Recipe:
@@ -153,32 +181,41 @@ def demo_cpu(minutes: float = 115.0) -> Recipe:
     )
 
 
-def demo_longer(minutes: float = 55.0) -> Recipe:
-    """Goes on from a demo checkpoint (`--init`): a settling vision side, then late questions."""
-    unit = minutes / 55.0
+def demo_larger(minutes: float = 68.0) -> Recipe:
+    """Takes a demo checkpoint of a smaller world (`--init`) to this one, sixteen frames long."""
+    unit = minutes / 68.0
     settling = Stage(
         name="settling",
-        minutes=18 * unit,
+        minutes=14 * unit,
         batch=8,
-        num_frames=8,
-        branches=20,
+        num_frames=16,
+        shorter=(4, 8),
+        branches=16,
         removed=REMOVED_MIXED,
         lr=6e-4,
         lr_vision=4e-5,
         lr_connector=4e-5,
     )
     return Recipe(
-        name="demo_longer",
-        seed=3,
+        name="demo_larger",
+        seed=4,
         forgetful_share=0.1,
         history_share=0.1,
         timeline_weight=0.25,
         stages=(
+            Stage(name="new-kinds", minutes=5 * unit, batch=64, branches=6, lr=6e-4),
+            dataclasses.replace(
+                settling,
+                name="sixteen-frames",
+                minutes=22 * unit,
+                lr_vision=1.5e-4,
+                lr_connector=1e-4,
+            ),
             settling,
             dataclasses.replace(
                 settling,
-                name="events",
-                minutes=37 * unit,
+                name="frozen",
+                minutes=27 * unit,
                 freeze_vision=True,
                 rate=(1.0, 0.01),
                 decay_from=0.35,
@@ -211,4 +248,4 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_longer, smoke)}
+RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_larger, smoke)}

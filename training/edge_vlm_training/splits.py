@@ -18,8 +18,12 @@ from edge_vlm_training.sprites import KINDS
 Split = Literal["train", "heldout"]
 SEED_SPACE: dict[str, int] = {"train": 1, "heldout": 2}
 HELDOUT_SHARE = 5  # one in so many
+MOST_THINGS = 5  # in one clip
 
 _PAIR_SALT, _PATH_SALT = 0x5EED_0001, 0x5EED_0002
+_KINDS_A_PAGE = 32
+"""Pairs are numbered so that more kinds leave the side of the earlier ones' pairs as it is: weights
+trained on fewer kinds have seen no held-out pair."""
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
@@ -36,7 +40,8 @@ def _hash(value: npt.NDArray[np.integer], salt: int) -> npt.NDArray[np.uint64]:
 
 def pair_is_heldout(kind: npt.ArrayLike, background: npt.ArrayLike) -> BoolArray:
     """Whether this kind on this background is shown in held-out clips only (arrays broadcast)."""
-    pair = np.asarray(background, np.int64) * len(KINDS) + np.asarray(kind, np.int64)
+    page, place = np.divmod(np.asarray(kind, np.int64), _KINDS_A_PAGE)
+    pair = (page << 20) + np.asarray(background, np.int64) * _KINDS_A_PAGE + place
     return _hash(pair, _PAIR_SALT) % np.uint64(HELDOUT_SHARE) == 0
 
 
@@ -47,7 +52,7 @@ def path_is_heldout(path_key: npt.ArrayLike) -> BoolArray:
 
 @lru_cache(maxsize=2)
 def allowed_pairs(split: Split) -> tuple[BoolArray, IntArray]:
-    """Pairs of this split, bool [backgrounds, kinds], and the backgrounds with at least 3 kinds."""
+    """Pairs of this split, bool [backgrounds, kinds]; backgrounds with kinds enough for a clip."""
     heldout = pair_is_heldout(np.arange(len(KINDS)), np.arange(NUM_BACKGROUNDS)[:, None])
     allowed = heldout if split == "heldout" else ~heldout
-    return allowed, np.flatnonzero(allowed.sum(1) >= 3)
+    return allowed, np.flatnonzero(allowed.sum(1) >= MOST_THINGS)

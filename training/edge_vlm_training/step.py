@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,12 @@ from edge_vlm.config import VisionConfig
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.selection import clip_budget
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.pruning import make_policy
 from edge_vlm_training.losses import answer_loss, exact_answers, similarity_loss
 from edge_vlm_training.packing import Packed
 
+CLIP = "clip"
+"""The published choice of cells, over the whole clip."""
 STORY_BLOCKS = 2
 """How many blocks before the last have their vision tokens read out."""
 
@@ -45,8 +48,30 @@ class Seen:
     aux_loss: Tensor
 
 
-def see(model: VideoLM, pixels_FNP: Tensor, num_frames: int, removed: float, floor: int) -> Seen:
-    """Scores, prunes by clip budget and encodes; gradients flow wherever parameters want them."""
+def keep_mask(scores_BTC: Tensor, selection: str, removed: float, floor: int, seed: int) -> Tensor:
+    """Bool [B, T, C]: `clip` (one pool a clip, as published) or a policy of `edge_vlm.pruning`.
+
+    `floor` cells of every later frame are kept whatever their rank; `seed` is for random ones.
+    """
+    if removed == 0:
+        return torch.ones_like(scores_BTC, dtype=torch.bool)
+    if selection == CLIP:
+        return clip_budget(scores_BTC, removed, floor)
+    mask = torch.zeros_like(scores_BTC, dtype=torch.bool)
+    for b, clip_TC in enumerate(scores_BTC.detach().float().numpy()):
+        policy = make_policy(selection, 1 - removed, min_cells=floor, seed=seed + b)
+        for t, row_C in enumerate(clip_TC):
+            mask[b, t, policy.select(row_C, None, t == 0)] = True
+    return mask
+
+
+def see(
+    model: VideoLM, pixels_FNP: Tensor, num_frames: int, choose: Callable[[Tensor], Tensor]
+) -> Seen:
+    """Scores, prunes and encodes; gradients flow wherever parameters want them.
+
+    `choose` turns the scores [B, T, C] of the clips into the mask of kept cells.
+    """
     num_cells = model.cfg.vision.num_cells
     is_first = torch.arange(len(pixels_FNP)) % num_frames == 0
     x = model.embed_frames(pixels_FNP)
@@ -54,7 +79,7 @@ def see(model: VideoLM, pixels_FNP: Tensor, num_frames: int, removed: float, flo
     _, scores = model.score_frames(x, nobody, is_first)
     aux = similarity_loss(scores, model.vit.cells(x), is_first)
     hidden = model.biased_block(x, scores, is_first)
-    keep = clip_budget(scores.view(-1, num_frames, num_cells), removed, floor)
+    keep = choose(scores.view(-1, num_frames, num_cells))
     cell_idx = keep.flatten().nonzero().squeeze(1)
     features = model.vit_trunk(hidden, cell_idx, cell_idx // num_cells)
     return Seen(features, cell_idx, keep.sum(-1), aux)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_vlm.config import ModelConfig, demo
+from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.errors import CheckpointError
 from edge_vlm.model.checkpoint import TOKENIZER, load_checkpoint, save_checkpoint
 from edge_vlm.model.video_lm import VideoLM
@@ -29,6 +30,7 @@ from edge_vlm_training.dense import (
     whole_vit,
 )
 from edge_vlm_training.losses import feature_scale_loss
+from edge_vlm_training.more_words import vocabulary_of, with_more_words
 from edge_vlm_training.optimizer import MasterAdamW
 from edge_vlm_training.packing import Packer
 from edge_vlm_training.questions import vocabulary
@@ -36,7 +38,7 @@ from edge_vlm_training.questions_mix import QuestionMix
 from edge_vlm_training.recipes import Recipe, Stage
 from edge_vlm_training.render import render_with_owner
 from edge_vlm_training.sprites import KINDS
-from edge_vlm_training.step import STORY_BLOCKS, answer, see, to_pixel_values
+from edge_vlm_training.step import STORY_BLOCKS, answer, keep_mask, see, to_pixel_values
 from edge_vlm_training.timeline import TimelineHead, timeline, timeline_loss
 from edge_vlm_training.vocabulary import build_tokenizer
 from edge_vlm_training.world import COLOUR_NAMES, WorldConfig, sample_scenes
@@ -69,7 +71,7 @@ class Trainer:
         self.recipe, self.folder, self.dtype, self.report = recipe, folder, dtype, report
         folder.mkdir(parents=True, exist_ok=True)
         base, extra = build_tokenizer(vocabulary(), folder / TOKENIZER)
-        self.config: ModelConfig = demo(base, extra)
+        self.config: ModelConfig = recipe.model(base, extra)
         generator = torch.Generator().manual_seed(recipe.seed)
         self.model = VideoLM(self.config).init_weights(generator)
         if init is not None:
@@ -88,11 +90,12 @@ class Trainer:
                 ),
             }
         )
-        self.packer = Packer(PromptFormat(words))
+        self.packer = Packer(PromptFormat(words), recipe.attention)
         self.mix = QuestionMix(recipe.seed)
         self.rng = random.Random(recipe.seed)
         self.masters: dict[str, Tensor] = {}
-        self.stage_index, self.stage_s, self.total_steps, self.total_s = 0, 0.0, 0, 0.0
+        self.stage_index, self.stage_s, self.stage_steps = 0, 0.0, 0
+        self.total_steps, self.total_s = 0, 0.0
         self._remember(dict(self.model.named_parameters()))
         self._remember({_HEADS + n: p for n, p in self.heads.named_parameters()})
 
@@ -100,15 +103,20 @@ class Trainer:
         self.masters.update({name: p.detach().float().clone() for name, p in named.items()})
 
     def _start_from(self, checkpoint: Path) -> None:
-        model = load_checkpoint(checkpoint)
-        same_words = (checkpoint / TOKENIZER).read_bytes() == (self.folder / TOKENIZER).read_bytes()
-        if model.cfg != self.config or not same_words:
+        weights = load_checkpoint(checkpoint).state_dict()
+        try:
+            known, wanted = (vocabulary_of(f / TOKENIZER) for f in (checkpoint, self.folder))
+            weights = with_more_words(weights, known, wanted, self.config.language.base_vocab)
+            if self.recipe.new_scorer:
+                fresh = self.model.state_dict()
+                weights |= {name: fresh[name] for name in fresh if name.startswith("scorer.")}
+            self.model.load_state_dict(weights)
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(
-                "the checkpoint is not one of this recipe's models",
+                f"the checkpoint is not one of this recipe's models: {error}",
                 where=checkpoint,
-                remedy="start without --init, or from a checkpoint with this vocabulary and shape",
-            )
-        self.model.load_state_dict(model.state_dict())
+                remedy="start without --init, or from a checkpoint of this shape and world",
+            ) from error
 
     # -- state ------------------------------------------------------------------------------
 
@@ -119,6 +127,7 @@ class Trainer:
             "masters": self.masters,
             "stage": self.stage_index,
             "stage_s": self.stage_s,
+            "stage_steps": self.stage_steps,
             "total_steps": self.total_steps,
             "total_s": self.total_s,
             "accuracy": self.mix.accuracy,
@@ -146,6 +155,7 @@ class Trainer:
             )
         self.masters = state["masters"]
         self.stage_index, self.stage_s = state["stage"], state["stage_s"]
+        self.stage_steps = state["stage_steps"]
         self.total_steps, self.total_s = state["total_steps"], state["total_s"]
         self.mix.accuracy.update(state["accuracy"])
 
@@ -155,7 +165,7 @@ class Trainer:
         """Trains what is left of the recipe; returns the checkpoint folder."""
         while self.stage_index < len(self.recipe.stages):
             self._run_stage(self.recipe.stages[self.stage_index])
-            self.stage_index, self.stage_s = self.stage_index + 1, 0.0
+            self.stage_index, self.stage_s, self.stage_steps = self.stage_index + 1, 0.0, 0
             self.save()
         return self.folder / "checkpoint"
 
@@ -169,9 +179,8 @@ class Trainer:
         started, saved, logged = time.monotonic(), time.monotonic(), 0.0
         before, steps = self.stage_s, 0
         sums: dict[str, float] = {}
-        seconds = stage.minutes * 60
-        while self.stage_s < seconds or steps == 0:
-            rate = stage.rate_at(self.stage_s / seconds)
+        while (progress := stage.progress(self.stage_s, self.stage_steps)) < 1 or steps == 0:
+            rate = stage.rate_at(progress)
             rate *= min(1.0, (steps + 1) / self.recipe.warmup_steps)
             metrics = self._dense_step(stage) if stage.dense else self._clip_step(stage)
             metrics["norm"] = optimizer.step(rate, self.recipe.clip_norm)
@@ -179,6 +188,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value
             sums["steps"] = sums.get("steps", 0.0) + 1
             steps += 1
+            self.stage_steps += 1
             self.total_steps += 1
             now = time.monotonic()
             self.total_s += now - started - (self.stage_s - before)
@@ -247,6 +257,11 @@ class Trainer:
         if num_frames > 2 and self.rng.random() < recipe.forgetful_share:
             forgotten = self.rng.randint(1, _MOST_FORGOTTEN)
             pause_s = self.rng.randint(0, _LONGEST_PAUSE_S)
+        at_end = recipe.attention is VisionAttention.ALL
+        if at_end:  # all questions see the whole clip: only its length varies their moment
+            num_frames = self.rng.randint(1, stage.num_frames)
+            batch = min(_MOST_CLIPS, batch * stage.num_frames // num_frames)
+            forgotten = 0
         world = WorldConfig(num_frames=num_frames + forgotten, crowded=recipe.crowded)
         scenes = sample_scenes(self.rng.getrandbits(40), batch, world)
         frames, owner = render_with_owner(scenes, cfg.image_size)
@@ -256,13 +271,19 @@ class Trainer:
         frames, times_s = frames[:, shown], scenes.times_s()[:, shown]
         times_s[:, 1:] += pause_s
         asked = [
-            self.mix.branches(scenes, b, stage.branches, recipe.history_share, forgotten)
+            self.mix.branches(scenes, b, stage.branches, recipe.history_share, forgotten, at_end)
             for b in range(batch)
         ]
-        removed, floor = self.rng.choice(stage.removed), self.rng.randint(0, recipe.min_cells)
+        choose = functools.partial(
+            keep_mask,
+            selection=self.rng.choice(recipe.selection),
+            removed=self.rng.choice(stage.removed),
+            floor=self.rng.randint(0, recipe.min_cells),
+            seed=self.rng.getrandbits(31),
+        )
         pixels = to_pixel_values(frames, cfg, self.dtype)
         with torch.set_grad_enabled(not stage.freeze_vision):
-            seen = see(self.model, pixels, num_frames, removed, floor)
+            seen = see(self.model, pixels, num_frames, choose)
         packed = self.packer.pack(
             seen.counts_BT.numpy(),
             times_s,

@@ -1,6 +1,6 @@
 """Scenes of the rendered world: which things are where, when, in what colour. No pictures here.
 
-A scene is a short clip of one to three named, coloured things that enter, leave, move and change
+A scene is a short clip of one to five named, coloured things that enter, leave, move and change
 colour over a cluttered background. ``render`` draws scenes, ``questions`` asks about them.
 
 Train and held-out scenes share neither seeds nor (kind, background) pairs nor paths (``splits``).
@@ -18,7 +18,14 @@ import numpy.typing as npt
 
 from edge_vlm_training.backgrounds import GRID
 from edge_vlm_training.paths import MAX_SIDE, MIN_SIDE, FloatArray, Spans, place
-from edge_vlm_training.splits import SEED_SPACE, BoolArray, IntArray, Split, allowed_pairs
+from edge_vlm_training.splits import (
+    MOST_THINGS,
+    SEED_SPACE,
+    BoolArray,
+    IntArray,
+    Split,
+    allowed_pairs,
+)
 from edge_vlm_training.sprites import KINDS
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -37,19 +44,19 @@ NOISE_KEYS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """What clips look like. ``num_frames`` >= 1, ``fps`` > 0, 1 <= ``max_objects`` <= 3.
+    """What clips look like. ``num_frames`` >= 1, ``fps`` > 0, 1 <= ``max_objects`` <= 5.
 
     ``crowded`` is the share of clips that have ``max_objects`` things whatever was drawn.
     Raises ValueError naming the field for values outside these ranges.
     """
 
-    num_frames: int = 8
+    num_frames: int = 16
     fps: float = 2.0
-    max_objects: int = 3
+    max_objects: int = MOST_THINGS
     split: Split = "train"
     late_entry: float = 0.55
     early_leave: float = 0.35
-    moving: float = 0.6
+    moving: float = 0.5
     crowded: float = 0.0
     colour_change: float = 0.12
     start_at_zero: float = 0.6
@@ -60,8 +67,8 @@ class WorldConfig:
             raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
         if not self.fps > 0:
             raise ValueError(f"fps must be positive, got {self.fps}")
-        if not 1 <= self.max_objects <= 3:
-            raise ValueError(f"max_objects must be 1, 2 or 3, got {self.max_objects}")
+        if not 1 <= self.max_objects <= MOST_THINGS:
+            raise ValueError(f"max_objects must lie in 1..{MOST_THINGS}, got {self.max_objects}")
         if self.split not in SEED_SPACE:
             raise ValueError(f"split must be 'train' or 'heldout', got {self.split!r}")
         for name in (
@@ -147,10 +154,13 @@ def sample_scenes(seed: int, count: int, cfg: WorldConfig) -> Scenes:
 
     # all first and later colours of a clip differ, so they are distinct at every moment
     palette = np.argsort(rng.random((count, len(COLOURS))), axis=1)
+    later = np.arange(slots, 2 * slots)
     changes = (rng.random((count, slots)) < cfg.colour_change) & (leave - enter >= 2)
+    changes &= later < len(COLOURS)  # of five things only three find a free colour to change to
     change_at = enter + 1 + (rng.random((count, slots)) * (leave - enter - 1)).astype(np.int64)
     changed = changes[:, None] & (now >= change_at[:, None])
-    colour = np.where(changed, palette[:, None, slots : 2 * slots], palette[:, None, :slots])
+    free = palette[:, np.minimum(later, len(COLOURS) - 1)]
+    colour = np.where(changed, free[:, None], palette[:, None, :slots])
 
     shaken = rng.random((count, frames, 1)) < 0.5
     shake = rng.integers(-1, 2, size=(count, frames, 2)) * shaken

@@ -1,4 +1,4 @@
-"""Sprites of the rendered world: 32 kinds of things as luminance and alpha, tinted when drawn.
+"""Sprites of the rendered world: 40 kinds of things as luminance and alpha, tinted when drawn.
 
 The first eight kinds are shapes drawn by ``make_atlas.py``; the others are rasterised from the Noto
 Color Emoji font (SIL Open Font License 1.1, see OFL.txt beside this file).
@@ -17,6 +17,7 @@ THINGS = (
     "cat", "dog", "car", "fish", "bird", "tree", "house", "boat",
     "plane", "key", "cup", "chair", "mushroom", "bell", "crown", "hat",
     "butterfly", "snowman", "shirt", "guitar", "hand", "cactus", "shoe", "ladder",
+    "bicycle", "balloon", "snail", "clock", "banana", "drum", "moon", "flag",
 )  # fmt: skip
 KINDS: tuple[str, ...] = SHAPES + THINGS
 

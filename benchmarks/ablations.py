@@ -1,0 +1,133 @@
+"""What each part of the demo model's training is worth: equally long trainings, one thing changed.
+
+    edge-vlm world --benchmark --per-kind 300 --seed 7 -o questions
+    python -m benchmarks.ablations training/checkpoints/demo questions --runs runs
+    python -m benchmarks.ablations CHECKPOINT QUESTIONS --runs runs --steps 20 --only stts,random
+
+All variants start from the same weights with a scorer of random weights, see the same number of
+clips and run through the same learning rates. A variant that is trained in `runs` already is only
+read. Each is asked in torch, with what it was trained for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import command_line, device_record, write_result
+from edge_vlm.config import Rescale, VisionAttention
+from edge_vlm_training.recipes import REMOVED_MIXED, Recipe, Stage
+from edge_vlm_training.trainer import Trainer
+
+FINISHED = "finished"
+PRUNED = ("stream:0.5", "stream:0.2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs from the full recipe, and the rows of `edge-vlm eval` that show it."""
+
+    runs: tuple[str, ...]
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    removed: tuple[float, ...] = REMOVED_MIXED
+
+
+VARIANTS = {
+    "stts": Variant(("keep_all:1", "stream:0.7", *PRUNED, "clip:0.5", "clip:0.2")),
+    "never_pruned": Variant(("keep_all:1",), removed=(0.0,)),
+    "random_cells": Variant(("random:0.5", "random:0.2"), {"selection": ("random",)}),
+    "no_aux_loss": Variant(PRUNED, {"aux_weight": 0.0}),
+    "row_rescale": Variant(PRUNED, {"rescale": Rescale.ROW}),
+    "frame_rescale": Variant(PRUNED, {"rescale": Rescale.FRAME}),
+    "all_attention": Variant(
+        ("keep_all:1:all", "stream:0.5:all", "stream:0.2:all"), {"attention": VisionAttention.ALL}
+    ),
+    "one_fraction": Variant(("keep_all:1", *PRUNED), removed=(0.5,)),
+}
+
+
+def recipe_of(variant: Variant, steps: int) -> Recipe:
+    """Short: everything is trained, the vision side slowly, and the rates run out."""
+    stage = Stage(
+        name="compared",
+        minutes=1,
+        steps=steps,
+        batch=8,
+        num_frames=16,
+        branches=16,
+        removed=variant.removed,
+        lr=4e-4,
+        lr_vision=4e-5,
+        lr_connector=4e-5,
+        rate=(1.0, 0.02),
+        decay_from=0.3,
+    )
+    recipe = Recipe(
+        name="ablation",
+        seed=5,
+        stages=(stage,),
+        new_scorer=True,
+        history_share=0.0,
+        timeline_weight=0.25,
+    )
+    return dataclasses.replace(recipe, **variant.recipe)
+
+
+def trained(name: str, args: argparse.Namespace) -> Path:
+    folder: Path = args.runs / name
+    if not (folder / FINISHED).exists():
+        trainer = Trainer(recipe_of(VARIANTS[name], args.steps), folder, init=args.checkpoint)
+        trainer.run()
+        (folder / FINISHED).write_text(json.dumps({"minutes": round(trainer.total_s / 60, 1)}))
+    return folder
+
+
+def asked(folder: Path, runs: tuple[str, ...], questions: Path) -> list[dict[str, Any]]:
+    result = folder / "table.json"
+    command = [sys.executable, "-m", "edge_vlm", "eval", folder / "checkpoint", questions]
+    for run in runs:
+        command += ["--run", run]
+    subprocess.run([*map(str, command), "--json", str(result)], check=True)
+    rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="weights that all variants start from")
+    parser.add_argument("questions", type=Path, help="a folder written by `edge-vlm world`")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--only", help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    args = parser.parse_args()
+    names = args.only.split(",") if args.only else list(VARIANTS)
+    table = []
+    for name in names:
+        folder = trained(name, args)
+        minutes = json.loads((folder / FINISHED).read_text())["minutes"]
+        rows = asked(folder, VARIANTS[name].runs, args.questions)
+        table.append({"variant": name, "steps": args.steps, "minutes": minutes, "rows": rows})
+    if args.out:
+        record = {"command": command_line("ablations", None), **device_record(torch.device("cpu"))}
+        write_result(args.out, record | {"variants": table})
+    print(f"{'variant':14} {'run':16} {'kept':>6} {'mean':>6}  95 % interval")
+    for entry in table:
+        for row in entry["rows"]:
+            run = f"{row['policy']}:{row['keep_ratio']:g}:{row['attention']}"
+            low, high = row["mean_interval_95"]
+            print(
+                f"{entry['variant']:14} {run:16} {row['kept_percent']:5.1f}% "
+                f"{row['mean_percent']:5.1f}%  {low:.1f}-{high:.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
