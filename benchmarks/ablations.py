@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.measure import command_line, device_record, write_result
+from edge_vlm.cli import run_command
 from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm_training.recipes import REMOVED_MIXED, Recipe, Stage
 from edge_vlm_training.trainer import Trainer
@@ -91,15 +92,15 @@ def trained(name: str, args: argparse.Namespace) -> Path:
 
 def asked(folder: Path, runs: tuple[str, ...], questions: Path) -> list[dict[str, Any]]:
     result = folder / "table.json"
-    command = [sys.executable, "-m", "edge_vlm", "eval", folder / "checkpoint", questions]
-    for run in runs:
-        command += ["--run", run]
-    subprocess.run([*map(str, command), "--json", str(result)], check=True)
-    rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
-    return rows
+    rows = [argument for run in runs for argument in ("--run", run)]
+    command = ["eval", str(folder / "checkpoint"), str(questions), *rows, "--json", str(result)]
+    if code := run_command(command):
+        raise SystemExit(code)
+    told: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
+    return told
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="weights that all variants start from")
     parser.add_argument("questions", type=Path, help="a folder written by `edge-vlm world`")
@@ -107,8 +108,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of each training")
     parser.add_argument("--only", help=f"some of {','.join(VARIANTS)}")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = args.only.split(",") if args.only else list(VARIANTS)
+    if unknown := set(names) - set(VARIANTS):
+        parser.error(f"--only: {unknown.pop()!r} is none of {', '.join(VARIANTS)}")
     table = []
     for name in names:
         folder = trained(name, args)
@@ -116,7 +119,7 @@ def main() -> None:
         rows = asked(folder, VARIANTS[name].runs, args.questions)
         table.append({"variant": name, "steps": args.steps, "minutes": minutes, "rows": rows})
     if args.out:
-        record = {"command": command_line("ablations", None), **device_record(torch.device("cpu"))}
+        record = {"command": command_line("ablations", argv), **device_record(torch.device("cpu"))}
         write_result(args.out, record | {"variants": table})
     print(f"{'variant':14} {'run':16} {'kept':>6} {'mean':>6}  95 % interval")
     for entry in table:
@@ -127,7 +130,8 @@ def main() -> None:
                 f"{entry['variant']:14} {run:16} {row['kept_percent']:5.1f}% "
                 f"{row['mean_percent']:5.1f}%  {low:.1f}-{high:.1f}"
             )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Ablations change what they name and nothing else; the curves show the log."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ablations, training_curves
+from edge_vlm.errors import ConfigError
+from edge_vlm.question_set import write_question_set
+from edge_vlm_training.heldout import heldout_clips
+from edge_vlm_training.recipes import Recipe
+from edge_vlm_training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to start from."""
+    folder = tmp_path_factory.mktemp("start")
+    recipe = Recipe(name="start", stages=())
+    trainer = Trainer(recipe, folder, dtype=torch.float32, report=lambda line: None)
+    trainer.save()
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("name", ablations.VARIANTS)
+def test_a_variant_differs_from_the_full_recipe_in_one_thing(name: str) -> None:
+    full = ablations.recipe_of(ablations.VARIANTS["stts"], 9)
+    recipe = ablations.recipe_of(ablations.VARIANTS[name], 9)
+    changed = [
+        field.name
+        for old, new in ((full, recipe), (full.stages[0], recipe.stages[0]))
+        for field in dataclasses.fields(old)
+        if field.name != "stages" and getattr(old, field.name) != getattr(new, field.name)
+    ]
+    assert len(changed) == (name != "stts")
+
+
+def test_a_variant_is_trained_once_and_asked(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions, out = tmp_path / "questions", tmp_path / "result.json"
+    write_question_set(questions, islice(heldout_clips(1, 100, num_frames=4), 2))
+    argv = [str(start), str(questions), "--runs", str(tmp_path / "runs"), "--steps", "1"]
+    argv += ["--only", "random_cells"]
+    assert ablations.main([*argv, "--out", str(out)]) == 0
+    trained = tmp_path / "runs/random_cells/checkpoint/model.safetensors"
+    written = trained.stat().st_mtime_ns
+    (entry,) = json.loads(out.read_text())["variants"]
+    assert (entry["variant"], entry["steps"]) == ("random_cells", 1)
+    assert [row["policy"] for row in entry["rows"]] == ["random", "random"]
+    assert all(row["clips"] == 2 and row["questions"] > 0 for row in entry["rows"])
+    assert ablations.main(argv) == 0
+    assert trained.stat().st_mtime_ns == written
+    assert "random_cells   random:0.5:frame" in capsys.readouterr().out
+
+
+def test_an_unknown_variant_is_named(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        ablations.main([str(start), str(tmp_path), "--runs", str(tmp_path), "--only", "luck"])
+    assert "'luck' is none of" in capsys.readouterr().err
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    line = {"minutes": 1.0, "stage": "a", "loss": 2.0, "kind": 0.1, "heading": 0.2, "appeared": 0.3}
+    lines = [
+        line,
+        *({**line, "minutes": m, "stage": "b", "accuracy": {"when": 0.4}} for m in (2, 3)),
+    ]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_log_is_read_where_it_has_accuracies(log: Path) -> None:
+    assert [line["minutes"] for line in training_curves.read_log(log)] == [2, 3]
+    log.write_text('{"minutes": 1}\n')
+    with pytest.raises(ConfigError, match="no line"):
+        training_curves.read_log(log)
+    with pytest.raises(ConfigError, match="not a training's log"):
+        training_curves.read_log(log.parent / "absent.jsonl")
+
+
+def test_curves_are_a_picture(log: Path, tmp_path: Path) -> None:
+    out = tmp_path / "curves.png"
+    assert training_curves.main([str(log), str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
