@@ -126,8 +126,8 @@ class PromptFormat:
         return np.isin(ids, self._vision_ids)
 
     def question_ids(self, text: str) -> Ids:
-        """A user's turn and the opening of the assistant's."""
-        turn = f"{IM_START}user\n{text}{IM_END}\n{IM_START}assistant\n"
+        """A user's turn and the opening of the assistant's; special tokens in `text` are broken."""
+        turn = f"{IM_START}user\n{self.tokenizer.plain(text)}{IM_END}\n{IM_START}assistant\n"
         return np.array(self.tokenizer.encode(turn), np.int32)
 
     def answer_ids(self, text: str) -> Ids:
@@ -137,6 +137,7 @@ class PromptFormat:
     def turn_ids(self, question: str, answer: str) -> Ids:
         """A finished turn of the dialogue, as it stands before the next question."""
         gap = " " if self.style.space_before_answers else ""
+        question, answer = map(self.tokenizer.plain, (question, answer))
         asked = f"{IM_START}user\n{question}{IM_END}\n"
         turn = f"{asked}{gap}{IM_START}assistant\n{answer}{IM_END}\n"
         return np.array(self.tokenizer.encode(turn), np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
+        added = backend.get_added_tokens_decoder().values()
+        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -36,6 +40,16 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens in it recognised, nothing added."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def plain(self, text: str) -> str:
+        """`text` without special tokens: a zero-width space breaks each up.
+
+        What a person writes must neither end a turn nor stand for a picture. Other text is
+        returned as it is.
+        """
+        while self._special.search(text):  # parts of one may be joined to another
+            text = self._special.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
+        return text
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens."""

@@ -186,7 +186,7 @@ def demo_larger(minutes: float = 68.0) -> Recipe:
     unit = minutes / 68.0
     settling = Stage(
         name="settling",
-        minutes=14 * unit,
+        minutes=20 * unit,
         batch=8,
         num_frames=16,
         shorter=(4, 8),
@@ -207,7 +207,7 @@ def demo_larger(minutes: float = 68.0) -> Recipe:
             dataclasses.replace(
                 settling,
                 name="sixteen-frames",
-                minutes=22 * unit,
+                minutes=13 * unit,
                 lr_vision=1.5e-4,
                 lr_connector=1e-4,
             ),
@@ -215,7 +215,7 @@ def demo_larger(minutes: float = 68.0) -> Recipe:
             dataclasses.replace(
                 settling,
                 name="frozen",
-                minutes=27 * unit,
+                minutes=30 * unit,
                 freeze_vision=True,
                 rate=(1.0, 0.01),
                 decay_from=0.35,
