@@ -97,7 +97,8 @@ def test_spans_and_motion_agree_with_what_is_visible(scenes: Scenes) -> None:
 
 
 def test_shares_are_those_of_the_configuration() -> None:
-    cfg = WorldConfig(num_frames=8, max_objects=3)  # movers have to leave longer clips
+    # movers have to leave longer clips
+    cfg = WorldConfig(num_frames=8, max_objects=3, gathering=0.0)
     scenes = sample_scenes(0, 2000, cfg)
     present = scenes.kind >= 0
     assert abs((scenes.enter[present] > 0).mean() - cfg.late_entry) < 0.05
@@ -110,6 +111,13 @@ def test_shares_are_those_of_the_configuration() -> None:
     assert abs((scenes.start_s == 0).mean() - cfg.start_at_zero) < 0.05
     assert scenes.start_s.max() <= cfg.max_start_s
     assert set(present.sum(1)) == {1, 2, 3}
+
+
+def test_where_things_gather_all_are_there_from_half_time_on() -> None:
+    scenes = sample_scenes(4, 200, WorldConfig(gathering=1.0))
+    seen, present = scenes.visible, scenes.kind >= 0
+    assert np.array_equal(seen[:, 8:], np.broadcast_to(present[:, None], seen[:, 8:].shape))
+    assert (scenes.direction[present] == STILL).all() and (scenes.enter[present] > 0).any()
 
 
 def test_full_clips_have_up_to_five_things_in_different_colours() -> None:

@@ -46,7 +46,9 @@ NOISE_KEYS = 4096
 class WorldConfig:
     """What clips look like. ``num_frames`` >= 1, ``fps`` > 0, 1 <= ``max_objects`` <= 5.
 
-    ``crowded`` is the share of clips that have ``max_objects`` things whatever was drawn.
+    ``crowded`` is the share of clips that have ``max_objects`` things whatever was drawn, and
+    ``gathering`` that of clips where all have come by half-time, stand still and stay: elsewhere
+    many things are hardly ever there at once.
     Raises ValueError naming the field for values outside these ranges.
     """
 
@@ -58,6 +60,7 @@ class WorldConfig:
     early_leave: float = 0.35
     moving: float = 0.5
     crowded: float = 0.0
+    gathering: float = 0.2
     colour_change: float = 0.12
     start_at_zero: float = 0.6
     max_start_s: float = 50.0
@@ -76,6 +79,7 @@ class WorldConfig:
             "early_leave",
             "moving",
             "crowded",
+            "gathering",
             "colour_change",
             "start_at_zero",
         ):
@@ -209,5 +213,7 @@ def _sample_spans(rng: np.random.Generator, count: int, cfg: WorldConfig) -> Spa
     late = (rng.random(shape) < cfg.late_entry) & (frames > 1)
     enter = np.where(late, rng.integers(1, max(2, frames - 1), size=shape), 0)
     leaves = (rng.random(shape) < cfg.early_leave) & (enter + 2 < frames)
+    gathers = (rng.random(count) < cfg.gathering)[:, None]
+    enter, moves, leaves = np.where(gathers, enter // 2, enter), moves & ~gathers, leaves & ~gathers
     length = 2 + (rng.random(shape) * (frames - enter - 2)).astype(np.int64)
     return Spans(enter=enter, leave=np.where(leaves, enter + length, frames), moves=moves)
