@@ -68,7 +68,7 @@ def test_event_times_are_right_within_one_frame_interval() -> None:
             moved = float(said) + offset
             if 0 <= moved <= 7.5:
                 assert judge(question, f"at {moved:.1f} {unit}").right is right
-    assert len({question.answer for question in asked}) > 8
+    assert len({question.answer for question in asked}) > 6
 
 
 def test_at_most_as_many_of_a_kind_as_wanted() -> None:
