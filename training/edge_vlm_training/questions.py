@@ -30,7 +30,7 @@ _POINT_STEP = 50  # of 1000
 _LEFT_SHARE = 0.4  # "no" answers about a thing that was there and has left
 _YES_SHARE = 0.6  # where something is visible; empty pictures make up for it
 _LATER = 0.6  # exponent on a share of the clip
-_STILL_WEIGHT = 0.3  # standing things are asked about less often than moving ones
+_STILL_WEIGHT = 0.2  # standing things are asked about less often than moving ones
 
 
 @dataclass(frozen=True)
