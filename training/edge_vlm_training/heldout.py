@@ -9,7 +9,13 @@ from pathlib import Path
 
 from edge_vlm.frames import encode_jpeg
 from edge_vlm.question_set import AskedQuestion, ClipQuestions
-from edge_vlm_training.questions import QUESTION_KINDS, Question, ask, ask_any, event_time
+from edge_vlm_training.questions import (
+    QUESTION_KINDS,
+    Question,
+    ask,
+    ask_sometime,
+    event_time,
+)
 from edge_vlm_training.render import draw_batch
 from edge_vlm_training.sprites import KINDS
 from edge_vlm_training.videos import write_video
@@ -60,8 +66,8 @@ def heldout_clips(
             if kind == ALERT:
                 found = _alert(scenes, other_rng)
             else:
-                tries = (ask_any(scenes, 0, rng, {kind: 1.0}) for _ in range(per_clip))
-                found = [_asked(question, scenes) for question in tries if question.kind == kind]
+                tries = (ask_sometime(scenes, 0, kind, rng) for _ in range(per_clip))
+                found = [_asked(question, scenes) for question in tries if question is not None]
             found = list(dict.fromkeys(found))[: missing[kind]]
             missing[kind] -= len(found)
             questions += found

@@ -28,9 +28,10 @@ _WHERE_MARGIN = 0.02  # nearer to a boundary between thirds "where" is not asked
 _DIRECTION_FRAMES = 3  # visible frames needed to tell a direction
 _POINT_STEP = 50  # of 1000
 _LEFT_SHARE = 0.4  # "no" answers about a thing that was there and has left
-_YES_SHARE = 0.6  # where something is visible; empty pictures make up for it
+_YES_SHARE = 0.55  # where something is visible; empty pictures make up for it
 _LATER = 0.6  # exponent on a share of the clip
-_STILL_WEIGHT = 0.2  # standing things are asked about less often than moving ones
+_MOMENTS = 6
+_STILL_WEIGHT = 0.05  # at each moment tried: few things move, and which way is the question
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,11 @@ def ask(scenes: Scenes, b: int, kind: str, t: int, rng: random.Random) -> Questi
     return _MAKERS[kind](_clip(scenes, b), t, rng)
 
 
+def ask_sometime(scenes: Scenes, b: int, kind: str, rng: random.Random) -> Question | None:
+    """A question of ``kind`` about clip ``b`` as `ask_any` asks it; None if no moment is found."""
+    return _ask_sometime(_clip(scenes, b), kind, rng, None)
+
+
 def ask_any(
     scenes: Scenes,
     b: int,
@@ -279,19 +285,24 @@ def _ask_any(
     shares: Sequence[float],
     t: int | None,
 ) -> Question:
-    frames = len(clip.times_s)
     for _ in range(8):
-        kind = rng.choices(kinds, shares)[0]
-        # a few moments are tried before the kind is given up, so that rare kinds keep their share
-        for _ in range(6):
-            moment = int(frames * rng.random() ** _LATER) if t is None else t
-            if kind == "count" and t is None:
-                moment = _balanced_count_moment(clip, rng)
-            question = _MAKERS[kind](clip, moment, rng)
-            if question is not None:
-                return question
-    moment = rng.randrange(frames) if t is None else t
+        question = _ask_sometime(clip, rng.choices(kinds, shares)[0], rng, t)
+        if question is not None:
+            return question
+    moment = rng.randrange(len(clip.times_s)) if t is None else t
     return _count(clip, moment)  # a count always has an answer
+
+
+def _ask_sometime(clip: _Clip, kind: str, rng: random.Random, t: int | None) -> Question | None:
+    """A few moments are tried before a kind is given up, so that rare kinds keep their share."""
+    for _ in range(_MOMENTS):
+        moment = int(len(clip.times_s) * rng.random() ** _LATER) if t is None else t
+        if kind == "count" and t is None:
+            moment = _balanced_count_moment(clip, rng)
+        question = _MAKERS[kind](clip, moment, rng)
+        if question is not None:
+            return question
+    return None
 
 
 def _balanced_count_moment(clip: _Clip, rng: random.Random) -> int:
