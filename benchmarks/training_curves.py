@@ -2,8 +2,8 @@
 
     python -m benchmarks.training_curves run/log.jsonl docs/images/demo_training.png
 
-Needs matplotlib (`pip install 'edge-vlm[figures]'`). Accuracies are running means over the last
-hundred questions of a kind, as the log has them: harder clips come with the later stages.
+Needs matplotlib (`pip install 'edge-vlm[figures]'`). Accuracies are the log's running means, smoothed
+over some minutes: harder clips come with the later stages.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 from edge_vlm.errors import ConfigError, MissingExtraError
 
+SMOOTHED = 11
+"""Lines of the log in a running mean."""
 READ_OUTS = {"kind": "kind of a cell", "heading": "heading", "appeared": "time of appearance"}
 
 
@@ -33,6 +35,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def smooth(values: Sequence[float]) -> list[float]:
+    """Means over `SMOOTHED` neighbours, fewer at the ends."""
+    half = SMOOTHED // 2
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
 def draw(log: list[dict[str, Any]], out: Path) -> None:
     try:
         import matplotlib
@@ -43,13 +52,14 @@ def draw(log: list[dict[str, Any]], out: Path) -> None:
 
     minutes = [line["minutes"] for line in log]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    left.plot(minutes, [line["loss"] for line in log], color="black", linewidth=1)
+    left.plot(minutes, smooth([line["loss"] for line in log]), color="black")
     left.set(title="loss of the answers", yscale="log")
     for kind in log[-1]["accuracy"]:
-        middle.plot(minutes, [100 * line["accuracy"][kind] for line in log], label=kind)
+        right_share = [100 * line["accuracy"][kind] for line in log]
+        middle.plot(minutes, smooth(right_share), label=kind)
     middle.set(title="questions, % right", ylim=(0, 100))
     for name, label in READ_OUTS.items():
-        right.plot(minutes, [100 * line[name] for line in log], label=label)
+        right.plot(minutes, smooth([100 * line[name] for line in log]), label=label)
     right.set(title="read-outs, % right", ylim=(0, 100))
     for panel in (middle, right):
         panel.legend(fontsize="small", loc="lower right")

@@ -417,7 +417,7 @@ def demo(base_vocab: int, extra_vocab: int) -> ModelConfig:
             base_vocab=base_vocab,
             extra_vocab=extra_vocab,
             rope_theta=1e4,
-            max_positions=512,
+            max_positions=768,
         ),
         attention=VisionAttention.FRAME,
     )

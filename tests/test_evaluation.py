@@ -105,7 +105,7 @@ def test_f1_counts_parts() -> None:
 
 
 def test_the_mean_weighs_kinds_alike_and_takes_the_headline_ones() -> None:
-    kinds = {"name": kind([[1], [1]]), "count": kind([[0], [1]]), "order": kind([[0], [0]])}
+    kinds = {"name": kind([[1], [1]]), "count": kind([[0], [1]]), "point": kind([[0], [0]])}
     score = RunScore("torch", Run("stream", 0.5), kinds)
     assert score.mean == 0.75
     assert sum(score.deviations().values()) == pytest.approx(0)

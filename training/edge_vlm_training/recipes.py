@@ -181,9 +181,9 @@ def demo_cpu(minutes: float = 115.0) -> Recipe:
     )
 
 
-def demo_larger(minutes: float = 68.0) -> Recipe:
+def demo_larger(minutes: float = 69.0) -> Recipe:
     """Takes a demo checkpoint of a smaller world (`--init`) to this one, sixteen frames long."""
-    unit = minutes / 68.0
+    unit = minutes / 69.0
     settling = Stage(
         name="settling",
         minutes=20 * unit,
@@ -207,7 +207,7 @@ def demo_larger(minutes: float = 68.0) -> Recipe:
             dataclasses.replace(
                 settling,
                 name="sixteen-frames",
-                minutes=13 * unit,
+                minutes=14 * unit,
                 lr_vision=1.5e-4,
                 lr_connector=1e-4,
             ),
