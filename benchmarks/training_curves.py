@@ -2,8 +2,8 @@
 
     python -m benchmarks.training_curves run/log.jsonl docs/images/demo_training.png
 
-Needs matplotlib (`pip install 'edge-vlm[figures]'`). Accuracies are the log's running means, smoothed
-over some minutes: harder clips come with the later stages.
+Needs matplotlib (`pip install 'edge-vlm[figures]'`). Accuracies are the log's running means,
+smoothed over some minutes: harder clips come with the later stages.
 """
 
 from __future__ import annotations
