@@ -2,11 +2,13 @@
 
     edge-vlm world --benchmark --per-kind 300 --seed 7 -o questions
     python -m benchmarks.ablations training/checkpoints/demo questions --runs runs
-    python -m benchmarks.ablations CHECKPOINT QUESTIONS --runs runs --steps 20 --only stts,random
+    python -m benchmarks.ablations RUN QUESTIONS --runs runs --steps 20 --only stts,random_cells
 
-All variants start from the same weights with a scorer of random weights, see the same number of
-clips and run through the same learning rates. A variant that is trained in `runs` already is only
-read. Each is asked in torch, with what it was trained for.
+All variants start from the same weights, see the same number of clips and run through the same
+learning rates. Where the question is how a scorer is learned, it begins with random weights. From a
+run's folder instead of a checkpoint's the read-outs go on as well; fresh ones disturb the vision
+side at first. A variant that is trained in `runs` already is only asked. Each is asked in torch,
+with what it was trained for.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from benchmarks.measure import command_line, device_record, write_result
 from edge_vlm.cli import run_command
 from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm_training.recipes import REMOVED_MIXED, Recipe, Stage
-from edge_vlm_training.trainer import Trainer
+from edge_vlm_training.trainer import STATE, Trainer
 
 FINISHED = "finished"
 PRUNED = ("stream:0.5", "stream:0.2")
@@ -40,17 +42,19 @@ class Variant:
     removed: tuple[float, ...] = REMOVED_MIXED
 
 
+ANEW = {"new_scorer": True}
 VARIANTS = {
     "stts": Variant(("keep_all:1", "stream:0.7", *PRUNED, "clip:0.5", "clip:0.2")),
     "never_pruned": Variant(("keep_all:1",), removed=(0.0,)),
     "random_cells": Variant(("random:0.5", "random:0.2"), {"selection": ("random",)}),
-    "no_aux_loss": Variant(PRUNED, {"aux_weight": 0.0}),
-    "row_rescale": Variant(PRUNED, {"rescale": Rescale.ROW}),
-    "frame_rescale": Variant(PRUNED, {"rescale": Rescale.FRAME}),
     "all_attention": Variant(
         ("keep_all:1:all", "stream:0.5:all", "stream:0.2:all"), {"attention": VisionAttention.ALL}
     ),
     "one_fraction": Variant(("keep_all:1", *PRUNED), removed=(0.5,)),
+    "new_scorer": Variant(PRUNED, ANEW),
+    "new_scorer_no_aux_loss": Variant(PRUNED, ANEW | {"aux_weight": 0.0}),
+    "new_scorer_row_rescale": Variant(PRUNED, ANEW | {"rescale": Rescale.ROW}),
+    "new_scorer_frame_rescale": Variant(PRUNED, ANEW | {"rescale": Rescale.FRAME}),
 }
 
 
@@ -74,7 +78,6 @@ def recipe_of(variant: Variant, steps: int) -> Recipe:
         name="ablation",
         seed=5,
         stages=(stage,),
-        new_scorer=True,
         history_share=0.0,
         timeline_weight=0.25,
     )
@@ -84,7 +87,11 @@ def recipe_of(variant: Variant, steps: int) -> Recipe:
 def trained(name: str, args: argparse.Namespace) -> Path:
     folder: Path = args.runs / name
     if not (folder / FINISHED).exists():
-        trainer = Trainer(recipe_of(VARIANTS[name], args.steps), folder, init=args.checkpoint)
+        is_run = (args.start / STATE).exists()
+        init = args.start / "checkpoint" if is_run else args.start
+        trainer = Trainer(recipe_of(VARIANTS[name], args.steps), folder, init=init)
+        if is_run:
+            trainer.take_read_outs(args.start)
         trainer.run()
         (folder / FINISHED).write_text(json.dumps({"minutes": round(trainer.total_s / 60, 1)}))
     return folder
@@ -102,7 +109,7 @@ def asked(folder: Path, runs: tuple[str, ...], questions: Path) -> list[dict[str
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="weights that all variants start from")
+    parser.add_argument("start", type=Path, help="checkpoint or run that all variants start from")
     parser.add_argument("questions", type=Path, help="a folder written by `edge-vlm world`")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the trainings")
     parser.add_argument("--steps", type=int, default=200, help="of each training")
@@ -121,13 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         record = {"command": command_line("ablations", argv), **device_record(torch.device("cpu"))}
         write_result(args.out, record | {"variants": table})
-    print(f"{'variant':14} {'run':16} {'kept':>6} {'mean':>6}  95 % interval")
+    print(f"{'variant':24} {'run':16} {'kept':>6} {'mean':>6}  95 % interval")
     for entry in table:
         for row in entry["rows"]:
             run = f"{row['policy']}:{row['keep_ratio']:g}:{row['attention']}"
             low, high = row["mean_interval_95"]
             print(
-                f"{entry['variant']:14} {run:16} {row['kept_percent']:5.1f}% "
+                f"{entry['variant']:24} {run:16} {row['kept_percent']:5.1f}% "
                 f"{row['mean_percent']:5.1f}%  {low:.1f}-{high:.1f}"
             )
     return 0

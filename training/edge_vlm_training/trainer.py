@@ -159,6 +159,11 @@ class Trainer:
         self.total_steps, self.total_s = state["total_steps"], state["total_s"]
         self.mix.accuracy.update(state["accuracy"])
 
+    def take_read_outs(self, run: Path) -> None:
+        """Goes on with the read-outs of another run: fresh ones pull hard on trained features."""
+        masters = torch.load(run / STATE, weights_only=True)["masters"]
+        self.masters |= {name: t for name, t in masters.items() if name.startswith(_HEADS)}
+
     # -- run --------------------------------------------------------------------------------
 
     def run(self) -> Path:
