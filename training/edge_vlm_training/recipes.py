@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, demo
-from edge_vlm.pruning import POLICY_NAMES
 from edge_vlm_training.step import CLIP
 
 REMOVED_MIXED = (0.0, 0.3, 0.5, 0.65, 0.8)
 """Share of cells removed, drawn anew each step: a model trained at one breaks at others."""
+
+
+SELECTIONS = (CLIP, "stream", "frame_topk", "random")
+"""Ways to choose cells that need nothing but scores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class Recipe:
     warmup_steps: int = 50
 
     def __post_init__(self) -> None:
-        if unknown := set(self.selection) - {CLIP, *POLICY_NAMES}:
+        if unknown := set(self.selection) - set(SELECTIONS):
             raise ValueError(f"Recipe.selection: no way to choose cells is called {unknown.pop()}")
 
     def model(self, base_vocab: int, extra_vocab: int) -> ModelConfig:

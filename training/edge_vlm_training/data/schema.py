@@ -57,7 +57,8 @@ class Point(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Annotation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_field="type"):
-    """What every annotation may have.
+    """What every annotation may have. Each kind has a `turn()` besides: question and answer as
+    texts, or ValueError if its fields contradict each other.
 
     `style` is written before the question (`style: question`), as Molmo2 tells its tasks apart;
     `at_s` lets the question be asked when the clip has been seen up to there. `history` holds
@@ -76,10 +77,6 @@ class Annotation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_f
     def places(self) -> list[Point]:
         """The points that it holds."""
         return []
-
-    def turn(self) -> tuple[str, str]:
-        """Question and answer as texts. Raises ValueError if its fields contradict each other."""
-        raise NotImplementedError
 
     def styled(self, question: str) -> str:
         return question if self.style is None else f"{self.style}: {question}"
