@@ -63,6 +63,8 @@ class Packed:
 
     ids_BP: Tensor
     bias_BPP: Tensor
+    end_BT: Tensor
+    """Where in the prefix each frame's end marker stands."""
     buckets: tuple[Bucket, ...]
     num_questions: int
 
@@ -124,7 +126,8 @@ class Packer:
             self._bucket(lines[start:end], len(index), dtype)
             for start, end in itertools.pairwise(cuts)
         )
-        return Packed(ids_BP, _additive(allowed, dtype), buckets, len(asked))
+        end_BT = torch.from_numpy(np.stack(ends)) - 1
+        return Packed(ids_BP, _additive(allowed, dtype), end_BT, buckets, len(asked))
 
     def _prefix(
         self, counts: npt.NDArray[np.int64], times: npt.NDArray[np.floating]

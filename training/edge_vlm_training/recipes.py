@@ -11,6 +11,9 @@ REMOVED_MIXED = (0.0, 0.3, 0.5, 0.65, 0.8)
 """Share of cells removed, drawn anew each step: a model trained at one breaks at others."""
 
 
+REMOVED_HARDER = (0.0, 0.3, 0.5, 0.5, 0.65, 0.8, 0.8)
+"""The same with more weight where answers are still wrong."""
+
 SELECTIONS = (CLIP, "stream", "frame_topk", "random")
 """Ways to choose cells that need nothing but scores."""
 
@@ -72,6 +75,8 @@ class Recipe:
     """Weight of the dense read-out on the connector's features."""
     timeline_weight: float = 0.1
     """Weight of the read-out of motion and time on the language model's vision tokens."""
+    present_weight: float = 0.1
+    """Weight of the read-out of what is there now, on frame ends and bare places."""
     scale_weight: float = 0.1
     """Weight of the loss that bounds the scale of the vision features."""
     crowded: float = 0.5
@@ -227,6 +232,42 @@ def demo_larger(minutes: float = 69.0) -> Recipe:
     )
 
 
+def demo_longer(minutes: float = 80.0) -> Recipe:
+    """Takes what `demo_larger` made further (`--init`), with more of the steps pruned hard."""
+    unit = minutes / 80.0
+    whole = Stage(
+        name="whole",
+        minutes=40 * unit,
+        batch=8,
+        num_frames=16,
+        shorter=(4, 8),
+        branches=16,
+        removed=REMOVED_HARDER,
+        lr=6e-4,
+        lr_vision=4e-5,
+        lr_connector=4e-5,
+    )
+    return Recipe(
+        name="demo_longer",
+        seed=5,
+        forgetful_share=0.1,
+        history_share=0.15,
+        timeline_weight=0.25,
+        present_weight=0.25,
+        stages=(
+            whole,
+            dataclasses.replace(
+                whole,
+                name="frozen",
+                minutes=40 * unit,
+                freeze_vision=True,
+                rate=(1.0, 0.01),
+                decay_from=0.25,
+            ),
+        ),
+    )
+
+
 def smoke() -> Recipe:
     """Seconds long: every stage kind once, for tests and first tries."""
     minutes = 0.02
@@ -251,4 +292,4 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_larger, smoke)}
+RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_larger, demo_longer, smoke)}

@@ -94,6 +94,8 @@ class Answered:
     """Bool per question: its answer is exactly right."""
     hidden: list[Tensor]
     """[G, D] vision tokens behind each of `STORY_BLOCKS` blocks from the end."""
+    ends: list[Tensor]
+    """[F, D] end markers of the frames behind the same blocks."""
 
 
 def answer(model: VideoLM, seen: Seen, packed: Packed, patch_id: int) -> Answered:
@@ -102,6 +104,7 @@ def answer(model: VideoLM, seen: Seen, packed: Packed, patch_id: int) -> Answere
     embeds = llm.embed(packed.ids_BP)
     places = (packed.ids_BP == patch_id).flatten().nonzero().squeeze(1)
     flat = embeds.flatten(0, 1).index_add(0, places, seen.features_GE)
+    ends = (packed.end_BT + torch.arange(len(embeds))[:, None] * embeds.shape[1]).flatten()
     positions = torch.arange(packed.ids_BP.shape[1])[None]
     tables = rope_tables(llm.cfg, positions)
     with _outputs(llm.blocks[-1 - STORY_BLOCKS : -1]) as outputs:
@@ -121,6 +124,7 @@ def answer(model: VideoLM, seen: Seen, packed: Packed, patch_id: int) -> Answere
         answer_loss(logits_AV, target, weight),
         exact_answers(logits_AV, target, question, packed.num_questions),
         [x.flatten(0, 1)[places] for x in outputs],
+        [x.flatten(0, 1)[ends] for x in outputs],
     )
 
 

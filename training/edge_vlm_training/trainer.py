@@ -33,6 +33,7 @@ from edge_vlm_training.losses import feature_scale_loss
 from edge_vlm_training.more_words import vocabulary_of, with_more_words
 from edge_vlm_training.optimizer import MasterAdamW
 from edge_vlm_training.packing import Packer
+from edge_vlm_training.present import PresentHead, present, present_loss
 from edge_vlm_training.questions import vocabulary
 from edge_vlm_training.questions_mix import QuestionMix
 from edge_vlm_training.recipes import Recipe, Stage
@@ -87,6 +88,9 @@ class Trainer:
                 ),
                 "timeline": nn.ModuleList(
                     TimelineHead(self.config.language.width) for _ in range(STORY_BLOCKS)
+                ),
+                "present": nn.ModuleList(
+                    PresentHead(self.config.language.width) for _ in range(STORY_BLOCKS)
                 ),
             }
         )
@@ -232,7 +236,7 @@ class Trainer:
 
         if stage.dense:
             return [(stage.lr_vision, part("vit.")), (stage.lr, head("vit"))]
-        read_outs = [(stage.lr, head(name)) for name in ("connector", "timeline")]
+        read_outs = [(stage.lr, head(name)) for name in ("connector", "timeline", "present")]
         if stage.freeze_vision:
             return [(stage.lr, part("llm.")), *read_outs]
         return [
@@ -273,6 +277,7 @@ class Trainer:
         labels = dense_labels(scenes, owner, cfg.cell_grid, CELL_COVERED)
         stories = timeline(scenes, owner, cfg.cell_grid, CELL_COVERED, forgotten)
         shown = np.array([0, *range(1 + forgotten, world.num_frames)])
+        there = present(scenes, owner, cfg.cell_grid, CELL_COVERED, shown)
         frames, times_s = frames[:, shown], scenes.times_s()[:, shown]
         times_s[:, 1:] += pause_s
         asked = [
@@ -300,11 +305,13 @@ class Trainer:
         metrics = {"loss": loss.item(), "aux": seen.aux_loss.item()}
         cells = torch.arange(batch * world.num_frames * cfg.num_cells)
         cells = cells.view(batch, world.num_frames, -1)[:, shown].flatten()[seen.cell_idx_G]
-        for number, hidden in enumerate(answered.hidden):
+        for number, (hidden, ends) in enumerate(zip(answered.hidden, answered.ends, strict=True)):
             outputs = self.heads.get_submodule(f"timeline.{number}")(hidden)
             story, read = timeline_loss(outputs, stories.at(cells))
-            loss = loss + recipe.timeline_weight * story
-            metrics |= read
+            outputs = self.heads.get_submodule(f"present.{number}")(ends, hidden)
+            now, found = present_loss(outputs, there.at(seen.cell_idx_G))
+            loss = loss + recipe.timeline_weight * story + recipe.present_weight * now
+            metrics |= read | found
         read_out = self.heads["connector"](seen.features_GE, self.model.llm.embed.weight)
         dense, read = dense_loss(read_out, labels.at(cells))
         loss = loss + recipe.dense_weight * dense
