@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from edge_vlm_training.dense import CELL_COVERED, things_at
-from edge_vlm_training.present import Present, present, present_loss
+from edge_vlm_training.present import NOTHING, Present, present, present_loss
 from edge_vlm_training.render import render_with_owner
-from edge_vlm_training.sprites import KINDS
 from edge_vlm_training.timeline import UNKNOWN
-from edge_vlm_training.world import COLOUR_NAMES, Scenes, WorldConfig, sample_scenes
+from edge_vlm_training.world import Scenes, WorldConfig, sample_scenes
 
 GRID = 4
 FRAMES = 9
@@ -25,18 +24,16 @@ def _labelled(shown: list[int]) -> tuple[Scenes, torch.Tensor, Present]:
     return scenes, thing.masked_fill(empty, -1).view(6, len(shown), GRID**2), labels
 
 
-def test_frames_list_what_is_there() -> None:
+def test_frames_tell_what_is_there() -> None:
     shown = [0, *range(3, FRAMES)]
     scenes, _, labels = _labelled(shown)
     row = 0
     for clip in range(6):
         for t in shown:
             here = np.flatnonzero(scenes.visible[clip, t])
-            names = {KINDS[scenes.kind[clip, m]] for m in here}
-            names |= {COLOUR_NAMES[scenes.colour[clip, t, m]] for m in here}
-            listed = np.flatnonzero(labels.listed[row].numpy())
             assert labels.count[row] == len(here)
-            assert {(*KINDS, *COLOUR_NAMES)[n] for n in listed} == names
+            colours = np.flatnonzero(labels.colours[row].numpy())
+            assert colours.tolist() == sorted(scenes.colour[clip, t, here])
             row += 1
     assert row == len(labels.count) and labels.count.max() > 2
 
@@ -54,25 +51,26 @@ def test_a_bare_cell_tells_what_was_seen_there_last() -> None:
         if last[clip, step, cell] == UNKNOWN:  # something covers a little of it
             continue
         if not before:
-            assert last[clip, step, cell] == len(KINDS)
+            assert last[clip, step, cell] == NOTHING
             assert gone[clip, step, cell] == UNKNOWN
             continue
         emptied += 1
-        assert last[clip, step, cell] == scenes.kind[clip, before[-1]]
-        there = scenes.visible[clip, shown[step], before[-1]]
+        now = clip, shown[step], before[-1]
+        assert last[clip, step, cell] == scenes.colour[now]
+        there = scenes.visible[now]
         assert gone[clip, step, cell] == int(not there)
     assert emptied > 50 and set(labels.gone.tolist()) == {UNKNOWN, 0, 1}
 
 
 def test_perfect_outputs_cost_nothing() -> None:
     _, _, labels = _labelled(list(range(FRAMES)))
-    sizes = ((labels.count, 6), (labels.last, len(KINDS) + 1), (labels.gone, 2))
+    sizes = ((labels.count, 6), (labels.last, NOTHING + 1), (labels.gone, 2))
     count, last, gone = (50.0 * F.one_hot(x.clamp(min=0), size) for x, size in sizes)
-    loss, metrics = present_loss((count, 100 * labels.listed - 50, last, gone), labels)
+    loss, metrics = present_loss((count, 100 * labels.colours - 50, last, gone), labels)
     assert loss.item() < 1e-4
-    assert metrics == {"counted": 1.0, "listed": 1.0, "last": 1.0, "gone": 1.0}
-    for place, wrong in enumerate((count.roll(1, -1), -labels.listed, last.roll(1, -1), 1 - gone)):
-        outputs = [count, 100 * labels.listed - 50, last, gone]
+    assert metrics == {"counted": 1.0, "colours": 1.0, "last": 1.0, "gone": 1.0}
+    for place, wrong in enumerate((count.roll(1, -1), -labels.colours, last.roll(1, -1), 1 - gone)):
+        outputs = [count, 100 * labels.colours - 50, last, gone]
         outputs[place] = wrong
         assert present_loss(tuple(outputs), labels)[0].item() > 0.1
 

@@ -10,10 +10,9 @@ from edge_vlm_training.questions import QUESTION_KINDS, ask_any
 from edge_vlm_training.world import Scenes
 
 _FLOOR = 0.04
-_EMPHASIS = {"point": 0.15, "caption": 0.5, "when": 3.0}
+_EMPHASIS = {"point": 0.15, "caption": 0.5, "when": 1.5, "order": 2.0}
 """Exact coordinates and captions of many facts stay wrong for long: at full weight they would take
-the batch over. The time of an event is learned last: several digits, each of which has to be looked
-up by the thing's name."""
+the batch over. Times of events are learned last: they have to be looked up by the things' names."""
 _MAX_HISTORY = 2
 NOW_KINDS = ("presence", "name", "colour", "count", "where", "point", "caption")
 """Kinds whose answer lies in the newest frames: fair to ask when older ones were forgotten."""

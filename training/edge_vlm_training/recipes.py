@@ -232,12 +232,12 @@ def demo_larger(minutes: float = 69.0) -> Recipe:
     )
 
 
-def demo_longer(minutes: float = 80.0) -> Recipe:
+def demo_longer(minutes: float = 105.0) -> Recipe:
     """Takes what `demo_larger` made further (`--init`), with more of the steps pruned hard."""
-    unit = minutes / 80.0
+    unit = minutes / 105.0
     whole = Stage(
         name="whole",
-        minutes=40 * unit,
+        minutes=65 * unit,
         batch=8,
         num_frames=16,
         shorter=(4, 8),
@@ -262,7 +262,7 @@ def demo_longer(minutes: float = 80.0) -> Recipe:
                 minutes=40 * unit,
                 freeze_vision=True,
                 rate=(1.0, 0.01),
-                decay_from=0.25,
+                decay_from=0.1,
             ),
         ),
     )
