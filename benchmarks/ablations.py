@@ -27,7 +27,7 @@ from benchmarks.measure import command_line, device_record, write_result
 from edge_vlm.cli import run_command
 from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm_training.recipes import REMOVED_MIXED, Recipe, Stage
-from edge_vlm_training.trainer import STATE, Trainer
+from edge_vlm_training.trainer import Trainer
 
 FINISHED = "finished"
 PRUNED = ("stream:0.5", "stream:0.2")
@@ -87,11 +87,7 @@ def recipe_of(variant: Variant, steps: int) -> Recipe:
 def trained(name: str, args: argparse.Namespace) -> Path:
     folder: Path = args.runs / name
     if not (folder / FINISHED).exists():
-        is_run = (args.start / STATE).exists()
-        init = args.start / "checkpoint" if is_run else args.start
-        trainer = Trainer(recipe_of(VARIANTS[name], args.steps), folder, init=init)
-        if is_run:
-            trainer.take_read_outs(args.start)
+        trainer = Trainer(recipe_of(VARIANTS[name], args.steps), folder, init=args.start)
         trainer.run()
         (folder / FINISHED).write_text(json.dumps({"minutes": round(trainer.total_s / 60, 1)}))
     return folder

@@ -71,6 +71,19 @@ def test_a_run_starts_from_a_checkpoint_of_its_own_kind(tmp_path: Path) -> None:
         Trainer(other, tmp_path / "third", init=checkpoint, report=lambda line: None)
 
 
+def test_the_read_outs_of_a_run_go_on(tmp_path: Path) -> None:
+    first = Trainer(RECIPE, tmp_path / "first", dtype=torch.float32, report=lambda line: None)
+    name = "heads.connector.rest.weight"
+    first.masters[name] += 0.5
+    first.save()
+    second = Trainer(RECIPE, tmp_path / "second", init=tmp_path / "first", report=lambda line: None)
+    assert torch.equal(second.masters[name], first.masters[name])
+    third = Trainer(
+        RECIPE, tmp_path / "third", init=tmp_path / "first" / "checkpoint", report=lambda line: None
+    )
+    assert not torch.equal(third.masters[name], first.masters[name])
+
+
 def test_a_scorer_can_be_learned_anew(tmp_path: Path) -> None:
     first = Trainer(RECIPE, tmp_path / "first", dtype=torch.float32, report=lambda line: None)
     first.save()

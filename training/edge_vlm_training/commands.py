@@ -14,11 +14,14 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe",
         nargs="?",
         default="demo_cpu",
-        help="by the clock: demo_cpu (default), demo_larger, smoke; by steps: stts_demo_cpu, "
-        "stts_demo_gpu, stts_smoke, molmo2_4b_stts_50, molmo2_4b_stts_30, molmo2_4b_stream",
+        help="by the clock: demo_cpu (default), demo_larger, demo_present, smoke; by steps: "
+        "stts_demo_cpu, stts_demo_gpu, stts_smoke, molmo2_4b_stts_50, molmo2_4b_stts_30, "
+        "molmo2_4b_stream",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights")
+    parser.add_argument(
+        "--init", type=Path, metavar="CHECKPOINT", help="start from it, or from a run"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last state")
     parser.add_argument(
         "--set",

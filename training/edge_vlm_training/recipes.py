@@ -232,8 +232,8 @@ def demo_larger(minutes: float = 69.0) -> Recipe:
     )
 
 
-def demo_longer(minutes: float = 105.0) -> Recipe:
-    """Takes what `demo_larger` made further (`--init`), with more of the steps pruned hard."""
+def demo_present(minutes: float = 105.0) -> Recipe:
+    """Goes on from `demo_larger` (`--init`): what is there now is read out, more is removed."""
     unit = minutes / 105.0
     whole = Stage(
         name="whole",
@@ -248,7 +248,7 @@ def demo_longer(minutes: float = 105.0) -> Recipe:
         lr_connector=4e-5,
     )
     return Recipe(
-        name="demo_longer",
+        name="demo_present",
         seed=5,
         forgetful_share=0.1,
         history_share=0.15,
@@ -292,4 +292,4 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_larger, demo_longer, smoke)}
+RECIPES = {recipe.__name__: recipe for recipe in (demo_cpu, demo_larger, demo_present, smoke)}

@@ -47,6 +47,7 @@ from edge_vlm_training.world import COLOUR_NAMES, WorldConfig, sample_scenes
 STATE, LOG = "state.pt", "log.jsonl"
 _SAVE_EVERY_S = 120.0
 _LOG_EVERY_S = 20.0
+_CHECKPOINT = "checkpoint"
 _HEADS = "heads."
 _MOST_CLIPS = 24
 _MOST_FORGOTTEN = 6
@@ -65,7 +66,8 @@ class Trainer:
         init: Path | None = None,
         report: Callable[[str], None] = print,
     ) -> None:
-        """`init` is a checkpoint folder to start from; without it weights are random.
+        """`init` is a checkpoint folder to start from, or that of a run, whose read-outs go on as
+        well: fresh ones pull hard on trained features. Without it weights are random.
 
         Raises CheckpointError when `init` cannot be read or has another vocabulary.
         """
@@ -75,7 +77,12 @@ class Trainer:
         self.config: ModelConfig = recipe.model(base, extra)
         generator = torch.Generator().manual_seed(recipe.seed)
         self.model = VideoLM(self.config).init_weights(generator)
+        read_outs: dict[str, Tensor] = {}
         if init is not None:
+            if (init / STATE).is_file():
+                masters = torch.load(init / STATE, weights_only=True)["masters"]
+                read_outs = {name: t for name, t in masters.items() if name.startswith(_HEADS)}
+                init = init / _CHECKPOINT
             self._start_from(init)
         words = Tokenizer.from_file(folder / TOKENIZER)
         self.heads = nn.ModuleDict(
@@ -102,6 +109,7 @@ class Trainer:
         self.total_steps, self.total_s = 0, 0.0
         self._remember(dict(self.model.named_parameters()))
         self._remember({_HEADS + n: p for n, p in self.heads.named_parameters()})
+        self._remember(read_outs)
 
     def _remember(self, named: dict[str, nn.Parameter] | dict[str, Tensor]) -> None:
         self.masters.update({name: p.detach().float().clone() for name, p in named.items()})
@@ -140,7 +148,7 @@ class Trainer:
         torch.save(state, partial)
         os.replace(partial, self.folder / STATE)
         weights = {n: t for n, t in self.masters.items() if not n.startswith(_HEADS)}
-        save_checkpoint(self.folder / "checkpoint", self.config, weights, self.folder / TOKENIZER)
+        save_checkpoint(self.folder / _CHECKPOINT, self.config, weights, self.folder / TOKENIZER)
 
     def resume(self) -> None:
         """Goes on from the last state; the optimiser's moments start anew with a warm-up."""
@@ -163,11 +171,6 @@ class Trainer:
         self.total_steps, self.total_s = state["total_steps"], state["total_s"]
         self.mix.accuracy.update(state["accuracy"])
 
-    def take_read_outs(self, run: Path) -> None:
-        """Goes on with the read-outs of another run: fresh ones pull hard on trained features."""
-        masters = torch.load(run / STATE, weights_only=True)["masters"]
-        self.masters |= {name: t for name, t in masters.items() if name.startswith(_HEADS)}
-
     # -- run --------------------------------------------------------------------------------
 
     def run(self) -> Path:
@@ -176,7 +179,7 @@ class Trainer:
             self._run_stage(self.recipe.stages[self.stage_index])
             self.stage_index, self.stage_s, self.stage_steps = self.stage_index + 1, 0.0, 0
             self.save()
-        return self.folder / "checkpoint"
+        return self.folder / _CHECKPOINT
 
     def _run_stage(self, stage: Stage) -> None:
         # A different stream of clips for every stretch of work, also after a resume.
