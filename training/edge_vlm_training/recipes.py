@@ -38,6 +38,9 @@ class Stage:
     lr_vision: float = 3e-4
     lr_connector: float = 3e-4
     freeze_vision: bool = False
+    read_outs: float = 1.0
+    """Factor on the weights of the language model's read-outs: their losses are several times the
+    questions' own by the time that answers are mostly right."""
     rate: tuple[float, float] = (1.0, 1.0)
     """Factor on the learning rates at the start and at the end of the stage."""
     decay_from: float = 0.0
@@ -261,6 +264,7 @@ def demo_present(minutes: float = 105.0) -> Recipe:
                 name="frozen",
                 minutes=40 * unit,
                 freeze_vision=True,
+                read_outs=0.4,
                 rate=(1.0, 0.01),
                 decay_from=0.1,
             ),

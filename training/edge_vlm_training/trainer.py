@@ -313,7 +313,8 @@ class Trainer:
             story, read = timeline_loss(outputs, stories.at(cells))
             outputs = self.heads.get_submodule(f"present.{number}")(ends, hidden)
             now, found = present_loss(outputs, there.at(seen.cell_idx_G))
-            loss = loss + recipe.timeline_weight * story + recipe.present_weight * now
+            told = recipe.timeline_weight * story + recipe.present_weight * now
+            loss = loss + stage.read_outs * told
             metrics |= read | found
         read_out = self.heads["connector"](seen.features_GE, self.model.llm.embed.weight)
         dense, read = dense_loss(read_out, labels.at(cells))
