@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,15 @@ from edge_vlm.errors import ConfigError, MissingExtraError
 
 SMOOTHED = 11
 """Lines of the log in a running mean."""
-READ_OUTS = {"kind": "kind of a cell", "heading": "heading", "appeared": "time of appearance"}
+READ_OUTS = {
+    "kind": "kind of a cell",
+    "heading": "heading",
+    "appeared": "time of appearance",
+    "counted": "number of things",
+    "colours": "all colours there",
+    "last": "what was there last",
+    "gone": "whether it is gone",
+}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -59,7 +68,9 @@ def draw(log: list[dict[str, Any]], out: Path) -> None:
         middle.plot(minutes, smooth(right_share), label=kind)
     middle.set(title="questions, % right", ylim=(0, 100))
     for name, label in READ_OUTS.items():
-        right.plot(minutes, smooth([100 * line[name] for line in log]), label=label)
+        if name in log[-1]:  # a read-out may have joined a run on its way
+            known = smooth([100 * line.get(name, math.nan) for line in log])
+            right.plot(minutes, known, label=label)
     right.set(title="read-outs, % right", ylim=(0, 100))
     for panel in (middle, right):
         panel.legend(fontsize="small", loc="lower right")
