@@ -3,12 +3,13 @@
     edge-vlm world --benchmark --per-kind 300 --seed 7 -o questions
     python -m benchmarks.ablations training/checkpoints/demo questions --runs runs
     python -m benchmarks.ablations RUN QUESTIONS --runs runs --steps 20 --only stts,random_cells
+    python -m benchmarks.ablations RUN QUESTIONS --runs runs --seeds 5,6,7
 
 All variants start from the same weights, see the same number of clips and run through the same
-learning rates. Where the question is how a scorer is learned, it begins with random weights. From a
-run's folder instead of a checkpoint's the read-outs go on as well; fresh ones disturb the vision
-side at first. A variant that is trained in `runs` already is only asked. Each is asked in torch,
-with what it was trained for.
+learning rates; a seed decides about the clips and is shared by all variants. Where the question is
+how a scorer is learned, it begins with random weights. From a run's folder instead of a
+checkpoint's the read-outs go on as well; fresh ones disturb the vision side at first. A variant
+that is trained in `runs` already is only asked. Each is asked in torch, with what it was trained for.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ VARIANTS = {
 }
 
 
-def recipe_of(variant: Variant, steps: int) -> Recipe:
+def recipe_of(variant: Variant, steps: int, seed: int = 5) -> Recipe:
     """Short: everything is trained, the vision side slowly, and the rates run out."""
     stage = Stage(
         name="compared",
@@ -76,7 +77,7 @@ def recipe_of(variant: Variant, steps: int) -> Recipe:
     )
     recipe = Recipe(
         name="ablation",
-        seed=5,
+        seed=seed,
         stages=(stage,),
         history_share=0.0,
         timeline_weight=0.25,
@@ -84,10 +85,11 @@ def recipe_of(variant: Variant, steps: int) -> Recipe:
     return dataclasses.replace(recipe, **variant.recipe)
 
 
-def trained(name: str, args: argparse.Namespace) -> Path:
-    folder: Path = args.runs / name
+def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
+    folder: Path = args.runs / f"{name}-{seed}"
     if not (folder / FINISHED).exists():
-        trainer = Trainer(recipe_of(VARIANTS[name], args.steps), folder, init=args.start)
+        recipe = recipe_of(VARIANTS[name], args.steps, seed)
+        trainer = Trainer(recipe, folder, init=args.start)
         trainer.run()
         (folder / FINISHED).write_text(json.dumps({"minutes": round(trainer.total_s / 60, 1)}))
     return folder
@@ -103,36 +105,52 @@ def asked(folder: Path, runs: tuple[str, ...], questions: Path) -> list[dict[str
     return told
 
 
+def print_table(table: Sequence[dict[str, Any]]) -> None:
+    """One line for each variant and run: the mean over the seeds, and what each seed has."""
+    means: dict[tuple[str, str], list[float]] = {}
+    kept: dict[tuple[str, str], float] = {}
+    for entry in table:
+        for row in entry["rows"]:
+            key = entry["variant"], f"{row['policy']}:{row['keep_ratio']:g}:{row['attention']}"
+            means.setdefault(key, []).append(row["mean_percent"])
+            kept[key] = row["kept_percent"]
+    print(f"{'variant':24} {'run':16} {'kept':>6} {'mean':>6}  of each seed")
+    for key, percents in means.items():
+        each = " ".join(f"{percent:.1f}" for percent in percents)
+        mean = sum(percents) / len(percents)
+        print(f"{key[0]:24} {key[1]:16} {kept[key]:5.1f}% {mean:5.1f}%  {each}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("start", type=Path, help="checkpoint or run that all variants start from")
     parser.add_argument("questions", type=Path, help="a folder written by `edge-vlm world`")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the trainings")
     parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--seeds", default="5", help="one training of each variant for each")
     parser.add_argument("--only", help=f"some of {','.join(VARIANTS)}")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     args = parser.parse_args(argv)
     names = args.only.split(",") if args.only else list(VARIANTS)
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"--only: {unknown.pop()!r} is none of {', '.join(VARIANTS)}")
+    if not all(seed.isdecimal() for seed in args.seeds.split(",")):
+        parser.error(f"--seeds: {args.seeds!r} must be whole numbers, with commas")
     table = []
-    for name in names:
-        folder = trained(name, args)
-        minutes = json.loads((folder / FINISHED).read_text())["minutes"]
-        rows = asked(folder, VARIANTS[name].runs, args.questions)
-        table.append({"variant": name, "steps": args.steps, "minutes": minutes, "rows": rows})
-    if args.out:
-        record = {"command": command_line("ablations", argv), **device_record(torch.device("cpu"))}
-        write_result(args.out, record | {"variants": table})
-    print(f"{'variant':24} {'run':16} {'kept':>6} {'mean':>6}  95 % interval")
-    for entry in table:
-        for row in entry["rows"]:
-            run = f"{row['policy']}:{row['keep_ratio']:g}:{row['attention']}"
-            low, high = row["mean_interval_95"]
-            print(
-                f"{entry['variant']:24} {run:16} {row['kept_percent']:5.1f}% "
-                f"{row['mean_percent']:5.1f}%  {low:.1f}-{high:.1f}"
-            )
+    for seed in map(int, args.seeds.split(",")):
+        for name in names:
+            folder = trained(name, seed, args)
+            minutes = json.loads((folder / FINISHED).read_text())["minutes"]
+            rows = asked(folder, VARIANTS[name].runs, args.questions)
+            entry = {"variant": name, "seed": seed, "steps": args.steps, "minutes": minutes}
+            table.append({**entry, "rows": rows})
+            if args.out:  # after each: the next one may be stopped
+                record = {
+                    "command": command_line("ablations", argv),
+                    **device_record(torch.device("cpu")),
+                }
+                write_result(args.out, record | {"variants": table})
+    print_table(table)
     return 0
 
 

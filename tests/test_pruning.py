@@ -103,6 +103,34 @@ def test_the_stream_budget_is_spent_where_the_news_is() -> None:
     assert evenly[5].size <= 8
 
 
+def cluttered_stream(frames: int) -> np.ndarray:
+    """Six static things in sixteen cells, and something new in four more every ninth frame."""
+    random = np.random.default_rng(3)
+    scores = np.full((frames, 16), 0.006, dtype=np.float32)
+    scores[:, :6] = 0.08
+    scores[4::9, 10:14] = 0.9
+    return scores * (1 + 0.1 * random.random(scores.shape, dtype=np.float32))
+
+
+def test_a_small_stream_budget_has_cells_in_hand_for_something_new() -> None:
+    scores = cluttered_stream(120)
+    found = {}
+    for name in ("stream", "frame_topk"):
+        policy = make_policy(name, 0.2)
+        kept = [policy.select(row, None, index == 0) for index, row in enumerate(scores)]
+        found[name] = np.mean([np.isin(range(10, 14), cells) for cells in kept[4::9]])
+    assert found["stream"] > 0.9
+    assert found["frame_topk"] < 0.9
+
+
+def test_the_scale_of_scores_makes_no_difference() -> None:
+    scores = skewed_scores(8, 40, 81)
+    one, other = StreamBudget(0.3), StreamBudget(0.3)
+    for index, row in enumerate(scores):
+        cells = one.select(row, None, index == 0)
+        assert cells.tolist() == other.select(row * np.float32(1 / 64), None, index == 0).tolist()
+
+
 def test_stream_budget_finds_more_news_than_an_even_split() -> None:
     found = {"stream": 0, "even": 0, "random": 0}
     total = 0

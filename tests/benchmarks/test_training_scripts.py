@@ -41,31 +41,39 @@ def test_a_variant_differs_from_the_full_recipe_in_one_thing(name: str) -> None:
     assert len(changed) == (name != "stts") + name.startswith("new_scorer_")
 
 
-def test_a_variant_is_trained_once_and_asked(
+def test_a_variant_is_trained_once_for_each_seed_and_asked(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions, out = tmp_path / "questions", tmp_path / "result.json"
     write_question_set(questions, islice(heldout_clips(1, 100, num_frames=4), 2))
     argv = [str(start), str(questions), "--runs", str(tmp_path / "runs"), "--steps", "1"]
-    argv += ["--only", "random_cells"]
+    argv += ["--only", "random_cells", "--seeds", "3,4"]
     assert ablations.main([*argv, "--out", str(out)]) == 0
-    trained = tmp_path / "runs/random_cells/checkpoint/model.safetensors"
-    written = trained.stat().st_mtime_ns
-    (entry,) = json.loads(out.read_text())["variants"]
-    assert (entry["variant"], entry["steps"]) == ("random_cells", 1)
-    assert [row["policy"] for row in entry["rows"]] == ["random", "random"]
-    assert all(row["clips"] == 2 and row["questions"] > 0 for row in entry["rows"])
+    trained = [tmp_path / f"runs/random_cells-{n}/checkpoint/model.safetensors" for n in (3, 4)]
+    assert trained[0].read_bytes() != trained[1].read_bytes()
+    written = [file.stat().st_mtime_ns for file in trained]
+    entries = json.loads(out.read_text())["variants"]
+    assert [(entry["variant"], entry["seed"], entry["steps"]) for entry in entries] == [
+        ("random_cells", 3, 1),
+        ("random_cells", 4, 1),
+    ]
+    for entry in entries:
+        assert [row["policy"] for row in entry["rows"]] == ["random", "random"]
+        assert all(row["clips"] == 2 and row["questions"] > 0 for row in entry["rows"])
     assert ablations.main(argv) == 0
-    assert trained.stat().st_mtime_ns == written
+    assert [file.stat().st_mtime_ns for file in trained] == written
     assert "random_cells             random:0.5:frame" in capsys.readouterr().out
 
 
-def test_an_unknown_variant_is_named(
+def test_an_unknown_variant_or_seed_is_named(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         ablations.main([str(start), str(tmp_path), "--runs", str(tmp_path), "--only", "luck"])
     assert "'luck' is none of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ablations.main([str(start), str(tmp_path), "--runs", str(tmp_path), "--seeds", "5,x"])
+    assert "'5,x' must be whole numbers" in capsys.readouterr().err
 
 
 @pytest.fixture
