@@ -9,7 +9,8 @@ All variants start from the same weights, see the same number of clips and run t
 learning rates; a seed decides about the clips and is shared by all variants. Where the question is
 how a scorer is learned, it begins with random weights. From a run's folder instead of a
 checkpoint's the read-outs go on as well; fresh ones disturb the vision side at first. A variant
-that is trained in `runs` already is only asked. Each is asked in torch, with what it was trained for.
+that is trained in `runs` already is only asked. Each is asked in torch, with what it was trained
+for.
 """
 
 from __future__ import annotations
