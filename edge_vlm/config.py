@@ -237,7 +237,7 @@ class LanguageConfig:
 
     @property
     def rope_width(self) -> int:
-        """Angles per position: half a head, once per table (`edge_vlm.rope`)."""
+        """Angles per position: half a head, once per table (`edge_vlm.text.rope`)."""
         return self.num_rope_tables * self.head_dim // 2
 
     def rope_table_of(self, layer: int) -> int:

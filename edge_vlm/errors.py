@@ -47,7 +47,7 @@
     |   |-- TrtParse           11  E-TRT-PARSE          it cannot read a graph for another reason
     |   |-- TrtProfile         11  E-TRT-PROFILE        shape ranges that contradict each other
     |   |-- TrtNoTactic        11  E-TRT-NO-TACTIC      no kernel for a layer on this GPU
-    |   |-- TrtOutOfMemory     11  E-TRT-OOM
+    |   |-- OutOfDeviceMemory     11  E-TRT-OOM
     |   |-- TrtBuildFailed     11  E-TRT-BUILD          the build ended for a reason not listed here
     |   |-- EngineMissing      11  E-ENGINE-MISSING     not built yet
     |   `-- EngineStale        11  E-ENGINE-STALE       built for another GPU, version or graph
@@ -334,7 +334,7 @@ class TrtNoTactic(EngineError):
     code = "E-TRT-NO-TACTIC"
 
 
-class TrtOutOfMemory(EngineError):
+class OutOfDeviceMemory(EngineError):
     code = "E-TRT-OOM"
 
 

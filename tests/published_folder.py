@@ -14,12 +14,12 @@ import tokenizers
 import torch
 
 from edge_vlm.config import ModelConfig, VisionAttention, tiny
-from edge_vlm.images import ImageConfig
-from edge_vlm.model.published import load_published, save_published
+from edge_vlm.model.published.folder import load_published, save_published
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_export.graphs import GraphLimits
+from edge_vlm.pixels.stills import ImageConfig
+from edge_vlm_export.graphs.graphs import GraphLimits
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
-from tests.fakes import WORDS
+from tests.tiny import WORDS
 
 LIMITS = GraphLimits(max_frames=2, opt_tokens=32, max_tokens=160, max_past=1024)
 CUT = ImageConfig(max_crops=5, overlap=(2, 3))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from edge_vlm.calibration_table import FP16_LIMIT, CalibrationTable
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
+from edge_vlm.formats.calibration import FP16_LIMIT, CalibrationTable
 
 RANGES_SHOWN = 5
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError
+from edge_vlm.model.published.files import WEIGHTS as WEIGHTS
+from edge_vlm.model.published.files import read_json, read_layout
+from edge_vlm.model.published.mapping import FLOATS, check_fit, shapes
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.model.vit import cell_patch_table
-from edge_vlm.model.weight_files import WEIGHTS as WEIGHTS
-from edge_vlm.model.weight_files import read_json, read_layout
-from edge_vlm.model.weights import FLOATS, check_fit, shapes
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 

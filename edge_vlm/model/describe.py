@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edge_vlm.config import LanguageConfig, ModelConfig, ScorerConfig, VisionAttention
+from edge_vlm.formats.report import Report, gigabytes
 from edge_vlm.model.checkpoint import CONFIG, WEIGHTS, read_config
-from edge_vlm.model.published import open_published
-from edge_vlm.model.weight_files import StoredTensor, read_json, read_layout
-from edge_vlm.model.weights import check_fit, shapes
-from edge_vlm.report import Report, gigabytes
+from edge_vlm.model.published.files import StoredTensor, read_json, read_layout
+from edge_vlm.model.published.folder import open_published
+from edge_vlm.model.published.mapping import check_fit, shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -1,4 +1,4 @@
-"""Features of still images at full detail (`edge_vlm.images` makes what goes in).
+"""Features of still images at full detail (`edge_vlm.pixels.stills` makes what goes in).
 
 Shape letters: C crops, N patches per crop, T image tokens, W patches per pooling window, D ViT
 width, E language width.

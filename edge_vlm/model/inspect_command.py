@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from edge_vlm.bundle import MANIFEST
-from edge_vlm.bundle_report import describe_bundle
 from edge_vlm.cli import Command
-from edge_vlm.report import Report
+from edge_vlm.formats.bundle import MANIFEST
+from edge_vlm.formats.inspect_bundle import describe_bundle
+from edge_vlm.formats.report import Report
 
 
 def describe(folder: Path) -> Report:

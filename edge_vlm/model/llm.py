@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edge_vlm.config import LanguageConfig
 from edge_vlm.model.layers import RMSNorm, SwiGLU, attend
-from edge_vlm.rope import rope_frequencies
+from edge_vlm.text.rope import rope_frequencies
 
 KeyValue = tuple[Tensor, Tensor]
 PastAttention = Callable[

@@ -1,4 +1,4 @@
-"""Which cells survive, for a whole batch of finished clips at once (live: edge_vlm.pruning).
+"""Which cells survive, for a whole batch of finished clips at once (live: `edge_vlm.pruning`).
 
 Shape letters: B clips, T frames per clip, C cells per frame.
 """

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
-from edge_vlm.precision import PRESETS, Precision, Variant
+from edge_vlm.formats.precision import PRESETS, Precision, Variant
 
 if TYPE_CHECKING:
-    from edge_vlm.bundle import EngineBundle
+    from edge_vlm.formats.bundle import EngineBundle
+    from edge_vlm_export.graphs.weights import WeightSource
     from edge_vlm_export.to_onnx import ExportOptions
-    from edge_vlm_export.weights import WeightSource
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +129,7 @@ def _export(args: argparse.Namespace) -> int:
 def _source(args: argparse.Namespace) -> WeightSource:
     if (args.checkpoint is None) == (args.random_weights is None):
         raise ConfigError("name either a checkpoint folder or --random-weights SHAPE")
-    from edge_vlm_export.weights import open_weights, random_weights
+    from edge_vlm_export.graphs.weights import open_weights, random_weights
 
     if args.checkpoint is not None:
         return open_weights(args.checkpoint)
@@ -146,7 +146,7 @@ def _source(args: argparse.Namespace) -> WeightSource:
 
 def _options(args: argparse.Namespace) -> ExportOptions:
     """Raises ConfigError for values that are out of range or contradict each other."""
-    from edge_vlm_export.graphs import GraphLimits, KVForm
+    from edge_vlm_export.graphs.graphs import GraphLimits, KVForm
     from edge_vlm_export.to_onnx import ExportOptions
 
     given = {"max_tokens": args.max_tokens, "max_past": args.max_past}
@@ -183,7 +183,7 @@ def _setting(text: str) -> tuple[str, Any]:
 def _printed_progress() -> Any:
     from edge_vlm_export.preflight import Estimate
     from edge_vlm_export.to_onnx import Progress
-    from edge_vlm_export.verify import Report
+    from edge_vlm_export.verify.verify import Report
 
     class Printed(Progress):
         def estimated(self, needed: Estimate) -> None:
@@ -227,13 +227,13 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from edge_vlm.bundle import EngineBundle
-    from edge_vlm_export.verify import require_source, verify_bundle
+    from edge_vlm.formats.bundle import EngineBundle
+    from edge_vlm_export.verify.verify import require_source, verify_bundle
 
     bundle = EngineBundle.open(args.bundle)
     source = None
     if args.checkpoint is not None:
-        from edge_vlm_export.weights import open_weights
+        from edge_vlm_export.graphs.weights import open_weights
 
         require_source(bundle, args.checkpoint)
         source = open_weights(args.checkpoint)

@@ -24,16 +24,16 @@ from optimum.onnxruntime import ORTQuantizer
 from optimum.onnxruntime.configuration import AutoCalibrationConfig, AutoQuantizationConfig
 from optimum.utils import DummyVisionInputGenerator, NormalizedConfig
 
-from edge_vlm.bundle import EngineBundle, write_bundle
 from edge_vlm.errors import ConfigError
-from edge_vlm.precision import FP32, Precision, Variant
-from edge_vlm_export.chain import Arrays
-from edge_vlm_export.graph_files import load_graph, save_graph
-from edge_vlm_export.plan import PrecisionPlan, plan_graph
-from edge_vlm_export.runs import Graphs, session_run
-from edge_vlm_export.verify import Report, verify_bundle
-from edge_vlm_export.verify_chain import chain_of
-from edge_vlm_export.verify_footage import footage_clips
+from edge_vlm.formats.bundle import EngineBundle, write_bundle
+from edge_vlm.formats.precision import FP32, Precision, Variant
+from edge_vlm_export.quantize.plan import PrecisionPlan, plan_graph
+from edge_vlm_export.trace.graph_files import load_graph, save_graph
+from edge_vlm_export.verify.ort_runner import Graphs, session_run
+from edge_vlm_export.verify.pipeline import Arrays
+from edge_vlm_export.verify.verify import Report, verify_bundle
+from edge_vlm_export.verify.verify_footage import footage_clips
+from edge_vlm_export.verify.verify_pipeline import chain_of
 
 VISION_GRAPHS = ("vit_stem", "vit_trunk")
 METHODS = ("minmax", "entropy", "percentiles")

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_vlm.bundle import IMAGE_ENCODER
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import NoSpaceLeft, NotEnoughMemory
-from edge_vlm.precision import Precision
-from edge_vlm.specs import GraphSpec
-from edge_vlm_export.plan import LLM_PRODUCTS, VIT_PRODUCTS
-from edge_vlm_export.quantize import BLOCK_SIZES
+from edge_vlm.formats.bundle import IMAGE_ENCODER
+from edge_vlm.formats.graph_spec import GraphSpec
+from edge_vlm.formats.precision import Precision
+from edge_vlm_export.quantize.plan import LLM_PRODUCTS, VIT_PRODUCTS
+from edge_vlm_export.quantize.quantize import BLOCK_SIZES
 
 SIZES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / BLOCK_SIZES[0]}
 """Bytes of one weight, scales included."""

@@ -18,33 +18,39 @@ import numpy as np
 import onnx_ir as ir
 
 import edge_vlm
-from edge_vlm.bundle import BORROWED, IMAGE_ENCODER, BundleWriter, EngineBundle, write_bundle
-from edge_vlm.calibration_table import CalibrationTable
 from edge_vlm.errors import ConfigError
-from edge_vlm.images import ImageConfig, prepare_image
+from edge_vlm.formats.bundle import (
+    BORROWED,
+    IMAGE_ENCODER,
+    BundleWriter,
+    EngineBundle,
+    write_bundle,
+)
+from edge_vlm.formats.calibration import CalibrationTable
+from edge_vlm.formats.graph_spec import GraphSpec
+from edge_vlm.formats.precision import FP32, Precision, Variant
+from edge_vlm.model.published.mapping import shapes
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.weights import shapes
-from edge_vlm.precision import FP32, Precision, Variant
-from edge_vlm.prompt import PromptFormat
-from edge_vlm.specs import GraphSpec
-from edge_vlm.tokenizer import Tokenizer
-from edge_vlm_export.chain import Chain, Clip, Run, drawn_clip
-from edge_vlm_export.convert import Ranges, convert
-from edge_vlm_export.graph_files import check_graph, out_of_space, save_graph, versions
-from edge_vlm_export.graphs import GraphLimits, KVForm, graph_specs, kv_layout
-from edge_vlm_export.modules import graph_module
-from edge_vlm_export.plan import NodePlan, PrecisionPlan, plan_graph
+from edge_vlm.pixels.stills import ImageConfig, prepare_image
+from edge_vlm.text.prompt import PromptFormat
+from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm_export.graphs.graphs import GraphLimits, KVForm, graph_specs, kv_layout
+from edge_vlm_export.graphs.modules import graph_module
+from edge_vlm_export.graphs.weights import WeightSource, open_weights, streamed_model
 from edge_vlm_export.preflight import Estimate, estimate, require_room
-from edge_vlm_export.ranges import Observer, measure, with_table
-from edge_vlm_export.real_inputs import real_inputs
-from edge_vlm_export.runs import Graphs, run_torch, session_run, torch_run
-from edge_vlm_export.samples import RealInputs, reference_sizes, sample_inputs
-from edge_vlm_export.sessions import Arrays
-from edge_vlm_export.trace import hollow_model, trace
-from edge_vlm_export.verify import Report, compare_with_torch
-from edge_vlm_export.verify_chain import CHAIN, chain_arrays, compare_chains
-from edge_vlm_export.verify_footage import footage_clips
-from edge_vlm_export.weights import WeightSource, open_weights, streamed_model
+from edge_vlm_export.quantize.convert import Ranges, convert
+from edge_vlm_export.quantize.plan import NodePlan, PrecisionPlan, plan_graph
+from edge_vlm_export.quantize.ranges import Observer, measure, with_table
+from edge_vlm_export.trace.graph_files import check_graph, out_of_space, save_graph, versions
+from edge_vlm_export.trace.trace import hollow_model, trace
+from edge_vlm_export.verify.check_inputs import RealInputs, reference_sizes, sample_inputs
+from edge_vlm_export.verify.ort_runner import Graphs, run_torch, session_run, torch_run
+from edge_vlm_export.verify.pipeline import Chain, Clip, Run, drawn_clip
+from edge_vlm_export.verify.real_inputs import real_inputs
+from edge_vlm_export.verify.sessions import Arrays
+from edge_vlm_export.verify.verify import Report, compare_with_torch
+from edge_vlm_export.verify.verify_footage import footage_clips
+from edge_vlm_export.verify.verify_pipeline import CHAIN, chain_arrays, compare_chains
 
 LARGE_MODEL = 1_000_000_000
 """From so many weights on a model is compared at its smallest and usual sizes only, and not on a

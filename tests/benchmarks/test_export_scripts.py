@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import full_size_export, precisions, wide_engines
-from edge_vlm.bundle import EngineBundle
+from benchmarks.export import full_size_export, precisions
+from benchmarks.runtime import wide_engines
 from edge_vlm.errors import ParityError
-from edge_vlm.precision import FP32
-from edge_vlm_export.compare import Comparison
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.precision import FP32
 from edge_vlm_export.to_onnx import ExportOptions
-from edge_vlm_export.verify import Report
-from edge_vlm_export.verify_chain import ChainComparison
-from tests.fakes import tiny_bundle, tiny_checkpoint, tiny_footage, tiny_variant
+from edge_vlm_export.verify.compare import Comparison
+from edge_vlm_export.verify.verify import Report
+from edge_vlm_export.verify.verify_pipeline import ChainComparison
+from tests.tiny import tiny_bundle, tiny_checkpoint, tiny_footage, tiny_variant
 
 
 def test_precisions_are_set_side_by_side(

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import policy_figure
+from benchmarks.model import policy_figure
 from edge_vlm.errors import ConfigError
-from edge_vlm.evaluation import Run, grid
+from edge_vlm.evaluation.runs import Run, grid
 
 SVG = "{http://www.w3.org/2000/svg}"
 

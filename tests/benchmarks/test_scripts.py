@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import full_size, vit_pruning
-from benchmarks.measure import in_turn, speed_up
+from benchmarks.harness import in_turn, speed_up
+from benchmarks.model import full_size, vit_pruning
 from edge_vlm.config import VisionAttention, tiny
 from edge_vlm.flops import language_flops, vision_flops
 from edge_vlm.model.clips import encode_clips
@@ -47,7 +47,7 @@ def test_vit_pruning_states_what_it_measured(
     argv += ["--warmups", "0"]
     assert vit_pruning.main([*argv, "--out", str(path)]) == 0
     result = read(path)
-    assert result["command"] == " ".join(["python -m benchmarks.vit_pruning", *argv])
+    assert result["command"] == " ".join(["python -m benchmarks.model.vit_pruning", *argv])
     assert {"device", "threads", "torch", "dtype", "edge_vlm"} <= result.keys()
     whole = vision_flops(dataclasses.replace(CFG, scorer=None), [CELLS] * 4)
     base = result["cases"]["unpruned"]["rounds_s"]

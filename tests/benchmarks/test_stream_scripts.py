@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import live_load, stream_length
+from benchmarks.runtime import live_load, stream_length
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def test_stream_length_states_what_it_measured(
     argv = ["--lengths", "3", "30", "--clips", "--rounds", "3", "--warmups", "0"]
     assert stream_length.main([*argv, "--out", str(path)]) == 0
     result = read(path)
-    assert result["command"] == " ".join(["python -m benchmarks.stream_length", *argv])
+    assert result["command"] == " ".join(["python -m benchmarks.runtime.stream_length", *argv])
     assert "question" not in result
     stream = result["stream"]
     first, last = (stream["lengths"][length] for length in ("3", "30"))

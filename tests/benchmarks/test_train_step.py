@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import train_step
+from benchmarks.training import train_step
 
 
 def test_train_step_states_what_it_measured(
@@ -24,7 +24,7 @@ def test_train_step_states_what_it_measured(
     finally:
         torch.set_num_threads(threads)
     result = json.loads(path.read_text())
-    assert result["command"] == " ".join(["python -m benchmarks.train_step", *argv])
+    assert result["command"] == " ".join(["python -m benchmarks.training.train_step", *argv])
     assert result["clock"] == "processor" and result["threads"] == 1
     assert {"device", "threads", "torch", "precision", "edge_vlm"} <= result.keys()
     base, case = result["cases"]["unpruned"], result["cases"]["removed 0.5"]

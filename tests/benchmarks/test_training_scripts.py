@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ablations, training_curves
+from benchmarks.training import ablations, training_curves
 from edge_vlm.errors import ConfigError
-from edge_vlm.question_set import write_question_set
-from edge_vlm_training.heldout import heldout_clips
-from edge_vlm_training.recipes import Recipe
-from edge_vlm_training.trainer import Trainer
+from edge_vlm.formats.qa_set import write_question_set
+from edge_vlm_training.recipes.stages import Recipe
+from edge_vlm_training.trainer.stages import Trainer
+from edge_vlm_training.world.heldout import heldout_clips
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ import websockets
 from websockets.asyncio.client import connect
 
 from edge_vlm.errors import ConfigError, EdgeVlmError, ServerUnreachable, Unauthorized
-from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.line import Access
-from edge_vlm_runtime.server import Server
-from edge_vlm_runtime.tls import self_signed
-from tests.fakes import tiny_bundle
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.client.connection import Access
+from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.server.tls import self_signed
 from tests.runtime.live import run
 from tests.runtime.pictures import jpeg
+from tests.tiny import tiny_bundle
 
 KEY = "correct horse battery staple"
 QUESTION = "is there a red ball ?"

@@ -18,23 +18,23 @@ from edge_vlm.errors import (
     TooManyAlerts,
     UnknownAlert,
 )
-from edge_vlm.event_set import Footage, Watch, read_event_set, write_event_set
-from edge_vlm_runtime import alert_messages as messages
-from edge_vlm_runtime import outputs as outputs_module
+from edge_vlm.formats.alert_set import Footage, LabelledAlert, read_event_set, write_event_set
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.alert_evaluate import Episode, Score, parse_rule
-from edge_vlm_runtime.alert_evaluate_command import evaluate_alerts
-from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.commands import watch
-from edge_vlm_runtime.outputs import AlertOutputs
-from edge_vlm_runtime.server import Server
-from edge_vlm_runtime.view import LiveView
-from edge_vlm_runtime.webhook import WebhookSink
-from tests.fakes import tiny_bundle
+from edge_vlm_runtime.alert_sinks import dispatcher as outputs_module
+from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
+from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
+from edge_vlm_runtime.cli.eval_alerts import evaluate_alerts
+from edge_vlm_runtime.cli.watch import watch
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.client.terminal import LiveTable
+from edge_vlm_runtime.evaluation.alerts import Episode, Score, parse_rule
+from edge_vlm_runtime.protocol import alerts as messages
+from edge_vlm_runtime.server.app import Server
 from tests.runtime.command_line import command_line
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg, write_video
 from tests.runtime.receivers import WebServer, cleared, free_port, triggered
+from tests.tiny import tiny_bundle
 
 FILE = {"delivery": "wait", "max_answer_tokens": 6}
 QUESTION = "is there a red ball ?"
@@ -171,7 +171,7 @@ def test_malformed_messages_about_alerts(server: Server, message: dict[str, Any]
 
 
 def test_a_server_sends_the_alerts_of_every_session_to_its_receivers() -> None:
-    with WebServer() as web, AlertOutputs([WebhookSink(web.url)]) as outputs:
+    with WebServer() as web, AlertDispatcher([WebhookSink(web.url)]) as outputs:
         with Server.open(tiny_bundle(), threads=1, on_event=outputs.put) as server:
             server.start()
 
@@ -285,7 +285,7 @@ def test_a_missing_extra_is_named(
 def test_the_live_view_shows_the_last_alerts() -> None:
     from rich.console import Console
 
-    view = LiveView(3, "clip.mp4 on tiny")
+    view = LiveTable(3, "clip.mp4 on tiny")
     for episode in range(1, 12):
         view.event(triggered(episode))
         view.event(cleared(episode))
@@ -302,7 +302,10 @@ def test_the_live_view_shows_the_last_alerts() -> None:
 def test_footage_with_events_becomes_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watches = [Watch(question=QUESTION, events=[(0.5, 1.5)]), Watch(question="is it blue ?")]
+    watches = [
+        LabelledAlert(question=QUESTION, events=[(0.5, 1.5)]),
+        LabelledAlert(question="is it blue ?"),
+    ]
     footage = [
         Footage(
             name=f"part{number}",
@@ -332,7 +335,7 @@ def test_episodes_are_matched_with_events() -> None:
     score = Score()
     found = [(0.0, 0.5), (1.5, 2.0), (2.5, 5.0), (6.0, 6.5), (9.5, 10.0)]
     score.add(
-        Watch(question="?", events=[(1.0, 4.0), (8.0, 9.0), (9.5, 9.9)]),
+        LabelledAlert(question="?", events=[(1.0, 4.0), (8.0, 9.0), (9.5, 9.9)]),
         [Episode(begin_s, end_s, 0.01) for begin_s, end_s in found],
         36.0,
     )

@@ -14,13 +14,16 @@ from websockets.asyncio.client import connect
 
 from edge_vlm.errors import BundleHashMismatch, BundleNotFound, MessageTooLarge, NoFrameYet
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.commands import ask, demo, serve, watch
-from edge_vlm_runtime.server import Server
-from tests.fakes import tiny_bundle
+from edge_vlm_runtime.cli.ask import ask
+from edge_vlm_runtime.cli.demo import demo
+from edge_vlm_runtime.cli.serve import serve
+from edge_vlm_runtime.cli.watch import watch
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.server.app import Server
 from tests.runtime.command_line import command_line
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg, write_video
+from tests.tiny import tiny_bundle
 
 QUESTION = "is there a red ball ?"
 LIMIT_BYTES = 50_000

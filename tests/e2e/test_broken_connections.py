@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from edge_vlm.errors import ServerUnreachable, SessionGone
-from edge_vlm_runtime import alert_messages, protocol
-from edge_vlm_runtime.client import Answer, Client
-from edge_vlm_runtime.server import Server
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client.client import Answer, Client
+from edge_vlm_runtime.protocol import alerts as alert_messages
+from edge_vlm_runtime.server.app import Server
 from tests.runtime.cutting_proxy import CuttingProxy
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg

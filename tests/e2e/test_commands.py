@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 
 from edge_vlm.errors import EdgeVlmError
-from edge_vlm_runtime.client import Answer
-from edge_vlm_runtime.commands import ask, demo, watch
-from edge_vlm_runtime.streaming import Outcome, PlannedQuestion, parse_question
-from edge_vlm_runtime.view import LiveView, heat_row, heat_rows, summary_line
-from tests.fakes import ROOT, tiny_bundle
+from edge_vlm_runtime.cli.ask import ask
+from edge_vlm_runtime.cli.demo import demo
+from edge_vlm_runtime.cli.watch import watch
+from edge_vlm_runtime.client.client import Answer
+from edge_vlm_runtime.client.run import Outcome, PlannedQuestion, parse_question
+from edge_vlm_runtime.client.terminal import LiveTable, heat_row, heat_rows, summary_line
 from tests.runtime.command_line import command_line
 from tests.runtime.live import TIMEOUT_S
 from tests.runtime.pictures import write_video
 from tests.runtime.rtsp_camera import RtspCamera
+from tests.tiny import ROOT, tiny_bundle
 
 QUESTION = "is there a red ball ?"
 SHARED_CLIPS = ROOT.parent / "shared" / "clips"
@@ -64,7 +66,7 @@ def test_watch_follows_a_camera_until_interrupted() -> None:
     """Live: the newest frame wins, Ctrl-C ends it with a summary, credentials stay secret."""
     code = (
         "import signal, sys; from tests.runtime.command_line import command_line; "
-        "from edge_vlm_runtime.commands import watch; "
+        "from edge_vlm_runtime.cli.serve import watch; "
         # A shell's background job, as these tests may be one, hands on an ignored SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "sys.exit(command_line(watch, sys.argv[1:]))"
@@ -226,7 +228,7 @@ def test_the_live_view_draws_at_any_moment() -> None:
 
     from edge_vlm_runtime import protocol
 
-    view = LiveView(3, "clip.mp4 on tiny")
+    view = LiveTable(3, "clip.mp4 on tiny")
     console = Console(record=True, width=100)
     console.print(view._render())
     view.event(

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from edge_vlm import evaluate_command
 from edge_vlm.errors import ConfigError
-from edge_vlm.evaluate_command import LOG, RECORD, TABLE, evaluate
-from edge_vlm.evaluation_plan import plan
-from edge_vlm.question_set import write_question_set
-from edge_vlm_runtime.commands import DEMO_BUNDLE
-from edge_vlm_training.heldout import BENCHMARK_KINDS, heldout_clips
-from tests.fakes import ROOT, tiny_bundle, tiny_checkpoint
+from edge_vlm.evaluation import command as evaluate_command
+from edge_vlm.evaluation.command import LOG, RECORD, TABLE, evaluate
+from edge_vlm.evaluation.plan import plan
+from edge_vlm.formats.qa_set import write_question_set
+from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_training.world.heldout import BENCHMARK_KINDS, heldout_clips
 from tests.runtime.command_line import command_line
 from tests.runtime.live import open_server
 from tests.runtime.pictures import write_video
+from tests.tiny import ROOT, tiny_bundle, tiny_checkpoint
 
 CHECKPOINT = ROOT / "training" / "checkpoints" / "demo"
 RUNS = (

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
-import edge_vlm_runtime.server
-from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.server import Server
+import edge_vlm_runtime.server.app
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.server.app import Server
 from tests.runtime.live import TIMEOUT_S, open_server, run
 from tests.runtime.pictures import jpeg
 
@@ -157,7 +157,7 @@ async def _watch(server: Server) -> None:
 def test_a_client_that_never_reads_is_cut_off_with_bounded_memory(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge_vlm_runtime.server, "LINGER_S", 0.1)
+    monkeypatch.setattr(edge_vlm_runtime.server.app, "LINGER_S", 0.1)
     unknown = json.dumps({"type": "ping", "f" * 900: 1}).encode()  # repeated in the error
     flood = b"".join(frame(unknown) for _ in range(200))
     while server._table._sessions:  # of the test before

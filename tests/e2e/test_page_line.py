@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from websockets.asyncio.client import connect
 
-from edge_vlm_runtime.server import Server
+from edge_vlm_runtime.server.app import Server
 from tests.e2e.test_page import CHROMIUM, Page, browser, text
-from tests.fakes import tiny_bundle
 from tests.runtime.live import open_server, run
+from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 

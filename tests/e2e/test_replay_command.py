@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import pytest
 
-from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.commands import watch
-from edge_vlm_runtime.replay_command import replay
-from edge_vlm_runtime.server import Server
-from tests.fakes import tiny_bundle
+from edge_vlm_runtime.cli.replay import replay
+from edge_vlm_runtime.cli.watch import watch
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.server.app import Server
 from tests.runtime.command_line import command_line
 from tests.runtime.live import run
 from tests.runtime.pictures import jpeg, write_video
+from tests.tiny import tiny_bundle
 
 QUESTION = "is there a red ball ?"
 BUNDLE = ["--bundle", str(tiny_bundle())]

@@ -24,13 +24,13 @@ from websockets.asyncio.client import connect
 
 from edge_vlm.errors import ConfigError, EdgeVlmError, NoQuestion, ServerBusy, ServerUnreachable
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.frame_slot import WaitingFrame
-from edge_vlm_runtime.intake import FrameIntake
-from edge_vlm_runtime.server import Server
-from tests.fakes import ROOT, tiny_bundle
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from edge_vlm_runtime.session.ingest import FrameIngest
 from tests.runtime.live import TIMEOUT_S, open_server, run
 from tests.runtime.pictures import jpeg
+from tests.tiny import ROOT, tiny_bundle
 
 FILE = {"delivery": "wait", "max_answer_tokens": 6}
 QUESTION = "is there a red ball ?"
@@ -315,14 +315,14 @@ def test_http_on_the_same_port(server: Server) -> None:
 def test_a_bug_ends_one_session_with_1011_and_no_other(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real_encode = FrameIntake.encode
+    real_encode = FrameIngest.encode
 
-    def encode(self: FrameIntake, waiting: WaitingFrame) -> Any:
+    def encode(self: FrameIngest, waiting: EncodedFrame) -> Any:
         if waiting.jpeg == jpeg(39):
             raise RuntimeError("a bug of ours")
         return real_encode(self, waiting)
 
-    monkeypatch.setattr(FrameIntake, "encode", encode)
+    monkeypatch.setattr(FrameIngest, "encode", encode)
 
     async def session() -> None:
         async with await Client.connect(server.url, FILE) as other:
@@ -387,7 +387,7 @@ def test_a_taken_port_is_a_typed_error(server: Server) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_the_serve_command_drains_on_a_signal(how: signal.Signals) -> None:
     code = (
-        "import sys; from edge_vlm_runtime.commands import serve; import argparse; "
+        "import sys; from edge_vlm_runtime.cli.serve import serve; import argparse; "
         "p = argparse.ArgumentParser(); serve.add_arguments(p); "
         f"sys.exit(serve.run(p.parse_args(['--bundle', {str(tiny_bundle())!r}, '--port', '0', "
         "'--threads', '1'])))"

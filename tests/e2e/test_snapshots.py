@@ -13,21 +13,23 @@ import torch
 from websockets.asyncio.client import connect
 
 from edge_vlm.errors import SnapshotsUnsupported
-from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.commands import ask, watch
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.kv_arena import KVArena
-from edge_vlm_runtime.language import LanguageModel
-from edge_vlm_runtime.replay_command import replay
-from edge_vlm_runtime.server import Server
-from edge_vlm_runtime.settings import ServerLimits, default_settings
+from edge_vlm_runtime.cli.ask import ask
+from edge_vlm_runtime.cli.replay import replay
+from edge_vlm_runtime.cli.watch import watch
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.inference.kv_arena import KVArena
+from edge_vlm_runtime.inference.language import LanguageModel
+from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.session.budget import default_settings
 from tests.e2e.test_page import CHROMIUM, Page, browser, text
-from tests.fakes import tiny_bundle
 from tests.published_folder import CUT, image_bundle, published_model
 from tests.runtime.command_line import command_line
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg, write_video
 from tests.runtime.torch_snapshots import answer, image_part, video_part
+from tests.tiny import tiny_bundle
 
 STEPS = 10
 QUESTION = "what colour is the cube ?"
@@ -71,7 +73,7 @@ def server() -> Iterator[Server]:
 
 
 def scripted_server() -> Server:
-    engines = Engines.open(image_bundle(), threads=1)
+    engines = LoadedBundle.open(image_bundle(), threads=1)
     ids = engines.prompt.answer_ids(SAYS).tolist()
     assert engines.prompt.tokenizer.decode(ids) == SAYS
     engines.language = cast(LanguageModel, ScriptedLanguage(engines.language, ids))

@@ -19,12 +19,12 @@ from edge_vlm.errors import (
     ParityError,
     VideoError,
 )
-from edge_vlm.precision import Precision
+from edge_vlm.formats.precision import Precision
 from edge_vlm_export import preflight
-from edge_vlm_export.graph_files import load_graph, save_graph
-from edge_vlm_export.graphs import GraphLimits
+from edge_vlm_export.graphs.graphs import GraphLimits
 from edge_vlm_export.to_onnx import ExportOptions, Progress, export_bundle
-from tests.fakes import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint
+from edge_vlm_export.trace.graph_files import load_graph, save_graph
+from tests.tiny import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint
 
 LIMITS = GraphLimits(**TINY_LIMITS)
 
@@ -103,7 +103,7 @@ def test_footage_that_is_no_video_ends_the_export(tmp_path: Path) -> None:
 def test_a_graph_that_differs_from_torch_is_never_a_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edge_vlm_export import compare
+    from edge_vlm_export.verify import compare
 
     monkeypatch.setattr(compare, "TOLERANCE", 1e-12)
     with pytest.raises(ParityError, match="the first is cells of graph vit_stem"):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from edge_vlm.errors import MissingExtraError
-from edge_vlm.frames import Frame
-from edge_vlm.patches import to_pixel_values
-from edge_vlm.pruning import FrameTopK
-from edge_vlm_runtime.engines import Engines
-from tests.fakes import tiny_bundle, tiny_checkpoint
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.policies import FrameTopK
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from tests.tiny import tiny_bundle, tiny_checkpoint
 
 
 def test_a_streamed_clip_equals_torch_on_the_whole_clip() -> None:
@@ -25,7 +25,7 @@ def test_a_streamed_clip_equals_torch_on_the_whole_clip() -> None:
         Frame(rgb=rng.integers(0, 256, (48, 40, 3), dtype=np.uint8), pts_ns=i * 5 * 10**8, seq=i)
         for i in range(5)
     ]
-    with Engines.open(tiny_bundle(), threads=1) as engines:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
         vision, lm, prompt = engines.vision, engines.language, engines.prompt
         arena, state, policy = lm.new_arena(200), vision.new_state(), FrameTopK(0.5)
         lm.prefill(arena, lm.embed(prompt.bos_ids))
@@ -79,4 +79,4 @@ def test_a_streamed_clip_equals_torch_on_the_whole_clip() -> None:
 def test_without_onnxruntime_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"edge-vlm\[ort\]"):
-        Engines.open(tiny_bundle())
+        LoadedBundle.open(tiny_bundle())

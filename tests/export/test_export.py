@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_vlm.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm.cli import main
 from edge_vlm.config import molmo2_4b, tiny
 from edge_vlm.errors import CheckpointError, ExportError, ParityError, Specialised
-from edge_vlm_export.compare import format_table
-from edge_vlm_export.graphs import GraphLimits, graph_specs
-from edge_vlm_export.samples import check_sizes, sample_inputs
-from edge_vlm_export.verify import require_source, verify_bundle
-from tests.fakes import tiny_bundle, tiny_checkpoint
+from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
+from edge_vlm_export.graphs.graphs import GraphLimits, graph_specs
+from edge_vlm_export.verify.check_inputs import check_sizes, sample_inputs
+from edge_vlm_export.verify.compare import format_table
+from edge_vlm_export.verify.verify import require_source, verify_bundle
+from tests.tiny import tiny_bundle, tiny_checkpoint
 
 GRAPHS = ("vit_stem", "vit_trunk", "llm")
 
@@ -29,7 +29,7 @@ def bundle() -> EngineBundle:
 
 
 def test_every_graph_equals_torch_at_every_size(bundle: EngineBundle) -> None:
-    from edge_vlm_export.weights import open_weights
+    from edge_vlm_export.graphs.weights import open_weights
 
     report = verify_bundle(bundle, open_weights(tiny_checkpoint()))
     report.require()
@@ -216,7 +216,7 @@ def test_bad_arguments_are_one_clear_line(
 
 def test_a_fixed_dimension_in_the_file_is_noticed(bundle: EngineBundle, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    from edge_vlm_export.graph_files import check_graph
+    from edge_vlm_export.trace.graph_files import check_graph
 
     spec = bundle.specs["vit_trunk"]
     check_graph(bundle.graph_path("vit_trunk"), spec)
@@ -229,8 +229,8 @@ def test_a_fixed_dimension_in_the_file_is_noticed(bundle: EngineBundle, tmp_path
 
 def test_a_module_that_fixes_a_dimension_is_a_typed_error() -> None:
     torch = pytest.importorskip("torch")
-    from edge_vlm.specs import DynamicDim, GraphSpec, TensorSpec
-    from edge_vlm_export.trace import trace
+    from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
+    from edge_vlm_export.trace.trace import trace
 
     class Fixed(torch.nn.Module):  # type: ignore[name-defined]
         def forward(self, x):  # type: ignore[no-untyped-def]

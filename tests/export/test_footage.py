@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_vlm.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm.cli import main
 from edge_vlm.errors import NonFinite, ParityError, VideoNotFound
-from edge_vlm_export.verify import verify_bundle
-from edge_vlm_export.weights import open_weights
-from tests.fakes import tiny_bundle, tiny_checkpoint, tiny_footage, tiny_variant
+from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
+from edge_vlm_export.graphs.weights import open_weights
+from edge_vlm_export.verify.verify import verify_bundle
+from tests.tiny import tiny_bundle, tiny_checkpoint, tiny_footage, tiny_variant
 
 
 def test_plain_graphs_give_torchs_answers(capsys: pytest.CaptureFixture[str]) -> None:

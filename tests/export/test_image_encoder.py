@@ -13,25 +13,25 @@ import onnx
 import pytest
 import torch
 
-from edge_vlm.bundle import MANIFEST, EngineBundle
 from edge_vlm.cli import main
 from edge_vlm.config import molmo2_4b
 from edge_vlm.errors import BundleSchemaError, ConfigError
-from edge_vlm.images import ImageConfig, image_grid, prepare_image
+from edge_vlm.formats.bundle import MANIFEST, EngineBundle
+from edge_vlm.formats.precision import Precision, Variant
 from edge_vlm.model.images import encode_images
-from edge_vlm.model.weights import shapes
-from edge_vlm.precision import Precision, Variant
-from edge_vlm.prompt import RELEASED
-from edge_vlm_export.compare import TOLERANCE
-from edge_vlm_export.graphs import graph_specs
-from edge_vlm_export.plan import PrecisionPlan
+from edge_vlm.model.published.mapping import shapes
+from edge_vlm.pixels.stills import ImageConfig, image_grid, prepare_image
+from edge_vlm.text.prompt import RELEASED
+from edge_vlm_export.graphs.graphs import graph_specs
+from edge_vlm_export.graphs.weights import open_weights, random_weights
 from edge_vlm_export.preflight import estimate
-from edge_vlm_export.runs import Graphs
+from edge_vlm_export.quantize.plan import PrecisionPlan
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
-from edge_vlm_export.verify import verify_bundle
-from edge_vlm_export.weights import open_weights, random_weights
-from tests.fakes import tiny_bundle, tiny_footage
+from edge_vlm_export.verify.compare import TOLERANCE
+from edge_vlm_export.verify.ort_runner import Graphs
+from edge_vlm_export.verify.verify import verify_bundle
 from tests.published_folder import CUT, LIMITS, image_bundle, published_folder, published_model
+from tests.tiny import tiny_bundle, tiny_footage
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_vlm.bundle import MANIFEST
 from edge_vlm.cli import main
-from tests.fakes import tiny_bundle
+from edge_vlm.formats.bundle import MANIFEST
+from tests.tiny import tiny_bundle
 
 
 def test_a_bundle_is_described(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.precision import Precision
-from tests.fakes import tiny_bundle, tiny_checkpoint, tiny_footage, tiny_variant
+from edge_vlm.formats.precision import Precision
+from tests.tiny import tiny_bundle, tiny_checkpoint, tiny_footage, tiny_variant
 
 pytest.importorskip("optimum.onnxruntime", reason="needs the extra optimum, in its own environment")
 

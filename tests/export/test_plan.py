@@ -8,17 +8,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edge_vlm.calibration_table import FP16_LIMIT
 from edge_vlm.config import tiny
 from edge_vlm.errors import BundleSchemaError, RangeFp16
-from edge_vlm.precision import FP32, PRESETS, Precision, Variant
-from edge_vlm_export.convert import Ranges, convert
-from edge_vlm_export.graph_files import load_graph, save_graph
-from edge_vlm_export.graphs import graph_specs
-from edge_vlm_export.plan import MOVEMENT, NodePlan, PrecisionPlan, plan_graph
-from edge_vlm_export.samples import sample_inputs
-from edge_vlm_export.sessions import GraphSession
-from tests.fakes import tiny_bundle, tiny_config
+from edge_vlm.formats.calibration import FP16_LIMIT
+from edge_vlm.formats.precision import FP32, PRESETS, Precision, Variant
+from edge_vlm_export.graphs.graphs import graph_specs
+from edge_vlm_export.quantize.convert import Ranges, convert
+from edge_vlm_export.quantize.plan import MOVEMENT, NodePlan, PrecisionPlan, plan_graph
+from edge_vlm_export.trace.graph_files import load_graph, save_graph
+from edge_vlm_export.verify.check_inputs import sample_inputs
+from edge_vlm_export.verify.sessions import GraphSession
+from tests.tiny import tiny_bundle, tiny_config
 
 HALF = Precision(base="float16")
 

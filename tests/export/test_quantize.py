@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_vlm_export.quantize import (
+from edge_vlm_export.quantize.quantize import (
     BLOCK_SIZES,
     activation_scale,
     block_size,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_vlm.bundle import EngineBundle
-from edge_vlm.precision import FP32, PRESETS
-from edge_vlm_export.chain import drawn_clip
-from edge_vlm_export.real_inputs import real_inputs
-from edge_vlm_export.runs import Graphs, torch_run
-from edge_vlm_export.samples import RealInputs, sample_inputs
-from edge_vlm_export.verify_chain import chain_of
-from edge_vlm_export.weights import open_weights, streamed_model
-from tests.fakes import tiny_bundle, tiny_checkpoint, tiny_variant
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.precision import FP32, PRESETS
+from edge_vlm_export.graphs.weights import open_weights, streamed_model
+from edge_vlm_export.verify.check_inputs import RealInputs, sample_inputs
+from edge_vlm_export.verify.ort_runner import Graphs, torch_run
+from edge_vlm_export.verify.pipeline import drawn_clip
+from edge_vlm_export.verify.real_inputs import real_inputs
+from edge_vlm_export.verify.verify_pipeline import chain_of
+from tests.tiny import tiny_bundle, tiny_checkpoint, tiny_variant
 
 
 def _real(bundle: EngineBundle, preset: str) -> RealInputs:

@@ -8,22 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_vlm.bundle import EngineBundle
 from edge_vlm.errors import ConfigError
-from edge_vlm.frames import Frame
-from edge_vlm.patches import to_pixel_values
-from edge_vlm.pruning import KeepAll
-from edge_vlm_export.graphs import GraphLimits
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.policies import KeepAll
+from edge_vlm_export.graphs.graphs import GraphLimits
+from edge_vlm_export.graphs.weights import WeightSource, open_weights, streamed_model
 from edge_vlm_export.to_onnx import ExportOptions, export_source
-from edge_vlm_export.weights import WeightSource, open_weights, streamed_model
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.settings import (
-    ModelLimits,
-    ServerLimits,
-    default_settings,
-    video_window,
-)
-from tests.fakes import TINY_LIMITS, tiny_checkpoint
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
+from edge_vlm_runtime.session.budget import default_settings, video_window
+from tests.tiny import TINY_LIMITS, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +44,7 @@ def test_frames_equal_torch(bundle: EngineBundle, source: WeightSource) -> None:
     torch = pytest.importorskip("torch")
     model, vision = streamed_model(source), source.cfg.vision
     rng = np.random.default_rng(4)
-    with Engines.open(bundle.path, threads=1) as engines:
+    with LoadedBundle.open(bundle.path, threads=1) as engines:
         state = engines.vision.new_state()
         for i in range(3):
             rgb = rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge_vlm_export.trt_lint import UNCONFIRMED, lint
-from tests.fakes import tiny_bundle, tiny_variant
 from tests.published_folder import image_bundle
+from tests.tiny import tiny_bundle, tiny_variant
 
 
 def _model(*nodes: onnx.NodeProto, opset: int = 20, ir: int = 10) -> onnx.ModelProto:

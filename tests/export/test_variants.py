@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_vlm.bundle import EngineBundle
-from edge_vlm.frames import Frame
-from edge_vlm.precision import KVLayout, Variant
-from edge_vlm.pruning import FrameTopK
-from edge_vlm_export.compare import cosine
-from edge_vlm_export.plan import PrecisionPlan
-from edge_vlm_export.verify import verify_bundle
-from edge_vlm_runtime.engines import Engines
-from tests.fakes import VARIANTS, tiny_bundle, tiny_checkpoint, tiny_variant
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.precision import KVLayout, Variant
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pruning.policies import FrameTopK
+from edge_vlm_export.quantize.plan import PrecisionPlan
+from edge_vlm_export.verify.compare import cosine
+from edge_vlm_export.verify.verify import verify_bundle
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from tests.tiny import VARIANTS, tiny_bundle, tiny_checkpoint, tiny_variant
 
 EXACT = ("both",)
 
@@ -24,7 +24,7 @@ def _stream(folder: Path) -> tuple[list[np.ndarray], list[int], bool]:
     """Logits behind each step of a stream with a question, an answer undone and frames evicted."""
     rng = np.random.default_rng(3)
     logits, kept = [], []
-    with Engines.open(folder, threads=1) as engines:
+    with LoadedBundle.open(folder, threads=1) as engines:
         vision, lm, prompt = engines.vision, engines.language, engines.prompt
         arena, state, policy = lm.new_arena(160), vision.new_state(), FrameTopK(0.5)
         lm.prefill(arena, lm.embed(prompt.bos_ids))
@@ -74,7 +74,7 @@ def test_the_runtime_streams_it_like_the_plain_bundle(
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_agrees_with_torch_at_every_size(name: str) -> None:
-    from edge_vlm_export.weights import open_weights
+    from edge_vlm_export.graphs.weights import open_weights
 
     bundle = EngineBundle.open(tiny_variant(name))
     report = verify_bundle(bundle, open_weights(tiny_checkpoint()))

@@ -34,11 +34,11 @@ from edge_vlm.config import (
     ScorerConfig,
     VisionConfig,
 )
-from edge_vlm.model.namings import STTS
+from edge_vlm.model.published.mapping import to_ours, to_published
+from edge_vlm.model.published.names import STTS
 from edge_vlm.model.reference import ReferenceEncoding, encode_reference
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.weights import to_ours, to_published
-from edge_vlm_training.losses import similarity_loss
+from edge_vlm_training.objective.losses import similarity_loss
 
 TOLERANCE = 1e-4
 AUX_COEFFICIENT = 0.5  # sim_reg_loss_coefficient of the published code

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_vlm.bundle import EngineBundle
 from edge_vlm.errors import GpuMissing, TrtMissing
-from edge_vlm_runtime.backends.base import Engine
-from edge_vlm_runtime.backends.cuda import Cuda
-from edge_vlm_runtime.backends.ort import OrtEngine
-from edge_vlm_runtime.backends.trt import TrtEngine
-from edge_vlm_runtime.backends.trt_library import TrtLibrary, load_library
-from edge_vlm_runtime.engine_store import EngineStore
-from edge_vlm_runtime.trt_builder import BuildOptions, build_engines
-from tests.fakes import tiny_bundle
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm_runtime.engines.base import Engine
+from edge_vlm_runtime.engines.build import BuildOptions, build_engines
+from edge_vlm_runtime.engines.cuda import Cuda
+from edge_vlm_runtime.engines.ort import OrtEngine
+from edge_vlm_runtime.engines.store import EngineStore
+from edge_vlm_runtime.engines.trt import TrtEngine
+from edge_vlm_runtime.engines.trt_library import TrtLibrary, load_library
+from tests.tiny import tiny_bundle
 
 
 @pytest.fixture(scope="module")

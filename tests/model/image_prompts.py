@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from edge_vlm.config import ModelConfig
-from edge_vlm.images import ImageConfig, join_images, prepare_image
 from edge_vlm.model.images import encode_images
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.prompt import PromptFormat
-from edge_vlm.tokenizer import Tokenizer
+from edge_vlm.pixels.stills import ImageConfig, join_images, prepare_image
+from edge_vlm.text.prompt import PromptFormat
+from edge_vlm.text.tokenizer import Tokenizer
 from tests.model.peers import Prompt
 from tests.published_processors import published_images
 

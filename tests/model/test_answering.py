@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from edge_vlm.clip_answers import CAUSAL, Asked, Prefix
 from edge_vlm.config import VisionAttention
-from edge_vlm.model.answering import TorchModel
+from edge_vlm.evaluation.offline import CAUSAL, Asked, Prefix
 from edge_vlm.model.checkpoint import load_checkpoint
+from edge_vlm.model.evaluator import TorchModel
 from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
-from edge_vlm.prompt import PromptFormat
-from edge_vlm.tokenizer import Tokenizer
-from tests.fakes import tiny_checkpoint
+from edge_vlm.text.prompt import PromptFormat
+from edge_vlm.text.tokenizer import Tokenizer
+from tests.tiny import tiny_checkpoint
 
 QUESTIONS = ("is there a red ball ?", "what colour is the cube ?", "how many cars are there now ?")
 FRAMES = 4

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edge_vlm.errors import CheckpointError, ConfigError, WeightFilesError, WeightNamesError
-from edge_vlm.model.published import load_published, save_published
+from edge_vlm.model.published.files import INDEX, WEIGHTS
+from edge_vlm.model.published.folder import load_published, save_published
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.weight_files import INDEX, WEIGHTS
 from tests.model.peers import variant
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4000000000\n"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from edge_vlm.config import tiny
-from edge_vlm.images import ImageConfig, ImageCrops, join_images, prepare_image
 from edge_vlm.model.images import encode_images
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.pixels.stills import ImageConfig, ImageCrops, join_images, prepare_image
 
 CFG = tiny()
 CUT = ImageConfig(max_crops=4, overlap=(2, 3))

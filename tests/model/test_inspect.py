@@ -16,11 +16,11 @@ from edge_vlm import cli
 from edge_vlm.config import ModelConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm.model.checkpoint import save_checkpoint
 from edge_vlm.model.describe import memory, parameters
-from edge_vlm.model.namings import HUB
-from edge_vlm.model.published import save_published
+from edge_vlm.model.published.config import published_config
+from edge_vlm.model.published.folder import save_published
+from edge_vlm.model.published.mapping import published_shapes, shapes
+from edge_vlm.model.published.names import HUB
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.weights import published_shapes, shapes
-from edge_vlm.published_config import published_config
 from tests.model.peers import parameters_of, variant
 
 NUM_SHARDS = 4

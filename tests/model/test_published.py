@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from edge_vlm.config import ModelConfig, Rescale, tiny
 from edge_vlm.errors import CheckpointError, ConfigError
-from edge_vlm.model.namings import HUB, TRAINING, TRANSFORMERS
-from edge_vlm.model.published import load_published, open_published, save_published
+from edge_vlm.model.published.config import published_config
+from edge_vlm.model.published.folder import load_published, open_published, save_published
+from edge_vlm.model.published.mapping import to_ours, to_published
+from edge_vlm.model.published.names import HUB, TRAINING, TRANSFORMERS
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.weights import to_ours, to_published
-from edge_vlm.published_config import published_config
 from tests.model.peers import (
     TOLERANCE,
     largest,
@@ -217,7 +217,7 @@ from pathlib import Path
 
 import torch
 
-from edge_vlm.model.published import load_published
+from edge_vlm.model.published.folder import load_published
 
 
 def own() -> int:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from edge_vlm.config import LanguageConfig, ModelConfig, RopeScaling
-from edge_vlm.model.namings import TRANSFORMERS
+from edge_vlm.model.published.mapping import to_ours, to_published
+from edge_vlm.model.published.names import TRANSFORMERS
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.weights import to_ours, to_published
-from edge_vlm.rope import rope_table
+from edge_vlm.text.rope import rope_table
 from tests.model.image_prompts import one_image_prompt, several_images_prompt
 from tests.model.peers import (
     TOLERANCE,

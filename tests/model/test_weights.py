@@ -13,15 +13,23 @@ import transformers
 
 from edge_vlm.config import ModelConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm.errors import WeightNamesError
-from edge_vlm.model.namings import HUB, NAMINGS, STTS, TRAINING, TRANSFORMERS, Naming, recognise
-from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.weights import (
+from edge_vlm.model.published.config import config_from_published, published_config
+from edge_vlm.model.published.mapping import (
     published_shapes,
     shapes,
     to_ours,
     to_published,
 )
-from edge_vlm.published_config import config_from_published, published_config
+from edge_vlm.model.published.names import (
+    HUB,
+    NAMINGS,
+    STTS,
+    TRAINING,
+    TRANSFORMERS,
+    Naming,
+    recognise,
+)
+from edge_vlm.model.video_lm import VideoLM
 from tests.model.peers import variant
 
 PUBLISHED_4B = Path(__file__).parents[3] / "shared" / "molmo2-4b"

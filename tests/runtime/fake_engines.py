@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from edge_vlm.errors import NonFinite
-from edge_vlm.frames import Frame
-from edge_vlm.prompt import PromptFormat
-from edge_vlm.pruning import KeepPolicy
-from edge_vlm.specs import DynamicDim
-from edge_vlm.tokenizer import Tokenizer
-from edge_vlm_runtime.kv_arena import KVArena
-from edge_vlm_runtime.vision import FrameTokens
-from tests.fakes import tiny_bundle, tiny_config
+from edge_vlm.formats.graph_spec import DynamicDim
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pruning.policies import KeepPolicy
+from edge_vlm.text.prompt import PromptFormat
+from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm_runtime.inference.kv_arena import KVArena
+from edge_vlm_runtime.inference.vision import FrameTokens
+from tests.tiny import tiny_bundle, tiny_config
 
 ANSWER = "is there a red ball ?"
 
@@ -135,7 +135,7 @@ class FakeLanguage:
         return logits
 
 
-class FakeEngines:
+class FakeBundle:
     images = None
 
     def __init__(self, clock: FakeClock, max_positions: int = 512) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from edge_vlm.specs import GraphSpec
-from edge_vlm_runtime.backends.cuda import Gpu
-from edge_vlm_runtime.backends.trt import ALIGNMENT
-from edge_vlm_runtime.backends.trt_library import TrtLibrary
-from edge_vlm_runtime.backends.trt_profiles import profiles_of
-from edge_vlm_runtime.trt_compile import DTYPES
+from edge_vlm.formats.graph_spec import GraphSpec
+from edge_vlm_runtime.engines.compile import DTYPES
+from edge_vlm_runtime.engines.cuda import Gpu
+from edge_vlm_runtime.engines.trt import ALIGNMENT
+from edge_vlm_runtime.engines.trt_library import TrtLibrary
+from edge_vlm_runtime.engines.trt_profiles import profiles_of
 
 API: dict[str, dict[str, list[str]]] = json.loads(
     (Path(__file__).parents[1] / "data" / "trt_api.json").read_text()

@@ -7,9 +7,9 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edge_vlm_runtime.server import Server
-from edge_vlm_runtime.settings import ServerLimits
-from tests.fakes import tiny_bundle
+from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.server.app import Server
+from tests.tiny import tiny_bundle
 
 Result = TypeVar("Result")
 

@@ -13,9 +13,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, ConnectionClosedOK
 from websockets.frames import Close
 
-from edge_vlm_runtime import line
-from edge_vlm_runtime.connection import Connection
-from edge_vlm_runtime.served_session import SessionTable
+from edge_vlm_runtime.client import connection as line
+from edge_vlm_runtime.server.connection import Connection
+from edge_vlm_runtime.server.sessions import SessionRegistry
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class MemoryLink:
 class Network:
     """Where clients connect to a table's sessions; each connection breaks as planned."""
 
-    def __init__(self, table: SessionTable, breaks: Sequence[Break]) -> None:
+    def __init__(self, table: SessionRegistry, breaks: Sequence[Break]) -> None:
         self._table = table
         self._breaks = list(breaks)
         self.links: list[MemoryLink] = []
@@ -128,7 +128,7 @@ class Network:
 
 
 @contextmanager
-def network(table: SessionTable, breaks: Sequence[Break] = ()) -> Iterator[Network]:
+def network(table: SessionRegistry, breaks: Sequence[Break] = ()) -> Iterator[Network]:
     """Clients of this process connect through memory, and come back without a pause."""
     made = Network(table, breaks)
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from edge_vlm.frames import encode_jpeg
+from edge_vlm.pixels.frames import encode_jpeg
 
 
 def picture(seed: int, size: int = 48) -> np.ndarray:

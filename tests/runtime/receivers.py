@@ -16,7 +16,7 @@ from typing import Any
 
 import paho.mqtt.client as paho
 
-from edge_vlm_runtime import alert_messages as messages
+from edge_vlm_runtime.protocol import alerts as messages
 from tests.runtime.live import TIMEOUT_S
 from tests.runtime.pictures import jpeg
 

@@ -1,280 +1,473 @@
-"""The rules of an alert, without a model and without a session."""
+"""Alerts inside a session, without sockets: when they are checked, what is told, what it costs."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_vlm.errors import AlertsUnsupported, ConfigError, TooManyAlerts, UnknownAlert
-from edge_vlm.tokenizer import Tokenizer
-from edge_vlm_runtime.alert_messages import AlertCreate
-from edge_vlm_runtime.alerts import (
-    Alert,
-    AlertBook,
-    AlertMachine,
-    AlertRule,
-    AlertState,
-    Change,
-    SeenFrame,
-    YesNo,
+from edge_vlm.errors import (
+    ConfigError,
+    EdgeVlmError,
+    QuestionTooLong,
+    TooManyAlerts,
+    TooManyQuestions,
+    UnknownAlert,
 )
-from edge_vlm_runtime.commands import DEMO_BUNDLE
+from edge_vlm.pixels.frames import decode_jpeg
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol import alerts as messages
+from edge_vlm_runtime.protocol.settings import Attention
+from edge_vlm_runtime.session.alerts import MAX_WAITING_LISTS
+from tests.runtime.fake_engines import FakeBundle, FakeClock
+from tests.runtime.pictures import jpeg
+from tests.runtime.test_session import LIMITS, Viewer
+from tests.tiny import tiny_bundle
 
 QUESTION = "is there a red ball ?"
-BEGAN, ENDED = Change.BEGAN, Change.ENDED
 
 
-def rule(**fields: Any) -> AlertRule:
-    return AlertRule(**{"question": QUESTION, "on_threshold": 0.7, "off_threshold": 0.4, **fields})
+class Watcher(Viewer):
+    """A viewer with alerts; `yes` sets what the model makes of the frames from now on."""
 
+    def create(self, question: str = QUESTION, **rule: Any) -> None:
+        message = messages.AlertCreate(question=question, event_id="new", **rule)
+        self.session.take(message, self.clock())
 
-def changes(machine: AlertMachine, *probabilities: float) -> list[Change | None]:
-    """One measurement a second."""
-    return [machine.update(float(second), p) for second, p in enumerate(probabilities)]
+    def delete(self, alert_id: str) -> None:
+        self.session.take(messages.AlertDelete(alert_id=alert_id, event_id="gone"), self.clock())
 
+    def ask_list(self, event_id: str = "list") -> None:
+        self.session.take(messages.AlertList(event_id=event_id), self.clock())
 
-def test_hysteresis_begins_high_and_ends_low() -> None:
-    found = changes(AlertMachine(rule()), 0.1, 0.69, 0.7, 0.5, 0.4, 0.39, 0.5, 0.8)
-    assert found == [None, None, BEGAN, None, None, ENDED, None, BEGAN]
+    def yes(self, probability: float) -> None:
+        self.engines.language.yes = probability
 
+    @property
+    def measured(self) -> list[int]:
+        found: list[int] = self.engines.language.measured
+        return found
 
-def test_equal_thresholds_change_at_every_crossing_and_never_at_once() -> None:
-    machine = AlertMachine(rule(on_threshold=0.5, off_threshold=0.5))
-    assert changes(machine, 0.5, 0.5, 0.49, 0.5) == [BEGAN, None, ENDED, BEGAN]
-
-
-def test_a_hold_lets_only_what_lasts_begin() -> None:
-    machine = AlertMachine(rule(hold_s=2.0))
-    assert changes(machine, 0.9, 0.9, 0.6, 0.9, 0.9, 0.9) == [None] * 5 + [BEGAN]
-    assert machine.began_s == 5.0
-
-
-def test_states_tell_what_is_about_to_happen() -> None:
-    machine = AlertMachine(rule(hold_s=1.0))
-    states = [machine.state]
-    for time_s in (0.0, 1.0):
-        machine.update(time_s, 0.9)
-        states.append(machine.state)
-    assert states == [AlertState.IDLE, AlertState.HOLDING, AlertState.ACTIVE]
-
-
-def test_a_hold_at_the_end_bridges_gaps() -> None:
-    machine = AlertMachine(rule(clear_hold_s=2.0))
-    found = changes(machine, 0.9, 0.1, 0.1, 0.5, 0.1, 0.1, 0.1)
-    assert found == [BEGAN, None, None, None, None, None, ENDED]
-
-
-def test_a_cool_down_delays_the_next_begin() -> None:
-    machine = AlertMachine(rule(cooldown_s=3.0))
-    found = changes(machine, 0.9, 0.1, 0.9, 0.9, 0.9, 0.9)
-    assert found == [BEGAN, ENDED, None, None, BEGAN, None]
-
-
-@given(
-    st.lists(st.floats(0, 1), min_size=1, max_size=60),
-    st.floats(0.05, 1),
-    st.floats(0, 1),
-    st.sampled_from([0.0, 0.5, 1.0, 2.5]),
-    st.sampled_from([0.0, 1.0, 2.0]),
-    st.sampled_from([0.0, 1.5, 4.0]),
-)
-def test_begins_and_ends_keep_every_promise(
-    probabilities: list[float],
-    on: float,
-    share: float,
-    hold_s: float,
-    clear_hold_s: float,
-    cooldown_s: float,
-) -> None:
-    machine = AlertMachine(
-        rule(
-            on_threshold=on,
-            off_threshold=on * share,
-            hold_s=hold_s,
-            clear_hold_s=clear_hold_s,
-            cooldown_s=cooldown_s,
-        )
-    )
-    times = [0.5 * i for i in range(len(probabilities))]
-    last: Change | None = ENDED
-    ended_s = -math.inf
-    for time_s, probability in zip(times, probabilities, strict=True):
-        change = machine.update(time_s, probability)
-        if change is None:
-            continue
-        hold = hold_s if change is BEGAN else clear_hold_s
-        recent = [
-            p for t, p in zip(times, probabilities, strict=True) if time_s - hold <= t <= time_s
+    def story(self) -> list[tuple[str, int]]:
+        """Begins and ends with the frame that each rests on."""
+        return [
+            (protocol.tag_of(type(event)), event.frame_sequence)
+            for event in self.events
+            if isinstance(event, (messages.AlertTriggered, messages.AlertCleared))
         ]
-        assert change is not last
-        if change is BEGAN:
-            assert min(recent) >= on
-            assert time_s >= ended_s + cooldown_s - 1e-5
-        else:
-            assert max(recent) < on * share
-            ended_s = time_s
-        last = change
+
+    def status(self) -> messages.AlertStatus:
+        self.ask_list()
+        self.run()
+        return self.of(messages.AlertListed)[-1].alerts[0]
+
+
+BEGIN, END = "alert.triggered", "alert.cleared"
+
+
+def test_an_alert_begins_and_ends_with_what_is_seen_and_leaves_no_trace() -> None:
+    watcher = Watcher()
+    watcher.create()
+    (created,) = watcher.of(messages.AlertCreated)
+    assert created.event_id == "new" and created.alert.rule.question == QUESTION
+    for sequence, probability in enumerate([0.1, 0.9, 0.95, 0.5, 0.1], start=1):
+        watcher.yes(probability)
+        watcher.show(sequence)
+        context = watcher.session._context
+        assert watcher.session._arena.length == context.video_tokens
+    assert watcher.story() == [(BEGIN, 2), (END, 5)]
+    (triggered,) = watcher.of(messages.AlertTriggered)
+    (cleared,) = watcher.of(messages.AlertCleared)
+    assert (triggered.alert_id, triggered.episode) == (cleared.alert_id, cleared.episode)
+    assert triggered.question == cleared.question == QUESTION
+    assert triggered.probability == pytest.approx(0.9, abs=1e-4)
+    assert (triggered.time_s, cleared.time_s) == (0.5, 2.0)
+    assert (cleared.reason, cleared.lasted_s) == ("probability", 1.5)
+    # one picture of 10 ms, its prefill and the check of 20 ms each
+    assert triggered.age_s == pytest.approx(0.05, abs=1e-6)
+    evidence = triggered.evidence
+    assert evidence is not None and evidence.exact
+    assert (evidence.frame_sequence, evidence.time_s) == (2, 0.5)
+    assert evidence.jpeg == jpeg(2)
+
+
+def test_nothing_is_decoded_and_an_idle_session_is_not_asked() -> None:
+    watcher = Watcher()
+    watcher.create()
+    watcher.show(1, 2)
+    assert watcher.measured == [1, 1]
+    assert [blocks for _, blocks in watcher.engines.language.prefills] == [1, 1]  # frames only
+    for _ in range(5):
+        assert not watcher.session.step()
+    assert watcher.measured == [1, 1]
+
+
+def test_a_session_without_alerts_measures_nothing() -> None:
+    watcher = Watcher()
+    watcher.show(1, 2, 3)
+    assert watcher.measured == []
+
+
+def test_alerts_are_measured_together_and_the_same_question_once() -> None:
+    watcher = Watcher()
+    watcher.show(1)
+    watcher.create("is there a red ball ?")
+    watcher.create("is there a cube ?")
+    watcher.create("is there a red ball ?", on_threshold=0.95, off_threshold=0.5)
+    watcher.yes(0.9)
+    watcher.run()  # a new alert looks at the newest frame
+    assert watcher.measured == [2]
+    assert [event.alert_id for event in watcher.of(messages.AlertTriggered)] == [
+        "alert_1",
+        "alert_2",
+    ]
+    watcher.show(2)
+    assert watcher.measured == [2, 2]
+
+
+def test_one_step_is_one_run_and_a_question_comes_between_two() -> None:
+    engines = FakeBundle(FakeClock())
+    dims = engines.bundle.specs["llm"].dims
+    dims["s"] = dataclasses.replace(dims["s"], opt=16, max=40)
+    watcher = Watcher(engines, engines.vision._clock)
+    watcher.show(1)
+    watcher.yes(0.9)
+    texts = ["is it red ?", "is it blue ?", "is there a cube ?", "is there a dog ?", "no ."]
+    for text in texts:
+        watcher.create(text)
+    watcher.session.step()
+    first = len(watcher.of(messages.AlertTriggered))
+    assert 0 < first < len(texts)
+    watcher.ask()
+    watcher.run()
+    kinds = [type(event) for event in watcher.events]
+    done = kinds.index(protocol.ResponseDone)
+    assert kinds[:done].count(messages.AlertTriggered) == first
+    begun = [event.question for event in watcher.of(messages.AlertTriggered)]
+    assert begun == texts
+    assert sum(watcher.measured) == len(texts) and len(watcher.measured) > 1
+
+
+def test_questions_come_before_alerts_and_alerts_before_the_next_frame() -> None:
+    watcher = Watcher()
+    watcher.yes(0.9)
+    watcher.create()
+    watcher.put(1)
+    watcher.session.step()
+    watcher.put(2)
+    watcher.ask()
+    watcher.run()
+    kinds = [
+        (type(event), getattr(event, "frame_sequence", None))
+        for event in watcher.events
+        if isinstance(
+            event, (protocol.ResponseDone, messages.AlertTriggered, protocol.FrameAccepted)
+        )
+    ]
+    assert kinds[0] == (protocol.FrameAccepted, 1)
+    answered = kinds.index((protocol.ResponseDone, None))
+    assert answered < kinds.index((messages.AlertTriggered, 2))
+
+
+def test_frames_that_come_during_an_answer_are_checked_when_it_ends() -> None:
+    watcher = Watcher()
+    watcher.create()
+    watcher.show(1)
+    watcher.ask()
+    watcher.session.step()
+    watcher.yes(0.9)
+    for sequence in (2, 3):
+        watcher.put(sequence)
+        watcher.session.step()
+    watcher.ask_list()
+    assert watcher.measured == [1]
+    assert not watcher.of(messages.AlertListed)
+    watcher.run()
+    assert watcher.measured == [1, 1]
+    assert watcher.story() == [(BEGIN, 3)]
+    (listed,) = watcher.of(messages.AlertListed)
+    assert listed.alerts[0].frame_sequence == 3
+    triggered = watcher.of(messages.AlertTriggered)[0]
+    assert triggered.evidence is not None and triggered.evidence.jpeg == jpeg(3)
+
+
+def test_a_picture_that_stays_completes_a_hold_without_the_engines() -> None:
+    watcher = Watcher(delivery="live", heartbeat_s=60.0, fps_cap=2.0)
+    watcher.create(hold_s=1.5)
+    watcher.yes(0.9)
+    for sequence in range(1, 7):
+        watcher.put(sequence, data=jpeg(1))
+        watcher.run()
+    assert watcher.drop_reasons() == dict.fromkeys(range(2, 7), "duplicate")
+    assert watcher.measured == [1]
+    (triggered,) = watcher.of(messages.AlertTriggered)
+    assert (triggered.frame_sequence, triggered.time_s) == (1, 1.5)
+
+
+def test_an_interval_spares_checks() -> None:
+    watcher = Watcher()
+    watcher.create(interval_s=2.0)
+    watcher.show(*range(1, 10))
+    assert len(watcher.measured) == 3
+
+
+def test_checks_are_reported_on_request() -> None:
+    watcher = Watcher()
+    watcher.create(report_checks=True)
+    watcher.yes(0.25)
+    watcher.show(1, 2)
+    checks = watcher.of(messages.AlertChecked)
+    assert [check.frame_sequence for check in checks] == [1, 2]
+    assert checks[0].probability == pytest.approx(0.25, abs=1e-4)
+    assert checks[0].answer_mass == pytest.approx(1.0, abs=1e-6)
+
+
+def test_evidence_is_as_small_as_the_limit_asks_and_may_be_left_out() -> None:
+    limit = LIMITS.max_evidence_bytes
+    big = jpeg(3, 700)
+    assert len(big) > limit
+    watcher = Watcher()
+    watcher.create()
+    watcher.create(evidence=False)
+    watcher.yes(0.9)
+    watcher.put(1, data=big)
+    watcher.run()
+    first, second = watcher.of(messages.AlertTriggered)
+    assert first.evidence is not None and not first.evidence.exact
+    assert len(first.evidence.jpeg) <= limit
+    assert max(decode_jpeg(first.evidence.jpeg).shape) <= 700
+    assert second.evidence is None
+
+
+# ---- create, list, delete --------------------------------------------------------------------
+
+
+def test_lists_tell_where_alerts_stand() -> None:
+    watcher = Watcher()
+    watcher.ask_list()
+    assert watcher.of(messages.AlertListed)[0].alerts == []
+    watcher.create()
+    watcher.yes(0.9)
+    status = watcher.status()
+    assert (status.state, status.episodes, status.probability) == ("idle", 0, None)
+    watcher.show(1)
+    status = watcher.status()
+    assert (status.state, status.episodes, status.frame_sequence) == ("active", 1, 1)
+    assert status.probability == pytest.approx(0.9, abs=1e-4)
+
+
+def test_deleting_an_active_alert_ends_it_first() -> None:
+    watcher = Watcher()
+    watcher.create()
+    watcher.yes(0.9)
+    watcher.show(1, 2)
+    watcher.delete("alert_1")
+    kinds = [type(event) for event in watcher.events[-2:]]
+    assert kinds == [messages.AlertCleared, messages.AlertDeleted]
+    cleared = watcher.of(messages.AlertCleared)[0]
+    assert (cleared.reason, cleared.lasted_s) == ("deleted", 0.5)
+    assert watcher.of(messages.AlertDeleted)[0].event_id == "gone"
+    watcher.show(3)
+    assert watcher.measured == [1, 1]
+    assert len(watcher.story()) == 2
+
+
+def test_the_end_of_a_session_ends_its_alerts() -> None:
+    watcher = Watcher()
+    watcher.create()
+    watcher.create(on_threshold=0.99)
+    watcher.yes(0.9)
+    watcher.show(1)
+    watcher.session.close()
+    assert [event.reason for event in watcher.of(messages.AlertCleared)] == ["session_closed"]
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("action", "kind", "words"),
     [
-        ("question", ""),
-        ("question", "  \n"),
-        ("on_threshold", 1.5),
-        ("on_threshold", math.nan),
-        ("off_threshold", -0.1),
-        ("off_threshold", 0.8),
-        ("hold_s", -1.0),
-        ("clear_hold_s", math.inf),
-        ("cooldown_s", math.nan),
-        ("interval_s", -0.5),
+        (lambda w: w.delete("alert_7"), UnknownAlert, "alert_7"),
+        (lambda w: w.delete("x" * 10_000), UnknownAlert, "known are: alert_1"),
+        (lambda w: w.create(""), ConfigError, "question"),
+        (lambda w: w.create("is it red ? " * 100), QuestionTooLong, "tokens"),
+        (lambda w: w.create(on_threshold=0.3, off_threshold=0.6), ConfigError, "off_threshold"),
+        (lambda w: w.create(hold_s=-1.0), ConfigError, "hold_s"),
+        (lambda w: [w.create() for _ in range(20)], TooManyAlerts, "16 alerts"),
     ],
 )
-def test_rules_that_make_no_sense_name_the_field(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=field):
-        rule(**{field: value})
+def test_what_cannot_be_done_is_refused_and_the_rest_goes_on(
+    action: Callable[[Watcher], Any], kind: type[EdgeVlmError], words: str
+) -> None:
+    watcher = Watcher()
+    watcher.create()
+    with pytest.raises(kind, match=words) as caught:
+        action(watcher)
+    assert len(str(caught.value)) < 300
+    watcher.yes(0.9)
+    watcher.show(1)
+    assert watcher.story()[0] == (BEGIN, 1)
 
 
-def test_a_threshold_of_nothing_would_always_be_reached() -> None:
-    with pytest.raises(ConfigError, match="on_threshold"):
-        rule(on_threshold=0.0, off_threshold=0.0)
+def test_lists_that_wait_are_bounded() -> None:
+    watcher = Watcher()
+    watcher.create()
+    watcher.put(1)
+    watcher.session.step()
+    with pytest.raises(TooManyQuestions):
+        for _ in range(MAX_WAITING_LISTS + 1):
+            watcher.ask_list()
+    watcher.run()
+    assert len(watcher.of(messages.AlertListed)) == MAX_WAITING_LISTS
 
 
-def test_a_message_holds_a_rule_and_nothing_else() -> None:
-    assert AlertCreate(question=QUESTION, event_id="e").rule() == AlertRule(question=QUESTION)
+def test_a_check_that_fails_is_told_once_and_ends_nothing() -> None:
+    watcher = Watcher()
+    watcher.create()
+    watcher.yes(0.9)
+    watcher.show(1)
+    watcher.yes(math.nan)
+    watcher.show(2, 3, 4)
+    assert [event.error.code for event in watcher.of(protocol.Error)] == ["E-NONFINITE"]
+    watcher.ask()
+    watcher.run()
+    assert watcher.of(protocol.ResponseDone)[0].status == "completed"
+    watcher.yes(0.1)
+    watcher.show(5)
+    assert watcher.story() == [(BEGIN, 1), (END, 5)]
 
 
-# ---- the alerts of a session -----------------------------------------------------------------
+@pytest.mark.parametrize("attention", list(Attention))
+def test_alerts_work_in_every_mode(attention: Attention) -> None:
+    watcher = Watcher(attention=attention, last_n=2)
+    watcher.create()
+    watcher.create("is there a cube ?")
+    watcher.yes(0.9)
+    watcher.show(1, 2, 3)
+    assert watcher.measured == [2, 2, 2]
+    assert len(watcher.of(messages.AlertTriggered)) == 2
 
 
-def frame(sequence: int, time_s: float) -> SeenFrame:
-    return SeenFrame(
-        sequence=sequence,
-        time_s=time_s,
-        capture_time_us=round((100 + time_s) * 1e6),
-        received_ns=0,
-        jpeg=b"",
-    )
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.sampled_from(["frame", "same", "bad", "ask", "step", "step", "update"])
+        | st.sampled_from(["create", "delete", "list", "cancel"])
+        | st.floats(0, 1),
+        max_size=60,
+    ),
+    st.sampled_from(["live", "wait"]),
+    st.sampled_from(list(Attention)),
+)
+def test_whatever_happens_begins_and_ends_alternate(
+    actions: list[str | float], delivery: str, attention: Attention
+) -> None:
+    watcher = Watcher(delivery=delivery, attention=attention, window_tokens=70)
+    asked = 0
+    for number, action in enumerate(actions, start=1):
+        watcher.clock.pass_s(0.4)
+        try:
+            if isinstance(action, float):
+                watcher.yes(action)
+            elif action in ("frame", "bad", "same"):
+                data = {"bad": b"junk", "same": jpeg(1)}.get(action)
+                watcher.put(number, data=data, at_s=number * 0.4)
+            elif action == "ask":
+                watcher.ask()
+            elif action == "create":
+                watcher.create(hold_s=0.4, clear_hold_s=0.4, cooldown_s=0.8)
+            elif action == "delete":
+                watcher.delete("alert_1")
+            elif action == "list":
+                watcher.ask_list()
+                asked += 1
+            elif action == "cancel":
+                watcher.session.cancel(None)
+            elif action == "update":
+                watcher.session.update(protocol.SettingsPatch(keep_ratio=0.4))
+            else:
+                watcher.session.step()
+        except EdgeVlmError:
+            continue
+    watcher.run()
+    assert len(watcher.of(messages.AlertListed)) == asked
+    watcher.session.close()
+    assert watcher.outcomes() == watcher.put_frames
+    for created in watcher.of(messages.AlertCreated):
+        name = created.alert.alert_id
+        story = [
+            (type(event), event.episode)
+            for event in watcher.events
+            if isinstance(event, (messages.AlertTriggered, messages.AlertCleared))
+            and event.alert_id == name
+        ]
+        rounds = len(story) // 2
+        assert story == [
+            (kind, episode)
+            for episode in range(1, rounds + 1)
+            for kind in (messages.AlertTriggered, messages.AlertCleared)
+        ]
 
 
-def test_the_book_names_alerts_and_is_bounded() -> None:
-    book = AlertBook(max_alerts=2)
-    names = [book.create(rule()).alert_id for _ in range(2)]
-    with pytest.raises(TooManyAlerts, match="2 alerts"):
-        book.create(rule())
-    with pytest.raises(UnknownAlert, match="alert_9"):
-        book.delete("alert_9")
-    book.delete(names[0])
-    assert book.create(rule()).alert_id not in names
+# ---- with the real tiny model ----------------------------------------------------------------
 
 
-def test_every_new_frame_is_checked_once() -> None:
-    book = AlertBook(max_alerts=4)
-    alert = book.create(rule())
-    assert book.due() == []  # there is nothing to look at
-    for sequence in (1, 2):
-        book.saw(frame(sequence, sequence * 0.5))
-        assert book.due() == [alert]
-        book.measured(alert, 0.1, 1.0)
-        assert book.due() == []
+def test_measuring_equals_asking_each_question_alone() -> None:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
+        language, prompt = engines.language, engines.prompt
+        arena = language.new_arena(200)
+        frame = prompt.frame_ids(0.0, 0, first=True)
+        language.prefill(arena, language.embed(np.concatenate([prompt.bos_ids, frame])))
+        texts = [
+            "is there a red ball ?",
+            "what colour is the cube ?",
+            "no .",
+            "which way does the dog move ?",
+        ]
+        branches = [language.embed(prompt.question_ids(text)) for text in texts]
+        alone = []
+        mark = arena.mark()
+        for branch in branches:
+            alone.append(language.prefill(arena, branch))
+            arena.truncate(mark)
+        before = [array.copy() for array in arena.rows(0)]
+        together = language.measure(arena, branches)
+        np.testing.assert_allclose(together, np.stack(alone), atol=2e-5)
+        assert arena.length == mark
+        for array, copy in zip(arena.rows(0), before, strict=True):
+            np.testing.assert_array_equal(array, copy)
+        # more than one run when they do not fit into one
+        many = language.measure(arena, branches * 6)
+        assert sum(len(branch) for branch in branches * 6) > language.max_tokens
+        np.testing.assert_allclose(many, np.tile(np.stack(alone), (6, 1)), atol=2e-5)
+        with pytest.raises(ValueError, match="branches"):
+            language.measure(arena, [])
 
 
-def test_an_interval_spares_checks_and_catches_up_on_the_newest_frame() -> None:
-    book = AlertBook(max_alerts=4)
-    alert = book.create(rule(interval_s=1.0))
-    checked = []
-    for sequence in range(1, 8):
-        book.saw(frame(sequence, sequence * 0.4))
-        if book.due():
-            book.measured(alert, 0.1, 1.0)
-            checked.append(sequence)
-    assert checked == [1, 4, 7]
-    book.saw(frame(8, 3.2))
-    assert book.due() == []
-    book.stood_still(round(103.8 * 1e6))  # the picture stays; time comes
-    assert book.due() == [alert]
-
-
-def test_time_alone_completes_a_hold_while_the_picture_stays() -> None:
-    book = AlertBook(max_alerts=4)
-    alert = book.create(rule(hold_s=2.0))
-    book.saw(frame(1, 0.0))
-    book.measured(alert, 0.9, 1.0)
-    assert book.stood_still(round(101.9 * 1e6)) == []
-    assert book.stood_still(round(102.0 * 1e6)) == [(alert, BEGAN)]
-    assert (alert.episode, book.now_s) == (1, 2.0)
-
-
-def test_time_says_nothing_about_a_picture_that_was_not_checked() -> None:
-    book = AlertBook(max_alerts=4)
-    alert = book.create(rule(hold_s=2.0))
-    book.saw(frame(1, 0.0))
-    book.measured(alert, 0.9, 1.0)
-    book.saw(frame(2, 1.0))
-    assert book.stood_still(round(104 * 1e6)) == []
-
-
-def test_a_failed_check_changes_nothing_and_is_told_once() -> None:
-    book = AlertBook(max_alerts=4)
-    alert = book.create(rule())
-    told = []
-    for sequence in range(1, 5):
-        book.saw(frame(sequence, float(sequence)))
-        told.append(book.failed(alert))
-        assert book.due() == []
-    assert told == [True, False, False, False]
-    assert alert.machine.state is AlertState.IDLE
-    book.saw(frame(5, 5.0))
-    assert book.measured(alert, 0.9, 1.0) is BEGAN
-    assert book.failed(alert)
-
-
-def test_an_alert_that_was_never_measured_does_not_move() -> None:
-    assert Alert("alert_1", rule()).update(5.0) is None
-
-
-# ---- reading logits --------------------------------------------------------------------------
-
-
-class Words:
-    """A tokenizer of whole words; others are cut into letters."""
-
-    def __init__(self, *words: str) -> None:
-        self._words = words
-
-    def encode(self, text: str) -> list[int]:
-        return [self._words.index(text)] if text in self._words else [90 + len(text)] * len(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(self._words[i] if i < len(self._words) else "?" for i in ids)
-
-
-def test_yes_and_no_are_summed_over_their_spellings() -> None:
-    reader = YesNo(Words("maybe", "yes", " Yes", "no", "No"))  # type: ignore[arg-type]
-    shares = np.array([0.2, 0.3, 0.3, 0.1, 0.1])
-    probability, mass = reader.read(np.log(shares).astype(np.float32))
-    assert probability == pytest.approx(0.75, abs=1e-6)
-    assert mass == pytest.approx(0.8, abs=1e-6)
-
-
-def test_a_vocabulary_without_the_words_cannot_watch() -> None:
-    with pytest.raises(AlertsUnsupported, match="'no'"):
-        YesNo(Words("yes", "nope"))  # type: ignore[arg-type]
-
-
-@given(st.lists(st.floats(-80, 80, width=32), min_size=2, max_size=2))
-def test_any_logits_give_a_share(pair: list[float]) -> None:
-    tokenizer = Tokenizer.from_file(DEMO_BUNDLE / "tokenizer.json")
-    logits = np.zeros(200, np.float32)
-    yes, no = tokenizer.encode("yes")[0], tokenizer.encode("no")[0]
-    logits[[yes, no]] = pair
-    probability, mass = YesNo(tokenizer).read(logits)
-    assert 0 <= probability <= 1 and 0 <= mass <= 1 + 1e-9
-    expected = 1 / (1 + math.exp(min(pair[1] - pair[0], 700)))
-    assert probability == pytest.approx(expected, rel=1e-6, abs=1e-12)
+@pytest.mark.parametrize("attention", [Attention.FRAME, Attention.EXACT])
+def test_alerts_change_no_answer(attention: Attention) -> None:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
+        said = []
+        for watched in (False, True):
+            watcher = Watcher(engines, FakeClock(), max_answer_tokens=8, attention=attention)
+            if watched:
+                watcher.create(report_checks=True)
+                watcher.create("what colour is the cube ?")
+            for sequence in range(1, 7):
+                watcher.show(sequence)
+                if sequence % 2 == 0:
+                    watcher.ask()
+                    watcher.run()
+            said.append(
+                [
+                    (event.text, event.kv_tokens, event.usage.vision_tokens)
+                    for event in watcher.of(protocol.ResponseDone)
+                ]
+            )
+        assert len(watcher.of(messages.AlertChecked)) == 6
+    assert said[0] == said[1]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_vlm.bundle import EngineBundle
 from edge_vlm.cli import main
 from edge_vlm.errors import (
     ConfigError,
@@ -22,20 +21,21 @@ from edge_vlm.errors import (
     EngineStale,
     GpuMissing,
     MissingExtraError,
+    OutOfDeviceMemory,
     TrtMissing,
-    TrtOutOfMemory,
 )
-from edge_vlm.frames import Frame
-from edge_vlm.pruning import FrameTopK
-from edge_vlm_export.sessions import GraphSession
-from edge_vlm_runtime.backends.cuda import Cuda, Gpu
-from edge_vlm_runtime.backends.names import Backend
-from edge_vlm_runtime.backends.trt_library import load_library
-from edge_vlm_runtime.engine_store import EngineStore, Fingerprint
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.open_graphs import open_engines
-from tests.fakes import tiny_bundle, tiny_variant
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pruning.policies import FrameTopK
+from edge_vlm_export.verify.sessions import GraphSession
+from edge_vlm_runtime.engines.cuda import Cuda, Gpu
+from edge_vlm_runtime.engines.names import Backend
+from edge_vlm_runtime.engines.open import open_engines
+from edge_vlm_runtime.engines.store import EngineStore, Fingerprint
+from edge_vlm_runtime.engines.trt_library import load_library
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from tests.runtime.fake_trt import API, FakeDevice, FakeTrt
+from tests.tiny import tiny_bundle, tiny_variant
 
 RELEASE = sorted(API)[0]
 ORIN = Gpu(name="Orin", capability="sm_87")
@@ -63,7 +63,7 @@ def _fake(bundle: EngineBundle, folder: Path, gpu: Gpu) -> FakeTrt:
     return fake
 
 
-def _stream(engines: Engines) -> list[np.ndarray]:
+def _stream(engines: LoadedBundle) -> list[np.ndarray]:
     """Logits behind frames, questions that are undone, answers and an eviction."""
     rng = np.random.default_rng(3)
     vision, lm, prompt = engines.vision, engines.language, engines.prompt
@@ -96,11 +96,11 @@ def test_a_stream_on_engines_equals_onnx_runtime(variant: str, tmp_path: Path) -
     bundle, device = EngineBundle.open(folder), FakeDevice()
     fake = _fake(bundle, tmp_path, device.gpu)
     opened = open_engines(bundle, tmp_path, fake.library, device)
-    with Engines(bundle, opened.graphs, opened.cache_memory) as engines:
+    with LoadedBundle(bundle, opened.graphs, opened.cache_memory) as engines:
         got = _stream(engines)
         assert device.entered > 0
     assert not device.blocks  # neither a cache nor a buffer is left behind
-    with Engines.open(folder, threads=1) as engines:
+    with LoadedBundle.open(folder, threads=1) as engines:
         expected = _stream(engines)
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
@@ -111,7 +111,7 @@ def test_the_cache_never_leaves_the_device(tmp_path: Path) -> None:
     bundle, device = EngineBundle.open(tiny_bundle()), FakeDevice(free=10**9)
     fake = _fake(bundle, tmp_path, device.gpu)
     opened = open_engines(bundle, tmp_path, fake.library, device)
-    with Engines(bundle, opened.graphs, opened.cache_memory) as engines:
+    with LoadedBundle(bundle, opened.graphs, opened.cache_memory) as engines:
         lm = engines.language
         arena = lm.new_arena(400)
         lm.prefill(arena, lm.embed(np.full(64, 5)))
@@ -132,7 +132,7 @@ def test_an_arena_that_is_forgotten_gives_its_memory_back(tmp_path: Path) -> Non
     bundle, device = EngineBundle.open(tiny_bundle()), FakeDevice()
     fake = _fake(bundle, tmp_path, device.gpu)
     opened = open_engines(bundle, tmp_path, fake.library, device)
-    with Engines(bundle, opened.graphs, opened.cache_memory) as engines:
+    with LoadedBundle(bundle, opened.graphs, opened.cache_memory) as engines:
         arena = engines.language.new_arena(100)
         assert len(device.blocks) == 1
         assert device.is_device_memory(arena.pointers[0])
@@ -162,7 +162,7 @@ def test_a_graph_without_engine_is_named_before_any_is_loaded(tmp_path: Path) ->
 def test_a_gpu_without_room_leaves_nothing_behind(tmp_path: Path) -> None:
     bundle, device = EngineBundle.open(tiny_bundle()), FakeDevice(free=10)
     fake = _fake(bundle, tmp_path, device.gpu)
-    with pytest.raises(TrtOutOfMemory, match="scratch memory"):
+    with pytest.raises(OutOfDeviceMemory, match="scratch memory"):
         open_engines(bundle, tmp_path, fake.library, device)
     assert not device.blocks
 
@@ -188,7 +188,7 @@ def test_the_real_library_without_a_driver_is_a_named_error(tmp_path: Path) -> N
     library = load_library("tensorrt_rtx")
     fake = _fake(bundle, tmp_path, ORIN)
     entry = EngineStore(tmp_path, fake.library.name).engine_path("llm")
-    from edge_vlm_runtime.backends.trt import TrtEngine
+    from edge_vlm_runtime.engines.trt import TrtEngine
 
     with pytest.raises(GpuMissing, match="driver is missing or too old for tensorrt_rtx") as caught:
         TrtEngine(bundle.specs["llm"], entry, library, FakeDevice())
@@ -226,12 +226,12 @@ def test_serving_engines_without_the_library_is_one_clear_line(
 
 def test_a_bundle_for_onnx_runtime_has_no_engines() -> None:
     with pytest.raises(ConfigError, match="--variant portable"):
-        Engines.open(tiny_variant("ort-int4"), backend=Backend.TRT)
+        LoadedBundle.open(tiny_variant("ort-int4"), backend=Backend.TRT)
 
 
 def test_engines_are_for_their_backend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--backend trt"):
-        Engines.open(tiny_bundle(), engines=tmp_path)
+        LoadedBundle.open(tiny_bundle(), engines=tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
@@ -250,4 +250,4 @@ def test_onnx_runtime_never_falls_back_to_the_cpu(
     if provider_is_there and _has_gpu():
         pytest.skip("there is a GPU here")
     with pytest.raises(kind, match="CUDAExecutionProvider"):
-        Engines.open(tiny_bundle(), backend=Backend.CUDA)
+        LoadedBundle.open(tiny_bundle(), backend=Backend.CUDA)

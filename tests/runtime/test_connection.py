@@ -7,12 +7,13 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from edge_vlm_runtime.connection import Connection
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.served_session import SessionTable
-from edge_vlm_runtime.settings import ModelLimits, ServerLimits, default_settings
-from edge_vlm_runtime.worker import EngineWorker
-from tests.runtime.fake_engines import FakeClock, FakeEngines
+from edge_vlm_runtime.engine_thread.worker import EngineWorker
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
+from edge_vlm_runtime.server.connection import Connection
+from edge_vlm_runtime.server.sessions import SessionRegistry
+from edge_vlm_runtime.session.budget import default_settings
+from tests.runtime.fake_engines import FakeBundle, FakeClock
 from tests.runtime.live import run
 
 
@@ -37,14 +38,14 @@ class StuckSocket:
 
 
 @contextmanager
-def fake_table(**limits: Any) -> Iterator[SessionTable]:
+def fake_table(**limits: Any) -> Iterator[SessionRegistry]:
     """A server's sessions over engines without a model."""
-    engines = FakeEngines(FakeClock())
+    engines = FakeBundle(FakeClock())
     given = ServerLimits(**limits)
-    worker = EngineWorker(cast(Engines, engines), given)
+    worker = EngineWorker(cast(LoadedBundle, engines), given)
     worker.start()
     try:
-        yield SessionTable(
+        yield SessionRegistry(
             worker=worker,
             bundle_name="fake",
             settings=default_settings(cast(Any, engines.bundle), given),
@@ -56,7 +57,7 @@ def fake_table(**limits: Any) -> Iterator[SessionTable]:
 
 
 def test_a_client_that_does_not_read_is_disconnected_and_its_session_ended() -> None:
-    async def serve(table: SessionTable, socket: StuckSocket) -> None:
+    async def serve(table: SessionRegistry, socket: StuckSocket) -> None:
         await Connection(socket, table).run()
         assert table.num_sessions == 0
 

@@ -8,30 +8,30 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from edge_vlm.frames import Frame
-from edge_vlm.pruning import make_policy
-from edge_vlm_runtime.context import CAUSAL, Change, Evicted, Rebased, StreamContext
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.settings import Attention, ModelLimits
-from edge_vlm_runtime.vision import FrameTokens
-from tests.fakes import tiny_bundle
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pruning.policies import make_policy
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.inference.vision import FrameTokens
+from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
+from edge_vlm_runtime.session.context import CAUSAL, Change, Evicted, Rebased, StreamContext
 from tests.runtime.pictures import picture
+from tests.tiny import tiny_bundle
 
 QUESTION = "is there a red ball ?"
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    with Engines.open(tiny_bundle(), threads=1) as opened:
+def engines() -> Iterator[LoadedBundle]:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def frames(engines: Engines) -> list[FrameTokens]:
+def frames(engines: LoadedBundle) -> list[FrameTokens]:
     return encode(engines, 24)
 
 
-def encode(engines: Engines, count: int, interval_s: float = 0.5) -> list[FrameTokens]:
+def encode(engines: LoadedBundle, count: int, interval_s: float = 0.5) -> list[FrameTokens]:
     state, policy = engines.vision.new_state(), make_policy("stream", 0.5)
     return [
         engines.vision.encode(
@@ -42,7 +42,7 @@ def encode(engines: Engines, count: int, interval_s: float = 0.5) -> list[FrameT
 
 
 def context(
-    engines: Engines,
+    engines: LoadedBundle,
     *,
     attention: Attention = Attention.FRAME,
     window_tokens: int = 300,
@@ -64,7 +64,7 @@ def context(
     )
 
 
-def logits_behind(engines: Engines, subject: StreamContext) -> np.ndarray:
+def logits_behind(engines: LoadedBundle, subject: StreamContext) -> np.ndarray:
     """What the model would say first; leaves the arena as it was."""
     subject.show()
     arena = subject._arena
@@ -76,7 +76,7 @@ def logits_behind(engines: Engines, subject: StreamContext) -> np.ndarray:
 
 
 def fresh_logits(
-    engines: Engines,
+    engines: LoadedBundle,
     frames: Sequence[FrameTokens],
     stamps_s: Sequence[float],
     two_way_between_frames: bool = False,
@@ -101,7 +101,7 @@ def seconds(frames: Sequence[FrameTokens]) -> list[float]:
 
 
 def test_frame_by_frame_equals_batches_equals_all_at_once(
-    engines: Engines, frames: list[FrameTokens]
+    engines: LoadedBundle, frames: list[FrameTokens]
 ) -> None:
     some = frames[:7]
     singly, batched = context(engines), context(engines)
@@ -116,7 +116,7 @@ def test_frame_by_frame_equals_batches_equals_all_at_once(
 
 
 def test_exact_mode_shows_all_frames_to_each_other(
-    engines: Engines, frames: list[FrameTokens]
+    engines: LoadedBundle, frames: list[FrameTokens]
 ) -> None:
     subject = context(engines, attention=Attention.EXACT)
     subject.add(frames[:4])
@@ -127,7 +127,9 @@ def test_exact_mode_shows_all_frames_to_each_other(
     assert np.abs(expected - by_frame).max() > 1e-3
 
 
-def test_last_n_is_a_clip_of_the_last_frames(engines: Engines, frames: list[FrameTokens]) -> None:
+def test_last_n_is_a_clip_of_the_last_frames(
+    engines: LoadedBundle, frames: list[FrameTokens]
+) -> None:
     subject = context(engines, attention=Attention.LAST_N, last_n=2)
     subject.add(frames[:6])
     expected = fresh_logits(engines, frames[4:6], seconds(frames[4:6]), two_way_between_frames=True)
@@ -139,7 +141,7 @@ def evictions(changes: list[Change]) -> int:
 
 
 def test_eviction_takes_the_oldest_frames_and_never_the_anchor(
-    engines: Engines, frames: list[FrameTokens]
+    engines: LoadedBundle, frames: list[FrameTokens]
 ) -> None:
     subject = context(engines, window_tokens=60)
     gone = 0
@@ -158,7 +160,7 @@ def test_eviction_takes_the_oldest_frames_and_never_the_anchor(
 
 
 def test_batches_larger_than_the_window_are_still_bounded(
-    engines: Engines, frames: list[FrameTokens]
+    engines: LoadedBundle, frames: list[FrameTokens]
 ) -> None:
     subject = context(engines, window_tokens=52)
     subject.add(frames[:16])
@@ -168,7 +170,7 @@ def test_batches_larger_than_the_window_are_still_bounded(
 
 
 def test_used_up_positions_are_counted_anew_without_changing_the_memory(
-    engines: Engines, frames: list[FrameTokens]
+    engines: LoadedBundle, frames: list[FrameTokens]
 ) -> None:
     subject = context(engines, window_tokens=100, max_positions=180)
     rebased = 0
@@ -184,7 +186,9 @@ def test_used_up_positions_are_counted_anew_without_changing_the_memory(
     assert subject.time_offset_s == 0.0
 
 
-def test_used_up_time_stamps_are_counted_anew(engines: Engines, frames: list[FrameTokens]) -> None:
+def test_used_up_time_stamps_are_counted_anew(
+    engines: LoadedBundle, frames: list[FrameTokens]
+) -> None:
     subject = context(engines, max_time_s=4.0)
     offsets = []
     for frame in frames:
@@ -202,7 +206,7 @@ def test_used_up_time_stamps_are_counted_anew(engines: Engines, frames: list[Fra
     np.testing.assert_allclose(logits_behind(engines, subject), expected, atol=2e-4)
 
 
-def test_sparse_frames_beyond_the_trained_time_do_not_get_stuck(engines: Engines) -> None:
+def test_sparse_frames_beyond_the_trained_time_do_not_get_stuck(engines: LoadedBundle) -> None:
     subject = context(engines, max_time_s=4.0)
     for frame in encode(engines, 5, interval_s=30.0):
         subject.add([frame])
@@ -214,7 +218,7 @@ def test_sparse_frames_beyond_the_trained_time_do_not_get_stuck(engines: Engines
 
 @pytest.mark.parametrize("there", [Attention.EXACT, Attention.LAST_N])
 def test_changing_the_mode_and_back_changes_nothing(
-    engines: Engines, frames: list[FrameTokens], there: Attention
+    engines: LoadedBundle, frames: list[FrameTokens], there: Attention
 ) -> None:
     subject = context(engines)
     subject.add(frames[:5])
@@ -232,7 +236,7 @@ def test_changing_the_mode_and_back_changes_nothing(
 
 
 def test_a_smaller_window_evicts_at_once_and_a_larger_reserve_rebases(
-    engines: Engines, frames: list[FrameTokens]
+    engines: LoadedBundle, frames: list[FrameTokens]
 ) -> None:
     subject = context(engines, max_positions=200)
     subject.add(frames[:10])

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_vlm.errors import GpuMissing, TrtOutOfMemory
-from edge_vlm_runtime.backends.cuda import Cuda, Gpu
+from edge_vlm.errors import GpuMissing, OutOfDeviceMemory
+from edge_vlm_runtime.engines.cuda import Cuda, Gpu
 
 SOURCE = Path(__file__).with_name("fake_cuda.c")
 
@@ -62,7 +62,7 @@ def test_any_thread_may_use_it(driver: str) -> None:
 
 def test_what_the_driver_refuses_is_named(driver: str) -> None:
     cuda = Cuda(driver)
-    with pytest.raises(TrtOutOfMemory, match=r"cuMemAlloc_v2: out of memory"):
+    with pytest.raises(OutOfDeviceMemory, match=r"cuMemAlloc_v2: out of memory"):
         cuda.alloc(1 << 30)
     block = cuda.alloc(16)
     with pytest.raises(GpuMissing, match=r"cuMemcpyDtoDAsync_v2 .* error 1: invalid argument"):

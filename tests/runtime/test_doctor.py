@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
-from edge_vlm.bundle import EngineBundle
 from edge_vlm.errors import EngineError, GpuMissing, MissingExtraError, TrtMissing
-from edge_vlm_runtime import doctor
-from edge_vlm_runtime.backends.cuda import Gpu
-from edge_vlm_runtime.backends.names import Backend
-from edge_vlm_runtime.doctor_command import doctor as command
-from edge_vlm_runtime.doctor_command import exit_code
-from edge_vlm_runtime.engine_store import EngineStore, Fingerprint
-from edge_vlm_runtime.machine_checks import Check, Machine, Plan, State
-from tests.fakes import tiny_bundle
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm_runtime.cli.doctor import doctor as command
+from edge_vlm_runtime.cli.doctor import exit_code
+from edge_vlm_runtime.doctor import doctor
+from edge_vlm_runtime.doctor.machine import Check, Machine, Plan, State
+from edge_vlm_runtime.engines.cuda import Gpu
+from edge_vlm_runtime.engines.names import Backend
+from edge_vlm_runtime.engines.store import EngineStore, Fingerprint
 from tests.runtime.command_line import command_line
+from tests.tiny import tiny_bundle
 
 ROOT = Path(__file__).parents[2]
 ORIN = Gpu(name="Orin", capability="sm_87")
@@ -168,10 +168,14 @@ def test_a_damaged_bundle_is_wrong_and_nothing_is_run(plan: Plan, tmp_path: Path
 
 
 def test_a_bundle_that_does_not_open_is_wrong(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_vlm_runtime.server.warm_up", raising(EngineError("no such kernel")))
+    monkeypatch.setattr(
+        "edge_vlm_runtime.inference.bundle_model.warm_up", raising(EngineError("no such kernel"))
+    )
     found = doctor.check_run(plan, [])
     assert (found.state, found.text) == (State.WRONG, "E-ENGINE: no such kernel")
-    monkeypatch.setattr("edge_vlm_runtime.server.warm_up", raising(RuntimeError("a library's")))
+    monkeypatch.setattr(
+        "edge_vlm_runtime.inference.bundle_model.warm_up", raising(RuntimeError("a library's"))
+    )
     assert "a library's" in doctor.check_run(plan, []).text
 
 
@@ -243,7 +247,7 @@ class Absent:
         if name.partition(".")[0] in {[*doctor.SERVING, "PIL", "onnxruntime", "torch"]!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
-from edge_vlm_runtime.doctor_command import doctor
+from edge_vlm_runtime.cli.doctor import doctor
 parser = argparse.ArgumentParser()
 doctor.add_arguments(parser)
 sys.exit(doctor.run(parser.parse_args([])))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from edge_vlm.errors import EngineError, ShapeRange
-from edge_vlm.specs import DynamicDim, GraphSpec, TensorSpec
-from edge_vlm_runtime.backends.base import Engine, Shape
-from edge_vlm_runtime.language import CAUSAL, attention_bias, chunks
+from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
+from edge_vlm_runtime.engines.base import Engine, Shape
+from edge_vlm_runtime.inference.language import CAUSAL, attention_bias, chunks
 
 SPEC = GraphSpec(
     name="g",

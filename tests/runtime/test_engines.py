@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_vlm.bundle import EMBED_TABLE, MANIFEST, sha256_of_file
 from edge_vlm.errors import (
     BundleSchemaError,
     EngineError,
@@ -21,14 +20,15 @@ from edge_vlm.errors import (
     PositionsUsedUp,
     ShapeRange,
 )
-from edge_vlm.frames import Frame
-from edge_vlm.pruning import KeepAll, RandomCells
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.generate import generate
-from edge_vlm_runtime.kv_arena import KVArena
-from edge_vlm_runtime.sampling import Sampling
-from edge_vlm_runtime.vision import FrameTokens
-from tests.fakes import TINY_LIMITS, tiny_bundle
+from edge_vlm.formats.bundle import EMBED_TABLE, MANIFEST, sha256_of_file
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pruning.policies import KeepAll, RandomCells
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.inference.generate import generate
+from edge_vlm_runtime.inference.kv_arena import KVArena
+from edge_vlm_runtime.inference.sampling import Sampling
+from edge_vlm_runtime.inference.vision import FrameTokens
+from tests.tiny import TINY_LIMITS, tiny_bundle
 
 
 def _assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
@@ -36,13 +36,13 @@ def _assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    with Engines.open(tiny_bundle(), threads=1) as opened:
+def engines() -> Iterator[LoadedBundle]:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def clip(engines: Engines) -> list[FrameTokens]:
+def clip(engines: LoadedBundle) -> list[FrameTokens]:
     """Six random pictures, about half of the cells kept."""
     rng = np.random.default_rng(3)
     state = engines.vision.new_state()
@@ -54,14 +54,16 @@ def clip(engines: Engines) -> list[FrameTokens]:
     return [engines.vision.encode(frame, state, policy) for frame in frames]
 
 
-def _segment(engines: Engines, tokens: FrameTokens, index: int) -> tuple[np.ndarray, np.ndarray]:
+def _segment(
+    engines: LoadedBundle, tokens: FrameTokens, index: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings and block ids of one frame, as a session lays them out."""
     ids = engines.prompt.frame_ids(tokens.pts_ns / 1e9, len(tokens.cells), first=index == 0)
     blocks = np.where(engines.prompt.vision_mask(ids), index, -1)
     return engines.language.embed(ids, tokens.embeds), blocks
 
 
-def _prompt(engines: Engines, clip: list[FrameTokens]) -> tuple[np.ndarray, np.ndarray]:
+def _prompt(engines: LoadedBundle, clip: list[FrameTokens]) -> tuple[np.ndarray, np.ndarray]:
     lm, prompt = engines.language, engines.prompt
     bos, question = lm.embed(prompt.bos_ids), lm.embed(prompt.question_ids("is there a red ball ?"))
     parts = [(bos, np.full(len(bos), -1))]
@@ -77,7 +79,9 @@ def _same_rows(a: KVArena, b: KVArena, layers: int = 2) -> None:
             _assert_close(left, right)
 
 
-def test_frame_by_frame_equals_the_whole_clip(engines: Engines, clip: list[FrameTokens]) -> None:
+def test_frame_by_frame_equals_the_whole_clip(
+    engines: LoadedBundle, clip: list[FrameTokens]
+) -> None:
     lm = engines.language
     embeds, blocks = _prompt(engines, clip[:4])
     whole = lm.new_arena(200)
@@ -93,7 +97,7 @@ def test_frame_by_frame_equals_the_whole_clip(engines: Engines, clip: list[Frame
     _same_rows(stepwise, whole)
 
 
-def test_the_block_mask_matters(engines: Engines, clip: list[FrameTokens]) -> None:
+def test_the_block_mask_matters(engines: LoadedBundle, clip: list[FrameTokens]) -> None:
     lm = engines.language
     embeds, blocks = _prompt(engines, clip[:2])
     arenas = [lm.new_arena(100) for _ in range(3)]
@@ -104,7 +108,7 @@ def test_the_block_mask_matters(engines: Engines, clip: list[FrameTokens]) -> No
     assert np.abs(per_frame - published).max() > 1e-4
 
 
-def test_decoding_equals_one_full_prefill(engines: Engines, clip: list[FrameTokens]) -> None:
+def test_decoding_equals_one_full_prefill(engines: LoadedBundle, clip: list[FrameTokens]) -> None:
     lm = engines.language
     embeds, blocks = _prompt(engines, clip[:3])
     arena = lm.new_arena(200)
@@ -123,7 +127,7 @@ def test_decoding_equals_one_full_prefill(engines: Engines, clip: list[FrameToke
 
 
 def test_a_long_prefill_is_cut_between_frames_with_the_same_result(
-    engines: Engines, clip: list[FrameTokens]
+    engines: LoadedBundle, clip: list[FrameTokens]
 ) -> None:
     lm = engines.language
     embeds, blocks = _prompt(engines, clip)
@@ -140,7 +144,7 @@ def test_a_long_prefill_is_cut_between_frames_with_the_same_result(
     _same_rows(cut, stepwise)
 
 
-def test_a_block_larger_than_a_run_is_refused(engines: Engines) -> None:
+def test_a_block_larger_than_a_run_is_refused(engines: LoadedBundle) -> None:
     lm = engines.language
     arena = lm.new_arena()
     s = lm.max_tokens + 1
@@ -149,7 +153,7 @@ def test_a_block_larger_than_a_run_is_refused(engines: Engines) -> None:
     assert arena.length == 0
 
 
-def test_truncate_equals_never_appended(engines: Engines, clip: list[FrameTokens]) -> None:
+def test_truncate_equals_never_appended(engines: LoadedBundle, clip: list[FrameTokens]) -> None:
     lm = engines.language
     clean, branched = lm.new_arena(200), lm.new_arena(200)
     for arena in (clean, branched):
@@ -164,7 +168,7 @@ def test_truncate_equals_never_appended(engines: Engines, clip: list[FrameTokens
 
 
 def test_evicting_the_newest_equals_never_appended(
-    engines: Engines, clip: list[FrameTokens]
+    engines: LoadedBundle, clip: list[FrameTokens]
 ) -> None:
     lm = engines.language
     clean, evicted = lm.new_arena(200), lm.new_arena(200)
@@ -178,7 +182,7 @@ def test_evicting_the_newest_equals_never_appended(
 
 
 def test_an_evicted_frame_is_neither_seen_nor_counted(
-    engines: Engines, clip: list[FrameTokens]
+    engines: LoadedBundle, clip: list[FrameTokens]
 ) -> None:
     """Survivors keep keys, values and positions; what comes later sees only them."""
     lm = engines.language
@@ -197,7 +201,7 @@ def test_an_evicted_frame_is_neither_seen_nor_counted(
             assert (now == then[left]).all()
 
 
-def test_rows_land_in_the_arena_in_place(engines: Engines, clip: list[FrameTokens]) -> None:
+def test_rows_land_in_the_arena_in_place(engines: LoadedBundle, clip: list[FrameTokens]) -> None:
     lm = engines.language
     arena = lm.new_arena(100)
     keys, values = arena._buffer[1]
@@ -212,7 +216,7 @@ def test_rows_land_in_the_arena_in_place(engines: Engines, clip: list[FrameToken
 
 
 def test_two_conversations_in_turn_equal_each_alone(
-    engines: Engines, clip: list[FrameTokens]
+    engines: LoadedBundle, clip: list[FrameTokens]
 ) -> None:
     lm = engines.language
     orders = ([0, 1, 2], [3, 4, 5])
@@ -231,7 +235,7 @@ def test_two_conversations_in_turn_equal_each_alone(
 
 
 def test_a_full_arena_is_a_typed_error_and_changes_nothing(
-    engines: Engines, clip: list[FrameTokens]
+    engines: LoadedBundle, clip: list[FrameTokens]
 ) -> None:
     lm = engines.language
     arena = lm.new_arena(20)
@@ -242,7 +246,7 @@ def test_a_full_arena_is_a_typed_error_and_changes_nothing(
     assert arena.length == held
 
 
-def test_positions_end_where_the_model_was_trained(engines: Engines) -> None:
+def test_positions_end_where_the_model_was_trained(engines: LoadedBundle) -> None:
     lm = engines.language
     arena = lm.new_arena()
     arena.append(lm.max_positions - 1)
@@ -256,13 +260,13 @@ def test_positions_end_where_the_model_was_trained(engines: Engines) -> None:
     assert arena.length == 5
 
 
-def test_an_arena_beyond_the_graph_is_refused(engines: Engines) -> None:
+def test_an_arena_beyond_the_graph_is_refused(engines: LoadedBundle) -> None:
     with pytest.raises(ShapeRange, match="more than the graph's"):
         engines.language.new_arena(TINY_LIMITS["max_past"] + 1)
 
 
 def test_a_nan_is_a_typed_error_and_changes_nothing(
-    engines: Engines, clip: list[FrameTokens]
+    engines: LoadedBundle, clip: list[FrameTokens]
 ) -> None:
     lm = engines.language
     arena = lm.new_arena(100)
@@ -274,18 +278,20 @@ def test_a_nan_is_a_typed_error_and_changes_nothing(
 
 
 @pytest.mark.parametrize("shape", [(0, 48), (3, 47)])
-def test_embeds_of_another_shape_are_refused(engines: Engines, shape: tuple[int, int]) -> None:
+def test_embeds_of_another_shape_are_refused(engines: LoadedBundle, shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="need embeds"):
         engines.language.prefill(engines.language.new_arena(9), np.zeros(shape, np.float32))
 
 
 @pytest.mark.parametrize("token", [-1, 10_000])
-def test_unknown_token_ids_are_refused(engines: Engines, token: int) -> None:
+def test_unknown_token_ids_are_refused(engines: LoadedBundle, token: int) -> None:
     with pytest.raises(ValueError, match="token ids"):
         engines.language.embed([0, token])
 
 
-def test_features_are_added_to_the_patch_tokens(engines: Engines, clip: list[FrameTokens]) -> None:
+def test_features_are_added_to_the_patch_tokens(
+    engines: LoadedBundle, clip: list[FrameTokens]
+) -> None:
     lm, prompt = engines.language, engines.prompt
     tokens = clip[1]
     ids = prompt.frame_ids(0.5, len(tokens.cells), first=False)
@@ -297,7 +303,7 @@ def test_features_are_added_to_the_patch_tokens(engines: Engines, clip: list[Fra
         lm.embed(ids[:-2], tokens.embeds)
 
 
-def test_generate_stops_at_the_end_token_or_the_limit(engines: Engines) -> None:
+def test_generate_stops_at_the_end_token_or_the_limit(engines: LoadedBundle) -> None:
     lm = engines.language
     arena = lm.new_arena(100)
     logits = lm.prefill(arena, lm.embed(engines.prompt.bos_ids))
@@ -315,7 +321,7 @@ def test_generate_stops_at_the_end_token_or_the_limit(engines: Engines) -> None:
     assert stop.value.value == "stop"
 
 
-def test_scores_look_at_the_frame_before(engines: Engines) -> None:
+def test_scores_look_at_the_frame_before(engines: LoadedBundle) -> None:
     vision = engines.vision
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (36, 36, 3), dtype=np.uint8) for _ in range(2)]
@@ -347,14 +353,14 @@ class _Chosen:
         return self.cells
 
 
-def test_a_frame_may_keep_nothing(engines: Engines) -> None:
+def test_a_frame_may_keep_nothing(engines: LoadedBundle) -> None:
     frame = Frame(rgb=np.zeros((8, 8, 3), np.uint8), pts_ns=0, seq=0)
     tokens = engines.vision.encode(frame, engines.vision.new_state(), _Chosen())
     assert tokens.embeds.shape == (0, engines.language.cfg.width)
 
 
 @pytest.mark.parametrize("cells", [(1, 0), (2, 2), (-1,), (9,)])
-def test_cells_that_do_not_exist_are_refused(engines: Engines, cells: tuple[int, ...]) -> None:
+def test_cells_that_do_not_exist_are_refused(engines: LoadedBundle, cells: tuple[int, ...]) -> None:
     frame = Frame(rgb=np.zeros((8, 8, 3), np.uint8), pts_ns=0, seq=0)
     state = engines.vision.new_state()
     with pytest.raises(ValueError, match="kept cells must rise"):
@@ -378,7 +384,7 @@ def test_a_graph_that_is_not_onnx_is_a_typed_error(tmp_path: Path) -> None:
     (bundle / "graphs/llm.onnx").write_bytes(b"not a graph")
     _rehash(bundle)
     with pytest.raises(EngineError, match="cannot load"):
-        Engines.open(bundle)
+        LoadedBundle.open(bundle)
 
 
 def test_a_table_of_another_size_is_a_typed_error(tmp_path: Path) -> None:
@@ -386,7 +392,7 @@ def test_a_table_of_another_size_is_a_typed_error(tmp_path: Path) -> None:
     np.save(bundle / EMBED_TABLE, np.zeros((3, 48), np.float32))
     _rehash(bundle)
     with pytest.raises(BundleSchemaError, match="embedding table"):
-        Engines.open(bundle)
+        LoadedBundle.open(bundle)
 
 
 def test_a_graph_that_is_not_its_spec_is_a_typed_error(tmp_path: Path) -> None:
@@ -394,13 +400,13 @@ def test_a_graph_that_is_not_its_spec_is_a_typed_error(tmp_path: Path) -> None:
     shutil.copyfile(bundle / "graphs/vit_trunk.onnx", bundle / "graphs/llm.onnx")
     _rehash(bundle)
     with pytest.raises(EngineError, match="its spec"):
-        Engines.open(bundle)
+        LoadedBundle.open(bundle)
 
 
 def test_the_engines_need_no_torch() -> None:
     code = (
-        "import sys; from edge_vlm_runtime.engines import Engines; "
-        f"Engines.open({str(tiny_bundle())!r}, threads=1); "
+        "import sys; from edge_vlm_runtime.inference.bundle_model import LoadedBundle; "
+        f"LoadedBundle.open({str(tiny_bundle())!r}, threads=1); "
         "print([m for m in ('torch', 'onnx', 'onnxscript') if m in sys.modules])"
     )
     root = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edge_vlm.errors import ProtocolError, ReplayLost
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.event_log import EventLog
+from edge_vlm_runtime.server.event_log import EventLog
 
 
 def event(text: str) -> protocol.ServerEvent:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import FrameDecodeError
-from edge_vlm.frames import decode_jpeg, decode_picture, raw_picture, shrink_jpeg
+from edge_vlm.pixels.frames import decode_jpeg, decode_picture, raw_picture, shrink_jpeg
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.server import Server
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.server.app import Server
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg
 from tests.runtime.test_session import Viewer

@@ -24,20 +24,22 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
 from edge_vlm.errors import FrameDecodeError
-from edge_vlm.frames import MAX_PIXELS, decode_jpeg, encode_jpeg, thumbnail
+from edge_vlm.pixels.frames import MAX_PIXELS, decode_jpeg, encode_jpeg, thumbnail
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.client import Client
-from edge_vlm_runtime.connection import MAX_WAITING_CALLS
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.line import Access
-from edge_vlm_runtime.served_session import SessionTable
-from edge_vlm_runtime.settings import ModelLimits, ServerLimits, default_settings
-from edge_vlm_runtime.worker import EngineWorker
-from tests.fakes import tiny_bundle
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.client.connection import Access
+from edge_vlm_runtime.engine_thread.worker import EngineWorker
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.messages import CLIENT_MESSAGES
+from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
+from edge_vlm_runtime.server.connection import MAX_WAITING_CALLS
+from edge_vlm_runtime.server.sessions import SessionRegistry
+from edge_vlm_runtime.session.budget import default_settings
 from tests.runtime.live import TIMEOUT_S, run
 from tests.runtime.memory_link import MemoryLink, Network, network
 from tests.runtime.pictures import jpeg
 from tests.runtime.test_resume import URL
+from tests.tiny import tiny_bundle
 
 QUESTION = "is there a red ball ?"
 LIMIT_BYTES = 60_000
@@ -45,15 +47,15 @@ FINAL_CODES = {1000, 1003, 1009, 1013}
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[SessionTable]:
+def table() -> Iterator[SessionRegistry]:
     limits = ServerLimits(
         max_message_bytes=LIMIT_BYTES, max_sessions=3, max_replay_events=400, resume_grace_s=0.0
     )
-    with Engines.open(tiny_bundle(), threads=1) as engines:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
         worker = EngineWorker(engines, limits)
         worker.start()
         try:
-            yield SessionTable(
+            yield SessionRegistry(
                 worker=worker,
                 bundle_name="tiny",
                 settings=default_settings(engines.bundle, limits).changed(
@@ -136,7 +138,7 @@ TEXT = st.one_of(
 )
 VALUE = st.one_of(WHOLE, REAL, TEXT, st.none(), st.booleans(), st.just([]), st.just({}))
 SETTING = st.sampled_from(list(protocol.SettingsPatch.__struct_fields__))
-TYPES = st.sampled_from([protocol.tag_of(kind) for kind in protocol.CLIENT_MESSAGES])
+TYPES = st.sampled_from([protocol.tag_of(kind) for kind in CLIENT_MESSAGES])
 FIELDS = st.sampled_from(
     [
         *("text", "question", "alert_id", "response_id", "sequence", "capture_time_us"),
@@ -208,7 +210,7 @@ MESSAGE = st.one_of(OBJECT.map(json.dumps), st.sampled_from(CORPUS), FRAME, st.b
 )
 @given(st.lists(MESSAGE, max_size=14))
 def test_any_messages_in_any_order(
-    table: SessionTable, caplog: pytest.LogCaptureFixture, messages: list[str | bytes]
+    table: SessionRegistry, caplog: pytest.LogCaptureFixture, messages: list[str | bytes]
 ) -> None:
     async def session(made: Network) -> tuple[list[dict[str, Any]], int | None]:
         async with await Client.connect(URL, {"delivery": "wait"}) as other:
@@ -222,7 +224,7 @@ def test_any_messages_in_any_order(
 
 
 @pytest.mark.parametrize("message", CORPUS, ids=lambda message: repr(message[:12]))
-def test_each_of_the_corpus_alone(table: SessionTable, message: str | bytes) -> None:
+def test_each_of_the_corpus_alone(table: SessionRegistry, message: str | bytes) -> None:
     async def session(made: Network) -> tuple[list[dict[str, Any]], int | None]:
         async with await Client.connect(URL, {"delivery": "wait"}) as other:
             return await hostile_session(made, [message], other)
@@ -233,7 +235,7 @@ def test_each_of_the_corpus_alone(table: SessionTable, message: str | bytes) -> 
     assert any(event["type"] in ("error", "frame.dropped") for event in events)
 
 
-def test_frames_twice_and_in_another_order(table: SessionTable) -> None:
+def test_frames_twice_and_in_another_order(table: SessionRegistry) -> None:
     messages: list[str | bytes] = [
         protocol.frame_message(number, number * 500_000, jpeg(number)).encode()
         for number in (1, 3, 2, 3, 3, 5, 4, 6, 1)
@@ -251,7 +253,7 @@ def test_frames_twice_and_in_another_order(table: SessionTable) -> None:
     assert sorted(stale) == [1, 2, 3, 3, 4]
 
 
-def test_clocks_that_jump(table: SessionTable) -> None:
+def test_clocks_that_jump(table: SessionRegistry) -> None:
     """Forward: the memory moves along. Back: frames are stale until time has caught up."""
     hour_us = 3_600_000_000
     times_us = [0, 500_000, 1_000_000, 10 * hour_us, 10 * hour_us + 500_000]
@@ -272,7 +274,7 @@ def test_clocks_that_jump(table: SessionTable) -> None:
         run(session())
 
 
-def test_more_messages_than_the_engines_take_stay_in_the_socket(table: SessionTable) -> None:
+def test_more_messages_than_the_engines_take_stay_in_the_socket(table: SessionRegistry) -> None:
     async def session(made: Network) -> None:
         client = await Client.connect(URL)
         (served,) = [
@@ -323,7 +325,7 @@ def test_frames_of_any_size(width: int, height: int) -> None:
     buffer = io.BytesIO()
     large.save(buffer, "JPEG")
 
-    async def session(url_table: SessionTable) -> None:
+    async def session(url_table: SessionRegistry) -> None:
         async with await Client.connect(URL, {"delivery": "live", "fps_cap": 10.0}) as client:
             for number in range(2):
                 await client.send_frame(buffer.getvalue(), number * 500_000)
@@ -332,11 +334,11 @@ def test_frames_of_any_size(width: int, height: int) -> None:
             assert client.dropped[2].reason == "duplicate"
 
     limits = ServerLimits()
-    with Engines.open(tiny_bundle(), threads=1) as engines:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
         worker = EngineWorker(engines, limits)
         worker.start()
         try:
-            made = SessionTable(
+            made = SessionRegistry(
                 worker=worker,
                 bundle_name="tiny",
                 settings=default_settings(engines.bundle, limits),

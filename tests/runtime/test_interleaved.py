@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.alert_messages import AlertCreate
-from edge_vlm_runtime.engines import Engines
-from tests.fakes import tiny_bundle, tiny_config
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.alerts import AlertCreate
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.pictures import jpeg
 from tests.runtime.test_session import Viewer
+from tests.tiny import tiny_bundle, tiny_config
 
 SETTINGS: list[dict[str, Any]] = [
     {"keep_ratio": 0.4, "max_answer_tokens": 6, "history_turns": 1},
@@ -31,12 +31,12 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    with Engines.open(tiny_bundle(), threads=1) as opened:
+def engines() -> Iterator[LoadedBundle]:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as opened:
         yield opened
 
 
-def new_viewer(engines: Engines, number: int) -> Viewer:
+def new_viewer(engines: LoadedBundle, number: int) -> Viewer:
     return Viewer(engines, FakeClock(), **SETTINGS[number])
 
 
@@ -75,7 +75,7 @@ def memory_of(viewer: Viewer) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def alone(engines: Engines) -> list[tuple[list[bytes], np.ndarray]]:
+def alone(engines: LoadedBundle) -> list[tuple[list[bytes], np.ndarray]]:
     found = []
     for number in range(len(SETTINGS)):
         viewer = new_viewer(engines, number)
@@ -90,7 +90,7 @@ def alone(engines: Engines) -> list[tuple[list[bytes], np.ndarray]]:
 @settings(max_examples=12, deadline=None)
 @given(order=st.lists(st.integers(0, len(SETTINGS) - 1), max_size=400))
 def test_interleaved_sessions_give_exactly_what_each_gives_alone(
-    engines: Engines, alone: list[tuple[list[bytes], np.ndarray]], order: list[int]
+    engines: LoadedBundle, alone: list[tuple[list[bytes], np.ndarray]], order: list[int]
 ) -> None:
     viewers = [new_viewer(engines, number) for number in range(len(SETTINGS))]
     scripts = [script(viewer, number) for number, viewer in enumerate(viewers)]
@@ -105,7 +105,7 @@ def test_interleaved_sessions_give_exactly_what_each_gives_alone(
 
 @pytest.mark.parametrize("attention", ["frame", "exact", "last_n"])
 def test_frames_that_come_during_an_answer_do_not_change_it(
-    engines: Engines, attention: str
+    engines: LoadedBundle, attention: str
 ) -> None:
     texts = []
     for frames_meanwhile in (0, 5):  # as many as the shortest memory holds

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import KvFull
-from edge_vlm_runtime.kv_arena import KVArena
+from edge_vlm_runtime.inference.kv_arena import KVArena
 
 
 def _arena(capacity: int = 16) -> KVArena:

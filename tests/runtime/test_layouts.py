@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_vlm.precision import KVLayout
-from edge_vlm_runtime.kv_arena import KVArena
+from edge_vlm.formats.precision import KVLayout
+from edge_vlm_runtime.inference.kv_arena import KVArena
 
 LAYERS, CAPACITY, HEADS, WIDTH = 2, 16, 3, 4
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from docs import build_protocol as protocol_docs
 from edge_vlm.errors import NoFrameYet, ProtocolError, UnknownMessageType
-from edge_vlm_runtime import protocol, protocol_docs
-from edge_vlm_runtime.settings import SessionSettings
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.protocol.settings import SessionSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_page_about_the_protocol_is_current() -> None:
     committed = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
     assert committed == protocol_docs.render(), (
-        "run: python -m edge_vlm_runtime.protocol_docs docs/protocol.md"
+        "run: python -m docs.build_protocol docs/protocol.md"
     )
 
 

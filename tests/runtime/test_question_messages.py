@@ -10,8 +10,8 @@ import pytest
 
 from edge_vlm.errors import NoFrameYet, NoQuestion, ProtocolError, QuestionTooLong
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.replay_report import Report
-from edge_vlm_runtime.wire import MAX_TEXT
+from edge_vlm_runtime.protocol.base import MAX_TEXT
+from edge_vlm_runtime.recording.report import Report
 from tests.runtime.test_session import Viewer
 
 

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_vlm.bundle import EngineBundle
 from edge_vlm.errors import EdgeVlmError, FrameDecodeError, RecordingError
+from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.frame_slot import WaitingFrame
-from edge_vlm_runtime.record import Recorder, Tape
-from edge_vlm_runtime.recording import (
+from edge_vlm_runtime.engine_thread.worker import EngineWorker, SessionHandle
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.recording.file import (
     Entry,
     Event,
     Op,
@@ -30,13 +30,14 @@ from edge_vlm_runtime.recording import (
     entry_bytes,
     header_bytes,
 )
-from edge_vlm_runtime.replay import Comparison, Replay, same, settings_of
-from edge_vlm_runtime.settings import ServerLimits, default_settings
-from edge_vlm_runtime.worker import EngineWorker, SessionHandle
-from tests.fakes import tiny_bundle
-from tests.runtime.fake_engines import ANSWER, FakeClock, FakeEngines
+from edge_vlm_runtime.recording.recorder import Recorder, Tape
+from edge_vlm_runtime.recording.replay import Comparison, Replay, same, settings_of
+from edge_vlm_runtime.session.budget import default_settings
+from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from tests.runtime.fake_engines import ANSWER, FakeBundle, FakeClock
 from tests.runtime.live import TIMEOUT_S
 from tests.runtime.pictures import jpeg
+from tests.tiny import tiny_bundle
 
 QUESTION = "what colour is the cube ?"
 
@@ -46,7 +47,7 @@ def recorded_session(
 ) -> list[protocol.ServerEvent]:
     """A viewer who sends whatever whenever, recorded; what it was told."""
     clock = FakeClock()
-    engines = cast(Engines, FakeEngines(clock))
+    engines = cast(LoadedBundle, FakeBundle(clock))
     limits = ServerLimits(max_queued_questions=3)
     settings = default_settings(cast(Any, engines.bundle), limits).changed(
         {"delivery": "live", "fps_cap": 8.0, "max_answer_tokens": 9, **changes}
@@ -80,7 +81,7 @@ def recorded_session(
 
 def _talk(handle: SessionHandle, clock: FakeClock, dice: random.Random) -> None:
     for number in range(1, 60):
-        frame = WaitingFrame(
+        frame = EncodedFrame(
             sequence=number - (dice.random() < 0.05),
             capture_time_us=number * 100_000,
             jpeg=b"junk" if dice.random() < 0.1 else jpeg(number % 20),
@@ -106,7 +107,7 @@ def _talk(handle: SessionHandle, clock: FakeClock, dice: random.Random) -> None:
 
 def replayed(path: Path) -> tuple[list[protocol.ServerEvent], Comparison, Recording]:
     events: list[protocol.ServerEvent] = []
-    engines = cast(Engines, FakeEngines(FakeClock()))
+    engines = cast(LoadedBundle, FakeBundle(FakeClock()))
     with Recording.open(path) as recording:
         comparison = Replay(engines, recording, emit=events.append).run()
     return events, comparison, recording
@@ -191,7 +192,7 @@ def test_a_bug_comes_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     path = tmp_path / "a.evlm"
     recorded_session(path, 1)
 
-    class Broken(FakeEngines):
+    class Broken(FakeBundle):
         def __init__(self) -> None:
             super().__init__(FakeClock())
             cast(Any, self.vision).encode = self.fail
@@ -200,7 +201,7 @@ def test_a_bug_comes_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
             raise RuntimeError("a bug of ours")
 
     with Recording.open(path) as recording:
-        comparison = Replay(cast(Engines, Broken()), recording, emit=lambda event: None).run()
+        comparison = Replay(cast(LoadedBundle, Broken()), recording, emit=lambda event: None).run()
     assert "a bug of ours" in caplog.text
     assert any("error" in line for line in comparison.differences)
 
@@ -224,8 +225,8 @@ def test_a_recording_stops_at_its_limit_and_the_session_goes_on(
 # ---- the file --------------------------------------------------------------------------------
 
 
-def frame(number: int) -> WaitingFrame:
-    return WaitingFrame(
+def frame(number: int) -> EncodedFrame:
+    return EncodedFrame(
         sequence=number, capture_time_us=number * 7, jpeg=bytes([number]) * number, received_ns=-5
     )
 
@@ -356,4 +357,4 @@ def test_idle_polls_leave_no_trace(tmp_path: Path) -> None:
     assert not any(
         isinstance(e, Op) and e.name in ("answer", "watch") and not e.during for e in entries
     )
-    assert sum(isinstance(part, WaitingFrame) for part in parts(entries)) > 20
+    assert sum(isinstance(part, EncodedFrame) for part in parts(entries)) > 20

@@ -25,8 +25,8 @@ from edge_vlm.errors import (
     SessionGone,
 )
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.client import AnswerStream, Client
-from edge_vlm_runtime.line import Access, ResumePoint
+from edge_vlm_runtime.client.client import AnswerStream, Client
+from edge_vlm_runtime.client.connection import Access, ResumePoint
 from tests.runtime.fake_engines import ANSWER
 from tests.runtime.live import run
 from tests.runtime.memory_link import NEVER, Break, MemoryLink, Network, network

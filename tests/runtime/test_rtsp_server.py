@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from edge_vlm.errors import VideoUnreadable
-from edge_vlm_runtime import sources
-from edge_vlm_runtime.sources import LiveSource, Picture, open_source
+from edge_vlm_runtime.sources import live as sources
+from edge_vlm_runtime.sources.container import Picture
+from edge_vlm_runtime.sources.live import LiveSource
+from edge_vlm_runtime.sources.open import open_source
 
 SCRIPT = Path(__file__).parent / "gst_rtsp_server.py"
 SYSTEM_PYTHON = "/usr/bin/python3"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_vlm_runtime.sampling import Sampler, Sampling
+from edge_vlm_runtime.inference.sampling import Sampler, Sampling
 
 LOGITS = np.log(np.array([0.05, 0.6, 0.3, 0.05], np.float32))
 

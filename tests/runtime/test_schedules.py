@@ -13,20 +13,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edge_vlm.frames import Frame
-from edge_vlm.patches import to_pixel_values
-from edge_vlm.pruning import POLICY_NAMES, make_policy
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.policies import POLICY_NAMES, make_policy
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.context import Evicted, Rebased, StreamContext
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.kv_arena import KVArena
-from edge_vlm_runtime.language import CAUSAL, MASKED, LanguageModel
-from edge_vlm_runtime.settings import Attention, ModelLimits
-from edge_vlm_runtime.vision import FrameTokens
-from tests.fakes import tiny_bundle, tiny_checkpoint, tiny_config
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.inference.kv_arena import KVArena
+from edge_vlm_runtime.inference.language import CAUSAL, MASKED, LanguageModel
+from edge_vlm_runtime.inference.vision import FrameTokens
+from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
+from edge_vlm_runtime.session.context import Evicted, Rebased, StreamContext
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.pictures import picture
 from tests.runtime.test_session import LIMITS, Viewer
+from tests.tiny import tiny_bundle, tiny_checkpoint, tiny_config
 
 torch = pytest.importorskip("torch")
 
@@ -34,8 +34,8 @@ QUESTION = "is there a red ball ?"
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    with Engines.open(tiny_bundle(), threads=1) as opened:
+def engines() -> Iterator[LoadedBundle]:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as opened:
         yield opened
 
 
@@ -143,7 +143,7 @@ class Ledger:
 class Stream:
     """A context over a ledger, fed with frames of one video."""
 
-    def __init__(self, engines: Engines, frames: list[FrameTokens]) -> None:
+    def __init__(self, engines: LoadedBundle, frames: list[FrameTokens]) -> None:
         self._engines = engines
         self._frames = frames
         self.ledger = Ledger(engines.language)
@@ -209,7 +209,7 @@ def close(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="module")
-def frames(engines: Engines) -> list[FrameTokens]:
+def frames(engines: LoadedBundle) -> list[FrameTokens]:
     state, policy = engines.vision.new_state(), make_policy("stream", 0.5)
     return [
         engines.vision.encode(Frame(rgb=picture(i), pts_ns=i * 5 * 10**8, seq=i), state, policy)
@@ -243,7 +243,7 @@ EVENTFUL: list[tuple[str, Any]] = [
 ]
 
 
-def test_the_eventful_schedule_is_one(engines: Engines, frames: list[FrameTokens]) -> None:
+def test_the_eventful_schedule_is_one(engines: LoadedBundle, frames: list[FrameTokens]) -> None:
     """It evicts and counts positions anew, so the schedules below are tried on both."""
     changes: list[type] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -262,7 +262,7 @@ def test_the_eventful_schedule_is_one(engines: Engines, frames: list[FrameTokens
 @given(schedule=actions)
 @example(schedule=EVENTFUL)
 def test_any_schedule_is_one_forward_pass(
-    engines: Engines, frames: list[FrameTokens], schedule: list[tuple[str, Any]]
+    engines: LoadedBundle, frames: list[FrameTokens], schedule: list[tuple[str, Any]]
 ) -> None:
     """`ask`: a question, so many tokens of its answer, then it is cancelled."""
     stream = Stream(engines, frames)
@@ -283,7 +283,7 @@ def test_any_schedule_is_one_forward_pass(
 @settings(max_examples=20)
 @given(schedule=actions)
 def test_what_was_not_evicted_is_as_if_it_came_in_one_clip(
-    engines: Engines, frames: list[FrameTokens], schedule: list[tuple[str, Any]]
+    engines: LoadedBundle, frames: list[FrameTokens], schedule: list[tuple[str, Any]]
 ) -> None:
     """In `frame` mode, as long as nothing was evicted since all was last prefilled."""
     stream = Stream(engines, frames)
@@ -327,7 +327,7 @@ def last_answer(viewer: Viewer) -> protocol.ResponseDone:
     st.sampled_from(["stream", "random", "frame_topk", "difference"]),
 )
 def test_interrupting_a_session_leaves_no_trace_in_its_memory(
-    engines: Engines, actions: list[str], policy: str
+    engines: LoadedBundle, actions: list[str], policy: str
 ) -> None:
     """Questions at any time, cancelled or not: in the end it is as if only frames had come."""
     options = {"policy": policy, "max_answer_tokens": 6}
@@ -361,7 +361,7 @@ def test_interrupting_a_session_leaves_no_trace_in_its_memory(
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
-def test_a_keep_ratio_of_one_is_unpruned_torch(engines: Engines, policy: str) -> None:
+def test_a_keep_ratio_of_one_is_unpruned_torch(engines: LoadedBundle, policy: str) -> None:
     """Streamed through the engines against every cell of the whole clip in torch."""
     model, vision = torch_model(), tiny_config().vision
     pictures = [picture(i) for i in range(5)]

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 from edge_vlm.errors import ConfigError, NoFrameYet, QuestionTooLong, TooManyQuestions
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.frame_slot import DropReason, WaitingFrame
-from edge_vlm_runtime.session import Question, Session
-from edge_vlm_runtime.settings import Attention, Delivery, ServerLimits, default_settings
-from edge_vlm_runtime.video_feed import dropped_event
-from tests.fakes import tiny_bundle
-from tests.runtime.fake_engines import ANSWER, FakeClock, FakeEngines
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.frames import DropReason
+from edge_vlm_runtime.protocol.settings import Attention, DropPolicy, ServerLimits
+from edge_vlm_runtime.session.budget import default_settings
+from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from edge_vlm_runtime.session.session import Question, Session
+from edge_vlm_runtime.session.video_feed import dropped_event
+from tests.runtime.fake_engines import ANSWER, FakeBundle, FakeClock
 from tests.runtime.pictures import jpeg
+from tests.tiny import tiny_bundle
 
 Event = TypeVar("Event", bound=protocol.ServerEvent)
 LIMITS = ServerLimits(max_queued_questions=3)
@@ -29,11 +31,11 @@ class Viewer:
 
     def __init__(self, engines: Any = None, clock: FakeClock | None = None, **changes: Any) -> None:
         self.clock = clock or FakeClock()
-        self.engines = engines or FakeEngines(self.clock)
+        self.engines = engines or FakeBundle(self.clock)
         self.events: list[protocol.ServerEvent] = []
         defaults = default_settings(cast(Any, self.engines.bundle), LIMITS)
         self.session = Session(
-            engines=cast(Engines, self.engines),
+            engines=cast(LoadedBundle, self.engines),
             settings=defaults.changed({"delivery": "wait", **changes}),
             limits=LIMITS,
             emit=self.events.append,
@@ -43,7 +45,7 @@ class Viewer:
 
     def put(self, sequence: int, data: bytes | None = None, at_s: float | None = None) -> None:
         at_s = sequence * 0.5 if at_s is None else at_s
-        frame = WaitingFrame(
+        frame = EncodedFrame(
             sequence=sequence,
             capture_time_us=round(at_s * 1e6),
             jpeg=jpeg(sequence % 40) if data is None else data,
@@ -344,7 +346,7 @@ def test_settings_that_cannot_be_held_to_change_nothing(bad: dict[str, Any]) -> 
 def test_a_session_runs_past_every_limit_of_the_model() -> None:
     """Hours of video in a cache of a few hundred tokens: memory stays flat, answers keep coming."""
     clock = FakeClock()
-    viewer = Viewer(FakeEngines(clock, max_positions=400), clock, window_tokens=100)
+    viewer = Viewer(FakeBundle(clock, max_positions=400), clock, window_tokens=100)
     longest = 0
     for sequence in range(1, 1500):
         viewer.put(sequence)
@@ -381,11 +383,11 @@ def test_closing_gives_every_frame_and_question_its_outcome() -> None:
         st.sampled_from(["frame", "bad", "ask", "cancel", "step", "step", "step", "update"]),
         max_size=50,
     ),
-    st.sampled_from(list(Delivery)),
+    st.sampled_from(list(DropPolicy)),
     st.sampled_from(list(Attention)),
 )
 def test_whatever_happens_every_frame_and_question_gets_one_outcome(
-    actions: list[str], delivery: Delivery, attention: Attention
+    actions: list[str], delivery: DropPolicy, attention: Attention
 ) -> None:
     viewer = Viewer(delivery=delivery, attention=attention, window_tokens=70)
     asked: list[str] = []
@@ -449,7 +451,7 @@ def script(viewer: Viewer, offset: int) -> list[Any]:
 
 def test_two_sessions_interleaved_equal_each_alone() -> None:
     options = {"max_answer_tokens": 8}
-    with Engines.open(tiny_bundle(), threads=1) as engines:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
         alone = []
         for offset in (0, 20):
             viewer = Viewer(engines, FakeClock(), **options)

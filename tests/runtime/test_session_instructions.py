@@ -9,20 +9,20 @@ import pytest
 
 from edge_vlm.errors import ConfigError, QuestionTooLong
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.alert_messages import AlertChecked, AlertCreate
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.settings import question_capacity
-from tests.fakes import tiny_bundle
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.alerts import AlertChecked, AlertCreate
+from edge_vlm_runtime.session.budget import question_capacity
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.test_session import LIMITS, Viewer
+from tests.tiny import tiny_bundle
 
 QUESTION = "what colour is the cube ?"
 INSTRUCTIONS = "is there a red ball ?"
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    with Engines.open(tiny_bundle(), threads=1) as opened:
+def engines() -> Iterator[LoadedBundle]:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as opened:
         yield opened
 
 
@@ -32,7 +32,7 @@ def answered(viewer: Viewer, question: str) -> protocol.ResponseDone:
     return viewer.of(protocol.ResponseDone)[-1]
 
 
-def test_they_are_the_begin_of_the_users_turn(engines: Engines) -> None:
+def test_they_are_the_begin_of_the_users_turn(engines: LoadedBundle) -> None:
     """The same as asking both at once; the event names the question alone."""
     by_hand = Viewer(engines, FakeClock(), max_answer_tokens=8)
     instructed = Viewer(engines, FakeClock(), max_answer_tokens=8, instructions=INSTRUCTIONS)
@@ -49,7 +49,7 @@ def test_they_are_the_begin_of_the_users_turn(engines: Engines) -> None:
     assert (back.text, back.usage) == (plain.text, plain.usage)
 
 
-def test_what_was_asked_before_is_not_changed_and_history_is_without(engines: Engines) -> None:
+def test_what_was_asked_before_is_not_changed_and_history_is_without(engines: LoadedBundle) -> None:
     plain = Viewer(engines, FakeClock(), max_answer_tokens=8, history_turns=1)
     changed = Viewer(engines, FakeClock(), max_answer_tokens=8, history_turns=1)
     for viewer in (plain, changed):
@@ -89,7 +89,7 @@ def test_question_and_instructions_share_their_room() -> None:
         Viewer(instructions=fits + "is " * 2)
 
 
-def test_blank_instructions_are_none(engines: Engines) -> None:
+def test_blank_instructions_are_none(engines: LoadedBundle) -> None:
     done = []
     for instructions in ("", " \n "):
         viewer = Viewer(engines, FakeClock(), max_answer_tokens=8, instructions=instructions)
@@ -98,7 +98,7 @@ def test_blank_instructions_are_none(engines: Engines) -> None:
     assert (done[0].text, done[0].usage) == (done[1].text, done[1].usage)
 
 
-def test_alerts_are_asked_without(engines: Engines) -> None:
+def test_alerts_are_asked_without(engines: LoadedBundle) -> None:
     checks = []
     for instructions in ("", INSTRUCTIONS):
         viewer = Viewer(engines, FakeClock(), instructions=instructions)

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from edge_vlm.bundle import EngineBundle
 from edge_vlm.errors import ConfigError
+from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.server_options import add_server_arguments, server_limits
-from edge_vlm_runtime.session import Session
-from edge_vlm_runtime.settings import ModelLimits, ServerLimits, cache_capacity, default_settings
-from tests.fakes import tiny_bundle, tiny_config, tiny_variant
+from edge_vlm_runtime.cli.options import add_server_arguments, server_limits
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
+from edge_vlm_runtime.session.budget import cache_capacity, default_settings
+from edge_vlm_runtime.session.session import Session
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.test_session import Viewer
+from tests.tiny import tiny_bundle, tiny_config, tiny_variant
 
 
 def test_a_token_costs_its_keys_values_and_feature() -> None:
@@ -30,7 +31,7 @@ def test_a_token_costs_its_keys_values_and_feature() -> None:
 
 
 def test_an_endless_stream_stays_within_its_bytes() -> None:
-    with Engines.open(tiny_bundle(), threads=1) as engines:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
         model = ModelLimits.from_bundle(engines.bundle)
         limits = ServerLimits(max_session_bytes=250 * model.token_bytes)
         assert cache_capacity(model, limits) == 250
@@ -54,7 +55,7 @@ def test_an_endless_stream_stays_within_its_bytes() -> None:
 
 
 def test_too_little_memory_is_said_at_once() -> None:
-    with Engines.open(tiny_bundle(), threads=1) as engines:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
         limits = ServerLimits(max_session_bytes=1 << 10)
         with pytest.raises(ConfigError, match="more memory"):
             Session(

@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.engines import Engines
-from tests.fakes import tiny_bundle
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.test_session import Viewer
+from tests.tiny import tiny_bundle
 
 QUESTION = "how many cars are there now ?"
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    with Engines.open(tiny_bundle(), threads=1) as opened:
+def engines() -> Iterator[LoadedBundle]:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as opened:
         yield opened
 
 
-def texts(engines: Engines, questions: int = 1, **changes: Any) -> list[str]:
+def texts(engines: LoadedBundle, questions: int = 1, **changes: Any) -> list[str]:
     viewer = Viewer(engines, FakeClock(), max_answer_tokens=8, **changes)
     viewer.show(1, 2, 3)
     for _ in range(questions):
@@ -31,11 +31,11 @@ def texts(engines: Engines, questions: int = 1, **changes: Any) -> list[str]:
     return [done.text for done in viewer.of(protocol.ResponseDone)]
 
 
-def test_temperature_0_is_greedy_whatever_the_seed(engines: Engines) -> None:
+def test_temperature_0_is_greedy_whatever_the_seed(engines: LoadedBundle) -> None:
     assert texts(engines) == texts(engines, temperature=0.0, top_p=0.5, seed=9)
 
 
-def test_a_seed_repeats_the_answer_and_another_one_does_not(engines: Engines) -> None:
+def test_a_seed_repeats_the_answer_and_another_one_does_not(engines: LoadedBundle) -> None:
     answers = [texts(engines, 2, temperature=2.0, seed=seed) for seed in (1, 1, 2, 3)]
     assert answers[0] == answers[1]
     assert all(first == second for first, second in answers)  # each answer begins anew
@@ -43,7 +43,7 @@ def test_a_seed_repeats_the_answer_and_another_one_does_not(engines: Engines) ->
     assert texts(engines) != answers[0][:1]
 
 
-def test_an_update_applies_to_questions_behind_it(engines: Engines) -> None:
+def test_an_update_applies_to_questions_behind_it(engines: LoadedBundle) -> None:
     viewer = Viewer(engines, FakeClock(), max_answer_tokens=8)
     viewer.show(1, 2, 3)
     viewer.ask(QUESTION)

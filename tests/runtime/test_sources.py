@@ -15,14 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
-from edge_vlm_runtime.sources import (
-    FileSource,
-    LiveSource,
-    Shown,
-    due_frames,
-    mask_credentials,
-    open_source,
-)
+from edge_vlm_runtime.sources.container import mask_credentials
+from edge_vlm_runtime.sources.live import LiveSource
+from edge_vlm_runtime.sources.open import open_source
+from edge_vlm_runtime.sources.video_file import FileSource, TimedFrame, due_frames
 from tests.runtime.pictures import write_video
 from tests.runtime.rtsp_camera import RtspCamera
 
@@ -57,7 +53,7 @@ def test_a_slower_file_gives_each_frame_once(tmp_path: Path) -> None:
 @given(st.lists(st.floats(0.001, 3.0), min_size=1, max_size=40), st.sampled_from([0.5, 2.0, 7.0]))
 def test_due_frames_never_repeat_and_keep_to_the_rate(gaps: list[float], fps: float) -> None:
     starts = [sum(gaps[:i]) for i in range(len(gaps) + 1)]
-    shown = [Shown(a, b, a) for a, b in itertools.pairwise(starts)]
+    shown = [TimedFrame(a, b, a) for a, b in itertools.pairwise(starts)]
     due = list(due_frames(iter(shown), fps))
     assert len({frame for _, frame in due}) == len(due)
     assert due[0][0] == 0.0

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from edge_vlm.errors import ConfigError
-from edge_vlm_runtime import tls
-from edge_vlm_runtime.tls import Tls, own_names, self_signed
+from edge_vlm_runtime.server import tls
+from edge_vlm_runtime.server.tls import Tls, own_names, self_signed
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here")
 

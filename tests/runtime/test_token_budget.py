@@ -11,30 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_vlm.frames import encode_jpeg
+from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.commands import DEMO_BUNDLE
-from edge_vlm_runtime.engines import Engines
-from edge_vlm_runtime.sources import FileSource
-from tests.fakes import ROOT
+from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.sources.video_file import FileSource
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.pictures import scene
 from tests.runtime.test_session import Viewer
+from tests.tiny import ROOT
 
 SCENES = ("static", "slow", "fast", "bursts")
 SHARED_CLIPS = ROOT.parent / "shared" / "clips"
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    with Engines.open(DEMO_BUNDLE, threads=1) as opened:
+def engines() -> Iterator[LoadedBundle]:
+    with LoadedBundle.open(DEMO_BUNDLE, threads=1) as opened:
         yield opened
 
 
 class Watched(Viewer):
     """A session that is shown a clip, every frame at its own time."""
 
-    def __init__(self, engines: Engines, **settings: Any) -> None:
+    def __init__(self, engines: LoadedBundle, **settings: Any) -> None:
         super().__init__(engines, FakeClock(), **settings)
         self._number = 0
 
@@ -70,7 +70,7 @@ def clip(name: str) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("name", [*SCENES, "bikes", "bigbuckbunny"])
-def test_a_keep_ratio_is_held_on_static_and_on_fast_clips(engines: Engines, name: str) -> None:
+def test_a_keep_ratio_is_held_on_static_and_on_fast_clips(engines: LoadedBundle, name: str) -> None:
     pictures = clip(name)
     for keep_ratio in (0.25, 0.6):
         watched = Watched(engines, keep_ratio=keep_ratio)
@@ -82,7 +82,7 @@ def test_a_keep_ratio_is_held_on_static_and_on_fast_clips(engines: Engines, name
 @pytest.mark.parametrize("name", [*SCENES, "bikes", "bigbuckbunny"])
 @pytest.mark.parametrize(("fps", "per_s"), [(1.0, 6.0), (5.0, 12.0)])
 def test_a_rate_of_tokens_is_held_whatever_the_rate_of_frames(
-    engines: Engines, name: str, fps: float, per_s: float
+    engines: LoadedBundle, name: str, fps: float, per_s: float
 ) -> None:
     pictures = clip(name)
     watched = Watched(engines, vision_tokens_per_s=per_s)
@@ -90,7 +90,7 @@ def test_a_rate_of_tokens_is_held_whatever_the_rate_of_frames(
     assert 0.9 * per_s <= watched.kept() / (len(pictures) / fps) <= 1.1 * per_s
 
 
-def test_a_rate_of_tokens_is_held_while_frames_come_irregularly(engines: Engines) -> None:
+def test_a_rate_of_tokens_is_held_while_frames_come_irregularly(engines: LoadedBundle) -> None:
     random = np.random.default_rng(3)
     gaps_s = [0.25, 0.5, 1.0, 2.0]
     times_s = np.cumsum([0.0, *random.choice(gaps_s, 119)]).tolist()
@@ -100,7 +100,7 @@ def test_a_rate_of_tokens_is_held_while_frames_come_irregularly(engines: Engines
         assert 9.0 <= watched.kept() / (times_s[-1] + 0.9) <= 11.0
 
 
-def test_a_budget_is_changed_in_mid_stream(engines: Engines) -> None:
+def test_a_budget_is_changed_in_mid_stream(engines: LoadedBundle) -> None:
     watched = Watched(engines, keep_ratio=0.8)
     pictures = scene("fast", 240)
     times_s = evenly(240, 2.0)
@@ -121,7 +121,7 @@ def test_a_budget_is_changed_in_mid_stream(engines: Engines) -> None:
     assert shares == pytest.approx([0.8, 0.25, 0.5, 0.6], rel=0.1)
 
 
-def test_a_static_scene_costs_less_than_a_tenth_of_a_busy_one(engines: Engines) -> None:
+def test_a_static_scene_costs_less_than_a_tenth_of_a_busy_one(engines: LoadedBundle) -> None:
     """A minute of a camera with the default settings: frames through the engines, and tokens."""
     costs = {}
     for name in ("static", "fast"):
@@ -135,7 +135,7 @@ def test_a_static_scene_costs_less_than_a_tenth_of_a_busy_one(engines: Engines) 
     assert costs["static"][0] == 6  # a heartbeat each ten seconds
 
 
-def test_a_drift_too_slow_to_see_between_frames_is_not_lost(engines: Engines) -> None:
+def test_a_drift_too_slow_to_see_between_frames_is_not_lost(engines: LoadedBundle) -> None:
     """Compared with the last picture encoded, not with the last one: light that fades adds up."""
     base = scene("static", 1)[0].astype(np.float32)
     fading = [(base * (1 - 0.005 * index)).astype(np.uint8) for index in range(60)]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from edge_vlm.bundle import MANIFEST, EngineBundle
 from edge_vlm.errors import (
     BundleSchemaError,
     ConfigError,
@@ -22,18 +21,19 @@ from edge_vlm.errors import (
     GpuMissing,
     NoSpaceLeft,
     OnnxUnsupported,
+    OutOfDeviceMemory,
     TrtBuildFailed,
-    TrtOutOfMemory,
     TrtParse,
 )
-from edge_vlm_runtime import trt_builder
-from edge_vlm_runtime.backends.cuda import Gpu
-from edge_vlm_runtime.build_command import build
-from edge_vlm_runtime.engine_store import EngineStore, Fingerprint
-from edge_vlm_runtime.trt_builder import BuildOptions, build_engines, preflight, run_child
-from tests.fakes import tiny_bundle, tiny_variant
+from edge_vlm.formats.bundle import MANIFEST, EngineBundle
+from edge_vlm_runtime.cli.build import build
+from edge_vlm_runtime.engines import build as trt_builder
+from edge_vlm_runtime.engines.build import BuildOptions, build_engines, preflight, run_child
+from edge_vlm_runtime.engines.cuda import Gpu
+from edge_vlm_runtime.engines.store import EngineStore, Fingerprint
 from tests.published_folder import image_bundle
 from tests.runtime.command_line import command_line
+from tests.tiny import tiny_bundle, tiny_variant
 
 RTX = "tensorrt_rtx"
 needs_rtx = pytest.mark.skipif(
@@ -42,7 +42,7 @@ needs_rtx = pytest.mark.skipif(
 )
 ADA = Gpu(name="NVIDIA GeForce RTX 4090", capability="sm_89")
 ORIN = Gpu(name="Orin", capability="sm_87")
-COMPILER = [sys.executable, "-m", "edge_vlm_runtime.trt_compile"]
+COMPILER = [sys.executable, "-m", "edge_vlm_runtime.engines.compile"]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def _request(folder: Path, bundle: EngineBundle, path: Path) -> dict[str, object
 
 
 def _version() -> str:
-    from edge_vlm_runtime.backends.trt_library import load_library
+    from edge_vlm_runtime.engines.trt_library import load_library
 
     return load_library(RTX).version
 
@@ -229,7 +229,7 @@ def test_what_a_child_prints_besides_is_not_a_message() -> None:
 
 
 def test_a_child_that_dies_is_told_apart() -> None:
-    with pytest.raises(TrtOutOfMemory, match="killed while it built llm"):
+    with pytest.raises(OutOfDeviceMemory, match="killed while it built llm"):
         _child("os.kill(os.getpid(), 9)")
     with pytest.raises(TrtBuildFailed, match="signal SIGSEGV: last words"):
         _child("print('last words', file=sys.stderr, flush=True); os.kill(os.getpid(), 11)")
@@ -247,7 +247,9 @@ def test_too_little_memory_or_disk_is_said_beforehand(
         monkeypatch.setattr(trt_builder, "memory_available", lambda: None)
         preflight({"a": 10**15}, tmp_path)
     monkeypatch.setattr(trt_builder, "memory_available", lambda: 2 * 10**9)
-    with pytest.raises(TrtOutOfMemory, match=r"building big needs about 6\.0 GB of memory, 2\.0"):
+    with pytest.raises(
+        OutOfDeviceMemory, match=r"building big needs about 6\.0 GB of memory, 2\.0"
+    ):
         preflight({"small": 1, "big": 10**9}, tmp_path)
 
 
@@ -255,7 +257,7 @@ def test_too_little_memory_or_disk_is_said_beforehand(
 def test_without_a_gpu_a_target_is_needed(
     bundle: EngineBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_vlm_runtime.backends.cuda.Cuda.__init__.__defaults__", ("no.so",))
+    monkeypatch.setattr("edge_vlm_runtime.engines.cuda.Cuda.__init__.__defaults__", ("no.so",))
     with pytest.raises(GpuMissing, match="no NVIDIA driver"):
         build_engines(bundle, tmp_path, BuildOptions(library=RTX))
     assert not list(tmp_path.iterdir())

@@ -17,21 +17,21 @@ from edge_vlm.errors import (
     EngineStale,
     GpuMissing,
     OnnxUnsupported,
+    OutOfDeviceMemory,
     ShapeRange,
     TrtBuildFailed,
     TrtMissing,
     TrtNoTactic,
-    TrtOutOfMemory,
     TrtParse,
     TrtProfile,
 )
-from edge_vlm.specs import DynamicDim, GraphSpec, TensorSpec
-from edge_vlm_runtime.backends import trt_library
-from edge_vlm_runtime.backends.cuda import Cuda
-from edge_vlm_runtime.backends.trt import TrtEngine
-from edge_vlm_runtime.backends.trt_library import load_library
-from edge_vlm_runtime.backends.trt_profiles import profile_for, profiles_of
-from edge_vlm_runtime.trt_compile import compile_graph
+from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
+from edge_vlm_runtime.engines import trt_library
+from edge_vlm_runtime.engines.compile import compile_graph
+from edge_vlm_runtime.engines.cuda import Cuda
+from edge_vlm_runtime.engines.trt import TrtEngine
+from edge_vlm_runtime.engines.trt_library import load_library
+from edge_vlm_runtime.engines.trt_profiles import profile_for, profiles_of
 from tests.runtime.fake_trt import API, FakeDevice, FakeTrt
 
 SPEC = GraphSpec(
@@ -145,7 +145,7 @@ def test_an_operator_it_lacks_is_named(fake: FakeTrt) -> None:
     ("text", "kind"),
     [
         ("Could not find any implementation for node {ForeignNode[a...b]}.", TrtNoTactic),
-        ("Requested amount of GPU memory could not be allocated: OutOfMemory", TrtOutOfMemory),
+        ("Requested amount of GPU memory could not be allocated: OutOfMemory", OutOfDeviceMemory),
         ("kMAX values are not self-consistent: 1023 >= 256", TrtProfile),
         ("something else", TrtBuildFailed),
     ],
@@ -236,7 +236,7 @@ def test_shapes_outside_are_refused(fake: FakeTrt, engine_file: Path) -> None:
 
 
 def test_an_engine_that_will_not_load(fake: FakeTrt, engine_file: Path) -> None:
-    with pytest.raises(TrtOutOfMemory, match="scratch memory"):
+    with pytest.raises(OutOfDeviceMemory, match="scratch memory"):
         TrtEngine(SPEC, engine_file, fake.library, FakeDevice(free=999))
     fake.refuses_engine = True
     fake.says = [("ERROR", "The engine plan file is not compatible with this version")]

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_vlm.frames import decode_jpeg
-from edge_vlm.images import ImageConfig, prepare_image
 from edge_vlm.model.images import encode_images
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.patches import to_pixel_values
-from edge_vlm.prompt import RELEASED, PromptFormat
-from edge_vlm.tokenizer import Tokenizer
+from edge_vlm.pixels.frames import decode_jpeg
+from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pixels.stills import ImageConfig, prepare_image
+from edge_vlm.text.prompt import RELEASED, PromptFormat
+from edge_vlm.text.tokenizer import Tokenizer
 from tests.model.prompts import read
 from tests.published_folder import published_folder
 

@@ -12,13 +12,13 @@ from edge_vlm.model.clips import encode_clips
 from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.prompt import PLAIN, RELEASED, PromptFormat, PromptStyle
+from edge_vlm.text.prompt import PLAIN, RELEASED, PromptFormat, PromptStyle
 from edge_vlm_training.data.assemble import CellBudget, assemble
 from edge_vlm_training.data.batch import IGNORED, PackedBatch
 from edge_vlm_training.data.masks import additive_mask
 from edge_vlm_training.data.sample import Sample
 from edge_vlm_training.data.trees import TokenWeights, TreeBuilder
-from edge_vlm_training.step import to_pixel_values
+from edge_vlm_training.objective.step import to_pixel_values
 from tests.training.data.trees import PUBLISHED, clip, config, model, prompt
 
 WEIGHTS = TokenWeights()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import DataError, RecordInvalid
-from edge_vlm.points import parse_points
+from edge_vlm.text.points import parse_points
 from edge_vlm_training.data.answers import Place, count_text, points_text
 from edge_vlm_training.data.records import read_records, scan_records
 from edge_vlm_training.data.schema import CAPTION_QUESTION, KINDS, parse_record

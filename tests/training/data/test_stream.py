@@ -13,9 +13,9 @@ import torch
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import CheckpointError, DataError, RecordTooLong, VideoUnreadable
 from edge_vlm_training.data.batch import PackedBatch, PackedTokens
-from edge_vlm_training.data.lanes import PackingConfig
 from edge_vlm_training.data.mixture import Mixture, Share
 from edge_vlm_training.data.prefetch import Prefetch
+from edge_vlm_training.data.row_stream import PackingConfig
 from edge_vlm_training.data.sample import Pictures, Sample
 from edge_vlm_training.data.stream import PackedStream, merge_states
 from edge_vlm_training.data.trees import TreeBuilder

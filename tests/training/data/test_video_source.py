@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import RecordInvalid, VideoEmpty, VideoError, VideoNotFound, VideoUnreadable
-from edge_vlm_training import videos
+from edge_vlm_training.data import videos
 from edge_vlm_training.data.sample import LAST
 from edge_vlm_training.data.sampling import FrameSampling
 from edge_vlm_training.data.video_source import VideoSource
-from edge_vlm_training.videos import probe_video, read_moments, write_video
+from edge_vlm_training.data.videos import probe_video, read_moments, write_video
 
 QA = {"type": "qa", "question": "What is it?", "answer": "A cat."}
 FPS = 10

@@ -12,7 +12,7 @@ import pytest
 from edge_vlm_training.data.sample import LAST, Sample
 from edge_vlm_training.data.schema import KINDS, parse_record
 from edge_vlm_training.data.world_source import WorldSource
-from edge_vlm_training.world import WorldConfig
+from edge_vlm_training.world.scenes import WorldConfig
 
 DOCS = Path(__file__).parents[3] / "docs" / "training-data.md"
 

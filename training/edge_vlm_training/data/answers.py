@@ -1,4 +1,4 @@
-"""How points and counts are written in an answer (arXiv 2601.10611; read by `edge_vlm.points`).
+"""How points and counts are written in an answer (arXiv 2601.10611; read by `text.points`).
 
 `<points coords="0.5 1 250 500 2 031 700;1.0 1 260 500">cats</points>`: groups of one time each, in
 seconds with one decimal, then object, x and y in thousandths with at least three digits, sorted by

@@ -11,7 +11,7 @@ import torch
 
 from edge_vlm.config import ModelConfig, Rescale
 from edge_vlm.model.selection import num_kept
-from edge_vlm.prompt import PromptFormat
+from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.batch import (
     NOWHERE,
     PADDING,

@@ -11,12 +11,12 @@ import numpy as np
 
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import DataError, EdgeVlmError, VideoError
+from edge_vlm.formats.report import Report
 from edge_vlm.model.selection import num_kept
-from edge_vlm.prompt import PromptFormat
-from edge_vlm.report import Report
+from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.knapsack import fill_row
-from edge_vlm_training.data.lanes import PackingConfig
 from edge_vlm_training.data.records import scan_records
+from edge_vlm_training.data.row_stream import PackingConfig
 from edge_vlm_training.data.sample import Sample
 from edge_vlm_training.data.sampling import FrameSampling
 from edge_vlm_training.data.trees import Tree, TreeBuilder, split_tree

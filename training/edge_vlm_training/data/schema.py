@@ -12,7 +12,7 @@ import re
 from typing import Annotated, NoReturn
 
 from edge_vlm.errors import MissingExtraError, RecordInvalid
-from edge_vlm.prompt import (
+from edge_vlm.text.prompt import (
     COLUMN,
     FRAME_END,
     FRAME_START,

@@ -16,11 +16,11 @@ from typing import Any
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError
-from edge_vlm.prompt import PromptFormat
+from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.assemble import CellBudget, assemble
 from edge_vlm_training.data.batch import PackedBatch
-from edge_vlm_training.data.lanes import BadRecord, Lane, PackingConfig, Supply
 from edge_vlm_training.data.mixture import Mixture
+from edge_vlm_training.data.row_stream import BadRecord, Lane, PackingConfig, Supply
 from edge_vlm_training.data.sample import seed_of
 from edge_vlm_training.data.trees import TokenWeights, TreeBuilder
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import DataError, RecordTooLong
-from edge_vlm.prompt import Ids, PromptFormat
+from edge_vlm.text.prompt import Ids, PromptFormat
 from edge_vlm_training.data.sample import LAST, Pictures, Sample
-from edge_vlm_training.vocabulary import UNKNOWN
+from edge_vlm_training.world.vocabulary import UNKNOWN
 
 PAPER_SCALE = 4.0
 """Of `TokenWeights`; the published code has 2."""

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import RecordInvalid, VideoError
-from edge_vlm.patches import resize_bilinear
+from edge_vlm.pixels.patches import resize_bilinear
 from edge_vlm_training.data.records import Located, read_records
 from edge_vlm_training.data.sample import LAST, Branch, Pictures, Sample, seed_of
 from edge_vlm_training.data.sampling import FrameSampling
-from edge_vlm_training.videos import VideoTimes, probe_video, read_moments
+from edge_vlm_training.data.videos import VideoTimes, probe_video, read_moments
 
 _EPSILON_S = 1e-3
 

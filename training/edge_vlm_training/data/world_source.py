@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edge_vlm_training.data.sample import LAST, Branch, Pictures, Sample, seed_of
-from edge_vlm_training.questions import ask_any
-from edge_vlm_training.render import render
-from edge_vlm_training.world import WorldConfig, sample_scenes
+from edge_vlm_training.world.questions import ask_any
+from edge_vlm_training.world.render import render
+from edge_vlm_training.world.scenes import WorldConfig, sample_scenes
 
 
 class WorldSource:

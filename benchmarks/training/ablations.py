@@ -1,0 +1,159 @@
+"""What each part of the demo model's training is worth: equally long trainings, one thing changed.
+
+    edge-vlm world --benchmark --per-kind 300 --seed 7 -o questions
+    python -m benchmarks.training.ablations training/checkpoints/demo questions --runs runs
+    python -m benchmarks.training.ablations RUN QUESTIONS --runs runs --only stts,random_cells
+    python -m benchmarks.training.ablations RUN QUESTIONS --runs runs --seeds 5,6,7
+
+All variants start from the same weights, see the same number of clips and run through the same
+learning rates; a seed decides about the clips and is shared by all variants. Where the question is
+how a scorer is learned, it begins with random weights. From a run's folder instead of a
+checkpoint's the read-outs go on as well; fresh ones disturb the vision side at first. A variant
+that is trained in `runs` already is only asked. Each is asked in torch, with what it was trained
+for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import command_line, device_record, write_result
+from edge_vlm.cli import run_command
+from edge_vlm.config import Rescale, VisionAttention
+from edge_vlm_training.recipes.stages import REMOVED_MIXED, Recipe, Stage
+from edge_vlm_training.trainer.stages import Trainer
+
+FINISHED = "finished"
+PRUNED = ("stream:0.5", "stream:0.2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs from the full recipe, and the rows of `edge-vlm eval` that show it."""
+
+    runs: tuple[str, ...]
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    removed: tuple[float, ...] = REMOVED_MIXED
+
+
+ANEW = {"new_scorer": True}
+VARIANTS = {
+    "stts": Variant(("keep_all:1", "stream:0.7", *PRUNED, "clip:0.5", "clip:0.2")),
+    "never_pruned": Variant(("keep_all:1",), removed=(0.0,)),
+    "random_cells": Variant(("random:0.5", "random:0.2"), {"selection": ("random",)}),
+    "all_attention": Variant(
+        ("keep_all:1:all", "stream:0.5:all", "stream:0.2:all"), {"attention": VisionAttention.ALL}
+    ),
+    "one_fraction": Variant(("keep_all:1", *PRUNED), removed=(0.5,)),
+    "new_scorer": Variant(PRUNED, ANEW),
+    "new_scorer_no_aux_loss": Variant(PRUNED, ANEW | {"aux_weight": 0.0}),
+    "new_scorer_row_rescale": Variant(PRUNED, ANEW | {"rescale": Rescale.ROW}),
+    "new_scorer_frame_rescale": Variant(PRUNED, ANEW | {"rescale": Rescale.FRAME}),
+}
+
+
+def recipe_of(variant: Variant, steps: int, seed: int = 5) -> Recipe:
+    """Short: everything is trained, the vision side slowly, and the rates run out."""
+    stage = Stage(
+        name="compared",
+        minutes=1,
+        steps=steps,
+        batch=8,
+        num_frames=16,
+        branches=16,
+        removed=variant.removed,
+        lr=4e-4,
+        lr_vision=4e-5,
+        lr_connector=4e-5,
+        rate=(1.0, 0.02),
+        decay_from=0.3,
+    )
+    recipe = Recipe(
+        name="ablation",
+        seed=seed,
+        stages=(stage,),
+        history_share=0.0,
+        timeline_weight=0.25,
+    )
+    return dataclasses.replace(recipe, **variant.recipe)
+
+
+def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
+    folder: Path = args.runs / f"{name}-{seed}"
+    if not (folder / FINISHED).exists():
+        recipe = recipe_of(VARIANTS[name], args.steps, seed)
+        trainer = Trainer(recipe, folder, init=args.start)
+        trainer.run()
+        (folder / FINISHED).write_text(json.dumps({"minutes": round(trainer.total_s / 60, 1)}))
+    return folder
+
+
+def asked(folder: Path, runs: tuple[str, ...], questions: Path) -> list[dict[str, Any]]:
+    result = folder / "table.json"
+    rows = [argument for run in runs for argument in ("--run", run)]
+    command = ["eval", str(folder / "checkpoint"), str(questions), *rows, "--json", str(result)]
+    if code := run_command(command):
+        raise SystemExit(code)
+    told: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
+    return told
+
+
+def print_table(table: Sequence[dict[str, Any]]) -> None:
+    """One line for each variant and run: the mean over the seeds, and what each seed has."""
+    means: dict[tuple[str, str], list[float]] = {}
+    kept: dict[tuple[str, str], float] = {}
+    for entry in table:
+        for row in entry["rows"]:
+            key = entry["variant"], f"{row['policy']}:{row['keep_ratio']:g}:{row['attention']}"
+            means.setdefault(key, []).append(row["mean_percent"])
+            kept[key] = row["kept_percent"]
+    print(f"{'variant':24} {'run':16} {'kept':>6} {'mean':>6}  of each seed")
+    for key, percents in means.items():
+        each = " ".join(f"{percent:.1f}" for percent in percents)
+        mean = sum(percents) / len(percents)
+        print(f"{key[0]:24} {key[1]:16} {kept[key]:5.1f}% {mean:5.1f}%  {each}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("start", type=Path, help="checkpoint or run that all variants start from")
+    parser.add_argument("questions", type=Path, help="a folder written by `edge-vlm world`")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--seeds", default="5", help="one training of each variant for each")
+    parser.add_argument("--only", help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    args = parser.parse_args(argv)
+    names = args.only.split(",") if args.only else list(VARIANTS)
+    if unknown := set(names) - set(VARIANTS):
+        parser.error(f"--only: {unknown.pop()!r} is none of {', '.join(VARIANTS)}")
+    if not all(seed.isdecimal() for seed in args.seeds.split(",")):
+        parser.error(f"--seeds: {args.seeds!r} must be whole numbers, with commas")
+    table = []
+    for seed in map(int, args.seeds.split(",")):
+        for name in names:
+            folder = trained(name, seed, args)
+            minutes = json.loads((folder / FINISHED).read_text())["minutes"]
+            rows = asked(folder, VARIANTS[name].runs, args.questions)
+            entry = {"variant": name, "seed": seed, "steps": args.steps, "minutes": minutes}
+            table.append({**entry, "rows": rows})
+            if args.out:  # after each: the next one may be stopped
+                record = {
+                    "command": command_line("ablations", argv),
+                    **device_record(torch.device("cpu")),
+                }
+                write_result(args.out, record | {"variants": table})
+    print_table(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""`edge-vlm eval`: models on questions about clips; policies, budgets and paths in one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import edge_vlm
+from edge_vlm.cli import Command, run_command
+from edge_vlm.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from edge_vlm.evaluation.log import AnswerLog
+    from edge_vlm.evaluation.runs import Evaluator, EvaluatorOptions, Run
+    from edge_vlm.formats.qa_set import AskedQuestion, ClipQuestions
+
+EXTRAS = {"torch": "train", "bundle": "ort", "served": "ort"}
+LOG, TABLE, RECORD, RENDERED = "answers.jsonl", "table.md", "table.json", "questions"
+REPORT_EVERY_S = 60.0
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        metavar="CHECKPOINT|BUNDLE|URL|QUESTIONS",
+        help="what to measure, and the questions: a folder written by `edge-vlm world` or a JSONL "
+        "file about your own videos (default: the demo bundle; the rendered benchmark)",
+    )
+    parser.add_argument(
+        "--through",
+        metavar="PATHS",
+        help="of a bundle: served, bundle (in this process, no server) or both with a comma "
+        "(default: served)",
+    )
+    table = parser.add_argument_group("rows of the table (default: all)")
+    table.add_argument(
+        "--policy", metavar="NAMES", help="keep_all,stream,clip,frame_topk,random,..."
+    )
+    table.add_argument("--keep-ratio", metavar="SHARES", help="1,0.7,0.5,0.3,0.2,0.1")
+    table.add_argument("--attention", metavar="MODES", help="frame,all")
+    table.add_argument(
+        "--run",
+        action="append",
+        metavar="POLICY:KEEP[:ATTENTION]",
+        dest="runs",
+        help="just these rows, may be repeated",
+    )
+    asked = parser.add_argument_group("questions")
+    asked.add_argument("--per-kind", type=_positive, default=100, help="of the rendered benchmark")
+    asked.add_argument("--seed", type=int, default=1, help="of the rendered benchmark")
+    asked.add_argument("--clips", type=_positive, metavar="N", help="only the first N")
+    asked.add_argument(
+        "--minutes",
+        type=_not_negative,
+        metavar="M",
+        help="stop behind the clip asked then; 0: only show the table",
+    )
+    asked.add_argument("--fps", type=_rate, default=2.0, help="frames a second of your own videos")
+    asked.add_argument("--max-frames", type=_positive, default=64, help="of one of your videos")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help=f"keep {LOG}, {TABLE} and {RECORD} there; called again, goes on where it stopped",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--bundle", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=_positive, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="of the server's URL")
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="certificate for wss://")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = _not_negative(text)
+    if not value:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def open_evaluators(
+    stack: ExitStack, targets: Mapping[str, str | None], options: EvaluatorOptions
+) -> dict[str, Evaluator]:
+    """By path, from the entry points. Raises MissingExtraError and what they raise."""
+    from edge_vlm.evaluation.runs import EVALUATOR_GROUP
+
+    points = {point.name: point for point in metadata.entry_points(group=EVALUATOR_GROUP)}
+    evaluators: dict[str, Evaluator] = {}
+    for path, target in targets.items():
+        try:
+            evaluators[path] = stack.enter_context(points[path].load()(target, options))
+        except ModuleNotFoundError as error:
+            library = (error.name or "").partition(".")[0]
+            if library.startswith("edge_vlm"):
+                raise  # a bug, not a library that an extra would bring
+            raise MissingExtraError.for_library(library, EXTRAS[path]) from error
+    return evaluators
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edge_vlm.evaluation.plan import plan, rows
+    from edge_vlm.evaluation.runs import EvaluatorOptions
+
+    extra = [target for target in (args.bundle, args.url) if target]
+    wanted = plan([*args.targets, *extra], args.through)
+    runs = rows(args.runs, args.policy, args.keep_ratio, args.attention)
+    options = EvaluatorOptions(
+        threads=args.threads, api_key_file=args.api_key_file, tls_ca=args.tls_ca
+    )
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ConfigError("no such folder", where=args.json.parent)  # not after hours of asking
+    with ExitStack() as stack:
+        out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        questions = wanted.questions or _rendered(out / RENDERED, args)
+        evaluators = open_evaluators(stack, wanted.targets, options)
+        return _evaluate(args, out, questions, evaluators, runs)
+
+
+def _rendered(folder: Path, args: argparse.Namespace) -> Path:
+    """The rendered benchmark of that seed and size; another stage's command writes it."""
+    finished = folder / "finished.json"
+    wanted = {"per_kind": args.per_kind, "seed": args.seed}
+    if finished.is_file():
+        if json.loads(finished.read_text()) != wanted:
+            raise ConfigError(
+                "the folder holds another benchmark", where=folder, remedy="name another folder"
+            )
+        return folder
+    if folder.exists():
+        raise ConfigError("half a benchmark lies there", where=folder, remedy="remove it")
+    command = ["world", "--benchmark", "--out", str(folder)]
+    run_command([*command, "--per-kind", str(args.per_kind), "--seed", str(args.seed)])
+    finished.write_text(json.dumps(wanted) + "\n")
+    return folder
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    out: Path,
+    questions: Path,
+    evaluators: Mapping[str, Evaluator],
+    runs: Sequence[Run],
+) -> int:
+    from edge_vlm.evaluation.log import AnswerLog
+    from edge_vlm.evaluation.qa_jsonl import read_questions
+    from edge_vlm.evaluation.table import overview, score, table, to_record, wrong_answers
+
+    measured: dict[str, Any] = {"questions": _digest(questions, args)}
+    measured |= {path: evaluator.identity for path, evaluator in evaluators.items()}
+    clips = islice(read_questions(questions, args.fps, args.max_frames), args.clips)
+    log = AnswerLog(out / LOG if args.out else None, measured)
+    try:
+        asked = _ask(clips, evaluators, runs, log, args.minutes)
+    finally:
+        log.close()
+    scores = score(log, asked, list(evaluators), runs)
+    print("\n\n".join(part for part in (overview(scores), table(scores)) if part))
+    record = {
+        "command": f"edge-vlm eval {shlex.join(sys.argv[2:])}" if sys.argv[1:2] == ["eval"] else "",
+        "version": edge_vlm.__version__,
+        "questions": {"name": questions.name, "sha256": measured["questions"]},
+        "models": {
+            path: {"name": evaluator.name, "identity": evaluator.identity}
+            for path, evaluator in evaluators.items()
+        },
+    }
+    if args.runs:  # of the whole table they are in the log
+        record["wrong"] = wrong_answers(log, asked, scores)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in to_record(scores))  # each on one line
+    text = json.dumps(record, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
+    if args.out:
+        parts = overview(scores, markdown=True), table(scores, markdown=True)
+        (out / TABLE).write_text("\n\n".join(part for part in parts if part) + "\n")
+        (out / RECORD).write_text(text)
+    if args.json is not None:
+        args.json.write_text(text)
+    return 0
+
+
+def _digest(questions: Path, args: argparse.Namespace) -> str:
+    from edge_vlm.formats.bundle import sha256_of_file
+    from edge_vlm.formats.qa_set import INDEX
+
+    if questions.is_dir():
+        return sha256_of_file(questions / INDEX)
+    return f"{sha256_of_file(questions)} at {args.fps:g} fps, {args.max_frames} frames"
+
+
+def _ask(
+    clips: Iterator[ClipQuestions],
+    evaluators: Mapping[str, Evaluator],
+    runs: Sequence[Run],
+    log: AnswerLog,
+    minutes: float | None,
+) -> dict[str, Sequence[AskedQuestion]]:
+    """All runs on all paths, clip by clip; the questions of all clips."""
+    begin = told = time.monotonic()
+    asked: dict[str, Sequence[AskedQuestion]] = {}
+    for clip in clips:
+        if minutes is None or time.monotonic() - begin < 60 * minutes:
+            _ask_clip(clip, evaluators, runs, log)
+            told = _tell(len(asked) + 1, begin, told)
+        asked[clip.name] = clip.questions
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if not asked:
+        raise ConfigError("there is no clip to ask about")
+    return asked
+
+
+def _ask_clip(
+    clip: ClipQuestions, evaluators: Mapping[str, Evaluator], runs: Sequence[Run], log: AnswerLog
+) -> None:
+    """What the log does not hold yet."""
+    for path, evaluator in evaluators.items():
+        missing = [
+            run for run in runs if evaluator.can(run) and (path, run.name, clip.name) not in log
+        ]
+        if missing:
+            for run, answers in evaluator.answers(clip, missing):
+                log.add((path, run.name, clip.name), answers)
+
+
+def _tell(num_clips: int, begin: float, told: float) -> float:
+    """A sign of life on stderr: always on a terminal, once a minute elsewhere. When it last was."""
+    now = time.monotonic()
+    if sys.stderr.isatty():
+        print(f"\r{num_clips} clips, {now - begin:.0f} s", end="", file=sys.stderr, flush=True)
+    elif now - told > REPORT_EVERY_S:
+        print(f"{num_clips} clips, {now - begin:.0f} s", file=sys.stderr, flush=True)
+    else:
+        return told
+    return now
+
+
+evaluate = Command(
+    name="eval",
+    help="measure models on questions: policies, budgets and paths in one table",
+    add_arguments=_arguments,
+    run=_run,
+)

@@ -1,0 +1,211 @@
+"""Runs over one clip, for any model that can be asked in this process: what is shared between them
+is computed once.
+
+The first blocks of the vision transformer and the scores are the same in every run. A policy then
+chooses cells, the rest of the vision side sees those only, and each question is asked behind the
+frames up to its own. With `FRAME` attention those of a clip are one prefix whose beginning every
+question reads; with `ALL` attention, where a frame looks different once a later one is there, each
+moment has a prefix of its own.
+
+Shape letters: F frames, C cells per frame, K kept cells of a frame, G kept cells of a prefix, P its
+tokens, E language width.
+"""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.config import ModelConfig, VisionAttention
+from edge_vlm.errors import ConfigError
+from edge_vlm.evaluation.runs import (
+    CLIP,
+    FEWER_FRAMES,
+    LAST_N,
+    MAX_ANSWER_TOKENS,
+    MIN_CELLS,
+    SCORED_POLICIES,
+    ClipAnswers,
+    Run,
+)
+from edge_vlm.formats.qa_set import ClipQuestions
+from edge_vlm.pixels.frames import decode_jpeg
+from edge_vlm.pruning.policies import Cells, Rgb, Scores, clip_budget, make_policy
+from edge_vlm.text.prompt import Ids, PromptFormat
+
+CAUSAL = -1
+"""Block of a token that sees only what lies before it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What the language model sees of a video."""
+
+    ids: Ids
+    """Token ids i32 [P]."""
+    features: npt.NDArray[np.float32]
+    """f32 [G, E], added to the patch tokens in order."""
+    blocks: npt.NDArray[np.int64]
+    """i64 [P]: tokens of the same block see each other both ways; `CAUSAL` ones never look ahead,
+    and every token sees all before it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A question behind the first `end` tokens of a prefix."""
+
+    end: int
+    ids: Ids
+
+
+View = tuple[Prefix, Sequence[Asked]]
+"""A prefix and all questions behind it."""
+
+
+class ClipModel(Protocol):
+    """A model in this process."""
+
+    config: ModelConfig
+    prompt: PromptFormat
+    max_prefix_tokens: int
+    """Longest prefix that leaves room for a question and its answer."""
+
+    def look(self, rgbs: Sequence[Rgb]) -> Scores:
+        """Everything before the choice of cells; scores f32 [F, C], ones without a scorer."""
+
+    def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
+        """Of each frame of the clip looked at last: features f32 [K, E] of these cells."""
+
+    def answer(self, views: Sequence[View], max_tokens: int = MAX_ANSWER_TOKENS) -> list[list[str]]:
+        """The most likely answers to each view's questions, token by token.
+
+        No question sees another.
+        """
+
+
+def can_run(config: ModelConfig, run: Run) -> bool:
+    """Whether the model has what the policy looks at."""
+    return config.scorer is not None or run.policy not in SCORED_POLICIES
+
+
+def answer_clip(
+    model: ClipModel, clip: ClipQuestions, runs: Sequence[Run]
+) -> Iterator[tuple[Run, ClipAnswers]]:
+    """Raises FrameDecodeError, ConfigError when a clip is longer than the model can see."""
+    rgbs = [decode_jpeg(jpeg) for jpeg in clip.jpegs]
+    scores = model.look(rgbs)
+    asked_ids = [model.prompt.question_ids(question.text) for question in clip.questions]
+    for run in runs:
+        cells = choose(run, scores, rgbs, seed_of(clip))
+        yield run, _answers(model, clip, run, cells, asked_ids)
+
+
+def seed_of(clip: ClipQuestions) -> int:
+    """Of random cells: another for each clip, the same on every path."""
+    return zlib.crc32(clip.name.encode()) & 0xFFFF
+
+
+def choose(run: Run, scores: Scores, rgbs: Sequence[Rgb], seed: int) -> list[Cells | None]:
+    """The kept cells of each frame; None for a frame that is not sent at all."""
+    everything = np.arange(scores.shape[1], dtype=np.int32)
+    if run.policy == FEWER_FRAMES:
+        return [everything if run.shows_frame(i) else None for i in range(len(scores))]
+    if run.policy == LAST_N:
+        return [everything] * len(scores)
+    if run.policy == CLIP:
+        return list(clip_budget(scores, run.keep_ratio))
+    policy = make_policy(run.policy, run.keep_ratio, min_cells=MIN_CELLS, seed=seed)
+    return [
+        policy.select(row, rgb, i == 0)
+        for i, (row, rgb) in enumerate(zip(scores, rgbs, strict=True))
+    ]
+
+
+def kept_cells(run: Run, cells: Sequence[Cells | None]) -> int:
+    """What the language model has to hold at the end of the clip."""
+    if run.policy == LAST_N:
+        cells = cells[-run.frames_kept(len(cells)) :]
+    return sum(len(chosen) for chosen in cells if chosen is not None)
+
+
+def _answers(
+    model: ClipModel,
+    clip: ClipQuestions,
+    run: Run,
+    cells: Sequence[Cells | None],
+    asked_ids: Sequence[Ids],
+) -> ClipAnswers:
+    sent = [np.empty(0, np.int32) if chosen is None else chosen for chosen in cells]
+    features = model.features(sent)
+    shown = [i for i, chosen in enumerate(cells) if chosen is not None]
+    windows = list(_windows(clip, run, shown))
+    views: list[View] = []
+    for window, numbers in windows:
+        prefix, ends = _prefix(model, clip, window, features, run.attention)
+        if len(prefix.ids) > model.max_prefix_tokens:
+            raise ConfigError(
+                f"{len(window)} frames are {len(prefix.ids)} tokens, the model has room for "
+                f"{model.max_prefix_tokens}",
+                where=f"clip {clip.name}, run {run.name}",
+                remedy="take fewer frames a second (--fps) or a shorter clip",
+            )
+        newest = [bisect_right(window, clip.questions[number].frame) - 1 for number in numbers]
+        asked = [
+            Asked(ends[place], asked_ids[number])
+            for place, number in zip(newest, numbers, strict=True)
+        ]
+        views.append((prefix, asked))
+    texts = [""] * len(clip.questions)
+    for (_, numbers), told in zip(windows, model.answer(views), strict=True):
+        for number, text in zip(numbers, told, strict=True):
+            texts[number] = text
+    num_cells = model.config.vision.num_cells
+    return ClipAnswers(texts, num_cells * len(clip.jpegs), kept_cells(run, cells))
+
+
+def _windows(
+    clip: ClipQuestions, run: Run, shown: Sequence[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Frames of a prefix, and the numbers of the questions that read it."""
+    numbers = range(len(clip.questions))
+    if run.attention is VisionAttention.FRAME and run.policy != LAST_N:
+        if numbers:
+            newest = max(question.frame for question in clip.questions)
+            yield [i for i in shown if i <= newest], list(numbers)
+        return
+    most = run.frames_kept(len(clip.jpegs)) if run.policy == LAST_N else len(shown)
+    by_window: dict[tuple[int, ...], list[int]] = {}
+    for number in numbers:
+        seen = [i for i in shown if i <= clip.questions[number].frame]
+        by_window.setdefault(tuple(seen[-most:]), []).append(number)
+    for window, together in by_window.items():
+        yield list(window), together
+
+
+def _prefix(
+    model: ClipModel,
+    clip: ClipQuestions,
+    window: Sequence[int],
+    features: Sequence[npt.NDArray[np.float32]],
+    attention: VisionAttention,
+) -> tuple[Prefix, list[int]]:
+    """The prefix of these frames and where each of them ends. Times count from the clip's begin."""
+    prompt = model.prompt
+    ids, blocks, ends = [prompt.bos_ids], [np.full(len(prompt.bos_ids), CAUSAL, np.int64)], []
+    length = len(prompt.bos_ids)
+    for place, i in enumerate(window):
+        stamp_s = clip.times_s[i] - clip.times_s[0]
+        segment = prompt.frame_ids(stamp_s, len(features[i]), first=place == 0)
+        block = 0 if attention is VisionAttention.ALL else place
+        ids.append(segment)
+        blocks.append(np.where(prompt.vision_mask(segment), block, CAUSAL))
+        length += len(segment)
+        ends.append(length)
+    joined = np.concatenate([features[i] for i in window])
+    return Prefix(np.concatenate(ids), joined, np.concatenate(blocks)), ends

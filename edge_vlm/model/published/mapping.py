@@ -1,0 +1,166 @@
+"""Weights under published names to ours and back; what does not fit is one error.
+
+`to_ours` and `to_published` are inverses, and both refuse anything that does not fit, listing all
+of it. What is checked are names, shapes and types alone, so that a folder can be checked by its
+files' headers before a single weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from edge_vlm.config import ModelConfig
+from edge_vlm.errors import WeightNamesError
+from edge_vlm.model.published.names import Naming, Row
+from edge_vlm.model.video_lm import VideoLM
+
+FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The types that weights may be stored in, and what safetensors calls them."""
+
+
+class Shaped(Protocol):
+    """A tensor, or what a file's header says of one: `dtype` is a type of torch or its name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our names and their shapes, without allocating anything."""
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in VideoLM(cfg).state_dict().items()}
+
+
+def published_shapes(naming: Naming, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every published name of such a model and its shape, in the order of the tables."""
+    wanted = shapes(cfg)
+    return {
+        name: shape
+        for row in naming.expand(cfg)
+        for name, shape in _row_shapes(row, wanted, cfg).items()
+    }
+
+
+def check_published(
+    naming: Naming, cfg: ModelConfig, found: Mapping[str, Shaped], where: object = None
+) -> None:
+    """Raises WeightNamesError listing every missing, unknown, mis-shaped and mistyped tensor."""
+    expected = published_shapes(naming, cfg)
+    for row in naming.expand(cfg):
+        if len(row.published) > 1 and all(name in found for name in row.published):
+            # transformers saves the joined table cut in two halves: only the sum is certain.
+            sizes = {name: sum(found[name].shape[:1]) for name in row.published}
+            if sum(sizes.values()) == sum(expected[name][0] for name in row.published):
+                expected |= {name: (sizes[name], *expected[name][1:]) for name in sizes}
+    check_fit(expected, found, where)
+
+
+def to_ours(
+    naming: Naming,
+    cfg: ModelConfig,
+    weights: Mapping[str, Tensor],
+    where: object = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Renames a published state dict: every name of ours that the naming covers.
+
+    Tensors are views where nothing has to be joined or, with a `dtype`, converted; those that have
+    to be are written once, in their new type. Raises as `check_published`.
+    """
+    check_published(naming, cfg, weights, where)
+    wanted = shapes(cfg)
+    ours: dict[str, Tensor] = {}
+    for row in naming.expand(cfg):
+        joined = _join([weights[name] for name in row.published], dtype)
+        sizes = [wanted[name][0] for name in row.ours]
+        ours.update(zip(row.ours, joined.split(sizes), strict=True))
+    return ours
+
+
+def to_published(
+    naming: Naming, cfg: ModelConfig, weights: Mapping[str, Tensor], where: object = None
+) -> dict[str, Tensor]:
+    """The inverse of `to_ours`; names of ours that the naming does not cover must be absent."""
+    return dict(published_items(naming, cfg, weights, where))
+
+
+def published_items(
+    naming: Naming, cfg: ModelConfig, weights: Mapping[str, Tensor], where: object = None
+) -> Iterator[tuple[str, Tensor]]:
+    """As `to_published`, in the order of `published_shapes`, joining tensors when their turn comes.
+
+    So a large model is written without a second copy of itself.
+    """
+    wanted = shapes(cfg)
+    rows = naming.expand(cfg)
+    check_fit({name: wanted[name] for row in rows for name in row.ours}, weights, where)
+    for row in rows:
+        joined = _join([weights[name] for name in row.ours])
+        sizes = [shape[0] for shape in _row_shapes(row, wanted, cfg).values()]
+        yield from zip(row.published, joined.split(sizes), strict=True)
+
+
+def _join(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    first, dtype = tensors[0], dtype or tensors[0].dtype
+    if len(tensors) == 1:
+        return first.to(dtype)
+    joined = first.new_empty((sum(len(t) for t in tensors), *first.shape[1:]), dtype=dtype)
+    for part, tensor in zip(joined.split([len(t) for t in tensors]), tensors, strict=True):
+        part.copy_(tensor)
+    return joined
+
+
+def _row_shapes(
+    row: Row, wanted: Mapping[str, tuple[int, ...]], cfg: ModelConfig
+) -> dict[str, tuple[int, ...]]:
+    rest = wanted[row.ours[0]][1:]
+    if len(row.published) == 1:
+        return {row.published[0]: (sum(wanted[name][0] for name in row.ours), *rest)}
+    # The only tensor that is published in two pieces is the embedding table.
+    language = cfg.language
+    rows = (language.base_vocab, language.extra_vocab)
+    return {name: (size, *rest) for name, size in zip(row.published, rows, strict=True)}
+
+
+def check_fit(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Shaped], where: object = None
+) -> None:
+    """Raises WeightNamesError with every name that does not fit; does nothing if all do."""
+    known = [(name, found[name], shape) for name, shape in expected.items() if name in found]
+    allowed = (*FLOATS, *FLOATS.values())
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": sorted(found.keys() - expected.keys()),
+        "misshaped": [
+            f"{name} is {list(tensor.shape)}, expected {list(shape)}"
+            for name, tensor, shape in known
+            if tuple(tensor.shape) != shape
+        ],
+        "mistyped": [
+            f"{name} is {tensor.dtype}, expected {', '.join(FLOATS.values())}"
+            for name, tensor, _ in known
+            if tensor.dtype not in allowed
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{kind}: {_abridged(names)}" for kind, names in problems.items() if names
+        )
+        raise WeightNamesError(
+            f"weights do not fit the model: {listed}",
+            where=where,
+            remedy="load them with the config that was published with them",
+            **{kind: tuple(names) for kind, names in problems.items()},
+        )
+
+
+def _abridged(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

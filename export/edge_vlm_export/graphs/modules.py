@@ -1,0 +1,113 @@
+"""The model's parts as flat functions of tensors: what each exported graph computes.
+
+Nothing is computed here that the model does not compute; only arguments are laid out as a graph
+needs them (no lists, no batch axis) and the language model's head is applied to the wanted rows
+alone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from edge_vlm.formats.bundle import IMAGE_ENCODER
+from edge_vlm.formats.precision import Variant
+from edge_vlm.model.images import encode_images
+from edge_vlm.model.llm import PastAttention
+from edge_vlm.model.ragged import Method
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm_export.graphs.attention import concat_attention, in_place_attention, split_attention
+from edge_vlm_export.graphs.graphs import KVForm
+
+
+class VitStemGraph(nn.Module):
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, pixels: Tensor, prev_cells: Tensor, is_first: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.model.vit_stem(pixels, prev_cells, is_first)
+
+
+class EmbedGraph(nn.Module):
+    """The stem of a model without scorer: nothing is dropped, so every block is the trunk's."""
+
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.vit = model.vit
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vit.embed(pixels)
+
+
+class VitTrunkGraph(nn.Module):
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden: Tensor, cell_idx: Tensor, frame_id: Tensor) -> Tensor:
+        return self.model.vit_trunk(hidden, cell_idx.long(), frame_id, method=Method.MASK)
+
+
+class ImageEncoderGraph(nn.Module):
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, windows: Tensor) -> Tensor:
+        return encode_images(self.model, pixels, windows.long())
+
+
+class LlmGraph(nn.Module):
+    """Past of each layer as the cache keeps it, keys and values in turn.
+
+    Token-major [p, h, d]: the new rows [s, h, d] come back. Head-major [1, h, C, d]: the whole
+    buffer does.
+    """
+
+    def __init__(self, model: VideoLM, attention: PastAttention) -> None:
+        super().__init__()
+        self.llm, self.attention = model.llm, attention
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attn_bias: Tensor,
+        last_idx: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        whole = self.attention is in_place_attention
+        tensors = past if whole else tuple(tensor[None] for tensor in past)
+        hidden, new = self.llm(
+            inputs_embeds[None],
+            cos[None],
+            sin[None],
+            attn_bias[None],
+            list(zip(tensors[::2], tensors[1::2], strict=True)),
+            self.attention,
+        )
+        logits = self.llm.head(hidden[0].index_select(0, last_idx)).float()
+        return (logits, *(tensor if whole else tensor[0] for pair in new for tensor in pair))
+
+
+def graph_module(
+    name: str,
+    model: VideoLM,
+    *,
+    variant: Variant = Variant.PORTABLE,
+    kv_form: KVForm = KVForm.CONCAT,
+) -> nn.Module:
+    """The function that the graph of this name computes, for export and for comparison."""
+    if name == "vit_stem":
+        return (EmbedGraph(model) if model.scorer is None else VitStemGraph(model)).eval()
+    if name == "vit_trunk":
+        return VitTrunkGraph(model).eval()
+    if name == IMAGE_ENCODER:
+        return ImageEncoderGraph(model).eval()
+    if variant is Variant.ORT:
+        return LlmGraph(model, in_place_attention).eval()
+    joined = name == "llm" and kv_form is not KVForm.SPLIT
+    return LlmGraph(model, concat_attention if joined else split_attention).eval()

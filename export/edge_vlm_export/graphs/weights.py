@@ -1,0 +1,223 @@
+"""Where the weights of an export come from: a checkpoint, a published folder, or chance.
+
+Tensors are read when asked for, one at a time, from mapped files: a model never has to fit into
+memory as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import edge_vlm.config as recipes
+from edge_vlm.config import ModelConfig
+from edge_vlm.errors import CheckpointError, ConfigError
+from edge_vlm.formats.bundle import sha256_of_file
+from edge_vlm.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_config, read_tensors
+from edge_vlm.model.published.files import read_json
+from edge_vlm.model.published.folder import open_published
+from edge_vlm.model.published.mapping import check_fit, shapes, to_ours
+from edge_vlm.model.published.processor import read_processors
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.model.vit import cell_patch_table
+from edge_vlm.pixels.stills import ImageConfig
+from edge_vlm.text.prompt import PLAIN, PromptStyle, has_image_tokens
+from edge_vlm.text.tokenizer import Tokenizer
+
+SMALL_PARAMETERS = 1 << 16
+"""Parameters with fewer numbers than this stay in a streamed model."""
+RANDOM_SHAPES = ("molmo2_4b", "molmo2_8b", "molmo2_o_7b", "tiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    cfg: ModelConfig
+    tokenizer: Path
+    name: str
+    """Of the model, if the user gives none."""
+    identity: Mapping[str, Any]
+    """What the bundle's manifest says about where its weights came from."""
+    read: Callable[[str], Tensor]
+    """A tensor by our name."""
+    style: PromptStyle = PLAIN
+    images: ImageConfig | None = None
+    """How still pictures are cut; None for a model that knows video only."""
+
+    def float32(self, name: str) -> Tensor:
+        return self.read(name).detach().float()
+
+
+def open_weights(folder: Path) -> WeightSource:
+    """A folder written by `edge-vlm train`, or a published Molmo2 folder; nothing is read yet.
+
+    Raises what loading them raises: CheckpointError for missing, unreadable and unfitting files,
+    ConfigError for a variant that is not computed here.
+    """
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"the checkpoint lacks {CONFIG}",
+            where=folder,
+            remedy="point to a folder written by `edge-vlm train` or a published Molmo2 folder",
+        )
+    if not (folder / TOKENIZER).is_file():
+        raise CheckpointError(f"the checkpoint lacks {TOKENIZER}", where=folder)
+    if "language" in read_json(folder / CONFIG):
+        cfg, style, images = read_config(folder), PLAIN, None
+        weights: Mapping[str, Tensor] = read_tensors(folder / WEIGHTS)
+        check_fit(shapes(cfg), weights, folder / WEIGHTS)
+    else:
+        found = open_published(folder)
+        cfg = found.config
+        images, style = _picture_rules(folder, cfg)
+        stored: dict[str, Tensor] = {}
+        for file in found.files:
+            stored.update(read_tensors(folder / file))
+        weights = to_ours(found.naming, cfg, stored, folder)
+    return WeightSource(
+        cfg=cfg,
+        tokenizer=folder / TOKENIZER,
+        name=folder.resolve().name,
+        identity=identity_of(folder),
+        read=weights.__getitem__,
+        style=style,
+        images=images,
+    )
+
+
+def _picture_rules(folder: Path, cfg: ModelConfig) -> tuple[ImageConfig | None, PromptStyle]:
+    """Pictures are a matter of the vocabulary too: one of video only has no words for them."""
+    images, style = read_processors(folder, cfg.vision)
+    known = has_image_tokens(Tokenizer.from_file(folder / TOKENIZER))
+    return images if known else None, style
+
+
+def identity_of(folder: Path) -> dict[str, Any]:
+    """Name and hashes of a checkpoint folder's files."""
+    return {
+        "checkpoint": folder.resolve().name,
+        "sha256": {
+            path.name: sha256_of_file(path)
+            for path in sorted(folder.iterdir())
+            if path.name in (CONFIG, TOKENIZER) or path.suffix == ".safetensors"
+        },
+    }
+
+
+def random_weights(
+    shape: str,
+    seed: int,
+    tokenizer: Path,
+    *,
+    with_scorer: bool = True,
+    with_images: bool = False,
+) -> WeightSource:
+    """A model of a known shape with weights made up tensor by tensor: same seed, same weights.
+
+    For trying an export, an engine build or a device without the real weights. Raises ConfigError
+    for an unknown shape, and for `with_images` where shape or vocabulary are made for video only.
+    """
+    if shape not in RANDOM_SHAPES:
+        raise ConfigError(f"no shape {shape!r}", remedy=f"one of {', '.join(RANDOM_SHAPES)}")
+    if not tokenizer.is_file():
+        raise ConfigError("there is no such tokenizer.json", where=tokenizer)
+    cfg: ModelConfig = getattr(recipes, shape)()
+    if not with_scorer:
+        cfg = replace(cfg, scorer=None)
+    images = ImageConfig() if with_images else None
+    if images is not None and not _fits_images(images, cfg, tokenizer):
+        raise ConfigError(
+            f"{shape} with this tokenizer.json cannot read still pictures",
+            where=tokenizer,
+            remedy="take a molmo2 shape and the published tokenizer.json",
+        )
+    return replace(made_up_weights(cfg, seed, tokenizer, shape), images=images)
+
+
+def made_up_weights(cfg: ModelConfig, seed: int, tokenizer: Path, shape: str) -> WeightSource:
+    """As `random_weights`, for any configuration; `shape` is what it is called."""
+    wanted = shapes(cfg)
+    norms = _norm_weights(cfg)
+    blocks = {"vit": cfg.vision.num_layers, "llm": cfg.language.num_layers}
+
+    def read(name: str) -> Tensor:
+        size = wanted[name]
+        if name in norms:
+            return torch.ones(size)
+        if name.endswith(".bias"):
+            return torch.zeros(size)
+        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        std = 0.02 if name in ("vit.pos_embed", "llm.embed.weight") else size[-1] ** -0.5
+        if name.endswith(("attn.o.weight", "fc2.weight", "mlp.down.weight")):
+            std /= math.sqrt(2 * blocks.get(name.partition(".")[0], 1))
+        return torch.randn(size, generator=generator) * std
+
+    return WeightSource(
+        cfg=cfg,
+        tokenizer=tokenizer,
+        name=f"random-{shape}",
+        identity={"random_weights": shape, "seed": seed},
+        read=read,
+    )
+
+
+def _fits_images(images: ImageConfig, cfg: ModelConfig, tokenizer: Path) -> bool:
+    wide = cfg.vision.patch_grid > 2 * sum(images.overlap)
+    return wide and has_image_tokens(Tokenizer.from_file(tokenizer))
+
+
+def _norm_weights(cfg: ModelConfig) -> set[str]:
+    with torch.device("meta"):
+        model = VideoLM(cfg)
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if "norm" in name.rpartition(".")[2]
+    }
+
+
+def streamed_model(source: WeightSource) -> VideoLM:
+    """The model in float32, with every large weight read when its module runs and dropped after.
+
+    Modules must be called, not looked into: their large parameters are empty in between.
+    """
+    with torch.device("meta"):
+        model = VideoLM(source.cfg)
+    model.vit.cell_patches_C9 = cell_patch_table(source.cfg.vision.patch_grid)
+    for prefix, module in model.named_modules():
+        large: dict[str, str] = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            called = isinstance(module, nn.Linear | nn.Embedding)
+            if called and parameter.numel() >= SMALL_PARAMETERS:
+                large[name] = full
+            else:
+                setattr(module, name, _parameter(source.float32(full)))
+        if large:
+            _stream(module, large, source)
+    return model.eval()
+
+
+def _stream(module: nn.Module, names: Mapping[str, str], source: WeightSource) -> None:
+    empty = {name: getattr(module, name) for name in names}
+
+    def fill(module: nn.Module, inputs: object) -> None:
+        for name, full in names.items():
+            setattr(module, name, _parameter(source.float32(full)))
+
+    def drop(module: nn.Module, inputs: object, output: object) -> None:
+        for name, parameter in empty.items():
+            setattr(module, name, parameter)
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(drop)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

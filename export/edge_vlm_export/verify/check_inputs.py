@@ -1,0 +1,132 @@
+"""Inputs for one graph at chosen sizes, that obey the graph's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_vlm.config import ModelConfig
+from edge_vlm.formats.graph_spec import GraphSpec
+from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pixels.stills import PADDING
+from edge_vlm.text.rope import rope_table
+from edge_vlm_export.verify.pipeline import MASKED, Clip
+from edge_vlm_export.verify.sessions import Arrays
+
+REFERENCE_SIZES = {"F": 2, "G": 6, "I": 2, "T": 8, "s": 5, "p": 9, "n": 1, "C": 24}
+"""Sizes of the reference tensors that travel in the bundle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageStates:
+    """What the language model was given on a clip, row by row, and what it kept of it."""
+
+    embeds: np.ndarray
+    """f32 [T, width]"""
+    cache: Mapping[str, np.ndarray]
+    """[T, heads, head_dim] by "k_0", "v_0", "k_1", ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealInputs:
+    """In place of random numbers, as far as they are there; repeated where more is asked for."""
+
+    clip: Clip | None = None
+    hidden: np.ndarray | None = None
+    """f32 [n, N, D]: what the clip's frames become in the stem."""
+    language: LanguageStates | None = None
+
+
+def reference_sizes(spec: GraphSpec) -> dict[str, int]:
+    return {
+        name: min(max(REFERENCE_SIZES[name], limits.min), limits.max)
+        for name, limits in spec.dims.items()
+    }
+
+
+def check_sizes(spec: GraphSpec, *, largest: bool = True) -> list[dict[str, int]]:
+    """Smallest, usual and largest; for language graphs also one token behind the longest past."""
+    least, usual, most = (spec.sizes(which) for which in ("min", "opt", "max"))
+    if usual == least:
+        usual = {name: (least[name] + most[name]) // 2 for name in least}
+    cases = [least, usual]
+    if largest:
+        cases.append(most)
+    if "p" in spec.dims:
+        cases.append({**least, "p": spec.dims["p"].max if largest else usual["p"]})
+    cases = [_with_room(sizes) for sizes in cases]
+    return [sizes for i, sizes in enumerate(cases) if sizes not in cases[:i]]
+
+
+def _with_room(sizes: Mapping[str, int]) -> dict[str, int]:
+    """An in-place cache must have room for past and new tokens, and some to spare."""
+    if "C" not in sizes:
+        return dict(sizes)
+    return {**sizes, "C": max(sizes["C"], sizes["p"] + sizes["s"] + 3)}
+
+
+def sample_inputs(
+    spec: GraphSpec,
+    sizes: Mapping[str, int],
+    cfg: ModelConfig,
+    *,
+    seed: int,
+    real: RealInputs | None = None,
+) -> Arrays:
+    """Random numbers, but real indices, rotations and masks; `real` replaces them."""
+    real = real or RealInputs()
+    rng = np.random.default_rng(seed)
+    arrays: Arrays = {}
+    for tensor in spec.inputs:
+        shape = tensor.resolve(sizes)
+        if tensor.name == "pixels":
+            arrays[tensor.name] = rng.uniform(-1, 1, shape)
+            if real.clip is not None:
+                frames = [to_pixel_values(picture, cfg.vision) for picture in real.clip.pictures]
+                arrays[tensor.name] = _cycled(np.stack(frames), shape[0])
+        elif tensor.name == "hidden" and real.hidden is not None:
+            arrays[tensor.name] = _cycled(real.hidden, shape[0])
+        elif tensor.name == "inputs_embeds" and real.language is not None:
+            arrays[tensor.name] = _cycled(real.language.embeds, shape[0], sizes["p"])
+        elif tensor.name.startswith("past_") and real.language is not None:
+            rows = real.language.cache[tensor.name.removeprefix("past_")]
+            arrays[tensor.name] = _past(rows, sizes["p"], shape)
+        elif tensor.dtype in ("float32", "float16"):
+            arrays[tensor.name] = rng.standard_normal(shape, np.float32)
+    names = {tensor.name for tensor in spec.inputs}
+    if "is_first" in names:
+        arrays["is_first"] = np.arange(sizes["F"]) % 3 == 1
+    if "cell_idx" in names:
+        num_cells = cfg.vision.num_cells
+        cells = np.sort(rng.permutation(sizes["F"] * num_cells)[: sizes["G"]])
+        arrays["cell_idx"], arrays["frame_id"] = cells, cells // num_cells
+    if "windows" in names:
+        shape = spec.inputs[1].resolve(sizes)
+        windows = rng.integers(0, sizes["I"] * cfg.vision.num_patches, shape)
+        # At the edge of a picture some places of a window are empty, but never all.
+        windows[:, 1:][rng.random((shape[0], shape[1] - 1)) < 0.2] = PADDING
+        arrays["windows"] = windows
+    if "attn_bias" in names:
+        s, p = sizes["s"], sizes["p"]
+        arrays["cos"], arrays["sin"] = (t[p:] for t in rope_table(cfg.language, p + s))
+        rows, columns = np.arange(s)[:, None], np.arange(-p, s)[None, :]
+        frame = (np.maximum(rows, columns) < s // 2) & (columns >= 0)
+        arrays["attn_bias"] = np.where((columns <= rows) | frame, 0.0, MASKED)
+        arrays["last_idx"] = np.sort(rng.permutation(s)[: sizes["n"]])
+    return {t.name: np.ascontiguousarray(arrays[t.name], dtype=t.dtype) for t in spec.inputs}
+
+
+def _cycled(rows: np.ndarray, count: int, start: int = 0) -> np.ndarray:
+    return rows[np.arange(start, start + count) % len(rows)]
+
+
+def _past(rows: np.ndarray, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """`count` rows, laid out as a graph with `shape` for its past wants them."""
+    past = _cycled(rows, count)
+    if len(shape) == 3:
+        return past
+    buffer = np.zeros(shape, rows.dtype)
+    buffer[0, :, :count] = past.swapaxes(0, 1)
+    return buffer

@@ -1,0 +1,77 @@
+"""Runs graphs on ONNX Runtime's CPU provider, plainly: arrays in, arrays out.
+
+The only module of the exporter that imports onnxruntime. The runtime proper binds buffers instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_vlm.errors import ExportError, MissingExtraError
+from edge_vlm.formats.graph_spec import GraphSpec
+
+Arrays = dict[str, np.ndarray]
+
+
+class GraphSession:
+    """One graph file.
+
+    With `as_written` nothing is rearranged, so that every float16 tensor really is rounded to
+    float16; otherwise a provider without float16 kernels may keep float32 between two nodes.
+    """
+
+    def __init__(
+        self, path: Path, spec: GraphSpec, *, threads: int = 1, as_written: bool = False
+    ) -> None:
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise MissingExtraError.for_library("onnxruntime", "export") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Weights stay mapped files instead of being copied into another layout.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        if as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.spec = spec
+        try:
+            self._session: Any = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the library's exceptions share no public base
+            raise ExportError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load graph {spec.name}: {error}",
+                where=path,
+            ) from error
+
+    def run(self, inputs: Arrays, more: Sequence[str] = ()) -> Arrays:
+        """Outputs of the spec, and `more` besides. An in-place cache is copied first."""
+        in_place = [t.name for t in self.spec.outputs if t.name.startswith("present_")]
+        try:
+            if not in_place:
+                names = [*(t.name for t in self.spec.outputs), *more]
+                return dict(zip(names, self._session.run(names, inputs), strict=True))
+            return self._run_in_place(inputs, in_place, more)
+        except Exception as error:
+            raise ExportError(f"graph {self.spec.name} failed: {error}") from error
+
+    def _run_in_place(self, inputs: Arrays, in_place: Sequence[str], more: Sequence[str]) -> Arrays:
+        binding = self._session.io_binding()
+        buffers = {name: inputs[name.replace("present_", "past_")].copy() for name in in_place}
+        for name, array in inputs.items():
+            bound = buffers.get(name.replace("past_", "present_"), np.ascontiguousarray(array))
+            binding.bind_input(name, "cpu", 0, bound.dtype.type, bound.shape, bound.ctypes.data)
+        rest = [t.name for t in self.spec.outputs if t.name not in buffers] + list(more)
+        for name in rest:
+            binding.bind_output(name)
+        for name, buffer in buffers.items():
+            binding.bind_output(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        # Outputs come in the order in which they were bound.
+        values = dict(zip([*rest, *buffers], binding.get_outputs(), strict=True))
+        return {name: values[name].numpy() for name in rest} | buffers

@@ -1,0 +1,41 @@
+"""`edge-vlm demo`. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_vlm.cli import Command
+from edge_vlm_runtime.cli.shared import DEFAULT_PORT, add_bundle_arguments
+from edge_vlm_runtime.demo.paths import DEMO_FOLDER
+
+if TYPE_CHECKING:
+    pass
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle_arguments(parser)
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        default=DEMO_FOLDER,
+        metavar="FOLDER",
+        help="folder with clip.mp4 and clip.json (default: a held-out clip of the demo's world)",
+    )
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of the browser page")
+    parser.add_argument("--exit", action="store_true", help="do not keep serving at the end")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from edge_vlm_runtime.demo.run import run_demo
+
+    return run_demo(args)
+
+
+demo = Command(
+    name="demo",
+    help="stream a rendered clip through the demo model and check its answers",
+    add_arguments=_demo_arguments,
+    run=_demo,
+)

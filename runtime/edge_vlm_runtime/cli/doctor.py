@@ -1,0 +1,81 @@
+"""`edge-vlm doctor`: whether this machine can serve, and what closes each gap."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+from edge_vlm.cli import Command
+from edge_vlm_runtime.cli.config import configured
+from edge_vlm_runtime.cli.serve import serve
+from edge_vlm_runtime.cli.shared import OWN_SERVER_KEYS, add_bundle_arguments
+from edge_vlm_runtime.engines.names import Backend
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.doctor.doctor import Check
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edge_vlm_runtime.doctor.doctor import Machine, Plan, examine
+
+    plan = Plan(
+        bundle=args.bundle,
+        backend=Backend(args.backend),
+        engines=args.engines,
+        threads=args.threads,
+    )
+    checks = examine(plan, Machine())
+    print(as_json(checks) if args.json else as_text(checks, plan.backend))
+    return exit_code(checks)
+
+
+def exit_code(checks: list[Check]) -> int:
+    """1 if something that serving needs is missing or wrong."""
+    return 1 if any(check.is_broken for check in checks) else 0
+
+
+def as_text(checks: list[Check], backend: Backend) -> str:
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        mark = "  <- needed" if check.is_broken else ""
+        lines.append(
+            f"{check.state.value:<7}  {check.name:<{width}}  {' '.join(check.text.split())}{mark}"
+        )
+        if check.fix is not None:
+            lines.append(f"{'':<7}  {'':<{width}}  fix: {check.fix}")
+    broken = [check.name for check in checks if check.is_broken]
+    verdict = "cannot serve" if broken else "can serve"
+    why = f": {', '.join(broken)}" if broken else ""
+    return "\n".join([*lines, f"this machine {verdict} with --backend {backend.value}{why}"])
+
+
+def as_json(checks: list[Check]) -> str:
+    return json.dumps(
+        {
+            "can_serve": exit_code(checks) == 0,
+            "checks": [
+                {**dataclasses.asdict(check), "state": check.state.value} for check in checks
+            ],
+        },
+        indent=1,
+    )
+
+
+doctor = configured(
+    Command(
+        name="doctor",
+        help="say what this machine has and lacks for serving a bundle, and how to get it",
+        add_arguments=_arguments,
+        run=_run,
+    ),
+    keys=OWN_SERVER_KEYS,
+    file_of=serve.add_arguments,
+)

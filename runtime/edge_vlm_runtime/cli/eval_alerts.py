@@ -1,0 +1,75 @@
+"""`edge-vlm eval-alerts`: footage with known events through the served path, rules side by side."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import edge_vlm
+from edge_vlm.cli import Command
+from edge_vlm_runtime.cli.shared import add_bundle_arguments, server_url
+
+DEFAULT_RULES = ("0.5:0.5", "0.7:0.4", "0.7:0.4:0.5", "0.9:0.5", "0.9:0.5:0.5:0.5")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "footage", type=Path, help="folder written by `edge-vlm world --events`, or one's own"
+    )
+    parser.add_argument("--url", help="a running server (default: one of its own)")
+    parser.add_argument(
+        "--at",
+        action="append",
+        metavar="ON:OFF[:HOLD[:CLEAR_HOLD]]",
+        dest="rules",
+        help=f"thresholds and seconds, may be repeated (default: {' '.join(DEFAULT_RULES)})",
+    )
+    parser.add_argument("--keep-ratio", type=float, metavar="R", help="share of cells kept, (0, 1]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    add_bundle_arguments(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edge_vlm_runtime.evaluation.alerts import parse_rule
+
+    rules = {text: parse_rule(text) for text in args.rules or DEFAULT_RULES}
+    with server_url(args) as url:
+        return asyncio.run(_evaluate(args, url, rules))
+
+
+async def _evaluate(args: argparse.Namespace, url: str, rules: dict[str, dict[str, Any]]) -> int:
+    from edge_vlm.formats.alert_set import read_event_set
+    from edge_vlm_runtime.evaluation.alerts import evaluate_alerts, table
+
+    def progress(number: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{number} stretches of footage", end="", file=sys.stderr, flush=True)
+
+    settings = {} if args.keep_ratio is None else {"keep_ratio": args.keep_ratio}
+    scores = await evaluate_alerts(url, read_event_set(args.footage), rules, settings, progress)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(table(scores))
+    if args.json is not None:
+        keep = "" if args.keep_ratio is None else f" --keep-ratio {args.keep_ratio:g}"
+        record = {
+            "command": f"edge-vlm eval-alerts {args.footage.name}{keep}"
+            + "".join(f" --at {text}" for text in rules),
+            "version": edge_vlm.__version__,
+            "bundle": args.bundle.name if args.url is None else args.url,
+            "rules": {name: score.to_dict() for name, score in scores.items()},
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+evaluate_alerts = Command(
+    name="eval-alerts",
+    help="measure a bundle's alerts on footage with known events",
+    add_arguments=_arguments,
+    run=_run,
+)

@@ -1,0 +1,143 @@
+"""`edge-vlm watch`. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import TYPE_CHECKING
+
+from edge_vlm.cli import Command
+from edge_vlm.errors import ConfigError
+from edge_vlm_runtime.cli.alerts import (
+    add_alert_arguments,
+    alert_handlers,
+    alert_outputs,
+    alert_summary,
+    create_alerts,
+    tell_all,
+)
+from edge_vlm_runtime.cli.config import configured
+from edge_vlm_runtime.cli.options import (
+    access_of,
+    add_access_arguments,
+    add_record_argument,
+)
+from edge_vlm_runtime.cli.serve import serve_arguments
+from edge_vlm_runtime.cli.shared import (
+    OWN_SERVER_KEYS,
+    add_bundle_arguments,
+    add_settings_arguments,
+    finish,
+    open_for,
+    positive_float,
+    server_url,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
+    from edge_vlm_runtime.client.run import PlannedQuestion
+
+
+def _watch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "url", nargs="?", help="ws://HOST:PORT/v1/realtime (default: a server of its own)"
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        metavar="SOURCE",
+        help="a video file, webcam, webcam:1, rtsp://..., csi or gst:PIPELINE",
+    )
+    parser.add_argument(
+        "--ask",
+        action="append",
+        default=[],
+        metavar="[SECONDS@]TEXT",
+        help="a question, asked at that second of the source or at its end; may be repeated",
+    )
+    parser.add_argument(
+        "--snapshot-ask",
+        action="append",
+        default=[],
+        metavar="[SECONDS@]TEXT",
+        help="the same about the newest picture alone, in full detail: to read a label",
+    )
+    parser.add_argument(
+        "--every", type=positive_float, metavar="SECONDS", help="ask again and again"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="a file as fast as it is processed, not in real time"
+    )
+    add_bundle_arguments(parser)
+    add_settings_arguments(parser)
+    add_alert_arguments(parser)
+    add_access_arguments(parser)
+    add_record_argument(parser, "FILE.evlm", "record the session (with a server of its own only)")
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from edge_vlm_runtime.client.run import parse_question
+
+    questions = [parse_question(text, args.every) for text in args.ask]
+    questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
+    if args.record is not None and args.url is not None:
+        raise ConfigError(
+            "a session is recorded by its server", remedy="give --record to `edge-vlm serve`"
+        )
+    with alert_outputs(args) as outputs, server_url(args, record_to=args.record) as url:
+        return asyncio.run(_watch_session(args, url, questions, outputs))
+
+
+async def _watch_session(
+    args: argparse.Namespace,
+    url: str,
+    questions: list[PlannedQuestion],
+    outputs: AlertDispatcher | None,
+) -> int:
+    from edge_vlm_runtime.client.client import Client
+    from edge_vlm_runtime.client.run import Outcome, stream
+    from edge_vlm_runtime.client.terminal import make_view, summary_line
+    from edge_vlm_runtime.sources.container import mask_credentials
+    from edge_vlm_runtime.sources.open import open_source
+
+    outcome = Outcome()
+    access = access_of(args)
+    async with await Client.connect(url, settings_of(args), access=access) as client:
+        source = await open_for(open_source, args.source, args.fps, client)
+        await client.update({"delivery": "live" if source.is_live else "wait"})
+        title = f"{mask_credentials(args.source)} on {client.created.model.bundle}"
+        with make_view(client.created.model.limits.cell_grid, title) as view:
+            client.on_event = tell_all(
+                view.event, *alert_handlers(args, client.created.session_id, outputs)
+            )
+            await create_alerts(args, client)
+            try:
+                await stream(
+                    source,
+                    client,
+                    questions,
+                    real_time=not args.fast,
+                    observer=view,
+                    outcome=outcome,
+                )
+            except asyncio.CancelledError:
+                if not source.is_live:
+                    raise  # Ctrl-C is how a live source ends, but it cuts a file short
+            alerts = await client.alerts() if args.alerts else []
+    for status in alerts:
+        print(alert_summary(status))
+    print(summary_line(outcome))
+    return finish(outcome)
+
+
+watch = configured(
+    Command(
+        name="watch",
+        help="stream a file, webcam or RTSP camera to a server and ask questions",
+        add_arguments=_watch_arguments,
+        run=_watch,
+    ),
+    keys=OWN_SERVER_KEYS,
+    file_of=serve_arguments,
+)

@@ -1,0 +1,189 @@
+"""Streams a source through a client and asks questions on the way: `watch`, `ask` and `demo`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from edge_vlm.errors import EdgeVlmError, NoFrameYet, VideoError
+from edge_vlm.pixels.frames import encode_jpeg
+from edge_vlm_runtime.client.client import Answer, AnswerStream, Client, Detail
+from edge_vlm_runtime.sources.container import Picture, Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedQuestion:
+    """Asked when the picture of `at_s` seconds has been processed; None: behind the last one."""
+
+    text: str
+    detail: Detail = "video"
+    """What is looked at, see `response.create` in docs/protocol.md."""
+    at_s: float | None = None
+    every_s: float | None = None
+    """Asked again each time this long after `at_s`."""
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    frames_sent: int = 0
+    frames_processed: int = 0
+    cells_seen: int = 0
+    cells_kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+    answers: list[tuple[PlannedQuestion, Answer | EdgeVlmError]] = field(default_factory=list)
+    source_error: VideoError | None = None
+    """The source broke on its way; everything before that was streamed and answered."""
+
+    @property
+    def first_error(self) -> EdgeVlmError | None:
+        for _, result in self.answers:
+            if isinstance(result, EdgeVlmError):
+                return result
+        return self.source_error
+
+
+class Observer:
+    """What a run tells whoever shows it. Every method may be overridden; none has to be."""
+
+    def sent(self, sequence: int, picture: Picture) -> None:
+        """A picture was sent."""
+
+    def asked(self, question: PlannedQuestion, after_s: float) -> None:
+        """A question was sent, after the picture of `after_s` seconds was processed."""
+
+    def delta(self, question: PlannedQuestion, text: str) -> None:
+        """A piece of its answer came."""
+
+    def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
+        """The answer is complete, or there will be none."""
+
+
+async def stream(
+    source: Source,
+    client: Client,
+    questions: Sequence[PlannedQuestion],
+    *,
+    real_time: bool,
+    observer: Observer | None = None,
+    outcome: Outcome | None = None,
+) -> Outcome:
+    """Sends every picture of the source; returns when all of them and all questions are done.
+
+    A file is held to real time if `real_time`. Cancelling ends the source; what was reached until
+    then stands in the `outcome` that was passed in. Raises what ends the connection; what is wrong
+    with the source or a question stands in the outcome.
+    """
+    run = _Run(source, client, observer or Observer(), outcome or Outcome())
+    begin = run.loop.time()
+    try:
+        await run.send_pictures(list(questions), real_time and not source.is_live)
+    finally:
+        source.close()
+        run.count(run.loop.time() - begin)
+    return run.outcome
+
+
+class _Run:
+    def __init__(
+        self, source: Source, client: Client, observer: Observer, outcome: Outcome
+    ) -> None:
+        self.source = source
+        self.client = client
+        self.observer = observer
+        self.outcome = outcome
+        self.loop = asyncio.get_running_loop()
+        self._answers: list[asyncio.Task[None]] = []
+
+    def count(self, elapsed_s: float) -> None:
+        """Copies what the client has counted."""
+        outcome, client = self.outcome, self.client
+        outcome.elapsed_s = elapsed_s
+        outcome.frames_processed = len(client.accepted)
+        outcome.cells_seen = sum(event.cells_seen for event in client.accepted.values())
+        outcome.cells_kept = sum(event.cells_kept for event in client.accepted.values())
+        outcome.dropped = dict(client.drop_counts())
+
+    async def send_pictures(self, questions: list[PlannedQuestion], paced: bool) -> None:
+        waiting = [question for question in questions if question.at_s is not None]
+        last_s = 0.0
+        begin_s: float | None = None
+        pictures = self.source.pictures()
+        try:
+            while True:
+                try:
+                    picture = await asyncio.to_thread(next, pictures, None)
+                except VideoError as error:
+                    self.outcome.source_error = error
+                    break
+                if picture is None:
+                    break
+                if paced:
+                    begin_s = self.loop.time() - picture.time_s if begin_s is None else begin_s
+                    await asyncio.sleep(max(0.0, begin_s + picture.time_s - self.loop.time()))
+                last_s = picture.time_s
+                jpeg = await asyncio.to_thread(encode_jpeg, picture.rgb)
+                sequence = await self.client.send_frame(jpeg, round(last_s * 1e6))
+                self.outcome.frames_sent += 1
+                self.observer.sent(sequence, picture)
+                waiting = await self._ask_due(waiting, last_s)
+            await self.client.wait_processed()
+            for question in [*waiting, *(q for q in questions if q.at_s is None)]:
+                await self._ask(question, last_s)
+            await asyncio.gather(*self._answers)
+        finally:
+            for task in self._answers:
+                task.cancel()
+            await asyncio.gather(*self._answers, return_exceptions=True)
+
+    async def _ask_due(self, waiting: list[PlannedQuestion], now_s: float) -> list[PlannedQuestion]:
+        """Asks what is due; returns what is still to be asked."""
+        later: list[PlannedQuestion] = []
+        for question in waiting:
+            assert question.at_s is not None
+            if question.at_s > now_s + 1e-6:
+                later.append(question)
+                continue
+            await self.client.wait_processed()
+            await self._ask(question, now_s)
+            if question.every_s is not None:
+                later.append(replace(question, at_s=now_s + question.every_s))
+        return later
+
+    async def _ask(self, question: PlannedQuestion, after_s: float) -> None:
+        if self.outcome.frames_sent == 0:  # nothing to ask about; the source says why
+            error = self.outcome.source_error or NoFrameYet("the source gave no picture")
+            self._note(question, error)
+            return
+        self.observer.asked(question, after_s)
+        answer = await self.client.start_answer(question.text, question.detail)
+        self._answers.append(asyncio.create_task(self._follow(question, answer)))
+
+    async def _follow(self, question: PlannedQuestion, answer: AnswerStream) -> None:
+        async for delta in answer:
+            self.observer.delta(question, delta)
+        result: Answer | EdgeVlmError
+        try:
+            result = await answer.answer()
+        except EdgeVlmError as error:
+            result = error
+        self._note(question, result)
+
+    def _note(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
+        self.outcome.answers.append((question, result))
+        self.observer.answered(question, result)
+
+
+def parse_question(text: str, every_s: float | None, detail: Detail = "video") -> PlannedQuestion:
+    """`TEXT` or `SECONDS@TEXT`, as `--ask` takes it."""
+    before, at, after = text.partition("@")
+    if at:
+        with suppress(ValueError):
+            return PlannedQuestion(
+                text=after.strip(), detail=detail, at_s=float(before), every_s=every_s
+            )
+    return PlannedQuestion(text=text, detail=detail, at_s=every_s, every_s=every_s)

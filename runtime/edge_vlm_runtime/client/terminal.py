@@ -1,0 +1,251 @@
+"""What the terminal shows of a running stream: a live table, or plain lines when it is no terminal.
+
+Rich is imported only here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TextIO
+
+from edge_vlm.errors import EdgeVlmError, MissingExtraError
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client.client import Answer
+from edge_vlm_runtime.client.live_table import LiveGauges
+from edge_vlm_runtime.client.run import Observer, Outcome, PlannedQuestion
+from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertTriggered
+from edge_vlm_runtime.sources.container import Picture
+
+try:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    raise MissingExtraError.for_library("rich", "ort") from error
+
+MAX_ANSWERS = 8
+MAX_ALERTS = 8
+MAX_POINTS = 12
+KEPT, DROPPED = "█", "·"
+
+
+def heat_row(kept_cells: Sequence[int], grid: int) -> str:
+    """The kept cells of a frame in one line, rows separated by blanks: `██·· ·█·· ···· ····`."""
+    kept = set(kept_cells)
+    return " ".join(
+        "".join(KEPT if row * grid + column in kept else DROPPED for column in range(grid))
+        for row in range(grid)
+    )
+
+
+def heat_rows(kept_cells: Sequence[int], grid: int) -> list[str]:
+    """The same as a picture, two characters a cell so that it is about square."""
+    return [
+        "".join(character * 2 for character in row) for row in heat_row(kept_cells, grid).split(" ")
+    ]
+
+
+def frame_line(event: protocol.FrameAccepted, grid: int) -> str:
+    line = (
+        f"frame {event.frame_sequence:>3}  t={event.time_s:.1f} s  "
+        f"kept {event.cells_kept:>{len(str(event.cells_seen))}}/{event.cells_seen}"
+    )
+    return f"{line}  {heat_row(event.kept_cells, grid)}" if grid <= 5 else line
+
+
+def alert_line(event: AlertTriggered | AlertCleared) -> str:
+    if isinstance(event, AlertTriggered):
+        return f"! {event.question}  begins at {event.time_s:.1f} s  [{event.probability:.2f}]"
+    why = "" if event.reason == "probability" else f" ({event.reason})"
+    return (
+        f"! {event.question}  ends at {event.time_s:.1f} s, after {event.lasted_s:.1f} s{why}"
+        f"  [{event.probability:.2f}]"
+    )
+
+
+def answer_line(result: Answer | EdgeVlmError) -> str:
+    if isinstance(result, EdgeVlmError):
+        return f"no answer: {result.code}: {result}"
+    return f"{result.text or '(nothing)'}{answer_times(result)}{snapshot_text(result)}"
+
+
+def snapshot_text(answer: Answer) -> str:
+    """What the model looked at, in a few words; empty unless that was a snapshot."""
+    seen = answer.snapshot
+    if seen is None:
+        return ""
+    return (
+        f"  [frame {seen.frame_sequence}, {seen.width}x{seen.height}, in {seen.crops} "
+        f"{'crop' if seen.crops == 1 else 'crops'}, {seen.tokens} tokens]"
+    )
+
+
+def point_lines(answer: Answer) -> list[str]:
+    """Where the answer points, a line for each place."""
+    lines = [point_line(point) for point in answer.points[:MAX_POINTS]]
+    rest = len(answer.points) - len(lines)
+    return [*lines, f"  ... and {rest} more"] if rest else lines
+
+
+def point_line(point: protocol.PointedAt) -> str:
+    frame = "no frame" if point.frame_sequence is None else f"frame {point.frame_sequence}"
+    return (
+        f"  {point.kind} {point.object_id} {point.label!r}  x {point.x:.3f}  y {point.y:.3f}  "
+        f"t={point.time_s:.1f} s ({frame})"
+    )
+
+
+def answer_times(answer: Answer) -> str:
+    times = "" if answer.ttft_s is None else f"  [TTFT {answer.ttft_s * 1e3:.0f} ms"
+    if times and answer.tokens_per_s is not None:
+        times += f", {answer.tokens_per_s:.0f} tokens/s"
+    if not times:
+        return ""
+    if answer.time_offset_s:
+        times += f", its times count from {answer.time_offset_s:.1f} s"
+    return f"{times}, seen until {answer.newest_frame_s:.1f} s]"
+
+
+def summary_line(outcome: Outcome) -> str:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.dropped.items()))
+    share = outcome.cells_kept / outcome.cells_seen if outcome.cells_seen else 0.0
+    answered = sum(isinstance(result, Answer) for _, result in outcome.answers)
+    rate = outcome.frames_processed / outcome.elapsed_s if outcome.elapsed_s > 0 else 0.0
+    return (
+        f"{outcome.frames_sent} frames sent, {outcome.frames_processed} processed, "
+        f"dropped: {dropped or 'none'}; {share:.0%} of the cells kept; "
+        f"{answered} of {len(outcome.answers)} questions answered; "
+        f"{outcome.elapsed_s:.1f} s ({rate:.1f} frames/s)"
+    )
+
+
+class LineOutput(Observer):
+    """One line for each thing that happens."""
+
+    def __init__(self, grid: int, out: TextIO | None = None) -> None:
+        self._grid = grid
+        self._out = out or sys.stdout
+        self._told: set[str] = set()
+
+    def __enter__(self) -> LineOutput:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._out.flush()
+
+    def line(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+    def _once(self, text: str) -> None:
+        """What would otherwise be said with every frame."""
+        if text not in self._told:
+            self._told.add(text)
+            self.line(text)
+
+    def event(self, event: protocol.ServerEvent) -> None:
+        if isinstance(event, protocol.FrameAccepted):
+            self.line(frame_line(event, self._grid))
+        elif isinstance(event, protocol.FrameDropped):
+            why = "" if event.message is None else f": {event.message}"
+            self.line(f"frame {event.frame_sequence:>3}  dropped ({event.reason}){why}")
+        elif isinstance(event, protocol.MemoryEvicted):
+            self._once("the memory is full: from now on the oldest frames are forgotten")
+        elif isinstance(event, protocol.MemoryRebased) and event.time_offset_s:
+            self._once("the model's time range is full: it is moved along from now on")
+        elif isinstance(event, (AlertTriggered, AlertCleared)):
+            self.line(alert_line(event))
+        elif isinstance(event, protocol.SessionGoAway):
+            self.line("the server is stopping")
+
+    def asked(self, question: PlannedQuestion, after_s: float) -> None:
+        detail = "" if question.detail == "video" else f", {question.detail}"
+        self.line(f"? {question.text}  [asked at {after_s:.1f} s{detail}]")
+
+    def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
+        self.line(f"> {answer_line(result)}")
+        for line in point_lines(result) if isinstance(result, Answer) else []:
+            self.line(line)
+
+
+class LiveTable(LineOutput):
+    """A table that is redrawn: rates, drops, the heat map of the last frame, the answers."""
+
+    def __init__(self, grid: int, title: str) -> None:
+        super().__init__(grid)
+        self._title = title
+        self._gauges = LiveGauges()
+        self._answers: dict[PlannedQuestion, str] = {}
+        self._alerts: list[str] = []
+        # Last, because it draws at once.
+        self._live = Live(console=Console(), refresh_per_second=8, get_renderable=self._render)
+
+    def __enter__(self) -> LiveTable:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def sent(self, sequence: int, picture: Picture) -> None:
+        self._gauges.sent()
+
+    def event(self, event: protocol.ServerEvent) -> None:
+        self._gauges.event(event)
+        if isinstance(event, (AlertTriggered, AlertCleared)):
+            self._alerts = [*self._alerts, alert_line(event)][-MAX_ALERTS:]
+
+    def asked(self, question: PlannedQuestion, after_s: float) -> None:
+        self._answers[question] = ""
+        while len(self._answers) > MAX_ANSWERS:
+            self._answers.pop(next(iter(self._answers)))
+
+    def delta(self, question: PlannedQuestion, text: str) -> None:
+        if question in self._answers:
+            self._answers[question] += text
+
+    def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
+        points = point_lines(result) if isinstance(result, Answer) else []
+        self._answers[question] = "\n".join([answer_line(result), *points])
+
+    def _render(self) -> Panel:
+        gauges = Table.grid(padding=(0, 2))
+        for name, value in self._gauges.rows():
+            gauges.add_row(Text(name, style="dim"), value)
+        parts = Table.grid(padding=(0, 4))
+        parts.add_row(gauges, self._heat_map())
+        dialogue = Table.grid(padding=(0, 1))
+        for question, text in self._answers.items():
+            dialogue.add_row(Text("?", style="bold"), Text(question.text, style="bold"))
+            dialogue.add_row(Text(">"), Text(text or "..."))
+        for text in self._alerts:
+            dialogue.add_row(Text("!", style="bold"), Text(text.removeprefix("! ")))
+        return Panel(Group(parts, Text(), dialogue), title=self._title, title_align="left")
+
+    def _heat_map(self) -> Text:
+        last = self._gauges.newest
+        if last is None:
+            return Text("no frame yet", style="dim")
+        rows = "\n".join(heat_rows(last.kept_cells, self._grid))
+        return Text(
+            f"frame {last.frame_sequence}, t={last.time_s:.1f} s, "
+            f"kept {last.cells_kept}/{last.cells_seen}\n{rows}"
+        )
+
+
+def make_view(grid: int, title: str) -> LineOutput:
+    """The live view on a terminal, plain lines elsewhere."""
+    return LiveTable(grid, title) if sys.stdout.isatty() else LineOutput(grid)

@@ -1,0 +1,97 @@
+"""Which library runs a bundle's graphs: chosen by name, never by what happens to be installed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from edge_vlm.errors import ConfigError
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.precision import KVLayout
+from edge_vlm_runtime.engines.base import CacheMemory, Engine
+from edge_vlm_runtime.engines.cuda import Cuda, Gpu
+from edge_vlm_runtime.engines.names import Backend
+from edge_vlm_runtime.engines.ort import CPU, CUDA, OrtEngine
+from edge_vlm_runtime.engines.store import EngineStore
+from edge_vlm_runtime.engines.trt import DeviceMemory, TrtEngine
+from edge_vlm_runtime.engines.trt_library import LIBRARIES, TrtLibrary, load_library
+
+
+class Device(DeviceMemory, Protocol):
+    """A GPU: `backends.cuda.Cuda`."""
+
+    gpu: Gpu
+
+
+@dataclass(frozen=True)
+class OpenGraphs:
+    """Every graph of a bundle, and the device memory that caches belong in; None is the host."""
+
+    graphs: dict[str, Engine]
+    cache_memory: CacheMemory | None = None
+
+
+def open_graphs(
+    bundle: EngineBundle,
+    backend: Backend,
+    *,
+    threads: int,
+    engines: str | os.PathLike[str] | None = None,
+) -> OpenGraphs:
+    """`engines`: folder that `edge-vlm build` wrote, BUNDLE/engines by default.
+
+    Raises EngineError and its leaves (TrtMissing, GpuMissing, EngineMissing, EngineStale,
+    OutOfDeviceMemory), MissingExtraError, ConfigError for what a backend cannot run.
+    """
+    if backend is Backend.TRT:
+        if bundle.kv_layout is not KVLayout.TOKEN_MAJOR:
+            raise ConfigError(
+                f"TensorRT cannot run a bundle of variant {bundle.variant.value}",
+                where=bundle.path,
+                remedy="export it with --variant portable",
+            )
+        folder = bundle.path / "engines" if engines is None else Path(engines)
+        return open_engines(bundle, folder, load_library(_built_by(folder)), Cuda())
+    if engines is not None:
+        raise ConfigError(f"backend {backend.value} runs no engines", remedy="take --backend trt")
+    provider = CUDA if backend is Backend.CUDA else CPU
+    opened: dict[str, Engine] = {}
+    try:
+        for name in bundle.specs:
+            opened[name] = OrtEngine(bundle, name, threads=threads, provider=provider)
+    except BaseException:
+        _close(opened)
+        raise
+    return OpenGraphs(opened)
+
+
+def open_engines(
+    bundle: EngineBundle, folder: Path, library: TrtLibrary, device: Device
+) -> OpenGraphs:
+    """The engines in `folder` that `library` built. Raises as `open_graphs`."""
+    store = EngineStore(folder, library.name)
+    # All are checked before one is loaded: a library that refuses an engine says far less.
+    entries = {
+        name: store.checked(bundle, name, library.version, device.gpu) for name in bundle.specs
+    }
+    opened: dict[str, Engine] = {}
+    try:
+        for name, entry in entries.items():
+            opened[name] = TrtEngine(bundle.specs[name], entry.path, library, device)
+    except BaseException:
+        _close(opened)
+        raise
+    return OpenGraphs(opened, device)
+
+
+def _built_by(folder: Path) -> str | None:
+    """The library that engines were built with, if there are any of one only."""
+    found = [name for name in LIBRARIES if (folder / name).is_dir()]
+    return found[0] if len(found) == 1 else None
+
+
+def _close(graphs: dict[str, Engine]) -> None:
+    for graph in graphs.values():
+        graph.close()

@@ -1,0 +1,98 @@
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU. The only module of the runtime that imports it.
+
+Tensors are bound in host memory. On a GPU the library copies them in and out at every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edge_vlm.errors import EngineError, GpuMissing, MissingExtraError
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.graph_spec import TensorSpec
+from edge_vlm_runtime.engines.base import Engine, Shape
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+class OrtEngine(Engine):
+    """One graph of a bundle in one inference session.
+
+    Raises MissingExtraError without the library or without its part for GPUs, GpuMissing if that
+    finds none, EngineError if the graph cannot be loaded or its tensors are not those of its spec.
+    """
+
+    def __init__(
+        self, bundle: EngineBundle, name: str, *, threads: int, provider: str = CPU
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError.for_library("onnxruntime", "ort") from error
+        if provider not in onnxruntime.get_available_providers():
+            raise MissingExtraError(
+                f"this onnxruntime {onnxruntime.__version__} has no {provider}",
+                remedy="uninstall onnxruntime, then: pip install 'edge-vlm[gpu]'",
+            )
+        path = bundle.graph_path(name)
+        super().__init__(bundle.specs[name])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Waiting threads sleep: three graphs share the cores with decoding and the server, and a
+        # pool that spins between calls takes their time.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=list(dict.fromkeys([provider, CPU]))
+            )
+        except Exception as error:  # the library's exceptions share no public base
+            raise EngineError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load it: {error}", where=path
+            ) from error
+        if provider not in session.get_providers():  # it goes on without one it cannot start
+            raise GpuMissing(
+                f"ONNX Runtime {onnxruntime.__version__} cannot start {provider}",
+                remedy="its log says why: a driver, CUDA or cuDNN of another version",
+            )
+        found = {item.name for item in (*session.get_inputs(), *session.get_outputs())}
+        if found != self._tensors.keys():
+            raise EngineError(
+                f"the graph has tensors {sorted(found)}, its spec {sorted(self._tensors)}",
+                where=path,
+                remedy="export the bundle again",
+            )
+        self._session: Any = session
+        self._binding: Any = session.io_binding()
+        self._inputs = {tensor.name for tensor in self.spec.inputs}
+        self._dtypes = {t.name: np.dtype(t.dtype).type for t in self.spec.tensors}
+
+    def _bind(self, tensor: TensorSpec, pointer: int, shape: Shape) -> None:
+        name = tensor.name
+        bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
+        bind(name, "cpu", 0, self._dtypes[name], shape, pointer)
+
+    def _run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise EngineError(f"graph {self.spec.name} failed: {error}") from error
+
+    def close(self) -> None:
+        self._binding = self._session = None
+        self._kept.clear()
+        self._bound.clear()
+
+
+def ort_library() -> tuple[str, tuple[str, ...]]:
+    """Version and execution providers. Raises MissingExtraError, EngineError if it cannot load."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.for_library("onnxruntime", "ort") from error
+    except (ImportError, OSError) as error:  # a shared library of it is not there, or another one
+        raise EngineError(f"onnxruntime cannot be loaded: {error}") from error
+    return str(onnxruntime.__version__), tuple(onnxruntime.get_available_providers())

@@ -1,0 +1,135 @@
+"""A bundle that answers questions about clips in this process, without server and socket: the path
+`bundle` of `edge-vlm eval`. Offers runs that no live session could, such as the paper's budget over
+the finished clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.evaluation.offline import Asked, Prefix, View, answer_clip, can_run
+from edge_vlm.evaluation.runs import MAX_ANSWER_TOKENS, ClipAnswers, Run
+from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
+from edge_vlm.formats.qa_set import ClipQuestions
+from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.policies import Cells, Rgb, Scores
+from edge_vlm_runtime.engines.base import Engine
+from edge_vlm_runtime.engines.ort import OrtEngine
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.inference.generate import generate
+from edge_vlm_runtime.inference.kv_arena import KVArena
+from edge_vlm_runtime.inference.sampling import Sampling
+
+ROOM = 128
+"""Cache rows left free behind a video for a question and its answer."""
+
+
+class OfflineBundle:
+    """The graphs of a bundle; `edge_vlm.evaluation.offline.ClipModel`."""
+
+    def __init__(self, bundle: EngineBundle, graphs: Mapping[str, Engine]) -> None:
+        self._engines = LoadedBundle(bundle, dict(graphs))
+        self._stem, self._trunk = graphs["vit_stem"], graphs["vit_trunk"]
+        self.config = bundle.config
+        self.prompt = self._engines.prompt
+        longest = min(bundle.specs["llm"].dims["p"].max, self.config.language.max_positions)
+        self.max_prefix_tokens = longest - ROOM
+        self._arena = self._engines.language.new_arena(longest)
+        self._hidden: list[npt.NDArray[np.float32]] = []
+
+    def look(self, rgbs: Sequence[Rgb]) -> Scores:
+        """Frame by frame scores of a clip that begins with the first picture, f32 [F, C]."""
+        vision, stem = self.config.vision, self._stem
+        scores = np.ones((len(rgbs), vision.num_cells), np.float32)
+        prev = np.zeros((1, vision.num_cells, vision.width), np.float32)
+        cells = np.empty_like(prev)
+        self._hidden = []
+        for i, rgb in enumerate(rgbs):
+            hidden = np.empty((1, vision.num_patches, vision.width), np.float32)
+            stem.bind_array("pixels", to_pixel_values(rgb, vision)[None])
+            stem.bind_array("hidden", hidden)
+            if self.config.scorer is not None:
+                stem.bind_array("is_first", np.array([i == 0]))
+                stem.bind_array("prev_cells", prev)
+                stem.bind_array("cells", cells)
+                stem.bind_array("scores", scores[i : i + 1])
+            stem.run()
+            prev, cells = cells, prev
+            self._hidden.append(hidden)
+        return scores
+
+    def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
+        """[K, E] of the chosen cells of each frame of the clip looked at last."""
+        return [
+            self._frame_features(hidden, chosen)
+            for hidden, chosen in zip(self._hidden, cells, strict=True)
+        ]
+
+    def _frame_features(
+        self, hidden: npt.NDArray[np.float32], cells: Cells
+    ) -> npt.NDArray[np.float32]:
+        features = np.empty((len(cells), self.config.language.width), np.float32)
+        if len(cells):
+            trunk = self._trunk
+            trunk.bind_array("hidden", hidden)
+            trunk.bind_array("cell_idx", np.ascontiguousarray(cells, np.int32))
+            trunk.bind_array("frame_id", np.zeros(len(cells), np.int32))
+            trunk.bind_array("features", features)
+            trunk.run()
+        return features
+
+    def answer(self, views: Sequence[View], max_tokens: int = MAX_ANSWER_TOKENS) -> list[list[str]]:
+        """A prefix grows from question to question; each answer is taken off again."""
+        return [self._view(prefix, asked, max_tokens) for prefix, asked in views]
+
+    def _view(self, prefix: Prefix, asked: Sequence[Asked], max_tokens: int) -> list[str]:
+        language, arena = self._engines.language, self._arena
+        arena.clear()
+        embeds = language.embed(prefix.ids, prefix.features)
+        texts = [""] * len(asked)
+        length = 0
+        for number in sorted(range(len(asked)), key=lambda number: asked[number].end):
+            end = asked[number].end
+            if end > length:
+                language.prefill(arena, embeds[length:end], prefix.blocks[length:end])
+                length = end
+            texts[number] = self._answer(arena, asked[number], max_tokens)
+            arena.truncate(length)
+        return texts
+
+    def _answer(self, arena: KVArena, asked: Asked, max_tokens: int) -> str:
+        language, prompt = self._engines.language, self.prompt
+        logits = language.prefill(arena, language.embed(asked.ids))
+        tokens = generate(language, arena, logits, Sampling(), prompt.eos_id, max_tokens)
+        return prompt.tokenizer.decode(list(tokens))
+
+    def close(self) -> None:
+        self._engines.close()
+
+
+class BundleEvaluator:
+    """`edge_vlm.evaluation.runs.Evaluator` over a bundle's graphs on the CPU."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        """Raises as `LoadedBundle.open`."""
+        bundle = EngineBundle.open(folder)
+        self.name = folder.resolve().name
+        self.identity = sha256_of_file(folder / MANIFEST)
+        self.model = OfflineBundle(
+            bundle, {name: OrtEngine(bundle, name, threads=threads) for name in bundle.specs}
+        )
+
+    def can(self, run: Run) -> bool:
+        return can_run(self.model.config, run)
+
+    def answers(
+        self, clip: ClipQuestions, runs: Sequence[Run]
+    ) -> Iterator[tuple[Run, ClipAnswers]]:
+        return answer_clip(self.model, clip, runs)
+
+    def close(self) -> None:
+        self.model.close()

@@ -1,0 +1,46 @@
+"""Opens what `edge-vlm eval` measures here: entry points of `edge_vlm.evaluators`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from edge_vlm.evaluation.runs import EvaluatorOptions
+from edge_vlm.formats.bundle import MANIFEST, sha256_of_file
+from edge_vlm_runtime.client.connection import Access
+from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.evaluation.bundle import BundleEvaluator
+from edge_vlm_runtime.evaluation.served import ServedEvaluator
+from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.server.auth import read_api_key
+
+
+@contextmanager
+def open_bundle(target: str | None, options: EvaluatorOptions) -> Iterator[BundleEvaluator]:
+    """The path `bundle`, by default of the demo model. Raises as `LoadedBundle.open`."""
+    evaluator = BundleEvaluator(Path(target or DEMO_BUNDLE), options.threads)
+    try:
+        yield evaluator
+    finally:
+        evaluator.close()
+
+
+@contextmanager
+def open_served(target: str | None, options: EvaluatorOptions) -> Iterator[ServedEvaluator]:
+    """The path `served`: a URL, or a server of its own for a bundle, by default the demo model's.
+
+    Raises as `Server.open` and `Client.connect`.
+    """
+    with ExitStack() as stack:
+        if target is not None and target.startswith(("ws://", "wss://")):
+            key = read_api_key(options.api_key_file)
+            evaluator = ServedEvaluator(target, Access(api_key=key, ca_file=options.tls_ca))
+        else:
+            bundle = Path(target or DEMO_BUNDLE)
+            server = stack.enter_context(Server.open(bundle, threads=options.threads))
+            server.start()
+            identity = sha256_of_file(bundle / MANIFEST)
+            evaluator = ServedEvaluator(server.url, Access(), identity)
+        stack.callback(evaluator.close)
+        yield evaluator

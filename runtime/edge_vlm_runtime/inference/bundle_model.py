@@ -1,0 +1,126 @@
+"""Everything that runs one bundle, opened together."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+import numpy as np
+
+from edge_vlm.errors import (
+    BundleSchemaError,
+)
+from edge_vlm.formats.bundle import IMAGE_ENCODER, EngineBundle
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pruning.policies import KeepAll
+from edge_vlm.text.prompt import PromptFormat
+from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm_runtime.engines.base import CacheMemory, Engine
+from edge_vlm_runtime.engines.names import Backend
+from edge_vlm_runtime.engines.open import open_graphs
+from edge_vlm_runtime.inference.image_encoder import ImageVision
+from edge_vlm_runtime.inference.language import LanguageModel
+from edge_vlm_runtime.inference.vision import VisionPipeline
+
+
+class LoadedBundle:
+    """One bundle's graphs and what surrounds them. Owned by one thread; sessions take turns."""
+
+    def __init__(
+        self,
+        bundle: EngineBundle,
+        graphs: dict[str, Engine],
+        cache_memory: CacheMemory | None = None,
+    ) -> None:
+        """`cache_memory`: of the device on which the graphs run; None is the host."""
+        self.bundle = bundle
+        self._graphs = graphs
+        cfg = bundle.config
+        self.prompt = _prompt(bundle)
+        table = bundle.embed_table
+        if table.shape != (cfg.language.vocab, cfg.language.width):
+            raise BundleSchemaError(
+                f"the embedding table is {list(table.shape)}, the config says "
+                f"{[cfg.language.vocab, cfg.language.width]}",
+                where=bundle.path,
+            )
+        self.vision = VisionPipeline(graphs["vit_stem"], graphs["vit_trunk"], cfg)
+        encoder = graphs.get(IMAGE_ENCODER)
+        self.images: ImageVision | None = None
+        """For pictures at full detail; None if the model reads video only."""
+        if encoder is not None and bundle.images is not None:
+            self.images = ImageVision(encoder, cfg, bundle.images)
+        self.language = LanguageModel(
+            graphs["llm"],
+            table,
+            cfg.language,
+            self.prompt.patch_id,
+            bundle.kv_layout,
+            graphs.get("llm_decode"),
+            cache_memory,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        threads: int = 2,
+        backend: Backend = Backend.ORT,
+        engines: str | os.PathLike[str] | None = None,
+    ) -> LoadedBundle:
+        """Checks the bundle and loads its graphs; `engines`: see `open_graphs`.
+
+        Raises BundleError and its leaves, and what `open_graphs` raises.
+        """
+        bundle = EngineBundle.open(path)
+        opened = open_graphs(bundle, backend, threads=threads, engines=engines)
+        try:
+            return cls(bundle, opened.graphs, opened.cache_memory)
+        except BaseException:
+            for graph in opened.graphs.values():
+                graph.close()
+            raise
+
+    def close(self) -> None:
+        """Frees the graphs; twice does no harm."""
+        for graph in self._graphs.values():
+            graph.close()
+
+    def __enter__(self) -> LoadedBundle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _prompt(bundle: EngineBundle) -> PromptFormat:
+    try:
+        prompt = PromptFormat(Tokenizer.from_file(bundle.tokenizer_path), bundle.style)
+    except KeyError as error:
+        raise BundleSchemaError(
+            f"the tokenizer does not fit: {error}", where=bundle.path
+        ) from error
+    language = bundle.config.language
+    if prompt.patch_id >= language.vocab or prompt.eos_id >= language.base_vocab:
+        raise BundleSchemaError(
+            "the tokenizer has ids that the model's vocabulary lacks", where=bundle.path
+        )
+    return prompt
+
+
+def warm_up(engines: LoadedBundle) -> None:
+    """One picture and one token through every graph, so that the first viewer does not pay."""
+    size = engines.bundle.config.vision.image_size
+    picture = np.full((size, size, 3), 128, dtype=np.uint8)
+    vision, language, prompt = engines.vision, engines.language, engines.prompt
+    frame = vision.encode(Frame(rgb=picture, pts_ns=0, seq=0), vision.new_state(), KeepAll())
+    arena = language.new_arena(len(frame.cells) + 64)
+    ids = prompt.frame_ids(0.0, len(frame.cells), first=True)
+    language.prefill(arena, language.embed(ids, frame.embeds))
+    language.decode_step(arena, prompt.eos_id)
+    arena.close()

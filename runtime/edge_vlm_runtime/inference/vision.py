@@ -1,0 +1,144 @@
+"""A picture in, the features of its kept cells out.
+
+Runs `vit_stem` on the whole picture, lets a policy choose by the scores, and runs `vit_trunk` on
+the survivors only.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_vlm.config import ModelConfig
+from edge_vlm.errors import NonFinite
+from edge_vlm.pixels.frames import Frame
+from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.policies import KeepPolicy
+from edge_vlm_runtime.engines.base import Engine
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrameTokens:
+    """What is left of one frame. Kept on the host, so that it can be prefilled again later."""
+
+    embeds: np.ndarray
+    """Features f32 [K, width]; added to the patch token's embedding."""
+    cells: np.ndarray
+    """Kept cells i32 [K], ascending."""
+    scores: np.ndarray
+    """Scores f32 [num_cells] of all cells."""
+    pts_ns: int
+    seq: int
+    stage_ms: dict[str, float]
+    """Milliseconds spent in `preprocess`, `vit_stem`, `select` and `vit_trunk`."""
+
+
+class VisionState:
+    """What one stream's next frame needs of the last one. Never share it between streams."""
+
+    def __init__(self, num_cells: int, width: int) -> None:
+        self.is_first = True
+        # Two buffers that change places: the graph reads one and writes the other.
+        self.prev_cells = np.zeros((1, num_cells, width), np.float32)
+        self.next_cells = np.zeros_like(self.prev_cells)
+
+    def advance(self) -> None:
+        self.prev_cells, self.next_cells = self.next_cells, self.prev_cells
+        self.is_first = False
+
+    def reset(self) -> None:
+        """The next frame is a first frame again (a new clip or a scene cut)."""
+        self.is_first = True
+
+
+class VisionPipeline:
+    """Stateless but for scratch memory; the stream's state is an argument. One thread."""
+
+    def __init__(self, stem: Engine, trunk: Engine, cfg: ModelConfig) -> None:
+        self._stem, self._trunk, self._cfg = stem, trunk, cfg
+        vision = cfg.vision
+        self.num_cells = vision.num_cells
+        self._is_first = np.zeros(1, np.bool_)
+        self._hidden = np.empty((1, vision.num_patches, vision.width), np.float32)
+        self._frame_id = np.zeros(vision.num_cells, np.int32)
+        self._has_scorer = cfg.scorer is not None
+        if self._has_scorer:
+            stem.bind_array("is_first", self._is_first)
+        stem.bind_array("hidden", self._hidden)
+        trunk.bind_array("hidden", self._hidden)
+
+    def new_state(self) -> VisionState:
+        return VisionState(self.num_cells, self._cfg.vision.width)
+
+    def encode(self, frame: Frame, state: VisionState, policy: KeepPolicy) -> FrameTokens:
+        """Encodes the next frame of a stream.
+
+        `state` moves on only when all went well. Raises NonFinite when a graph gave NaN or
+        infinity, ValueError when the policy chose cells that do not exist or are not ascending.
+        """
+        begin = time.perf_counter()
+        pixels = to_pixel_values(frame.rgb, self._cfg.vision)
+        ready = time.perf_counter()
+        scores = self._score(pixels, state)
+        scored = time.perf_counter()
+        cells = self._checked(policy.select(scores, frame.rgb, state.is_first))
+        chosen = time.perf_counter()
+        embeds = self._features(cells)
+        end = time.perf_counter()
+        state.advance()
+        return FrameTokens(
+            embeds=embeds,
+            cells=cells,
+            scores=scores,
+            pts_ns=frame.pts_ns,
+            seq=frame.seq,
+            stage_ms={
+                "preprocess": (ready - begin) * 1e3,
+                "vit_stem": (scored - ready) * 1e3,
+                "select": (chosen - scored) * 1e3,
+                "vit_trunk": (end - chosen) * 1e3,
+            },
+        )
+
+    def _score(self, pixels: np.ndarray, state: VisionState) -> np.ndarray:
+        """Fills the hidden states and the state's next cells; returns scores [num_cells].
+
+        Without a scorer all scores are 1.
+        """
+        stem = self._stem
+        if not self._has_scorer:
+            stem.bind_array("pixels", pixels[None])
+            stem.run()
+            return np.ones(self.num_cells, np.float32)
+        scores = np.empty((1, self.num_cells), np.float32)
+        self._is_first[0] = state.is_first
+        stem.bind_array("pixels", pixels[None])
+        stem.bind_array("prev_cells", state.prev_cells)
+        stem.bind_array("cells", state.next_cells)
+        stem.bind_array("scores", scores)
+        stem.run()
+        if not np.isfinite(scores).all():
+            raise NonFinite("the token scores of a frame are not finite", where="vit_stem")
+        return scores[0]
+
+    def _checked(self, cells: np.ndarray) -> np.ndarray:
+        cells = np.ascontiguousarray(cells, np.int32)
+        rising = cells.ndim == 1 and bool((np.diff(cells) > 0).all())
+        if not rising or (len(cells) and not 0 <= cells[0] <= cells[-1] < self.num_cells):
+            raise ValueError(f"kept cells must rise within 0..{self.num_cells - 1}, got {cells}")
+        return cells
+
+    def _features(self, cells: np.ndarray) -> np.ndarray:
+        embeds = np.empty((len(cells), self._cfg.language.width), np.float32)
+        if len(cells) == 0:
+            return embeds
+        trunk = self._trunk
+        trunk.bind_array("cell_idx", cells)
+        trunk.bind_array("frame_id", self._frame_id[: len(cells)])
+        trunk.bind_array("features", embeds)
+        trunk.run()
+        if not np.isfinite(embeds).all():
+            raise NonFinite("the features of a frame are not finite", where="vit_trunk")
+        return embeds

@@ -1,0 +1,438 @@
+"""The wire protocol: what stands in a message, and its bytes. No I/O here.
+
+Text messages are JSON objects with a `type`; names follow the OpenAI Realtime API where it has one.
+Binary messages are in `frame_messages`. docs/protocol.md is generated from this module.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError
+from edge_vlm_runtime.protocol import alerts as alert_messages
+from edge_vlm_runtime.protocol import questions as question_messages
+from edge_vlm_runtime.protocol.base import MAX_CAPTURE_TIME_US as MAX_CAPTURE_TIME_US
+from edge_vlm_runtime.protocol.base import (
+    UNSET,
+    CaptureTimeUs,
+    ClientMessage,
+    FrameNumber,
+    Part,
+    ServerEvent,
+    Text,
+    UnsetType,
+    decode,
+)
+from edge_vlm_runtime.protocol.base import encode as encode
+from edge_vlm_runtime.protocol.base import event_id_of as event_id_of
+from edge_vlm_runtime.protocol.base import json_object as json_object
+from edge_vlm_runtime.protocol.base import json_schema as json_schema
+from edge_vlm_runtime.protocol.base import tag_of as tag_of
+from edge_vlm_runtime.protocol.frames import HEADER as HEADER
+from edge_vlm_runtime.protocol.frames import HEADER_VERSION as HEADER_VERSION
+from edge_vlm_runtime.protocol.frames import TYPE_JPEG as TYPE_JPEG
+from edge_vlm_runtime.protocol.frames import TYPE_RAW as TYPE_RAW
+from edge_vlm_runtime.protocol.frames import FrameMessage as FrameMessage
+from edge_vlm_runtime.protocol.frames import decode_frame_message as decode_frame_message
+from edge_vlm_runtime.protocol.frames import frame_message as frame_message
+from edge_vlm_runtime.protocol.frames import raw_frame_message as raw_frame_message
+from edge_vlm_runtime.protocol.questions import ConversationItemCreate as ConversationItemCreate
+from edge_vlm_runtime.protocol.questions import ConversationItemCreated as ConversationItemCreated
+from edge_vlm_runtime.protocol.questions import ResponseCancel as ResponseCancel
+from edge_vlm_runtime.protocol.questions import ResponseCreate as ResponseCreate
+from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
+
+PATH = "/v1/realtime"
+MAX_ERROR_TEXT = 1000
+"""Characters of an error's message; it may repeat what a client sent."""
+RESUME_PARAMETER = "resume"
+"""In the query of a connection that goes on with a session."""
+PROTOCOL_VERSION = 1
+
+
+# ---- what a client sends ---------------------------------------------------------------------
+
+
+class SettingsPatch(Part, forbid_unknown_fields=True, kw_only=True):
+    """The settings to change; absent fields stay as they are."""
+
+    keep_ratio: float | UnsetType = UNSET
+    vision_tokens_per_s: float | UnsetType = UNSET
+    policy: str | UnsetType = UNSET
+    policy_seed: int | UnsetType = UNSET
+    min_cells: int | UnsetType = UNSET
+    attention: str | UnsetType = UNSET
+    last_n: int | UnsetType = UNSET
+    window_tokens: int | UnsetType = UNSET
+    delivery: str | UnsetType = UNSET
+    fps_cap: float | UnsetType = UNSET
+    raw_frames: bool | UnsetType = UNSET
+    drop_duplicates: bool | UnsetType = UNSET
+    duplicate_threshold: float | UnsetType = UNSET
+    heartbeat_s: float | UnsetType = UNSET
+    max_frame_age_s: float | UnsetType = UNSET
+    max_answer_tokens: int | UnsetType = UNSET
+    history_turns: int | UnsetType = UNSET
+    instructions: Text | UnsetType = UNSET
+    temperature: float | UnsetType = UNSET
+    top_p: float | UnsetType = UNSET
+    seed: int | UnsetType = UNSET
+
+    def fields(self) -> dict[str, Any]:
+        names = self.__struct_fields__
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not UNSET}
+
+
+class SessionUpdate(ClientMessage, tag="session.update"):
+    """Change settings; answered by `session.updated`. Applies to frames and questions behind it."""
+
+    session: SettingsPatch
+    """Any of the settings below; those that are absent stay as they are."""
+
+
+class InputVideoFrameAppend(ClientMessage, tag="input_video_frame.append"):
+    """A frame as JSON, for clients without binary messages."""
+
+    sequence: FrameNumber
+    """As in the binary header."""
+    capture_time_us: CaptureTimeUs
+    """As in the binary header."""
+    frame: bytes
+    """A JPEG."""
+
+
+class SessionClose(ClientMessage, tag="session.close"):
+    """End the session; answered by `session.closed` and close code 1000."""
+
+
+class SessionResume(ClientMessage, tag="session.resume"):
+    """Go on with a session whose connection broke: the first message of a connection that was
+    opened with `?resume=1`; answered by `session.resumed`."""
+
+    session_id: str
+    """Of `session.created`."""
+    resume_token: str
+    """Of `session.created`."""
+    last_sequence: int
+    """Number of the last event that arrived."""
+
+
+class Ping(ClientMessage, tag="ping"):
+    """Answered by `pong` with the same `event_id`."""
+
+
+# ---- what the server sends -------------------------------------------------------------------
+
+
+class Model(Part, kw_only=True):
+    """What answers."""
+
+    bundle: str
+    """Name of the bundle."""
+    limits: ModelLimits
+    """See below."""
+
+
+class SessionCreated(ServerEvent, tag="session.created"):
+    """The first event of a session."""
+
+    session_id: str
+    resume_token: str
+    """Secret; whoever has it can go on with the session."""
+    protocol_version: int
+    server: str
+    model: Model
+    settings: SessionSettings
+    limits: ServerLimits
+
+
+class SessionResumed(ServerEvent, tag="session.resumed"):
+    """The first event of a connection that goes on with a session, outside its numbers
+    (`sequence` is 0). Behind it comes every event after `last_sequence`, none twice."""
+
+    session_id: str
+    messages_received: int
+    """Text and binary messages of the client that have arrived over all connections of the session,
+    each `session.resume` apart: what was sent after them is to be sent again."""
+    newest_frame_sequence: int | None
+    """Largest number of a frame that arrived; new frames go on from there."""
+    events_to_come: int
+    """Events that are sent again now."""
+    protocol_version: int
+    server: str
+    model: Model
+    settings: SessionSettings
+    limits: ServerLimits
+    event_id: str | None = None
+
+
+class SessionUpdated(ServerEvent, tag="session.updated"):
+    """The settings in force from now on."""
+
+    settings: SessionSettings
+    event_id: str | None = None
+
+
+class FrameAccepted(ServerEvent, tag="frame.accepted"):
+    """The frame was encoded. Each frame gets exactly one `frame.accepted` or `frame.dropped`."""
+
+    frame_sequence: int
+    time_s: float
+    """Capture time since the first frame of the session."""
+    cells_seen: int
+    cells_kept: int
+    kept_cells: list[int]
+    """Row-major numbers of the kept cells in the grid of `model.limits.cell_grid`."""
+    stage_ms: dict[str, float]
+    queue_ms: float
+    """From the arrival of the message to the start of the work."""
+    age_ms: float
+    """From the arrival of the message to this event."""
+    kv_tokens: int
+    """Length of the cache."""
+    in_memory: bool
+    """False when it joins the memory later, together with others: when the answer under way ends,
+    or with the frames that wait behind it; in any case before the next question."""
+
+
+class FrameDropped(ServerEvent, tag="frame.dropped"):
+    """The frame was not encoded."""
+
+    frame_sequence: int
+    reason: str
+    """busy, rate, stale, duplicate, decode_error or engine_error."""
+    code: str | None = None
+    message: str | None = None
+
+
+class NewestFrame(Part, kw_only=True):
+    """The newest frame an answer rests on."""
+
+    frame_sequence: int
+    time_s: float
+    age_s: float
+    """Since it arrived, when the question was taken up."""
+
+
+class Snapshot(Part, kw_only=True):
+    """The picture that a question was shown in full detail."""
+
+    frame_sequence: int
+    time_s: float
+    """Capture time since the first frame of the session."""
+    width: int
+    """Of the picture as it was sent, in pixels."""
+    height: int
+    crops: int
+    """Pieces it was cut into; a view of the whole comes on top."""
+    tokens: int
+    encode_ms: float
+
+
+class PointedAt(Part, kw_only=True):
+    """A place that an answer names, read from its text."""
+
+    kind: Literal["point", "track"]
+    label: str
+    """What the answer calls it."""
+    object_id: int
+    """Of the same object in all places of one answer and label."""
+    x: float
+    """From the left edge, 0 to 1 of the picture's width."""
+    y: float
+    """From the top edge, 0 to 1 of the picture's height."""
+    time_s: float
+    """Capture time since the first frame of the session."""
+    frame_sequence: int | None
+    """Frame that the model was shown of that time, or null if there was none near it."""
+
+
+class ResponseCreated(ServerEvent, tag="response.created"):
+    """A question was taken up."""
+
+    response_id: str
+    text: str
+    """The question."""
+    newest_frame: NewestFrame
+    snapshot: Snapshot | None = None
+    """If the question asked for one."""
+    event_id: str | None = None
+    """Of the `response.create`."""
+
+
+class ResponseOutputTextDelta(ServerEvent, tag="response.output_text.delta"):
+    """The next piece of an answer."""
+
+    response_id: str
+    delta: str
+
+
+class Usage(Part, kw_only=True):
+    """Tokens an answer was made from."""
+
+    vision_tokens: int
+    """Tokens of video and snapshot in the cache, time stamps and markers included."""
+    text_tokens: int
+    """Tokens of the question and of earlier turns."""
+    output_tokens: int
+
+
+class ResponseDone(ServerEvent, tag="response.done"):
+    """`status` is completed, cancelled or failed; `finish_reason` is stop, length or null.
+
+    `time_offset_s`: what to add to times that the answer names, see `memory.rebased`.
+    """
+
+    response_id: str
+    status: str
+    finish_reason: str | None
+    text: str
+    usage: Usage
+    ttft_s: float | None
+    """Question received to first text, or null if there was none."""
+    tokens_per_s: float | None
+    newest_frame: NewestFrame
+    kv_tokens: int
+    time_offset_s: float
+    snapshot: Snapshot | None = None
+    """As in `response.created`."""
+    points: tuple[PointedAt, ...] = ()
+    """Points and tracks in `text`, in its order, with capture times."""
+    error_code: str | None = None
+
+
+class MemoryEvicted(ServerEvent, tag="memory.evicted"):
+    """The oldest frames were forgotten to make room; the first frame of the session never is."""
+
+    frames: int
+    tokens: int
+    oldest_s: float
+    """Capture time of the oldest frame still remembered besides the first."""
+
+
+class MemoryRebased(ServerEvent, tag="memory.rebased"):
+    """Time stamps or positions reached the model's limit and were counted anew.
+
+    The model now sees capture time minus `time_offset_s`.
+    """
+
+    frames: int
+    time_offset_s: float
+
+
+class SessionStats(ServerEvent, tag="session.stats"):
+    """Once a second."""
+
+    frames_received: int
+    frames_processed: int
+    frames_dropped: dict[str, int]
+    fps_in: float
+    fps_processed: float
+    cells_seen: int
+    cells_kept: int
+    frames_in_memory: int
+    kv_tokens: int
+    kv_capacity_tokens: int
+    questions_waiting: int
+    ttft_s: float | None
+    """Of the last answer."""
+    tokens_per_s: float | None = None
+    """Of the last answer."""
+    memory_bytes: int | None = None
+    """Resident memory of the server's process."""
+    power_watts: float | None = None
+    """What the machine draws, or its GPUs do, where it tells."""
+
+
+class SessionGoAway(ServerEvent, tag="session.go_away"):
+    """The server is stopping: no new questions; answers under way get `time_left_s`."""
+
+    time_left_s: float
+
+
+class SessionClosed(ServerEvent, tag="session.closed"):
+    """The last event of an orderly end."""
+
+    reason: str
+
+
+class Pong(ServerEvent, tag="pong"):
+    """Answer to `ping`."""
+
+    event_id: str | None = None
+
+
+class ErrorDetail(Part, kw_only=True):
+    """What went wrong; decide by `code`, never by `message`."""
+
+    type: str
+    """invalid_request_error, session_error or server_error."""
+    code: str
+    """Code of the error tree, such as E-NO-FRAME."""
+    message: str
+    param: str | None = None
+    event_id: str | None = None
+
+
+class Error(ServerEvent, tag="error"):
+    """Something went wrong; the session goes on unless the connection is closed behind it."""
+
+    error: ErrorDetail
+
+
+PARTS: tuple[type[Part], ...] = (
+    *(Model, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
+    *question_messages.PARTS,
+    *alert_messages.PARTS,
+)
+CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
+    SessionUpdate,
+    InputVideoFrameAppend,
+    *question_messages.CLIENT_MESSAGES,
+    *alert_messages.CLIENT_MESSAGES,
+    SessionResume,
+    SessionClose,
+    Ping,
+)
+SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
+    SessionCreated,
+    SessionResumed,
+    SessionUpdated,
+    FrameAccepted,
+    FrameDropped,
+    *question_messages.SERVER_EVENTS,
+    ResponseCreated,
+    ResponseOutputTextDelta,
+    ResponseDone,
+    MemoryEvicted,
+    MemoryRebased,
+    *alert_messages.SERVER_EVENTS,
+    SessionStats,
+    SessionGoAway,
+    SessionClosed,
+    Pong,
+    Error,
+)
+
+
+_CLIENT_TYPES = {tag_of(kind): kind for kind in CLIENT_MESSAGES}
+_SERVER_TYPES = {tag_of(kind): kind for kind in SERVER_EVENTS}
+
+
+def decode_client_message(text: str | bytes) -> ClientMessage:
+    """Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field."""
+    return decode(text, _CLIENT_TYPES)
+
+
+def decode_server_event(text: str | bytes) -> ServerEvent:
+    """Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field."""
+    return decode(text, _SERVER_TYPES)
+
+
+def error_event(error: EdgeVlmError, *, event_id: str | None = None) -> Error:
+    if isinstance(error, ProtocolError):
+        kind = "invalid_request_error"
+    else:
+        kind = "session_error" if isinstance(error, SessionError) else "server_error"
+    text = str(error)[:MAX_ERROR_TEXT]
+    return Error(error=ErrorDetail(type=kind, code=error.code, message=text, event_id=event_id))

@@ -1,0 +1,234 @@
+"""What one viewer may choose for a session, and what the server allows at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from edge_vlm.errors import ConfigError
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.pixels.stills import all_tilings, grid_of
+from edge_vlm.pruning.policies import POLICY_NAMES
+from edge_vlm.text.prompt import image_length
+
+MAX_WHOLE = 1 << 53
+"""The largest whole number that every reader of JSON counts exactly."""
+
+
+class DropPolicy(str, Enum):
+    """What happens to frames that come faster than they can be processed."""
+
+    LIVE = "live"
+    """The newest wins: one slot, older frames are dropped and counted."""
+    WAIT = "wait"
+    """None is dropped: the sender keeps a few frames unacknowledged at most (files)."""
+
+
+class Attention(str, Enum):
+    """How the remembered frames are shown to the language model."""
+
+    FRAME = "frame"
+    """Each frame is appended once; two-way inside a frame, causal between frames."""
+    EXACT = "exact"
+    """All remembered frames are prefilled anew for each question, all of them two-way."""
+    LAST_N = "last_n"
+    """As `exact`, with the last `last_n` frames only: the control arm of any memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SessionSettings:
+    """The effective settings of one session; every field can be changed by `session.update`.
+
+    Raises ValueError naming field and value.
+    """
+
+    keep_ratio: float = 0.5
+    """Share of cells kept, (0, 1]."""
+    vision_tokens_per_s: float = 0.0
+    """Cells kept per second of video, instead of `keep_ratio`, at whatever rate frames come; 0:
+    `keep_ratio` holds."""
+    policy: str = "stream"
+    """One of edge_vlm.pruning.policies.POLICY_NAMES."""
+    policy_seed: int = 0
+    """For the policy `random`."""
+    min_cells: int = 2
+    """Cells that every frame keeps, as far as keep_ratio allows."""
+    attention: Attention = Attention.FRAME
+    """`frame`: each frame is appended once; `exact`: all remembered frames are prefilled anew for
+    each question, seeing each other both ways; `last_n`: so, with the last few only."""
+    last_n: int = 4
+    """Frames that `last_n` shows."""
+    window_tokens: int = 0
+    """Tokens of video the session remembers, older frames are evicted whole; 0: as many as fit."""
+    delivery: DropPolicy = DropPolicy.LIVE
+    """`live`: the newest frame wins; `wait`: none is dropped, the sender waits."""
+    fps_cap: float = 2.0
+    """Frames per second of capture time that a live session takes; the rest is dropped."""
+    raw_frames: bool = False
+    """Binary messages may be raw pictures (type 2); send none before the `session.updated` that
+    says so, or it is dropped as `decode_error`."""
+    drop_duplicates: bool = True
+    """Live sessions drop frames that look like the last one encoded."""
+    duplicate_threshold: float = 6.0
+    """Largest change (0..255) of any point of a 32x32 thumbnail that still is the same picture."""
+    heartbeat_s: float = 10.0
+    """A duplicate is encoded all the same if nothing was for this long."""
+    max_frame_age_s: float = 2.0
+    """A live frame that waited longer is dropped as stale."""
+    max_answer_tokens: int = 48
+    """An answer is cut behind so many tokens."""
+    history_turns: int = 0
+    """Earlier questions and answers shown with each question."""
+    instructions: str = ""
+    """What holds for every answer, such as "Answer in one word.": it stands before each question,
+    at the begin of the user's turn, as the chat format has no other place for it. With a question
+    it has to fit into `max_question_tokens`, alone into half of that. Alerts are asked without."""
+    temperature: float = 0.0
+    """0: an answer takes the likeliest word each time; above, up to 10, words are drawn."""
+    top_p: float = 1.0
+    """Draws are from the smallest set of likeliest words with this much probability, (0, 1]."""
+    seed: int = 0
+    """Of the draws. Every answer begins with it anew, so the same question about the same frames
+    gets the same answer, whatever other sessions do."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", _member(Attention, "attention", self.attention))
+        object.__setattr__(self, "delivery", _member(DropPolicy, "delivery", self.delivery))
+        self._require("keep_ratio", 0.0 < self.keep_ratio <= 1.0, "must be in (0, 1]")
+        rate = self.vision_tokens_per_s
+        self._require("vision_tokens_per_s", 0.0 <= rate < math.inf, "must be 0 or positive")
+        self._require("policy", self.policy in POLICY_NAMES, f"must be one of {POLICY_NAMES}")
+        for field in (
+            *("policy_seed", "min_cells", "window_tokens"),
+            *("duplicate_threshold", "history_turns", "seed"),
+        ):
+            self._require(field, 0 <= getattr(self, field) <= MAX_WHOLE, f"must be 0..{MAX_WHOLE}")
+        for field in ("last_n", "max_answer_tokens"):
+            self._require(field, 1 <= getattr(self, field) <= MAX_WHOLE, f"must be 1..{MAX_WHOLE}")
+        for field in ("fps_cap", "heartbeat_s", "max_frame_age_s"):
+            self._require(field, 0.0 < getattr(self, field) < math.inf, "must be positive")
+        self._require("instructions", isinstance(self.instructions, str), "must be text")
+        self._require("temperature", 0.0 <= self.temperature <= 10.0, "must be in 0..10")
+        self._require("top_p", 0.0 < self.top_p <= 1.0, "must be in (0, 1]")
+        self._require("seed", isinstance(self.seed, int), "must be a whole number")
+
+    def _require(self, field: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{field} {rule}, got {getattr(self, field)!r}")
+
+    def changed(self, fields: Mapping[str, Any]) -> SessionSettings:
+        """A copy with some fields replaced. Raises ConfigError naming the field that is wrong."""
+        try:
+            return dataclasses.replace(self, **fields)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error), where="session settings") from error
+
+
+def _member(kind: type[Enum], field: str, value: object) -> Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = ", ".join(str(member.value) for member in kind)
+        raise ValueError(f"{field} must be one of {allowed}, got {value!r}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelLimits:
+    """What the model of a bundle was made and trained for; a session stays inside.
+
+    A bundle's `defaults` may hold `max_time_s`, and a `max_positions` below the config's if the
+    model has not been trained that far.
+    """
+
+    num_cells: int
+    cell_grid: int
+    image_size: int
+    max_positions: int
+    max_prefill_tokens: int
+    """Tokens of one run of the language graph."""
+    max_cache_tokens: int
+    """Tokens the language graph can look back at."""
+    max_time_s: float | None
+    """Largest time stamp of a frame; None when the checkpoint does not say."""
+    trained_attention: str
+    has_scorer: bool = True
+    token_bytes: int = 1
+    """Memory of one token of video: its keys and values, and its feature on the host."""
+    snapshot_tokens: int = 0
+    """Most tokens of a picture at full detail; 0: the model reads video only."""
+
+    @classmethod
+    def from_bundle(cls, bundle: EngineBundle) -> ModelLimits:
+        vision, language = bundle.config.vision, bundle.config.language
+        max_time_s = bundle.defaults.get("max_time_s")
+        return cls(
+            num_cells=vision.num_cells,
+            cell_grid=vision.cell_grid,
+            image_size=vision.image_size,
+            max_positions=min(
+                language.max_positions,
+                int(bundle.defaults.get("max_positions", language.max_positions)),
+            ),
+            max_prefill_tokens=bundle.specs["llm"].dims["s"].max,
+            max_cache_tokens=bundle.specs["llm"].dims["p"].max,
+            max_time_s=None if max_time_s is None else float(max_time_s),
+            trained_attention=bundle.config.attention.value,
+            has_scorer=bundle.config.scorer is not None,
+            token_bytes=_token_bytes(bundle),
+            snapshot_tokens=_snapshot_tokens(bundle),
+        )
+
+
+def _snapshot_tokens(bundle: EngineBundle) -> int:
+    images = bundle.images
+    if images is None:
+        return 0
+    grids = [grid_of(t, bundle.config.vision, images) for t in all_tilings(images.max_crops)]
+    return max(image_length(grid, bundle.style) for grid in grids)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerLimits:
+    """Bounds the server sets; announced in `session.created` and enforced."""
+
+    max_message_bytes: int = 8 << 20
+    max_unacknowledged_frames: int = 4
+    """Frames of a `wait` session that may be under way at once."""
+    max_sessions: int = 4
+    max_queued_questions: int = 8
+    max_question_tokens: int = 256
+    kv_capacity_tokens: int = 8192
+    """Largest cache of one session; the model's last position bounds it too."""
+    max_session_bytes: int = 4 << 30
+    """Memory for what one session remembers; bounds the cache too."""
+    resume_grace_s: float = 30.0
+    """A session whose connection broke is kept this long; 0: not at all."""
+    max_replay_events: int = 2000
+    """Newest events kept for a client that comes back, or reads slowly."""
+    max_replay_bytes: int = 8 << 20
+    max_alerts: int = 16
+    """Alerts of one session."""
+    max_evidence_bytes: int = 256 << 10
+    """Size of the picture in `alert.triggered`; a larger one is sent smaller."""
+    max_answer_slowdown: float = 0.15
+    """Time that video may take while answers are decoded, as a share of the answers' own."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("resume_grace_s", "max_answer_slowdown") else 1
+            if not least <= value < math.inf:
+                raise ValueError(f"{field.name} must be at least {least}, got {value}")
+
+
+def _token_bytes(bundle: EngineBundle) -> int:
+    language = bundle.config.language
+    keys = next(spec for spec in bundle.specs["llm"].inputs if spec.name == "past_k_0")
+    row = language.num_kv_heads * language.head_dim * np.dtype(keys.dtype).itemsize
+    feature = language.width * np.dtype(np.float32).itemsize
+    return language.num_layers * 2 * row + feature

@@ -1,0 +1,273 @@
+"""One websocket: messages in, events out, and the ways it can end.
+
+1000  the client closed the session        1009  a message above the limit
+1001  the server is stopping               1011  a bug of ours ended the session
+1003  nothing but binary garbage so far    1013  no free session, or the client reads too slowly
+1008  not allowed, no such session to go on with, or another connection went on with it
+
+A connection that breaks without a word leaves its session behind, see `served_session`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import MutableMapping
+from contextlib import suppress
+from typing import Any, Protocol
+
+from edge_vlm.errors import (
+    EdgeVlmError,
+    FrameDecodeError,
+    MessageTooLarge,
+    ProtocolError,
+    ServerBusy,
+    SessionError,
+    Unauthorized,
+)
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.engine_thread.worker import SessionHandle
+from edge_vlm_runtime.server.sessions import ClientSession, SessionRegistry, resolve
+from edge_vlm_runtime.session.frame_queue import EncodedFrame
+
+log = logging.getLogger(__name__)
+
+GOODBYE_TIMEOUT_S = 1.0
+RESUME_TIMEOUT_S = 10.0
+"""A connection that wants to go on with a session must say with which one."""
+MAX_WAITING_CALLS = 32
+"""Messages the engines have not come to; further ones are left in the socket."""
+BROKEN_CODES = {1005, 1006, 1011, 1012}
+"""RFC 6455, 7.4.1: no close frame, or one from a side in trouble. The viewer may come back."""
+
+
+class WebSocket(Protocol):
+    """What is needed of Starlette's WebSocket."""
+
+    async def receive(self) -> MutableMapping[str, Any]: ...
+
+    async def send_text(self, data: str) -> None: ...
+
+    async def close(self, code: int = 1000, reason: str | None = None) -> None: ...
+
+
+class Connection:
+    """Runs one accepted websocket to its end. Lives on the event loop."""
+
+    def __init__(
+        self, websocket: WebSocket, table: SessionRegistry, *, resumes: bool = False
+    ) -> None:
+        """`resumes`: the first message is `session.resume`, no new session is made."""
+        self._websocket = websocket
+        self._table = table
+        self._resumes = resumes
+        self._limits = table.limits
+        self._session: ClientSession
+        self._sent = 0
+        """Number of the last event that was sent."""
+        self._greeting: str | None = None
+        self._news = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._overflowed: asyncio.Future[None] = loop.create_future()
+        self._displaced: asyncio.Future[None] = loop.create_future()
+        self._understood = resumes
+        self._is_broken = False
+
+    async def run(self) -> None:
+        """Serves the connection; returns when it is closed. Its session may live on."""
+        try:
+            await (self._resume() if self._resumes else self._open())
+        except EdgeVlmError as error:
+            await refuse(self._websocket, error)
+            return
+        except _Gone:
+            return
+        sending = asyncio.create_task(self._send_loop())
+        receiving = asyncio.create_task(self._receive_loop())
+        try:
+            await asyncio.wait(
+                [sending, receiving, self._overflowed, self._displaced],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if sending.done() and sending.exception() is not None:
+                # The other side has gone; how, is about to be received.
+                self._is_broken = True
+                await asyncio.wait([receiving], timeout=GOODBYE_TIMEOUT_S)
+        finally:
+            for task in (sending, receiving):
+                task.cancel()
+            sent, received = await asyncio.gather(sending, receiving, return_exceptions=True)
+            if isinstance(sent, Exception):
+                log.debug("nothing more could be sent: %r", sent)
+            if isinstance(received, Exception):
+                log.error("a connection failed", exc_info=received)
+                await self._say_goodbye(1011, "the connection failed")
+            await self._part()
+
+    async def _open(self) -> None:
+        self._session = await self._table.open()
+        self._table.attach(self._session, self)
+
+    async def _resume(self) -> None:
+        try:
+            message = await asyncio.wait_for(self._websocket.receive(), RESUME_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise ProtocolError("no session.resume came") from None
+        if message["type"] == "websocket.disconnect":
+            raise _Gone
+        wanted = protocol.decode_client_message(message.get("text") or message.get("bytes") or b"")
+        if not isinstance(wanted, protocol.SessionResume):
+            raise ProtocolError("the first message of this connection must be session.resume")
+        session = self._table.find(wanted)
+        self._session = session
+        self._sent = wanted.last_sequence
+        self._table.attach(session, self)
+        self._table.metrics.resumes.inc()
+        resumed = self._table.resumed(session, wanted.last_sequence)
+        resumed.event_id = wanted.event_id
+        self._greeting = protocol.encode(resumed)
+
+    async def _part(self) -> None:
+        """What becomes of the session."""
+        session, table = self._session, self._table
+        if self._displaced.done():
+            await self._say_goodbye(1008, "another connection goes on with this session")
+        elif self._overflowed.done():
+            await table.end(session)
+            await self._say_goodbye(1013, "the client reads too slowly")
+        elif self._is_broken and session.viewer is self:
+            table.leave(session)
+        else:
+            await table.end(session)
+
+    async def _say_goodbye(self, code: int, reason: str) -> None:
+        """The send loop may have been stuck, so it could not say it."""
+        with suppress(Exception):
+            await asyncio.wait_for(self._websocket.close(code, reason), GOODBYE_TIMEOUT_S)
+
+    # ---- out ---------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """There is something new in the log, or the session has ended."""
+        self._news.set()
+        if not self._session.log.covers(self._sent):
+            resolve(self._overflowed, None)
+
+    def displace(self) -> None:
+        """Another connection has taken the session over."""
+        resolve(self._displaced, None)
+
+    async def _send_loop(self) -> None:
+        session = self._session
+        if self._greeting is not None:
+            await self._websocket.send_text(self._greeting)
+        while True:
+            while self._sent < session.log.newest:
+                await self._websocket.send_text(session.log.text(self._sent + 1))
+                self._sent += 1
+            if session.ending is not None:
+                # RFC 6455 5.5: a control frame holds 125 bytes, two of them are the code.
+                reason = session.ending.reason.encode()[:120].decode(errors="ignore")
+                await self._websocket.close(session.ending.code, reason)
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    # ---- in ----------------------------------------------------------------------------------
+
+    async def _receive_loop(self) -> None:
+        session = self._session
+        while True:
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                self._is_broken = message.get("code", 1006) in BROKEN_CODES
+                return
+            if self._displaced.done():
+                return
+            if session.ending is not None or session.handle is None:
+                continue
+            session.messages_received += 1
+            data: str | bytes = message.get("text") or message.get("bytes") or b""
+            try:
+                await self._take(data, session.handle)
+            except ProtocolError as error:
+                event_id = protocol.event_id_of(data) if isinstance(data, str) else None
+                session.send(protocol.error_event(error, event_id=event_id))
+                if error.close_code is not None:
+                    session.end(error.close_code, str(error))
+                elif isinstance(data, bytes) and not self._understood:
+                    session.end(1003, str(error))
+            while session.handle is not None and session.handle.num_waiting > MAX_WAITING_CALLS:
+                await asyncio.sleep(0.005)
+
+    async def _take(self, data: str | bytes, handle: SessionHandle) -> None:
+        if len(data) > self._limits.max_message_bytes:
+            raise MessageTooLarge(
+                f"a message of {len(data)} bytes",
+                remedy=f"the limit is {self._limits.max_message_bytes}",
+            )
+        if isinstance(data, bytes):
+            self._take_frame(protocol.decode_frame_message(data), handle)
+        else:
+            await self._take_message(protocol.decode_client_message(data), handle)
+        self._understood = True
+
+    def _take_frame(self, message: protocol.FrameMessage, handle: SessionHandle) -> None:
+        session = self._session
+        self._table.metrics.frames_received.inc()
+        newest = session.newest_frame_sequence
+        session.newest_frame_sequence = max(message.sequence, newest or 0)
+        refused: FrameDecodeError | None = None
+        try:
+            picture = message.picture()
+        except FrameDecodeError as error:
+            picture, refused = message.payload, error
+        frame = EncodedFrame(
+            sequence=message.sequence,
+            capture_time_us=message.capture_time_us,
+            jpeg=picture,
+            received_ns=self._table.clock_ns(),
+        )
+        if refused is None:
+            handle.put_frame(frame)
+        else:
+            handle.refuse_frame(frame, refused)
+
+    async def _take_message(self, message: protocol.ClientMessage, handle: SessionHandle) -> None:
+        session = self._session
+        if isinstance(message, protocol.InputVideoFrameAppend):
+            picture = protocol.frame_message(
+                message.sequence, message.capture_time_us, message.frame
+            )
+            self._take_frame(picture, handle)
+        elif isinstance(message, protocol.Ping):
+            session.send(protocol.Pong(event_id=message.event_id))
+        elif isinstance(message, protocol.SessionClose):
+            await self._table.end_engines_side(session)
+            session.send(protocol.SessionClosed(reason="the client closed it"))
+            session.end(1000, "closed by the client")
+        elif isinstance(message, protocol.SessionResume):
+            raise ProtocolError(
+                "session.resume must be the first message", remedy="connect with ?resume=1"
+            )
+        elif isinstance(message, protocol.ResponseCreate) and self._table.draining:
+            error = ServerBusy("the server is stopping", remedy="connect again later")
+            session.send(protocol.error_event(error, event_id=message.event_id))
+        else:
+            handle.take(message)
+
+
+class _Gone(Exception):
+    """The other side left before it said anything."""
+
+
+async def refuse(websocket: WebSocket, error: EdgeVlmError) -> None:
+    """Says why there is no session, and closes."""
+    code = 1011
+    if isinstance(error, ServerBusy):
+        code = 1013
+    elif isinstance(error, (SessionError, ProtocolError, Unauthorized)):
+        code = 1008
+    with suppress(Exception):  # the other side may be gone already
+        await websocket.send_text(protocol.encode(protocol.error_event(error)))
+        await websocket.close(code, str(error).encode()[:120].decode(errors="ignore"))

@@ -1,0 +1,326 @@
+"""The server's sessions: each outlives its connection for a while, so that a viewer may come back.
+
+A session's events are numbered and kept in an `EventLog`. Whoever is connected reads from the log;
+when the connection breaks, the engines go on with what they were told, and the next connection of
+that viewer reads on where the last one stopped. Lives on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import edge_vlm
+from edge_vlm.errors import EdgeVlmError, ServerBusy, SessionGone
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.engine_thread.worker import EngineWorker, SessionHandle
+from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
+from edge_vlm_runtime.recording.recorder import Recorder
+from edge_vlm_runtime.server.event_log import EventLog
+from edge_vlm_runtime.server.metrics import ServerMetrics
+
+log = logging.getLogger(__name__)
+
+OnEvent = Callable[[str, protocol.ServerEvent], None]
+
+
+class Subscriber(Protocol):
+    """A connection that reads a session's log."""
+
+    def wake(self) -> None:
+        """There is something new in the log, or the session has ended."""
+
+    def displace(self) -> None:
+        """Another connection has taken the session over."""
+
+
+@dataclass(frozen=True)
+class CloseReason:
+    """How the last connection is to be closed, behind the last event."""
+
+    code: int
+    reason: str
+
+
+class ClientSession:
+    """One session as the server keeps it. Made by `SessionRegistry.open`."""
+
+    def __init__(self, limits: ServerLimits, on_event: OnEvent | None = None) -> None:
+        self._on_event = on_event
+        self.session_id = secrets.token_hex(8)
+        self.resume_token = secrets.token_urlsafe(24)
+        self.log = EventLog(max_events=limits.max_replay_events, max_bytes=limits.max_replay_bytes)
+        self.handle: SessionHandle | None = None
+        """None before the engines have it, and after they gave it up."""
+        self.ending: CloseReason | None = None
+        """Set when there will be no more events."""
+        self.viewer: Subscriber | None = None
+        self.settings: SessionSettings | None = None
+        """Those last announced."""
+        self.messages_received = 0
+        """Messages of the client that were taken in, over all its connections."""
+        self.newest_frame_sequence: int | None = None
+        self.left_at_s = 0.0
+        """When the viewer was last seen, by the event loop's clock."""
+
+    def send(self, event: protocol.ServerEvent) -> None:
+        """The next event. While nobody is connected, gauges are not worth keeping."""
+        if self.ending is not None:
+            return
+        if self._on_event is not None:
+            self._on_event(self.session_id, event)
+        if self.viewer is None and isinstance(event, protocol.SessionStats):
+            return
+        if isinstance(event, (protocol.SessionCreated, protocol.SessionUpdated)):
+            self.settings = event.settings
+        self.log.append(event)
+        if self.viewer is not None:
+            self.viewer.wake()
+
+    def end(self, code: int, reason: str) -> None:
+        """No more events: the connection is closed when it has sent those there are."""
+        if self.ending is None:
+            self.ending = CloseReason(code, reason)
+            if self.viewer is not None:
+                self.viewer.wake()
+
+    @property
+    def is_away(self) -> bool:
+        """It has begun, and nobody is connected."""
+        return self.viewer is None and self.log.newest > 0
+
+    @property
+    def is_answering(self) -> bool:
+        return self.handle is not None and self.handle.is_answering
+
+
+class SessionRegistry:
+    """All sessions by name, connected or not. One for each server."""
+
+    def __init__(
+        self,
+        *,
+        worker: EngineWorker,
+        bundle_name: str,
+        settings: SessionSettings,
+        model: ModelLimits,
+        limits: ServerLimits,
+        recorder: Recorder | None = None,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        """`on_event` gets a session's name and every event of it, connected or not."""
+        self._on_event = on_event
+        self.metrics = ServerMetrics(
+            bundle_name=bundle_name, num_sessions=lambda: len(self._sessions)
+        )
+        self._worker = worker
+        self._recorder = recorder
+        self._bundle_name = bundle_name
+        self._settings = settings
+        self._model = model
+        self.limits = limits
+        self.draining = False
+        self._sessions: dict[str, ClientSession] = {}
+        self._expiries: dict[str, asyncio.TimerHandle] = {}
+        self._ends: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def clock_ns(self) -> Callable[[], int]:
+        return self._worker.clock_ns
+
+    # ---- a session's life --------------------------------------------------------------------
+
+    async def open(self) -> ClientSession:
+        """A new session whose log begins with `session.created`.
+
+        A session whose viewer is away gives up its place when all are taken. Raises ServerBusy,
+        ConfigError when the model cannot hold to the settings, RecordingError.
+        """
+        given_up = self._make_room()
+        session = ClientSession(self.limits, self._notify)
+        self._sessions[session.session_id] = session  # before any await: the place is taken
+        if given_up is not None:
+            await self.end(given_up)
+        try:
+            session.handle = await self._open_engines_side(session)
+        except BaseException:
+            del self._sessions[session.session_id]
+            raise
+        session.send(
+            protocol.SessionCreated(
+                session_id=session.session_id,
+                resume_token=session.resume_token,
+                protocol_version=protocol.PROTOCOL_VERSION,
+                server=f"edge-vlm {edge_vlm.__version__}",
+                model=self._model_part(),
+                settings=self._settings,
+                limits=self.limits,
+            )
+        )
+        return session
+
+    async def _open_engines_side(self, session: ClientSession) -> SessionHandle:
+        loop = asyncio.get_running_loop()
+        opened: asyncio.Future[SessionHandle | EdgeVlmError] = loop.create_future()
+        tape = None
+        if self._recorder is not None:
+            tape = self._recorder.tape(session.session_id, self._settings, self.limits)
+        self._worker.open_session(
+            self._settings,
+            emit=lambda event: _on_loop(loop, session.send, event),
+            on_open=lambda result: _on_loop(loop, resolve, opened, result),
+            on_failure=lambda: _on_loop(loop, session.end, 1011, "the session failed"),
+            tape=tape,
+        )
+        result = await opened
+        if isinstance(result, EdgeVlmError):
+            raise result
+        return result
+
+    def _make_room(self) -> ClientSession | None:
+        """Finds a place for one more session; returns the session that lost its own for it."""
+        if self.draining:
+            raise ServerBusy("the server is stopping", remedy="connect again later")
+        if len(self._sessions) < self.limits.max_sessions:
+            return None
+        away = [session for session in self._sessions.values() if session.is_away]
+        if not away:
+            raise ServerBusy(
+                f"{len(self._sessions)} of {self.limits.max_sessions} sessions are taken, "
+                "there is no waiting line",
+                remedy="connect again later",
+            )
+        log.info("a session whose viewer is away makes room for a new one")
+        longest = min(away, key=lambda session: session.left_at_s)
+        return self._sessions.pop(longest.session_id)
+
+    def find(self, wanted: protocol.SessionResume) -> ClientSession:
+        """The session to go on with. Raises SessionGone, ReplayLost, ProtocolError."""
+        session = self._sessions.get(wanted.session_id)
+        token = "" if session is None else session.resume_token
+        same = hmac.compare_digest(token.encode(), wanted.resume_token.encode())
+        delivered = (
+            session is not None
+            and session.ending is not None
+            and wanted.last_sequence == session.log.newest
+        )
+        if session is None or not same or delivered:
+            raise SessionGone(
+                "there is no such session any more",
+                remedy=f"start a new one; a broken connection's is kept for "
+                f"{self.limits.resume_grace_s:g} s",
+            )
+        session.log.require(wanted.last_sequence)
+        return session
+
+    def resumed(self, session: ClientSession, last_sequence: int) -> protocol.SessionResumed:
+        """The first message of a connection that goes on with a session."""
+        return protocol.SessionResumed(
+            session_id=session.session_id,
+            messages_received=session.messages_received,
+            newest_frame_sequence=session.newest_frame_sequence,
+            events_to_come=session.log.newest - last_sequence,
+            protocol_version=protocol.PROTOCOL_VERSION,
+            server=f"edge-vlm {edge_vlm.__version__}",
+            model=self._model_part(),
+            settings=session.settings or self._settings,
+            limits=self.limits,
+        )
+
+    def attach(self, session: ClientSession, viewer: Subscriber) -> None:
+        """From now on this connection reads; one that still did is told to go."""
+        self._stop_expiry(session)
+        previous, session.viewer = session.viewer, viewer
+        if previous is not None:
+            previous.displace()
+
+    def leave(self, session: ClientSession) -> None:
+        """The viewer's connection broke: the session is kept for `resume_grace_s`."""
+        loop = asyncio.get_running_loop()
+        session.viewer = None
+        session.left_at_s = loop.time()
+        if self.draining or self.limits.resume_grace_s == 0:
+            self._end_soon(session)
+            return
+        self._expiries[session.session_id] = loop.call_later(
+            self.limits.resume_grace_s, self._end_soon, session
+        )
+
+    async def end(self, session: ClientSession) -> None:
+        """Ends a session for good. Twice does no harm."""
+        self._sessions.pop(session.session_id, None)
+        self._stop_expiry(session)
+        await self.end_engines_side(session)
+        self.metrics.ended(session.session_id)
+
+    def _stop_expiry(self, session: ClientSession) -> None:
+        expiry = self._expiries.pop(session.session_id, None)
+        if expiry is not None:
+            expiry.cancel()
+
+    async def end_engines_side(self, session: ClientSession) -> None:
+        """Frees the engines' side; what it still had to say stands in the log afterwards."""
+        handle, session.handle = session.handle, None
+        if handle is None:
+            return
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        self._worker.close_session(handle, lambda: _on_loop(loop, resolve, ended, None))
+        await ended
+
+    def _end_soon(self, session: ClientSession) -> None:
+        task = asyncio.get_running_loop().create_task(self.end(session))
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    def _notify(self, session_id: str, event: protocol.ServerEvent) -> None:
+        self.metrics.event(session_id, event)
+        if isinstance(event, protocol.SessionStats):
+            self.metrics.complete(event)
+        if self._on_event is not None:
+            self._on_event(session_id, event)
+
+    def _model_part(self) -> protocol.Model:
+        return protocol.Model(bundle=self._bundle_name, limits=self._model)
+
+    # ---- the end of all ----------------------------------------------------------------------
+
+    async def drain(self, time_left_s: float) -> None:
+        """Lets the answers under way end, then closes every session with 1001. No new ones."""
+        self.draining = True
+        sessions = list(self._sessions.values())
+        await asyncio.gather(*(self._drain(session, time_left_s) for session in sessions))
+        await asyncio.gather(*self._ends)
+
+    async def _drain(self, session: ClientSession, time_left_s: float) -> None:
+        if session.viewer is None:
+            await self.end(session)
+            return
+        loop = asyncio.get_running_loop()
+        session.send(protocol.SessionGoAway(time_left_s=time_left_s))
+        deadline = loop.time() + time_left_s
+        while session.is_answering and session.ending is None and loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        await self.end_engines_side(session)
+        session.send(protocol.SessionClosed(reason="the server is stopping"))
+        session.end(1001, "the server is stopping")
+
+
+def resolve(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
+    """For the engine thread, which never waits for a socket."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call, *args)

@@ -1,0 +1,79 @@
+"""How a session divides its cache among video, questions and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from edge_vlm.config import VisionAttention
+from edge_vlm.errors import ConfigError
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits, SessionSettings
+
+SCORED_POLICIES = ("stream", "frame_topk")
+"""Policies that look at the scores of the token scorer."""
+
+
+def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSettings:
+    """Settings of a new session: ours, overridden by what the bundle says it was made for.
+
+    A bundle's `defaults` may hold any field of SessionSettings, and `fps` for `fps_cap`; other keys
+    are not about sessions. Raises ConfigError on a value out of range.
+    """
+    names = {field.name for field in dataclasses.fields(SessionSettings)}
+    fields = {name: value for name, value in bundle.defaults.items() if name in names}
+    if "fps" in bundle.defaults:
+        fields.setdefault("fps_cap", float(bundle.defaults["fps"]))
+    trained_by_frame = bundle.config.attention is VisionAttention.FRAME
+    fields.setdefault("attention", Attention.FRAME if trained_by_frame else Attention.EXACT)
+    return SessionSettings().changed(fields)
+
+
+def cache_capacity(model: ModelLimits, limits: ServerLimits) -> int:
+    """Rows of one session's cache."""
+    affordable = limits.max_session_bytes // model.token_bytes
+    return min(limits.kv_capacity_tokens, model.max_positions, model.max_cache_tokens, affordable)
+
+
+def question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
+    """Longest question in tokens: at most a quarter of the cache."""
+    return min(limits.max_question_tokens, cache_capacity(model, limits) // 4)
+
+
+def dialogue_reserve(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+    """Cache rows kept free behind the video: a picture at full detail, earlier turns, the question,
+    the answer. The picture gets a quarter of the cache at most and has fewer crops then."""
+    turn = question_capacity(model, limits) + settings.max_answer_tokens
+    snapshot = min(
+        model.snapshot_tokens, model.max_prefill_tokens, cache_capacity(model, limits) // 4
+    )
+    return snapshot + turn * (1 + settings.history_turns)
+
+
+def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+    """Tokens of video to remember under these settings.
+
+    Raises ConfigError when the dialogue leaves too little room, or `window_tokens` asks for more
+    than there is or for less than two whole frames.
+    """
+    if not model.has_scorer and settings.policy in SCORED_POLICIES:
+        raise ConfigError(
+            f"policy {settings.policy!r} chooses by scores, and the model has no token scorer",
+            where="session settings",
+            remedy="take keep_all",
+        )
+    room = cache_capacity(model, limits) - dialogue_reserve(settings, model, limits)
+    least = 2 * (model.num_cells + 16)  # with their stamps and markers
+    if room < least:
+        raise ConfigError(
+            f"no room for video: {room} tokens are left and two frames need {least}",
+            where="session settings",
+            remedy="lower max_answer_tokens or history_turns, or give the session more memory",
+        )
+    if settings.window_tokens == 0:
+        return room
+    if not least <= settings.window_tokens <= room:
+        raise ConfigError(
+            f"window_tokens must be 0 or in {least}..{room}, got {settings.window_tokens}",
+            where="session settings",
+        )
+    return settings.window_tokens

@@ -1,0 +1,133 @@
+"""The bounded hand-over of pictures from the socket to the engine thread, with a named drop rule.
+
+Pictures are still compressed here: one that is dropped is never decoded. Safe to use from two
+threads. Every frame that is put comes out exactly once: taken, or in the list of dropped ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from edge_vlm_runtime.protocol.frames import DropReason
+from edge_vlm_runtime.protocol.settings import DropPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedFrame:
+    """A picture as it arrived."""
+
+    sequence: int
+    capture_time_us: int
+    jpeg: bytes
+    """Or a raw picture, see `edge_vlm.pixels.frames.decode_picture`."""
+    received_ns: int
+    """Server's monotonic clock."""
+
+
+Dropped = tuple[EncodedFrame, DropReason]
+
+
+class RateGate:
+    """Holds a stream of capture times to a mean rate, forgiving a jitter of a quarter interval."""
+
+    JITTER = 0.25
+
+    def __init__(self, fps_cap: float) -> None:
+        self.interval_us = 1e6 / fps_cap
+        self._due_us: float | None = None
+
+    def lets_through(self, capture_time_us: int) -> bool:
+        slack = self.JITTER * self.interval_us
+        if self._due_us is not None and capture_time_us < self._due_us - slack:
+            return False
+        due = capture_time_us if self._due_us is None else self._due_us
+        self._due_us = max(due, capture_time_us - slack) + self.interval_us
+        return True
+
+
+class FrameQueue:
+    """One session's frames on their way in.
+
+    LIVE: one place, the newest frame wins. WAIT: `wait_capacity` places, nothing is dropped as long
+    as the sender keeps to the announced number of unacknowledged frames.
+    """
+
+    def __init__(self, *, delivery: DropPolicy, fps_cap: float, wait_capacity: int) -> None:
+        self._lock = threading.Lock()
+        self._wait_capacity = wait_capacity
+        self._delivery = delivery
+        self._gate = RateGate(fps_cap)
+        self._waiting: deque[EncodedFrame] = deque()
+        self._last_sequence: int | None = None
+        self._last_capture_us: int | None = None
+        self._received = 0
+        self._dropped: Counter[str] = Counter()
+
+    def configure(self, *, delivery: DropPolicy, fps_cap: float) -> None:
+        """New rules for the frames to come."""
+        with self._lock:
+            self._delivery = delivery
+            if 1e6 / fps_cap != self._gate.interval_us:
+                self._gate = RateGate(fps_cap)
+
+    def put(self, frame: EncodedFrame) -> list[Dropped]:
+        """Takes the frame in; returns what was dropped for it, or the frame itself."""
+        with self._lock:
+            self._received += 1
+            dropped = self._put(frame)
+            self._dropped.update(reason.value for _, reason in dropped)
+            return dropped
+
+    def _put(self, frame: EncodedFrame) -> list[Dropped]:
+        if self._last_sequence is not None and frame.sequence <= self._last_sequence:
+            return [(frame, DropReason.STALE)]
+        self._last_sequence = frame.sequence
+        if self._last_capture_us is not None and frame.capture_time_us <= self._last_capture_us:
+            return [(frame, DropReason.STALE)]
+        if self._delivery is DropPolicy.LIVE:
+            if not self._gate.lets_through(frame.capture_time_us):
+                return [(frame, DropReason.RATE)]
+            dropped = [(old, DropReason.BUSY) for old in self._waiting]
+            self._waiting.clear()
+        elif len(self._waiting) >= self._wait_capacity:
+            return [(frame, DropReason.BUSY)]
+        else:
+            dropped = []
+        self._last_capture_us = frame.capture_time_us
+        self._waiting.append(frame)
+        return dropped
+
+    def take(self) -> EncodedFrame | None:
+        """The next frame to work on: the newest (LIVE) or the oldest (WAIT)."""
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
+
+    def refuse(self, frame: EncodedFrame, reason: DropReason) -> list[Dropped]:
+        """Counts a frame that never got in, such as one whose message was cut."""
+        with self._lock:
+            self._received += 1
+            self._dropped[reason.value] += 1
+            return [(frame, reason)]
+
+    def count_dropped(self, reason: DropReason) -> None:
+        """Counts a frame that was taken and then dropped."""
+        with self._lock:
+            self._dropped[reason.value] += 1
+
+    def empty(self) -> list[Dropped]:
+        """Drops what is waiting, when the session ends."""
+        with self._lock:
+            left = [(frame, DropReason.BUSY) for frame in self._waiting]
+            self._waiting.clear()
+            self._dropped.update(reason.value for _, reason in left)
+            return left
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def counts(self) -> tuple[int, dict[str, int]]:
+        """Frames received, and frames dropped by reason."""
+        with self._lock:
+            return self._received, dict(self._dropped)

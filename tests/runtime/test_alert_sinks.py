@@ -1,0 +1,307 @@
+"""Alerts to real receivers that go away, come back, refuse or never answer."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_vlm.errors import ConfigError, DeliveryError
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
+from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
+from edge_vlm_runtime.alert_sinks.queue import DeliveryQueue
+from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
+from tests.runtime.live import TIMEOUT_S
+from tests.runtime.pictures import jpeg
+from tests.runtime.receivers import (
+    MOSQUITTO,
+    Broker,
+    SilentServer,
+    Subscriber,
+    WebServer,
+    cleared,
+    free_port,
+    some_events,
+    triggered,
+    wait_until,
+)
+
+QUICK: Any = {"first_back_off_s": 0.02}
+
+
+def expected_ids(session: str, first: int, last: int) -> list[str]:
+    return [
+        f"{session}/alert_1/{episode}/{kind}"
+        for episode in range(first, last + 1)
+        for kind in ("alert.triggered", "alert.cleared")
+    ]
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    with WebServer() as server:
+        yield server
+
+
+# ---- webhook ---------------------------------------------------------------------------------
+
+
+def test_a_webhook_gets_every_begin_and_end_with_its_picture(web: WebServer) -> None:
+    with AlertDispatcher([WebhookSink(web.url)], wall_clock=lambda: 1_000_000_000.5) as outputs:
+        for event in (triggered(1, jpeg(1)), cleared(1)):
+            outputs.put("session", event)
+        outputs.put("session", protocol.Pong())  # not about an alert
+    assert web.ids == expected_ids("session", 1, 1)
+    begin, end = web.taken
+    assert begin["at"] == "2001-09-09T01:46:40.500+00:00"
+    assert (begin["question"], begin["probability"]) == ("is there a red ball ?", 0.9)
+    assert base64.b64decode(begin["evidence"]["jpeg"]) == jpeg(1)
+    assert begin["evidence"]["frame_sequence"] == 1
+    assert (end["type"], end["reason"], end["lasted_s"]) == ("alert.cleared", "probability", 0.25)
+    assert "evidence" not in end
+    assert outputs.delivered == 2 and outputs.lost == 0
+    outputs.raise_undelivered()
+
+
+def test_nothing_is_lost_when_the_receiver_restarts(
+    web: WebServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = web.url.replace("http://", "http://user:secret@")
+    with AlertDispatcher([WebhookSink(url)], **QUICK) as outputs:
+        for event in some_events(1, 3):
+            outputs.put("s", event)
+        wait_until(lambda: len(web.taken) == 6)
+        web.stop()
+        for event in some_events(4, 6):
+            outputs.put("s", event)
+        wait_until(lambda: "does not take alerts" in caplog.text)
+        web.start()
+        wait_until(lambda: len(web.taken) == 12)
+        wait_until(lambda: "is back" in caplog.text)
+        web.status = 503  # up again, but not ready yet
+        for event in some_events(7, 8):
+            outputs.put("s", event)
+        posts = web.posts
+        wait_until(lambda: web.posts > posts + 1)
+        web.status = 200
+        wait_until(lambda: len(web.taken) == 16)
+    assert web.ids == expected_ids("s", 1, 8)
+    assert outputs.lost == 0
+    assert "secret" not in caplog.text
+
+
+def test_what_a_receiver_refuses_does_not_hold_up_the_rest(
+    web: WebServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    web.status = 422
+    with AlertDispatcher([WebhookSink(web.url)], **QUICK) as outputs:
+        outputs.put("s", triggered(1))
+        wait_until(lambda: outputs.lost == 1)
+        web.status = 200
+        outputs.put("s", cleared(1))
+    assert web.ids == ["s/alert_1/1/alert.cleared"]
+    assert "refused" in caplog.text
+
+
+def test_a_receiver_that_never_answers_costs_only_its_own_events(web: WebServer) -> None:
+    """Its queue is bounded, the other receiver gets everything, ending does not hang."""
+    queue = DeliveryQueue(max_events=5)
+    with SilentServer() as silent:
+        sinks = [WebhookSink(f"http://127.0.0.1:{silent.port}/"), WebhookSink(web.url)]
+        outputs = AlertDispatcher(sinks, queue, first_back_off_s=0.01, attempt_timeout_s=0.05)
+        outputs.start()
+        for number, event in enumerate(some_events(1, 20), start=1):
+            outputs.put("s", event)
+            wait_until(lambda n=number: len(web.taken) == n)
+        outputs.close(grace_s=0.1)
+    assert web.ids == expected_ids("s", 1, 20)
+    assert outputs.undelivered == {sinks[0].name: 5}
+    assert outputs.lost == 35
+    with pytest.raises(DeliveryError, match="5 for webhook"):
+        outputs.raise_undelivered()
+    outputs.put("s", triggered(21))  # too late, and said so
+    assert outputs.lost == 37
+
+
+def test_events_survive_the_end_of_the_process_in_a_file(web: WebServer, tmp_path: Path) -> None:
+    file = tmp_path / "alerts.db"
+    web.stop()
+    first = AlertDispatcher([WebhookSink(web.url)], DeliveryQueue(file), **QUICK)
+    first.start()
+    for event in some_events(1, 2):
+        first.put("s", event)
+    first.close(grace_s=0.1)
+    assert sum(first.undelivered.values()) == 4
+    with pytest.raises(DeliveryError, match=r"alerts\.db"):
+        first.raise_undelivered()
+    web.start()
+    with AlertDispatcher([WebhookSink(web.url)], DeliveryQueue(file), **QUICK) as second:
+        for event in some_events(3, 3):
+            second.put("s", event)
+    assert web.ids == expected_ids("s", 1, 3)
+    assert base64.b64decode(web.taken[0]["evidence"]["jpeg"]) == jpeg(1)
+    assert not second.undelivered
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://host/x", "http://", "alerts", "http://host:99999/", "http://[::1/x"]
+)
+def test_what_is_not_a_webhook_is_said_so(url: str) -> None:
+    with pytest.raises(ConfigError, match="webhook"):
+        WebhookSink(url)
+
+
+def test_credentials_of_a_bad_url_are_not_shown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        WebhookSink("ftp://user:secret@host/x")
+    assert "secret" not in str(caught.value)
+
+
+# ---- the queue -------------------------------------------------------------------------------
+
+
+def test_a_queue_is_bounded_by_bytes_for_each_receiver() -> None:
+    queue = DeliveryQueue(max_bytes=1000)
+    assert [queue.put("a", "x" * 100, bytes(300)) for _ in range(4)] == [0, 0, 1, 1]
+    assert queue.put("b", "{}", None) == 0
+    assert (queue.count("a"), queue.count("b")) == (2, 1)
+    assert queue.put("a", "x", bytes(5000)) == 2  # the newest is kept even so
+    assert queue.count("a") == 1
+
+
+def test_a_queue_hands_out_in_order() -> None:
+    queue = DeliveryQueue()
+    for number in range(3):
+        queue.put("a", str(number), b"picture" if number == 1 else None)
+    seen = []
+    while (delivery := queue.oldest("a")) is not None:
+        seen.append((delivery.body, delivery.jpeg))
+        queue.remove(delivery.number)
+    assert seen == [("0", None), ("1", b"picture"), ("2", None)]
+
+
+def test_files_that_cannot_hold_a_queue(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("not a database, " * 100)
+    taken = DeliveryQueue(tmp_path / "taken.db")
+    for path in (text, tmp_path / "no" / "folder.db", tmp_path / "taken.db"):
+        with pytest.raises(ConfigError, match="cannot keep"):
+            DeliveryQueue(path)
+    taken.close()
+    DeliveryQueue(tmp_path / "taken.db").close()
+
+
+def test_a_full_disk_is_said_and_does_not_end_the_outputs(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real_put = DeliveryQueue.put
+
+    def put(self: DeliveryQueue, receiver: str, body: str, picture: bytes | None) -> int:
+        if json.loads(body)["episode"] == 1:
+            raise sqlite3.OperationalError("database or disk is full")
+        return real_put(self, receiver, body, picture)
+
+    monkeypatch.setattr(DeliveryQueue, "put", put)
+    with AlertDispatcher([WebhookSink(web.url)]) as outputs:
+        outputs.put("s", triggered(1))
+        outputs.put("s", triggered(2))
+    assert web.ids == ["s/alert_1/2/alert.triggered"]
+    assert outputs.lost == 1 and "disk is full" in caplog.text
+
+
+# ---- MQTT ------------------------------------------------------------------------------------
+
+needs_broker = pytest.mark.skipif(
+    MOSQUITTO is None, reason="no MQTT broker here (apt-get install mosquitto)"
+)
+
+
+def mqtt_url(port: int, password: str = "s%20e%3Acret") -> str:
+    return f"mqtt://edge:{password}@127.0.0.1:{port}/home/alerts"
+
+
+@needs_broker
+def test_nothing_is_lost_when_the_broker_restarts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic = "home/alerts"
+    with Broker(tmp_path) as broker:
+        subscriber = Subscriber(broker, topic)
+        with AlertDispatcher([MqttSink(mqtt_url(broker.port))], attempt_timeout_s=1.0) as outputs:
+            for event in some_events(1, 2):
+                outputs.put("s", event)
+            wait_until(lambda: len(subscriber.bodies(topic)) == 4)
+            broker.stop()
+            for event in some_events(3, 4):
+                outputs.put("s", event)
+            wait_until(lambda: "does not take alerts" in caplog.text)
+            broker.start()
+            outputs.close(grace_s=TIMEOUT_S)
+        # At least once: an event may come twice, none may be missing or out of order.
+        wait_until(lambda: len({body["id"] for body in subscriber.bodies(topic)}) == 8)
+        subscriber.close()
+    ids = list(dict.fromkeys(body["id"] for body in subscriber.bodies(topic)))
+    assert ids == expected_ids("s", 1, 4)
+    assert not outputs.undelivered and outputs.lost == 0
+    pictures = [payload for name, payload in subscriber.messages if name == f"{topic}/evidence"]
+    assert list(dict.fromkeys(pictures)) == [jpeg(episode) for episode in range(1, 5)]
+    assert "cret" not in caplog.text
+
+
+@needs_broker
+def test_a_broker_that_refuses_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Broker(tmp_path) as broker:
+        sink = MqttSink(mqtt_url(broker.port, password="wrong"))
+        outputs = AlertDispatcher([sink], attempt_timeout_s=0.5)
+        outputs.start()
+        outputs.put("s", triggered(1))
+        wait_until(lambda: "does not take alerts" in caplog.text)
+        outputs.close(grace_s=0.0)
+    assert "Not authorized" in caplog.text
+    assert outputs.undelivered == {sink.name: 1}
+
+
+def test_a_broker_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    outputs = AlertDispatcher([MqttSink(mqtt_url(free_port()))], attempt_timeout_s=0.2)
+    outputs.start()
+    outputs.put("s", triggered(1))
+    wait_until(lambda: "cannot be reached" in caplog.text)
+    outputs.close(grace_s=0.0)
+    assert sum(outputs.undelivered.values()) == 1
+    assert "cret" not in caplog.text
+
+
+def test_a_broker_that_never_answers_holds_nothing_up() -> None:
+    with SilentServer() as silent:
+        queue = DeliveryQueue(max_events=3)
+        outputs = AlertDispatcher(
+            [MqttSink(mqtt_url(silent.port))],
+            queue,
+            first_back_off_s=0.01,
+            attempt_timeout_s=0.05,
+        )
+        outputs.start()
+        for event in some_events(1, 10):
+            outputs.put("s", event)
+        wait_until(lambda: outputs.lost == 17)
+        outputs.close(grace_s=0.1)
+    assert sum(outputs.undelivered.values()) == 3
+
+
+@pytest.mark.parametrize(
+    "url", ["mqtt://host", "mqtt://host/a/#", "mqtt://host/+/b", "http://host/a", "mqtt:///a"]
+)
+def test_what_is_not_an_mqtt_topic_is_said_so(url: str) -> None:
+    with pytest.raises(ConfigError, match="MQTT topic"):
+        MqttSink(url)
+
+
+def test_receivers_are_named_without_credentials() -> None:
+    assert MqttSink(mqtt_url(1883)).name == "mqtt mqtt://***@127.0.0.1:1883/home/alerts"
+    assert WebhookSink("https://u:p@host/x").name == "webhook https://***@host/x"

@@ -1,0 +1,348 @@
+"""Whose turn it is: the order of work on one set of engines, on a clock that stands still."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.engine_thread.scheduler import Scheduler
+from tests.runtime.fake_engines import FakeBundle, FakeClock
+from tests.runtime.test_session import Viewer
+
+
+class Table:
+    """Players who have so many units of each kind to do, and what was done in which order."""
+
+    def __init__(
+        self, max_answer_slowdown: float = 0.2, answer_s: float = 0.02, watch_s: float = 0.01
+    ) -> None:
+        self.clock = FakeClock()
+        self.answers: Counter[str] = Counter()
+        self.videos: Counter[str] = Counter()
+        self.done: list[tuple[str, str]] = []
+        self.takes_s = {"answer": answer_s, "watch": watch_s}
+        self.turns: Scheduler[str] = Scheduler(
+            answer=lambda player: self._do("answer", self.answers, player),
+            watch=lambda player: self._do("watch", self.videos, player),
+            clock_ns=self.clock,
+            max_answer_slowdown=max_answer_slowdown,
+        )
+
+    def _do(self, what: str, left: Counter[str], player: str) -> bool:
+        if not left[player]:
+            return False
+        left[player] -= 1
+        self.clock.pass_s(self.takes_s[what])
+        self.done.append((what, player))
+        return True
+
+    def seat(self, *players: str) -> None:
+        for player in players:
+            self.turns.add(player)
+
+    def play(self, rounds: int) -> None:
+        for _ in range(rounds):
+            self.turns.round()
+
+    def order(self, what: str) -> str:
+        return "".join(player for kind, player in self.done if kind == what)
+
+    def spent_s(self, what: str) -> float:
+        return sum(self.takes_s[kind] for kind, _ in self.done if kind == what)
+
+
+def test_answers_advance_token_by_token_and_video_in_turn() -> None:
+    table = Table()
+    table.seat("a", "b", "c")
+    table.answers.update({"a": 3, "c": 5})
+    table.play(5)
+    assert table.order("answer") == "acacaccc"
+    table.done.clear()
+    table.videos.update({"a": 3, "b": 3, "c": 3})
+    table.play(3)
+    assert sorted(table.order("watch")[:3]) == ["a", "b", "c"]
+    assert table.order("watch")[:3] * 3 == table.order("watch")
+
+
+def test_questions_come_before_frames() -> None:
+    table = Table()
+    table.seat("a", "b")
+    table.videos.update({"a": 50, "b": 50})
+    table.play(1)
+    assert table.order("watch") == "ab"
+    table.answers["b"] = 1
+    table.done.clear()
+    table.play(1)
+    assert table.done[0] == ("answer", "b")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    share=st.sampled_from([0.1, 0.2, 0.5]),
+    watch_s=st.sampled_from([0.001, 0.01, 0.1]),
+    watchers=st.integers(1, 5),
+    uneven=st.booleans(),
+)
+def test_video_takes_its_share_of_the_answers_time_and_no_more(
+    share: float, watch_s: float, watchers: int, uneven: bool
+) -> None:
+    table = Table(max_answer_slowdown=share, watch_s=watch_s)
+    names = "abcdefg"[: watchers + 1]
+    table.seat(*names)
+    table.videos.update(dict.fromkeys(names, 100_000))
+    table.play(2)  # what a frame costs is known before the first question
+    table.done.clear()
+    table.answers[names[0]] = 600
+    if uneven:
+        table.takes_s["watch"] *= 0.1
+        table.play(100)
+        table.takes_s["watch"] = watch_s
+        table.play(500)
+    else:
+        table.play(600)
+    video_ns = sum(1 for kind, _ in table.done if kind == "watch")
+    allowed_s = share * table.spent_s("answer")
+    if not uneven:
+        possible_s = min(allowed_s, 600 * len(names) * watch_s)
+        assert 0.95 * possible_s - 3 * watch_s <= table.spent_s("watch") <= allowed_s + 1e-9
+    assert video_ns > 0
+    served = Counter(table.order("watch"))
+    assert set(served) == set(names) if min(served.values()) > 1 else True
+    assert max(served.values()) - min(served[name] for name in names) <= 1
+
+
+def test_an_unexpectedly_long_frame_is_paid_back() -> None:
+    table = Table(max_answer_slowdown=0.2)
+    table.seat("a")
+    table.videos["a"] = 1000
+    table.play(2)
+    table.done.clear()
+    table.answers["a"] = 400
+    table.play(20)
+    table.takes_s["watch"] = 0.5
+    before = table.order("watch")
+    while table.order("watch") == before:
+        table.play(1)
+    table.takes_s["watch"] = 0.01
+    long_ago = len(table.done)
+    table.play(100)
+    assert all(kind == "answer" for kind, _ in table.done[long_ago:])
+    table.play(200)
+    assert any(kind == "watch" for kind, _ in table.done[long_ago:])
+
+
+def test_without_an_allowance_answers_have_the_engines_for_themselves() -> None:
+    table = Table(max_answer_slowdown=0.0)
+    table.seat("a", "b")
+    table.videos.update({"a": 9, "b": 9})
+    table.answers["a"] = 5
+    table.play(5)
+    assert table.order("watch") == ""
+    table.play(1)
+    assert table.order("watch") == "ab"
+
+
+def test_a_round_ends_early_for_news_and_the_next_goes_on_where_it_was() -> None:
+    table = Table()
+    table.seat("a", "b", "c")
+    table.videos.update({"a": 9, "b": 9, "c": 9})
+    for _ in range(6):
+        table.turns.round(interrupted=lambda: True)
+    assert table.order("watch") == "abcabc"
+
+
+def test_a_player_may_leave_in_its_own_turn() -> None:
+    table = Table()
+    seen: list[str] = []
+
+    def watch(player: str) -> bool:
+        seen.append(player)
+        if player == "b":
+            turns.remove("b")
+            turns.remove("c")
+        return True
+
+    turns: Scheduler[str] = Scheduler(
+        answer=lambda player: False,
+        watch=watch,
+        clock_ns=table.clock,
+        max_answer_slowdown=0.2,
+    )
+    for player in "abcd":
+        turns.add(player)
+    turns.round()
+    assert seen == ["a", "b", "d"]
+    assert "b" not in turns and set(turns.players) == {"a", "d"}
+    assert turns.round() and seen[3:] == ["a", "d"]
+
+
+# ---- sessions at the table -------------------------------------------------------------------
+
+
+def at_one_table(viewers: list[Viewer], clock: FakeClock) -> Scheduler[Viewer]:
+    turns: Scheduler[Viewer] = Scheduler(
+        answer=lambda viewer: viewer.session.answer(),
+        watch=lambda viewer: viewer.session.watch(),
+        clock_ns=clock,
+        max_answer_slowdown=0.2,
+    )
+    for viewer in viewers:
+        turns.add(viewer)
+    return turns
+
+
+def test_an_idle_session_costs_no_engine_time() -> None:
+    clock = FakeClock()
+    engines = [FakeBundle(clock) for _ in range(2)]
+    idle, busy = (Viewer(used, clock) for used in engines)
+    turns = at_one_table([idle, busy], clock)
+    idle.show(1, 2)
+    engines[0].vision.encoded.clear()
+    engines[0].language.prefills.clear()
+    for sequence in range(1, 30):
+        busy.put(sequence)
+        if sequence % 10 == 0:
+            busy.ask()
+        while turns.round():
+            pass
+    assert len(busy.of(protocol.ResponseDone)) == 2
+    assert len(engines[1].vision.encoded) == 29
+    assert not engines[0].vision.encoded and not engines[0].language.prefills
+    assert not engines[0].language.measured
+    now_ns = clock()
+    assert not turns.round() and clock() == now_ns
+
+
+@pytest.mark.parametrize("watchers", [0, 3])
+def test_an_answer_of_two_hundred_tokens_is_slowed_by_a_bounded_share(watchers: int) -> None:
+    """Frames come as fast as they can: into the same session and into others."""
+    clock = FakeClock()
+    engines = FakeBundle(clock)
+    language = engines.language
+    language._answer_ids = [language._answer_ids[0]]  # goes on until it is cut
+    options: dict[str, Any] = {"max_answer_tokens": 200, "window_tokens": 100}
+    asker = Viewer(engines, clock, **options)
+    others = [Viewer(engines, clock, **options) for _ in range(watchers)]
+    turns = at_one_table([asker, *others], clock)
+    numbers = iter(range(1, 100_000))
+
+    def flood() -> None:
+        for viewer in (asker, *others):
+            while len(viewer.session.slot) < 4:
+                viewer.put(next(numbers))
+
+    for _ in range(5):
+        flood()
+        turns.round()
+    asker.ask()
+    before = len(engines.vision.encoded)
+    while not asker.of(protocol.ResponseDone):
+        flood()
+        turns.round()
+    (done,) = asker.of(protocol.ResponseDone)
+    assert done.usage.output_tokens == 200 and done.ttft_s and done.tokens_per_s
+    took_s = done.ttft_s + 199 / done.tokens_per_s
+    meanwhile = len(engines.vision.encoded) - before
+    assert meanwhile >= 16  # as many as one answer may collect
+    alone_s = 201 * language.token_takes_s  # the last one joins what was encoded before
+    assert alone_s + 0.1 < took_s <= 1.25 * alone_s
+    assert not asker.drop_reasons()
+
+
+def test_frames_of_the_answers_time_join_in_batches_and_none_is_lost() -> None:
+    clock = FakeClock()
+    engines = FakeBundle(clock)
+    engines.language._answer_ids = engines.language._answer_ids[:1]
+    viewer = Viewer(engines, clock, max_answer_tokens=100, window_tokens=280)
+    turns = at_one_table([viewer], clock)
+    viewer.show(1, 2)
+    viewer.ask()
+    for sequence in range(3, 15):
+        viewer.put(sequence)
+        for _ in range(8):
+            turns.round()
+    engines.language.prefills.clear()
+    while turns.round():
+        pass
+    assert [blocks for _, blocks in engines.language.prefills] == [4, 4, 4]
+    assert viewer.session._context.frame_sequences() == list(range(1, 15))
+    accepted = viewer.of(protocol.FrameAccepted)
+    assert [event.in_memory for event in accepted] == [True, True] + 12 * [False]
+    assert not viewer.drop_reasons()
+
+
+def test_a_session_that_is_behind_reads_several_frames_in_one_prefill() -> None:
+    viewer = Viewer()
+    for sequence in (1, 2, 3, 4):
+        viewer.put(sequence)
+    viewer.run()
+    assert [blocks for _, blocks in viewer.engines.language.prefills] == [4]
+    assert [event.in_memory for event in viewer.of(protocol.FrameAccepted)] == [False] * 3 + [True]
+    assert viewer.session._context.frame_sequences() == [1, 2, 3, 4]
+
+
+def test_a_question_sees_what_was_encoded_before_it() -> None:
+    viewer = Viewer()
+    for sequence in (1, 2, 3):
+        viewer.put(sequence)
+    viewer.session.watch()
+    viewer.session.watch()  # two of three, none of them in the memory yet
+    assert viewer.session._context.newest is None
+    viewer.ask()
+    viewer.session.answer()
+    assert viewer.of(protocol.ResponseCreated)[0].newest_frame.frame_sequence == 2
+    viewer.run()
+    assert viewer.session._context.frame_sequences() == [1, 2, 3]
+
+
+def test_a_batch_ends_with_a_frame_that_cannot_be_read() -> None:
+    viewer = Viewer()
+    viewer.put(1)
+    viewer.put(2)
+    viewer.put(3, data=b"not a picture")
+    viewer.run()
+    assert viewer.drop_reasons() == {3: "decode_error"}
+    assert viewer.session._context.frame_sequences() == [1, 2]
+    assert not viewer.session._feed.has_pending
+
+
+def test_alerts_look_at_every_frame_of_a_session_that_is_behind() -> None:
+    from edge_vlm_runtime.protocol import alerts as alert_messages
+
+    viewer = Viewer()
+    create = alert_messages.AlertCreate(question="is there a red ball ?", report_checks=True)
+    viewer.session.take(create, received_ns=0)
+    for sequence in (1, 2, 3, 4):
+        viewer.put(sequence)
+    viewer.run()
+    checked = viewer.of(cast(Any, alert_messages.AlertChecked))
+    assert [event.frame_sequence for event in checked] == [1, 2, 3, 4]
+
+
+def test_the_order_of_frames_is_kept_whatever_the_turns() -> None:
+    clock = FakeClock()
+    engines = FakeBundle(clock)
+    viewers = [Viewer(engines, clock, window_tokens=280) for _ in range(3)]
+    turns = at_one_table(viewers, clock)
+    for sequence in range(1, 13):
+        while any(len(viewer.session.slot) == 4 for viewer in viewers):
+            turns.round()
+        for viewer in viewers:
+            viewer.put(sequence)
+        if sequence % 4 == 0:
+            viewers[sequence % 3].ask()
+        turns.round()
+        turns.round()
+    while turns.round():
+        pass
+    for viewer in viewers:
+        accepted = [event.frame_sequence for event in viewer.of(protocol.FrameAccepted)]
+        known = viewer.session._context.frame_sequences()
+        assert accepted == known == list(range(1, 13))
+        assert all(one < other for one, other in pairwise(known))

@@ -1,0 +1,76 @@
+"""Runs on batches made by hand. As a program it is what `torchrun` starts in each process:
+
+torchrun --nproc-per-node 2 -m tests.training.trainer.runs FOLDER [resume]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from edge_vlm.config import tiny
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.text.prompt import PromptFormat
+from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm_training.recipes.base import StepRecipe, stts_smoke
+from edge_vlm_training.trainer.distributed import Ranks, join_world
+from edge_vlm_training.trainer.loop import Run
+from edge_vlm_training.trainer.progress import LOG, Reporter
+from edge_vlm_training.world.vocabulary import build_tokenizer
+from tests.training.trainer.batches import HandStream
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+RECIPE = dataclasses.replace(
+    stts_smoke(),
+    model="tiny",
+    steps=4,
+    batch=2,
+    device_batch=1,
+    save_every=2,
+    sample_every=2,
+    sample_tokens=2,
+    peak_tflops=1.0,
+)
+
+
+def make_run(folder: Path, recipe: StepRecipe = RECIPE, world: Ranks = ALONE) -> Run:
+    folder.mkdir(exist_ok=True)
+    if world.leads:
+        build_tokenizer(["a few words"], folder / "tokenizer.json")
+    world.wait()
+    cfg = tiny()
+    model = VideoLM(cfg).init_weights(torch.Generator().manual_seed(recipe.seed))
+    prompt = PromptFormat(Tokenizer.from_file(folder / "tokenizer.json"))
+    stream = HandStream(cfg, world.rank, world.size)
+    return Run(recipe, cfg, model, stream, world, folder, prompt)
+
+
+def go(run: Run) -> list[dict[str, float]]:
+    """Trains to the end; the reports of all steps."""
+    reporter = None
+    if run.world.leads:
+        reporter = Reporter(run.folder, run.recipe.steps, run.step, console=None)
+    run.go(reporter)
+    return reports(run.folder)
+
+
+def reports(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def main(folder: str, *options: str) -> None:
+    recipe = dataclasses.replace(RECIPE, activation_checkpointing=True)
+    with join_world("cpu") as world:
+        run = make_run(Path(folder), recipe, world)
+        if "resume" in options:
+            run.resume()
+        go(run)
+        run.save_whole()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,126 @@
+"""Damaged and foreign checkpoints: a clear error, and the last good one intact."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
+from edge_vlm.model.checkpoint import load_checkpoint
+from edge_vlm_training.trainer import checkpoints
+from tests.training.trainer.runs import RECIPE, make_run
+
+NAME = "exp_avg/scorer.fc1.weight"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    make_run(folder).save()
+    return folder
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def test_what_is_saved_is_what_comes_back(folder: Path) -> None:
+    run, again = make_run(folder), make_run(folder)
+    with torch.no_grad():
+        for tensor in again.weights().values():
+            tensor.add_(1.0)
+    again.resume()
+    for name, tensor in run.weights().items():
+        assert torch.equal(tensor, again.weights()[name]), name
+    assert not list((folder / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the library, when it is called as here
+def test_missing_misshapen_and_unknown_entries_are_named(folder: Path) -> None:
+    path = checkpoints.latest(folder)
+    assert path is not None
+    run = make_run(folder)
+    tensors = {f"weight/{name}": t.detach() for name, t in run.weights().items()}
+    tensors |= run.updater.moments(0)
+    del tensors[NAME]
+    tensors["weight/scorer.fc3.bias"] = torch.zeros(7)
+    tensors["weight/gone"] = torch.zeros(1)
+    dcp.save(tensors, checkpoint_id=path, no_dist=True)
+    with pytest.raises(WeightNamesError, match=f"lacks {NAME}.*unknown weight/gone") as caught:
+        make_run(folder).resume()
+    assert caught.value.missing == (NAME,)
+    assert caught.value.unknown == ("weight/gone",)
+    assert caught.value.misshaped == ("weight/scorer.fc3.bias: (7,) instead of (1,)",)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "run.json", "process-00000.json"])
+@pytest.mark.parametrize("damage", ["gone", "cut off"])
+def test_a_damaged_file_is_a_clear_error(folder: Path, file: str, damage: str) -> None:
+    path = checkpoints.latest(folder)
+    assert path is not None
+    if damage == "gone":
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes((path / file).read_bytes()[:5])
+    with pytest.raises(CheckpointError, match="step-00000000"):
+        make_run(folder).resume()
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p.name: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
+    run = make_run(folder)
+    run.step = 5
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(NoSpaceLeft, match=r"step-00000005.*one before is intact"):
+        run.save()
+    latest = checkpoints.latest(folder)
+    assert latest is not None and latest.name == "step-00000000"
+    assert before == {p.name: p.read_bytes() for p in latest.iterdir()}
+    monkeypatch.undo()
+    assert run.save().name == "step-00000005"  # what was left over is no obstacle
+
+
+def test_only_the_newest_checkpoints_stay(folder: Path) -> None:
+    run = make_run(folder)
+    for run.step in (10, 20, 30):
+        run.save()
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["step-00000020", "step-00000030"] and RECIPE.keep_last == 2
+
+
+def test_the_whole_checkpoint_is_replaced_as_a_whole(folder: Path) -> None:
+    run = make_run(folder)
+    for shift in (0.0, 1.0):
+        with torch.no_grad():
+            run.model.llm.norm.weight.add_(shift)
+        path = run.save_whole()
+        found = load_checkpoint(path)
+        torch.testing.assert_close(found.llm.norm.weight, run.model.llm.norm.weight)
+    assert json.loads((path / "config.json").read_text())["scorer"]
+    assert not list(folder.glob("checkpoint.*"))
+
+
+def test_moments_and_random_numbers_are_stored(folder: Path) -> None:
+    path = checkpoints.latest(folder)
+    assert path is not None
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    count = len(make_run(folder).weights())
+    assert len(stored) == 3 * count
+    assert all(isinstance(item, TensorStorageMetadata) for item in stored.values())
+    own = json.loads((path / "process-00000.json").read_text())
+    assert own["stream"] == {"batches": 0, "lanes": {}} and len(own["random"]["cpu"]) > 1000

@@ -1,0 +1,162 @@
+"""The pieces of the loop one by one: updates, samples, first weights, speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
+from edge_vlm.errors import ConfigError
+from edge_vlm.flops import language_flops, vision_flops
+from edge_vlm.model.published.folder import save_published
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm_training.data.batch import IGNORED, NOWHERE
+from edge_vlm_training.objective.objective import Objective, Totals, totals_of
+from edge_vlm_training.recipes.base import PARTS, StepRecipe, molmo2_4b_stts_50, stts_smoke
+from edge_vlm_training.trainer.distributed import join_world
+from edge_vlm_training.trainer.model_factory import build_model, model_config, prepare_tokenizer
+from edge_vlm_training.trainer.optimizer import Updater, parts_of
+from edge_vlm_training.trainer.samples import sample_answers
+from edge_vlm_training.trainer.speed import peak_tflops, training_flops
+from tests.training.trainer.batches import make_batch
+
+
+def small_model(seed: int = 0, cfg: ModelConfig | None = None) -> VideoLM:
+    return VideoLM(cfg or tiny()).init_weights(torch.Generator().manual_seed(seed))
+
+
+def test_parts_share_out_every_weight() -> None:
+    model = small_model()
+    parts = parts_of(model)
+    assert tuple(parts) == PARTS
+    names = [name for named in parts.values() for name in named]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_an_update_is_adamw_with_each_part_clipped_on_its_own() -> None:
+    recipe = dataclasses.replace(
+        stts_smoke(),
+        warmup_steps=0,
+        lr_llm=1e-2,
+        lr_vit=2e-2,
+        lr_connector=3e-2,
+        lr_scorer=4e-2,
+    )
+    ours, plain = small_model(), small_model()
+    updater = Updater(ours, recipe)
+    groups = [
+        {"params": list(named.values()), "lr": recipe.learning_rates()[part]}
+        for part, named in parts_of(plain).items()
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        expected = {
+            part: float(torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0))
+            for part, named in parts_of(plain).items()
+        }
+        for group, part in zip(adamw.param_groups, parts_of(plain), strict=True):
+            group["lr"] = recipe.learning_rates()[part] * recipe.rate_at(step)
+        adamw.step()
+        assert updater.apply(step) == pytest.approx(expected, rel=1e-5)
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_samples_are_what_the_model_would_say(tmp_path: Path) -> None:
+    """Word by word in a row of its own: the same as the arg-max in the packed row, while right."""
+    recipe = stts_smoke()
+    tokenizer = Tokenizer.from_file(prepare_tokenizer(recipe, tmp_path))
+    model = small_model(2, tiny(base_vocab=90))
+    objective = Objective(model, z_loss=0.0, aux_weight=0.0, residual_dropout=0.5)
+    batch = make_batch(model.cfg.vision, ((2, 3),), 4)
+    lines = sample_answers(objective, batch, tokenizer, 1, 2)
+    assert objective.training  # as it was
+    objective.eval()
+    with torch.no_grad():
+        seen = objective.see(batch)
+        tokens = batch.pruned(seen.kept_FC)
+        hidden = objective.hidden_states(tokens, seen.features_GE)
+        for branch, line in enumerate(lines):
+            mine = (tokens.branch_RS[0] == branch) & (tokens.target_RS[0] != IGNORED)
+            first = int(mine.nonzero()[0, 0])
+            said = int(objective.logits(hidden[0, first : first + 1]).argmax())
+            answer = line.split(" | ")[1]
+            assert answer.startswith(tokenizer.decode([said]).strip())
+            wanted = tokenizer.decode(tokens.target_RS[0][mine].tolist())
+            assert line.endswith(f"wanted {' '.join(wanted.split())}")
+    assert (tokens.branch_RS != NOWHERE).any()
+
+
+def test_a_published_folder_without_a_scorer_gets_one(tmp_path: Path) -> None:
+    deeper = dataclasses.replace(tiny().vision, num_layers=8, feature_layers=(7, 4))
+    bare = dataclasses.replace(tiny(), vision=deeper, scorer=None, attention=VisionAttention.ALL)
+    published = small_model(3, bare)
+    folder = tmp_path / "published"
+    save_published(folder, published)
+    recipe = dataclasses.replace(stts_smoke(), init=folder, rescale=Rescale.ROW)
+    with pytest.raises(ConfigError, match=r"no such tokenizer.*--set tokenizer"):
+        prepare_tokenizer(recipe, tmp_path / "run")
+    cfg = model_config(recipe, tmp_path / "unused.json")
+    assert cfg.scorer is not None and cfg.scorer.rescale is Rescale.ROW
+    assert cfg.attention is recipe.attention
+    model, again = build_model(recipe, cfg), build_model(recipe, cfg)
+    for name, tensor in published.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert model.scorer is not None and again.scorer is not None
+    assert torch.equal(model.scorer.fc1.weight, again.scorer.fc1.weight)  # in every process
+    std = float(model.scorer.fc2.weight.detach().std())
+    assert std == pytest.approx(cfg.scorer.mlp_width**-0.5, rel=0.1)
+    assert not model.scorer.fc2.bias.any()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_published_recipe_needs_a_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no vocabulary of its own.*--init"):
+        prepare_tokenizer(molmo2_4b_stts_50(), tmp_path)
+
+
+def test_the_step_s_operations_are_three_forward_passes() -> None:
+    cfg = tiny()
+    forward = vision_flops(cfg, [9, 4]) + language_flops(cfg.language, 40)
+    forward += language_flops(cfg.language, 7) + 2 * 5 * 48 * 96
+    assert training_flops(cfg, [9, 4], [40, 7], 5) == 3 * forward
+    assert 0 < peak_tflops(torch.device("cpu"), torch.float32) < 1e3
+
+
+def test_a_recipe_for_a_gpu_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="wants a GPU"), join_world("cuda"):
+        pass
+    with join_world() as world:
+        assert (world.rank, world.size, world.device.type) == (0, 1, "cpu") and world.leads
+        assert world.sum(torch.tensor(2.0)).item() == 2.0
+
+
+def test_bfloat16_products_come_near_float32(tmp_path: Path) -> None:
+    model = small_model(5)
+    batch = make_batch(model.cfg.vision, ((3,),), 6)
+    totals = Totals(*totals_of([batch], model.cfg.vision.num_cells))
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        objective = Objective(model, z_loss=1e-4, aux_weight=0.5, dtype=dtype, autocast=True)
+        found = objective(batch, totals)
+        assert found.loss.dtype is torch.float32
+        losses[dtype] = found.loss.item()
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.03)
+    assert losses[torch.bfloat16] != losses[torch.float32]
+
+
+def test_rates_and_rules_are_those_of_the_recipe() -> None:
+    recipe = StepRecipe(
+        name="x", steps=10, batch=4, device_batch=2, sequence_length=99, warmup_steps=0
+    )
+    assert recipe.rate_at(0) == 1.0 and math.isclose(recipe.rate_at(10), 0.1)

@@ -1,0 +1,69 @@
+"""Two processes that share the weights against one that has them all."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from edge_vlm.model.checkpoint import load_checkpoint
+from edge_vlm_training.trainer import checkpoints
+from tests.training.trainer.runs import go, make_run, reports
+
+ROOT = Path(__file__).parents[3]
+SAME = ("loss", "answer_loss", "z_loss", "aux_loss", "kept", "norm/llm", "norm/vit", "norm/scorer")
+
+
+def in_two_processes(folder: Path, *options: str) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.training.trainer.runs", str(folder), *options]
+    run = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one")
+    alone = go(one)
+    two = tmp_path / "two"
+    in_two_processes(two)
+    shared = reports(two)
+    assert [line["step"] for line in shared] == [1, 2, 3, 4]
+    for mine, theirs in zip(alone, shared, strict=True):
+        for name in SAME:
+            assert theirs[name] == pytest.approx(mine[name], rel=2e-4), (mine["step"], name)
+
+    # The whole checkpoint that they gathered holds what one process learned.
+    gathered = load_checkpoint(two / checkpoints.WHOLE).state_dict()
+    for name, tensor in one.weights().items():
+        torch.testing.assert_close(gathered[name], tensor.detach(), rtol=1e-3, atol=1e-5)
+
+    # Killed behind step 2, they come to the same losses again.
+    shutil.rmtree(checkpoints.latest(two) or two)
+    in_two_processes(two, "resume")
+    assert [line["loss"] for line in reports(two)] == [line["loss"] for line in shared]
+
+    # So does a single process that goes on from what the two had saved.
+    shutil.rmtree(checkpoints.latest(two) or two)
+    again = make_run(two)
+    again.resume()
+    assert again.step == 2
+    for mine, theirs in zip(go(again), shared, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
+
+
+def test_a_launcher_can_start_the_command_as_a_module() -> None:
+    """`torchrun -m edge_vlm train ...`"""
+    command = [sys.executable, "-m", "edge_vlm", "train", "no_such_recipe", "-o", "unused"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "E-CONFIG: unknown recipe" in run.stderr

@@ -1,0 +1,175 @@
+"""`edge-vlm train` and `edge-vlm world`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from edge_vlm.cli import Command
+from edge_vlm.errors import ConfigError
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        default="demo_cpu",
+        help="by the clock: demo_cpu (default), demo_larger, demo_present, smoke; by steps: "
+        "stts_demo_cpu, stts_demo_gpu, stts_smoke, molmo2_4b_stts_50, molmo2_4b_stts_30, "
+        "molmo2_4b_stream",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--init", type=Path, metavar="CHECKPOINT", help="start from it, or from a run"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's last state")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="change a field of the recipe; may be given several times",
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from edge_vlm_training.recipes.base import STEP_RECIPES
+    from edge_vlm_training.recipes.stages import RECIPES
+
+    if args.recipe not in {**RECIPES, **STEP_RECIPES}:
+        raise ConfigError(
+            f"unknown recipe {args.recipe!r}",
+            remedy=f"choose one of {', '.join([*RECIPES, *STEP_RECIPES])}",
+        )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.recipe in RECIPES:
+        return _train_by_clock(args)
+    return _train_by_steps(args)
+
+
+def _train_by_clock(args: argparse.Namespace) -> int:
+    from edge_vlm_training.recipes.overrides import override
+    from edge_vlm_training.recipes.stages import RECIPES
+    from edge_vlm_training.trainer.stages import STATE, Trainer
+
+    if (args.out / STATE).exists() and not args.resume:
+        raise ConfigError(
+            "the folder holds a run already",
+            where=args.out,
+            remedy="add --resume to go on with it, or name another folder",
+        )
+    recipe = override(RECIPES[args.recipe](), args.settings)
+    trainer = Trainer(recipe, args.out, init=args.init)
+    if args.resume:
+        trainer.resume()
+    print(f"checkpoint: {trainer.run()}")
+    return 0
+
+
+def _train_by_steps(args: argparse.Namespace) -> int:
+    from edge_vlm_training.recipes.base import STEP_RECIPES
+    from edge_vlm_training.recipes.overrides import override
+    from edge_vlm_training.trainer.distributed import join_world
+    from edge_vlm_training.trainer.train import stored_recipe, train
+
+    name = args.recipe
+    recipe = stored_recipe(args.out, name) if args.resume else STEP_RECIPES[name]()
+    settings = [*args.settings, *([f"init={args.init}"] if args.init else [])]
+    recipe = override(recipe, settings)
+    with join_world(recipe.device) as world:
+        checkpoint = train(recipe, args.out, world, resume=args.resume, watched=True)
+        if world.leads:
+            print(f"checkpoint: {checkpoint}")
+    return 0
+
+
+def _world_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--per-kind", type=int, default=200, help="questions of every kind")
+    parser.add_argument("--kinds", metavar="NAMES", help="which kinds, with commas; also alert")
+    parser.add_argument(
+        "--per-clip", type=int, default=1, metavar="N", help="questions of a kind in one clip"
+    )
+    parser.add_argument(
+        "--benchmark", action="store_true", help="as `edge-vlm eval` does it: with alerts, denser"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="which held-out clips")
+    parser.add_argument(
+        "--demo-clip", action="store_true", help="write the demo's clip.mp4 and clip.json instead"
+    )
+    parser.add_argument(
+        "--events",
+        type=int,
+        metavar="COUNT",
+        help="write COUNT stretches of footage with event times for `eval-alerts` instead",
+    )
+    parser.add_argument(
+        "--frames", type=int, default=48, help="pictures of each of these, two a second"
+    )
+
+
+def _world(args: argparse.Namespace) -> int:
+    from edge_vlm.formats.qa_set import write_question_set
+    from edge_vlm_training.world.heldout import heldout_clips, write_demo_clip
+
+    if args.demo_clip:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_demo_clip(args.out, args.seed)
+        print(f"demo clip: {args.out / 'clip.mp4'}")
+        return 0
+    if args.events is not None:
+        from edge_vlm.formats.alert_set import write_event_set
+        from edge_vlm_training.world.heldout_events import heldout_footage
+
+        if args.events < 1 or not 2 <= args.frames <= 1000:
+            raise ConfigError("--events must be positive and --frames in 2..1000")
+        footage = heldout_footage(args.seed, args.events, args.frames)
+        num_events = write_event_set(args.out, footage)
+        print(f"{num_events} events in {args.events} stretches of footage: {args.out}")
+        return 0
+    clips = heldout_clips(args.seed, args.per_kind, kinds=_kinds(args), per_clip=_per_clip(args))
+    asked = write_question_set(args.out, clips)
+    print(f"{asked} questions about held-out clips: {args.out}")
+    return 0
+
+
+def _kinds(args: argparse.Namespace) -> tuple[str, ...]:
+    from edge_vlm_training.world.heldout import BENCHMARK_KINDS
+    from edge_vlm_training.world.questions import QUESTION_KINDS
+
+    if args.kinds is None:
+        return BENCHMARK_KINDS if args.benchmark else QUESTION_KINDS
+    names = tuple(dict.fromkeys(args.kinds.split(",")))
+    if unknown := set(names) - set(BENCHMARK_KINDS):
+        raise ConfigError(
+            f"unknown kinds of question: {', '.join(sorted(unknown))}",
+            remedy=f"there are {', '.join(BENCHMARK_KINDS)}",
+        )
+    return names
+
+
+def _per_clip(args: argparse.Namespace) -> int:
+    from edge_vlm_training.world.heldout import BENCHMARK_PER_CLIP
+
+    if args.per_clip < 1 or args.per_kind < 1:
+        raise ConfigError("--per-clip and --per-kind must be positive")
+    return BENCHMARK_PER_CLIP if args.benchmark else args.per_clip
+
+
+train = Command(
+    name="train",
+    help="train a model by a recipe, in one process or many",
+    add_arguments=_train_arguments,
+    run=_train,
+)
+world = Command(
+    name="world",
+    help="write held-out clips with questions and true answers",
+    add_arguments=_world_arguments,
+    run=_world,
+)

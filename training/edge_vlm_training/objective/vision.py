@@ -1,0 +1,84 @@
+"""Clips of any number and length through the vision side, with what the similarity loss needs.
+
+Shape letters: F frames of all clips end to end, N patches and C cells of a frame, G kept cells over
+all frames, E language width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from edge_vlm.config import Rescale
+from edge_vlm.model.clips import encode_clips
+from edge_vlm.model.ragged import best_method
+from edge_vlm.model.reference import encode_reference
+from edge_vlm.model.selection import clip_budget
+from edge_vlm.model.video_lm import VideoLM
+from edge_vlm_training.objective.losses import similarity_errors
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenClips:
+    """What the language model reads of the clips, and the similarity loss as sum and number."""
+
+    features_GE: Tensor
+    kept_FC: Tensor
+    """bool"""
+    aux_sum: Tensor
+    """fp32 scalar over `aux_count` cells of frames that have a predecessor in their clip."""
+
+
+def first_frames(frames_per_clip: Sequence[int], device: torch.device) -> Tensor:
+    """bool [F]: true where a clip starts."""
+    is_first = torch.zeros(sum(frames_per_clip), dtype=torch.bool)
+    is_first[[sum(frames_per_clip[:i]) for i in range(len(frames_per_clip))]] = True
+    return is_first.to(device)
+
+
+def aux_count(frames_per_clip: Sequence[int], num_cells: int) -> int:
+    """Cells that the similarity loss is about: all but those of first frames."""
+    return (sum(frames_per_clip) - len(frames_per_clip)) * num_cells
+
+
+def see_clips(
+    model: VideoLM,
+    pixels_FNP: Tensor,
+    frames_per_clip: Sequence[int],
+    removed: float,
+    min_cells: int,
+    dtype: torch.dtype,
+) -> SeenClips:
+    """Scores, prunes each clip by its own budget and encodes, as `encode_clips` does.
+
+    A scorer with `Rescale.ROW` trains as published (target not detached), each clip as if it were
+    alone in its pack. A model without a scorer
+    keeps every cell and has no similarity loss. `dtype` is that of the products.
+    """
+    scorer = model.scorer
+    if scorer is None:
+        run = encode_clips(model, pixels_FNP, frames_per_clip, 0.0)
+        return SeenClips(run.features_GE, run.kept_FC, pixels_FNP.new_zeros((), dtype=torch.float))
+    is_first = first_frames(frames_per_clip, pixels_FNP.device)
+    if scorer.cfg.rescale is Rescale.ROW:
+        published = encode_reference(
+            model, pixels_FNP, frames_per_clip, removed, refill_by_clip=True, record=False
+        )
+        cells = model.vit.cells(published.hidden_FND[scorer.cfg.prune_at])
+        errors = similarity_errors(published.scores_FC, cells, is_first, detach_target=False)
+        return SeenClips(published.features_GE, published.kept_FC, errors.sum())
+    x = model.embed_frames(pixels_FNP)
+    nobody = x.new_zeros(1, model.cfg.vision.num_cells, x.shape[-1])
+    _, scores = model.score_frames(x, nobody, is_first)
+    errors = similarity_errors(scores, model.vit.cells(x.detach()), is_first)
+    hidden = model.biased_block(x, scores, is_first)
+    kept = torch.cat(
+        [clip_budget(c[None], removed, min_cells)[0] for c in scores.split(list(frames_per_clip))]
+    )
+    cells = kept.flatten().nonzero().squeeze(1)
+    method = best_method(pixels_FNP.device, dtype)
+    features = model.vit_trunk(hidden, cells, cells // kept.shape[1], method=method)
+    return SeenClips(features, kept, errors.sum())

@@ -1,0 +1,172 @@
+"""What a process of a run will need at its peak, from shapes alone, before anything is loaded.
+
+The sum of what is certain (weights, gradients, moments, what is kept for the backward pass) with a
+margin for what allocators waste; `benchmarks/training` states it beside what was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from edge_vlm.config import CELL, ModelConfig
+from edge_vlm.errors import RecipeTooLarge
+from edge_vlm.model.published.mapping import shapes
+from edge_vlm_training.recipes.base import StepRecipe
+from edge_vlm_training.trainer.distributed import Ranks
+
+GIB = 2**30
+_MARGIN = 1.15
+_TEXT_PER_FRAME = 8
+"""Stamp and markers."""
+_TEXT_SHARE = 0.2
+"""Of a row's tokens, those whose successor is trained on, at most; they have logits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes of one process by what they are for."""
+
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return _MARGIN * sum(self.parts.values())
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items())
+        return f"{self.total / GIB:.1f} GiB ({named}, margin {_MARGIN - 1:.0%})"
+
+
+def estimate(recipe: StepRecipe, cfg: ModelConfig, processes: int, *, cuda: bool) -> Estimate:
+    """The peak of one of `processes` processes."""
+    sizes = {name: math.prod(shape) for name, shape in shapes(cfg).items()}
+    count = sum(sizes.values())
+    width = 4 if recipe.precision == "float32" else 2
+    state = 16 * count / processes  # weight, gradient, two moments: float32 each
+    if processes == 1:
+        computed = float(width * count if width < 4 else 0)  # autocast's copies
+    else:
+        groups: dict[str, int] = {}
+        for name, size in sizes.items():
+            words = name.split(".")
+            whole = ("embed", "head")
+            own = 3 if "blocks" in words else 2 if words[0] == "llm" and words[1] in whole else 0
+            key = ".".join(words[:own])
+            groups[key] = groups.get(key, 0) + size
+        rest = groups.pop("", 0)
+        # The part in use, the one gathered ahead, and one's gradients before they are reduced.
+        largest = max(groups.values(), default=0)
+        computed = width * (rest + 2 * largest) + (width + 4) * max(largest, rest)
+    return Estimate(
+        {
+            "weights, gradients and moments": state,
+            "copies to compute with": computed,
+            "activations": _activations(recipe, cfg, width, processes, cuda=cuda),
+        }
+    )
+
+
+def _activations(
+    recipe: StepRecipe, cfg: ModelConfig, width: int, processes: int, *, cuda: bool
+) -> float:
+    vision, language = cfg.vision, cfg.language
+    kept = 1 - min(recipe.removed) if cfg.scorer is not None else 1.0
+    tokens = recipe.device_batch * recipe.sequence_length
+    per_frame = kept * vision.num_cells + _TEXT_PER_FRAME
+    frames = max(1.0, (1 - _TEXT_SHARE) * tokens / per_frame)
+    frames = min(frames, recipe.device_batch * recipe.row_frames)
+    residual = 4 if processes == 1 else width  # autocast leaves the residual stream in float32
+
+    stem_blocks = 0 if cfg.scorer is None else cfg.scorer.prune_at + 2
+    trunk_blocks = vision.num_layers - stem_blocks
+    inner = vision.num_heads * vision.head_dim
+    patch_block = (
+        residual * 2 * vision.width
+        + width * (2 * vision.width + 4 * inner + 3 * vision.mlp_width)
+        + (0 if cuda else 2 * width * vision.num_heads * vision.num_patches * kept)
+    )
+    patches = frames * vision.num_patches
+    trunk_patches = frames * kept * vision.num_cells * CELL * CELL
+    queries, keys = (n * language.head_dim for n in (language.num_heads, language.num_kv_heads))
+    token_block = (
+        residual * 4 * language.width
+        + width * (3 * language.width + 6 * queries + 4 * keys + 4 * language.mlp_width)
+        + (0 if cuda else 2 * width * language.num_heads * recipe.sequence_length)
+    )
+    if recipe.activation_checkpointing:
+        held = residual * vision.width * (patches * stem_blocks + trunk_patches * trunk_blocks)
+        held += residual * language.width * tokens * language.num_layers
+        held += max(patches * patch_block, tokens * token_block)
+    else:
+        held = patch_block * (patches * stem_blocks + trunk_patches * trunk_blocks)
+        held += token_block * tokens * language.num_layers
+    taps = len(vision.feature_layers) * trunk_patches * vision.width * (residual + 3 * width)
+    scorer = patches * vision.width * (4 * 3 + 3 * width) if cfg.scorer is not None else 0
+    connector = frames * kept * vision.num_cells * cfg.connector.mlp_width * 4 * width
+    pictures = patches * vision.patch_dim * (1 + 2 * width)
+    mask = recipe.device_batch * recipe.sequence_length**2 * (width + 4)
+    logits = _TEXT_SHARE * tokens * language.base_vocab * (width + 12)
+    return held + taps + scorer + connector + pictures + mask + logits
+
+
+def available(world: Ranks) -> float | None:
+    """Bytes that this process may still take; None where the system does not say."""
+    if world.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(world.device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = [float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = float((group / "memory.current").read_text())
+        free += [] if limit == "max" else [float(limit) - used]
+    except OSError:
+        pass  # no such group: the machine's own figure stands
+    return min(free) / world.size if free else None
+
+
+def check_fits(recipe: StepRecipe, cfg: ModelConfig, world: Ranks) -> Estimate:
+    """The estimate for this world. Raises RecipeTooLarge with numbers and what would fit."""
+    cuda = world.device.type == "cuda"
+    need = estimate(recipe, cfg, world.size, cuda=cuda)
+    limit = recipe.memory_gib * GIB if recipe.memory_gib else available(world)
+    if limit is not None and need.total > limit:
+        raise RecipeTooLarge(
+            f"the recipe needs about {need} in each process, and there are {limit / GIB:.1f} GiB",
+            where=recipe.name,
+            remedy=_remedy(recipe, cfg, world, limit, cuda=cuda),
+        )
+    return need
+
+
+def _remedy(recipe: StepRecipe, cfg: ModelConfig, world: Ranks, limit: float, *, cuda: bool) -> str:
+    """The first change that makes it fit: recompute, smaller batches, more processes."""
+    changes: dict[str, str] = {}
+    if not recipe.activation_checkpointing:
+        recipe = dataclasses.replace(recipe, activation_checkpointing=True)
+        changes["activation_checkpointing"] = "true"
+    processes = world.size
+    while (need := estimate(recipe, cfg, processes, cuda=cuda)).total > limit:
+        if recipe.device_batch > 1:
+            recipe = dataclasses.replace(recipe, device_batch=1)
+            changes["device_batch"] = "1"
+        elif processes < 1024:
+            processes *= 2
+        else:
+            return (
+                "no number of processes makes it fit: lower sequence_length or take a smaller model"
+            )
+    settings = " ".join(f"--set {key}={value}" for key, value in changes.items())
+    started = (
+        f"torchrun with {processes} processes of that memory" if processes > world.size else ""
+    )
+    wanted = " and ".join(filter(None, [settings, started]))
+    return f"with {wanted} it needs {need.total / GIB:.1f} GiB"

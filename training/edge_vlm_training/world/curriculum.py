@@ -1,0 +1,71 @@
+"""Which questions a batch asks: more of the kinds that are still wrong."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from edge_vlm_training.data.prefix_packing import Branch
+from edge_vlm_training.world.questions import QUESTION_KINDS, ask_any
+from edge_vlm_training.world.scenes import Scenes
+
+_FLOOR = 0.04
+_EMPHASIS = {"point": 0.15, "caption": 0.5, "when": 1.5, "order": 2.0}
+"""Exact coordinates and captions of many facts stay wrong for long: at full weight they would take
+the batch over. Times of events are learned last: they have to be looked up by the things' names."""
+_MAX_HISTORY = 2
+NOW_KINDS = ("presence", "name", "colour", "count", "where", "point", "caption")
+"""Kinds whose answer lies in the newest frames: fair to ask when older ones were forgotten."""
+
+
+class QuestionMix:
+    """Running error per kind of question, and branches drawn by it."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.accuracy = dict.fromkeys(QUESTION_KINDS, 0.0)
+
+    def weights(self) -> dict[str, float]:
+        weights = {kind: 1 - right + _FLOOR for kind, right in self.accuracy.items()}
+        return {kind: weight * _EMPHASIS.get(kind, 1.0) for kind, weight in weights.items()}
+
+    def update(self, kinds: Iterable[str], right: Iterable[bool]) -> None:
+        for kind, ok in zip(kinds, right, strict=True):
+            self.accuracy[kind] += 0.01 * (float(ok) - self.accuracy[kind])
+
+    def branches(
+        self,
+        scenes: Scenes,
+        clip: int,
+        count: int,
+        history_share: float,
+        forgotten: int = 0,
+        at_end: bool = False,
+    ) -> tuple[list[Branch], list[str]]:
+        """`count` questions about one clip after random frames, or all after the last (`at_end`).
+
+        Frames 1 to `forgotten` are not shown to the language model: questions come behind them, ask
+        about now only, and count frames without them.
+        """
+        branches, kinds = [], []
+        weights = self.weights()
+        if forgotten:
+            weights = {kind: weights[kind] for kind in NOW_KINDS}
+        last = scenes.num_frames - 1
+        for _ in range(count):
+            moment = last if at_end else None
+            if forgotten and not at_end:
+                moment = self.rng.randint(forgotten + 1, last)
+            question = ask_any(scenes, clip, self.rng, weights, moment)
+            history: list[tuple[str, str]] = []
+            if self.rng.random() < history_share:
+                earlier = sorted(
+                    self.rng.randint(0, question.frame)
+                    for _ in range(self.rng.randint(1, _MAX_HISTORY))
+                )
+                turns = (ask_any(scenes, clip, self.rng, None, moment) for moment in earlier)
+                history = [(turn.text, turn.answer) for turn in turns]
+            frame = question.frame - forgotten
+            branches.append(Branch(frame, question.text, question.answer, tuple(history)))
+            kinds.append(question.kind)
+        return branches, kinds

@@ -1,0 +1,58 @@
+"""What belongs to training and what to held-out clips: seeds, (kind, background) pairs and paths.
+
+Pairs and paths are hashed, and one hash in five belongs to the held-out side only, so that the two
+sides have nothing in common however many clips are drawn.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm_training.world.backgrounds import NUM_BACKGROUNDS
+from edge_vlm_training.world.sprites import KINDS
+
+Split = Literal["train", "heldout"]
+SEED_SPACE: dict[str, int] = {"train": 1, "heldout": 2}
+HELDOUT_SHARE = 5  # one in so many
+MOST_THINGS = 5  # in one clip
+
+_PAIR_SALT, _PATH_SALT = 0x5EED_0001, 0x5EED_0002
+_KINDS_A_PAGE = 32
+"""Pairs are numbered so that more kinds leave the side of the earlier ones' pairs as it is: weights
+trained on fewer kinds have seen no held-out pair."""
+
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+
+def _hash(value: npt.NDArray[np.integer], salt: int) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser: neighbouring numbers get unrelated hashes."""
+    with np.errstate(over="ignore"):
+        z = value.astype(np.uint64) + np.uint64(salt) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def pair_is_heldout(kind: npt.ArrayLike, background: npt.ArrayLike) -> BoolArray:
+    """Whether this kind on this background is shown in held-out clips only (arrays broadcast)."""
+    page, place = np.divmod(np.asarray(kind, np.int64), _KINDS_A_PAGE)
+    pair = (page << 20) + np.asarray(background, np.int64) * _KINDS_A_PAGE + place
+    return _hash(pair, _PAIR_SALT) % np.uint64(HELDOUT_SHARE) == 0
+
+
+def path_is_heldout(path_key: npt.ArrayLike) -> BoolArray:
+    """Whether things follow this discretised path in held-out clips only."""
+    return _hash(np.asarray(path_key, np.int64), _PATH_SALT) % np.uint64(HELDOUT_SHARE) == 0
+
+
+@lru_cache(maxsize=2)
+def allowed_pairs(split: Split) -> tuple[BoolArray, IntArray]:
+    """Pairs of this split, bool [backgrounds, kinds]; backgrounds with kinds enough for a clip."""
+    heldout = pair_is_heldout(np.arange(len(KINDS)), np.arange(NUM_BACKGROUNDS)[:, None])
+    allowed = heldout if split == "heldout" else ~heldout
+    return allowed, np.flatnonzero(allowed.sum(1) >= MOST_THINGS)
