@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from edge_vlm.errors import CheckpointError, ConfigError, WeightFilesError, WeightNamesError
 from edge_vlm.model.published.files import INDEX, WEIGHTS
-from edge_vlm.model.published.folder import load_published, save_published
+from edge_vlm.model.published.folder import load_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
 from tests.model.peers import variant
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from edge_vlm.config import ModelConfig, Rescale, tiny
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.model.published.config import published_config
-from edge_vlm.model.published.folder import load_published, open_published, save_published
+from edge_vlm.model.published.folder import load_published, open_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.published.mapping import to_ours, to_published
 from edge_vlm.model.published.names import HUB, TRAINING, TRANSFORMERS
 from edge_vlm.model.video_lm import VideoLM

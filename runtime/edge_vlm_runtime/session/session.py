@@ -370,7 +370,7 @@ class Session:
                 shown.arena,
                 logits,
                 waiting.sampling,
-                prompt.eos_id,
+                prompt.eos_ids,
                 self.settings.max_answer_tokens,
             ),
             detokenizer=StreamDetokenizer(prompt.tokenizer),

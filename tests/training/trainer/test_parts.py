@@ -12,7 +12,7 @@ import torch
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
 from edge_vlm.errors import ConfigError
 from edge_vlm.flops import language_flops, vision_flops
-from edge_vlm.model.published.folder import save_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.data.batch import IGNORED, NOWHERE
