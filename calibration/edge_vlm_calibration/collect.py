@@ -39,8 +39,8 @@ def calibrate(
 ) -> CalibrationTable:
     """Reads at most `max_frames` of each footage.
 
-    Raises as `open_folder`, CheckpointError for a model without a scorer, the errors of `read_footage`,
-    ConfigError when no frame has a predecessor, NonFinite.
+    Raises as `open_folder`, CheckpointError for a model without a scorer, the errors of
+    `read_footage`, ConfigError when no frame has a predecessor, NonFinite.
     """
     found = open_folder(checkpoint)
     if found.config.scorer is None:

@@ -1,7 +1,7 @@
 """What a model was trained to be given and asked, beyond its shapes.
 
-It travels with the weights: in a checkpoint's `config.json` beside the model's shapes, in a bundle's
-manifest, and in a hub folder's `config.json` under the key `edge_vlm`.
+It travels with the weights: in a checkpoint's `config.json` beside the model's shapes, in a
+bundle's manifest, and in a hub folder's `config.json` under the key `edge_vlm`.
 """
 
 from __future__ import annotations

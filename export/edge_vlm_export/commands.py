@@ -25,8 +25,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         type=Path,
         nargs="?",
-        help="folder written by `edge-vlm train` or `convert`, a published Molmo2 folder, or one of "
-        "its training repository",
+        help="folder written by `edge-vlm train` or `convert`, a published Molmo2 folder, or one "
+        "of its training repository",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument("--name", help="name of the model (default: the checkpoint folder's)")

@@ -100,8 +100,8 @@ def export_bundle(
     options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> EngineBundle:
-    """Exports a folder of weights (`edge_vlm.model.published.folder.open_folder`). Raises as `export_source`, and
-    CheckpointError and ConfigError for what is wrong with the folder."""
+    """Exports a folder of weights (`open_weights`). Raises as `export_source`, and CheckpointError
+    and ConfigError for what is wrong with the folder."""
     return export_source(open_weights(Path(checkpoint)), out_dir, options, progress)
 
 

@@ -200,11 +200,10 @@ def test_companions_are_taken_over(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_what_a_published_folder_cannot_say_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="attention 'frame'"):
-        save_published(tmp_path, VideoLM(tiny()))
-    cfg = dataclasses.replace(variant("4b"), scorer=tiny().scorer)
-    with pytest.raises(ConfigError, match="scorer"):
-        save_published(tmp_path, VideoLM(cfg))
+    cfg = variant("4b")
+    vision = dataclasses.replace(cfg.vision, feature_layers=(3, 2))
+    with pytest.raises(ConfigError, match="5 ViT blocks, expected the 4"):
+        save_published(tmp_path, VideoLM(dataclasses.replace(cfg, vision=vision)))
     assert not any(tmp_path.iterdir())
     (tmp_path / "here").write_text("x")
     with pytest.raises(CheckpointError, match="in the way"):

@@ -110,12 +110,11 @@ class ModelFolder:
             ):
                 wanted = self.patch_id or f"{language.base_vocab}..{language.vocab - 1}"
                 faults.append(f"{PATCH} is id {patch}, the weights have it at {wanted}")
-            for token in dict.fromkeys((style.begin, *style.ends)):
-                if (found := words.id_of(token)) >= language.base_vocab:
-                    faults.append(
-                        f"{token} is id {found}, and the weights write ids up to "
-                        f"{language.base_vocab - 1}"
-                    )
+            faults += [
+                f"{token} is id {found}, and the weights write ids up to {language.base_vocab - 1}"
+                for token in dict.fromkeys((style.begin, *style.ends))
+                if (found := words.id_of(token)) >= language.base_vocab
+            ]
         except KeyError as error:
             faults.append(str(error.args[0]))
         if faults:

@@ -200,7 +200,7 @@ def _overlap(a: _Shard, b: _Shard) -> bool:
     )
 
 
-# ---- the index ------------------------------------------------------------------------------------
+# ---- the index -----------------------------------------------------------------------------------
 
 
 class _Record:
@@ -246,6 +246,9 @@ def _place(metadata: _Metadata, name: str, offsets: tuple[int, ...]) -> Any:
 
 class _Key(_Record):
     """`MetadataIndex`: a tensor's name and a shard's offsets."""
+
+    fqn: object = None
+    offset: object = None  # of what is no tensor it is not stored
 
     def __init__(self, fqn: object = None, offset: object = None) -> None:
         self.fqn, self.offset = fqn, offset

@@ -4,9 +4,9 @@
     step<N>-unsharded/       config.yaml, model.pt
     a save folder            config.yaml and several of these: the last step is taken
 
-The released STTS models are such folders. `config.yaml` is translated to a hub `config.json`, as the
-repository's own converter does, and checked there; what a hub config has no words for (the scorer,
-attention, markers, frames) is read here.
+The released STTS models are such folders. `config.yaml` is translated to a hub `config.json`, as
+the repository's own converter does, and checked there; what a hub config has no words for (the
+scorer, attention, markers, frames) is read here.
 """
 
 from __future__ import annotations

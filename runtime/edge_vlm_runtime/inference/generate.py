@@ -19,7 +19,7 @@ def generate(
     eos_ids: Collection[int],
     max_tokens: int,
 ) -> Generator[int, None, str]:
-    """Yields the answer's tokens, at most `max_tokens`, without the token of `eos_ids` that ends it.
+    """Yields the answer's tokens, at most `max_tokens`, without the end token (any of `eos_ids`).
 
     `logits` are those behind the prompt. The first token needs no run, each later one a single
     decode step; the last one is never appended to the arena. Returns "stop" after an end token or

@@ -43,7 +43,8 @@ class Run:
         prompt: PromptFormat,
         usage: Usage | None = None,
     ) -> None:
-        """`usage` is what is recorded with the trained model. `stream` yields this process's batches of `device_batch` rows.
+        """`stream` yields this process's batches of `device_batch` rows; `usage` is what will be
+        recorded with the trained model.
 
         Raises ConfigError if the recipe's batch cannot be shared among the processes.
         """
