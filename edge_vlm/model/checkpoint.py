@@ -45,6 +45,8 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = shapes(config)
+    if unknown := sorted(weights.keys() - wanted.keys()):
+        raise ValueError(f"weights that the model lacks: {', '.join(unknown)}")
     dtype = dtype or weights[next(iter(wanted))].dtype
     write_tensors(folder / WEIGHTS, wanted, dtype, ((name, weights[name]) for name in wanted))
     data = config.to_dict() | (Usage() if usage is None else usage).to_dict()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,9 +71,6 @@ def _stored_type(found: ModelFolder) -> torch.dtype:
 
 
 def _require_room(found: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    import math
-    import shutil
-
     from edge_vlm.model.published.mapping import shapes
 
     needed = sum(map(math.prod, shapes(found.config).values())) * dtype.itemsize

@@ -265,6 +265,9 @@ def test_our_own_checkpoints_are_checked_alike(tmp_path: Path) -> None:
     with pytest.raises(WeightFilesError, match="cut off"):
         load_checkpoint(tmp_path)
     other = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, mlp_width=8))
-    save_checkpoint(tmp_path, other, VideoLM(cfg).state_dict(), words)
+    with pytest.raises(ValueError, match=r"mlp\.gate\.weight .* in the place of"):
+        save_checkpoint(tmp_path, other, VideoLM(cfg).state_dict(), words)
+    save_checkpoint(tmp_path, cfg, VideoLM(cfg).state_dict(), words)
+    edit_json(tmp_path / "config.json", lambda c: c["language"].update(mlp_width=8))
     with pytest.raises(WeightNamesError, match=r"llm\.blocks\.0\.mlp\.gate\.weight"):
         load_checkpoint(tmp_path)

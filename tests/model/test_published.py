@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from edge_vlm.config import ModelConfig, Rescale, tiny
@@ -26,6 +25,7 @@ from tests.model.peers import (
     TOLERANCE,
     largest,
     load_ours,
+    load_peer,
     our_logits,
     parameters_of,
     peer_logits,
@@ -50,19 +50,6 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     cfg = variant(request.param)
     peer = random_peer(cfg)
     return Pair(cfg, peer, load_ours(cfg, to_ours(TRANSFORMERS, cfg, peer.state_dict())))
-
-
-def load_peer(folder: Path, **settings: Any) -> Any:
-    """As a user of transformers does; every weight of the folder must have found its place."""
-    model, report = transformers.Molmo2ForConditionalGeneration.from_pretrained(
-        folder,
-        attn_implementation="eager",
-        dtype=torch.float32,
-        output_loading_info=True,
-        **settings,
-    )
-    assert not any(report.values()), report
-    return model.eval()
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "30KB"])
