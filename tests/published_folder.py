@@ -36,7 +36,7 @@ EXTRA = (
 def published_folder() -> Path:
     """config.json, model.safetensors, tokenizer.json and preprocessor_config.json."""
     folder = Path(tempfile.mkdtemp(prefix="edge-vlm-published-")) / "tiny-molmo2"
-    words = _tokenizer()
+    words = small_tokenizer()
     cfg = config(words.get_vocab_size() - len(EXTRA))
     torch.manual_seed(5)
     model = VideoLM(cfg)
@@ -81,9 +81,10 @@ def config(base_vocab: int) -> ModelConfig:
     return dataclasses.replace(cfg, scorer=None, attention=VisionAttention.ALL, language=language)
 
 
-def _tokenizer() -> tokenizers.Tokenizer:
+def small_tokenizer(texts: str = WORDS) -> tokenizers.Tokenizer:
+    """With the words of `texts` and the published markers behind them."""
     pieces = {"\n", " ", ".", "?", "user", "assistant", *map(str, range(10))}
-    pieces |= set(re.findall(r"[a-z]+|[^a-z]", WORDS))
+    pieces |= set(re.findall(r"[a-z]+|[^a-z]|[A-Z][a-z]*", texts))
     pieces |= {*'<>/"=;', "points", "tracks", "coords"}  # for scripted answers that point
     base = [*TEXT_SPECIAL, *sorted(pieces)]
     backend = tokenizers.Tokenizer(
