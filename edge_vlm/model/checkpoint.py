@@ -106,11 +106,12 @@ def assemble(
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, mapped. Raises CheckpointError if it is not whole."""
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(
             f"not a whole safetensors file: {error}", where=path, remedy="copy the file again"
         ) from error
+    return tensors
 
 
 def write_tensors(
@@ -141,7 +142,7 @@ def write_tensors(
             if (name, shape) != (given, tuple(tensor.shape)):
                 raise ValueError(f"{given} {list(tensor.shape)} in the place of {name} {shape}")
             flat = tensor.detach().to("cpu", dtype).contiguous().flatten()
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
     os.replace(temporary, path)
 
 

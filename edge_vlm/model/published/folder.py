@@ -267,7 +267,7 @@ def _open_training(step: Path, tokenizer: Path | None) -> ModelFolder:
     check_published(naming, found.config, tensors, where=step)
     if found.tied:
         notes.append("the head is the base rows of the embedding table (weight_tying)")
-    usage, more = found.usage, []
+    usage, more = found.usage, list[str]()
     if (words := _words_folder(tokenizer)) is not None:
         usage, more = with_tokens(usage, words)
     config = step / TRAINING_CONFIG

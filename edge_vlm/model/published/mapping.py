@@ -107,7 +107,7 @@ class OurTensors(Mapping[str, Tensor]):
             row = self._rows[name]
             joined = _join([self._weights[part] for part in row.published], self._dtype)
             sizes = [self._wanted[part][0] for part in row.ours]
-            self._last = dict(zip(row.ours, joined.split(sizes), strict=True))
+            self._last = dict(zip(row.ours, torch.split(joined, sizes), strict=True))
         return self._last[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -139,7 +139,7 @@ def published_items(
     for row in naming.expand(cfg):
         joined = _join([weights[name] for name in row.ours], dtype)
         sizes = [shape[0] for shape in _row_shapes(row, wanted, cfg).values()]
-        yield from zip(row.published, joined.split(sizes), strict=True)
+        yield from zip(row.published, torch.split(joined, sizes), strict=True)
 
 
 def _join(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -147,7 +147,7 @@ def _join(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor
     if len(tensors) == 1:
         return first.to(dtype)
     joined = first.new_empty((sum(len(t) for t in tensors), *first.shape[1:]), dtype=dtype)
-    for part, tensor in zip(joined.split([len(t) for t in tensors]), tensors, strict=True):
+    for part, tensor in zip(torch.split(joined, [len(t) for t in tensors]), tensors, strict=True):
         part.copy_(tensor)
     return joined
 

@@ -324,8 +324,8 @@ class _Reading:
         )
 
     def _frames(self, video: Section) -> FrameRule:
-        fps = video.data.get("max_fps")
-        if isinstance(fps, list | tuple) and len(fps) == 1:
+        fps: Any = video.data.get("max_fps")
+        if isinstance(fps, list) and len(fps) == 1:
             fps = fps[0]
         if fps is not None and (type(fps) not in (int, float) or not 0 < fps < math.inf):
             video.fault("max_fps", fps, "one number above 0")
@@ -363,7 +363,7 @@ class _Reading:
 
     def _keep_ratio(self) -> float:
         """`topk` is the share that is removed."""
-        removed = self.vit.number("topk", default=0.5)
+        removed = float(self.vit.number("topk", default=0.5))
         self.prompts.expect(removed, "topk")
         if not 0 < removed < 1:
             self.vit.fault("topk", removed, "a share below 1")
