@@ -228,6 +228,16 @@ def test_a_folder_of_another_family(folder: Path) -> None:
     refused(folder, ConfigError, "another family", "'qwen2_vl'", "expected 'molmo2'")
 
 
+def test_quantised_folders_are_named_before_their_weights_are_looked_at(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"")
+    told = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(told))
+    refused(folder, ConfigError, "quantised already (NVFP4)", "--precision int4")
+    (folder / "hf_quant_config.json").unlink()
+    edit_json(folder / "config.json", lambda c: c.update(quantization={"bits": 4}))
+    refused(folder, ConfigError, "quantised already (MLX)")
+
+
 def test_weights_of_another_family(folder: Path) -> None:
     save_file({"visual.patch_embed.proj.weight": torch.zeros(2)}, folder / WEIGHTS)
     refused(folder, WeightNamesError, "visual.patch_embed.proj.weight", "known namings")

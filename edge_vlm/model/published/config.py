@@ -93,7 +93,7 @@ def _require_family(data: Mapping[str, Any], where: object) -> None:
             "written by `edge-vlm train`",
         )
     quantised = data.get("quantization_config", data.get("quantization"))
-    if quantised:
+    if quantised is not None:
         found = quantised if isinstance(quantised, Mapping) else {}
         told = [
             found[f] for f in ("quant_method", "bnb_4bit_quant_type", "quant_algo") if f in found

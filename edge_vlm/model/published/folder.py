@@ -39,6 +39,8 @@ from edge_vlm.text.tokenizer import Tokenizer
 
 SCORER_WIDTH = "temporal_token_scorer.mlp.w1.bias"
 STTS_PRUNE_AT = 3
+QUANTISED = "hf_quant_config.json"
+"""Where ModelOpt says what it did, such as NVFP4."""
 PATCH_PLACE = 2
 """`<im_patch>` is the third of the ids behind the base vocabulary."""
 
@@ -154,6 +156,8 @@ def open_published(folder: Path, tokenizer: Path | None = None) -> ModelFolder:
     if not (folder / CONFIG).is_file() and (step := find_weights(folder)) is not None:
         return _open_training(step, tokenizer)
     data = read_json(folder / CONFIG)
+    if (folder / QUANTISED).is_file():
+        data = {"quantization_config": read_json(folder / QUANTISED).get("quantization", {}), **data}
     cfg = config_from_published(data, where=folder / CONFIG)
     tensors = read_layout(folder)
     naming = recognise(tensors, where=folder)
