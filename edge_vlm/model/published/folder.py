@@ -157,7 +157,10 @@ def open_published(folder: Path, tokenizer: Path | None = None) -> ModelFolder:
         return _open_training(step, tokenizer)
     data = read_json(folder / CONFIG)
     if (folder / QUANTISED).is_file():
-        data = {"quantization_config": read_json(folder / QUANTISED).get("quantization", {}), **data}
+        data = {
+            "quantization_config": read_json(folder / QUANTISED).get("quantization", {}),
+            **data,
+        }
     cfg = config_from_published(data, where=folder / CONFIG)
     tensors = read_layout(folder)
     naming = recognise(tensors, where=folder)

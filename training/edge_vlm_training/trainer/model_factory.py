@@ -85,6 +85,15 @@ def open_init(recipe: StepRecipe) -> ModelFolder | None:
     return None if recipe.init is None else open_folder(recipe.init, recipe.tokenizer)
 
 
+def init_notes(recipe: StepRecipe) -> list[str]:
+    """What to know about the weights a recipe starts from, one line each."""
+    init = open_init(recipe)
+    if init is None:
+        return []
+    fresh = [] if init.config.scorer else [f"{recipe.init} has no scorer: it starts random"]
+    return [*init.notes, *fresh]
+
+
 def trained_usage(recipe: StepRecipe) -> Usage:
     """What the trained model will want: as `init`, with the recipe's markers, frames and share.
 

@@ -19,6 +19,7 @@ from edge_vlm_training.trainer.loop import Run
 from edge_vlm_training.trainer.memory import check_fits
 from edge_vlm_training.trainer.model_factory import (
     build_model,
+    init_notes,
     model_config,
     prepare_tokenizer,
     trained_usage,
@@ -136,6 +137,8 @@ def train(
                 folder, recipe.steps, run.step, console=terminal() if watched else None
             )
             reporter.say(f"{recipe.name} on {world.size} x {world.device}: about {need}")
+            for note in init_notes(recipe):
+                reporter.say(note)
         run.go(reporter)
     if stream.skipped:
         met = sum(stream.skipped.values())
