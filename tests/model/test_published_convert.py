@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -288,8 +289,10 @@ def test_a_model_is_never_held_as_a_whole(to: str, tmp_path: Path) -> None:
     words = published_folder() / "tokenizer.json"
     sources = [str(folders["small"]), str(folders["large"])]
     command = [sys.executable, "-c", MEASURE, *sources, str(tmp_path / "out"), to, str(words)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert int(run.stdout) <= 6 * largest + 8e6 < size
+    # Freed memory is given back at once, so that what is counted is what is held.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+    assert int(run.stdout) <= 5 * largest + 8e6 < size / 2
 
 
 RECIPES = {
