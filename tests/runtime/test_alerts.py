@@ -28,7 +28,7 @@ from edge_vlm_runtime.protocol.settings import Attention
 from edge_vlm_runtime.session.alerts import MAX_WAITING_LISTS
 from tests.runtime.fake_engines import FakeBundle, FakeClock
 from tests.runtime.pictures import jpeg
-from tests.runtime.test_session import LIMITS, Viewer
+from tests.runtime.viewer import LIMITS, Viewer
 from tests.tiny import tiny_bundle
 
 QUESTION = "is there a red ball ?"
@@ -39,13 +39,13 @@ class Watcher(Viewer):
 
     def create(self, question: str = QUESTION, **rule: Any) -> None:
         message = messages.AlertCreate(question=question, event_id="new", **rule)
-        self.session.take(message, self.clock())
+        self.take(message)
 
     def delete(self, alert_id: str) -> None:
-        self.session.take(messages.AlertDelete(alert_id=alert_id, event_id="gone"), self.clock())
+        self.take(messages.AlertDelete(alert_id=alert_id, event_id="gone"))
 
     def ask_list(self, event_id: str = "list") -> None:
-        self.session.take(messages.AlertList(event_id=event_id), self.clock())
+        self.take(messages.AlertList(event_id=event_id))
 
     def yes(self, probability: float) -> None:
         self.engines.language.yes = probability
@@ -80,8 +80,8 @@ def test_an_alert_begins_and_ends_with_what_is_seen_and_leaves_no_trace() -> Non
     for sequence, probability in enumerate([0.1, 0.9, 0.95, 0.5, 0.1], start=1):
         watcher.yes(probability)
         watcher.show(sequence)
-        context = watcher.session._context
-        assert watcher.session._arena.length == context.video_tokens
+        context = watcher.context
+        assert watcher.context.kv_tokens == context.video_tokens
     assert watcher.story() == [(BEGIN, 2), (END, 5)]
     (triggered,) = watcher.of(messages.AlertTriggered)
     (cleared,) = watcher.of(messages.AlertCleared)
@@ -105,7 +105,7 @@ def test_nothing_is_decoded_and_an_idle_session_is_not_asked() -> None:
     assert watcher.measured == [1, 1]
     assert [blocks for _, blocks in watcher.engines.language.prefills] == [1, 1]  # frames only
     for _ in range(5):
-        assert not watcher.session.step()
+        assert not watcher.step()
     assert watcher.measured == [1, 1]
 
 
@@ -142,7 +142,7 @@ def test_one_step_is_one_run_and_a_question_comes_between_two() -> None:
     texts = ["is it red ?", "is it blue ?", "is there a cube ?", "is there a dog ?", "no ."]
     for text in texts:
         watcher.create(text)
-    watcher.session.step()
+    watcher.step()
     first = len(watcher.of(messages.AlertTriggered))
     assert 0 < first < len(texts)
     watcher.ask()
@@ -160,7 +160,7 @@ def test_questions_come_before_alerts_and_alerts_before_the_next_frame() -> None
     watcher.yes(0.9)
     watcher.create()
     watcher.put(1)
-    watcher.session.step()
+    watcher.step()
     watcher.put(2)
     watcher.ask()
     watcher.run()
@@ -181,11 +181,11 @@ def test_frames_that_come_during_an_answer_are_checked_when_it_ends() -> None:
     watcher.create()
     watcher.show(1)
     watcher.ask()
-    watcher.session.step()
+    watcher.step()
     watcher.yes(0.9)
     for sequence in (2, 3):
         watcher.put(sequence)
-        watcher.session.step()
+        watcher.step()
     watcher.ask_list()
     assert watcher.measured == [1]
     assert not watcher.of(messages.AlertListed)
@@ -285,7 +285,7 @@ def test_the_end_of_a_session_ends_its_alerts() -> None:
     watcher.create(on_threshold=0.99)
     watcher.yes(0.9)
     watcher.show(1)
-    watcher.session.close()
+    watcher.close()
     assert [event.reason for event in watcher.of(messages.AlertCleared)] == ["session_closed"]
 
 
@@ -318,7 +318,7 @@ def test_lists_that_wait_are_bounded() -> None:
     watcher = Watcher()
     watcher.create()
     watcher.put(1)
-    watcher.session.step()
+    watcher.step()
     with pytest.raises(TooManyQuestions):
         for _ in range(MAX_WAITING_LISTS + 1):
             watcher.ask_list()
@@ -387,16 +387,16 @@ def test_whatever_happens_begins_and_ends_alternate(
                 watcher.ask_list()
                 asked += 1
             elif action == "cancel":
-                watcher.session.cancel(None)
+                watcher.cancel(None)
             elif action == "update":
-                watcher.session.update(protocol.SettingsPatch(keep_ratio=0.4))
+                watcher.update(keep_ratio=0.4)
             else:
-                watcher.session.step()
+                watcher.step()
         except EdgeVlmError:
             continue
     watcher.run()
     assert len(watcher.of(messages.AlertListed)) == asked
-    watcher.session.close()
+    watcher.close()
     assert watcher.outcomes() == watcher.put_frames
     for created in watcher.of(messages.AlertCreated):
         name = created.alert.alert_id

@@ -17,7 +17,7 @@ from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 
 SETTINGS = {"delivery": "wait", "max_answer_tokens": 6}
 QUESTION = "how many cars are there now ?"
@@ -83,7 +83,7 @@ def test_raw_is_read_only_where_it_was_agreed_on() -> None:
     raw = raw_picture(noise(8, 8).tobytes(), 8, 8)
     viewer.put(1, data=raw)
     viewer.run()
-    viewer.session.update(protocol.SettingsPatch(raw_frames=True))
+    viewer.update(raw_frames=True)
     viewer.put(2, data=raw)
     viewer.put(3)  # a JPEG still is one
     viewer.run()

@@ -12,7 +12,7 @@ from edge_vlm.errors import NoFrameYet, NoQuestion, ProtocolError, QuestionTooLo
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.base import MAX_TEXT
 from edge_vlm_runtime.recording.report import Report
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 
 
 def said(*texts: str, **changes: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def said(*texts: str, **changes: Any) -> dict[str, Any]:
 
 def take(viewer: Viewer, message: dict[str, Any]) -> None:
     decoded = protocol.decode_client_message(json.dumps(message))
-    viewer.session.take(decoded, received_ns=viewer.clock())
+    viewer.take(decoded)
 
 
 def questions(viewer: Viewer) -> list[str]:

@@ -33,7 +33,7 @@ from edge_vlm_runtime.recording.file import (
 from edge_vlm_runtime.recording.recorder import Recorder, Tape
 from edge_vlm_runtime.recording.replay import Comparison, Replay, same, settings_of
 from edge_vlm_runtime.session.budget import default_settings
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from edge_vlm_runtime.session.frames import EncodedFrame
 from tests.runtime.fake_engines import ANSWER, FakeBundle, FakeClock
 from tests.runtime.live import TIMEOUT_S
 from tests.runtime.pictures import jpeg

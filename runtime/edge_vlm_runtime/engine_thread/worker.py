@@ -112,9 +112,8 @@ class EngineWorker:
                 return
             except Exception:  # whatever it is, somebody waits for the outcome
                 log.exception("a session could not be opened")
-                refuse(
-                    InternalError("the session could not be opened", remedy="see the server's log")
-                )
+                remedy = "see the server's log"
+                refuse(InternalError("the session could not be opened", remedy=remedy))
                 return
             handle = SessionHandle(
                 session,
@@ -176,7 +175,11 @@ class EngineWorker:
             calls, self._calls = self._calls, deque()
             self._woken = False
         for call in calls:
-            try:
-                call()
-            except Exception:  # one caller's bug must not end the thread that all wait for
-                log.exception("a call on the engine thread failed")
+            _make_call(call)
+
+
+def _make_call(call: Callable[[], None]) -> None:
+    try:
+        call()
+    except Exception:  # one caller's bug must not end the thread that all wait for
+        log.exception("a call on the engine thread failed")

@@ -72,9 +72,8 @@ class AlertMonitor:
         elif isinstance(message, messages.AlertDelete):
             alert = self._registry.delete(message.alert_id)
             self._end(alert, "deleted")
-            self._outbox.add(
-                messages.AlertDeleted(alert_id=alert.alert_id, event_id=message.event_id)
-            )
+            deleted = messages.AlertDeleted(alert_id=alert.alert_id, event_id=message.event_id)
+            self._outbox.add(deleted)
         else:
             self._list(message)
 
@@ -153,7 +152,8 @@ class AlertMonitor:
         try:
             readings = self._measure(branches)
         except EdgeVlmError as error:
-            if any([self._registry.failed(alert) for alert in due]):
+            news = [self._registry.failed(alert) for alert in due]
+            if any(news):
                 self._outbox.add_error(error)
         else:
             for alert in due:
@@ -206,7 +206,8 @@ class AlertMonitor:
             self._outbox.add(self._cleared(alert, "probability"))
             return
         frame = alert.frame
-        assert frame is not None and alert.probability is not None  # it was checked
+        assert frame is not None  # it was checked
+        assert alert.probability is not None
         evidence = None
         if alert.rule.evidence:
             jpeg = shrink_jpeg(frame.data, self._limits.max_evidence_bytes)
@@ -234,7 +235,8 @@ class AlertMonitor:
             self._outbox.add(self._cleared(alert, reason))
 
     def _cleared(self, alert: Alert, reason: str) -> messages.AlertCleared:
-        assert alert.frame is not None and alert.probability is not None  # it was checked
+        assert alert.frame is not None  # it was checked
+        assert alert.probability is not None
         return messages.AlertCleared(
             alert_id=alert.alert_id,
             episode=alert.episode,
