@@ -26,7 +26,7 @@ from edge_vlm.errors import ConfigError, EdgeVlmError, NoQuestion, ServerBusy, S
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server.app import Server
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
 from tests.runtime.live import TIMEOUT_S, open_server, run
 from tests.runtime.pictures import jpeg
@@ -315,14 +315,14 @@ def test_http_on_the_same_port(server: Server) -> None:
 def test_a_bug_ends_one_session_with_1011_and_no_other(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real_encode = FrameIngest.encode
+    real_receive = FrameIngest.receive
 
-    def encode(self: FrameIngest, waiting: EncodedFrame) -> Any:
-        if waiting.jpeg == jpeg(39):
+    def receive(self: FrameIngest, frame: EncodedFrame, now_ns: int, **options: Any) -> None:
+        if frame.data == jpeg(39):
             raise RuntimeError("a bug of ours")
-        return real_encode(self, waiting)
+        real_receive(self, frame, now_ns, **options)
 
-    monkeypatch.setattr(FrameIngest, "encode", encode)
+    monkeypatch.setattr(FrameIngest, "receive", receive)
 
     async def session() -> None:
         async with await Client.connect(server.url, FILE) as other:

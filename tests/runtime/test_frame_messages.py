@@ -15,6 +15,7 @@ from edge_vlm.pixels.frames import decode_jpeg, decode_picture, raw_picture, shr
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.session.frames import Encoding
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg
 from tests.runtime.viewer import Viewer
@@ -81,10 +82,10 @@ def test_wrong_lengths_say_what_is_right() -> None:
 def test_raw_is_read_only_where_it_was_agreed_on() -> None:
     viewer = Viewer()
     raw = raw_picture(noise(8, 8).tobytes(), 8, 8)
-    viewer.put(1, data=raw)
+    viewer.put(1, data=raw, encoding=Encoding.RAW)
     viewer.run()
     viewer.update(raw_frames=True)
-    viewer.put(2, data=raw)
+    viewer.put(2, data=raw, encoding=Encoding.RAW)
     viewer.put(3)  # a JPEG still is one
     viewer.run()
     assert viewer.drop_reasons() == {1: "decode_error"}

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import itertools
 
-from edge_vlm_runtime.session.frame_queue import EncodedFrame, FrameQueue, RateGate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_vlm_runtime.engine_thread.frame_queue import FrameQueue, RateGate
 from edge_vlm_runtime.protocol.settings import DropPolicy
+from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame
 
 
 def frame(seq: int, capture_s: float | None = None) -> EncodedFrame:

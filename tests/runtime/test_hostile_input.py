@@ -287,7 +287,7 @@ def test_more_messages_than_the_engines_take_stay_in_the_socket(table: SessionRe
         def hold_up() -> None:
             gate.wait(TIMEOUT_S)
 
-        table._worker.post(None, hold_up)
+        table._worker.post(hold_up)
         most = 0
         for number in range(400):
             await client._send_json("session.update", f"u{number}", session={"keep_ratio": 0.5})

@@ -97,7 +97,7 @@ def test_a_replay_shows_the_whole_question() -> None:
     view = SimpleNamespace(asked=lambda question, at_s: shown.append(question.text))
     report = Report(cast(Any, view))
     for message in (said("is it", "a cube ?"), {"type": "response.create"}, said("now ?")):
-        report.told(protocol.decode_client_message(json.dumps(message)), 0.0)
+        report.on_message(protocol.decode_client_message(json.dumps(message)), 0.0)
     assert shown == ["is it\na cube ?"]
 
 

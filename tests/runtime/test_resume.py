@@ -252,8 +252,12 @@ def test_what_was_said_meanwhile_is_bounded() -> None:
         await made.settle()
         await client.close()
         (served,) = made._table._sessions.values()
-        while served.is_answering or served.log.newest < 30:
-            await asyncio.sleep(0.001)
+        assert served.handle is not None
+        loop = asyncio.get_running_loop()
+        idle = loop.create_future()
+        served.handle.when_idle(lambda: loop.call_soon_threadsafe(idle.set_result, None))
+        await idle
+        assert served.log.newest >= 30
         assert served.log.newest - served.log.oldest + 1 == 12
         with pytest.raises(ReplayLost, match="no longer kept"):
             await refused(point)

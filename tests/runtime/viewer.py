@@ -12,7 +12,7 @@ from edge_vlm_runtime.inference.kv_arena import KVArena
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
 from edge_vlm_runtime.session.budget import default_settings
 from edge_vlm_runtime.session.context import StreamContext
-from edge_vlm_runtime.session.frames import EncodedFrame
+from edge_vlm_runtime.session.frames import EncodedFrame, Encoding
 from edge_vlm_runtime.session.session import Session
 from tests.runtime.fake_engines import FakeBundle, FakeClock
 from tests.runtime.pictures import jpeg
@@ -70,7 +70,13 @@ class Viewer:
     def arena(self) -> KVArena:
         return self.context._arena
 
-    def put(self, seq: int, data: bytes | None = None, at_s: float | None = None) -> None:
+    def put(
+        self,
+        seq: int,
+        data: bytes | None = None,
+        at_s: float | None = None,
+        encoding: Encoding = Encoding.JPEG,
+    ) -> None:
         at_s = seq * 0.5 if at_s is None else at_s
         self.put_frames.append(seq)
         self.handle.put_frame(
@@ -79,6 +85,7 @@ class Viewer:
                 capture_us=round(at_s * 1e6),
                 received_ns=self.clock(),
                 data=jpeg(seq % 40) if data is None else data,
+                encoding=encoding,
             )
         )
 

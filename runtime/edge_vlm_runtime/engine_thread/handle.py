@@ -131,7 +131,6 @@ class SessionHandle:
         """Does what all messages so far ask for."""
         while self._inbox and self._session is not None:
             message, received_ns, video_s = self._inbox.popleft()
-            before = self._session.settings
             self._call(
                 MessageCall(
                     message=message,
@@ -140,9 +139,6 @@ class SessionHandle:
                     frames_waiting=len(self._queue),
                 )
             )
-            if self._session is not None and self._session.settings is not before:
-                settings = self._session.settings
-                self._queue.configure(delivery=settings.delivery, fps_cap=settings.fps_cap)
 
     def answer(self) -> bool:
         """A token of the answer under way, or the next question; False when nobody waits."""
@@ -196,7 +192,11 @@ class SessionHandle:
             return False
         now_ns = self._clock_ns()
         try:
+            settings = session.settings
             done = perform(session, call, now_ns)
+            if session.settings is not settings:  # before they are announced
+                settings = session.settings
+                self._queue.configure(delivery=settings.delivery, fps_cap=settings.fps_cap)
             if done:
                 self._report(call, now_ns, session)
             return done

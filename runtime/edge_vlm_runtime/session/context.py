@@ -304,7 +304,9 @@ class StreamContext:
     def shown(self) -> list[ShownFrame]:
         """The frames that a branch shows, oldest first."""
         return [
-            ShownFrame(known.frame.seq, self._stamp_s(known.frame), known.frame.pts_ns * 1e-9)
+            ShownFrame(
+                known.frame.seq, self._clock.stamp_s(known.frame.pts_ns), known.frame.pts_ns * 1e-9
+            )
             for known in self._shown()
         ]
 
@@ -346,14 +348,12 @@ class StreamContext:
         ]
 
     def _segment(self, frame: FrameTokens, first: bool) -> Segment:
-        ids = self._prompt.frame_ids(self._stamp_s(frame), len(frame.cells), first=first)
+        ids = self._prompt.frame_ids(
+            self._clock.stamp_s(frame.pts_ns), len(frame.cells), first=first
+        )
         if first:
             ids = np.concatenate([self._prompt.bos_ids, ids])
         return Segment(self._language.embed(ids, frame.embeds), self._prompt.vision_mask(ids))
-
-    def _stamp_s(self, frame: FrameTokens) -> float:
-        is_anchor = not self._remembered or frame is self._remembered[0].frame
-        return 0.0 if is_anchor else self._clock.stamp_s(frame.pts_ns)
 
     def _prefill(self, segments: list[Segment]) -> None:
         blocks = [
