@@ -79,7 +79,9 @@ class SessionHandle:
     # ---- the socket's side: every method returns at once -------------------------------------
 
     def put_frame(self, frame: EncodedFrame) -> None:
-        """Hands a frame over; its outcome comes as an event."""
+        """Hands a frame over; its outcome comes as an event, unless a bug has ended the session."""
+        if self._session is None:
+            return
         self._note_arrival(frame)
         self._drop(self._queue.put(frame))
         self._wake()
