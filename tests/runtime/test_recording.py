@@ -454,7 +454,7 @@ def test_a_stuck_disk_stops_neither_the_loop_nor_the_engines(tmp_path: Path) -> 
     made.close(TIMEOUT_S)
     events, comparison, recording = replayed(path)
     assert comparison.num_differences == 0, comparison.differences
-    assert comparison.num_events == len(events) > 20
+    assert comparison.num_events == len(events) >= 12
     assert recording.cut_off is None
     assert any(isinstance(e, protocol.ResponseDone) and e.text == ANSWER for e in events)
 

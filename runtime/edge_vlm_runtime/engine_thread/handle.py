@@ -88,6 +88,8 @@ class SessionHandle:
 
     def refuse_frame(self, frame: EncodedFrame, error: EdgeVlmError) -> None:
         """Gives a frame whose message was broken its outcome."""
+        if self._session is None:
+            return
         self._note_arrival(frame)
         self._drop(self._queue.refuse(frame, error))
 
