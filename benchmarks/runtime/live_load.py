@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,14 +41,16 @@ from benchmarks.runtime.stream_length import CLOCKS, FPS, pictures
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.scheduler import Scheduler
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
 from edge_vlm_runtime.inference.vision import FrameTokens
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits, SessionSettings
-from edge_vlm_runtime.session.budget import default_settings
+from edge_vlm_runtime.session.budget import MemoryPlan, default_settings
 from edge_vlm_runtime.session.context import FRAMES_PER_PREFILL, StreamContext
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
-from edge_vlm_runtime.session.session import Question, Session
+from edge_vlm_runtime.session.frames import EncodedFrame
+from edge_vlm_runtime.session.session import Session
+from edge_vlm_runtime.session.stream_clock import StreamClock
 from edge_vlm_runtime.sources.video_file import FileSource
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +106,17 @@ class Camera:
         self._number = 0
         self._due_ns = clock_ns()
         self.session = Session(
-            engines=engines, settings=settings, limits=limits, emit=self._take, clock_ns=clock_ns
+            engines=engines,
+            settings=settings,
+            limits=limits,
+            now_ns=clock_ns(),
+            stopwatch_ns=clock_ns,
         )
+        self.handle = SessionHandle(self.session, limits, clock_ns=clock_ns, send=self._take_all)
+
+    def _take_all(self, events: list[protocol.ServerEvent]) -> None:
+        for event in events:
+            self._take(event)
 
     def _take(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, protocol.FrameAccepted):
@@ -129,20 +140,20 @@ class Camera:
             while self._clock_ns() >= self._due_ns:
                 self._due_ns += round(1e9 / self._rate)
                 self.put()
-        elif self._rate == FLOOD and len(self.session.slot) == 0:
+        elif self._rate == FLOOD and self.handle.frames_waiting == 0:
             self.put()
 
     def put(self, capture_s: float | None = None) -> None:
         rate = self._rate if isinstance(self._rate, float) else 30.0
         capture_s = self._number / rate if capture_s is None else capture_s
         frame = EncodedFrame(
-            sequence=self._number,
-            capture_time_us=round(capture_s * 1e6),
-            jpeg=self._jpegs[self._number % len(self._jpegs)],
+            seq=self._number,
+            capture_us=round(capture_s * 1e6),
             received_ns=self._clock_ns(),
+            data=self._jpegs[self._number % len(self._jpegs)],
         )
         self._number += 1
-        self.dropped += len(self.session.slot.put(frame))
+        self.handle.put_frame(frame)
 
 
 # ---- 1: an answer under video ----------------------------------------------------------------
@@ -171,8 +182,8 @@ def measure_answer(
         for _ in range(others):  # they are not asked, so they need no room for an answer
             cameras.append(Camera(endless, watching, limits, jpegs, FLOOD, clock_ns))
         turns: Scheduler[Camera] = Scheduler(
-            answer=lambda camera: camera.session.answer(),
-            watch=lambda camera: camera.session.watch(),
+            answer=lambda camera: camera.handle.answer(),
+            watch=lambda camera: camera.handle.watch(),
             clock_ns=clock_ns,
             max_answer_slowdown=limits.max_answer_slowdown,
         )
@@ -187,7 +198,8 @@ def measure_answer(
         begin_ns = clock_ns()
         for camera in cameras:
             camera.begin()
-        asker.session.ask(Question(text="What is there?", received_ns=begin_ns))
+        asker.handle.take(protocol.ResponseCreate(text="What is there?"))
+        asker.handle.take_messages()
         while asker.done_ns is None:
             turns.round()
             for camera in cameras:
@@ -245,23 +257,32 @@ def measure_batches(
     )
     context = camera.session._context
     remember = context.add
-    context.add = lambda new: tokens.extend(new) or remember(new)  # type: ignore[method-assign]
+
+    def add(frames: Sequence[FrameTokens]) -> None:
+        tokens.extend(frames)
+        remember(frames)
+
+    context.add = add  # type: ignore[method-assign]
     for _ in range(FRAMES_PER_PREFILL * 4):
         camera.put()
-        while camera.session.step():
+        while camera.handle.step():
             pass
 
     def prefill(group: int) -> None:
-        arena = engines.language.new_arena()
+        model = ModelLimits.from_bundle(engines.bundle)
+        capacity = model.max_cache_tokens
         memory = StreamContext(
             language=engines.language,
             prompt=engines.prompt,
-            arena=arena,
-            model=ModelLimits.from_bundle(engines.bundle),
-            attention=Attention.FRAME,
-            window_tokens=arena.capacity - 64,
-            last_n=4,
-            reserve_tokens=32,
+            clock=StreamClock(),
+            model=model,
+            capacity=capacity,
+            plan=MemoryPlan(
+                attention=Attention.FRAME,
+                window_tokens=capacity - 64,
+                last_n=4,
+                reserve_tokens=32,
+            ),
         )
         for start in range(0, len(tokens), group):
             memory.add(tokens[start : start + group])
@@ -314,7 +335,7 @@ def clips(num_frames: int, size: int) -> dict[str, list[bytes]]:
 def show(camera: Camera, count: int, fps: float) -> None:
     for index in range(count):
         camera.put(index / fps)
-        while camera.session.step():
+        while camera.handle.step():
             pass
 
 
@@ -361,7 +382,7 @@ def measure_static(
         for index in range(count):
             camera.put(index / FPS)
             before, begin_ns = len(camera.accepted), clock_ns()
-            while camera.session.step():
+            while camera.handle.step():
                 pass
             if len(camera.accepted) > before:
                 decode_s = camera.accepted[-1].stage_ms["decode"] * 1e-3

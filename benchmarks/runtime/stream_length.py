@@ -47,12 +47,13 @@ from edge_vlm_export.graphs.graphs import GraphLimits
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
 from edge_vlm_runtime.protocol.settings import Attention, ServerLimits, SessionSettings
 from edge_vlm_runtime.server.gauges import resident_bytes
 from edge_vlm_runtime.session.budget import default_settings
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
-from edge_vlm_runtime.session.session import Question, Session
+from edge_vlm_runtime.session.frames import EncodedFrame
+from edge_vlm_runtime.session.session import Session
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "benchmarks" / "results" / "stream_length.json"
@@ -105,9 +106,18 @@ class Stream:
         self.num_frames = 0
         self.kv_tokens = 0
         self.kept = self.seen = 0
-        self.session = Session(
-            engines=engines, settings=settings, limits=limits, emit=self._take, clock_ns=clock_ns
+        session = Session(
+            engines=engines,
+            settings=settings,
+            limits=limits,
+            now_ns=clock_ns(),
+            stopwatch_ns=clock_ns,
         )
+        self.handle = SessionHandle(session, limits, clock_ns=clock_ns, send=self._take_all)
+
+    def _take_all(self, events: list[protocol.ServerEvent]) -> None:
+        for event in events:
+            self._take(event)
 
     def _take(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, protocol.FrameAccepted):
@@ -125,14 +135,14 @@ class Stream:
         begin_ns = self._clock_ns()
         for _ in range(count):
             frame = EncodedFrame(
-                sequence=self.num_frames,
-                capture_time_us=self.num_frames * 1_000_000 // FPS,
-                jpeg=jpegs[self.num_frames % len(jpegs)],
+                seq=self.num_frames,
+                capture_us=self.num_frames * 1_000_000 // FPS,
                 received_ns=self._clock_ns(),
+                data=jpegs[self.num_frames % len(jpegs)],
             )
             self.num_frames += 1
-            assert not self.session.slot.put(frame)
-            while self.session.step():
+            self.handle.put_frame(frame)
+            while self.handle.step():
                 pass
         assert self._accepted == self.num_frames
         return (self._clock_ns() - begin_ns) * 1e-9
@@ -141,11 +151,11 @@ class Stream:
         """Seconds from a question to the first token of its answer; the rest is not measured."""
         self._done.clear()
         begin_ns = self._clock_ns()
-        self.session.ask(Question(text=QUESTION, received_ns=begin_ns))
-        self.session.step()  # reads the question
-        self.session.step()  # says the first token
+        self.handle.take(protocol.ResponseCreate(text=QUESTION))
+        self.handle.step()  # reads the question
+        self.handle.step()  # says the first token
         took_s = (self._clock_ns() - begin_ns) * 1e-9
-        while self.session.step():
+        while self.handle.step():
             pass
         assert self._done[0].status == "completed"
         return took_s

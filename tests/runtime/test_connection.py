@@ -65,7 +65,8 @@ def test_a_client_that_does_not_read_is_disconnected_and_its_session_ended() -> 
         await Connection(socket, table).run()
         assert table.num_sessions == 0
 
-    for limits in ({"max_replay_events": 50}, {"max_replay_bytes": 10_000}):
+    cases: list[dict[str, Any]] = [{"max_replay_events": 50}, {"max_replay_bytes": 10_000}]
+    for limits in cases:
         socket = StuckSocket(messages=100)
         with fake_table(**limits) as table:
             run(serve(table, socket))

@@ -254,9 +254,13 @@ def test_what_was_said_meanwhile_is_bounded() -> None:
         (served,) = made._table._sessions.values()
         assert served.handle is not None
         loop = asyncio.get_running_loop()
-        idle = loop.create_future()
-        served.handle.when_idle(lambda: loop.call_soon_threadsafe(idle.set_result, None))
-        await idle
+        idle = asyncio.Event()
+
+        def report() -> None:
+            loop.call_soon_threadsafe(idle.set)
+
+        served.handle.when_idle(report)
+        await idle.wait()
         assert served.log.newest >= 30
         assert served.log.newest - served.log.oldest + 1 == 12
         with pytest.raises(ReplayLost, match="no longer kept"):

@@ -339,7 +339,7 @@ def test_interrupting_a_session_leaves_no_trace_in_its_memory(
     engines: LoadedBundle, actions: list[str], policy: str
 ) -> None:
     """Questions at any time, cancelled or not: in the end it is as if only frames had come."""
-    options = {"policy": policy, "max_answer_tokens": 6}
+    options: dict[str, Any] = {"policy": policy, "max_answer_tokens": 6}
     busy, quiet = (Viewer(engines, FakeClock(), **options) for _ in range(2))
     for viewer in (busy, quiet):
         viewer.show(1)

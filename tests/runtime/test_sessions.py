@@ -28,7 +28,7 @@ class Gate:
 
     def __init__(self, table: SessionRegistry) -> None:
         self._opened = threading.Event()
-        worker_of(table).post(lambda: self._wait())
+        worker_of(table).post(self._wait)
 
     def _wait(self) -> None:
         assert self._opened.wait(TIMEOUT_S)
@@ -44,9 +44,13 @@ def worker_of(table: SessionRegistry) -> EngineWorker:
 async def until_engines_are_through(table: SessionRegistry) -> None:
     """Everything that the engines were asked so far is done, and the loop has been told."""
     loop = asyncio.get_running_loop()
-    through = loop.create_future()
-    worker_of(table).post(lambda: loop.call_soon_threadsafe(through.set_result, None))
-    await through
+    through = asyncio.Event()
+
+    def report() -> None:
+        loop.call_soon_threadsafe(through.set)
+
+    worker_of(table).post(report)
+    await through.wait()
 
 
 async def until_settled(table: SessionRegistry) -> None:
