@@ -327,10 +327,11 @@ def test_damage_is_a_typed_error_that_says_where(file: Path, data: st.DataObject
 def test_files_that_are_no_recordings(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "a.evlm"
     path.write_bytes(content)
-    with pytest.raises(RecordingError, match=words):
-        Recording.open(path)
-    with pytest.raises(RecordingError, match="cannot be read"):
-        Recording.open(tmp_path / "nothing.evlm")
+    with pytest.raises(RecordingError, match=words), Recording.open(path):
+        pass
+    missing = tmp_path / "nothing.evlm"
+    with pytest.raises(RecordingError, match="cannot be read"), Recording.open(missing):
+        pass
 
 
 def test_where_nothing_can_be_recorded_is_said_at_once(tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from edge_vlm.errors import EdgeVlmError, RecordingError
@@ -42,6 +41,15 @@ SUFFIX = ".evlm"
 RECORD = struct.Struct("<II")
 MAX_RECORD_BYTES = 1 << 28
 """A larger length is damage, not a record."""
+DROPPED = "dropped"
+CALLS: dict[str, type[Call]] = {
+    "frame": FrameCall,
+    "message": MessageCall,
+    "step": StepCall,
+    "stats": StatsCall,
+    "close": CloseCall,
+}
+NAMES = {kind: name for name, kind in CALLS.items()}
 
 Entry = Called | DroppedFrame
 
@@ -49,49 +57,31 @@ Entry = Called | DroppedFrame
 # ---- to bytes --------------------------------------------------------------------------------
 
 
-def _record(fields: Mapping[str, Any], picture: bytes = b"") -> bytes:
-    payload = json.dumps(fields).encode() + b"\n" + picture
-    return RECORD.pack(len(payload), zlib.crc32(payload)) + payload
-
-
 def header_bytes(header: Mapping[str, Any]) -> bytes:
     return MAGIC + _record(header)
 
 
 def entry_bytes(entry: Entry) -> bytes:
-    fields: dict[str, Any]
     if isinstance(entry, DroppedFrame):
-        fields = {
-            "dropped": entry.reason.value,
-            "code": entry.code,
-            "message": entry.message,
-            "frame": _frame_fields(entry.frame),
-        }
+        fields = {"kind": DROPPED, "arguments": vars(entry)}
         return _record(fields, entry.frame.data)
     call = entry.call
-    times = {"now_ns": entry.now_ns, "done_ns": entry.done_ns, "events": entry.events}
-    if isinstance(call, FrameCall):
-        fields = {"frame": _frame_fields(call.frame), "frames_waiting": call.frames_waiting}
-        return _record({"call": "frame", **fields, **times}, call.frame.data)
-    if isinstance(call, MessageCall):
-        fields = {
-            "message": protocol.encode(call.message),
-            "received_ns": call.received_ns,
-            "video_s": call.video_s,
-            "frames_waiting": call.frames_waiting,
-        }
-        return _record({"call": "message", **fields, **times})
-    name = {StepCall: "step", StatsCall: "stats", CloseCall: "close"}[type(call)]
-    return _record({"call": name, **asdict(call), **times})
+    fields = {**vars(entry), "kind": NAMES[type(call)], "arguments": vars(call)}
+    del fields["call"]
+    return _record(fields, call.frame.data if isinstance(call, FrameCall) else b"")
 
 
-def _frame_fields(frame: EncodedFrame) -> dict[str, Any]:
-    return {
-        "seq": frame.seq,
-        "capture_us": frame.capture_us,
-        "received_ns": frame.received_ns,
-        "encoding": frame.encoding.value,
-    }
+def _record(fields: Mapping[str, Any], picture: bytes = b"") -> bytes:
+    payload = json.dumps(fields, default=_plain).encode() + b"\n" + picture
+    return RECORD.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, EncodedFrame):
+        return {name: field for name, field in vars(value).items() if name != "data"}
+    if isinstance(value, protocol.ClientMessage):
+        return protocol.encode(value)
+    raise TypeError(f"{type(value).__name__} has no place in a recording")
 
 
 # ---- from bytes ------------------------------------------------------------------------------
@@ -108,35 +98,15 @@ class Recording:
         """Set once the entries have been read, if the file ends in the middle of one: where."""
 
     @classmethod
-    def open(cls, path: Path) -> Recording:
+    @contextmanager
+    def open(cls, path: Path) -> Iterator[Recording]:
         """Raises RecordingError when this is no recording, or one of another version."""
         try:
             file = path.open("rb")
         except OSError as error:
             raise RecordingError(f"cannot be read: {error.strerror}", where=path) from error
-        try:
-            magic = file.read(len(MAGIC))
-            if magic[:-1] != MAGIC[:-1]:
-                raise RecordingError("this is not a recording", where=path)
-            if magic != MAGIC:
-                raise RecordingError(
-                    f"a recording of format {magic[-1]}, this version reads {MAGIC[-1]}",
-                    where=path,
-                    remedy="replay it with the version that recorded it",
-                )
-            first = _read_record(file)
-            if first is None:
-                raise _CutOff
-            return cls(path, file, first[0])
-        except _CutOff as error:
-            file.close()
-            raise RecordingError("the recording is cut off in its header", where=path) from error
-        except (_Damaged, ValueError) as error:
-            file.close()
-            raise RecordingError(f"the header is damaged: {error}", where=path) from error
-        except BaseException:
-            file.close()
-            raise
+        with file:
+            yield cls(path, file, _header(path, file))
 
     def entries(self) -> Iterator[Entry]:
         """Everything after the header. Raises RecordingError on damage; a file that just ends is
@@ -160,20 +130,6 @@ class Recording:
                 ) from error
             yield entry
 
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Recording:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class _CutOff(Exception):
     """The file ends inside a record."""
@@ -181,6 +137,27 @@ class _CutOff(Exception):
 
 class _Damaged(Exception):
     """A record's bytes are not those that were written."""
+
+
+def _header(path: Path, file: BinaryIO) -> dict[str, Any]:
+    magic = file.read(len(MAGIC))
+    if magic[:-1] != MAGIC[:-1]:
+        raise RecordingError("this is not a recording", where=path)
+    if magic != MAGIC:
+        raise RecordingError(
+            f"a recording of format {magic[-1]}, this version reads {MAGIC[-1]}",
+            where=path,
+            remedy="replay it with the version that recorded it",
+        )
+    try:
+        record = _read_record(file)
+    except (_Damaged, ValueError) as error:
+        raise RecordingError(f"the header is damaged: {error}", where=path) from error
+    except _CutOff:
+        record = None
+    if record is None:
+        raise RecordingError("the recording is cut off in its header", where=path)
+    return record[0]
 
 
 def _read_record(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
@@ -206,47 +183,20 @@ def _read_record(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
 
 
 def _entry(fields: dict[str, Any], picture: bytes) -> Entry:
-    if "dropped" in fields:
-        return DroppedFrame(
-            frame=_frame(fields["frame"], picture),
-            reason=DropReason(fields["dropped"]),
-            code=fields["code"],
-            message=fields["message"],
-        )
+    kind, arguments = fields["kind"], fields["arguments"]
+    if "frame" in arguments:
+        frame = arguments["frame"]
+        frame["encoding"] = Encoding(frame["encoding"])
+        arguments["frame"] = EncodedFrame(**frame, data=picture)
+    if kind == DROPPED:
+        return DroppedFrame(**{**arguments, "reason": DropReason(arguments["reason"])})
+    if kind == "message":
+        arguments["message"] = protocol.decode_client_message(arguments["message"])
+    elif kind == "step":
+        arguments["turn"] = Turn(arguments["turn"])
     return Called(
-        call=_call(fields, picture),
+        call=CALLS[kind](**arguments),
         now_ns=fields["now_ns"],
         done_ns=fields["done_ns"],
         events=tuple(fields["events"]),
-    )
-
-
-def _call(fields: dict[str, Any], picture: bytes) -> Call:
-    name = fields["call"]
-    if name == "frame":
-        return FrameCall(
-            frame=_frame(fields["frame"], picture), frames_waiting=fields["frames_waiting"]
-        )
-    if name == "message":
-        return MessageCall(
-            message=protocol.decode_client_message(fields["message"]),
-            received_ns=fields["received_ns"],
-            video_s=fields["video_s"],
-            frames_waiting=fields["frames_waiting"],
-        )
-    if name == "step":
-        return StepCall(turn=Turn(fields["turn"]), frames_waiting=fields["frames_waiting"])
-    if name == "stats":
-        return StatsCall(
-            frames_received=fields["frames_received"], frames_dropped=fields["frames_dropped"]
-        )
-    if name == "close":
-        return CloseCall()
-    raise _Damaged(f"an unknown call {name!r}")
-
-
-def _frame(fields: dict[str, Any], picture: bytes) -> EncodedFrame:
-    return EncodedFrame(
-        **{**fields, "encoding": Encoding(fields["encoding"])},
-        data=picture,
     )
