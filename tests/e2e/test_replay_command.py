@@ -68,7 +68,7 @@ def test_a_recording_that_was_cut_off(
 ) -> None:
     whole = watched.recording.read_bytes()
     path = tmp_path / "cut.evlm"
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(whole[: whole.index(b"\xff\xd8\xff", len(whole) // 3) + 50])  # in a picture
     assert command_line(replay, [str(path), *BUNDLE]) == 0
     out, err = capsys.readouterr()
     assert "note: the recording is cut off" in err
