@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import paho.mqtt.client as paho
+import aiomqtt
 
 from edge_vlm_runtime.protocol import alerts as messages
 from tests.runtime.live import TIMEOUT_S
@@ -241,24 +243,63 @@ class Subscriber:
 
     def __init__(self, broker: Broker, topic: str) -> None:
         self.messages: list[tuple[str, bytes]] = []
+        self._broker, self._topic = broker, topic
         self._subscribed = threading.Event()
-        self._client = paho.Client(
-            paho.CallbackAPIVersion.VERSION2, client_id="subscriber", clean_session=False
-        )
-        self._client.username_pw_set(broker.USER, broker.PASSWORD)
-        self._client.reconnect_delay_set(1, 1)
-        self._client.on_connect = lambda client, *_: client.subscribe(f"{topic}/#", qos=1)
-        self._client.on_subscribe = lambda *_: self._subscribed.set()
-        self._client.on_message = lambda _c, _d, message: self.messages.append(
-            (message.topic, bytes(message.payload))
-        )
-        self._client.connect("127.0.0.1", broker.port)
-        self._client.loop_start()
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(self._listen())
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
         assert self._subscribed.wait(TIMEOUT_S)
+
+    def _run(self) -> None:
+        with suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._task)
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        while True:
+            client = aiomqtt.Client(
+                "127.0.0.1",
+                self._broker.port,
+                username=Broker.USER,
+                password=Broker.PASSWORD,
+                identifier="subscriber",
+                clean_session=False,
+            )
+            try:
+                async with client:
+                    await client.subscribe(f"{self._topic}/#", qos=1)
+                    self._subscribed.set()
+                    async for message in client.messages:
+                        assert isinstance(message.payload, bytes)
+                        self.messages.append((message.topic.value, message.payload))
+            except aiomqtt.MqttError:
+                await asyncio.sleep(0.1)  # until it is back
 
     def bodies(self, topic: str) -> list[dict[str, Any]]:
         return [json.loads(payload) for name, payload in self.messages if name == topic]
 
     def close(self) -> None:
-        self._client.disconnect()
-        self._client.loop_stop()
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()
+
+
+class Disk:
+    """Databases on it fail with `error` while that is set; `DeliveryQueue(connect=disk.connect)`."""
+
+    def __init__(self) -> None:
+        self.error: sqlite3.Error | None = None
+        self.failures = 0
+
+    def connect(self, *arguments: Any, **options: Any) -> sqlite3.Connection:
+        disk = self
+
+        class Connection(sqlite3.Connection):
+            def executemany(self, *statement: Any) -> sqlite3.Cursor:
+                if disk.error is not None:
+                    disk.failures += 1
+                    raise disk.error
+                return super().executemany(*statement)
+
+        return sqlite3.connect(*arguments, factory=Connection, **options)
