@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import logging
 import sqlite3
+import ssl
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,6 @@ import pytest
 
 from edge_vlm.errors import ConfigError, DeliveryError
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.alert_sinks import dispatcher as dispatcher_module
 from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
 from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
 from edge_vlm_runtime.alert_sinks.queue import SCHEMA, DeliveryQueue, QueuedAlert
@@ -29,6 +31,7 @@ from tests.runtime.receivers import (
     WebServer,
     cleared,
     free_port,
+    make_certificate,
     some_events,
     triggered,
     wait_until,
@@ -163,6 +166,54 @@ def test_credentials_of_a_bad_url_are_not_shown() -> None:
     with pytest.raises(ConfigError) as caught:
         WebhookSink("ftp://user:secret@host/x")
     assert "secret" not in str(caught.value)
+
+
+def test_user_and_password_are_sent_and_not_logged(
+    web: WebServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = web.url.replace("http://", "http://edge:s%20e%3Acret@")
+    with AlertDispatcher([WebhookSink(url)]) as outputs:
+        outputs.put("s", triggered(1))
+    expected = "Basic " + base64.b64encode(b"edge:s e:cret").decode()
+    assert web.authorizations == [expected]
+    assert "httpx" in caplog.text  # it logs what it requests
+    for secret in ("cret", expected.split()[1]):
+        assert secret not in caplog.text
+
+
+def test_a_redirect_is_not_followed(web: WebServer, caplog: pytest.LogCaptureFixture) -> None:
+    with WebServer() as elsewhere, AlertDispatcher([WebhookSink(web.url)], **QUICK) as outputs:
+        web.status, web.location = 307, elsewhere.url
+        outputs.put("s", triggered(1))
+        wait_until(lambda: web.posts > 1)
+        web.status, web.location = 200, None
+        outputs.close()
+    assert elsewhere.posts == 0
+    assert "HTTP status 307" in caplog.text
+    assert web.ids == ["s/alert_1/1/alert.triggered"]
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_webhook_over_tls_is_believed_if_the_system_trusts_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trusted: bool,
+) -> None:
+    certificate = make_certificate(tmp_path)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, tmp_path / "key.pem")
+    with WebServer(context) as web:
+        outputs = AlertDispatcher([WebhookSink(web.url)], **QUICK)
+        outputs.start()
+        outputs.put("s", triggered(1))
+        if not trusted:
+            wait_until(lambda: "certificate" in caplog.text)
+        outputs.close(grace_s=TIMEOUT_S if trusted else 0.0)
+    assert web.posts == (1 if trusted else 0)
 
 
 # ---- the queue -------------------------------------------------------------------------------
@@ -364,7 +415,8 @@ ANN, BOB = "http://ann:one@127.0.0.1:9/hook", "http://bob:two@127.0.0.1:9/hook"
 def test_receivers_that_differ_in_credentials_alone_get_everything_once(tmp_path: Path) -> None:
     file = tmp_path / "alerts.db"
     ann, bob = Taker(ANN), Taker(BOB)
-    assert ann.name == bob.name and ann.key != bob.key
+    assert ann.name == bob.name
+    assert ann.key != bob.key
     assert Taker(ANN).key == ann.key  # after a restart, too
     bob.error = DeliveryError("away")
     outputs = AlertDispatcher([ann, bob], DeliveryQueue(file), **QUICK)
@@ -374,9 +426,10 @@ def test_receivers_that_differ_in_credentials_alone_get_everything_once(tmp_path
     wait_until(lambda: len(ann.taken) == 4)
     outputs.close(grace_s=0.0)
     assert ann.taken == expected_ids("s", 1, 2)
-    assert outputs.delivered == 4 and outputs.undelivered == {bob.name: 4}
+    assert (outputs.delivered, outputs.undelivered) == (4, {bob.name: 4})
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    assert b"two" not in written and b"bob" not in written
+    assert b"two" not in written
+    assert b"bob" not in written
     ann, bob = Taker(ANN), Taker(BOB)
     with AlertDispatcher([ann, bob], DeliveryQueue(file), **QUICK):
         pass
@@ -412,7 +465,8 @@ def test_a_bug_in_a_receiver_does_not_end_its_alerts(caplog: pytest.LogCaptureFi
         wait_until(lambda: taker.attempts > 2)
         taker.error = None
         wait_until(lambda: taker.taken == ["s/alert_1/1/alert.triggered"])
-    assert "a bug: KeyError" in caplog.text and "is back" in caplog.text
+    assert "a bug: KeyError" in caplog.text
+    assert "is back" in caplog.text
     assert caplog.text.count("does not take alerts") == 1
 
 
@@ -421,7 +475,7 @@ def test_outputs_that_cannot_start_say_so(monkeypatch: pytest.MonkeyPatch) -> No
         main.close()
         raise OSError("too many open files")
 
-    monkeypatch.setattr(dispatcher_module.asyncio, "run", refuse)
+    monkeypatch.setattr(asyncio, "run", refuse)
     with pytest.raises(OSError, match="too many"):
         AlertDispatcher([Taker(ANN)]).start()
 
@@ -463,6 +517,28 @@ def test_nothing_is_lost_when_the_broker_restarts(
     pictures = [payload for name, payload in subscriber.messages if name == f"{topic}/evidence"]
     assert list(dict.fromkeys(pictures)) == [jpeg(episode) for episode in range(1, 5)]
     assert "cret" not in caplog.text
+
+
+@needs_broker
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_broker_over_tls_is_believed_if_the_system_trusts_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trusted: bool,
+) -> None:
+    certificate = make_certificate(tmp_path)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with Broker(tmp_path, certificate) as broker:
+        url = mqtt_url(broker.port).replace("mqtt://", "mqtts://")
+        outputs = AlertDispatcher([MqttSink(url)], **QUICK)
+        outputs.start()
+        outputs.put("s", triggered(1))
+        if not trusted:
+            wait_until(lambda: "certificate" in caplog.text)
+        outputs.close(grace_s=TIMEOUT_S if trusted else 0.0)
+    assert outputs.delivered == (1 if trusted else 0)
 
 
 @needs_broker

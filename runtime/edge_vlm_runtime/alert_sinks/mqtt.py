@@ -84,8 +84,8 @@ class MqttSink:
                     password=self._password,
                     timeout=ANSWER_TIMEOUT_S,
                     tls_context=ssl.create_default_context() if self._is_secure else None,
-                    # All that it warns of is raised, too.
-                    logger=logging.Logger("aiomqtt", logging.CRITICAL),
+                    # All that it warns of is raised, too: a logger that nobody hears.
+                    logger=logging.Logger("aiomqtt", logging.CRITICAL),  # noqa: LOG001
                 )
                 await self._client.__aenter__()
             self.trouble = trouble = "the broker does not acknowledge"
