@@ -67,25 +67,27 @@ class StreamDetokenizer:
     """Turns ids into text as they come, holding back text that a later token may still change.
 
     A byte-level token can end inside a UTF-8 character; what is returned never has to be taken
-    back.
+    back. All that was returned, with what `flush` returns, is `Tokenizer.decode` of the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        from tokenizers.decoders import DecodeStream
+
         self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._sent = ""
+        self._num_sent = 0
+        """Characters."""
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; may be empty."""
         self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
-            return ""
-        delta, self._sent = text[len(self._sent) :], text
+        delta = self._stream.step(self._tokenizer._backend, token_id) or ""
+        self._num_sent += len(delta)
         return delta
 
     def flush(self) -> str:
         """What is left, an incomplete character included."""
-        text = self._tokenizer.decode(self._ids)
-        delta, self._sent = text[len(self._sent) :], text
+        delta = self._tokenizer.decode(self._ids)[self._num_sent :]
+        self._num_sent += len(delta)
         return delta

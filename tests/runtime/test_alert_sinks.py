@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import logging
 import sqlite3
@@ -520,6 +521,7 @@ def test_nothing_is_lost_when_the_broker_restarts(
 
 
 @needs_broker
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket")  # paho's, of a failed handshake
 @pytest.mark.parametrize("trusted", [True, False])
 def test_a_broker_over_tls_is_believed_if_the_system_trusts_it(
     tmp_path: Path,
@@ -539,6 +541,7 @@ def test_a_broker_over_tls_is_believed_if_the_system_trusts_it(
             wait_until(lambda: "certificate" in caplog.text)
         outputs.close(grace_s=TIMEOUT_S if trusted else 0.0)
     assert outputs.delivered == (1 if trusted else 0)
+    gc.collect()
 
 
 @needs_broker
