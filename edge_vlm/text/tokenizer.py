@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.errors import BundleError, MissingExtraError
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MissingExtraError.for_library("tokenizers", "ort") from error
+    return tokenizers
 
 
 class Tokenizer:
@@ -24,12 +32,9 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Raises MissingExtraError without the library, BundleError on a file it cannot read."""
+        library = _tokenizers()
         try:
-            import tokenizers
-        except ImportError as error:
-            raise MissingExtraError.for_library("tokenizers", "ort") from error
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            return cls(library.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception on any bad file
             raise BundleError(
                 f"not a readable tokenizer.json ({error})",
@@ -71,10 +76,8 @@ class StreamDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = _tokenizers().decoders.DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._num_sent = 0
         """Characters."""
@@ -82,7 +85,7 @@ class StreamDetokenizer:
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; may be empty."""
         self._ids.append(token_id)
-        delta = self._stream.step(self._tokenizer._backend, token_id) or ""
+        delta: str = self._stream.step(self._tokenizer._backend, token_id) or ""
         self._num_sent += len(delta)
         return delta
 
