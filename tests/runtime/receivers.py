@@ -334,6 +334,9 @@ class Disk:
 
     def __init__(self) -> None:
         self.error: sqlite3.Error | None = None
+        self.turns = threading.Event()
+        """Cleared, it stands still."""
+        self.turns.set()
         self.failures = 0
 
     def connect(self, *arguments: Any, **options: Any) -> sqlite3.Connection:
@@ -341,6 +344,7 @@ class Disk:
 
         class Connection(sqlite3.Connection):
             def executemany(self, *statement: Any) -> sqlite3.Cursor:
+                assert disk.turns.wait(TIMEOUT_S)
                 if disk.error is not None:
                     disk.failures += 1
                     raise disk.error

@@ -17,6 +17,7 @@ import pytest
 
 from edge_vlm.errors import ConfigError, DeliveryError
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.alert_sinks import queue as queue_module
 from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
 from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
 from edge_vlm_runtime.alert_sinks.queue import SCHEMA, DeliveryQueue, QueuedAlert
@@ -350,6 +351,22 @@ def test_a_disk_that_stays_full_is_not_called_a_place_where_alerts_are_kept(
         outputs.raise_undelivered()
 
 
+def test_a_disk_that_stands_still_holds_up_neither_alerts_nor_the_end(
+    web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_module, "CLOSE_TIMEOUT_S", 0.1)
+    disk = Disk()
+    disk.turns.clear()
+    queue = DeliveryQueue(tmp_path / "alerts.db", connect=disk.connect)
+    with AlertDispatcher([WebhookSink(web.url)], queue, **QUICK) as outputs:
+        for event in some_events(1, 2):
+            outputs.put("s", event)
+        wait_until(lambda: len(web.taken) == 4)
+    assert web.ids == expected_ids("s", 1, 2)
+    assert not queue.is_saved
+    disk.turns.set()
+
+
 def test_what_arrived_while_the_disk_was_full_comes_once_more_at_most(tmp_path: Path) -> None:
     """The process ends before the row could be deleted: at least once, and once more after it."""
     file, disk = tmp_path / "alerts.db", Disk()
@@ -466,7 +483,8 @@ def test_a_bug_in_a_receiver_does_not_end_its_alerts(caplog: pytest.LogCaptureFi
         wait_until(lambda: taker.attempts > 2)
         taker.error = None
         wait_until(lambda: taker.taken == ["s/alert_1/1/alert.triggered"])
-    assert "a bug: KeyError" in caplog.text
+    assert "Traceback" in caplog.text
+    assert "KeyError: 'evidence'" in caplog.text
     assert "is back" in caplog.text
     assert caplog.text.count("does not take alerts") == 1
 

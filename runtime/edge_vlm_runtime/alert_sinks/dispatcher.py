@@ -201,34 +201,34 @@ class AlertDispatcher:
                     news.clear()
                     await news.wait()
                     continue
-                why = await self._attempt(sink, delivery)
-                if why is None:
+                failure = await self._attempt(sink, delivery)
+                if failure is None:
                     self._queue.remove(sink.key, delivery.number)
                     if is_away:
                         log.warning("%s is back", sink.name)
                     back_off_s, is_away = self._first_back_off_s, False
                     continue
                 if not is_away:
-                    log.warning("%s does not take alerts, they wait for it: %s", sink.name, why)
+                    bug = None if isinstance(failure, DeliveryError) else failure
+                    text = "%s does not take alerts, they wait for it: %s"
+                    log.warning(text, sink.name, str(failure), exc_info=bug)
                     is_away = True
                 await asyncio.sleep(back_off_s)
                 back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
         finally:
             await sink.close()
 
-    async def _attempt(self, sink: Sink, delivery: QueuedAlert) -> str | None:
+    async def _attempt(self, sink: Sink, delivery: QueuedAlert) -> Exception | None:
         """None if the receiver has it or never will, otherwise why it has to be sent again."""
         try:
             await asyncio.wait_for(sink.send(delivery), self._attempt_timeout_s)
         except DeliveryRefused as error:
             with self._lock:
                 self._lose(1, f"{sink.name} refused it: {error}")
-        except DeliveryError as error:
-            return str(error)
         except asyncio.TimeoutError:
-            return sink.trouble
-        except Exception as error:  # noqa: BLE001  a bug of one sink must not end its alerts
-            return f"a bug: {error!r}"
+            return DeliveryError(sink.trouble)
+        except Exception as error:  # noqa: BLE001  reported by the caller, a bug of ours included
+            return error
         else:
             self.delivered += 1
         return None

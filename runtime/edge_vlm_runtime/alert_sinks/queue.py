@@ -85,6 +85,7 @@ class DeliveryQueue:
         # What the file does not know yet: events by number with their receiver, and numbers.
         self._unsaved: dict[int, tuple[str, QueuedAlert]] = {}
         self._gone: set[int] = set()
+        self._is_writing = False
         self._writer: threading.Thread | None = None
         if path is None:
             return
@@ -186,7 +187,8 @@ class DeliveryQueue:
     def is_saved(self) -> bool:
         """The file holds all that waits, and nothing else of these receivers."""
         with self._changed:
-            return self.path is not None and not self._unsaved and not self._gone
+            waiting = self._is_writing or self._unsaved or self._gone
+            return self.path is not None and not waiting
 
     def close(self) -> None:
         """Writes the rest. Twice does no harm."""
@@ -209,7 +211,8 @@ class DeliveryQueue:
                 # What is removed while these are being written is `gone` with the next write.
                 rows, self._unsaved = self._unsaved, {}
                 gone, self._gone = self._gone, set()
-            if not rows and not gone:  # all that a failed write left has arrived meanwhile
+                self._is_writing = bool(rows or gone)
+            if not self._is_writing:  # all that a failed write left has arrived meanwhile
                 continue
             try:
                 self._write(rows.values(), gone)
@@ -218,10 +221,13 @@ class DeliveryQueue:
                     again = {n: row for n, row in rows.items() if n not in self._gone}
                     self._unsaved = again | self._unsaved
                     self._gone |= gone
+                    self._is_writing = False
                 if not pause_s:
                     log.warning("%s: alert events wait in memory alone: %s", self.path, error)
                 pause_s = min(max(2 * pause_s, self._first_back_off_s), LONGEST_BACK_OFF_S)
                 continue
+            with self._changed:
+                self._is_writing = False
             if pause_s:
                 log.warning("%s takes alert events again", self.path)
             pause_s = 0.0
