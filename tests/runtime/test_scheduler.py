@@ -178,7 +178,7 @@ def test_a_session_may_leave_in_its_own_turn() -> None:
         turns.add(player)
     turns.round()
     assert seen == ["a", "b", "d"]
-    assert "b" not in turns and set(turns.sessions) == {"a", "d"}
+    assert set(turns.sessions) == {"a", "d"}
     assert turns.round() and seen[3:] == ["a", "d"]
 
 

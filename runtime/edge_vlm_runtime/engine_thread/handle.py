@@ -204,7 +204,7 @@ class SessionHandle:
             if done:
                 self._report(call, now_ns, session)
             return done
-        except Exception:  # a bug: the viewer is told
+        except Exception:  # a bug: the viewer gets an error event
             log.exception("a session failed")
             error = InternalError("the session failed", remedy="see the server's log")
             try:

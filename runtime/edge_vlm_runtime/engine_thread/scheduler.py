@@ -83,9 +83,6 @@ class Scheduler(Generic[SessionT]):
         if session in self._sessions:
             self._sessions.remove(session)
 
-    def __contains__(self, session: SessionT) -> bool:
-        return session in self._sessions
-
     @property
     def sessions(self) -> list[SessionT]:
         """All of them; the next one to watch is the first."""

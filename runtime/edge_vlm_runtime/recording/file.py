@@ -5,7 +5,7 @@
                one line of JSON, and after it a picture if the record has one
 
 The first record is the header: how the session began. After it come the session's calls (see
-`session.calls`) in the order in which they were made, each with the times it was told and the
+`session.calls`) in the order in which they were made, each with the times it was given and the
 events that came of it, and the frames that were dropped before the session got them. So replaying
 is: make the same calls and compare the events. A file that was cut off is good up to its last whole
 record.

@@ -1,6 +1,6 @@
 """Makes the calls of a recorded session again and compares what it says.
 
-The session is told the recorded times, so its events must be the recorded ones, except for the
+The session is given the recorded times, so its events must be the recorded ones, except for the
 durations of steps, which are measured anew.
 """
 

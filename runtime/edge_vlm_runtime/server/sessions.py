@@ -266,7 +266,7 @@ class SessionRegistry:
         )
 
     def attach(self, session: ClientSession, viewer: Subscriber) -> None:
-        """From now on this connection reads; one that still did is told to go."""
+        """From now on this connection reads; one that still did is displaced."""
         self._stop_expiry(session)
         previous, session.viewer = session.viewer, viewer
         if previous is not None:

@@ -23,7 +23,7 @@ class FrameCall:
 
     frame: EncodedFrame
     frames_waiting: int
-    """Frames that wait behind it."""
+    """Frames that wait after it."""
 
 
 @dataclass(frozen=True, kw_only=True)

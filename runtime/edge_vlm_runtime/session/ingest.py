@@ -132,7 +132,7 @@ class FrameIngest:
     ) -> None:
         """Works on the next frame. What the engines raise ends only the frames it belongs to.
 
-        Unless `answering`, what is encoded joins the memory when no frame waits behind it, or
+        Unless `answering`, what is encoded joins the memory when no frame waits after it, or
         FRAMES_PER_PREFILL are together. Alerts look at every frame, so with them each joins by
         itself.
         """

@@ -6,7 +6,7 @@ takes up the next question; `step(Turn.WATCH)` checks the alerts that are due; `
 on one frame. While an answer is decoded, frames are encoded between its tokens and join the memory
 in one go when it ends. What there is to say is fetched with `events` after each unit.
 
-No I/O, no threads. Every call is told the time; a stopwatch only measures how long steps take.
+No I/O, no threads. Every call is given the time; a stopwatch only measures how long steps take.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stream time: what a capture time is on the wire, and what the model is told."""
+"""Stream time: what a capture time is on the wire, and what the model sees of it."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class StreamClock:
         return (capture_us - self._origin_us) * 1000
 
     def stamp_s(self, pts_ns: int) -> float:
-        """What the model is told of a moment of the stream."""
+        """The time stamp that the model sees."""
         return max(pts_ns * 1e-9 - self.offset_s, 0.0)
