@@ -62,8 +62,10 @@ def test_a_file_is_processed_whole_and_questions_are_answered(server: Server) ->
             assert stages >= {"decode", "preprocess", "vit_stem", "vit_trunk", "prefill"}
             answer = await client.ask(QUESTION)
             assert answer.status == "completed"
-            assert answer.newest_frame == 10 and answer.newest_frame_s == 4.5
-            assert answer.ttft_s is not None and answer.ttft_s > 0
+            assert answer.newest_frame == 10
+            assert answer.newest_frame_s == 4.5
+            assert answer.ttft_s is not None
+            assert answer.ttft_s > 0
             again = await client.ask(QUESTION)
             assert again.text == answer.text
 
@@ -128,12 +130,14 @@ def test_budget_and_mode_change_in_mid_stream(server: Server) -> None:
                 events = [client.accepted[number] for number in frames]
                 shares.append(sum(event.cells_kept for event in events) / (40 * 9))
                 answer = await client.ask(QUESTION)
-                assert answer.status == "completed" and answer.newest_frame == frames[-1]
+                assert answer.status == "completed"
+                assert answer.newest_frame == frames[-1]
                 texts.append(answer.vision_tokens)
             assert shares == pytest.approx([0.8, 0.3, 0.5, 0.8], rel=0.12)
             assert modes == ["frame", "exact", "last_n", "frame"]
             assert texts[2] < min(texts[0], texts[1], texts[3])  # two frames only
-            assert not client.dropped and not client.errors
+            assert not client.dropped
+            assert not client.errors
 
     run(session())
 
@@ -267,7 +271,8 @@ def test_a_full_server_says_so_and_keeps_its_viewers(server: Server) -> None:
                 with pytest.raises(websockets.ConnectionClosed) as closed:
                     while True:
                         await raw.recv()
-                assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+                assert closed.value.rcvd is not None
+                assert closed.value.rcvd.code == 1013
             await send(clients[0], 0, 1)
             assert (await clients[0].ask(QUESTION)).status == "completed"
         finally:
@@ -307,8 +312,11 @@ def test_http_on_the_same_port(server: Server) -> None:
         ("/style.css", "text/css"),
     ):
         status, found, text = get(server, path)
-        assert status == 200 and found.startswith(kind) and len(text) > 500
-        assert "http://" not in text and "https://" not in text  # works offline
+        assert status == 200
+        assert found.startswith(kind)
+        assert len(text) > 500
+        assert "http://" not in text
+        assert "https://" not in text
     assert get(server, "/nothing")[0] == 404
 
 

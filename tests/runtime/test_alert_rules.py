@@ -274,6 +274,7 @@ def test_any_logits_give_a_share(pair: list[float]) -> None:
     yes, no = tokenizer.encode("yes")[0], tokenizer.encode("no")[0]
     logits[[yes, no]] = pair
     probability, mass = YesNo(tokenizer).read(logits)
-    assert 0 <= probability <= 1 and 0 <= mass <= 1 + 1e-9
+    assert 0 <= probability <= 1
+    assert 0 <= mass <= 1 + 1e-9
     expected = 1 / (1 + math.exp(min(pair[1] - pair[0], 700)))
     assert probability == pytest.approx(expected, rel=1e-6, abs=1e-12)

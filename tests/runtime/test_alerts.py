@@ -73,7 +73,8 @@ def test_an_alert_begins_and_ends_with_what_is_seen_and_leaves_no_trace() -> Non
     watcher = Watcher()
     watcher.create()
     (created,) = watcher.of(messages.AlertCreated)
-    assert created.event_id == "new" and created.alert.rule.question == QUESTION
+    assert created.event_id == "new"
+    assert created.alert.rule.question == QUESTION
     for sequence, probability in enumerate([0.1, 0.9, 0.95, 0.5, 0.1], start=1):
         watcher.yes(probability)
         watcher.show(sequence)
@@ -90,7 +91,8 @@ def test_an_alert_begins_and_ends_with_what_is_seen_and_leaves_no_trace() -> Non
     # one picture of 10 ms, its prefill and the check of 20 ms each
     assert triggered.age_s == pytest.approx(0.05, abs=1e-6)
     evidence = triggered.evidence
-    assert evidence is not None and evidence.exact
+    assert evidence is not None
+    assert evidence.exact
     assert (evidence.frame_sequence, evidence.time_s) == (2, 0.5)
     assert evidence.jpeg == jpeg(2)
 
@@ -149,7 +151,8 @@ def test_one_step_is_one_run_and_a_question_comes_between_two() -> None:
     assert kinds[:done].count(messages.AlertTriggered) == first
     begun = [event.question for event in watcher.of(messages.AlertTriggered)]
     assert begun == texts
-    assert sum(watcher.measured) == len(texts) and len(watcher.measured) > 1
+    assert sum(watcher.measured) == len(texts)
+    assert len(watcher.measured) > 1
 
 
 def test_questions_come_before_alerts_and_alerts_before_the_next_frame() -> None:
@@ -192,7 +195,8 @@ def test_frames_that_come_during_an_answer_are_checked_when_it_ends() -> None:
     (listed,) = watcher.of(messages.AlertListed)
     assert listed.alerts[0].frame_sequence == 3
     triggered = watcher.of(messages.AlertTriggered)[0]
-    assert triggered.evidence is not None and triggered.evidence.jpeg == jpeg(3)
+    assert triggered.evidence is not None
+    assert triggered.evidence.jpeg == jpeg(3)
 
 
 def test_a_picture_that_stays_completes_a_hold_without_the_engines() -> None:
@@ -237,7 +241,8 @@ def test_evidence_is_as_small_as_the_limit_asks_and_may_be_left_out() -> None:
     watcher.put(1, data=big)
     watcher.run()
     first, second = watcher.of(messages.AlertTriggered)
-    assert first.evidence is not None and not first.evidence.exact
+    assert first.evidence is not None
+    assert not first.evidence.exact
     assert len(first.evidence.jpeg) <= limit
     assert max(decode_jpeg(first.evidence.jpeg).shape) <= 700
     assert second.evidence is None

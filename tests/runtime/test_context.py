@@ -210,7 +210,8 @@ def test_used_up_time_stamps_are_counted_anew(
         newest = subject.newest
         assert newest is not None
         assert newest.pts_ns * 1e-9 - subject.time_offset_s <= 4.05
-    assert len(offsets) >= 2 and offsets == sorted(offsets)
+    assert len(offsets) >= 2
+    assert offsets == sorted(offsets)
     known = [frames[i] for i in subject.frame_numbers()]
     assert len(known) >= 4
     stamps = [0.0, *(second - offsets[-1] for second in seconds(known)[1:])]

@@ -29,7 +29,8 @@ def test_live_keeps_the_newest_and_counts_the_rest() -> None:
     assert reasons(live.put(frame(2))) == [(1, "busy")]
     assert reasons(live.put(frame(3))) == [(2, "busy")]
     taken = live.take()
-    assert taken is not None and taken.seq == 3
+    assert taken is not None
+    assert taken.seq == 3
     assert live.take() is None
     assert live.counts() == (3, {"busy": 2})
 

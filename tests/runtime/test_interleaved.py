@@ -121,5 +121,6 @@ def test_frames_that_come_during_an_answer_do_not_change_it(
         texts.append((done.text, done.usage, done.newest_frame.frame_sequence))
         expected = list(range(1, 4 + frames_meanwhile))
         assert viewer.context.frame_numbers() == expected
-        assert viewer.outcomes() == expected and not viewer.drop_reasons()
+        assert viewer.outcomes() == expected
+        assert not viewer.drop_reasons()
     assert texts[0] == texts[1]

@@ -132,7 +132,8 @@ def test_a_sampled_answer_comes_again(tmp_path: Path) -> None:
         [e.text for e in what if isinstance(e, protocol.ResponseDone) and e.status == "completed"]
         for what in (told, events)
     ]
-    assert texts[0] == texts[1] and texts[0]
+    assert texts[0] == texts[1]
+    assert texts[0]
     assert not any(ANSWER.startswith(text) for text in texts[0])  # they were drawn
 
 
@@ -212,7 +213,8 @@ def test_a_recording_stops_at_its_limit_and_the_session_goes_on(
     assert "ends: it has reached" in caplog.text
     assert (tmp_path / "a.evlm").stat().st_size <= size // 2
     _, comparison, recording = replayed(tmp_path / "a.evlm")
-    assert comparison.num_differences == 0 and recording.cut_off is None
+    assert comparison.num_differences == 0
+    assert recording.cut_off is None
 
 
 # ---- the file --------------------------------------------------------------------------------
@@ -293,7 +295,8 @@ def test_a_file_is_good_up_to_its_last_whole_entry(
     if cut in ends:
         assert note is None
     else:
-        assert note is not None and str(cut - ends[num_whole]) in note
+        assert note is not None
+        assert str(cut - ends[num_whole]) in note
 
 
 @given(data=st.data())
@@ -312,7 +315,8 @@ def test_damage_is_a_typed_error_that_says_where(file: Path, data: st.DataObject
     except RecordingError as error:
         assert str(file) in str(error)
     else:  # a length became larger than the rest of the file
-        assert note is not None and len(found) < len(entries)
+        assert note is not None
+        assert len(found) < len(entries)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +384,8 @@ def test_headers_of_other_versions(tmp_path: Path) -> None:
 
 def test_what_counts_as_the_same() -> None:
     assert same({"a": [1.0, {"b": "x"}]}, {"a": [1.0 + 1e-9, {"b": "x"}]})
-    assert same(2, 2.0) and same(None, None)
+    assert same(2, 2.0)
+    assert same(None, None)
     for one, other in ((1.0, 1.1), ([1], [1, 2]), ({"a": 1}, {"b": 1}), (1.0, "1"), (None, 0.0)):
         assert not same(one, other)
 

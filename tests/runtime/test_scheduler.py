@@ -179,7 +179,8 @@ def test_a_session_may_leave_in_its_own_turn() -> None:
     turns.round()
     assert seen == ["a", "b", "d"]
     assert set(turns.sessions) == {"a", "d"}
-    assert turns.round() and seen[3:] == ["a", "d"]
+    assert turns.round()
+    assert seen[3:] == ["a", "d"]
 
 
 # ---- sessions at the table -------------------------------------------------------------------
@@ -213,10 +214,12 @@ def test_an_idle_session_costs_no_engine_time() -> None:
             pass
     assert len(busy.of(protocol.ResponseDone)) == 2
     assert len(engines[1].vision.encoded) == 29
-    assert not engines[0].vision.encoded and not engines[0].language.prefills
+    assert not engines[0].vision.encoded
+    assert not engines[0].language.prefills
     assert not engines[0].language.measured
     now_ns = clock()
-    assert not turns.round() and clock() == now_ns
+    assert not turns.round()
+    assert clock() == now_ns
 
 
 @pytest.mark.parametrize("watchers", [0, 3])
@@ -246,7 +249,9 @@ def test_an_answer_of_two_hundred_tokens_is_slowed_by_a_bounded_share(watchers: 
         flood()
         turns.round()
     (done,) = asker.of(protocol.ResponseDone)
-    assert done.usage.output_tokens == 200 and done.ttft_s and done.tokens_per_s
+    assert done.usage.output_tokens == 200
+    assert done.ttft_s
+    assert done.tokens_per_s
     took_s = done.ttft_s + 199 / done.tokens_per_s
     meanwhile = len(engines.vision.encoded) - before
     assert meanwhile >= 16  # as many as one answer may collect

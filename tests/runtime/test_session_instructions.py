@@ -105,4 +105,5 @@ def test_alerts_are_asked_without(engines: LoadedBundle) -> None:
         viewer.take(AlertCreate(question=QUESTION, report_checks=True))
         viewer.show(1, 2, 3)
         checks.append([check.probability for check in viewer.of(AlertChecked)])
-    assert np.array_equal(checks[0], checks[1]) and len(checks[0]) == 3
+    assert np.array_equal(checks[0], checks[1])
+    assert len(checks[0]) == 3

@@ -43,7 +43,8 @@ def test_an_endless_stream_stays_within_its_bytes() -> None:
         viewer.ask()
         viewer.run()
         assert viewer.of(protocol.ResponseDone)[0].status == "completed"
-        assert viewer.of(protocol.MemoryEvicted) and not viewer.drop_reasons()
+        assert viewer.of(protocol.MemoryEvicted)
+        assert not viewer.drop_reasons()
 
 
 def test_too_little_memory_is_said_at_once() -> None:
