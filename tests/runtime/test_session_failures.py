@@ -267,3 +267,22 @@ def test_the_arena_is_lent_to_one_at_a_time() -> None:
     assert context.kv_tokens == before
     viewer.show(2)
     assert context.frame_numbers() == [1, 2]
+
+
+def test_who_waits_for_the_end_of_the_answers_is_told_whatever_ends_them() -> None:
+    calls: list[str] = []
+    viewer = Viewer()
+    viewer.show(1)
+    viewer.ask()
+    viewer.handle.when_idle(lambda: calls.append("answered"))
+    viewer.handle.after_round()
+    assert calls == []
+    viewer.run()
+    viewer.handle.after_round()
+    assert calls == ["answered"]
+    viewer.ask()
+    viewer.handle.when_idle(lambda: calls.append("closed"))
+    viewer.close()
+    assert calls == ["answered", "closed"]
+    viewer.handle.when_idle(lambda: calls.append("ended before"))
+    assert calls[2:] == ["ended before"]

@@ -177,7 +177,6 @@ def test_a_drain_waits_for_the_answer_and_not_for_one_that_a_bug_ended() -> None
         session = made._table._sessions[client.created.session_id]
         while session.messages_received < 3:
             await asyncio.sleep(0)
-        session.log._max_events = 1000
         gate.open()
         return session
 

@@ -109,9 +109,13 @@ class SessionHandle:
         return len(self._queue)
 
     def when_idle(self, call: Callable[[], None]) -> None:
-        """`call` is made once nothing waits to be answered, or the session has ended."""
+        """`call` is made, by either side, once nothing waits to be answered or the session has
+        ended; it must bear being made twice."""
         self._on_idle = call
-        self._wake()
+        if self._session is None:
+            call()
+        else:
+            self._wake()
 
     def _note_arrival(self, frame: EncodedFrame) -> None:
         first_us, _ = self._capture_us or (frame.capture_us, 0)

@@ -127,7 +127,12 @@ class EngineWorker:
             self._scheduler.add(handle)
             on_open(handle)
 
-        self.post(make)
+        try:
+            self.post(make)
+        except ServerBusy:
+            if call_log is not None:
+                call_log.close()
+            raise
 
     def close_session(self, handle: SessionHandle, on_closed: Callable[[], None]) -> None:
         """Ends a session; `on_closed` is called after its last event. Raises ServerBusy when the
