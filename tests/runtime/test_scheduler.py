@@ -82,7 +82,7 @@ def test_questions_come_before_frames() -> None:
     assert table.done[0] == ("answer", "b")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     share=st.sampled_from([0.1, 0.2, 0.5]),
     watch_s=st.sampled_from([0.001, 0.01, 0.1]),
