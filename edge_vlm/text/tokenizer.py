@@ -27,7 +27,7 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise MissingExtraError.for_library("tokenizers", "ort") from error
+            raise MissingExtraError.for_library("tokenizers", "serve") from error
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception on any bad file

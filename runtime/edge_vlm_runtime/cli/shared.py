@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_vlm.errors import MissingExtraError
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import add_backend_arguments, backend_options
 
@@ -71,7 +72,10 @@ def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Itera
     if args.url is not None:
         yield args.url
         return
-    from edge_vlm_runtime.server.app import Server
+    try:
+        from edge_vlm_runtime.server.app import Server
+    except MissingExtraError as error:
+        raise error.widened("ort") from error
 
     options = {"threads": args.threads, "record_to": record_to, **backend_options(args)}
     with Server.open(args.bundle, **options) as server:

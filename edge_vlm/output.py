@@ -1,0 +1,101 @@
+"""Standard output and error of a command: what becomes of text that cannot be written there.
+
+- A closed pipe (`edge-vlm ... | head`) ends the command without a word, as it ends other programs;
+  the exit code is the 141 that a shell gives those (128 + SIGPIPE).
+- Anything else, such as a full disk, is an OutputError.
+- A character that the encoding lacks is written as an escape, `\\u2588`.
+- A descriptor that was closed from the start (`>&-`) takes everything and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from edge_vlm.errors import OutputError
+
+CLOSED_PIPE_EXIT_CODE = 141
+STANDARD = ("stdin", "stdout", "stderr")
+
+
+class OutputClosed(Exception):
+    """Whoever read our output is gone. Only `edge_vlm.cli.main` has to know."""
+
+
+class _Descriptor(io.FileIO):
+    """Remembers why nothing more can be written, so that this is never taken for the failure of
+    another file or socket, nor the other way round."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+@contextmanager
+def standard_output() -> Iterator[None]:
+    """Raises OutputClosed, OutputError instead of what failed to be written, at the latest at the
+    end, where everything is written out."""
+    for number in range(len(STANDARD)):  # or the next file opened would become standard output
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = {name: getattr(sys, name) for name in STANDARD[1:]}
+    descriptors = [_guard(name) for name in before]
+    cause: BaseException | None = None
+    try:
+        try:
+            yield
+        finally:
+            for name in before:
+                getattr(sys, name).flush()
+    except (OSError, SystemExit) as error:
+        if not _failures(descriptors):
+            raise
+        cause = error
+    finally:
+        for name, stream in before.items():
+            setattr(sys, name, stream)
+    for descriptor, failure in _failures(descriptors):
+        # What is left in the buffers fails no more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor.fileno())
+        if isinstance(failure, BrokenPipeError):
+            raise OutputClosed from cause
+        raise OutputError(f"cannot write the output: {failure.strerror}") from cause
+
+
+def _failures(descriptors: list[_Descriptor | None]) -> list[tuple[_Descriptor, OSError]]:
+    return [(one, one.failure) for one in descriptors if one is not None and one.failure]
+
+
+def _guard(name: str) -> _Descriptor | None:
+    """Puts a stream of ours in place of the interpreter's; leaves one that somebody else, such as
+    a test, has put there."""
+    stream: TextIO | None = getattr(sys, name)
+    if stream is not getattr(sys, f"__{name}__"):
+        return None
+    encoding, line_buffering, write_through = "utf-8", False, False
+    if isinstance(stream, io.TextIOWrapper):
+        stream.flush()
+        encoding, line_buffering = stream.encoding, stream.line_buffering
+        write_through = stream.write_through
+    descriptor = _Descriptor(STANDARD.index(name), "w", closefd=False)
+    raw: Any = descriptor if write_through else io.BufferedWriter(descriptor)
+    guarded = io.TextIOWrapper(
+        raw,
+        encoding,
+        "backslashreplace",
+        line_buffering=line_buffering,
+        write_through=write_through,
+    )
+    setattr(sys, name, guarded)
+    return descriptor
