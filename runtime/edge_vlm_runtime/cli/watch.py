@@ -84,8 +84,8 @@ async def _watch_session(
     args: argparse.Namespace, url: str, outputs: AlertDispatcher | None
 ) -> int:
     from edge_vlm_runtime.client.client import Client
-    from edge_vlm_runtime.client.run import Outcome, parse_question, stream
     from edge_vlm_runtime.client.live_table import make_view
+    from edge_vlm_runtime.client.run import Outcome, parse_question, stream
     from edge_vlm_runtime.client.terminal import summary_line
     from edge_vlm_runtime.sources.container import mask_credentials
     from edge_vlm_runtime.sources.open import open_source
