@@ -51,30 +51,34 @@ def standard_output() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)
     before = {name: getattr(sys, name) for name in STANDARD[1:]}
     descriptors = [_guard(name) for name in before]
-    cause: BaseException | None = None
     try:
+        cause: BaseException | None = None
         try:
             yield
-        finally:
+        except (OSError, SystemExit) as error:
+            cause = error
+        try:
             for name in before:
                 getattr(sys, name).flush()
-    except (OSError, SystemExit) as error:
-        if not _failures(descriptors):
-            raise
-        cause = error
+        except OSError as error:
+            cause = cause or error
+        failed = [one for one in descriptors if one is not None and one.failure is not None]
+        for descriptor in failed:
+            # What is left in the buffers fails no more, now or when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor.fileno())
+        if failed:
+            raise _error_of(failed[0].failure) from cause
+        if cause is not None:
+            raise cause
     finally:
         for name, stream in before.items():
             setattr(sys, name, stream)
-    for descriptor, failure in _failures(descriptors):
-        # What is left in the buffers fails no more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor.fileno())
-        if isinstance(failure, BrokenPipeError):
-            raise OutputClosed from cause
-        raise OutputError(f"cannot write the output: {failure.strerror}") from cause
 
 
-def _failures(descriptors: list[_Descriptor | None]) -> list[tuple[_Descriptor, OSError]]:
-    return [(one, one.failure) for one in descriptors if one is not None and one.failure]
+def _error_of(failure: OSError | None) -> Exception:
+    if isinstance(failure, BrokenPipeError):
+        return OutputClosed()
+    return OutputError(f"cannot write the output: {getattr(failure, 'strerror', failure)}")
 
 
 def _guard(name: str) -> _Descriptor | None:
