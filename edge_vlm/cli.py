@@ -21,7 +21,7 @@ from edge_vlm.output import CLOSED_PIPE_EXIT_CODE, OutputClosed, standard_output
 ENTRY_POINT_GROUP = "edge_vlm.commands"
 
 # Our commands in the order of `edge-vlm --help`: the extra each one needs (for a server of its own
-# more) and what it does. Kept here because printing the list imports no command.
+# more) and what it does. It stands only here, because printing the list imports no command.
 COMMANDS = {
     "demo": ("ort", "stream a rendered clip through the demo model and check its answers"),
     "serve": ("ort", "serve a bundle over a websocket, with a browser page"),
@@ -46,14 +46,12 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One subcommand.
+    """One subcommand. Its name is its entry point's; what `--help` says of it stands in COMMANDS.
 
-    `help` is shown by `edge-vlm NAME --help`; `run` returns the exit code and may raise any
-    `EdgeVlmError`. Modules that define commands import heavy libraries inside `run`.
+    `run` returns the exit code and may raise any `EdgeVlmError`. Modules that define commands
+    import heavy libraries inside `run`.
     """
 
-    name: str
-    help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
@@ -115,7 +113,8 @@ def _run(point: metadata.EntryPoint, arguments: list[str]) -> int:
     command = point.load()
     if not isinstance(command, Command):
         raise TypeError(f"entry point {point.value} is not an edge_vlm.cli.Command")
-    parser = argparse.ArgumentParser(prog=f"edge-vlm {point.name}", description=command.help)
+    _, summary = COMMANDS.get(point.name, ("", None))
+    parser = argparse.ArgumentParser(prog=f"edge-vlm {point.name}", description=summary)
     command.add_arguments(parser)
     return command.run(parser.parse_args(arguments))
 

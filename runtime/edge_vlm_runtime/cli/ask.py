@@ -8,7 +8,10 @@ import sys
 
 from edge_vlm.cli import Command
 from edge_vlm_runtime.cli.config import configured
-from edge_vlm_runtime.cli.options import access_of, add_access_arguments
+from edge_vlm_runtime.cli.options import (
+    access_of,
+    add_access_arguments,
+)
 from edge_vlm_runtime.cli.serve import serve_arguments
 from edge_vlm_runtime.cli.shared import (
     OWN_SERVER_KEYS,
@@ -73,8 +76,6 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
 
 ask = configured(
     Command(
-        name="ask",
-        help="ask one question about one video file",
         add_arguments=_ask_arguments,
         run=_ask,
     ),

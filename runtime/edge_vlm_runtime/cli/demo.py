@@ -30,8 +30,6 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 demo = Command(
-    name="demo",
-    help="stream a rendered clip through the demo model and check its answers",
     add_arguments=_demo_arguments,
     run=_demo,
 )

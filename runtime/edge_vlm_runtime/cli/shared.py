@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_vlm.errors import MissingExtraError
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import add_backend_arguments, backend_options
 
@@ -72,6 +71,8 @@ def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Itera
     if args.url is not None:
         yield args.url
         return
+    from edge_vlm.errors import MissingExtraError
+
     try:
         from edge_vlm_runtime.server.app import Server
     except MissingExtraError as error:

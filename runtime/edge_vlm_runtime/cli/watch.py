@@ -17,7 +17,11 @@ from edge_vlm_runtime.cli.alerts import (
     tell_all,
 )
 from edge_vlm_runtime.cli.config import configured
-from edge_vlm_runtime.cli.options import access_of, add_access_arguments, add_record_argument
+from edge_vlm_runtime.cli.options import (
+    access_of,
+    add_access_arguments,
+    add_record_argument,
+)
 from edge_vlm_runtime.cli.serve import serve_arguments
 from edge_vlm_runtime.cli.shared import (
     OWN_SERVER_KEYS,
@@ -124,8 +128,6 @@ async def _watch_session(
 
 watch = configured(
     Command(
-        name="watch",
-        help="stream a file, webcam or RTSP camera to a server and ask questions",
         add_arguments=_watch_arguments,
         run=_watch,
     ),
