@@ -87,7 +87,11 @@ def test_for_a_server_of_its_own_it_is_told_of_all_that_takes(name: str, tmp_pat
         ("PIL", "from edge_vlm.pixels.frames import decode_jpeg; decode_jpeg(b'')", "client"),
         ("starlette", "import edge_vlm_runtime.server.app", "serve"),
         ("uvicorn", "import edge_vlm_runtime.server.app", "serve"),
-        ("tokenizers", "from edge_vlm.text.tokenizer import Tokenizer; Tokenizer.from_file('x')", "serve"),
+        (
+            "tokenizers",
+            "from edge_vlm.text.tokenizer import Tokenizer; Tokenizer.from_file('x')",
+            "serve",
+        ),
     ],
 )
 def test_the_smallest_extra_that_brings_a_library(library: str, code: str, extra: str) -> None:

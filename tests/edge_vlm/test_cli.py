@@ -30,7 +30,7 @@ class StubEntryPoint:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, outcome: object, name: str = "probe") -> None:
-    monkeypatch.setattr(cli.metadata, "entry_points", lambda group: [StubEntryPoint(name, outcome)])
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [StubEntryPoint(name, outcome)])
 
 
 def command(run: object) -> Command:

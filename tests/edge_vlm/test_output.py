@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,20 +27,21 @@ PRINTS = (
 
 
 def start(
-    arguments: list[str], stdout: object, *, shell: str = 'exec "$@"', **environment: str
+    arguments: list[str], stdout: Any, *, shell: str = 'exec "$@"', **environment: str
 ) -> subprocess.CompletedProcess[str]:
     command = [str(tiny_bundle()) if part == "BUNDLE" else part for part in arguments]
     if command[0] != "-c":
         command = ["-m", "edge_vlm", *command]
-    return subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         ["sh", "-c", shell, "sh", sys.executable, *command],
-        stdout=stdout,  # type: ignore[call-overload]
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         timeout=120,
         env=ENVIRONMENT | environment,
         check=False,
     )
+    return done
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from edge_vlm_runtime.client.terminal import LineOutput
 from edge_vlm_runtime.protocol.base import UnknownEvent
 from edge_vlm_runtime.sources.container import Picture
 from tests.runtime.live import run
-from tests.runtime.memory_link import Break, MemoryLink, network
+from tests.runtime.memory_link import Break, network
 from tests.runtime.pictures import jpeg
 from tests.runtime.scripted_server import DROP_EVERY, NUM_CELLS, scripted
 from tests.runtime.test_connection import fake_table
@@ -267,7 +267,7 @@ def test_a_busy_server_is_tried_again_within_the_grace_time(
     async def session() -> None:
         real = client_connection._connect
 
-        async def connect(url: str, access: Access) -> MemoryLink:
+        async def connect(url: str, access: Access) -> Any:
             nonlocal refusals
             link: Any = await real(url, access)
             if "resume" in url and refusals:

@@ -9,48 +9,26 @@ async with await Client.connect(url, {"delivery": "wait"}) as client:
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import secrets
-from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from edge_vlm.errors import EdgeVlmError, ProtocolError, ServerUnreachable
+from edge_vlm.errors import EdgeVlmError
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.answers import Answer as Answer
-from edge_vlm_runtime.client.answers import AnswerStream, FrameCounts
-from edge_vlm_runtime.client.connection import (
-    CLOSE_TIMEOUT_S,
-    Access,
-    ResumableConnection,
-    ResumePoint,
-    error_from_detail,
-    frame_key,
-    name_of,
-)
+from edge_vlm_runtime.client.answers import AnswerStream as AnswerStream
+from edge_vlm_runtime.client.connection import Access, ResumableConnection, ResumePoint, frame_key
+from edge_vlm_runtime.client.exchange import Exchange
+from edge_vlm_runtime.client.exchange import OnEvent as OnEvent
 from edge_vlm_runtime.protocol import alerts as messages
-from edge_vlm_runtime.protocol.base import UnknownEvent
 
 if TYPE_CHECKING:
     import numpy as np
 
-log = logging.getLogger(__name__)
-
-OnEvent = Callable[[protocol.ServerEvent], None]
-REPLIES = (
-    *(protocol.SessionUpdated, protocol.ConversationItemCreated, messages.AlertCreated),
-    *(messages.AlertListed, messages.AlertDeleted),
-)
-"""Events that answer a message and repeat its `event_id`."""
 Detail = Literal["video", "snapshot", "both"]
-Reply = TypeVar("Reply", bound=protocol.ServerEvent)
-Result = TypeVar("Result")
 
 
-class Client:
+class Client(Exchange):
     """One session. Not for several tasks at once, except that questions may be asked while another
     task sends frames.
 
@@ -59,29 +37,6 @@ class Client:
     whatever waits raises that, and every later call. Nothing is kept but counters and what is still
     waited for.
     """
-
-    def __init__(self, line: ResumableConnection, on_event: OnEvent | None) -> None:
-        self._line = line
-        self.on_event = on_event
-        self._changed = asyncio.Event()
-        """Set for a moment when a frame has its outcome, and at the end."""
-        self._failure: Exception | None = None
-        self._is_raised = False
-        """Somebody has been given the failure."""
-        self._unacknowledged: set[int] = set()
-        self._last_sequence = 0
-        self._next_event_id = 0
-        self._id_prefix = secrets.token_hex(3)  # a session may have had another client before
-        self._by_event_id: dict[str, AnswerStream] = {}
-        self._by_response_id: dict[str, AnswerStream] = {}
-        self._replies: dict[str, asyncio.Future[protocol.ServerEvent]] = {}
-        self.created = line.opening
-        if isinstance(line.opening, protocol.SessionResumed):
-            self._last_sequence = line.opening.newest_frame_sequence or 0
-        self.frames = FrameCounts()
-        self.unknown_events: Counter[str] = Counter()
-        """Events that only a newer version knows, by type."""
-        self._reader = asyncio.create_task(self._read())
 
     @classmethod
     async def connect(
@@ -130,16 +85,6 @@ class Client:
             raise
         return self
 
-    @property
-    def resume_point(self) -> ResumePoint:
-        """Where another process could go on with this session."""
-        return self._line.point
-
-    @property
-    def reconnects(self) -> int:
-        """How often the connection broke and came back."""
-        return self._line.reconnects
-
     # ---- what a script does ------------------------------------------------------------------
 
     async def update(self, settings: Mapping[str, Any]) -> protocol.SessionUpdated:
@@ -164,20 +109,6 @@ class Client:
     async def delete_alert(self, alert_id: str) -> None:
         """Raises UnknownAlert."""
         await self._request(messages.AlertDeleted, "alert.delete", alert_id=alert_id)
-
-    async def _request(self, kind: type[Reply], message: str, **fields: Any) -> Reply:
-        """Sends a message and waits for the event that answers it. Raises the error instead."""
-        event_id = self._event_id()
-        future: asyncio.Future[protocol.ServerEvent] = asyncio.get_running_loop().create_future()
-        self._replies[event_id] = future
-        try:
-            await self._send_json(message, event_id, **fields)
-            reply = await self.wait(future)
-        finally:
-            self._replies.pop(event_id, None)
-        if not isinstance(reply, kind):
-            raise ProtocolError(f"{message} was answered by {name_of(reply)}")
-        return reply
 
     async def send_frame(self, picture: bytes | np.ndarray, pts_us: int) -> int:
         """Sends one picture and returns its number: a JPEG, or rgb u8 [H, W, 3] as it is, if the
@@ -239,20 +170,6 @@ class Client:
         if not self._is_raised and not isinstance(self._failure, EdgeVlmError):
             self._raise_failure()
 
-    async def _shut(self) -> None:
-        try:
-            if self._failure is None:
-                with suppress(EdgeVlmError, asyncio.TimeoutError):
-                    await asyncio.wait_for(self._say_goodbye(), CLOSE_TIMEOUT_S)
-        finally:
-            self._reader.cancel()
-            await self._line.close()
-            await asyncio.wait([self._reader])
-
-    async def _say_goodbye(self) -> None:
-        await self._send_json("session.close", self._event_id())
-        await asyncio.wait([self._reader])
-
     async def __aenter__(self) -> Client:
         return self
 
@@ -263,114 +180,3 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         await (self.close() if error is None else self._shut())
-
-    # ---- waiting -----------------------------------------------------------------------------
-
-    async def wait(self, future: asyncio.Future[Result]) -> Result:
-        """What comes of the future. Raises what ends the client meanwhile."""
-        await asyncio.wait([future, self._reader], return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            self._raise_failure()
-        return future.result()
-
-    async def _until(self, is_met: Callable[[], bool]) -> None:
-        while self._failure is None and not is_met():
-            await self._changed.wait()
-        self._raise_failure()
-
-    def fail(self, error: Exception) -> None:
-        """Ends reading: whatever waits raises `error`, and every later call."""
-        self._failure = self._failure or error
-        self._reader.cancel()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            self._is_raised = True
-            raise self._failure
-
-    # ---- sending -----------------------------------------------------------------------------
-
-    def _event_id(self) -> str:
-        self._next_event_id += 1
-        return f"event_{self._id_prefix}_{self._next_event_id}"
-
-    async def _send_json(self, kind: str, event_id: str, **fields: Any) -> None:
-        text = protocol.json_object({"type": kind, "event_id": event_id, **fields})
-        await self._send(text, event_id)
-
-    async def _send(self, data: str | bytes, key: str) -> None:
-        self._raise_failure()
-        try:
-            await self._line.send(data, key)
-        except EdgeVlmError as error:  # the reader meets it too, after what came before
-            self._failure = self._failure or error
-            self._raise_failure()
-
-    # ---- receiving ---------------------------------------------------------------------------
-
-    async def _read(self) -> None:
-        """Whatever ends it is given to whoever waits."""
-        try:
-            await self._take_events()
-        except Exception as error:  # noqa: BLE001 - handed over
-            self._failure = self._failure or error
-        finally:
-            self._failure = self._failure or ServerUnreachable("the client was closed")
-            for stream in [*self._by_event_id.values(), *self._by_response_id.values()]:
-                stream.push(None)
-            self._wake()
-
-    async def _take_events(self) -> None:
-        """A coroutine of its own, so that even a StopIteration of `on_event` comes out of it as an
-        exception that a task can hand over."""
-        while True:
-            event = await self._line.receive()
-            self._take(event)
-            self._report(event)
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed.clear()
-
-    def _report(self, event: protocol.ServerEvent) -> None:
-        if self.on_event is not None:
-            self.on_event(event)
-
-    def _take(self, event: protocol.ServerEvent) -> None:
-        if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):
-            self.frames.add(event)
-            self._unacknowledged.discard(event.frame_sequence)
-            self._wake()
-        elif isinstance(event, protocol.ResponseCreated):
-            stream = self._by_event_id.pop(event.event_id or "", None)
-            if stream is not None:
-                stream.response_id = event.response_id
-                self._by_response_id[event.response_id] = stream
-        elif isinstance(event, protocol.ResponseOutputTextDelta):
-            if event.response_id in self._by_response_id:
-                self._by_response_id[event.response_id].push(event.delta)
-        elif isinstance(event, protocol.ResponseDone):
-            stream = self._by_response_id.pop(event.response_id, None)
-            if stream is not None:
-                stream.finish(event)
-        elif isinstance(event, REPLIES):
-            future = self._replies.pop(event.event_id or "", None)
-            if future is not None and not future.done():
-                future.set_result(event)
-        elif isinstance(event, UnknownEvent):
-            if event.name not in self.unknown_events:
-                log.warning("the server sends %s events, which are not known here", event.name)
-            self.unknown_events[event.name] += 1
-        elif isinstance(event, protocol.Error):
-            self._take_error(event.error)
-
-    def _take_error(self, detail: protocol.ErrorDetail) -> None:
-        error = error_from_detail(detail)
-        stream = self._by_event_id.pop(detail.event_id or "", None)
-        if stream is not None:
-            stream.finish(error)
-        future = self._replies.pop(detail.event_id or "", None)
-        if future is not None and not future.done():
-            future.set_exception(error)
-        if stream is None and future is None:
-            log.warning("the server reports %s: %s", detail.code, detail.message)
