@@ -252,14 +252,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 export = Command(
-    name="export",
-    help="turn a checkpoint into a bundle of ONNX graphs, each compared with torch",
     add_arguments=_export_arguments,
     run=_export,
 )
 verify = Command(
-    name="verify",
-    help="compare a bundle's graphs with torch, or with the reference tensors inside it",
     add_arguments=_verify_arguments,
     run=_verify,
 )

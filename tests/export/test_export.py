@@ -177,9 +177,6 @@ def test_another_checkpoint_is_noticed(bundle: EngineBundle, tmp_path: Path) -> 
 
 
 def test_verify_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    from edge_vlm_export.commands import verify
-
-    assert verify.name == "verify"
     assert main(["verify", str(tiny_bundle())]) == 0
     out = capsys.readouterr().out
     assert out.count(" ok\n") == 3

@@ -162,7 +162,7 @@ def test_the_command_itself_needs_no_torch() -> None:
     """A folder that holds no weights is described, or refused, where torch is not installed."""
     code = (
         "import sys; sys.modules['torch'] = None; "
-        "from edge_vlm.model.inspect_command import inspect; print(inspect.name)"
+        "from edge_vlm.model.inspect_command import inspect; print(type(inspect).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "inspect"
+    assert done.stdout.strip() == "Command"

@@ -176,9 +176,7 @@ def test_the_options_reach_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(args)
         return 0
 
-    probe = configuration.configured(
-        Command(name="probe", help="", add_arguments=add_arguments, run=run)
-    )
+    probe = configuration.configured(Command(add_arguments=add_arguments, run=run))
     monkeypatch.setenv("EDGE_VLM_COUNT", "3")
     assert command_line(probe, []) == 0
     assert (seen[0].count, seen[0].names) == (3, [])

@@ -101,8 +101,6 @@ def _measure(args: argparse.Namespace, engines: LoadedBundle, recording: Recordi
 
 
 replay = Command(
-    name="replay",
-    help="run a recorded session again: the same report, or figures at full speed",
     add_arguments=_arguments,
     run=_run,
 )

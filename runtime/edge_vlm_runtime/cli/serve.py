@@ -70,8 +70,6 @@ def _serve(args: argparse.Namespace) -> int:
 
 serve = configured(
     Command(
-        name="serve",
-        help="serve a bundle over a websocket, with a browser page",
         add_arguments=serve_arguments,
         run=_serve,
     ),

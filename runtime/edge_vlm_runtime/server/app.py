@@ -41,7 +41,7 @@ try:
     from starlette.types import ASGIApp, Receive, Scope, Send
     from starlette.websockets import WebSocket
 except ImportError as error:
-    raise MissingExtraError.for_library(error.name or "starlette", "ort") from error
+    raise MissingExtraError.for_library(error.name or "starlette", "serve") from error
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from edge_vlm.errors import (
 try:
     import av
 except ImportError as error:
-    raise MissingExtraError.for_library("av", "ort") from error
+    raise MissingExtraError.for_library("av", "client") from error
 
 FFmpegError = av.FFmpegError
 TICKS_PER_S = av.time_base
