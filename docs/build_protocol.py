@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edge_vlm.options import fields_of
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol import messages
 from edge_vlm_runtime.protocol.frames import DropReason
@@ -180,10 +181,11 @@ def _limits(title: str, kind: type) -> str:
 
 
 def _field_texts(kind: type) -> dict[str, str]:
-    """The string literal under each field of a class, as one line."""
+    """What each field of a class means: its About, or the string literal under it as one line."""
     source = inspect.getsource(kind)
     found = re.findall(r'\n    (\w+)(?::| =)[^\n]*\n    """(.*?)"""', source, flags=re.DOTALL)
-    return {name: " ".join(text.split()) for name, text in found}
+    texts = {name: " ".join(text.split()) for name, text in found}
+    return texts | {name: about.text for name, (_, about) in fields_of(kind).items()}
 
 
 def _properties(kind: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -116,13 +116,14 @@ class Server:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
+        self._announce: Callable[[], None] | None = None
         self._answers = threading.Event()
         """The port does, or never will."""
         self._carrier = AsgiServer(
             self._application(),
             self.limits,
             tls,
-            on_start=self._answers.set,
+            on_start=self._on_start,
             on_signal=self._on_signal,
         )
 
@@ -187,8 +188,10 @@ class Server:
 
     # ---- running -----------------------------------------------------------------------------
 
-    def serve(self) -> None:
-        """Runs until SIGTERM or SIGINT; sessions get DRAIN_S to end their answers."""
+    def serve(self, on_start: Callable[[], None] | None = None) -> None:
+        """Runs until SIGTERM or SIGINT; sessions get DRAIN_S to end their answers. `on_start` is
+        called when the port answers and a signal is heeded."""
+        self._announce = on_start
         self._worker.start()
         try:
             asyncio.run(self._main())
@@ -251,6 +254,11 @@ class Server:
         finally:
             gauges.cancel()
             await asyncio.wait([gauges])
+
+    def _on_start(self) -> None:
+        self._answers.set()
+        if self._announce is not None:
+            self._announce()
 
     def _on_signal(self) -> None:
         if self._loop is not None:
