@@ -85,7 +85,8 @@ CLOSING = """\
 | 1001 | the server is stopping; `session.go_away` came before, answers under way got their time |
 | 1003 | the first message is binary and not of this protocol |
 | 1008 | the API key is missing or wrong; no such session to go on with, or another connection \
-went on with it; a page from another origin is refused with HTTP 403 before the upgrade |
+went on with it; a page from another origin, and a `Host` that is not the server's \
+(`E-HOST`), are refused with HTTP 403 before the upgrade |
 | 1009 | a message is larger than `max_message_bytes` |
 | 1011 | a bug of the server's ended the session; its log has the traceback |
 | 1013 | no free session (there is no waiting line; the message says how many are taken), \
@@ -98,6 +99,7 @@ caused it.
 ## Over HTTP on the same port
 
 `/` the browser page, `/healthz` and `/readyz` (200 or 503), `/version`, `/metrics` (Prometheus).
+A `Host` that is not the server's gets 403 and the code `E-HOST`.
 
 A server with an API key wants `Authorization: Bearer KEY` on the websocket and on every path under
 `/v1/`, and for `/metrics`; without it HTTP answers 401. A page, which cannot set headers, offers

@@ -248,6 +248,7 @@ def test_the_page_and_its_headers(plain: Server, caplog: pytest.LogCaptureFixtur
         assert raw(plain, path, "Host: 127.0.0.1", tag) == (304, "")
     for path in ("/nothing", "/../app.py", "/%2e%2e/app.py", "//etc/passwd", "/app.js%00.html"):
         assert raw(plain, path, "Host: 127.0.0.1")[0] == 404
+    assert raw(plain, "/healthz/", "Host: 127.0.0.1")[0] == 307
     headers = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
     nonce = f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}"
     assert raw(plain, "/nothing", "Host: 127.0.0.1", *headers, nonce)[0] == 403

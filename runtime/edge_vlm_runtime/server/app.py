@@ -45,10 +45,10 @@ try:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
-    from starlette.routing import Mount, Route, WebSocketRoute
+    from starlette.routing import Route, WebSocketRoute
     from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Receive, Scope, Send
-    from starlette.websockets import WebSocket
+    from starlette.websockets import WebSocket, WebSocketClose
 except ImportError as error:
     raise MissingExtraError.for_library(error.name or "starlette", "ort") from error
 
@@ -284,9 +284,9 @@ class Server:
                 Route("/version", self._version),
                 Route("/metrics", self._metrics),
                 WebSocketRoute(protocol.PATH, self._realtime),
-                Mount("/", _Page(directory=WEB, html=True)),
             ]
         )
+        application.router.default = _Page(directory=WEB, html=True)
         application.add_middleware(_Guard, hosts=self._allowed_hosts, key=self._api_key)
         return application
 
@@ -372,6 +372,12 @@ def _refusal(error: EdgeVlmError, status: int, headers: dict[str, str] | None = 
 
 class _Page(StaticFiles):
     """The browser page, which may load nothing from elsewhere."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # of an unknown path; older versions do not expect it
+            await WebSocketClose()(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
