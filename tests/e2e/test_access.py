@@ -211,7 +211,7 @@ def test_our_client_says_why_the_name_is_refused(
     async def attempt() -> None:
         await Client.connect(f"ws://my-camera:{plain.port}/v1/realtime")
 
-    with pytest.raises(HostNotAllowed, match="'my-camera:.*--allowed-host"):
+    with pytest.raises(HostNotAllowed, match=r"'my-camera:.*--allowed-host"):
         run(attempt())
 
 

@@ -238,7 +238,7 @@ def test_every_limit_and_setting_is_an_option_with_a_text(tmp_path: Path) -> Non
     for kind in (ServerLimits, SessionSettings):
         assert set(fields_of(kind)) == {field.name for field in dataclasses.fields(kind)}
     changed_limits = {
-        field.name: field.default + (1 << 20) for field in dataclasses.fields(ServerLimits)
+        name: value + (1 << 20) for name, value in dataclasses.asdict(ServerLimits()).items()
     }
     changed_settings = {
         **dict.fromkeys(("policy_seed", "min_cells", "last_n", "window_tokens"), 7),
@@ -249,14 +249,14 @@ def test_every_limit_and_setting_is_an_option_with_a_text(tmp_path: Path) -> Non
         **{"drop_duplicates": False, "instructions": 'Say "yes".'},
     }
     options = flat(serve_options())
-    wanted = {ServerLimits: changed_limits, SessionSettings: changed_settings}
-    values = {
-        option.key: wanted[option.owner][option.field] // option.about.unit
-        if option.about.unit != 1
-        else wanted[option.owner][option.field]
-        for option in options
-        if option.owner in wanted
+    wanted: dict[type, dict[str, Any]] = {
+        ServerLimits: changed_limits,
+        SessionSettings: changed_settings,
     }
+    values = {}
+    for option in (option for option in options if option.owner in wanted):
+        value = wanted[option.owner][option.field]
+        values[option.key] = value if option.about.unit == 1 else value // option.about.unit
     file = tmp_path / "edge-vlm.toml"
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
     arguments = [

@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -47,11 +48,11 @@ def make(machine: FakeMachine) -> ServerMetrics:
     )
 
 
-def families(page: str) -> dict[str, tuple[str, str, dict[object, float]]]:
+def families(page: str) -> dict[str, tuple[str, str, dict[Any, float]]]:
     """Type, help and samples of each metric; `le` is a number."""
     found = {}
     for family in text_string_to_metric_families(page):
-        samples = {}
+        samples: dict[Any, float] = {}
         for sample in family.samples:
             labels = {k: float(v) if k == "le" else v for k, v in sample.labels.items()}
             samples[sample.name, tuple(sorted(labels.items()))] = sample.value

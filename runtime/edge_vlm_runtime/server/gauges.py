@@ -89,7 +89,7 @@ def total_watts(rails: Mapping[str, float], gpus: Mapping[str, float]) -> float 
 def open_gpus() -> Gpus | None:
     """None without pynvml, or where there is no NVIDIA driver or it does not answer."""
     try:
-        import pynvml
+        import pynvml  # type: ignore[import-untyped]
     except ImportError:  # the extra `gauges`: a server does without
         return None
     try:
