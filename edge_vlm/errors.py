@@ -21,7 +21,8 @@
     |   `-- UnknownMessageType  7  E-UNKNOWN-TYPE
     |-- ServerUnreachable       8  E-SERVER-UNREACHABLE
     |   |-- ServerBusy          8  E-SERVER-BUSY        no free session, or it is stopping
-    |   `-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
+    |   |-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
+    |   `-- HostNotAllowed      8  E-HOST               it does not go by the name it was called
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
@@ -221,6 +222,10 @@ class ServerBusy(ServerUnreachable):
 
 class Unauthorized(ServerUnreachable):
     code = "E-UNAUTHORIZED"
+
+
+class HostNotAllowed(ServerUnreachable):
+    code = "E-HOST"
 
 
 class MissingExtraError(EdgeVlmError):
