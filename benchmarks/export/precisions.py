@@ -80,7 +80,7 @@ def comparisons(report: Report) -> dict[str, Any]:
         worst = graphs.setdefault(found.graph, {"max_difference": 0.0, "least_cosine": 1.0})
         worst["max_difference"] = max(worst["max_difference"], float(f"{found.difference:.3g}"))
         worst["least_cosine"] = min(worst["least_cosine"], round(found.cosine, 6))
-    clip = report.chains[0]
+    clip = report.pipelines[0]
     return {
         "graphs": graphs,
         "clip": {

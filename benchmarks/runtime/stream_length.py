@@ -309,7 +309,7 @@ def measure_clips(
 
 def _peer(cfg: ModelConfig, num_frames: int) -> Callable[[], object] | None:
     """One question to transformers' Molmo2 of this size with random weights: from patches to the
-    logits behind the question. None where transformers is missing."""
+    logits after the question. None where transformers is missing."""
     try:
         import transformers
     except ImportError:

@@ -82,7 +82,7 @@ class VideoLM(nn.Module):
         """Scores every cell of consecutive frames and runs all blocks before the drop.
 
         Frame i's previous cells are frame i-1's; `prev_cells` [1, C, D] continues an earlier call;
-        frames with `is_first` (bool [F]) start a clip. Returns `hidden` [F, N, D] behind the biased
+        frames with `is_first` (bool [F]) start a clip. Returns `hidden` [F, N, D] after the biased
         block, `cells` [F, C, D] for the next call and fp32 `scores` [F, C].
         """
         x = self.embed_frames(pixels_FNP)

@@ -22,14 +22,14 @@ from edge_vlm.errors import (
 from edge_vlm.formats.precision import Precision
 from edge_vlm_export import preflight
 from edge_vlm_export.graphs.graphs import GraphLimits
-from edge_vlm_export.to_onnx import ExportOptions, Progress, export_bundle
+from edge_vlm_export.to_onnx import ExportOptions, Silent, export_bundle
 from edge_vlm_export.trace.graph_files import load_graph, save_graph
 from tests.tiny import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint
 
 LIMITS = GraphLimits(**TINY_LIMITS)
 
 
-class Interrupts(Progress):
+class Interrupts(Silent):
     """Ctrl-C in the middle."""
 
     def stage(self, text: str) -> None:

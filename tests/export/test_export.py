@@ -49,8 +49,8 @@ def test_every_graph_equals_its_reference_tensors(bundle: EngineBundle) -> None:
     report.require()
     assert tuple(result.graph for result in report.graphs) == GRAPHS
     assert format_table(report.graphs).count(" ok") == 3
-    assert [chain.same_tokens for chain in report.chains] == [16, 16]
-    assert [chain.same_cells for chain in report.chains] == [3, 3]
+    assert [pipeline.same_tokens for pipeline in report.pipelines] == [16, 16]
+    assert [pipeline.same_cells for pipeline in report.pipelines] == [3, 3]
 
 
 @pytest.mark.parametrize("name", GRAPHS)
