@@ -77,7 +77,8 @@ def encode_unpruned(model: VideoLM, pixels_FNP: Tensor) -> Tensor:
         if i in layers:
             taps[i] = x
     joined = torch.cat([taps[i] for i in layers], -1)
-    return model.connector(model.vit.cells(joined).flatten(0, 1))
+    out: Tensor = model.connector(model.vit.cells(joined).flatten(0, 1))
+    return out
 
 
 def encode_pruned(model: VideoLM, pixels_FNP: Tensor, keep_ratio: float) -> EncodedClips:

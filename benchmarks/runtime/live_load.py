@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
 from edge_vlm_runtime.inference.vision import FrameTokens
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.session.budget import default_settings
-from edge_vlm_runtime.session.context import FRAMES_PER_PREFILL, StreamContext
+from edge_vlm_runtime.session.context import FRAMES_PER_PREFILL, Evicted, Rebased, StreamContext
 from edge_vlm_runtime.session.frame_queue import EncodedFrame
 from edge_vlm_runtime.session.session import Question, Session
 from edge_vlm_runtime.sources.video_file import FileSource
@@ -196,12 +197,12 @@ def measure_answer(
         took[name].append((asker.done_ns - begin_ns) * 1e-9)
         frames[name].append(sum(len(camera.accepted) for camera in cameras) - before)
 
-    cases: dict[str, Callable[[], object]] = {"alone": lambda: answer("alone", None)}
+    cases: dict[str, Callable[[], object]] = {"alone": partial(answer, "alone", None)}
     for rate in RATES:
         name = FLOOD if rate == FLOOD else f"{rate:g} fps"
-        cases[name] = lambda name=name, rate=rate: answer(name, rate)
+        cases[name] = partial(answer, name, rate)
     elsewhere = f"{FLOOD} in {OTHERS} other sessions"
-    cases[elsewhere] = lambda: answer(elsewhere, None, OTHERS)
+    cases[elsewhere] = partial(answer, elsewhere, None, OTHERS)
     took: dict[str, list[float]] = {name: [] for name in cases}
     frames.update({name: [] for name in cases})
     in_turn(
@@ -245,7 +246,12 @@ def measure_batches(
     )
     context = camera.session._context
     remember = context.add
-    context.add = lambda new: tokens.extend(new) or remember(new)  # type: ignore[method-assign]
+
+    def add(frames: Sequence[FrameTokens]) -> list[Evicted | Rebased]:
+        tokens.extend(frames)
+        return remember(frames)
+
+    context.add = add  # type: ignore[method-assign]
     for _ in range(FRAMES_PER_PREFILL * 4):
         camera.put()
         while camera.session.step():
@@ -414,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    clock_ns = cast(Callable[[], int], CLOCKS[args.clock])
+    clock_ns = CLOCKS[args.clock]
     with LoadedBundle.open(args.bundle, threads=1) as engines:
         warm_up(engines)
         result: dict[str, Any] = {

@@ -55,8 +55,8 @@ from edge_vlm_export.verify.compare_pipelines import (
     reference_arrays,
 )
 from edge_vlm_export.verify.footage import footage_clips
-from edge_vlm_export.verify.ort_runner import Arrays, Graphs, ort_run, run_module, torch_run
-from edge_vlm_export.verify.pipeline import Clip, Pipeline, RunGraph, drawn_clip
+from edge_vlm_export.verify.ort_runner import Graphs, ort_run, run_module, torch_run
+from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline, RunGraph, drawn_clip
 from edge_vlm_export.verify.verify import Report, compare_with_torch
 
 LARGE_MODEL = 1_000_000_000

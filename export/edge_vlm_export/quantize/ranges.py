@@ -19,8 +19,8 @@ from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm_export.quantize.convert import Ranges
 from edge_vlm_export.quantize.plan import FLOATS, is_product
 from edge_vlm_export.trace.graph_files import load_graph
-from edge_vlm_export.verify.ort_runner import Arrays, OrtRunner
-from edge_vlm_export.verify.pipeline import Clip, Pipeline
+from edge_vlm_export.verify.ort_runner import OrtRunner
+from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline
 
 MAX_PREFIX, CHANNELS_PREFIX = "max:", "channels:"
 

@@ -14,7 +14,7 @@ import numpy as np
 from edge_vlm.errors import NonFinite, ParityError
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import Precision
-from edge_vlm_export.verify.ort_runner import Arrays
+from edge_vlm_export.verify.pipeline import Arrays
 
 TOLERANCE = 1e-4
 """Largest |difference| allowed, in units of the largest |expected value| where that exceeds 1."""

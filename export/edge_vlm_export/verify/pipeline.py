@@ -229,7 +229,8 @@ class Pipeline:
         }
         out = self._checked(name, inputs)
         past.take(out, s)
-        return out["logits"][0]
+        logits: np.ndarray = out["logits"][0]
+        return logits
 
     def _checked(self, name: str, inputs: Arrays) -> Arrays:
         out = self._run(name, inputs)
