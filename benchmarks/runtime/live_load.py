@@ -169,8 +169,9 @@ def measure_answer(
 
     def answer(name: str, rate: float | str | None, others: int = 0) -> None:
         cameras = [Camera(endless, settings, limits, jpegs, rate, clock_ns)]
-        for _ in range(others):  # they are not asked, so they need no room for an answer
-            cameras.append(Camera(endless, watching, limits, jpegs, FLOOD, clock_ns))
+        cameras += [  # they are not asked, so they need no room for an answer
+            Camera(endless, watching, limits, jpegs, FLOOD, clock_ns) for _ in range(others)
+        ]
         turns: Scheduler[Camera] = Scheduler(
             answer=lambda camera: camera.session.answer(),
             watch=lambda camera: camera.session.watch(),

@@ -37,7 +37,8 @@ def test_the_past_is_that_of_a_prompt(name: str) -> None:
     assert real.language is not None
     embeds, cache = real.language.embeds, real.language.cache
     rows = len(embeds)
-    assert rows > 10 and all(array.shape == (rows, 2, 16) for array in cache.values())
+    assert rows > 10
+    assert all(array.shape == (rows, 2, 16) for array in cache.values())
     sizes = {"s": 3, "p": rows - 1, "n": 1, "C": rows + 9}
     inputs = sample_inputs(bundle.specs["llm"], sizes, bundle.config, seed=0, real=real)
     assert (inputs["inputs_embeds"] == embeds[[rows - 1, 0, 1]]).all()

@@ -88,7 +88,8 @@ def encode(
     previous_across_clips: bool = False,
 ) -> Literal:
     cfg, scorer = model.cfg, model.scorer
-    assert cfg.scorer is not None and scorer is not None
+    assert cfg.scorer is not None
+    assert scorer is not None
     num_frames, num_patches = pixels_FNP.shape[:2]
     num_cells, prune_at = num_patches // 9, cfg.scorer.prune_at
     starts = [sum(frames_per_clip[:i]) for i in range(len(frames_per_clip))]

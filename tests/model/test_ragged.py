@@ -27,9 +27,11 @@ def flash_on_a_cpu(
     q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int
 ) -> Tensor:
     """What the flash kernel promises; it has no CPU form."""
-    assert torch.equal(ends_q, ends_k) and ends_q.dtype == torch.int32
+    assert torch.equal(ends_q, ends_k)
+    assert ends_q.dtype == torch.int32
     ends = ends_q.tolist()
-    assert ends[0] == 0 and ends[-1] == len(q)
+    assert ends[0] == 0
+    assert ends[-1] == len(q)
     parts = []
     for start, stop in itertools.pairwise(ends):
         assert 0 <= stop - start <= min(longest_q, longest_k)
