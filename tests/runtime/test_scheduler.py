@@ -99,21 +99,26 @@ def test_video_takes_its_share_of_the_answers_time_and_no_more(
     table.play(2)  # what a frame costs is known before the first question
     table.done.clear()
     table.answers[names[0]] = 600
+    num_cheap = 0
     if uneven:
         table.takes_s["watch"] *= 0.1
         table.play(100)
+        num_cheap = len(table.order("watch"))
         table.takes_s["watch"] = watch_s
         table.play(500)
     else:
         table.play(600)
-    video_ns = sum(1 for kind, _ in table.done if kind == "watch")
-    allowed_s = share * table.spent_s("answer")
-    if not uneven:
-        possible_s = min(allowed_s, 600 * len(names) * watch_s)
-        assert 0.95 * possible_s - 3 * watch_s <= table.spent_s("watch") <= allowed_s + 1e-9
-    assert video_ns > 0
     served = Counter(table.order("watch"))
-    assert set(served) == set(names) if min(served.values()) > 1 else True
+    num_frames = sum(served.values())
+    assert num_frames > 0
+    watched_s = (num_frames - 0.9 * num_cheap) * watch_s
+    allowed_s = share * table.spent_s("answer")
+    if uneven:  # one frame may cost more than was known of it
+        assert watched_s <= allowed_s + watch_s
+    else:
+        possible_s = min(allowed_s, 600 * len(names) * watch_s)
+        assert 0.95 * possible_s - 3 * watch_s <= watched_s <= allowed_s + 1e-9
+    # A Counter has 0 for whoever was left out.
     assert max(served.values()) - min(served[name] for name in names) <= 1
 
 
