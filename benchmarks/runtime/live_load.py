@@ -8,7 +8,7 @@
    round by round. Goal: at most 1.25 times as long as alone.
 2. Frames that were encoded join the memory one by one or four in a prefill: time per frame.
 3. The budget: share of cells kept against `keep_ratio`, tokens a second against
-   `vision_tokens_per_s`, over rendered scenes and, where they are, the shared clips. Goal: within
+   `vision_tokens_per_s`, over rendered scenes and the videos named. Goal: within
    10 %.
 4. A minute of a camera on a scene that stands still and on a busy one, default settings: frames
    through the engines, tokens, and processor time, JPEG decoding apart. Goal: less than a tenth.
@@ -30,15 +30,17 @@ import numpy as np
 import torch
 
 from benchmarks.harness import (
-    command_line,
-    device_record,
+    CLOCKS_NS,
+    RESULTS,
     in_turn,
     progress,
+    result_head,
+    script_parser,
     speed_up,
     summary,
     write_result,
 )
-from benchmarks.runtime.stream_length import CLOCKS, FPS, pictures
+from benchmarks.runtime.stream_length import FPS, pictures
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
@@ -52,9 +54,6 @@ from edge_vlm_runtime.session.frame_queue import EncodedFrame
 from edge_vlm_runtime.session.session import Question, Session
 from edge_vlm_runtime.sources.video_file import FileSource
 
-ROOT = Path(__file__).parents[2]
-OUT = ROOT / "benchmarks" / "results" / "live_load.json"
-SHARED_CLIPS = ROOT.parent / "shared" / "clips"
 FLOOD = "flood"
 RATES: tuple[float | str, ...] = (2.0, 10.0, 30.0, FLOOD)
 OTHERS = 3
@@ -311,9 +310,9 @@ def scene(turn: float, num_frames: int, size: int) -> list[bytes]:
     return made
 
 
-def clips(num_frames: int, size: int) -> dict[str, list[bytes]]:
+def clips(num_frames: int, size: int, videos: Sequence[Path]) -> dict[str, list[bytes]]:
     found = {name: scene(turn, num_frames, size) for name, turn in SCENES.items()}
-    for path in sorted(SHARED_CLIPS.glob("*.mp4")):
+    for path in videos:
         found[path.stem] = [encode_jpeg(shown.rgb) for shown in FileSource(path, 8.0).pictures()]
     return found
 
@@ -330,7 +329,7 @@ def measure_budget(
 ) -> dict[str, Any]:
     limits = ServerLimits()
     settings = default_settings(engines.bundle, limits).changed({"delivery": "wait"})
-    shown = clips(args.seconds * FPS, engines.bundle.config.vision.image_size)
+    shown = clips(args.seconds * FPS, engines.bundle.config.vision.image_size, args.videos)
     rows: dict[str, dict[str, float]] = {}
     for name, jpegs in shown.items():
         rows[name] = {}
@@ -412,23 +411,21 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = script_parser(__doc__, RESULTS / "live_load.json")
     parser.add_argument("--bundle", type=Path, default=DEMO_BUNDLE)
     parser.add_argument("--answer", type=int, default=200, help="tokens of the answer")
     parser.add_argument("--seconds", type=int, default=60, help="length of a rendered scene")
+    parser.add_argument("--videos", type=Path, nargs="*", default=[], help="more than scenes")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--clock", choices=CLOCKS, default="processor")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--clock", choices=CLOCKS_NS, default="processor")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    clock_ns = CLOCKS[args.clock]
+    clock_ns = CLOCKS_NS[args.clock]
     with LoadedBundle.open(args.bundle, threads=1) as engines:
         warm_up(engines)
         result: dict[str, Any] = {
-            "command": command_line("live_load", argv),
-            "device": device_record(torch.device("cpu")),
+            **result_head(__file__, argv, torch.device("cpu")),
             "clock": args.clock,
-            "threads": 1,
             "rounds": args.rounds,
             "bundle": engines.bundle.name,
             "answer": measure_answer(engines, args, clock_ns),
