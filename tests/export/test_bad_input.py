@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -24,9 +25,15 @@ from edge_vlm_export import preflight
 from edge_vlm_export.graphs.graphs import GraphLimits
 from edge_vlm_export.to_onnx import ExportOptions, Silent, export_bundle
 from edge_vlm_export.trace.graph_files import load_graph, save_graph
-from tests.tiny import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint
+from tests.tiny import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint, traced_once
 
 LIMITS = GraphLimits(**TINY_LIMITS)
+
+
+@pytest.fixture(autouse=True)
+def _shared_traces() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 class Interrupts(Silent):
@@ -38,8 +45,9 @@ class Interrupts(Silent):
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    options = ExportOptions(limits=LIMITS)
     with pytest.raises(KeyboardInterrupt):
-        export_bundle(tiny_checkpoint(), tmp_path / "out", ExportOptions(), Interrupts())
+        export_bundle(tiny_checkpoint(), tmp_path / "out", options, Interrupts())
     assert list(tmp_path.iterdir()) == []
 
 
