@@ -144,11 +144,3 @@ def patch_indices_of_cells(cells: NDArray, cfg: VisionConfig) -> NDArray[np.int6
             f"cells must lie in [0, {cfg.num_cells}), got {cells.min()}..{cells.max()}"
         )
     return cell_table(cfg.cell_grid)[cells]
-
-
-def cell_of_patches(cfg: VisionConfig) -> NDArray[np.int64]:
-    """[num_patches]: the cell each patch belongs to."""
-    out = np.empty(cfg.num_patches, dtype=np.int64)
-    table = cell_table(cfg.cell_grid)
-    out[table] = np.arange(cfg.num_cells)[:, None]
-    return out
