@@ -17,7 +17,7 @@ from edge_vlm.formats.calibration import CalibrationTable, Threshold
 from edge_vlm.model.checkpoint import WEIGHTS, load_checkpoint
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.patches import to_pixel_values
-from edge_vlm.pixels.video import Shot, read_footage
+from edge_vlm.formats.footage import Shot, read_footage
 
 KEEP_RATIOS = (0.7, 0.5, 0.3, 0.2)
 PERCENTS = range(5, 100, 5)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_vlm.pixels.video import read_footage
+from edge_vlm.formats.footage import read_footage
 from edge_vlm_export.verify.pipeline import Chain, Clip
 from edge_vlm_export.verify.verify_pipeline import ChainComparison, compare_results
 
