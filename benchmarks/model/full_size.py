@@ -37,15 +37,14 @@ from benchmarks.harness import (
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, molmo2_4b, tiny
 from edge_vlm.flops import language_flops, vision_flops
 from edge_vlm.model.clips import encode_clips
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.text.masks import CAUSAL, MASKED
 
 RESULTS = Path(__file__).parents[1] / "results"
 STAMP_TOKENS = 5
 """Text before a frame: its time stamp."""
 QUESTION_TOKENS = 24
-CAUSAL = -1
 ROW_ALIGNMENT = 16
 
 

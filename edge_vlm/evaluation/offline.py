@@ -37,10 +37,8 @@ from edge_vlm.evaluation.runs import (
 from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.pixels.frames import decode_jpeg
 from edge_vlm.pruning.policies import Cells, Rgb, Scores, clip_budget, make_policy
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm.text.prompt import Ids, PromptFormat
-
-CAUSAL = -1
-"""Block of a token that sees only what lies before it."""
 
 
 @dataclass(frozen=True, eq=False)

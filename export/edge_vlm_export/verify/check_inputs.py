@@ -11,8 +11,9 @@ from edge_vlm.config import ModelConfig
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.pixels.stills import PADDING
+from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.rope import rope_table
-from edge_vlm_export.verify.pipeline import MASKED, Clip
+from edge_vlm_export.verify.pipeline import Clip
 from edge_vlm_export.verify.sessions import Arrays
 
 REFERENCE_SIZES = {"F": 2, "G": 6, "I": 2, "T": 8, "s": 5, "p": 9, "n": 1, "C": 24}
@@ -111,9 +112,7 @@ def sample_inputs(
     if "attn_bias" in names:
         s, p = sizes["s"], sizes["p"]
         arrays["cos"], arrays["sin"] = (t[p:] for t in rope_table(cfg.language, p + s))
-        rows, columns = np.arange(s)[:, None], np.arange(-p, s)[None, :]
-        frame = (np.maximum(rows, columns) < s // 2) & (columns >= 0)
-        arrays["attn_bias"] = np.where((columns <= rows) | frame, 0.0, MASKED)
+        arrays["attn_bias"] = block_bias(np.where(np.arange(s) < s // 2, 0, CAUSAL), p)
         arrays["last_idx"] = np.sort(rng.permutation(s)[: sizes["n"]])
     return {t.name: np.ascontiguousarray(arrays[t.name], dtype=t.dtype) for t in spec.inputs}
 

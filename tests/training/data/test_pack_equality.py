@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm.model.clips import encode_clips
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.text.masks import MASKED
 from edge_vlm.text.prompt import PLAIN, RELEASED, PromptFormat, PromptStyle
 from edge_vlm_training.data.assemble import CellBudget, assemble
 from edge_vlm_training.data.batch import IGNORED, PackedBatch
