@@ -7,6 +7,7 @@ import pytest
 
 from edge_vlm.errors import EngineError, ShapeRange
 from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.engines.base import Engine, Shape
 from edge_vlm_runtime.inference.language import chunks
 
