@@ -89,7 +89,7 @@ class Bench:
         shape = (clips * frames, vision.num_patches, vision.patch_dim)
         pixels = torch.randn(shape, device=self.device, dtype=self.dtype)
         begin = self._now()
-        seen = encode_clips(model, pixels, [frames] * clips, removed, min_cells=0)
+        seen = encode_clips(model, pixels, [frames] * clips, keep_ratio=1 - removed, min_cells=0)
         vision_s = self._now() - begin
 
         counts = seen.kept_FC.view(clips, frames, -1).sum(-1).tolist()

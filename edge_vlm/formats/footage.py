@@ -8,8 +8,8 @@ from pathlib import Path
 
 from edge_vlm.errors import VideoEmpty, VideoNotFound
 from edge_vlm.formats.qa_set import read_question_set
-from edge_vlm.pixels.frames import decode_jpeg
-from edge_vlm.pixels.video import Rgb, read_video
+from edge_vlm.pixels.frames import Rgb, decode_jpeg
+from edge_vlm.pixels.video import read_video
 
 Shot = tuple[bool, Rgb]
 """Whether the frame starts a clip, and its rgb u8 [H, W, 3]."""

@@ -24,14 +24,15 @@ from edge_vlm.model.checkpoint import TOKENIZER, WEIGHTS, load_checkpoint
 from edge_vlm.model.layers import additive_bias
 from edge_vlm.model.llm import KeyValue, LanguageModel, attend_past, rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.pixels.frames import Rgb
 from edge_vlm.pixels.patches import to_pixel_values
-from edge_vlm.pruning.policies import Cells, Rgb, Scores
+from edge_vlm.pruning.policies import Cells, Scores
 from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 
 ROOM = 128
-"""Positions left free behind a video for a question and its answer."""
+"""Positions left free after a video for a question and its answer."""
 
 
 class TorchModel:
@@ -83,7 +84,7 @@ class TorchModel:
         return [[decode(next(tokens)) for _ in items] for _, items in views]
 
     def _prefill(self, prefixes: Sequence[Prefix]) -> list[KeyValue]:
-        """Keys and values of prefixes [V, P, ...], padded behind their ends."""
+        """Keys and values of prefixes [V, P, ...], padded after their ends."""
         llm = self.model.llm
         longest = max(len(prefix.ids) for prefix in prefixes)
         ids_VP = torch.zeros(len(prefixes), longest, dtype=torch.int64)

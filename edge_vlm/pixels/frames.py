@@ -12,12 +12,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_vlm.errors import FrameDecodeError, MissingExtraError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+Rgb = npt.NDArray[np.uint8]
+"""A picture, [H, W, 3]."""
 JPEG_MAGIC = b"\xff\xd8\xff"
 RAW_HEADER = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")
 """Of a binary PPM, https://netpbm.sourceforge.net/doc/ppm.html, in its plainest form."""

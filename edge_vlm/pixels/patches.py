@@ -27,7 +27,7 @@ def _sample_points(in_size: int, out_size: int) -> _Points:
     """Lower index, upper index and the upper one's weight for each output place along one axis.
 
     As torch's `interpolate(mode="bilinear", align_corners=False)` has it: the scale is an f32, the
-    place is rounded to f32 once, behind a fused multiply and subtract.
+    place is rounded to f32 once, after a fused multiply and subtract.
     """
     scale = np.float32(in_size) / np.float32(out_size)
     place = ((np.arange(out_size) + 0.5) * np.float64(scale) - 0.5).astype(np.float32)

@@ -143,7 +143,7 @@ def grid_of(tiling: tuple[int, int], vision: VisionConfig, cfg: ImageConfig) -> 
 def pooling_windows(patches: NDArray, pool: int) -> tuple[NDArray[np.int32], int, int]:
     """Patch numbers [h, w] -> windows [rows * columns, pool**2], rows and columns.
 
-    What is missing to a multiple of `pool` is padded on both sides, the odd one behind.
+    What is missing to a multiple of `pool` is padded on both sides, the odd one at the end.
     """
     lacking = [-side % pool for side in patches.shape]
     around = [(lack // 2, lack - lack // 2) for lack in lacking]

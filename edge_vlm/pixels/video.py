@@ -29,8 +29,7 @@ from edge_vlm.errors import (
     VideoNotFound,
     VideoUnreadable,
 )
-
-Rgb = npt.NDArray[np.uint8]
+from edge_vlm.pixels.frames import Rgb
 
 EPSILON_S = 6e-4
 """How much before its time a frame counts as shown: containers round times to milliseconds."""

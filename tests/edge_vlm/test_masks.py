@@ -9,7 +9,8 @@ from edge_vlm.text.masks import CAUSAL, MASKED, block_bias, branch_bias
 
 
 def seen(bias: np.ndarray) -> list[str]:
-    assert set(np.unique(bias)) <= {0.0, MASKED} and bias.dtype == np.float32
+    assert set(np.unique(bias)) <= {0.0, MASKED}
+    assert bias.dtype == np.float32
     return ["".join(".#"[int(value == 0)] for value in row) for row in bias]
 
 

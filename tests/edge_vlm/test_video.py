@@ -121,7 +121,8 @@ FILES: dict[str, Callable[[Path], Path]] = {
 def test_every_stage_sees_the_same_frames(tmp_path: Path, name: str, fps: float) -> None:
     path = FILES[name](tmp_path)
     seen = watched(path, fps, bars)
-    assert seen[0] == (0.0, 0) and len({shown for _, shown in seen}) == len(seen)
+    assert seen[0] == (0.0, 0)
+    assert len({shown for _, shown in seen}) == len(seen)
     assert seen == evaluated(path, fps, bars)
     assert [shown for _, shown in seen] == calibrated(path, fps, bars)
     # Training shows the last frame besides, at its own time (Molmo2's rule).
@@ -134,7 +135,8 @@ def test_every_stage_sees_the_same_frames(tmp_path: Path, name: str, fps: float)
     ]
     assert [shown for _, shown in before] == [shown for _, shown in grid]
     assert [t for t, _ in before] == pytest.approx([t for t, _ in grid])
-    assert last_s == pytest.approx(probed.end_s) and last == len(probed.starts_s) - 1
+    assert last_s == pytest.approx(probed.end_s)
+    assert last == len(probed.starts_s) - 1
 
 
 def test_frames_of_a_variable_rate_file(tmp_path: Path) -> None:
@@ -145,7 +147,8 @@ def test_frames_of_a_variable_rate_file(tmp_path: Path) -> None:
     assert seen == [0.0, 0.5, 1.0, 4.0, 4.5, 9.0, 9.5, 12.0, 12.5, 20.0, 20.5, 21.0]
     same = [(p.time_s, p.rgb) for p in FileSource(path, 2.0).pictures()]
     for (time_s, rgb), (other_s, other) in zip(read_video(path, 2.0), same, strict=True):
-        assert time_s == other_s and np.array_equal(rgb, other)
+        assert time_s == other_s
+        assert np.array_equal(rgb, other)
 
 
 def test_frames_on_a_grid_of_rounded_times_are_all_seen(tmp_path: Path) -> None:
@@ -250,7 +253,8 @@ def test_every_stage_says_the_same_of_a_bad_file(tmp_path: Path, make: Any) -> N
     for stage in stages:
         with pytest.raises(kind, match=words) as caught:
             stage(path, 2.0, bars)
-        assert type(caught.value) is kind and str(path) in str(caught.value.where)
+        assert type(caught.value) is kind
+        assert str(path) in str(caught.value.where)
         said.add(caught.value.what)
     assert len(said) <= 2  # packets may reach a little farther than the last whole picture
 
@@ -296,7 +300,7 @@ def test_moments_are_the_frames_shown_then(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, codec",
+    ("name", "codec"),
     [
         ("a.mp4", "libx264"),
         ("a.mkv", "libx264"),

@@ -78,7 +78,7 @@ class FrameIngest:
             self._policy = _policy_of(settings, self._vision.num_cells)
         elif _differ(old, settings, BUDGET_FIELDS):
             share = settings.keep_ratio * self._vision.num_cells
-            self._policy.fund(share, share)  # a budget by time funds each frame anew
+            self._policy.set_rate(share, share)  # a budget by time sets it anew each frame
 
     def encode(self, waiting: EncodedFrame) -> tuple[FrameTokens, dict[str, float]]:
         """Features and milliseconds by stage. Raises FrameRejected."""
@@ -118,7 +118,7 @@ class FrameIngest:
         if self._last_chosen_us is not None:
             since_s = (capture_time_us - self._last_chosen_us) * 1e-6
             self._interval_s += INTERVAL_NEWS * (since_s - self._interval_s)
-        self._policy.fund(per_s * since_s, per_s * self._interval_s)
+        self._policy.set_rate(per_s * since_s, per_s * self._interval_s)
 
     def _is_duplicate(self, rgb: np.ndarray, waiting: EncodedFrame) -> bool:
         """Compares with the last frame let through; a new one takes its place."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from edge_vlm.pixels.video import Rgb
+from edge_vlm.pixels.frames import Rgb
 
 CREDENTIALS = re.compile(r"(\w+://)\S*@")
 

@@ -112,7 +112,7 @@ class LiveSource:
         """The thread: whatever ends it, whoever waits for a picture is told."""
         try:
             self._read_for_ever()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (handed to `pictures`)
             log.error("camera %s is no longer read: %s", self.name, _words_of(error))
             with self._news:
                 self._died_of = error
@@ -133,14 +133,14 @@ class LiveSource:
                     why = "the stream ended"
                 finally:
                     self._camera.close()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (logged; the camera is opened again)
                 why = _words_of(error)
             log.warning("camera %s went away: %s", self.name, why)
             while not self._closed.wait(back_off_s):
                 back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
                 try:
                     self._camera = self._open_camera()
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 (logged; tried again)
                     log.warning("camera %s is still away: %s", self.name, _words_of(error))
                     continue
                 self.reconnects += 1
