@@ -61,7 +61,8 @@ def random_pixels(frames: int, seed: int) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    # Scores are stretched from nearly equal ones, which stretches their rounding, too.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=5e-5)
 
 
 @settings(max_examples=25)
