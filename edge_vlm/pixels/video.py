@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,8 +32,10 @@ from edge_vlm.errors import (
 )
 from edge_vlm.pixels.frames import Rgb
 
-EPSILON_S = 6e-4
-"""How much before its time a frame counts as shown: containers round times to milliseconds."""
+EPSILON_S = 1e-4
+"""How much before its time a frame counts as shown."""
+MILLISECONDS_EPSILON_S = 6e-4
+"""The same where a container rounds times to milliseconds, as Matroska does."""
 TEXT_FORMATS = {"tty", "bin", "idf", "adf", "xbin"}
 """Demuxers that render any text as moving pictures."""
 _RAW_FPS = 25.0
@@ -132,6 +135,12 @@ class Video:
         length_s = float((shown.duration or 0) * (shown.time_base or 0))
         return length_s or 1 / (float(self._stream.average_rate or 0) or _RAW_FPS)
 
+    @property
+    def epsilon_s(self) -> float:
+        """How much before its time a frame counts as shown."""
+        in_milliseconds = self._stream.time_base == Fraction(1, 1000)
+        return MILLISECONDS_EPSILON_S if in_milliseconds else EPSILON_S
+
     def decoded(self) -> Iterator[TimedFrame]:
         """Every frame from here on. Raises VideoUnreadable where the video is broken."""
         end_s = 0.0
@@ -217,18 +226,26 @@ def open_video(path: Path) -> Video:
     return video
 
 
-def due_frames(frames: Iterable[TimedFrame], fps: float) -> Iterator[tuple[float, TimedFrame]]:
+def due_frames(
+    frames: Iterable[TimedFrame], fps: float, epsilon_s: float = EPSILON_S
+) -> Iterator[tuple[float, TimedFrame]]:
     """What is on screen at 0, 1/fps, 2/fps ... seconds, with the first such time; each frame once.
 
-    What `frames` raises as VideoError comes after the last frame that could be decoded.
+    `epsilon_s`: the video's. What `frames` raises as VideoError comes after the last frame that
+    could be decoded.
     """
+
+    def ticks_before(time_s: float) -> int:
+        """How many of these times show what was on screen before a frame that comes then."""
+        return max(0, math.ceil((time_s - epsilon_s) * fps))
+
     tick = 0
     shown: TimedFrame | None = None
     broken: VideoError | None = None
     try:
         for following in frames:
             if shown is not None:
-                until = _ticks_before(following.time_s, fps)
+                until = ticks_before(following.time_s)
                 if until > tick:
                     yield tick / fps, shown
                     tick = until
@@ -236,16 +253,11 @@ def due_frames(frames: Iterable[TimedFrame], fps: float) -> Iterator[tuple[float
     except VideoError as error:
         broken = error
     if shown is not None:
-        until = _ticks_before(max(shown.end_s, shown.time_s + 2 * EPSILON_S), fps)
+        until = ticks_before(max(shown.end_s, shown.time_s + 2 * epsilon_s))
         if until > tick:
             yield tick / fps, shown
     if broken is not None:
         raise broken
-
-
-def _ticks_before(time_s: float, fps: float) -> int:
-    """How many of 0, 1/fps, 2/fps ... show what was on screen before a frame that comes then."""
-    return max(0, math.ceil((time_s - EPSILON_S) * fps))
 
 
 def read_video(path: Path, fps: float) -> Iterator[tuple[float, Rgb]]:
@@ -255,7 +267,7 @@ def read_video(path: Path, fps: float) -> Iterator[tuple[float, Rgb]]:
     MissingExtraError.
     """
     with open_video(path) as video:
-        for time_s, frame in due_frames(video.frames(), fps):
+        for time_s, frame in due_frames(video.frames(), fps, video.epsilon_s):
             yield time_s, frame.rgb()
 
 
@@ -268,6 +280,8 @@ class VideoTimes:
     keys_s: tuple[float, ...]
     """Ascending times of the frames from which decoding can begin; none if the file has no times of
     its own."""
+    epsilon_s: float
+    """The video's."""
 
     @property
     def end_s(self) -> float:
@@ -281,7 +295,7 @@ class VideoTimes:
 
     def each_frame_once(self, times_s: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """Which of these ascending times show another frame than the time before."""
-        shown = np.searchsorted(self.starts_s, times_s + EPSILON_S, side="right")
+        shown = np.searchsorted(self.starts_s, times_s + self.epsilon_s, side="right")
         return np.diff(shown, prepend=-1) > 0
 
 
@@ -302,7 +316,8 @@ def probe_video(path: Path) -> VideoTimes:
                 keys.append(time_s)
         starts.sort()
         video.require_whole(max(end_s, starts[-1]) - starts[0] if starts else None)
-    return VideoTimes(np.array(starts) - starts[0], tuple(sorted(k - starts[0] for k in keys)))
+        keys_s = tuple(sorted(key - starts[0] for key in keys))
+        return VideoTimes(np.array(starts) - starts[0], keys_s, video.epsilon_s)
 
 
 def read_moments(path: Path, times_s: Sequence[float]) -> Iterator[Rgb]:
@@ -337,16 +352,16 @@ def _moments(
     with open_video(path) as video:
         frames = video.decoded()
         while (following := next(frames, None)) is not None:
-            if jumped and following.time_s > wanted[served] + EPSILON_S:
+            if jumped and following.time_s > wanted[served] + probed.epsilon_s:
                 raise _LostJump
             jumped = False
-            while shown is not None and wanted[served] < following.time_s - EPSILON_S:
+            while shown is not None and wanted[served] < following.time_s - probed.epsilon_s:
                 yield shown.rgb()
                 served += 1
                 if served == len(wanted):
                     return
             shown = following
-            nearest = bisect.bisect_right(keys_s, wanted[served] + EPSILON_S) - 1
+            nearest = bisect.bisect_right(keys_s, wanted[served] + probed.epsilon_s) - 1
             if nearest >= 0 and keys_s[nearest] > shown.time_s + _JUMP_S:
                 video.seek(keys_s[nearest])
                 frames = video.decoded()

@@ -31,7 +31,7 @@ class FileSource:
         """Once. Raises VideoUnreadable where the file is broken or cut off, VideoEmpty."""
         frames = takewhile(lambda _: not self._closed, self._video.frames())
         with self._video:
-            for time_s, frame in due_frames(frames, self._fps):
+            for time_s, frame in due_frames(frames, self._fps, self._video.epsilon_s):
                 if self._closed:
                     return
                 yield Picture(rgb=frame.rgb(), time_s=time_s)
