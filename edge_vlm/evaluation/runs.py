@@ -37,7 +37,7 @@ SCORED_POLICIES = ("stream", CLIP, "frame_topk")
 KEEP_RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 ATTENTIONS = (VisionAttention.FRAME, VisionAttention.ALL)
 MIN_CELLS = 2
-"""That every later frame keeps, as sessions have it."""
+"""Of the causal policies, as sessions have it."""
 MAX_ANSWER_TOKENS = 48
 
 
