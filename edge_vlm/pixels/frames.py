@@ -159,7 +159,10 @@ def thumbnail(rgb: np.ndarray, size: int) -> np.ndarray:
     height = rgb.shape[0]
     edges = [row * height // size for row in range(size + 1)] if height >= size else []
     bands = [rgb[top:bottom].mean(axis=0, dtype=np.float32) for top, bottom in pairwise(edges)]
-    return block_means(np.stack(bands) if bands else rgb.astype(np.float32), size).mean(axis=2)
+    grey: npt.NDArray[np.float32] = block_means(
+        np.stack(bands) if bands else rgb.astype(np.float32), size
+    ).mean(axis=2)
+    return grey
 
 
 def block_means(plane: np.ndarray, size: int) -> np.ndarray:
@@ -176,4 +179,5 @@ def block_means(plane: np.ndarray, size: int) -> np.ndarray:
     heights = np.diff(np.append(rows, plane.shape[0])).astype(np.float32)
     widths = np.diff(np.append(columns, plane.shape[1])).astype(np.float32)
     areas = (heights[:, None] * widths[None, :]).reshape((size, size) + (1,) * (plane.ndim - 2))
-    return (sums / areas).astype(np.float32)
+    means: npt.NDArray[np.float32] = (sums / areas).astype(np.float32)
+    return means
