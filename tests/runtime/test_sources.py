@@ -221,6 +221,32 @@ def test_an_rtsp_camera_over_tcp_that_is_unplugged_and_plugged_in_again() -> Non
     assert len(set(levels)) > 1
 
 
+def test_an_rtsp_camera_that_comes_back_without_its_picture(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with RtspCamera() as camera:
+        source = open_source(f"rtsp://user:secret@127.0.0.1:{camera.port}/live", 50.0)
+        assert isinstance(source, LiveSource)
+        pictures = source.pictures()
+        next(pictures)
+        camera.sound_only = True
+        camera.unplug()
+        wait_for_words(caplog, "still away: there is no video in it")
+        camera.sound_only = False
+        while source.reconnects == 0:
+            next(pictures)
+        source.close()
+    assert "is back" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def wait_for_words(caplog: pytest.LogCaptureFixture, words: str) -> None:
+    deadline = time.monotonic() + 60.0  # generous: a busy machine is no failure
+    while words not in caplog.text:
+        assert time.monotonic() < deadline, caplog.text
+        time.sleep(0.02)
+
+
 def test_a_live_source_gives_the_newest_picture() -> None:
     source = LiveSource("camera", 1000.0, lambda: FakeCamera(500))
     pictures = source.pictures()
