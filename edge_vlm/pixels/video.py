@@ -14,10 +14,10 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class TimedFrame:
 
 
 class Video:
-    """An opened container and the track that is watched. A context manager."""
+    """An opened container and the track that is watched."""
 
     def __init__(
         self,
@@ -98,17 +98,6 @@ class Video:
             self._container.close()
             raise
         self._start_s: float | None = None
-
-    def __enter__(self) -> Video:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Twice does no harm."""
@@ -266,7 +255,7 @@ def read_video(path: Path, fps: float) -> Iterator[tuple[float, Rgb]]:
     Raises VideoNotFound, VideoUnreadable (also at the end of a file that is cut off), VideoEmpty,
     MissingExtraError.
     """
-    with open_video(path) as video:
+    with closing(open_video(path)) as video:
         for time_s, frame in due_frames(video.frames(), fps, video.epsilon_s):
             yield time_s, frame.rgb()
 
@@ -308,7 +297,7 @@ def probe_video(path: Path) -> VideoTimes:
     starts: list[float] = []
     keys: list[float] = []
     end_s = 0.0
-    with open_video(path) as video:
+    with closing(open_video(path)) as video:
         for time_s, length_s, is_key in video.packets():
             starts.append(end_s if time_s is None else time_s)
             end_s = starts[-1] + length_s
@@ -349,7 +338,7 @@ def _moments(
     served = 0
     shown: TimedFrame | None = None
     jumped = False
-    with open_video(path) as video:
+    with closing(open_video(path)) as video:
         frames = video.decoded()
         while (following := next(frames, None)) is not None:
             if jumped and following.time_s > wanted[served] + probed.epsilon_s:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -84,26 +85,22 @@ class KeepAll:
         return np.arange(_checked(scores).size, dtype=np.int32)
 
 
+@dataclass(eq=False)
 class _Budgeted(ABC):
     """What the causal policies share: the ledger, the whole first frame, the ceiling."""
 
-    def __init__(
-        self,
-        keep_ratio: float,
-        *,
-        min_cells: int = 2,
-        payback_frames: int = PAYBACK_FRAMES,
-        bank_frames: float = 2.0,
-    ) -> None:
-        _check_ratio(keep_ratio)
-        if min_cells < 0:
-            raise ValueError(f"min_cells must be >= 0, got {min_cells}")
-        if payback_frames < 2:
-            raise ValueError(f"payback_frames must be >= 2, got {payback_frames}")
-        self.keep_ratio = keep_ratio
-        self._min_cells = min_cells
-        self._payback_frames = payback_frames
-        self._bank_frames = bank_frames
+    keep_ratio: float
+    _: KW_ONLY
+    min_cells: int = 2
+    payback_frames: int = PAYBACK_FRAMES
+    bank_frames: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.keep_ratio)
+        if self.min_cells < 0:
+            raise ValueError(f"min_cells must be >= 0, got {self.min_cells}")
+        if self.payback_frames < 2:
+            raise ValueError(f"payback_frames must be >= 2, got {self.payback_frames}")
         self._ledger: CellLedger | None = None
         self._rates: tuple[float, float] | None = None
 
@@ -122,9 +119,9 @@ class _Budgeted(ABC):
             self._ledger = CellLedger(
                 scores.size,
                 self.keep_ratio,
-                self._payback_frames,
-                self._min_cells,
-                self._bank_frames,
+                self.payback_frames,
+                self.min_cells,
+                self.bank_frames,
             )
             self._start(scores, frame_rgb)
             self._apply_rates(self._ledger)
@@ -168,6 +165,7 @@ class FrameTopK(_Budgeted):
         return top_cells(scores, _bounded(ledger.even_share(), ledger))
 
 
+@dataclass(eq=False)
 class RandomCells(_Budgeted):
     """Uniformly drawn cells: the control arm.
 
@@ -175,26 +173,18 @@ class RandomCells(_Budgeted):
     on average.
     """
 
-    def __init__(
-        self,
-        keep_ratio: float,
-        *,
-        seed: int = 0,
-        min_cells: int = 2,
-        payback_frames: int = PAYBACK_FRAMES,
-        bank_frames: float = 2.0,
-    ) -> None:
-        super().__init__(
-            keep_ratio, min_cells=min_cells, payback_frames=payback_frames, bank_frames=bank_frames
-        )
-        self.seed = seed
-        self._random = np.random.default_rng(seed)
+    seed: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._random = np.random.default_rng(self.seed)
 
     def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
         count = _bounded(ledger.even_share(), ledger)
         return np.sort(self._random.permutation(scores.size)[:count]).astype(np.int32)
 
 
+@dataclass(eq=False)
 class StreamBudget(_Budgeted):
     """Spends a running budget where the scores are high. The default of every live session.
 
@@ -205,24 +195,13 @@ class StreamBudget(_Budgeted):
     is spent whole. The root keeps one event, scored tenfold, from taking a whole second's cells.
     """
 
-    def __init__(
-        self,
-        keep_ratio: float,
-        *,
-        min_cells: int = 2,
-        payback_frames: int = PAYBACK_FRAMES,
-        bank_frames: float = 2.0,
-        memory_frames: int = 32,
-    ) -> None:
-        super().__init__(
-            keep_ratio,
-            min_cells=min_cells,
-            payback_frames=payback_frames,
-            bank_frames=bank_frames,
-        )
-        if memory_frames < 1:
-            raise ValueError(f"memory_frames must be >= 1, got {memory_frames}")
-        self._recent_weights: deque[float] = deque(maxlen=memory_frames)
+    memory_frames: int = field(default=32, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory_frames < 1:
+            raise ValueError(f"memory_frames must be >= 1, got {self.memory_frames}")
+        self._recent_weights: deque[float] = deque(maxlen=self.memory_frames)
 
     def reset(self) -> None:
         super().reset()
@@ -236,7 +215,7 @@ class StreamBudget(_Budgeted):
         plan = ledger.frames_to_plan()
         credit = ledger.even_share() * plan
         if ledger.paid_back:
-            plan = self._payback_frames
+            plan = self.payback_frames
             credit += ledger.rate * (plan - 1)
         wanted = credit * weight / (weight + usual * (plan - 1))
         return top_cells(scores, _bounded(wanted, ledger))

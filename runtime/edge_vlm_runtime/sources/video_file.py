@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import takewhile
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class FileSource:
     def pictures(self) -> Iterator[Picture]:
         """Once. Raises VideoUnreadable where the file is broken or cut off, VideoEmpty."""
         frames = takewhile(lambda _: not self._closed, self._video.frames())
-        with self._video:
+        with closing(self._video):
             for time_s, frame in due_frames(frames, self._fps, self._video.epsilon_s):
                 if self._closed:
                     return
