@@ -30,7 +30,7 @@ STAGES = {
 RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
-    *("PIL", "aiohttp", "av", "msgspec", "onnx", "onnxruntime", "paho"),
+    *("PIL", "aiomqtt", "av", "httpx", "msgspec", "onnx", "onnxruntime"),
     *("rich", "safetensors", "tensorrt", "tensorrt_rtx"),
     *("starlette", "tokenizers", "tomli", "transformers", "uvicorn", "websockets"),
 }

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         record["printed"] = [text.replace(f"{bundle}", "BUNDLE") for text in record["printed"]]
     result = {
         "command": re.sub(
-            r" --(scratch|tokenizer) \S+", "", command_line("full_size_export", argv)
+            r" --(scratch|tokenizer) \S+", "", command_line("export.full_size_export", argv)
         ),
         **device_record(torch.device("cpu")),
         "threads": args.threads,

@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         workloads.append(measure(bench, clips, frames, args.removed, args.rounds, args.warmups))
         print(table(workloads[-1]))
     result = {
-        "command": command_line("full_size", argv),
+        "command": command_line("model.full_size", argv),
         "config": "tiny" if args.tiny else "molmo2_4b",
         **device_record(device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         path = args.out or RESULTS / f"vit_pruning_{kind}.json"
         if args.out or not args.tiny:
             write_result(
-                path, {"command": command_line("vit_pruning", argv), "config": size, **result}
+                path, {"command": command_line("model.vit_pruning", argv), "config": size, **result}
             )
             print(f"written to {path}")
     return 0

@@ -418,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     with LoadedBundle.open(args.bundle, threads=1) as engines:
         warm_up(engines)
         result: dict[str, Any] = {
-            "command": command_line("live_load", argv),
+            "command": command_line("runtime.live_load", argv),
             "device": device_record(torch.device("cpu")),
             "clock": args.clock,
             "threads": 1,

@@ -386,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     args.lengths.sort()
     clock_ns = CLOCKS[args.clock]
     result: dict[str, Any] = {
-        "command": command_line("stream_length", argv),
+        "command": command_line("runtime.stream_length", argv),
         "device": device_record(torch.device("cpu")),
         "clock": args.clock,
         "threads": 1,

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {graphs[name]}", flush=True)
             version = entry.fingerprint.library_version
     result = {
-        "command": command_line("wide_engines", argv).partition(" --scratch")[0],
+        "command": command_line("runtime.wide_engines", argv).partition(" --scratch")[0],
         **device_record(torch.device("cpu")),
         "tensorrt_rtx": version,
         "targets": TARGETS,

@@ -148,11 +148,3 @@ def patch_indices_of_cells(cells: NDArray[Any], cfg: VisionConfig) -> NDArray[np
         )
     patches: NDArray[np.int64] = cell_table(cfg.cell_grid)[cells]
     return patches
-
-
-def cell_of_patches(cfg: VisionConfig) -> NDArray[np.int64]:
-    """[num_patches]: the cell each patch belongs to."""
-    out = np.empty(cfg.num_patches, dtype=np.int64)
-    table = cell_table(cfg.cell_grid)
-    out[table] = np.arange(cfg.num_cells)[:, None]
-    return out

@@ -66,7 +66,7 @@ def test_watch_follows_a_camera_until_interrupted() -> None:
     """Live: the newest frame wins, Ctrl-C ends it with a summary, credentials stay secret."""
     code = (
         "import signal, sys; from tests.runtime.command_line import command_line; "
-        "from edge_vlm_runtime.cli.serve import watch; "
+        "from edge_vlm_runtime.cli.watch import watch; "
         # A shell's background job, as these tests may be one, hands on an ignored SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "sys.exit(command_line(watch, sys.argv[1:]))"

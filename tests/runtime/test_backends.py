@@ -17,6 +17,7 @@ import pytest
 from edge_vlm.cli import main
 from edge_vlm.errors import (
     ConfigError,
+    CudaError,
     EngineMissing,
     EngineStale,
     GpuMissing,
@@ -246,7 +247,7 @@ def test_onnx_runtime_never_falls_back_to_the_cpu(
     if not provider_is_there and "CUDAExecutionProvider" in names:
         pytest.skip("this onnxruntime has it")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
-    kind: Any = GpuMissing if provider_is_there else MissingExtraError
+    kind: Any = CudaError if provider_is_there else MissingExtraError
     if provider_is_there and _has_gpu():
         pytest.skip("there is a GPU here")
     with pytest.raises(kind, match="CUDAExecutionProvider"):

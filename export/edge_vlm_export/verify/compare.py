@@ -14,6 +14,7 @@ import numpy as np
 from edge_vlm.errors import NonFinite, ParityError
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import Precision
+from edge_vlm.tables import columns
 from edge_vlm_export.verify.sessions import Arrays
 
 TOLERANCE = 1e-4
@@ -137,8 +138,4 @@ def format_table(results: Sequence[Comparison]) -> str:
         )
         for r in results
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in [head, *rows]
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(columns([head, *rows]))

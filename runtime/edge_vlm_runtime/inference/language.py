@@ -123,7 +123,8 @@ class LanguageModel:
 
         Every branch, embeddings f32 [n, width], continues the arena as if it were alone there: the
         branches do not see each other. As many as fit go through the graph in one run, so that the
-        weights are read once for all of them. Raises as `prefill`.
+        weights are read once for all of them. Raises KvFull, PositionsUsedUp, NonFinite, and
+        ValueError for no branch or an empty one.
         """
         if not branches or any(b.ndim != 2 or len(b) == 0 for b in branches):
             raise ValueError("need one or more branches of one or more tokens each")

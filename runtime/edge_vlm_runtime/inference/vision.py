@@ -48,10 +48,6 @@ class VisionState:
         self.prev_cells, self.next_cells = self.next_cells, self.prev_cells
         self.is_first = False
 
-    def reset(self) -> None:
-        """The next frame is a first frame again (a new clip or a scene cut)."""
-        self.is_first = True
-
 
 class VisionPipeline:
     """Stateless but for scratch memory; the stream's state is an argument. One thread."""
