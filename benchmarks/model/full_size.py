@@ -36,14 +36,13 @@ from benchmarks.harness import (
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, molmo2_4b, tiny
 from edge_vlm.flops import language_flops, vision_flops
 from edge_vlm.model.clips import encode_clips
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.text.masks import CAUSAL, MASKED
 
 STAMP_TOKENS = 5
 """Text before a frame: its time stamp."""
 QUESTION_TOKENS = 24
-CAUSAL = -1
 ROW_ALIGNMENT = 16
 
 
@@ -88,7 +87,7 @@ class Bench:
         shape = (clips * frames, vision.num_patches, vision.patch_dim)
         pixels = torch.randn(shape, device=self.device, dtype=self.dtype)
         begin = self._now()
-        seen = encode_clips(model, pixels, [frames] * clips, removed, min_cells=0)
+        seen = encode_clips(model, pixels, [frames] * clips, keep_ratio=1 - removed, min_cells=0)
         vision_s = self._now() - begin
 
         counts = seen.kept_FC.view(clips, frames, -1).sum(-1).tolist()

@@ -81,7 +81,7 @@ def encode_unpruned(model: VideoLM, pixels_FNP: Tensor) -> Tensor:
 
 def encode_pruned(model: VideoLM, pixels_FNP: Tensor, keep_ratio: float) -> EncodedClips:
     """One clip: its first frame whole, what is left of the budget to the best cells."""
-    return encode_clips(model, pixels_FNP, [len(pixels_FNP)], 1 - keep_ratio, min_cells=0)
+    return encode_clips(model, pixels_FNP, [len(pixels_FNP)], keep_ratio=keep_ratio, min_cells=0)
 
 
 def published_flops(cfg: ModelConfig, kept: list[int]) -> tuple[int, int]:

@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MASKED = -30_000.0
-"""Additive bias of a pair that must not attend: finite, so fp16-safe and never a NaN row."""
+from edge_vlm.text.masks import MASKED
+
+
+def additive_bias(allowed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bool of any shape -> 0 where a query may see a key, MASKED elsewhere."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, MASKED)
 
 
 def attend(q_BSHd: Tensor, k_BKHd: Tensor, v_BKHd: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -18,7 +18,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from edge_vlm.model.layers import MASKED, attend
+from edge_vlm.model.layers import attend
+from edge_vlm.text.masks import MASKED
 
 
 class Method(str, enum.Enum):

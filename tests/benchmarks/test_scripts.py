@@ -80,7 +80,7 @@ def test_unpruned_is_the_model_without_a_scorer() -> None:
     plain.load_state_dict(model.state_dict(), strict=False)
     pixels = torch.randn(3, CFG.vision.num_patches, CFG.vision.patch_dim)
     with torch.no_grad():
-        expected = encode_clips(plain, pixels, [3], 0.0).features_GE
+        expected = encode_clips(plain, pixels, [3], keep_ratio=1.0).features_GE
         found = vit_pruning.encode_unpruned(model, pixels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -11,11 +11,12 @@ import pytest
 
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import make_policy
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.inference.vision import FrameTokens
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
 from edge_vlm_runtime.session.budget import MemoryPlan
-from edge_vlm_runtime.session.context import CAUSAL, Change, Evicted, Rebased, StreamContext
+from edge_vlm_runtime.session.context import Change, Evicted, Rebased, StreamContext
 from edge_vlm_runtime.session.stream_clock import StreamClock
 from tests.runtime.pictures import picture
 from tests.tiny import tiny_bundle

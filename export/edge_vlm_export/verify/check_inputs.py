@@ -18,10 +18,11 @@ from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import Precision
 from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.pixels.stills import PADDING
+from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.rope import rope_table
 from edge_vlm_export.graphs.graphs import graph_specs
 from edge_vlm_export.verify.ort_runner import run_module, torch_module
-from edge_vlm_export.verify.pipeline import MASKED, Arrays, Clip, Pipeline, RunGraph
+from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline, RunGraph
 
 if TYPE_CHECKING:
     from edge_vlm.model.video_lm import VideoLM
@@ -122,9 +123,7 @@ def sample_inputs(
     if "attn_bias" in names:
         s, p = sizes["s"], sizes["p"]
         arrays["cos"], arrays["sin"] = (t[p:] for t in rope_table(cfg.language, p + s))
-        rows, columns = np.arange(s)[:, None], np.arange(-p, s)[None, :]
-        frame = (np.maximum(rows, columns) < s // 2) & (columns >= 0)
-        arrays["attn_bias"] = np.where((columns <= rows) | frame, 0.0, MASKED)
+        arrays["attn_bias"] = block_bias(np.where(np.arange(s) < s // 2, 0, CAUSAL), p)
         arrays["last_idx"] = np.sort(rng.permutation(s)[: sizes["n"]])
     return {t.name: np.ascontiguousarray(arrays[t.name], dtype=t.dtype) for t in spec.inputs}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_vlm.pixels.video import read_footage
+from edge_vlm.formats.footage import read_footage
 from edge_vlm_export.verify.compare_pipelines import PipelineComparison, compare_results
 from edge_vlm_export.verify.pipeline import Clip, Pipeline
 

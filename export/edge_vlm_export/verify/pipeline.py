@@ -17,6 +17,7 @@ from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import KVLayout
 from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.pruning.policies import KeepPolicy, make_policy
+from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.rope import rope_table
 
@@ -24,10 +25,8 @@ Arrays = dict[str, np.ndarray]
 RunGraph = Callable[[str, Arrays], Arrays]
 """Graph name and inputs to outputs."""
 
-MASKED = -30_000.0
 NUM_TOKENS = 16
 QUESTION = "what is in the video ?"
-CAUSAL = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -214,16 +213,12 @@ class Pipeline:
     def _forward(self, past: Past, embeds: np.ndarray, block: np.ndarray) -> np.ndarray:
         s, p = len(embeds), past.length
         cos, sin = (table[p:] for table in rope_table(self._cfg.language, p + s))
-        visible = np.tri(s, dtype=np.bool_)
-        visible |= (block[:, None] == block[None, :]) & (block >= 0)[:, None]
-        bias = np.zeros((s, p + s), np.float32)
-        bias[:, p:][~visible] = MASKED
         name = "llm_decode" if s == 1 and "llm_decode" in self._specs else "llm"
         inputs = {
             "inputs_embeds": embeds.astype(np.float32),
             "cos": cos,
             "sin": sin,
-            "attn_bias": bias,
+            "attn_bias": block_bias(block, p),
             "last_idx": np.array([s - 1], np.int32),
             **past.inputs(s),
         }
