@@ -26,7 +26,7 @@ from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 from edge_vlm_runtime.cli.eval_alerts import evaluate_alerts
 from edge_vlm_runtime.cli.watch import watch
 from edge_vlm_runtime.client.client import Client
-from edge_vlm_runtime.client.terminal import LiveTable
+from edge_vlm_runtime.client.live_table import LiveTable
 from edge_vlm_runtime.evaluation.alerts import Episode, Score, parse_rule
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.server.app import Server
@@ -266,7 +266,7 @@ def test_watch_refuses_what_makes_no_sense_in_one_line(
 
 @pytest.mark.parametrize(
     ("library", "module", "option"),
-    [("aiohttp", "webhook", "--webhook"), ("paho.mqtt.client", "mqtt", "--mqtt")],
+    [("httpx", "webhook", "--webhook"), ("aiomqtt", "mqtt", "--mqtt")],
 )
 def test_a_missing_extra_is_named(
     video: Path,
@@ -277,7 +277,7 @@ def test_a_missing_extra_is_named(
     option: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.delitem(sys.modules, f"edge_vlm_runtime.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"edge_vlm_runtime.alert_sinks.{module}", raising=False)
     assert command_line(watch, watch_arguments(video, option, "http://127.0.0.1/")) == 9
     assert "edge-vlm[alerts]" in capsys.readouterr().err
 

@@ -335,10 +335,6 @@ def test_scores_look_at_the_frame_before(engines: LoadedBundle) -> None:
 
     assert (scores(1) != scores(0, 1)).any()
     assert (scores(0, 1) != scores(1, 1)).any()
-    state = vision.new_state()
-    vision.encode(frames[0], state, KeepAll())
-    state.reset()
-    assert (vision.encode(frames[1], state, KeepAll()).scores == scores(1)).all()
 
 
 class _Chosen:

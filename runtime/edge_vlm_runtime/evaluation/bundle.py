@@ -115,7 +115,7 @@ class BundleEvaluator:
     """`edge_vlm.evaluation.runs.Evaluator` over a bundle's graphs on the CPU."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        """Raises as `LoadedBundle.open`."""
+        """Raises BundleError and its leaves, MissingExtraError, EngineError."""
         bundle = EngineBundle.open(folder)
         self.name = folder.resolve().name
         self.identity = sha256_of_file(folder / MANIFEST)

@@ -33,6 +33,8 @@ class FrameTokens:
     seq: int
     stage_ms: dict[str, float]
     """Milliseconds spent in `preprocess`, `vit_stem`, `select` and `vit_trunk`."""
+    received_ns: int = 0
+    """Arrival of the frame on the server's clock, where one keeps it."""
 
 
 class VisionState:
@@ -47,10 +49,6 @@ class VisionState:
     def advance(self) -> None:
         self.prev_cells, self.next_cells = self.next_cells, self.prev_cells
         self.is_first = False
-
-    def reset(self) -> None:
-        """The next frame is a first frame again (a new clip or a scene cut)."""
-        self.is_first = True
 
 
 class VisionPipeline:
