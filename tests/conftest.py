@@ -19,7 +19,7 @@ pytest_plugins = ["pytester"]
 # of a processor each. `make quick` leaves them out.
 SLOW = (
     *("benchmarks/", "e2e/", "golden/", "gpu/"),
-    *("edge_vlm/test_wheel.py",),
+    *("edge_vlm/test_wheel.py", "model/test_published_convert.py"),
     *(f"export/test_{name}.py" for name in ("bad_input", "footage", "image_encoder", "variants")),
 )
 

@@ -185,7 +185,8 @@ def test_a_training_folder_becomes_one_of_the_hub(
     assert main(["inspect", source, "--tokenizer", str(companion)]) == 0
     told = capsys.readouterr().out
     assert "a folder of the training repository (step3" in told
-    assert "keep_ratio=0.7" in told and "<frame_start>" in told
+    assert "keep_ratio=0.7" in told
+    assert "<frame_start>" in told
 
 
 def test_types_and_shards(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +239,11 @@ def test_a_folder_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 def test_eval_and_calibrate_read_published_folders(hub: Path) -> None:
     evaluator = TorchEvaluator(hub)
     prompt = evaluator._model.prompt
-    assert prompt.style == USAGE.style and prompt.bos_id == prompt.tokenizer.id_of(PAD)
+    assert prompt.style == USAGE.style
+    assert prompt.bos_id == prompt.tokenizer.id_of(PAD)
     table = calibrate(hub, [tiny_footage()], max_frames=3)
-    assert table.num_frames == 3 and table.num_scores
+    assert table.num_frames == 3
+    assert table.num_scores
     assert table.checkpoint_sha256 in identity_of(open_folder(hub))["sha256"].values()
     with pytest.raises(CheckpointError, match="no token scorer"):
         calibrate(published_folder(), [tiny_footage()])
@@ -331,7 +334,8 @@ def test_what_was_trained_is_what_is_served_and_saved_back(
     ratio, attention, rescale = RECIPES[recipe]
     trained = open_folder(run / "checkpoint")
     assert trained.config.attention is attention
-    assert trained.config.scorer is not None and trained.config.scorer.rescale is rescale
+    assert trained.config.scorer is not None
+    assert trained.config.scorer.rescale is rescale
     usage = trained.usage
     assert usage.style == PromptStyle(
         own_frame_markers=True, space_before_answers=True, begin=PAD, ends=(PAD,)
