@@ -98,7 +98,7 @@ class TorchModel:
         embeds = embeds.flatten(0, 1).index_add(0, places, features).view_as(embeds)
         order = torch.arange(longest)
         bias_VPP = torch.from_numpy(block_bias(block_VP))
-        _, past = llm(embeds, *rope_tables(llm.cfg, order[None]), bias_VPP)
+        past: list[KeyValue] = llm(embeds, *rope_tables(llm.cfg, order[None]), bias_VPP)[1]
         return past
 
 
@@ -170,7 +170,8 @@ class _Decoding:
         embeds, bias = self.llm.embed(ids_S[None]), additive_bias(seen_SK)[None]
         hidden, _ = self.llm(embeds, *tables, bias, self.past, self._attend)
         self.length += len(ids_S)
-        return hidden[0]
+        first: Tensor = hidden[0]
+        return first
 
     def _attend(
         self,

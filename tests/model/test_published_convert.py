@@ -21,7 +21,6 @@ from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightFilesError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.usage import FrameRule, Usage
-from edge_vlm.model import convert_command
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm.model.convert_command import HUB, OURS, convert
 from edge_vlm.model.evaluator import TorchEvaluator
@@ -216,7 +215,7 @@ def test_types_and_shards(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CheckpointError, match="in the way"):
         convert(hub, tmp_path / "full", OURS)
     disk = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(convert_command.shutil, "disk_usage", lambda _: disk)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: disk)
     with pytest.raises(NoSpaceLeft, match="--dtype bfloat16"):
         convert(hub, tmp_path / "none", OURS)
     assert not (tmp_path / "none").exists()

@@ -68,7 +68,7 @@ Write = Callable[[Path, dict[str, Any], dict[str, Any]], Path]
 WRITERS: dict[str, Write] = {
     "unsharded": write_unsharded,
     "one rank": write_sharded,
-    "two ranks": lambda *given: write_sharded(*given, ranks=2),
+    "two ranks": lambda folder, tensors, config: write_sharded(folder, tensors, config, ranks=2),
 }
 
 
