@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     result = {
-        "command": command_line("training.packing", argv),
+        "command": command_line(__file__, argv),
         **device_record(torch.device("cpu")),
         **measure(args),
     }

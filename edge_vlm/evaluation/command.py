@@ -262,8 +262,6 @@ def _report_progress(num_clips: int, begin: float, reported: float) -> float:
 
 
 evaluate = Command(
-    name="eval",
-    help="measure models on questions: policies, budgets and paths in one table",
     add_arguments=_arguments,
     run=_run,
 )

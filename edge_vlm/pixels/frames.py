@@ -54,7 +54,7 @@ def _pillow_image() -> ModuleType:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError.for_library("Pillow", "ort") from error
+        raise MissingExtraError.for_library("Pillow", "client") from error
     return Image
 
 

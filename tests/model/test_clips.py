@@ -102,7 +102,8 @@ def test_first_frames_stay_whole_and_every_frame_keeps_its_minimum(
         run.scores_FC.split(frames_per_clip),
         strict=True,
     ):
-        assert bool(kept[0].all()) and bool((kept[1:].sum(1) >= least).all())
+        assert bool(kept[0].all())
+        assert bool((kept[1:].sum(1) >= least).all())
         assert int(kept.sum()) == num_kept(frames, CELLS, keep_ratio, least, variant="first_whole")
         for row, score in zip(kept[1:], scores[1:], strict=True):  # a frame keeps its best
             if 0 < row.sum() < CELLS:
@@ -150,7 +151,8 @@ def test_a_scorer_that_likes_everything_is_no_scorer() -> None:
     scored.scorer.fc3.bias.fill_(50.0)
     pixels = random_pixels(4, 1)
     everything = encode_clips(plain, pixels, [4], keep_ratio=1.0)
-    assert everything.scores_FC is None and bool(everything.kept_FC.all())
+    assert everything.scores_FC is None
+    assert bool(everything.kept_FC.all())
     close(encode_clips(scored, pixels, [4], keep_ratio=1.0).features_GE, everything.features_GE)
 
 

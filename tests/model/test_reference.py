@@ -95,7 +95,8 @@ def test_the_cases_above_pack_and_refill() -> None:
     for removed in (0.3, 0.7):
         theirs = literal_reference.encode(model, pixels, [8], removed)
         found[removed] = (theirs.num_rows, theirs.num_refilled)
-    assert found[0.3][1] > 0 and found[0.7][0] < 8
+    assert found[0.3][1] > 0
+    assert found[0.7][0] < 8
     theirs = literal_reference.encode(model, pixels, [8], 0.3)
     run = encode_reference(model, pixels, [8], keep_ratio=0.7)
     cells = run.kept_FC.flatten().nonzero().squeeze(1)

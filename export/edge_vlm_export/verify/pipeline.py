@@ -22,7 +22,7 @@ from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.rope import rope_table
 
 Arrays = dict[str, np.ndarray]
-Run = Callable[[str, Arrays], Arrays]
+RunGraph = Callable[[str, Arrays], Arrays]
 """Graph name and inputs to outputs."""
 
 NUM_TOKENS = 16
@@ -38,13 +38,13 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ChainResult:
+class PipelineResult:
     kept: tuple[np.ndarray, ...]
     """Kept cells of each frame, i32 [K]."""
     features: np.ndarray
     """f32 [sum of K, width]"""
     logits: np.ndarray
-    """Behind the question, f32 [vocab]."""
+    """After the question, f32 [vocab]."""
     tokens: tuple[int, ...]
     """The first words of the greedy answer."""
 
@@ -58,7 +58,7 @@ class ChainResult:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ChainResult:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> PipelineResult:
         ends = np.cumsum(arrays["num_kept"])[:-1]
         return cls(
             kept=tuple(np.split(arrays["kept"], ends)),
@@ -68,12 +68,12 @@ class ChainResult:
         )
 
 
-class Chain:
+class Pipeline:
     """One model's graphs, run through `run`."""
 
     def __init__(
         self,
-        run: Run,
+        run: RunGraph,
         *,
         cfg: ModelConfig,
         specs: Mapping[str, GraphSpec],
@@ -86,7 +86,7 @@ class Chain:
         self._run, self._cfg, self._specs, self._prompt = run, cfg, specs, prompt
         self._embed, self._layout, self._keep_ratio = embed, layout, keep_ratio
 
-    def stream(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> ChainResult:
+    def stream(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> PipelineResult:
         """Frame by frame; with `FRAME` attention the language model too takes one at a time."""
         vision, policy = self._cfg.vision, self._policy()
         prev = np.zeros((1, vision.num_cells, vision.width), np.float32)
@@ -101,7 +101,7 @@ class Chain:
         logits, past = self._read(clip, kept, features, at_once)
         return self._answer(kept, features, logits, past, num_tokens)
 
-    def whole(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> ChainResult:
+    def whole(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> PipelineResult:
         """As many frames per vision call as it takes, and the language model takes all of them in
         one."""
         vision, policy = self._cfg.vision, self._policy()
@@ -165,7 +165,7 @@ class Chain:
         features: Sequence[np.ndarray],
         at_once: bool,
     ) -> tuple[np.ndarray, Past]:
-        """Logits behind begin token, frames and question."""
+        """Logits after begin token, frames and question."""
         everything_sees = self._cfg.attention is VisionAttention.ALL
         segments = [(self._embed(self._prompt.bos_ids), np.array([CAUSAL]))]
         for i, (cells, feature) in enumerate(zip(kept, features, strict=True)):
@@ -191,14 +191,14 @@ class Chain:
         logits: np.ndarray,
         past: Past,
         num_tokens: int,
-    ) -> ChainResult:
+    ) -> PipelineResult:
         first, tokens = logits, []
         for i in range(num_tokens):
             tokens.append(int(logits.argmax()))
             if i + 1 < num_tokens:
                 embeds = self._embed(np.array(tokens[-1:]))
                 logits = self._forward(past, embeds, np.array([CAUSAL]))
-        return ChainResult(
+        return PipelineResult(
             kept=tuple(kept),
             features=np.concatenate(features),
             logits=first,
@@ -224,7 +224,8 @@ class Chain:
         }
         out = self._checked(name, inputs)
         past.take(out, s)
-        return out["logits"][0]
+        logits: np.ndarray = out["logits"][0]
+        return logits
 
     def _checked(self, name: str, inputs: Arrays) -> Arrays:
         out = self._run(name, inputs)
