@@ -13,7 +13,8 @@ import tokenizers
 import torch
 
 from edge_vlm.config import ModelConfig, VisionAttention, tiny
-from edge_vlm.model.published.folder import load_published, save_published
+from edge_vlm.model.published.folder import load_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm_export.graphs.graphs import GraphLimits
@@ -36,7 +37,7 @@ def published_folder() -> Path:
 
 
 def _make_folder(folder: Path) -> None:
-    words = _tokenizer()
+    words = small_tokenizer()
     cfg = config(words.get_vocab_size() - len(EXTRA))
     torch.manual_seed(5)
     model = VideoLM(cfg)
@@ -77,9 +78,10 @@ def config(base_vocab: int) -> ModelConfig:
     return dataclasses.replace(cfg, scorer=None, attention=VisionAttention.ALL, language=language)
 
 
-def _tokenizer() -> tokenizers.Tokenizer:
+def small_tokenizer(texts: str = WORDS) -> tokenizers.Tokenizer:
+    """With the words of `texts` and the published markers behind them."""
     pieces = {"\n", " ", ".", "?", "user", "assistant", *map(str, range(10))}
-    pieces |= set(re.findall(r"[a-z]+|[^a-z]", WORDS))
+    pieces |= set(re.findall(r"[a-z]+|[^a-z]|[A-Z][a-z]*", texts))
     pieces |= {*'<>/"=;', "points", "tracks", "coords"}  # for scripted answers that point
     base = [*TEXT_SPECIAL, *sorted(pieces)]
     backend = tokenizers.Tokenizer(

@@ -185,6 +185,12 @@ def record(folder: Path) -> dict[str, Any]:
     plain = published_processor(
         folder, use_single_crop_col_tokens=False, use_frame_special_tokens=False
     )
+    web = published_processor(
+        folder,
+        use_single_crop_col_tokens=False,
+        use_frame_special_tokens=False,
+        use_single_crop_start_token=False,
+    )
     other = published_processor(folder)
     return {
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
@@ -194,6 +200,10 @@ def record(folder: Path) -> dict[str, Any]:
             "released": {
                 "images": [_prompt_record(image_prompt(plain, sizes)) for sizes in IMAGE_PROMPTS],
                 "video": _prompt_record(video_prompt(plain)),
+            },
+            "web": {
+                "images": [_prompt_record(image_prompt(web, sizes)) for sizes in IMAGE_PROMPTS],
+                "video": _prompt_record(video_prompt(web)),
             },
             "class defaults": {
                 "images": [_prompt_record(image_prompt(other, sizes)) for sizes in IMAGE_PROMPTS],

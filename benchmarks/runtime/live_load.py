@@ -80,7 +80,7 @@ class EndlessEngines:
 class _EndlessPrompt:
     def __init__(self, engines: LoadedBundle) -> None:
         self._prompt = engines.prompt
-        self.eos_id = engines.bundle.config.language.base_vocab  # there is no logit for it
+        self.eos_ids = (engines.bundle.config.language.base_vocab,)  # there is no logit for it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._prompt, name)

@@ -116,8 +116,8 @@ def export_bundle(
     options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> EngineBundle:
-    """Exports a checkpoint of ours or a published Molmo2 folder. Raises as `export_source`, and
-    CheckpointError and ConfigError for what is wrong with the folder."""
+    """Exports a folder of weights (`open_weights`). Raises as `export_source`, and CheckpointError
+    and ConfigError for what is wrong with the folder."""
     return export_source(open_weights(Path(checkpoint)), out_dir, options, progress)
 
 
@@ -209,10 +209,11 @@ class _Export:
             kv_layout=kv_layout(options.variant),
             style=source.style,
             images=source.images,
+            frames=source.frames,
         )
 
     def _defaults(self) -> dict[str, Any]:
-        given = dict(self.options.defaults or {})
+        given = {**self.source.defaults, **(self.options.defaults or {})}
         if self.source.cfg.scorer is None:  # there are no scores to choose by
             return {"policy": "keep_all", "keep_ratio": 1.0, **given}
         return given
@@ -398,9 +399,10 @@ def _prompt(source: WeightSource) -> PromptFormat:
         prompt = PromptFormat(Tokenizer.from_file(source.tokenizer), source.style)
     except KeyError as error:
         raise ConfigError(str(error.args[0]), where=source.tokenizer) from error
-    if prompt.patch_id >= language.vocab or prompt.eos_id >= language.base_vocab:
+    last_written = max(prompt.bos_id, *prompt.eos_ids)
+    if prompt.patch_id >= language.vocab or last_written >= language.base_vocab:
         raise ConfigError(
-            f"the tokenizer has ids up to {max(prompt.patch_id, prompt.eos_id)}, the model "
+            f"the tokenizer has ids up to {max(prompt.patch_id, last_written)}, the model "
             f"{language.vocab} words",
             where=source.tokenizer,
             remedy="name the tokenizer.json that belongs to the weights",

@@ -29,6 +29,7 @@ needs_vocabulary = pytest.mark.skipif(
 VISION = molmo2_4b().vision
 STYLES = {
     "released": RELEASED,
+    "web": PromptStyle(space_before_answers=True, low_res_start=False),
     "class defaults": PromptStyle(
         own_frame_markers=True, low_res_columns=True, space_before_answers=True
     ),

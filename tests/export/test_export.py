@@ -15,6 +15,7 @@ from edge_vlm.config import molmo2_4b, tiny
 from edge_vlm.errors import CheckpointError, ExportError, ParityError, Specialised
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm_export.graphs.graphs import GraphLimits, graph_specs
+from edge_vlm_export.graphs.weights import open_weights
 from edge_vlm_export.verify.check_inputs import check_sizes, sample_inputs
 from edge_vlm_export.verify.compare import format_table
 from edge_vlm_export.verify.verify import require_source, verify_bundle
@@ -169,11 +170,11 @@ def test_other_weights_are_noticed(tmp_path: Path) -> None:
 
 
 def test_another_checkpoint_is_noticed(bundle: EngineBundle, tmp_path: Path) -> None:
-    require_source(bundle, tiny_checkpoint())
+    require_source(bundle, open_weights(tiny_checkpoint()), tiny_checkpoint())
     other = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     with pytest.raises(CheckpointError, match=r"config\.json is not the same"):
-        require_source(bundle, other)
+        require_source(bundle, open_weights(other), other)
 
 
 def test_verify_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

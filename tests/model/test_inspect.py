@@ -17,7 +17,7 @@ from edge_vlm.config import ModelConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm.model.checkpoint import save_checkpoint
 from edge_vlm.model.describe import memory, parameters
 from edge_vlm.model.published.config import published_config
-from edge_vlm.model.published.folder import save_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.published.mapping import published_shapes, shapes
 from edge_vlm.model.published.names import HUB
 from edge_vlm.model.video_lm import VideoLM

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.errors import CheckpointError, ParityError
-from edge_vlm.formats.bundle import EngineBundle, sha256_of_file
+from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32
 from edge_vlm_export.verify.check_inputs import RealInputs, check_sizes, sample_inputs
@@ -171,11 +171,11 @@ def sizes_of(spec: GraphSpec, inputs: Arrays) -> dict[str, int]:
     return {name: found[name] for name in spec.dims}
 
 
-def require_source(bundle: EngineBundle, checkpoint: Path) -> None:
+def require_source(bundle: EngineBundle, source: WeightSource, checkpoint: Path) -> None:
     """Raises CheckpointError unless the bundle was made from exactly these files."""
+    found = source.identity.get("sha256", {})
     for name, digest in bundle.source.get("sha256", {}).items():
-        file = checkpoint / name
-        if not file.is_file() or sha256_of_file(file) != digest:
+        if found.get(name) != digest:
             raise CheckpointError(
                 f"the bundle was not made from this checkpoint: {name} is not the same",
                 where=checkpoint,

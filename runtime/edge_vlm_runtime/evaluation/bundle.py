@@ -104,7 +104,7 @@ class OfflineBundle:
     def _answer(self, arena: KVArena, asked: Asked, max_tokens: int) -> str:
         language, prompt = self._engines.language, self.prompt
         logits = language.prefill(arena, language.embed(asked.ids))
-        tokens = generate(language, arena, logits, Sampling(), prompt.eos_id, max_tokens)
+        tokens = generate(language, arena, logits, Sampling(), prompt.eos_ids, max_tokens)
         return prompt.tokenizer.decode(list(tokens))
 
     def close(self) -> None:

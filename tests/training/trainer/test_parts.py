@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.flops import language_flops, vision_flops
-from edge_vlm.model.published.folder import save_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.data.batch import IGNORED, NOWHERE
@@ -103,7 +103,7 @@ def test_a_published_folder_without_a_scorer_gets_one(tmp_path: Path) -> None:
     folder = tmp_path / "published"
     save_published(folder, published)
     recipe = dataclasses.replace(stts_smoke(), init=folder, rescale=Rescale.ROW)
-    with pytest.raises(ConfigError, match=r"no such tokenizer.*--set tokenizer"):
+    with pytest.raises(CheckpointError, match=r"lacks tokenizer\.json.*--set tokenizer"):
         prepare_tokenizer(recipe, tmp_path / "run")
     cfg = model_config(recipe, tmp_path / "unused.json")
     assert cfg.scorer is not None and cfg.scorer.rescale is Rescale.ROW
