@@ -98,7 +98,7 @@ class TorchModel:
         embeds = embeds.flatten(0, 1).index_add(0, places, features).view_as(embeds)
         order = torch.arange(longest)
         bias_VPP = torch.from_numpy(block_bias(block_VP))
-        _, past = llm(embeds, *rope_tables(llm.cfg, order[None]), bias_VPP)
+        past: list[KeyValue] = llm(embeds, *rope_tables(llm.cfg, order[None]), bias_VPP)[1]
         return past
 
 
@@ -168,7 +168,7 @@ class _Decoding:
         """Hidden states [S, D] of new tokens, whose keys and values join the past."""
         tables = rope_tables(self.llm.cfg, positions_S[None])
         embeds, bias = self.llm.embed(ids_S[None]), additive_bias(seen_SK)[None]
-        hidden, _ = self.llm(embeds, *tables, bias, self.past, self._attend)
+        hidden: Tensor = self.llm(embeds, *tables, bias, self.past, self._attend)[0]
         self.length += len(ids_S)
         return hidden[0]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_every_file_must_be_there_and_unchanged(bundle: Path, name: str) -> None
         EngineBundle.open(bundle)
 
 
-def _damage_manifest(bundle: Path, damage: Callable[[dict], object]) -> None:
+def _damage_manifest(bundle: Path, damage: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads((bundle / MANIFEST).read_text())
     damage(data)
     (bundle / MANIFEST).write_text(json.dumps(data))
@@ -121,7 +122,7 @@ def _damage_manifest(bundle: Path, damage: Callable[[dict], object]) -> None:
     ],
 )
 def test_a_manifest_we_cannot_read_is_refused(
-    bundle: Path, damage: Callable[[dict], object]
+    bundle: Path, damage: Callable[[dict[str, Any]], object]
 ) -> None:
     _damage_manifest(bundle, damage)
     with pytest.raises(BundleSchemaError):

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
-from edge_vlm_runtime.sources import gstreamer as gst_pipe
 from edge_vlm_runtime.sources import live as sources
 from edge_vlm_runtime.sources.gstreamer import GstPipe, csi_pipeline, launch_arguments
 from edge_vlm_runtime.sources.live import LiveSource
@@ -41,7 +40,7 @@ def test_a_pipeline_is_words_and_never_a_shell_s() -> None:
 
 
 def test_without_gstreamer_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gst_pipe.shutil, "which", lambda program: None)
+    monkeypatch.setattr(shutil, "which", lambda program: None)
     for text in ("csi", "csi:1", f"gst:{BALL}"):
         with pytest.raises(VideoNotFound, match=r"gstreamer1\.0-tools"):
             open_source(text, 2.0)
