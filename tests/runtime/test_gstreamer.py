@@ -10,7 +10,7 @@ import pytest
 
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
 from edge_vlm_runtime.sources import live as sources
-from edge_vlm_runtime.sources.gstreamer import GstPipe, csi_pipeline, launch_arguments
+from edge_vlm_runtime.sources.gstreamer import PROGRAM, GstPipe, csi_pipeline, launch_arguments
 from edge_vlm_runtime.sources.live import LiveSource
 from edge_vlm_runtime.sources.open import open_source
 
@@ -19,7 +19,7 @@ BALL = "videotestsrc is-live=true pattern=ball ! video/x-raw,width=160,height=12
 
 @pytest.fixture
 def gstreamer() -> None:
-    if shutil.which(gst_pipe.PROGRAM) is None:
+    if shutil.which(PROGRAM) is None:
         pytest.skip("GStreamer (gstreamer1.0-tools) is not installed")
 
 
