@@ -81,7 +81,7 @@ class _Processor(Molmo2Processor):
 
 def published_images(
     pictures: Sequence[NDArray[np.uint8]], max_crops: int = 8, **settings: Any
-) -> dict[str, NDArray]:
+) -> dict[str, NDArray[Any]]:
     """`pixel_values`, `image_token_pooling`, `image_grids` and `image_num_crops`."""
     made = _Images()(
         list(pictures), max_crops=max_crops, input_data_format="channels_last", **settings
@@ -89,7 +89,7 @@ def published_images(
     return {name: np.asarray(value) for name, value in made.items()}
 
 
-def published_video(frames: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray]:
+def published_video(frames: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[Any]]:
     """`pixel_values_videos`, `video_token_pooling` and `video_grids` of frames of one size."""
     made = _Videos()(
         videos=[np.stack(frames)], do_sample_frames=False, input_data_format="channels_last"

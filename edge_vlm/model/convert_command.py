@@ -125,8 +125,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 convert_command = Command(
-    name="convert",
-    help="Write a folder of weights of any known kind in this project's format or the model hub's.",
     add_arguments=_add_arguments,
     run=_run,
 )

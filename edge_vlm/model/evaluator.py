@@ -170,7 +170,8 @@ class _Decoding:
         embeds, bias = self.llm.embed(ids_S[None]), additive_bias(seen_SK)[None]
         hidden: Tensor = self.llm(embeds, *tables, bias, self.past, self._attend)[0]
         self.length += len(ids_S)
-        return hidden[0]
+        first: Tensor = hidden[0]
+        return first
 
     def _attend(
         self,

@@ -169,7 +169,8 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
         (folder / "graphs").mkdir(parents=True)
     _write(tmp_path / "bundle")
     assert not abandoned.exists()
-    assert at_work.exists() and foreign.exists()
+    assert at_work.exists()
+    assert foreign.exists()
 
 
 def test_an_unfinished_bundle_never_appears(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_published_may_leave_a_quiet_frame_nothing_and_first_whole_does_not() ->
     scores[4] = 0.0
     assert not clip_budget(scores, 0.3, variant="published")[4].any()
     kept = clip_budget(scores, 0.3, 2, variant="first_whole")
-    assert kept[0].all() and kept[1:].sum(1).min() == kept[4].sum() == 2
+    assert kept[0].all()
+    assert kept[1:].sum(1).min() == kept[4].sum() == 2
 
 
 @given(
@@ -83,7 +84,8 @@ def test_the_number_is_known_before_and_the_best_are_kept(
     for row, mask in zip(scores[1:], kept[1:], strict=True):
         assert mask.all() or not mask.any() or row[mask].min() >= row[~mask].max()
     if variant == "first_whole":
-        assert kept[0].all() and (kept[1:].sum(1) >= min(min_cells, CELLS)).all()
+        assert kept[0].all()
+        assert (kept[1:].sum(1) >= min(min_cells, CELLS)).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -92,7 +94,8 @@ def test_tensors_are_chosen_from_as_arrays_are(variant: Variant, keep_ratio: flo
     scores = torch.rand(2, 3, 5, CELLS, generator=torch.Generator().manual_seed(0))
     scores.requires_grad_()
     mask = selection.clip_budget(scores.bfloat16(), keep_ratio, 1, variant=variant)
-    assert mask.shape == scores.shape and mask.dtype == torch.bool
+    assert mask.shape == scores.shape
+    assert mask.dtype == torch.bool
     for place in np.ndindex(2, 3):
         clip = scores[place].detach().bfloat16().float().numpy()
         one = clip_budget(clip, keep_ratio, 1, variant=variant)

@@ -100,7 +100,8 @@ def test_all_runs_share_one_look(clip: ClipQuestions) -> None:
     model = Observer()
     runs = grid()
     answered = dict(answer_clip(model, clip, runs))
-    assert list(answered) == runs and model.looks == 1
+    assert list(answered) == runs
+    assert model.looks == 1
     for run, answers in answered.items():
         assert answers.cells_seen == FRAMES * 9
         newest = answers.texts[MOMENTS.index(4)].split()[1:]

@@ -161,7 +161,8 @@ def test_choices_are_causal_sorted_and_repeatable_after_reset(name: str) -> None
             cells = policy.select(row, picture(index), index == 0)
             assert cells.dtype == np.int32
             assert np.all(np.diff(cells) > 0)
-            assert cells.min() >= 0 and cells.max() < 16
+            assert cells.min() >= 0
+            assert cells.max() < 16
             chosen.append(cells.tolist())
         return chosen
 

@@ -182,7 +182,8 @@ def test_another_family_is_told_by_its_type(model_type: str | None, named: str) 
 def test_quantised_weights_are_named_with_the_way_out(extra: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match="quantised already") as caught:
         config_from_published(hub(without_scorer(molmo2_4b())) | extra)
-    assert named in str(caught.value) and "--precision int4" in str(caught.value)
+    assert named in str(caught.value)
+    assert "--precision int4" in str(caught.value)
 
 
 def test_what_a_published_config_cannot_say() -> None:

@@ -20,7 +20,6 @@ from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
 from edge_vlm.errors import CheckpointError, NoSpaceLeft
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.usage import FrameRule, Usage
-from edge_vlm.model import convert_command
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm.model.convert_command import HUB, OURS, convert
 from edge_vlm.model.published.files import INDEX, SCORER
@@ -180,7 +179,8 @@ def test_a_training_folder_becomes_one_of_the_hub(
     assert main(["inspect", source, "--tokenizer", str(companion)]) == 0
     told = capsys.readouterr().out
     assert "a folder of the training repository (step3" in told
-    assert "keep_ratio=0.7" in told and "<frame_start>" in told
+    assert "keep_ratio=0.7" in told
+    assert "<frame_start>" in told
 
 
 def test_types_and_shards(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_types_and_shards(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CheckpointError, match="in the way"):
         convert(hub, tmp_path / "full", OURS)
     disk = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(convert_command.shutil, "disk_usage", lambda _: disk)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: disk)
     with pytest.raises(NoSpaceLeft, match="--dtype bfloat16"):
         convert(hub, tmp_path / "none", OURS)
     assert not (tmp_path / "none").exists()
@@ -299,7 +299,8 @@ def test_what_was_trained_is_what_is_served_and_saved_back(
     ratio, attention, rescale = RECIPES[recipe]
     trained = open_folder(run / "checkpoint")
     assert trained.config.attention is attention
-    assert trained.config.scorer is not None and trained.config.scorer.rescale is rescale
+    assert trained.config.scorer is not None
+    assert trained.config.scorer.rescale is rescale
     usage = trained.usage
     assert usage.style == PromptStyle(
         own_frame_markers=True, space_before_answers=True, begin=PAD, ends=(PAD,)

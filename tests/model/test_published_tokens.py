@@ -153,7 +153,8 @@ def test_turns_keep_the_templates_end_and_answers_have_the_models() -> None:
     prompt = PromptFormat(words, PromptStyle(begin=PAD, ends=(PAD, "<unk>")))
     assert prompt.answer_ids("yes")[-1] == words.id_of(PAD)
     turn = prompt.turn_ids("is there a red ball ?", "yes")
-    assert words.id_of("<|im_end|>") in turn and words.id_of(PAD) not in turn
+    assert words.id_of("<|im_end|>") in turn
+    assert words.id_of(PAD) not in turn
     assert np.array_equal(prompt.bos_ids, [words.id_of(PAD)])
     with pytest.raises(KeyError, match="no token"):
         PromptFormat(words, PromptStyle(ends=("<end>",)))

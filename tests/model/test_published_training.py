@@ -68,7 +68,7 @@ Write = Callable[[Path, dict[str, Any], dict[str, Any]], Path]
 WRITERS: dict[str, Write] = {
     "unsharded": write_unsharded,
     "one rank": write_sharded,
-    "two ranks": lambda *given: write_sharded(*given, ranks=2),
+    "two ranks": lambda folder, tensors, config: write_sharded(folder, tensors, config, ranks=2),
 }
 
 
@@ -216,7 +216,8 @@ def test_blocks_that_nothing_reads_are_left_out_with_a_note(folder: Path) -> Non
 
 def test_what_was_trained_is_read(folder: Path) -> None:
     usage = open_published(folder).usage
-    assert usage.style.own_frame_markers and not usage.style.low_res_columns
+    assert usage.style.own_frame_markers
+    assert not usage.style.low_res_columns
     assert usage.images == ImageConfig(max_crops=5, overlap=(2, 3))
     assert usage.frames == FrameRule(num_frames=64, max_fps=2.0, mode="uniform_last_frame")
     assert usage.defaults == {"keep_ratio": 0.7}
@@ -440,7 +441,8 @@ def test_a_pickle_that_would_run_something_is_refused(
     data.write_bytes(bytes(content) + bomb.getvalue())
     write_index(index, metadata)
     refused(sharded, f"{data.name} names the global", "mkdir")
-    assert shard.length and not trace.exists()
+    assert shard.length
+    assert not trace.exists()
 
 
 GLOBALS = st.sampled_from(

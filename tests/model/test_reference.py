@@ -107,12 +107,13 @@ def test_the_cases_above_pack_and_refill() -> None:
 def test_gradients_are_those_of_the_published_packing() -> None:
     model, pixels = random_model(), random_pixels(7, 1)
     vision = {name: p for name, p in model.named_parameters() if not name.startswith("llm.")}
-    found = []
-    for features in (
-        literal_reference.encode(model, pixels, [4, 3], 0.5).features,
-        encode_reference(model, pixels, [4, 3], keep_ratio=0.5).features_GE,
-    ):
-        found.append(torch.autograd.grad(features.square().sum(), list(vision.values())))
+    found = [
+        torch.autograd.grad(features.square().sum(), list(vision.values()))
+        for features in (
+            literal_reference.encode(model, pixels, [4, 3], 0.5).features,
+            encode_reference(model, pixels, [4, 3], keep_ratio=0.5).features_GE,
+        )
+    ]
     assert any(name.startswith("scorer.") for name in vision)
     largest = max(float(gradient.abs().max()) for gradient in found[0])
     for name, theirs, ours in zip(vision, *found, strict=True):

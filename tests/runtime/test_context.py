@@ -205,9 +205,8 @@ def test_used_up_time_stamps_are_counted_anew(
     subject = context(engines, max_time_s=4.0)
     offsets = []
     for frame in frames:
-        for change in add(subject, [frame]):
-            if isinstance(change, Rebased):
-                offsets.append(change.time_offset_s)
+        changes = add(subject, [frame])
+        offsets += [change.time_offset_s for change in changes if isinstance(change, Rebased)]
         newest = subject.newest
         assert newest is not None
         assert newest.pts_ns * 1e-9 - subject.time_offset_s <= 4.05

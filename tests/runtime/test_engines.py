@@ -208,10 +208,12 @@ def test_rows_land_in_the_arena_in_place(engines: LoadedBundle, clip: list[Frame
     keys[:], values[:] = np.nan, np.nan
     lm.prefill(arena, *_segment(engines, clip[0], 0))
     n = arena.length
-    assert np.isfinite(keys[:n]).all() and np.isnan(keys[n:]).all()
+    assert np.isfinite(keys[:n]).all()
+    assert np.isnan(keys[n:]).all()
     address = keys.__array_interface__["data"][0]
     lm.decode_step(arena, 5)
-    assert np.isfinite(values[: n + 1]).all() and np.isnan(values[n + 1 :]).all()
+    assert np.isfinite(values[: n + 1]).all()
+    assert np.isnan(values[n + 1 :]).all()
     assert arena.pointers[2] == address
 
 

@@ -41,7 +41,8 @@ def test_a_raw_picture_arrives_as_it_was(height: int, width: int, sequence: int)
     rgb = noise(height, width)
     message = protocol.raw_frame_message(sequence, 5, rgb)
     data = message.encode()
-    assert data[:2] == b"\x01\x02" and data[24:28] == struct.pack("<HH", width, height)
+    assert data[:2] == b"\x01\x02"
+    assert data[24:28] == struct.pack("<HH", width, height)
     decoded = protocol.decode_frame_message(data)
     assert decoded == message
     assert np.array_equal(decode_picture(decoded.picture()), rgb)

@@ -66,7 +66,8 @@ def test_names_types_labels_and_values_are_those_of_old(monkeypatch: pytest.Monk
     metrics = make(FakeMachine())
     live(metrics)
     old, new = families(PAGE.read_text()), families(metrics.render().decode())
-    assert old.keys() == new.keys() and len(old) == 22
+    assert old.keys() == new.keys()
+    assert len(old) == 22
     for name, (kind, text, samples) in old.items():
         assert new[name][:2] == (kind, text)
         assert new[name][2] == pytest.approx(samples)
@@ -78,7 +79,8 @@ def test_a_new_server_counts_from_nothing() -> None:
     assert found["edge_vlm_frames_processed"][2] == {("edge_vlm_frames_processed_total", ()): 0}
     assert found["edge_vlm_frames_dropped"][2] == {}
     buckets = [value for (name, _), value in found["edge_vlm_frame_age_seconds"][2].items()]
-    assert buckets and not any(buckets)
+    assert buckets
+    assert not any(buckets)
 
 
 def test_what_cannot_be_read_and_what_is_not_finite() -> None:

@@ -99,11 +99,9 @@ def test_video_takes_its_share_of_the_answers_time_and_no_more(
     table.play(2)  # what a frame costs is known before the first question
     table.done.clear()
     table.answers[names[0]] = 600
-    num_cheap = 0
     if uneven:
         table.takes_s["watch"] *= 0.1
         table.play(100)
-        num_cheap = len(table.order("watch"))
         table.takes_s["watch"] = watch_s
         table.play(500)
     else:

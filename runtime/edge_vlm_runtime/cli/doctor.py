@@ -14,7 +14,7 @@ from edge_vlm_runtime.cli.options import bundle_options, serve_options
 from edge_vlm_runtime.engines.names import Backend
 
 if TYPE_CHECKING:
-    from edge_vlm_runtime.doctor.doctor import Check
+    from edge_vlm_runtime.doctor.machine import Check
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edge_vlm_runtime.doctor.doctor import Machine, Plan, examine
+    from edge_vlm_runtime.doctor.doctor import examine
+    from edge_vlm_runtime.doctor.machine import Machine, Plan
 
     plan = Plan(
         bundle=args.bundle,

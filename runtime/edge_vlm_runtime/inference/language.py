@@ -176,7 +176,8 @@ class LanguageModel:
         self._last_idx[0] = s - 1
         logits = self._infer(arena, embeds, slice(first, first + s), bias, self._last_idx)
         arena.append(s)
-        return logits[0]
+        rows: npt.NDArray[np.float32] = logits[0]
+        return rows
 
     def _infer(
         self,

@@ -100,9 +100,9 @@ def losses_alone(
     return found
 
 
-@pytest.mark.parametrize("removed, min_cells", [(0.0, 0), (0.5, 2), (0.8, 0)])
+@pytest.mark.parametrize(("removed", "min_cells"), [(0.0, 0), (0.5, 2), (0.8, 0)])
 @pytest.mark.parametrize(
-    "attention, rescale, style",
+    ("attention", "rescale", "style"),
     [
         (VisionAttention.FRAME, Rescale.ABSOLUTE, PLAIN),
         (VisionAttention.ALL, Rescale.FRAME, RELEASED),

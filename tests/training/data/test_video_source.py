@@ -47,7 +47,8 @@ def source(folder: Path, *records: dict[str, Any], **sampling: Any) -> VideoSour
 )
 def test_times_follow_the_published_rule(end_s: float, fps: float, max_frames: int) -> None:
     times = FrameSampling(fps=fps, max_frames=max_frames).times(end_s)
-    assert 1 <= len(times) <= max_frames and times[0] == 0
+    assert 1 <= len(times) <= max_frames
+    assert times[0] == 0
     assert (np.diff(times) > 0).all()
     if max_frames > 1 and end_s > 1e-3:
         assert times[-1] == pytest.approx(end_s)
@@ -75,7 +76,8 @@ def test_samples_hold_the_stretch_that_their_record_names(tmp_path: Path) -> Non
     assert [branch.frame for branch in sample.branches] == [LAST, 0, 1, 3]
     assert [branch.history for branch in sample.branches] == [(), (), (), (("a", "b"),)]
     pictures = sample.load(24)
-    assert pictures.shape == (4, 24, 24, 3) and pictures.dtype == np.uint8
+    assert pictures.shape == (4, 24, 24, 3)
+    assert pictures.dtype == np.uint8
     assert numbers(pictures) == [10, 15, 20, 21]
     assert sample.name == f"{tmp_path / 'train.jsonl'}:1"
 
@@ -85,7 +87,8 @@ def test_every_round_has_every_record_once_in_its_own_order(tmp_path: Path) -> N
     videos = source(tmp_path, *[{"video": "a.mp4", "annotations": [QA]}] * 7)
     rounds = [[videos.sample(7 * r + i).name for i in range(7)] for r in range(4)]
     assert all(sorted(names) == sorted(rounds[0]) for names in rounds)
-    assert len(set(rounds[0])) == 7 and len({tuple(names) for names in rounds}) > 1
+    assert len(set(rounds[0])) == 7
+    assert len({tuple(names) for names in rounds}) > 1
     assert [videos.sample(n).name for n in range(7)] == rounds[0]
 
 
@@ -123,7 +126,7 @@ def test_a_video_that_breaks_off_in_its_pictures_names_the_record(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "fields, field",
+    ("fields", "field"),
     [
         ({"start_s": 7.0}, "$.start_s"),
         ({"end_s": 7.0}, "$.end_s"),

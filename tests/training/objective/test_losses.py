@@ -84,4 +84,5 @@ def test_feature_scale_loss_pulls_large_features_down_and_leaves_small_ones() ->
     loss = feature_scale_loss(large)
     loss.backward()
     assert loss.item() > 0
-    assert large.grad is not None and bool((large.grad > 0).all())
+    assert large.grad is not None
+    assert bool((large.grad > 0).all())
