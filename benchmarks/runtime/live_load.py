@@ -8,7 +8,7 @@
    round by round. Goal: at most 1.25 times as long as alone.
 2. Frames that were encoded join the memory one by one or four in a prefill: time per frame.
 3. The budget: share of cells kept against `keep_ratio`, tokens a second against
-   `vision_tokens_per_s`, over rendered scenes and, where they are, the shared clips. Goal: within
+   `vision_tokens_per_s`, over rendered scenes and the videos named. Goal: within
    10 %.
 4. A minute of a camera on a scene that stands still and on a busy one, default settings: frames
    through the engines, tokens, and processor time, JPEG decoding apart. Goal: less than a tenth.
@@ -22,22 +22,25 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.harness import (
-    command_line,
-    device_record,
+    CLOCKS_NS,
+    RESULTS,
     in_turn,
     progress,
+    result_head,
+    script_parser,
     speed_up,
     summary,
     write_result,
 )
-from benchmarks.runtime.stream_length import CLOCKS, FPS, pictures
+from benchmarks.runtime.stream_length import FPS, pictures
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
@@ -53,9 +56,6 @@ from edge_vlm_runtime.session.session import Session
 from edge_vlm_runtime.session.stream_clock import StreamClock
 from edge_vlm_runtime.sources.video_file import FileSource
 
-ROOT = Path(__file__).parents[2]
-OUT = ROOT / "benchmarks" / "results" / "live_load.json"
-SHARED_CLIPS = ROOT.parent / "shared" / "clips"
 FLOOD = "flood"
 RATES: tuple[float | str, ...] = (2.0, 10.0, 30.0, FLOOD)
 OTHERS = 3
@@ -80,7 +80,7 @@ class EndlessEngines:
 class _EndlessPrompt:
     def __init__(self, engines: LoadedBundle) -> None:
         self._prompt = engines.prompt
-        self.eos_id = engines.bundle.config.language.base_vocab  # there is no logit for it
+        self.eos_ids = (engines.bundle.config.language.base_vocab,)  # there is no logit for it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._prompt, name)
@@ -179,8 +179,9 @@ def measure_answer(
 
     def answer(name: str, rate: float | str | None, others: int = 0) -> None:
         cameras = [Camera(endless, settings, limits, jpegs, rate, clock_ns)]
-        for _ in range(others):  # they are not asked, so they need no room for an answer
-            cameras.append(Camera(endless, watching, limits, jpegs, FLOOD, clock_ns))
+        cameras += [  # they are not asked, so they need no room for an answer
+            Camera(endless, watching, limits, jpegs, FLOOD, clock_ns) for _ in range(others)
+        ]
         turns: Scheduler[Camera] = Scheduler(
             answer=lambda camera: camera.handle.answer(),
             watch=lambda camera: camera.handle.watch(),
@@ -208,12 +209,12 @@ def measure_answer(
         took[name].append((asker.done_ns - begin_ns) * 1e-9)
         frames[name].append(sum(len(camera.accepted) for camera in cameras) - before)
 
-    cases: dict[str, Callable[[], object]] = {"alone": lambda: answer("alone", None)}
+    cases: dict[str, Callable[[], object]] = {"alone": partial(answer, "alone", None)}
     for rate in RATES:
         name = FLOOD if rate == FLOOD else f"{rate:g} fps"
-        cases[name] = lambda name=name, rate=rate: answer(name, rate)
+        cases[name] = partial(answer, name, rate)
     elsewhere = f"{FLOOD} in {OTHERS} other sessions"
-    cases[elsewhere] = lambda: answer(elsewhere, None, OTHERS)
+    cases[elsewhere] = partial(answer, elsewhere, None, OTHERS)
     took: dict[str, list[float]] = {name: [] for name in cases}
     frames.update({name: [] for name in cases})
     in_turn(
@@ -325,9 +326,9 @@ def scene(turn: float, num_frames: int, size: int) -> list[bytes]:
     return made
 
 
-def clips(num_frames: int, size: int) -> dict[str, list[bytes]]:
+def clips(num_frames: int, size: int, videos: Sequence[Path]) -> dict[str, list[bytes]]:
     found = {name: scene(turn, num_frames, size) for name, turn in SCENES.items()}
-    for path in sorted(SHARED_CLIPS.glob("*.mp4")):
+    for path in videos:
         found[path.stem] = [encode_jpeg(shown.rgb) for shown in FileSource(path, 8.0).pictures()]
     return found
 
@@ -344,7 +345,7 @@ def measure_budget(
 ) -> dict[str, Any]:
     limits = ServerLimits()
     settings = default_settings(engines.bundle, limits).changed({"delivery": "wait"})
-    shown = clips(args.seconds * FPS, engines.bundle.config.vision.image_size)
+    shown = clips(args.seconds * FPS, engines.bundle.config.vision.image_size, args.videos)
     rows: dict[str, dict[str, float]] = {}
     for name, jpegs in shown.items():
         rows[name] = {}
@@ -426,23 +427,21 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = script_parser(__doc__, RESULTS / "live_load.json")
     parser.add_argument("--bundle", type=Path, default=DEMO_BUNDLE)
     parser.add_argument("--answer", type=int, default=200, help="tokens of the answer")
     parser.add_argument("--seconds", type=int, default=60, help="length of a rendered scene")
+    parser.add_argument("--videos", type=Path, nargs="*", default=[], help="more than scenes")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--clock", choices=CLOCKS, default="processor")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--clock", choices=CLOCKS_NS, default="processor")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    clock_ns = cast(Callable[[], int], CLOCKS[args.clock])
+    clock_ns = CLOCKS_NS[args.clock]
     with LoadedBundle.open(args.bundle, threads=1) as engines:
         warm_up(engines)
         result: dict[str, Any] = {
-            "command": command_line("runtime.live_load", argv),
-            "device": device_record(torch.device("cpu")),
+            **result_head(__file__, argv, torch.device("cpu")),
             "clock": args.clock,
-            "threads": 1,
             "rounds": args.rounds,
             "bundle": engines.bundle.name,
             "answer": measure_answer(engines, args, clock_ns),

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,13 @@ import numpy as np
 import torch
 
 from benchmarks.harness import (
-    command_line,
-    device_record,
+    CHECKPOINT,
+    CLOCKS_NS,
+    RESULTS,
     in_turn,
     progress,
+    result_head,
+    script_parser,
     speed_up,
     summary,
     write_result,
@@ -55,11 +57,7 @@ from edge_vlm_runtime.session.budget import default_settings
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.session import Session
 
-ROOT = Path(__file__).parents[2]
-OUT = ROOT / "benchmarks" / "results" / "stream_length.json"
-CHECKPOINT = ROOT / "training" / "checkpoints" / "demo"
 QUESTION = "How many things are there now?"
-CLOCKS = {"wall": time.monotonic_ns, "processor": time.process_time_ns}
 FPS = 2
 NUM_PICTURES = 48
 REBUILT = 200
@@ -319,7 +317,7 @@ def measure_clips(
 
 def _peer(cfg: ModelConfig, num_frames: int) -> Callable[[], object] | None:
     """One question to transformers' Molmo2 of this size with random weights: from patches to the
-    logits behind the question. None where transformers is missing."""
+    logits after the question. None where transformers is missing."""
     try:
         import transformers
     except ImportError:
@@ -381,7 +379,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = script_parser(__doc__, RESULTS / "stream_length.json")
     parser.add_argument("--bundle", type=Path, default=DEMO_BUNDLE)
     parser.add_argument("--lengths", type=int, nargs="*", default=[10, 100, 1000, 10_000])
     parser.add_argument("--clips", type=int, nargs="*", default=[16, 64, 256])
@@ -389,17 +387,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--clip-rounds", type=int, default=5)
     parser.add_argument("--warmups", type=int, default=2)
-    parser.add_argument("--clock", choices=CLOCKS, default="processor")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--clock", choices=CLOCKS_NS, default="processor")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.lengths.sort()
-    clock_ns = CLOCKS[args.clock]
+    clock_ns = CLOCKS_NS[args.clock]
     result: dict[str, Any] = {
-        "command": command_line("runtime.stream_length", argv),
-        "device": device_record(torch.device("cpu")),
+        **result_head(__file__, argv, torch.device("cpu")),
         "clock": args.clock,
-        "threads": 1,
         "rounds": {"lengths": args.rounds, "clips": args.clip_rounds},
     }
     if args.lengths:

@@ -11,11 +11,12 @@ import pytest
 
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import make_policy
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.inference.vision import FrameTokens
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
 from edge_vlm_runtime.session.budget import MemoryPlan
-from edge_vlm_runtime.session.context import CAUSAL, Change, Evicted, Rebased, StreamContext
+from edge_vlm_runtime.session.context import Change, Evicted, Rebased, StreamContext
 from edge_vlm_runtime.session.stream_clock import StreamClock
 from tests.runtime.pictures import picture
 from tests.tiny import tiny_bundle
@@ -204,9 +205,8 @@ def test_used_up_time_stamps_are_counted_anew(
     subject = context(engines, max_time_s=4.0)
     offsets = []
     for frame in frames:
-        for change in add(subject, [frame]):
-            if isinstance(change, Rebased):
-                offsets.append(change.time_offset_s)
+        changes = add(subject, [frame])
+        offsets += [change.time_offset_s for change in changes if isinstance(change, Rebased)]
         newest = subject.newest
         assert newest is not None
         assert newest.pts_ns * 1e-9 - subject.time_offset_s <= 4.05

@@ -31,6 +31,7 @@ from tests.runtime.fake_engines import ANSWER
 from tests.runtime.live import run
 from tests.runtime.memory_link import NEVER, Break, MemoryLink, Network, network
 from tests.runtime.pictures import jpeg
+from tests.runtime.seen import Seen
 from tests.runtime.test_connection import fake_table
 
 Event = TypeVar("Event", bound=protocol.ServerEvent)
@@ -162,7 +163,7 @@ def test_another_process_goes_on_in_the_middle_of_an_answer() -> None:
             assert sent == (second.created.newest_frame_sequence or 0) + 1  # type: ignore[union-attr]
             await second.wait_processed()
             answer = await second.ask("what colour is the cube ?")
-            assert (answer.text, answer.newest_frame) == (ANSWER, sent)
+            assert (answer.text, answer.newest_frame.frame_sequence) == (ANSWER, sent)
             await second.close()
 
         with fake_table() as table, network(table) as made:
@@ -325,17 +326,18 @@ def test_the_first_message_must_say_which_session() -> None:
         ):
             event = await first_answer(made, text)
             assert event.error.code == "E-PROTOCOL"
-        client = await Client.connect(URL)
+        seen = Seen()
+        client = await Client.connect(URL, on_event=seen)
         await client._send_json("session.resume", "r", session_id="", resume_token="")
-        while not client.errors:
+        while not seen.errors:
             await asyncio.sleep(0)
-        assert client.errors[0].code == "E-PROTOCOL"
+        assert seen.errors[0].code == "E-PROTOCOL"
         await client._send_json(
             "session.resume", "s", session_id="", resume_token="", last_sequence=0
         )
-        while len(client.errors) < 2:
+        while len(seen.errors) < 2:
             await asyncio.sleep(0)
-        assert "first message" in client.errors[1].message
+        assert "first message" in seen.errors[1].message
         await client.close()
 
     with fake_table() as table, network(table) as made:

@@ -11,7 +11,7 @@ import pytest
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.cli.options import add_server_arguments, server_limits
+from edge_vlm_runtime.cli.arguments import add_options, build, options_of
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
 from edge_vlm_runtime.session.budget import cache_capacity
@@ -65,9 +65,8 @@ def test_too_little_memory_is_said_at_once() -> None:
 )
 def test_limits_on_the_command_line(arguments: list[str], changed: dict[str, Any]) -> None:
     parser = argparse.ArgumentParser()
-    parser.set_defaults(max_sessions=None)
-    add_server_arguments(parser)
-    found = server_limits(parser.parse_args(arguments))
+    add_options(parser, {"": options_of(ServerLimits)}, is_checked=True)
+    found = build(ServerLimits, parser.parse_args(arguments))
     assert found == dataclasses.replace(ServerLimits(), **changed)
     with pytest.raises(SystemExit):
         parser.parse_args(["--session-memory", "0"])

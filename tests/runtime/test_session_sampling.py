@@ -52,3 +52,15 @@ def test_an_update_applies_to_questions_behind_it(engines: LoadedBundle) -> None
     viewer.run()
     said = [done.text for done in viewer.of(protocol.ResponseDone)]
     assert said == [*texts(engines), *texts(engines, temperature=2.0, seed=1)]
+
+
+def test_an_answer_stops_at_any_of_the_last_tokens(engines: LoadedBundle) -> None:
+    """Several `eos_token_id`: here every word is one, and the first of them the usual one."""
+    before = engines.prompt.eos_ids
+    (whole,) = texts(engines)
+    words = range(engines.bundle.config.language.base_vocab)
+    try:
+        engines.prompt.eos_ids = (*before, *words)
+        assert texts(engines) == [""] != [whole]
+    finally:
+        engines.prompt.eos_ids = before

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import NonFinite
@@ -119,7 +120,8 @@ class VisionPipeline:
         stem.run()
         if not np.isfinite(scores).all():
             raise NonFinite("the token scores of a frame are not finite", where="vit_stem")
-        return scores[0]
+        cells: npt.NDArray[np.float32] = scores[0]
+        return cells
 
     def _checked(self, cells: np.ndarray) -> np.ndarray:
         cells = np.ascontiguousarray(cells, np.int32)

@@ -11,7 +11,6 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.client.client import answer_of
 from edge_vlm_runtime.client.connection import error_from_detail
 from edge_vlm_runtime.client.run import Outcome, PlannedQuestion
 from edge_vlm_runtime.client.terminal import LineOutput
@@ -67,14 +66,13 @@ class Report:
         self._view.event(event)
         if isinstance(event, protocol.ResponseDone) and event.response_id in self._answering:
             question = self._answering.pop(event.response_id)
-            answer = answer_of(event)
-            outcome.answers.append((question, answer))
-            self._view.answered(question, answer)
+            outcome.note(event)
+            self._view.answered(question, event)
         elif isinstance(event, protocol.Error) and event.error.event_id is not None:
             question = self._taken(event.error.event_id)
             if question is not None:
                 error = error_from_detail(event.error)
-                outcome.answers.append((question, error))
+                outcome.note(error)
                 self._view.answered(question, error)
 
     def _taken(self, event_id: str | None) -> PlannedQuestion | None:

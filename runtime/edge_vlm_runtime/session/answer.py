@@ -67,7 +67,7 @@ class Answer:
         self._first_delta_ns: int | None = None
         self._detokenizer = StreamDetokenizer(prompt.tokenizer)
         self._tokens: Generator[int, None, str] = generate(
-            language, view.arena, logits, queued.sampling, prompt.eos_id, max_tokens
+            language, view.arena, logits, queued.sampling, prompt.eos_ids, max_tokens
         )
         self.finish_reason: str | None = None
         """Set when the last token was decoded."""

@@ -31,7 +31,8 @@ def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSetti
     """Settings of a new session: ours, overridden by what the bundle says it was made for.
 
     A bundle's `defaults` may hold any field of SessionSettings, and `fps` for `fps_cap`; other keys
-    are not about sessions. Raises ConfigError on a value out of range.
+    are not about sessions. An answer may take a quarter of the cache, as a question may, where the
+    bundle would let it take more. Raises ConfigError on a value out of range.
     """
     names = {field.name for field in dataclasses.fields(SessionSettings)}
     fields = {name: value for name, value in bundle.defaults.items() if name in names}
@@ -39,7 +40,11 @@ def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSetti
         fields.setdefault("fps_cap", float(bundle.defaults["fps"]))
     trained_by_frame = bundle.config.attention is VisionAttention.FRAME
     fields.setdefault("attention", Attention.FRAME if trained_by_frame else Attention.EXACT)
-    return SessionSettings().changed(fields)
+    settings = SessionSettings().changed(fields)
+    if "max_answer_tokens" in fields:
+        most = max(1, cache_capacity(ModelLimits.from_bundle(bundle), limits) // 4)
+        settings = settings.changed({"max_answer_tokens": min(settings.max_answer_tokens, most)})
+    return settings
 
 
 def cache_capacity(model: ModelLimits, limits: ServerLimits) -> int:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
 from edge_vlm_runtime.session.budget import MemoryPlan
 
@@ -37,8 +38,6 @@ FIRST_INTERVAL_S = 0.5
 """Time stamp of the oldest frame in the window after a rebase; the anchor has 0."""
 FRAMES_PER_PREFILL = 4
 """Larger batches of small appends gain nothing and grow the mask."""
-CAUSAL = -1
-"""Block id of tokens that see only what comes before them."""
 
 
 @dataclass(frozen=True)

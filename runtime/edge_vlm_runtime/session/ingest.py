@@ -115,7 +115,7 @@ class FrameIngest:
             self._policy = _policy_of(settings, self._vision.num_cells)
         elif _differ(old, settings, BUDGET_FIELDS):
             share = settings.keep_ratio * self._vision.num_cells
-            self._policy.fund(share, share)  # a budget by time funds each frame anew
+            self._policy.set_rate(share, share)  # a budget by time sets it anew each frame
 
     @property
     def has_pending(self) -> bool:
@@ -250,7 +250,7 @@ class FrameIngest:
         if self._last_encoded_us is not None:
             since_s = (capture_us - self._last_encoded_us) * 1e-6
             self._interval_s += EWMA_WEIGHT * (since_s - self._interval_s)
-        self._policy.fund(per_s * since_s, per_s * self._interval_s)
+        self._policy.set_rate(per_s * since_s, per_s * self._interval_s)
 
     # ---- joining -----------------------------------------------------------------------------
 

@@ -20,9 +20,10 @@ import numpy as np
 from edge_vlm.errors import NoFrameYet, SnapshotsUnsupported, SnapshotTooLarge
 from edge_vlm.pixels.frames import decode_picture
 from edge_vlm.pixels.stills import ImageConfig, image_grid
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm.text.prompt import image_length
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.session.context import CAUSAL, Segment, ShownFrame, StreamContext
+from edge_vlm_runtime.session.context import Segment, ShownFrame, StreamContext
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.bundle_model import LoadedBundle
