@@ -17,7 +17,8 @@ import pytest
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About, fields_of
+from edge_vlm.options import About, texts_of
+from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm_runtime.cli.alerts import rule_options
 from edge_vlm_runtime.cli.arguments import PREFIX, build, flat, given, options_of
 from edge_vlm_runtime.cli.ask import ask
@@ -236,7 +237,8 @@ def test_what_is_out_of_range_is_one_coded_line(
 
 def test_every_limit_and_setting_is_an_option_with_a_text(tmp_path: Path) -> None:
     for kind in (ServerLimits, SessionSettings):
-        assert set(fields_of(kind)) == {field.name for field in dataclasses.fields(kind)}
+        assert set(texts_of(kind)) == {field.name for field in dataclasses.fields(kind)}
+    assert all(name in texts_of(SessionSettings)["policy"] for name in POLICY_NAMES)
     changed_limits = {
         name: value + (1 << 20) for name, value in dataclasses.asdict(ServerLimits()).items()
     }

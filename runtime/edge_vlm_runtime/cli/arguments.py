@@ -1,7 +1,7 @@
 """What a settings class says about its fields as arguments of a command.
 
-An option is a field that has an `About`; everything else derives from it: the field `max_sessions`
-is `--max-sessions`, `max_sessions` in a file and EDGE_VLM_MAX_SESSIONS in the environment. Light to
+An option is a field with a default; everything else derives from it: the field `max_sessions` is
+`--max-sessions`, `max_sessions` in a file and EDGE_VLM_MAX_SESSIONS in the environment. Light to
 import, and `doctor` uses it where nothing is installed: plain Python, no library.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About, fields_of
+from edge_vlm.options import About, abouts_of
 
 PREFIX = "EDGE_VLM_"
 WORDS = {"1": True, "true": True, "yes": True, "on": True} | {
@@ -155,7 +155,7 @@ def options_of(
     means that something else decides, not the class."""
     defaults = {field.name: field for field in dataclasses.fields(owner)}
     found = []
-    for name, (hint, about) in fields_of(owner).items():
+    for name, (hint, about) in abouts_of(owner).items():
         if only is not None and name not in only:
             continue
         kind = _kind_of(hint)
