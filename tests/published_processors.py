@@ -49,7 +49,8 @@ class _WithoutTorchvision:
     def resize(
         self, image: torch.Tensor, size: Any, resample: Any = None, antialias: bool = True
     ) -> torch.Tensor:
-        assert int(resample) == BILINEAR and not antialias
+        assert int(resample) == BILINEAR
+        assert not antialias
         shape = (size.height, size.width)
         return torch.nn.functional.interpolate(image, shape, mode="bilinear", align_corners=False)
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.calibration import CalibrationTable, Threshold
+from edge_vlm.formats.footage import Shot, read_footage
 from edge_vlm.model.checkpoint import WEIGHTS, load_checkpoint
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.patches import to_pixel_values
-from edge_vlm.pixels.video import Shot, read_footage
 
 KEEP_RATIOS = (0.7, 0.5, 0.3, 0.2)
 PERCENTS = range(5, 100, 5)

@@ -128,7 +128,8 @@ class EngineBundle:
     def embed_table(self) -> np.ndarray:
         """Token embeddings f32 [vocab, width], read-only and mapped: rows are read when used."""
         try:
-            return np.load(self.path / EMBED_TABLE, mmap_mode="r", allow_pickle=False)
+            table: np.ndarray = np.load(self.path / EMBED_TABLE, mmap_mode="r", allow_pickle=False)
+            return table
         except ValueError as error:
             raise BundleSchemaError(f"{EMBED_TABLE}: {error}", where=self.path) from error
 

@@ -81,7 +81,8 @@ def assemble(
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, mapped. Raises CheckpointError if it is not whole."""
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
     except SafetensorError as error:
         raise CheckpointError(
             f"not a whole safetensors file: {error}", where=path, remedy="copy the file again"

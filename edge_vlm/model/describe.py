@@ -126,7 +126,7 @@ def _vision(cfg: ModelConfig) -> str:
     return (
         f"{vision.image_size} pixels square, {vision.num_patches} patches, {vision.num_cells} "
         f"cells; {vision.num_layers} blocks of {vision.width}, {vision.num_heads} heads of "
-        f"{vision.head_dim}, MLP {vision.mlp_width}; read behind blocks {read}"
+        f"{vision.head_dim}, MLP {vision.mlp_width}; read after blocks {read}"
     )
 
 
@@ -134,13 +134,13 @@ def _scorer(scorer: ScorerConfig | None) -> str:
     if scorer is None:
         return "none: every cell is kept"
     return (
-        f"STTS behind block {scorer.prune_at}, cells dropped behind block {scorer.prune_at + 1}; "
+        f"STTS after block {scorer.prune_at}, cells dropped after block {scorer.prune_at + 1}; "
         f"scores rescaled by {scorer.rescale.value}"
     )
 
 
 def _language(language: LanguageConfig) -> str:
-    norms = "norms behind" if language.post_norm else "norms before"
+    norms = "norms after" if language.post_norm else "norms before"
     heads = "over all heads" if language.full_qk_norm else "per head"
     scaling = language.rope_scaling
     rope = f"rotary base {language.rope_theta:,.0f}"

@@ -16,21 +16,23 @@ import torch
 from torch import Tensor
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.evaluation.offline import CAUSAL, Asked, Prefix, View, answer_clip, can_run
+from edge_vlm.evaluation.offline import Asked, Prefix, View, answer_clip, can_run
 from edge_vlm.evaluation.runs import MAX_ANSWER_TOKENS, ClipAnswers, EvaluatorOptions, Run
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.model.checkpoint import TOKENIZER, WEIGHTS, load_checkpoint
-from edge_vlm.model.layers import MASKED
+from edge_vlm.model.layers import additive_bias
 from edge_vlm.model.llm import KeyValue, LanguageModel, attend_past, rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.pixels.frames import Rgb
 from edge_vlm.pixels.patches import to_pixel_values
-from edge_vlm.pruning.policies import Cells, Rgb, Scores
+from edge_vlm.pruning.policies import Cells, Scores
+from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 
 ROOM = 128
-"""Positions left free behind a video for a question and its answer."""
+"""Positions left free after a video for a question and its answer."""
 
 
 class TorchModel:
@@ -82,27 +84,22 @@ class TorchModel:
         return [[decode(next(tokens)) for _ in items] for _, items in views]
 
     def _prefill(self, prefixes: Sequence[Prefix]) -> list[KeyValue]:
-        """Keys and values of prefixes [V, P, ...], padded behind their ends."""
+        """Keys and values of prefixes [V, P, ...], padded after their ends."""
         llm = self.model.llm
         longest = max(len(prefix.ids) for prefix in prefixes)
         ids_VP = torch.zeros(len(prefixes), longest, dtype=torch.int64)
-        block_VP = torch.full_like(ids_VP, CAUSAL)
+        block_VP = np.full(ids_VP.shape, CAUSAL)
         for ids, block, prefix in zip(ids_VP, block_VP, prefixes, strict=True):
             ids[: len(prefix.ids)] = torch.from_numpy(prefix.ids.astype(np.int64))
-            block[: len(prefix.ids)] = torch.from_numpy(prefix.blocks)
+            block[: len(prefix.ids)] = prefix.blocks
         embeds = llm.embed(ids_VP)
         features = torch.from_numpy(np.concatenate([prefix.features for prefix in prefixes]))
         places = (ids_VP == self.prompt.patch_id).flatten().nonzero().squeeze(1)
         embeds = embeds.flatten(0, 1).index_add(0, places, features).view_as(embeds)
         order = torch.arange(longest)
-        together = (block_VP[:, None] == block_VP[:, :, None]) & (block_VP[:, None] >= 0)
-        seen_VPP = (order[None] <= order[:, None])[None] | together
-        _, past = llm(embeds, *rope_tables(llm.cfg, order[None]), _bias(seen_VPP))
+        bias_VPP = torch.from_numpy(block_bias(block_VP))
+        _, past = llm(embeds, *rope_tables(llm.cfg, order[None]), bias_VPP)
         return past
-
-
-def _bias(allowed: Tensor) -> Tensor:
-    return torch.zeros(allowed.shape).masked_fill_(~allowed, MASKED)
 
 
 class _Decoding:
@@ -170,7 +167,7 @@ class _Decoding:
     def _step(self, ids_S: Tensor, positions_S: Tensor, seen_SK: Tensor) -> Tensor:
         """Hidden states [S, D] of new tokens, whose keys and values join the past."""
         tables = rope_tables(self.llm.cfg, positions_S[None])
-        embeds, bias = self.llm.embed(ids_S[None]), _bias(seen_SK)[None]
+        embeds, bias = self.llm.embed(ids_S[None]), additive_bias(seen_SK)[None]
         hidden, _ = self.llm(embeds, *tables, bias, self.past, self._attend)
         self.length += len(ids_S)
         return hidden[0]

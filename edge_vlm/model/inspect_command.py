@@ -37,8 +37,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 inspect = Command(
-    name="inspect",
-    help="Say what a folder holds: architecture, scorer, parameters and memory by precision.",
     add_arguments=_add_arguments,
     run=_run,
 )

@@ -16,7 +16,9 @@ from edge_vlm.formats.precision import PRESETS, Precision, Variant
 if TYPE_CHECKING:
     from edge_vlm.formats.bundle import EngineBundle
     from edge_vlm_export.graphs.weights import WeightSource
+    from edge_vlm_export.preflight import Estimate
     from edge_vlm_export.to_onnx import ExportOptions
+    from edge_vlm_export.verify.verify import Report
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,8 +114,8 @@ def _export(args: argparse.Namespace) -> int:
     from edge_vlm_export.preflight import peak_memory
     from edge_vlm_export.to_onnx import export_source
 
-    progress, began = _printed_progress(), time.monotonic()
-    bundle = export_source(source, args.out, options, progress)
+    began = time.monotonic()
+    bundle = export_source(source, args.out, options, PrintedProgress())
     _print_sizes(bundle)
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
@@ -180,23 +182,18 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _printed_progress() -> Any:
-    from edge_vlm_export.preflight import Estimate
-    from edge_vlm_export.to_onnx import Progress
-    from edge_vlm_export.verify.verify import Report
+class PrintedProgress:
+    """Results on standard output, stages on a terminal's standard error."""
 
-    class Printed(Progress):
-        def estimated(self, needed: Estimate) -> None:
-            print(f"the export {needed}", flush=True)
+    def estimated(self, needed: Estimate) -> None:
+        print(f"the export {needed}", flush=True)
 
-        def stage(self, text: str) -> None:
-            if sys.stderr.isatty():
-                print(f"{text} ...", file=sys.stderr, flush=True)
+    def stage(self, text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"{text} ...", file=sys.stderr, flush=True)
 
-        def compared(self, report: Report) -> None:
-            print(report, flush=True)
-
-    return Printed()
+    def compared(self, report: Report) -> None:
+        print(report, flush=True)
 
 
 def _print_sizes(bundle: EngineBundle) -> None:
@@ -252,14 +249,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 export = Command(
-    name="export",
-    help="turn a checkpoint into a bundle of ONNX graphs, each compared with torch",
     add_arguments=_export_arguments,
     run=_export,
 )
 verify = Command(
-    name="verify",
-    help="compare a bundle's graphs with torch, or with the reference tensors inside it",
     add_arguments=_verify_arguments,
     run=_verify,
 )

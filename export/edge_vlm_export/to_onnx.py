@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -43,14 +43,21 @@ from edge_vlm_export.quantize.plan import NodePlan, PrecisionPlan, plan_graph
 from edge_vlm_export.quantize.ranges import Observer, measure, with_table
 from edge_vlm_export.trace.graph_files import check_graph, out_of_space, save_graph, versions
 from edge_vlm_export.trace.trace import hollow_model, trace
-from edge_vlm_export.verify.check_inputs import RealInputs, reference_sizes, sample_inputs
-from edge_vlm_export.verify.ort_runner import Graphs, run_torch, session_run, torch_run
-from edge_vlm_export.verify.pipeline import Chain, Clip, Run, drawn_clip
-from edge_vlm_export.verify.real_inputs import real_inputs
-from edge_vlm_export.verify.sessions import Arrays
+from edge_vlm_export.verify.check_inputs import (
+    RealInputs,
+    real_inputs,
+    reference_sizes,
+    sample_inputs,
+)
+from edge_vlm_export.verify.compare_pipelines import (
+    CLIP_REFERENCE,
+    compare_pipelines,
+    reference_arrays,
+)
+from edge_vlm_export.verify.footage import footage_clips
+from edge_vlm_export.verify.ort_runner import Graphs, ort_run, run_module, torch_run
+from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline, RunGraph, drawn_clip
 from edge_vlm_export.verify.verify import Report, compare_with_torch
-from edge_vlm_export.verify.verify_footage import footage_clips
-from edge_vlm_export.verify.verify_pipeline import CHAIN, chain_arrays, compare_chains
 
 LARGE_MODEL = 1_000_000_000
 """From so many weights on a model is compared at its smallest and usual sizes only, and not on a
@@ -80,9 +87,8 @@ class ExportOptions:
     threads: int = 1
 
 
-@dataclass
-class Progress:
-    """Who watches an export. Every method may be overridden."""
+class Progress(Protocol):
+    """Whoever watches an export."""
 
     def estimated(self, needed: Estimate) -> None:
         """Before anything is written."""
@@ -92,6 +98,16 @@ class Progress:
 
     def compared(self, report: Report) -> None:
         """All comparisons, also when some of them failed."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def estimated(self, needed: Estimate) -> None: ...
+
+    def stage(self, text: str) -> None: ...
+
+    def compared(self, report: Report) -> None: ...
 
 
 def export_bundle(
@@ -118,7 +134,7 @@ def export_source(
     if `out_dir` is taken.
     """
     options, target = options or ExportOptions(), Path(out_dir)
-    export = _Export(source, options, progress or Progress())
+    export = _Export(source, options, progress or Silent())
     needed = export.estimate(target)
     export.progress.estimated(needed)
     require_room(needed, target)
@@ -235,7 +251,7 @@ class _Export:
         clips = footage_clips(options.footage, options.max_frames)
         if self.source.images is not None:
             clips = self._with_stills(clips, self.source.images, observers[IMAGE_ENCODER])
-        ranges = measure(observers, self._chain(run, specs), clips, footage)
+        ranges = measure(observers, self._pipeline(run, specs), clips, footage)
         table = self._calibration()
         if table is not None:
             ranges = {
@@ -321,17 +337,19 @@ class _Export:
         report, run = Report("torch"), torch_run(model, graphs)
         real = real_inputs(
             *(model, clip, run),
-            lambda recorded: self._chain(recorded, self.specs),
+            lambda recorded: self._pipeline(recorded, self.specs),
             options.precision,
         )
         report.graphs += compare_with_torch(graphs, model, real, largest=self.thorough)
         self._write_references(writer, graphs, model, real)
         if self.thorough:
             keep_ratio = self._defaults().get("keep_ratio", 0.5)
-            expected = self._chain(run, self.specs).stream(clip)
-            chain = self._chain(session_run(graphs), self.specs)
-            report.chains += compare_chains(chain, clip, expected, "torch", options.precision)
-            writer.reference(CHAIN, chain_arrays(clip, keep_ratio, expected))
+            expected = self._pipeline(run, self.specs).stream(clip)
+            pipeline = self._pipeline(ort_run(graphs), self.specs)
+            report.pipelines += compare_pipelines(
+                pipeline, clip, expected, "torch", options.precision
+            )
+            writer.reference(CLIP_REFERENCE, reference_arrays(clip, keep_ratio, expected))
         self.progress.compared(report)
         report.require()
 
@@ -341,7 +359,7 @@ class _Export:
         for name, spec in self.specs.items():
             inputs = sample_inputs(spec, reference_sizes(spec), model.cfg, seed=0, real=real)
             module = graph_module(name, model, variant=self.options.variant)
-            outputs = run_torch(module, spec, inputs)
+            outputs = run_module(module, spec, inputs)
             arrays = {f"inputs/{key}": value for key, value in inputs.items()}
             arrays |= {f"outputs/{key}": value for key, value in outputs.items()}
             writer.reference(name, arrays)
@@ -354,7 +372,7 @@ class _Export:
         clip = next(footage_clips(footage[:1], 3))
         return replace(clip, pictures=[_reduced(picture) for picture in clip.pictures])
 
-    def _chain(self, run: Run, specs: Mapping[str, GraphSpec]) -> Chain:
+    def _pipeline(self, run: RunGraph, specs: Mapping[str, GraphSpec]) -> Pipeline:
         weight: list[np.ndarray] = []
 
         def embed(ids: np.ndarray) -> np.ndarray:
@@ -362,7 +380,7 @@ class _Export:
                 weight.append(self.source.float32("llm.embed.weight").numpy())
             return np.array(weight[0][ids], np.float32)
 
-        return Chain(
+        return Pipeline(
             run,
             cfg=self.source.cfg,
             specs=specs,

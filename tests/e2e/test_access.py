@@ -32,6 +32,7 @@ from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
 from edge_vlm_runtime.server.tls import self_signed
 from tests.runtime.live import TIMEOUT_S, run
 from tests.runtime.pictures import jpeg
+from tests.runtime.seen import Seen
 from tests.tiny import tiny_bundle
 
 KEY = "correct horse battery staple"
@@ -275,7 +276,8 @@ def test_metrics_count_what_sessions_do(certificate: Path) -> None:
         return float(line.split()[-1])
 
     async def session(server: Server) -> str:
-        async with await Client.connect(server.url, {"delivery": "wait"}) as client:
+        seen = Seen()
+        async with await Client.connect(server.url, {"delivery": "wait"}, on_event=seen) as client:
             for number in range(3):
                 await client.send_frame(jpeg(number), number * 500_000)
                 await client.wait_processed()  # or they would join the memory in one prefill
@@ -284,11 +286,10 @@ def test_metrics_count_what_sessions_do(certificate: Path) -> None:
             await client.ask(QUESTION)
             with pytest.raises(EdgeVlmError):
                 await client.update({"keep_ratio": 7})
-            kept = sum(event.cells_kept for event in client.accepted.values())
             page = (await asyncio.to_thread(get, server, "/metrics", certificate))[1]
-            assert value(page, "edge_vlm_vision_cells_kept_total") == kept
+            assert value(page, "edge_vlm_vision_cells_kept_total") == client.frames.cells_kept
             assert value(page, "edge_vlm_sessions_active") == 1
-            assert value(page, "edge_vlm_kv_tokens") == client.accepted[3].kv_tokens
+            assert value(page, "edge_vlm_kv_tokens") == seen.accepted[3].kv_tokens
             return page
 
     with Server.open(tiny_bundle(), threads=1) as server:

@@ -26,7 +26,7 @@ from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 from edge_vlm_runtime.cli.eval_alerts import evaluate_alerts
 from edge_vlm_runtime.cli.watch import watch
 from edge_vlm_runtime.client.client import Client
-from edge_vlm_runtime.client.terminal import LiveTable
+from edge_vlm_runtime.client.live_table import LiveTable
 from edge_vlm_runtime.evaluation.alerts import Episode, Score, parse_rule
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.server.app import Server

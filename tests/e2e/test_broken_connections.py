@@ -16,6 +16,7 @@ from edge_vlm_runtime.server.app import Server
 from tests.runtime.cutting_proxy import CuttingProxy
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg
+from tests.runtime.seen import Seen
 
 SETTINGS = {"delivery": "wait", "max_answer_tokens": 40}
 QUESTION = "is there a red ball ?"
@@ -117,9 +118,10 @@ def test_a_line_that_is_down_for_a_while(server: Server) -> None:
     """Frames and a question wait on the client's side and arrive once."""
 
     async def session() -> None:
+        seen = Seen()
         async with (
             CuttingProxy(server.port) as proxy,
-            await Client.connect(proxy.url, SETTINGS) as client,
+            await Client.connect(proxy.url, SETTINGS, on_event=seen) as client,
         ):
             await client.send_frame(jpeg(1), 0)
             await client.wait_processed()
@@ -128,11 +130,11 @@ def test_a_line_that_is_down_for_a_while(server: Server) -> None:
             await client.send_frame(jpeg(2), 500_000)
             answer = await client.start_answer(QUESTION)
             await asyncio.sleep(0.5)
-            assert not client.accepted.get(2)
+            assert not seen.accepted.get(2)
             proxy.is_down = False
             assert (await answer.answer()).status == "completed"
             await client.wait_processed()
-            assert sorted(client.accepted) == [1, 2] and not client.dropped
+            assert sorted(seen.accepted) == [1, 2] and not seen.dropped
             assert client.reconnects == 1
 
     run(session())

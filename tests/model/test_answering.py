@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from edge_vlm.config import VisionAttention
-from edge_vlm.evaluation.offline import CAUSAL, Asked, Prefix
+from edge_vlm.evaluation.offline import Asked, Prefix
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm.model.evaluator import TorchModel
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
+from edge_vlm.text.masks import CAUSAL, MASKED
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from tests.tiny import tiny_checkpoint

@@ -337,7 +337,7 @@ def test_the_options_reach_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     probe = configured(
-        Command(name="probe", help="", add_arguments=lambda parser: None, run=run),
+        Command(add_arguments=lambda parser: None, run=run),
         lambda: {"": options_of(Probe)},
     )
     monkeypatch.setenv("EDGE_VLM_COUNT", "3")

@@ -10,7 +10,7 @@ import pytest
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from tests.runtime.fake_engines import FakeClock
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 from tests.tiny import tiny_bundle
 
 QUESTION = "how many cars are there now ?"
@@ -47,7 +47,7 @@ def test_an_update_applies_to_questions_behind_it(engines: LoadedBundle) -> None
     viewer = Viewer(engines, FakeClock(), max_answer_tokens=8)
     viewer.show(1, 2, 3)
     viewer.ask(QUESTION)
-    viewer.session.update(protocol.SettingsPatch(temperature=2.0, seed=1))
+    viewer.update(temperature=2.0, seed=1)
     viewer.ask(QUESTION)
     viewer.run()
     said = [done.text for done in viewer.of(protocol.ResponseDone)]

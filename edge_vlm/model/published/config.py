@@ -102,7 +102,7 @@ def _vision(vision: Section, adapter: Section, legacy: bool) -> VisionConfig:
         num_heads=heads,
         head_dim=vision.whole("head_dim"),
         mlp_width=vision.whole("intermediate_size"),
-        # Hub folders declare blocks behind the last one that is read and hold no weights of them.
+        # Hub folders declare blocks after the last one that is read and hold no weights of them.
         num_layers=max(features) + 1 if legacy else declared,
         feature_layers=tuple(features),
         norm_eps=vision.number("layer_norm_eps"),
@@ -199,7 +199,7 @@ def published_config(cfg: ModelConfig) -> dict[str, Any]:
     """The hub's config.json of a model; `config_from_published` reads it back, less the scorer.
 
     What a model does not know of its prompts is said as the released models have it: markers are
-    the first ids behind the base vocabulary, and frames have no markers of their own. Raises
+    the first ids after the base vocabulary, and frames have no markers of their own. Raises
     ConfigError for what such a config cannot say.
     """
     _require_sayable(cfg)

@@ -1,6 +1,6 @@
 """What the safetensors files of a folder hold, read from their headers alone.
 
-A header is JSON behind its length (8 bytes, little-endian) and says name, type, shape and place of
+A header is JSON after its length (8 bytes, little-endian) and says name, type, shape and place of
 every tensor (https://github.com/huggingface/safetensors, Format). So a folder of 20 GB is checked
 in milliseconds, and one error lists everything that is wrong with its files. Pickled weights are
 never opened: a pickle runs code.

@@ -69,8 +69,6 @@ def as_json(checks: list[Check]) -> str:
 
 doctor = configured(
     Command(
-        name="doctor",
-        help="say what this machine has and lacks for serving a bundle, and how to get it",
         add_arguments=_arguments,
         run=_run,
     ),

@@ -69,8 +69,6 @@ async def _evaluate(args: argparse.Namespace, url: str, rules: dict[str, dict[st
 
 
 evaluate_alerts = Command(
-    name="eval-alerts",
-    help="measure a bundle's alerts on footage with known events",
     add_arguments=_arguments,
     run=_run,
 )

@@ -69,7 +69,7 @@ def _again(engines: LoadedBundle, recording: Recording) -> int:
     from edge_vlm_runtime.recording.report import Report
 
     report = Report(LineOutput(engines.bundle.config.vision.cell_grid))
-    player = Replay(engines, recording, emit=report.event, told=report.told)
+    player = Replay(engines, recording, on_event=report.on_event, on_message=report.on_message)
     comparison = player.run()
     for status in report.alerts:
         print(alert_summary(status))
@@ -102,8 +102,6 @@ def _measure(args: argparse.Namespace, engines: LoadedBundle, recording: Recordi
 
 
 replay = Command(
-    name="replay",
-    help="run a recorded session again: the same report, or figures at full speed",
     add_arguments=_arguments,
     run=_run,
 )

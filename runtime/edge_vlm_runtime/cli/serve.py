@@ -35,8 +35,6 @@ def _serve(args: argparse.Namespace) -> int:
 
 serve = configured(
     Command(
-        name="serve",
-        help="serve a bundle over a websocket, with a browser page",
         add_arguments=lambda parser: None,
         run=_serve,
     ),

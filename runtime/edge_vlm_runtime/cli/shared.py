@@ -22,7 +22,12 @@ def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Itera
     if args.url is not None:
         yield args.url
         return
-    from edge_vlm_runtime.server.app import Server
+    from edge_vlm.errors import MissingExtraError
+
+    try:
+        from edge_vlm_runtime.server.app import Server
+    except MissingExtraError as error:
+        raise error.widened("ort") from error
 
     options = {"threads": args.threads, "record_to": record_to, **backend_options(args)}
     with Server.open(args.bundle, **options) as server:

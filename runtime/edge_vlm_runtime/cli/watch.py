@@ -35,7 +35,6 @@ from edge_vlm_runtime.cli.shared import (
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
-    from edge_vlm_runtime.client.run import PlannedQuestion
 
 
 def _watch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,30 +74,26 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from edge_vlm_runtime.client.run import parse_question
-
-    questions = [parse_question(text, args.every) for text in args.ask]
-    questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     if args.record is not None and args.url is not None:
         raise ConfigError(
             "a session is recorded by its server", remedy="give --record to `edge-vlm serve`"
         )
     with alert_outputs(args) as outputs, server_url(args, record_to=args.record) as url:
-        return asyncio.run(_watch_session(args, url, questions, outputs))
+        return asyncio.run(_watch_session(args, url, outputs))
 
 
 async def _watch_session(
-    args: argparse.Namespace,
-    url: str,
-    questions: list[PlannedQuestion],
-    outputs: AlertDispatcher | None,
+    args: argparse.Namespace, url: str, outputs: AlertDispatcher | None
 ) -> int:
     from edge_vlm_runtime.client.client import Client
-    from edge_vlm_runtime.client.run import Outcome, stream
-    from edge_vlm_runtime.client.terminal import make_view, summary_line
+    from edge_vlm_runtime.client.live_table import make_view
+    from edge_vlm_runtime.client.run import Outcome, parse_question, stream
+    from edge_vlm_runtime.client.terminal import summary_line
     from edge_vlm_runtime.sources.container import mask_credentials
     from edge_vlm_runtime.sources.open import open_source
 
+    questions = [parse_question(text, args.every) for text in args.ask]
+    questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     outcome = Outcome()
     access = access_of(args)
     async with await Client.connect(url, settings_of(args), access=access) as client:
@@ -131,8 +126,6 @@ async def _watch_session(
 
 watch = configured(
     Command(
-        name="watch",
-        help="stream a file, webcam or RTSP camera to a server and ask questions",
         add_arguments=_watch_arguments,
         run=_watch,
     ),

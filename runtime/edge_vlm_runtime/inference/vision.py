@@ -33,6 +33,8 @@ class FrameTokens:
     seq: int
     stage_ms: dict[str, float]
     """Milliseconds spent in `preprocess`, `vit_stem`, `select` and `vit_trunk`."""
+    received_ns: int = 0
+    """Arrival of the frame on the server's clock, where one keeps it."""
 
 
 class VisionState:

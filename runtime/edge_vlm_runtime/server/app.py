@@ -50,7 +50,7 @@ try:
     from starlette.types import ASGIApp, Receive, Scope, Send
     from starlette.websockets import WebSocket, WebSocketClose
 except ImportError as error:
-    raise MissingExtraError.for_library(error.name or "starlette", "ort") from error
+    raise MissingExtraError.for_library(error.name or "starlette", "serve") from error
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ class Server:
         video_window(self.settings, self.model, self.limits)  # raises if it cannot be held to
         self._allowed_hosts = allowed_hosts(host, hosts)
         self._engines = engines
+        self._recorder = recorder
         self._worker = EngineWorker(engines, self.limits)
         self._socket = _listen(host, port)
         self._api_key = api_key
@@ -148,7 +149,7 @@ class Server:
         """Checks and loads the bundle. `engines`: see `open_graphs`; `settings`: fields of
         SessionSettings in which new sessions differ from what the bundle was made for; `record_to`:
         a folder for a recording of each session, or the file for that of the only one; the rest:
-        see `__init__`. Raises what `LoadedBundle.open` raises, ConfigError."""
+        see `__init__`. Raises what `LoadedBundle.open` raises, ConfigError, RecordingError."""
         opened = LoadedBundle.open(bundle, threads, backend, engines)
         try:
             warm_up(opened)
@@ -196,7 +197,7 @@ class Server:
         try:
             asyncio.run(self._main())
         finally:
-            self._worker.stop()
+            self._stop_worker()
 
     def start(self) -> None:
         """Runs on a thread of its own; returns when the port answers."""
@@ -225,7 +226,12 @@ class Server:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._begin_drain, drain_s)
         thread.join()
+        self._stop_worker()
+
+    def _stop_worker(self) -> None:
         self._worker.stop()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def close(self) -> None:
         """Stops and frees everything; twice does no harm."""

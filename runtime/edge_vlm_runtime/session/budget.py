@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
@@ -11,6 +12,19 @@ from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLim
 
 SCORED_POLICIES = ("stream", "frame_topk")
 """Policies that look at the scores of the token scorer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """How a stream is remembered."""
+
+    attention: Attention
+    window_tokens: int
+    """Bound of the video in the cache."""
+    last_n: int
+    """Frames shown in `last_n` mode."""
+    reserve_tokens: int
+    """Positions that stay free after the video for the dialogue."""
 
 
 def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSettings:
@@ -40,7 +54,7 @@ def question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
 
 
 def dialogue_reserve(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
-    """Cache rows kept free behind the video: a picture at full detail, earlier turns, the question,
+    """Cache rows kept free after the video: a picture at full detail, earlier turns, the question,
     the answer. The picture gets a quarter of the cache at most and has fewer crops then."""
     turn = question_capacity(model, limits) + settings.max_answer_tokens
     snapshot = min(
@@ -77,3 +91,13 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
             where="session settings",
         )
     return settings.window_tokens
+
+
+def plan_memory(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> MemoryPlan:
+    """Raises ConfigError as `video_window` does."""
+    return MemoryPlan(
+        attention=settings.attention,
+        window_tokens=video_window(settings, model, limits),
+        last_n=settings.last_n,
+        reserve_tokens=dialogue_reserve(settings, model, limits),
+    )
