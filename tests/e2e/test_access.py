@@ -74,7 +74,8 @@ def test_a_session_over_tls_with_the_key(server: Server, certificate: Path) -> N
             assert (await client.ask(QUESTION)).status == "completed"
             assert client.reconnects == 1  # with key and certificate
 
-    assert server.url.startswith("wss://") and server.page_url.startswith("https://")
+    assert server.url.startswith("wss://")
+    assert server.page_url.startswith("https://")
     run(session())
 
 
@@ -105,7 +106,8 @@ def test_a_page_gives_the_key_as_a_subprotocol(server: Server, certificate: Path
             if first["type"] == "error":
                 with pytest.raises(websockets.ConnectionClosed) as closed:
                     await raw.recv()
-                assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
+                assert closed.value.rcvd is not None
+                assert closed.value.rcvd.code == 1008
                 return raw.subprotocol, first["error"]["code"]
             return raw.subprotocol, first["type"]
 

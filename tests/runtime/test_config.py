@@ -192,10 +192,14 @@ def test_what_kubernetes_injects_stops_no_server(tmp_path: Path) -> None:
         EDGE_VLM_PORT_8765_TCP_ADDR="10.0.0.1",
         EDGE_VLM_HOST="localhost",  # and one of ours
     )
-    assert "serving" in out and "http://localhost:" in out and "stopped" in out
+    assert "serving" in out
+    assert "http://localhost:" in out
+    assert "stopped" in out
     assert err.count("\n") == 1
-    assert "EDGE_VLM_PORT=tcp://10.0.0.1:8765" in err and "EDGE_VLM_SERVICE_HOST" in err
-    assert "Kubernetes" in err and "enableServiceLinks: false" in err
+    assert "EDGE_VLM_PORT=tcp://10.0.0.1:8765" in err
+    assert "EDGE_VLM_SERVICE_HOST" in err
+    assert "Kubernetes" in err
+    assert "enableServiceLinks: false" in err
 
 
 def test_a_variable_that_is_no_option_is_named_once_and_ignored() -> None:
@@ -231,7 +235,8 @@ def test_what_is_out_of_range_is_one_coded_line(
         monkeypatch.setenv(variable, value)
     assert command_line(serve, ["--bundle", str(tiny_bundle()), "--port", "0", *arguments]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("edge-vlm: E-CONFIG: ") and err.count("\n") == 1
+    assert err.startswith("edge-vlm: E-CONFIG: ")
+    assert err.count("\n") == 1
     assert said in err
 
 
@@ -307,9 +312,11 @@ def test_what_is_printed_gives_the_same_again_and_holds_no_secret(
     assert command_line(serve, arguments) == 0
     printed = capsys.readouterr().out
     assert "SECRET" not in printed
-    assert "mqtt://broker/..." in printed and "https://hooks.example.org/..." in printed
+    assert "mqtt://broker/..." in printed
+    assert "https://hooks.example.org/..." in printed
     assert "session_memory = 512  # command line" in printed
-    assert "port = 8765  # default" in printed and "# EDGE_VLM_RECORD" in printed
+    assert "port = 8765  # default" in printed
+    assert "# EDGE_VLM_RECORD" in printed
 
     for name in ("API_KEY", "MQTT", "WEBHOOK", "RECORD"):
         monkeypatch.delenv(f"EDGE_VLM_{name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ class FakeMachine:
     def __init__(self) -> None:
         self.result: MachineSample | Exception = SAMPLE
         self.threads: list[int] = []
+        self.on_read: Callable[[], object] = lambda: None
 
     def sample(self) -> MachineSample:
         self.threads.append(threading.get_ident())
+        self.on_read()
         if isinstance(self.result, Exception):
             raise self.result
         return self.result
@@ -66,7 +69,8 @@ def test_names_types_labels_and_values_are_those_of_old(monkeypatch: pytest.Monk
     metrics = make(FakeMachine())
     live(metrics)
     old, new = families(PAGE.read_text()), families(metrics.render().decode())
-    assert old.keys() == new.keys() and len(old) == 22
+    assert old.keys() == new.keys()
+    assert len(old) == 22
     for name, (kind, text, samples) in old.items():
         assert new[name][:2] == (kind, text)
         assert new[name][2] == pytest.approx(samples)
@@ -78,7 +82,8 @@ def test_a_new_server_counts_from_nothing() -> None:
     assert found["edge_vlm_frames_processed"][2] == {("edge_vlm_frames_processed_total", ()): 0}
     assert found["edge_vlm_frames_dropped"][2] == {}
     buckets = [value for (name, _), value in found["edge_vlm_frame_age_seconds"][2].items()]
-    assert buckets and not any(buckets)
+    assert buckets
+    assert not any(buckets)
 
 
 def test_what_cannot_be_read_and_what_is_not_finite() -> None:
@@ -114,8 +119,9 @@ def stats(metrics: ServerMetrics) -> tuple[int | None, float | None]:
 
 def test_the_machine_is_read_once_for_all_and_off_the_loop() -> None:
     async def follow() -> None:
-        machine = FakeMachine()
+        machine, loop, read = FakeMachine(), asyncio.get_running_loop(), asyncio.Event()
         metrics = make(machine)
+        machine.on_read = lambda: loop.call_soon_threadsafe(read.set)
         assert len(machine.threads) == 1
         for _ in range(5):
             assert stats(metrics) == (123456789, 9.5)
@@ -124,7 +130,8 @@ def test_the_machine_is_read_once_for_all_and_off_the_loop() -> None:
 
         async def until(wanted: tuple[int | None, float | None]) -> None:
             while stats(metrics) != wanted:
-                await asyncio.sleep(0)
+                read.clear()
+                await read.wait()
 
         following = asyncio.create_task(metrics.follow_machine(period_s=0))
         machine.result = MachineSample(resident_bytes=5, gpu_watts={"0": 1.0, "1": 2.0})

@@ -29,7 +29,8 @@ def test_a_made_certificate_holds_the_names_and_is_used_again(tmp_path: Path) ->
     assert ("IP Address", "127.0.0.1") in found["subjectAltName"]
     before = made.certificate.read_bytes()
     again = self_signed(tmp_path / "tls", ["127.0.0.1"])  # fewer names: still good
-    assert again == made and made.certificate.read_bytes() == before
+    assert again == made
+    assert made.certificate.read_bytes() == before
     self_signed(tmp_path / "tls", ["127.0.0.1", "elsewhere.local"])
     assert made.certificate.read_bytes() != before
     assert sorted(path.name for path in (tmp_path / "tls").iterdir()) == ["cert.pem", "key.pem"]
@@ -135,5 +136,6 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_names_of_this_machine() -> None:
     names = own_names("0.0.0.0")
     assert {"localhost", "127.0.0.1"} <= set(names)
-    assert "0.0.0.0" not in names and "" not in names
+    assert "0.0.0.0" not in names
+    assert "" not in names
     assert "camera.local" in own_names("camera.local")
