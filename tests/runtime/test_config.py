@@ -291,6 +291,9 @@ def test_defaults_stand_in_the_help_and_only_where_they_hold() -> None:
     for part in ("(default: 8765)", "(default: 4096)", "(default: 0.15)", "(default: 30)"):
         assert part in text
     assert "Share of cells kept, (0, 1] --" in text  # the bundle's own
+    parser = argparse.ArgumentParser()
+    watch.add_arguments(parser)
+    assert "before the alert begins (default: 0)" in " ".join(parser.format_help().split())
 
 
 def test_alerts_are_declared_by_their_rule() -> None:
