@@ -38,7 +38,7 @@ def _make_debugged_loop(loop: asyncio.BaseEventLoop) -> None:
     loop.set_debug(True)
 
 
-asyncio.BaseEventLoop.__init__ = _make_debugged_loop  # type: ignore[method-assign]
+asyncio.BaseEventLoop.__init__ = _make_debugged_loop  # type: ignore[method-assign, assignment]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
