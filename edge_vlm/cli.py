@@ -36,6 +36,7 @@ COMMANDS = {
     "eval-alerts": ("ort", "measure a bundle's alerts on footage with known events"),
     "calibrate": ("train", "measure a checkpoint's scores and ranges on footage"),
     "inspect": ("train", "say what a model or bundle holds: parts, sizes, precision"),
+    "convert": ("train", "write weights of any known kind in our format or the model hub's"),
     "export": ("export", "turn a checkpoint into a bundle of ONNX graphs"),
     "build": ("trt-rtx", "compile a bundle's graphs to TensorRT engines, on the device"),
     "verify": ("export", "compare a bundle's graphs with torch"),

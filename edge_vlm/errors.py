@@ -21,7 +21,8 @@
     |   `-- UnknownMessageType  7  E-UNKNOWN-TYPE
     |-- ServerUnreachable       8  E-SERVER-UNREACHABLE
     |   |-- ServerBusy          8  E-SERVER-BUSY        no free session, or it is stopping
-    |   `-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
+    |   |-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
+    |   `-- HostNotAllowed      8  E-HOST               it does not go by the name it was called
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
@@ -42,12 +43,13 @@
     |   |-- NonFinite          11  E-NONFINITE          NaN or infinity in a tensor
     |   |-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
     |   |-- TrtMissing         11  E-TRT-MISSING-LIB    no usable TensorRT in this Python
-    |   |-- GpuMissing         11  E-GPU                no NVIDIA driver or GPU, or it fails
+    |   |-- GpuMissing         11  E-GPU                no NVIDIA driver or GPU, or too old a driver
+    |   |-- CudaError          11  E-CUDA               any other failure of a GPU
     |   |-- OnnxUnsupported    11  E-ONNX-UNSUPPORTED   TensorRT has no such operator
     |   |-- TrtParse           11  E-TRT-PARSE          it cannot read a graph for another reason
     |   |-- TrtProfile         11  E-TRT-PROFILE        shape ranges that contradict each other
     |   |-- TrtNoTactic        11  E-TRT-NO-TACTIC      no kernel for a layer on this GPU
-    |   |-- OutOfDeviceMemory     11  E-TRT-OOM
+    |   |-- OutOfDeviceMemory  11  E-DEVICE-MEMORY      of a GPU, or of a machine that shares it
     |   |-- TrtBuildFailed     11  E-TRT-BUILD          the build ended for a reason not listed here
     |   |-- EngineMissing      11  E-ENGINE-MISSING     not built yet
     |   `-- EngineStale        11  E-ENGINE-STALE       built for another GPU, version or graph
@@ -60,10 +62,10 @@
     |-- DataError              15  E-DATA               training data: a file, or all of a source
     |   |-- RecordInvalid      15  E-DATA-RECORD        names the record (file:line) and the field
     |   `-- RecordTooLong      15  E-DATA-TOO-LONG      does not fit a packed row
+    |-- NoSpaceLeft            12  E-NO-SPACE           a disk is, or would become, full
     `-- ExportError            12  E-EXPORT
         |-- Specialised        12  E-EXPORT-SPECIALISED a free dimension became a constant
         |-- RangeFp16          12  E-RANGE-FP16         a float16 tensor saw too large a value
-        |-- NoSpaceLeft        12  E-NO-SPACE           a disk is, or would become, full
         |-- NotEnoughMemory    12  E-NO-MEMORY
         `-- ParityError        12  E-PARITY             an exported graph differs from torch
 
@@ -222,6 +224,10 @@ class Unauthorized(ServerUnreachable):
     code = "E-UNAUTHORIZED"
 
 
+class HostNotAllowed(ServerUnreachable):
+    code = "E-HOST"
+
+
 class MissingExtraError(EdgeVlmError):
     """An optional library is absent. Raised by the one module that imports it.
 
@@ -336,6 +342,10 @@ class GpuMissing(EngineError):
     code = "E-GPU"
 
 
+class CudaError(EngineError):
+    code = "E-CUDA"
+
+
 class OnnxUnsupported(EngineError):
     code = "E-ONNX-UNSUPPORTED"
 
@@ -353,7 +363,7 @@ class TrtNoTactic(EngineError):
 
 
 class OutOfDeviceMemory(EngineError):
-    code = "E-TRT-OOM"
+    code = "E-DEVICE-MEMORY"
 
 
 class TrtBuildFailed(EngineError):
@@ -434,6 +444,11 @@ class RecordTooLong(DataError):
     code = "E-DATA-TOO-LONG"
 
 
+class NoSpaceLeft(EdgeVlmError):
+    code = "E-NO-SPACE"
+    exit_code = 12
+
+
 class ExportError(EdgeVlmError):
     code = "E-EXPORT"
     exit_code = 12
@@ -445,10 +460,6 @@ class Specialised(ExportError):
 
 class RangeFp16(ExportError):
     code = "E-RANGE-FP16"
-
-
-class NoSpaceLeft(ExportError):
-    code = "E-NO-SPACE"
 
 
 class NotEnoughMemory(ExportError):

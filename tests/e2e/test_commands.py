@@ -55,7 +55,8 @@ def test_watch_shows_every_frame_and_answers_on_the_way(
     asked = [line for line in lines if line.startswith("?")]
     assert asked == [f"? {QUESTION}  [asked at 1.5 s]", f"? {QUESTION}  [asked at 3.5 s]"]
     answers = [line for line in lines if line.startswith("> ")]
-    assert "seen until 1.5 s" in answers[0] and "seen until 3.5 s" in answers[1]
+    assert "seen until 1.5 s" in answers[0]
+    assert "seen until 3.5 s" in answers[1]
     assert "8 frames sent, 8 processed, dropped: none" in lines[-1]
     assert "2 of 2 questions answered" in lines[-1]
 
@@ -378,5 +379,8 @@ def test_the_live_view_draws_at_any_moment() -> None:
     view.delta(question, "a ball")
     console.print(view._render())
     text = console.export_text()
-    assert "██····" in text and "kept 2/9" in text
-    assert "1 busy" in text and "what is it ?" in text and "a ball" in text
+    assert "██····" in text
+    assert "kept 2/9" in text
+    assert "1 busy" in text
+    assert "what is it ?" in text
+    assert "a ball" in text

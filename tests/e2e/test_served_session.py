@@ -26,7 +26,7 @@ from edge_vlm.errors import ConfigError, EdgeVlmError, NoQuestion, ServerBusy, S
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server.app import Server
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
 from tests.runtime.live import TIMEOUT_S, open_server, run
 from tests.runtime.pictures import jpeg
@@ -65,8 +65,10 @@ def test_a_file_is_processed_whole_and_questions_are_answered(server: Server) ->
             assert stages >= {"decode", "preprocess", "vit_stem", "vit_trunk", "prefill"}
             answer = await client.ask(QUESTION)
             assert answer.status == "completed"
-            assert answer.newest_frame.frame_sequence == 10 and answer.newest_frame.time_s == 4.5
-            assert answer.ttft_s is not None and answer.ttft_s > 0
+            assert answer.newest_frame.frame_sequence == 10
+            assert answer.newest_frame.time_s == 4.5
+            assert answer.ttft_s is not None
+            assert answer.ttft_s > 0
             again = await client.ask(QUESTION)
             assert again.text == answer.text
 
@@ -139,7 +141,8 @@ def test_budget_and_mode_change_in_mid_stream(server: Server) -> None:
             assert shares == pytest.approx([0.8, 0.3, 0.5, 0.8], rel=0.12)
             assert modes == ["frame", "exact", "last_n", "frame"]
             assert texts[2] < min(texts[0], texts[1], texts[3])  # two frames only
-            assert not seen.dropped and not seen.errors
+            assert not seen.dropped
+            assert not seen.errors
 
     run(session())
 
@@ -272,7 +275,8 @@ def test_a_full_server_says_so_and_keeps_its_viewers(server: Server) -> None:
                 with pytest.raises(websockets.ConnectionClosed) as closed:
                     while True:
                         await raw.recv()
-                assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+                assert closed.value.rcvd is not None
+                assert closed.value.rcvd.code == 1013
             await send(clients[0], 0, 1)
             assert (await clients[0].ask(QUESTION)).status == "completed"
         finally:
@@ -312,22 +316,25 @@ def test_http_on_the_same_port(server: Server) -> None:
         ("/style.css", "text/css"),
     ):
         status, found, text = get(server, path)
-        assert status == 200 and found.startswith(kind) and len(text) > 500
-        assert "http://" not in text and "https://" not in text  # works offline
+        assert status == 200
+        assert found.startswith(kind)
+        assert len(text) > 500
+        assert "http://" not in text
+        assert "https://" not in text
     assert get(server, "/nothing")[0] == 404
 
 
 def test_a_bug_ends_one_session_with_1011_and_no_other(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real_encode = FrameIngest.encode
+    real_receive = FrameIngest.receive
 
-    def encode(self: FrameIngest, waiting: EncodedFrame) -> Any:
-        if waiting.jpeg == jpeg(39):
+    def receive(self: FrameIngest, frame: EncodedFrame, now_ns: int, **options: Any) -> None:
+        if frame.data == jpeg(39):
             raise RuntimeError("a bug of ours")
-        return real_encode(self, waiting)
+        real_receive(self, frame, now_ns, **options)
 
-    monkeypatch.setattr(FrameIngest, "encode", encode)
+    monkeypatch.setattr(FrameIngest, "receive", receive)
 
     async def session() -> None:
         async with await Client.connect(server.url, FILE) as other:

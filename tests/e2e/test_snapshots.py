@@ -101,7 +101,8 @@ def test_answers_are_torchs_own(server: Server, attention: str) -> None:
         "snapshot": answer(model, [image], QUESTION, STEPS, one_block=block),
         "both": answer(model, [*video, image], QUESTION, STEPS, one_block=block),
     }
-    assert len(set(expected.values())) == 3 and all(expected.values())
+    assert len(set(expected.values())) == 3
+    assert all(expected.values())
 
     async def session() -> None:
         seen = Seen()

@@ -15,10 +15,11 @@ from edge_vlm.pixels.frames import decode_jpeg, decode_picture, raw_picture, shr
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.session.frames import Encoding
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg
 from tests.runtime.seen import Seen
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 
 SETTINGS = {"delivery": "wait", "max_answer_tokens": 6}
 QUESTION = "how many cars are there now ?"
@@ -40,7 +41,8 @@ def test_a_raw_picture_arrives_as_it_was(height: int, width: int, sequence: int)
     rgb = noise(height, width)
     message = protocol.raw_frame_message(sequence, 5, rgb)
     data = message.encode()
-    assert data[:2] == b"\x01\x02" and data[24:28] == struct.pack("<HH", width, height)
+    assert data[:2] == b"\x01\x02"
+    assert data[24:28] == struct.pack("<HH", width, height)
     decoded = protocol.decode_frame_message(data)
     assert decoded == message
     assert np.array_equal(decode_picture(decoded.picture()), rgb)
@@ -82,10 +84,10 @@ def test_wrong_lengths_say_what_is_right() -> None:
 def test_raw_is_read_only_where_it_was_agreed_on() -> None:
     viewer = Viewer()
     raw = raw_picture(noise(8, 8).tobytes(), 8, 8)
-    viewer.put(1, data=raw)
+    viewer.put(1, data=raw, encoding=Encoding.RAW)
     viewer.run()
-    viewer.session.update(protocol.SettingsPatch(raw_frames=True))
-    viewer.put(2, data=raw)
+    viewer.update(raw_frames=True)
+    viewer.put(2, data=raw, encoding=Encoding.RAW)
     viewer.put(3)  # a JPEG still is one
     viewer.run()
     assert viewer.drop_reasons() == {1: "decode_error"}

@@ -11,16 +11,15 @@ from edge_vlm_runtime.cli.config import configured
 from edge_vlm_runtime.cli.options import (
     access_of,
     add_access_arguments,
-)
-from edge_vlm_runtime.cli.serve import serve_arguments
-from edge_vlm_runtime.cli.shared import (
-    OWN_SERVER_KEYS,
-    add_bundle_arguments,
     add_settings_arguments,
+    bundle_options,
+    serve_options,
+    settings_of,
+)
+from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
     server_url,
-    settings_of,
 )
 
 
@@ -35,7 +34,6 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         "and that picture (default: %(default)s)",
     )
     parser.add_argument("--url", help="a running server (default: one of its own)")
-    add_bundle_arguments(parser)
     add_settings_arguments(parser)
     add_access_arguments(parser)
 
@@ -79,6 +77,6 @@ ask = configured(
         add_arguments=_ask_arguments,
         run=_ask,
     ),
-    keys=OWN_SERVER_KEYS,
-    file_of=serve_arguments,
+    bundle_options,
+    file_of=serve_options,
 )

@@ -21,17 +21,16 @@ from edge_vlm_runtime.cli.options import (
     access_of,
     add_access_arguments,
     add_record_argument,
-)
-from edge_vlm_runtime.cli.serve import serve_arguments
-from edge_vlm_runtime.cli.shared import (
-    OWN_SERVER_KEYS,
-    add_bundle_arguments,
     add_settings_arguments,
+    bundle_options,
+    serve_options,
+    settings_of,
+)
+from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
     positive_float,
     server_url,
-    settings_of,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +67,6 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast", action="store_true", help="a file as fast as it is processed, not in real time"
     )
-    add_bundle_arguments(parser)
     add_settings_arguments(parser)
     add_alert_arguments(parser)
     add_access_arguments(parser)
@@ -131,6 +129,6 @@ watch = configured(
         add_arguments=_watch_arguments,
         run=_watch,
     ),
-    keys=OWN_SERVER_KEYS,
-    file_of=serve_arguments,
+    bundle_options,
+    file_of=serve_options,
 )

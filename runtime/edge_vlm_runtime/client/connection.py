@@ -8,6 +8,7 @@ a gap is noticed. websockets is imported only here.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import ssl
 from collections import deque
@@ -254,6 +255,10 @@ async def _connect(url: str, access: Access) -> ClientConnection:
             **extra,
         )
     except (OSError, TimeoutError, websockets.WebSocketException, ValueError) as error:
+        if isinstance(error, websockets.InvalidStatus):
+            with suppress(ValueError, KeyError, TypeError):  # it may be no server of ours
+                detail = json.loads(error.response.body or b"")["error"]
+                raise error_from_detail(protocol.ErrorDetail(**detail)) from error
         raise ServerUnreachable(
             f"no edge-vlm server answers: {error}", where=url, remedy="start `edge-vlm serve`"
         ) from error

@@ -82,7 +82,10 @@ class ServedEvaluator:
     """`edge_vlm.evaluation.runs.Evaluator` over a server."""
 
     def __init__(self, url: str, access: Access, identity: str | None = None) -> None:
-        """`identity`: of the bundle, where it is known. Raises as `Client.connect`."""
+        """`identity`: of the bundle, where it is known.
+
+        Raises ServerUnreachable and its leaves, ProtocolError.
+        """
         self._url, self._access = url, access
         self._loop = asyncio.new_event_loop()
         try:
