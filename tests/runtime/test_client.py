@@ -371,6 +371,7 @@ def test_a_long_watch_has_flat_memory() -> None:
             servers[0].emit(protocol.Error(error=detail))
 
     async def session() -> int:
+        asyncio.get_running_loop().set_debug(False)  # it keeps a stack for every handle
         outcome = Outcome()
         async with await Client.connect(URL) as client:
             view = Soak(9, Nowhere())  # type: ignore[arg-type]
