@@ -74,7 +74,7 @@ def test_rows_are_measured_with_a_tokenizer(
     assert out.count("E-DATA-TOO-LONG") == 2 and "train.jsonl:1" in out
 
 
-@pytest.mark.parametrize("option", [["--fps", "0"], ["--removed", "1"]])
+@pytest.mark.parametrize("option", [["--fps", "0"], ["--removed", "1"], ["--keep-ratio", "0"]])
 def test_a_wrong_option_is_refused(
     folder: Path, option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from edge_vlm_training.data.batch import BatchStream, PackedBatch
+from edge_vlm_training.data.packing.batch import Batch, BatchStream
 
-_Made = tuple[PackedBatch, dict[str, Any]]
+_Made = tuple[Batch, dict[str, Any]]
 _POLL_S = 0.2
 
 
@@ -35,7 +35,7 @@ class Prefetch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         self.close()
         self._stream.load_state_dict(self._state)
         made: queue.Queue[_Made | BaseException] = queue.Queue(self._depth)

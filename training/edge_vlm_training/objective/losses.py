@@ -57,12 +57,6 @@ def feature_scale_loss(features_GE: Tensor, limit: float = 4.0) -> Tensor:
     return (rms / limit).log().clamp(min=0).square()
 
 
-def answer_loss(logits_AV: Tensor, targets_A: Tensor, weights_A: Tensor) -> Tensor:
-    """Weighted mean cross-entropy of the answer tokens, in fp32."""
-    losses = F.cross_entropy(logits_AV.float(), targets_A, reduction="none")
-    return (losses * weights_A).sum() / weights_A.sum()
-
-
 def answer_sums(
     logits_AV: Tensor, targets_A: Tensor, weights_A: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,21 +17,25 @@ from edge_vlm.model.published.files import read_json
 from edge_vlm.model.published.folder import load_published, open_published, stts_scorer
 from edge_vlm.model.scorer import TokenScorer
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_training.recipes.base import StepRecipe
+from edge_vlm_training.recipes.base import Recipe
+from edge_vlm_training.trainer.checkpoints import WHOLE, latest
+from edge_vlm_training.world.more_words import vocabulary_of, with_more_words
 from edge_vlm_training.world.questions import vocabulary
 from edge_vlm_training.world.vocabulary import READ_ONLY, build_tokenizer
 
 _PUBLISHED = {"molmo2_4b": molmo2_4b, "molmo2_8b": molmo2_8b, "molmo2_o_7b": molmo2_o_7b}
 
 
-def prepare_tokenizer(recipe: StepRecipe, folder: Path) -> Path:
+def prepare_tokenizer(recipe: Recipe, folder: Path) -> Path:
     """Puts the run's tokenizer.json into its folder; the folder is made if need be.
 
     Raises ConfigError if the recipe names none for a published vocabulary.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TOKENIZER
-    source = recipe.tokenizer or (recipe.init / TOKENIZER if recipe.init is not None else None)
+    source = recipe.tokenizer
+    if source is None and recipe.init is not None and not recipe.world_words:
+        source = weights_folder(recipe.init) / TOKENIZER
     if source is not None:
         if not source.is_file():
             raise ConfigError(
@@ -48,17 +52,17 @@ def prepare_tokenizer(recipe: StepRecipe, folder: Path) -> Path:
     return path
 
 
-def model_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
+def model_config(recipe: Recipe, tokenizer: Path) -> ModelConfig:
     """The shape that will be trained: that of `init` with a scorer, in the recipe's mode.
 
     Reads headers only. Raises CheckpointError or ConfigError for an unusable `init`.
     """
-    if recipe.init is None:
+    if recipe.init is None or recipe.world_words:
         cfg = _named_config(recipe, tokenizer)
-    elif _is_published(recipe.init):
-        cfg = open_published(recipe.init).config
+    elif _is_published(init := weights_folder(recipe.init)):
+        cfg = open_published(init).config
     else:
-        cfg = read_config(recipe.init)
+        cfg = read_config(init)
     scorer = cfg.scorer or stts_scorer(cfg, cfg.vision.mlp_width)
     scorer = dataclasses.replace(scorer, rescale=recipe.rescale)
     try:
@@ -67,7 +71,7 @@ def model_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
         raise ConfigError(f"no room for the scorer: {error}", where=recipe.init) from error
 
 
-def _named_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
+def _named_config(recipe: Recipe, tokenizer: Path) -> ModelConfig:
     if recipe.model in _PUBLISHED:
         return _PUBLISHED[recipe.model]()
     try:
@@ -87,27 +91,56 @@ def _is_published(folder: Path) -> bool:
     return "model_type" in read_json(folder / CONFIG)
 
 
-def build_model(recipe: StepRecipe, cfg: ModelConfig) -> VideoLM:
+def weights_folder(init: Path) -> Path:
+    """`init` itself, or the checkpoint in the folder of a run."""
+    return init / WHOLE if latest(init) is not None else init
+
+
+def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
     """The model on the CPU in float32, with the weights of `init` or random ones by the seed.
 
-    A scorer that `init` lacks is random. Every process builds the same. Raises as the loaders do.
+    A scorer that `init` lacks is random. Every process builds the same. Raises as the loaders do,
+    and CheckpointError for an `init` that is not of the shape that `world_words` asks for.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     if recipe.init is None:
         return VideoLM(cfg).init_weights(generator)
-    if _is_published(recipe.init):
-        model = load_published(recipe.init)
+    init = weights_folder(recipe.init)
+    if recipe.world_words:
+        model = VideoLM(cfg).init_weights(generator)
+        _take_over(model, init, tokenizer)
+    elif _is_published(init):
+        model = load_published(init)
     else:
-        model = load_checkpoint(recipe.init)
+        model = load_checkpoint(init)
     assert cfg.scorer is not None
     if model.scorer is None:
         model.scorer = _random_scorer(cfg.scorer, cfg.vision.width, generator)
+    if recipe.new_scorer:
+        fresh = VideoLM(cfg).init_weights(torch.Generator().manual_seed(recipe.seed)).scorer
+        assert fresh is not None
+        model.scorer.load_state_dict(fresh.state_dict())
     model.cfg, model.scorer.cfg = cfg, cfg.scorer
     for parameter in model.parameters():
         # Not the mapped file itself, which updates would write into.
         parameter.data = parameter.data.clone()
         parameter.requires_grad_(True)
     return model
+
+
+def _take_over(model: VideoLM, init: Path, tokenizer: Path) -> None:
+    """The weights of `init`, embeddings by their words, into a model that may know more words."""
+    weights = load_checkpoint(init).state_dict()
+    try:
+        known, wanted = vocabulary_of(init / TOKENIZER), vocabulary_of(tokenizer)
+        weights = with_more_words(weights, known, wanted, model.cfg.language.base_vocab)
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint is not one of this recipe's models: {error}",
+            where=init,
+            remedy="start without --init, or from a checkpoint of this shape and world",
+        ) from error
 
 
 def _random_scorer(cfg: ScorerConfig, width: int, generator: torch.Generator) -> TokenScorer:

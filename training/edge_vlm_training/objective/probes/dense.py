@@ -71,6 +71,12 @@ def dense_labels(scenes: Scenes, owner: Tensor, grid: int, covered: float) -> De
     return DenseLabels(kind.flatten(), colour.flatten(), centre.flatten(0, 1))
 
 
+def from_zero(layer: nn.Linear) -> None:
+    """A fresh read-out then pulls on trained features only as far as it has learned."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 class DenseHead(nn.Module):
     """A linear read-out; thrown away after training."""
 
@@ -78,8 +84,7 @@ class DenseHead(nn.Module):
         super().__init__()
         self.sizes = (len(KINDS) + 1, len(COLOUR_NAMES) + 1, 2)
         self.out = nn.Linear(width, sum(self.sizes))
-        # From zero a fresh read-out pulls on trained features only as far as it has learned.
-        nn.init.zeros_(self.out.weight)
+        from_zero(self.out)
 
     def forward(self, x_KD: Tensor) -> tuple[Tensor, ...]:
         return self.out(x_KD).float().split(self.sizes, -1)
@@ -97,7 +102,7 @@ class WordHead(nn.Module):
         self.words = [list(kind_ids), list(colour_ids)]
         self.rest = nn.Linear(width, len(self.words) + 2)
         """No kind, no colour, and the centre."""
-        nn.init.zeros_(self.rest.weight)
+        from_zero(self.rest)
 
     def forward(self, x_KE: Tensor, embed_VE: Tensor) -> tuple[Tensor, ...]:
         x = F.rms_norm(x_KE, x_KE.shape[-1:])

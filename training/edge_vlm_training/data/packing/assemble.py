@@ -1,45 +1,33 @@
-"""Chosen trees and their pictures as one `PackedBatch`."""
+"""Chosen trees and their pictures as one batch, in either form."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_vlm.config import ModelConfig, Rescale
-from edge_vlm.model.selection import num_kept
+from edge_vlm.config import ModelConfig
 from edge_vlm.text.prompt import PromptFormat
-from edge_vlm_training.data.batch import (
+from edge_vlm_training.data.packing.batch import (
     NOWHERE,
     PADDING,
+    Batch,
     PackedBatch,
     PackedTokens,
     positions_of,
 )
+from edge_vlm_training.data.packing.budget import CellBudget
+from edge_vlm_training.data.packing.prefix import PrefixBatch
+from edge_vlm_training.data.packing.trees import TokenWeights, Tree
 from edge_vlm_training.data.sample import Pictures
-from edge_vlm_training.data.trees import TokenWeights, Tree
 
 Columns = dict[str, npt.NDArray[np.generic]]
 
 _DTYPES: dict[str, type[np.generic]] = {"weight_RS": np.float32, "vision_RS": np.bool_}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CellBudget:
-    """How many cells a clip keeps: known before the model chooses which (`encode_clips`)."""
-
-    cfg: ModelConfig
-    removed: float
-    min_cells: int
-
-    def kept(self, num_frames: int) -> int:
-        num_cells = self.cfg.vision.num_cells
-        if self.cfg.scorer is not None and self.cfg.scorer.rescale is Rescale.ROW:
-            return num_frames * num_cells - int(num_cells * self.removed * num_frames)
-        return num_kept(num_frames, num_cells, self.removed, self.min_cells)
 
 
 def assemble(
@@ -48,9 +36,54 @@ def assemble(
     prompt: PromptFormat,
     weights: TokenWeights,
     budget: CellBudget,
+    **fields: Any,
 ) -> PackedBatch:
-    """`pictures` u8 [T, S, S, 3] of each tree, in the order of the rows."""
-    num_cells = budget.cfg.vision.num_cells
+    """`pictures` u8 [T, S, S, 3] of each tree, in the order of the rows; `fields` are further ones
+    of `Batch`."""
+    tokens = packed_tokens(rows, prompt, weights, budget.cfg)
+    trees = [tree for row in rows for tree in row]
+    return PackedBatch(tokens=tokens, **_shared(trees, pictures, budget), **fields)
+
+
+def assemble_prefix(
+    trees: Sequence[Tree],
+    pictures: Iterable[Pictures],
+    prompt: PromptFormat,
+    weights: TokenWeights,
+    budget: CellBudget,
+    **fields: Any,
+) -> PrefixBatch:
+    """The same in the other form."""
+    shared = _shared(trees, pictures, budget) | fields
+    return PrefixBatch(trees=tuple(trees), prompt=prompt, weights=weights, **shared)
+
+
+def _shared(
+    trees: Sequence[Tree], pictures: Iterable[Pictures], budget: CellBudget
+) -> dict[str, Any]:
+    return {
+        "frames_FSS3": torch.from_numpy(np.concatenate(list(pictures))),
+        "times_s_F": torch.from_numpy(np.concatenate([t.times_s for t in trees])).float(),
+        "frames_per_clip": tuple(tree.num_frames for tree in trees),
+        "keep_ratio": budget.keep_ratio,
+        "min_cells": budget.min_cells,
+        "clip_names": tuple(tree.name for tree in trees),
+        "branch_kinds": tuple(branch.kind for tree in trees for branch in tree.branches),
+    }
+
+
+def as_rows(batch: PrefixBatch, cfg: ModelConfig) -> PackedBatch:
+    """The same clips in the other form, a row for each."""
+    rows = [[tree] for tree in batch.trees]
+    shared = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}
+    return PackedBatch(tokens=packed_tokens(rows, batch.prompt, batch.weights, cfg), **shared)
+
+
+def packed_tokens(
+    rows: Sequence[Sequence[Tree]], prompt: PromptFormat, weights: TokenWeights, cfg: ModelConfig
+) -> PackedTokens:
+    """The tokens of all rows, with every cell."""
+    num_cells = cfg.vision.num_cells
     lines: list[Columns] = []
     clip = frame = branch = 0
     for row in rows:
@@ -62,18 +95,8 @@ def assemble(
             branch += len(tree.branches)
         lines.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     tokens = _padded(lines)
-    trees = [tree for row in rows for tree in row]
-    frames_per_clip = tuple(tree.num_frames for tree in trees)
-    return PackedBatch(
-        frames_FSS3=torch.from_numpy(np.concatenate(list(pictures))),
-        times_s_F=torch.from_numpy(np.concatenate([t.times_s for t in trees])).float(),
-        frames_per_clip=frames_per_clip,
-        tokens=dataclasses.replace(tokens, positions_RS=positions_of(tokens, frames_per_clip)),
-        removed=budget.removed,
-        min_cells=budget.min_cells,
-        clip_names=tuple(tree.name for tree in trees),
-        branch_kinds=tuple(branch.kind for tree in trees for branch in tree.branches),
-    )
+    frames_per_clip = tuple(tree.num_frames for row in rows for tree in row)
+    return dataclasses.replace(tokens, positions_RS=positions_of(tokens, frames_per_clip))
 
 
 def _prefix(
@@ -100,8 +123,7 @@ def _branches(
         # The token before an answer's token is the one that predicts it.
         predicts = slice(len(branch.text) - 1, None)
         columns["target_RS"][predicts] = branch.answer
-        each = weights.weight(branch.kind, len(branch.answer), len(tree.branches))
-        columns["weight_RS"][predicts] = each
+        columns["weight_RS"][predicts] = weights.of(tree, branch)
         columns["offset_RS"] = np.arange(len(ids))
         yield columns
 
