@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table.append({**entry, "rows": rows})
             if args.out:  # after each: the next one may be stopped
                 record = {
-                    "command": command_line("ablations", argv),
+                    "command": command_line("training.ablations", argv),
                     **device_record(torch.device("cpu")),
                 }
                 write_result(args.out, record | {"variants": table})

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.removed:
         args.keep_ratio = [round(1 - share, 6) for share in args.removed]
     result = {
-        "command": command_line("packing", argv),
+        "command": command_line("training.packing", argv),
         **device_record(torch.device("cpu")),
         **measure(args),
     }

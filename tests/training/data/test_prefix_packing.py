@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +13,10 @@ from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import LanguageModel, rope_tables
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_training.data.packing.assemble import assemble_prefix
+from edge_vlm_training.data.packing.assemble import assemble
+from edge_vlm_training.data.packing.batch import IGNORED
 from edge_vlm_training.data.packing.budget import CellBudget
+from edge_vlm_training.data.packing.prefix import PrefixTokens, as_prefixes
 from edge_vlm_training.data.packing.trees import TokenWeights, TreeBuilder
 from edge_vlm_training.data.sample import Branch, Sample
 from edge_vlm_training.world.vocabulary import build_tokenizer
@@ -27,7 +28,6 @@ BRANCHES = [
     Branch(kind="name", frame=1, question="what is it?", answer="red cat"),
 ]
 COUNTS = np.array([[4, 0, 3], [2, 3, 2]])
-KEPT = torch.from_numpy(np.arange(4) < COUNTS.reshape(-1, 1))
 TIMES = np.array([[0.0, 0.5, 1.0], [12.5, 13.0, 13.5]])
 
 
@@ -39,8 +39,11 @@ def prompt(tmp_path_factory: pytest.TempPathFactory) -> PromptFormat:
     return PromptFormat(Tokenizer.from_file(path))
 
 
-def packed(prompt: PromptFormat, attention: VisionAttention, *branches: list[Branch]) -> Any:
-    """The prefix form of two clips of three frames whose cells of `KEPT` are kept."""
+def packed(
+    prompt: PromptFormat, attention: VisionAttention, *branches: list[Branch]
+) -> PrefixTokens:
+    """The prefix form of two clips of three frames with `COUNTS` cells kept."""
+    kept = torch.arange(tiny().vision.num_cells) < torch.from_numpy(COUNTS.reshape(-1, 1))
     builder = TreeBuilder(prompt, VisionAttention.FRAME)
     pictures = np.zeros((3, 8, 8, 3), np.uint8)
     samples = [
@@ -49,9 +52,10 @@ def packed(prompt: PromptFormat, attention: VisionAttention, *branches: list[Bra
     ]
     trees = [builder.build(sample) for sample in samples]
     budget = CellBudget(cfg=tiny(), keep_ratio=0.5, min_cells=0)
-    batch = assemble_prefix(trees, [pictures] * 2, prompt, TokenWeights(), budget)
+    # Both clips in one row.
+    batch = assemble([trees], [pictures] * 2, prompt, TokenWeights(), budget)
     assert batch.branch_kinds == tuple(b.kind for asked in branches for b in asked)
-    return batch.kept(KEPT, attention, torch.float32)
+    return as_prefixes(batch.pruned(kept), attention, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +91,24 @@ def test_packed_question_equals_the_question_alone(
     llm: LanguageModel, prompt: PromptFormat
 ) -> None:
     tokens = packed(prompt, VisionAttention.FRAME, BRANCHES, BRANCHES[::-1])
-    positions = torch.arange(tokens.ids_BP.shape[1])[None]
-    embeds = llm.embed(tokens.ids_BP)
-    _, video = llm(embeds, *rope_tables(llm.cfg, positions), tokens.bias_BPP)
+    prefix = tokens.prefix
+    embeds = llm.embed(prefix.ids_RS)
+    _, video = llm(embeds, *rope_tables(llm.cfg, prefix.positions_RS), tokens.bias_BPP)
     asked = [(0, b) for b in BRANCHES] + [(1, b) for b in BRANCHES[::-1]]
     met = set()
     for bucket in tokens.buckets:
         past = [(k[bucket.clip_N], v[bucket.clip_N]) for k, v in video]
-        tables = rope_tables(llm.cfg, bucket.positions_NL)
-        hidden, _ = llm(llm.embed(bucket.ids_NL), *tables, bucket.bias_NLK, past)
-        logits = llm.head(hidden.flatten(0, 1)[bucket.answer_index_A])
-        for number in set(bucket.branch_A.tolist()):
+        tables = rope_tables(llm.cfg, bucket.tokens.positions_RS)
+        hidden, _ = llm(llm.embed(bucket.tokens.ids_RS), *tables, bucket.bias_NLK, past)
+        trained = bucket.tokens.target_RS != IGNORED
+        logits, targets = llm.head(hidden[trained]), bucket.tokens.target_RS[trained]
+        for number in set(bucket.tokens.branch_RS[trained].tolist()):
             clip, branch = asked[number]
-            mine = bucket.branch_A == number
+            mine = bucket.tokens.branch_RS[trained] == number
             expected = alone(llm, prompt, clip, branch)
             torch.testing.assert_close(logits[mine], expected, atol=1e-4, rtol=1e-4)
             answer = prompt.answer_ids(branch.answer)
-            assert bucket.target_A[mine].tolist() == answer.tolist()
+            assert targets[mine].tolist() == answer.tolist()
             met.add(number)
     assert met == set(range(len(asked)))
 
@@ -112,7 +117,7 @@ def test_with_all_attention_vision_tokens_see_later_frames_and_text_does_not(
     prompt: PromptFormat,
 ) -> None:
     tokens = packed(prompt, VisionAttention.ALL, BRANCHES, BRANCHES)
-    for ids, bias in zip(tokens.ids_BP, tokens.bias_BPP, strict=True):
+    for ids, bias in zip(tokens.prefix.ids_RS, tokens.bias_BPP, strict=True):
         vision = torch.from_numpy(prompt.vision_mask(ids.numpy()))
         assert (bias[vision][:, vision] == 0).all()
         later = torch.arange(len(ids))[None] > torch.arange(len(ids))[:, None]
@@ -120,8 +125,8 @@ def test_with_all_attention_vision_tokens_see_later_frames_and_text_does_not(
 
 
 def test_patch_tokens_stand_for_the_kept_cells_and_ends_for_frames(prompt: PromptFormat) -> None:
-    tokens = packed(prompt, VisionAttention.FRAME, BRANCHES, BRANCHES)
-    patches = (tokens.ids_BP == prompt.patch_id).sum(1)
+    tokens = packed(prompt, VisionAttention.FRAME, BRANCHES, BRANCHES).prefix
+    patches = (tokens.ids_RS == prompt.patch_id).sum(1)
     assert patches.tolist() == COUNTS.sum(1).tolist()
     marker = int(prompt.frame_ids(0.0, 0, True)[-1])
-    assert tokens.ids_BP.flatten()[tokens.end_F].tolist() == [marker] * 6
+    assert tokens.ids_RS.flatten()[tokens.frame_ends(6)].tolist() == [marker] * 6

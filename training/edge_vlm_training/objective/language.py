@@ -18,14 +18,13 @@ from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm_training.data.packing.batch import (
     IGNORED,
-    NOWHERE,
     PADDING,
     Batch,
     PackedBatch,
     PackedTokens,
 )
 from edge_vlm_training.data.packing.masks import additive_mask
-from edge_vlm_training.data.packing.prefix import PrefixBatch
+from edge_vlm_training.data.packing.prefix import as_prefixes
 from edge_vlm_training.objective.vision import SeenClips
 
 STORY_BLOCKS = 2
@@ -55,12 +54,24 @@ def read(
 ) -> Answered:
     """Every question's answer tokens; `dtype` is that of the masks. What probes read is there if
     it is `probed`."""
+    if not isinstance(batch, PackedBatch):
+        raise TypeError("a batch without questions has nothing to read")
+    tokens = batch.pruned(seen.kept_FC)
     blocks = model.llm.blocks[-1 - STORY_BLOCKS : -1] if probed else ()
-    if isinstance(batch, PrefixBatch):
-        return _read_prefix(model, batch, seen, dtype, blocks)
-    if isinstance(batch, PackedBatch):
-        return _read_rows(model, batch, seen, dtype, blocks)
-    raise TypeError("a batch without questions has nothing to read")
+    with _outputs(blocks) as outputs:
+        if batch.form == "prefix":
+            parts = _by_prefixes(model, tokens, seen.features_GE, dtype)
+            outputs = outputs[: len(blocks)]
+        else:
+            parts = _by_rows(model, tokens, seen.features_GE, dtype)
+    layout, *answers = parts
+    places, ends = layout.patch_places(), layout.frame_ends(len(seen.kept_FC))
+    return Answered(
+        *answers,
+        [x.flatten(0, 1)[places] for x in outputs],
+        [x.flatten(0, 1)[ends] for x in outputs],
+        tokens.lengths_R,
+    )
 
 
 def row_states(
@@ -68,48 +79,64 @@ def row_states(
 ) -> Tensor:
     """[R, S, D] after the last norm; `features` are those of the patch tokens in order."""
     llm = model.llm
-    embeds = llm.embed(tokens.ids_RS)
-    flat = embeds.flatten(0, 1)
-    flat = flat.index_add(0, tokens.patch_places(), features_GE.to(flat.dtype))
+    x = _embeds(model, tokens, features_GE)
     cos, sin = rope_tables(llm.cfg, tokens.positions_RS)
     tables = [(cos, sin)]
     if llm.cfg.num_rope_tables > 1:
         tables = list(zip(cos.chunk(2, -1), sin.chunk(2, -1), strict=True))
     bias = additive_mask(tokens, model.cfg.attention, dtype)
-    x = flat.view_as(embeds)
     # As `LanguageModel.forward`, without holding every block's keys and values.
     for i, block in enumerate(llm.blocks):
         x, _ = block(x, *tables[llm.cfg.rope_table_of(i)], bias, None)
     return llm.norm(x)
 
 
-def _read_rows(
-    model: VideoLM,
-    batch: PackedBatch,
-    seen: SeenClips,
-    dtype: torch.dtype,
-    blocks: Iterable[nn.Module],
-) -> Answered:
-    tokens = _aligned(batch.pruned(seen.kept_FC))
-    with _outputs(blocks) as outputs:
-        hidden = row_states(model, tokens, seen.features_GE, dtype)
-    trained = (tokens.target_RS != IGNORED).flatten()
-    places, ends = tokens.patch_places(), _frame_ends(tokens, len(seen.kept_FC))
-    return Answered(
-        model.llm.head(hidden.flatten(0, 1)[trained]),
-        *(x.flatten()[trained] for x in (tokens.target_RS, tokens.weight_RS, tokens.branch_RS)),
-        [x.flatten(0, 1)[places] for x in outputs],
-        [x.flatten(0, 1)[ends] for x in outputs],
-        tokens.lengths_R,
-    )
+_Read = tuple[PackedTokens, Tensor, Tensor, Tensor, Tensor]
+"""How the clips' tokens were laid out; logits, targets, weights and branches of answer tokens."""
 
 
-def _frame_ends(tokens: PackedTokens, num_frames: int) -> Tensor:
-    """Place in the flattened rows of the last prefix token of each frame: its end marker."""
-    prefix = ((tokens.branch_RS == NOWHERE) & (tokens.clip_RS != NOWHERE)).flatten()
-    places = prefix.nonzero().squeeze(1)
-    last = torch.zeros(num_frames, dtype=torch.int64, device=places.device)
-    return last.scatter_reduce_(0, tokens.frame_RS.flatten()[places], places, "amax")
+def _by_rows(
+    model: VideoLM, tokens: PackedTokens, features_GE: Tensor, dtype: torch.dtype
+) -> _Read:
+    tokens = _aligned(tokens)
+    hidden = row_states(model, tokens, features_GE, dtype)
+    logits, *columns = _answers(model, hidden, tokens)
+    return tokens, logits, *columns
+
+
+def _by_prefixes(
+    model: VideoLM, tokens: PackedTokens, features_GE: Tensor, dtype: torch.dtype
+) -> _Read:
+    """One pass over the videos, then all questions over their keys and values."""
+    llm = model.llm
+    laid = as_prefixes(tokens, model.cfg.attention, dtype)
+    embeds = _embeds(model, laid.prefix, features_GE)
+    _, video = llm(embeds, *rope_tables(llm.cfg, laid.prefix.positions_RS), laid.bias_BPP)
+    found = []
+    for bucket in laid.buckets:
+        past = [(_rows(k, bucket.clip_N), _rows(v, bucket.clip_N)) for k, v in video]
+        tables = rope_tables(llm.cfg, bucket.tokens.positions_RS)
+        hidden, _ = llm(llm.embed(bucket.tokens.ids_RS), *tables, bucket.bias_NLK, past)
+        found.append(_answers(model, hidden, bucket.tokens))
+    logits, *columns = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return laid.prefix, logits, *columns
+
+
+def _answers(
+    model: VideoLM, hidden_RSD: Tensor, tokens: PackedTokens
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, targets, weights and branches of the tokens that are trained on."""
+    trained = (tokens.target_RS != IGNORED).flatten().nonzero().squeeze(1)
+    columns = tokens.target_RS, tokens.weight_RS, tokens.branch_RS
+    target, weight, branch = (x.flatten()[trained] for x in columns)
+    return model.llm.head(hidden_RSD.flatten(0, 1)[trained]), target, weight, branch
+
+
+def _embeds(model: VideoLM, tokens: PackedTokens, features_GE: Tensor) -> Tensor:
+    embeds = model.llm.embed(tokens.ids_RS)
+    flat = embeds.flatten(0, 1)
+    flat = flat.index_add(0, tokens.patch_places(), features_GE.to(flat.dtype))
+    return flat.view_as(embeds)
 
 
 def _aligned(tokens: PackedTokens) -> PackedTokens:
@@ -120,41 +147,6 @@ def _aligned(tokens: PackedTokens) -> PackedTokens:
         for f in dataclasses.fields(tokens)
     }
     return PackedTokens(**columns)
-
-
-def _read_prefix(
-    model: VideoLM,
-    batch: PrefixBatch,
-    seen: SeenClips,
-    dtype: torch.dtype,
-    blocks: Iterable[nn.Module],
-) -> Answered:
-    """One pass over the videos, then all questions over their keys and values."""
-    llm = model.llm
-    tokens = batch.kept(seen.kept_FC, model.cfg.attention, dtype)
-    embeds = llm.embed(tokens.ids_BP)
-    places = (tokens.ids_BP == batch.prompt.patch_id).flatten().nonzero().squeeze(1)
-    flat = embeds.flatten(0, 1).index_add(0, places, seen.features_GE.to(embeds.dtype))
-    positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-    with _outputs(blocks) as outputs:
-        tables = rope_tables(llm.cfg, positions)
-        _, video = llm(flat.view_as(embeds), *tables, tokens.bias_BPP)
-    logits = []
-    for bucket in tokens.buckets:
-        past = [(_rows(k, bucket.clip_N), _rows(v, bucket.clip_N)) for k, v in video]
-        tables = rope_tables(llm.cfg, bucket.positions_NL)
-        hidden, _ = llm(llm.embed(bucket.ids_NL), *tables, bucket.bias_NLK, past)
-        logits.append(llm.head(hidden.flatten(0, 1)[bucket.answer_index_A]))
-    return Answered(
-        torch.cat(logits),
-        *(
-            torch.cat([getattr(bucket, name) for bucket in tokens.buckets])
-            for name in ("target_A", "weight_A", "branch_A")
-        ),
-        [x.flatten(0, 1)[places] for x in outputs],
-        [x.flatten(0, 1)[tokens.end_F] for x in outputs],
-        tokens.lengths_B,
-    )
 
 
 def _rows(x_BPhd: Tensor, index_N: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_training.data.packing.batch import Batch, PackedTokens
+from edge_vlm_training.data.packing.batch import Batch, PackedBatch, PackedTokens
 from edge_vlm_training.objective.language import read, row_states
 from edge_vlm_training.objective.losses import exact_answers
 from edge_vlm_training.objective.terms import Forward, Totals, compute, reads
@@ -21,7 +21,8 @@ from edge_vlm_training.recipes.base import NEED_TRUTH, Term
 
 def totals_of(batches: Sequence[Batch], num_cells: int) -> Tensor:
     """This process's part of `Totals`, f32 [3]: known before anything is computed."""
-    weight = sum(batch.weight for batch in batches)
+    packed = [batch for batch in batches if isinstance(batch, PackedBatch)]
+    weight = sum(float(batch.tokens.weight_RS.sum()) for batch in packed)
     cells = sum(aux_count(batch.frames_per_clip, num_cells) for batch in batches)
     return torch.tensor([weight, float(cells), float(len(batches))])
 

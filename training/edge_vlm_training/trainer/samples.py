@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_training.data.packing.assemble import as_rows
 from edge_vlm_training.data.packing.batch import (
     IGNORED,
     NOWHERE,
@@ -16,7 +15,6 @@ from edge_vlm_training.data.packing.batch import (
     PackedBatch,
     PackedTokens,
 )
-from edge_vlm_training.data.packing.prefix import PrefixBatch
 from edge_vlm_training.objective.objective import Objective
 
 NUM_QUESTIONS = 2
@@ -31,8 +29,6 @@ def sample_answers(
     Every process makes the same number of calls, whatever its answers are, as sharded weights need.
     A batch without questions gives none.
     """
-    if isinstance(batch, PrefixBatch):
-        batch = as_rows(batch, objective.model.cfg)
     if not isinstance(batch, PackedBatch):
         return []
     was_training = objective.training

@@ -1,4 +1,4 @@
-"""Chosen trees and their pictures as one batch, in either form."""
+"""Chosen trees and their pictures as one `PackedBatch`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_vlm.config import ModelConfig
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.packing.batch import (
     NOWHERE,
     PADDING,
-    Batch,
     PackedBatch,
     PackedTokens,
     positions_of,
 )
 from edge_vlm_training.data.packing.budget import CellBudget
-from edge_vlm_training.data.packing.prefix import PrefixBatch
 from edge_vlm_training.data.packing.trees import TokenWeights, Tree
 from edge_vlm_training.data.sample import Pictures
 
@@ -39,51 +36,8 @@ def assemble(
     **fields: Any,
 ) -> PackedBatch:
     """`pictures` u8 [T, S, S, 3] of each tree, in the order of the rows; `fields` are further ones
-    of `Batch`."""
-    tokens = packed_tokens(rows, prompt, weights, budget.cfg)
-    trees = [tree for row in rows for tree in row]
-    return PackedBatch(tokens=tokens, **_shared(trees, pictures, budget), **fields)
-
-
-def assemble_prefix(
-    trees: Sequence[Tree],
-    pictures: Iterable[Pictures],
-    prompt: PromptFormat,
-    weights: TokenWeights,
-    budget: CellBudget,
-    **fields: Any,
-) -> PrefixBatch:
-    """The same in the other form."""
-    shared = _shared(trees, pictures, budget) | fields
-    return PrefixBatch(trees=tuple(trees), prompt=prompt, weights=weights, **shared)
-
-
-def _shared(
-    trees: Sequence[Tree], pictures: Iterable[Pictures], budget: CellBudget
-) -> dict[str, Any]:
-    return {
-        "frames_FSS3": torch.from_numpy(np.concatenate(list(pictures))),
-        "times_s_F": torch.from_numpy(np.concatenate([t.times_s for t in trees])).float(),
-        "frames_per_clip": tuple(tree.num_frames for tree in trees),
-        "keep_ratio": budget.keep_ratio,
-        "min_cells": budget.min_cells,
-        "clip_names": tuple(tree.name for tree in trees),
-        "branch_kinds": tuple(branch.kind for tree in trees for branch in tree.branches),
-    }
-
-
-def as_rows(batch: PrefixBatch, cfg: ModelConfig) -> PackedBatch:
-    """The same clips in the other form, a row for each."""
-    rows = [[tree] for tree in batch.trees]
-    shared = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}
-    return PackedBatch(tokens=packed_tokens(rows, batch.prompt, batch.weights, cfg), **shared)
-
-
-def packed_tokens(
-    rows: Sequence[Sequence[Tree]], prompt: PromptFormat, weights: TokenWeights, cfg: ModelConfig
-) -> PackedTokens:
-    """The tokens of all rows, with every cell."""
-    num_cells = cfg.vision.num_cells
+    of `PackedBatch`."""
+    num_cells = budget.cfg.vision.num_cells
     lines: list[Columns] = []
     clip = frame = branch = 0
     for row in rows:
@@ -95,8 +49,19 @@ def packed_tokens(
             branch += len(tree.branches)
         lines.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     tokens = _padded(lines)
-    frames_per_clip = tuple(tree.num_frames for row in rows for tree in row)
-    return dataclasses.replace(tokens, positions_RS=positions_of(tokens, frames_per_clip))
+    trees = [tree for row in rows for tree in row]
+    frames_per_clip = tuple(tree.num_frames for tree in trees)
+    return PackedBatch(
+        frames_FSS3=torch.from_numpy(np.concatenate(list(pictures))),
+        times_s_F=torch.from_numpy(np.concatenate([t.times_s for t in trees])).float(),
+        frames_per_clip=frames_per_clip,
+        tokens=dataclasses.replace(tokens, positions_RS=positions_of(tokens, frames_per_clip)),
+        keep_ratio=budget.keep_ratio,
+        min_cells=budget.min_cells,
+        clip_names=tuple(tree.name for tree in trees),
+        branch_kinds=tuple(branch.kind for tree in trees for branch in tree.branches),
+        **fields,
+    )
 
 
 def _prefix(
@@ -123,7 +88,9 @@ def _branches(
         # The token before an answer's token is the one that predicts it.
         predicts = slice(len(branch.text) - 1, None)
         columns["target_RS"][predicts] = branch.answer
-        columns["weight_RS"][predicts] = weights.of(tree, branch)
+        columns["weight_RS"][predicts] = weights.weight(
+            *(branch.kind, len(branch.answer), len(tree.branches))
+        )
         columns["offset_RS"] = np.arange(len(ids))
         yield columns
 

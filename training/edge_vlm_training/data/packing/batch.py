@@ -2,8 +2,8 @@
 
 A row holds several clips; a clip is a prefix (begin token, stamped frames) and the branches after
 it, one for each annotation. Nothing sees another clip, branches see their own prefix and nothing of
-each other (`masks`), and each begins at the position where the last frame it may see ends. The
-other form is `prefix.PrefixBatch`.
+each other (`masks`), and each begins at the position where the last frame it may see ends. `prefix`
+lays the same tokens out in the other form.
 
 A batch is built with every cell, for which cells a model keeps is known only after its scorer;
 `PackedBatch.pruned` leaves the others' tokens out. A step therefore runs::
@@ -34,7 +34,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from edge_vlm_training.recipes.base import Selection
+from edge_vlm_training.recipes.base import Form, Selection
 from edge_vlm_training.world.truth import Truth
 
 B = TypeVar("B", bound="Batch")
@@ -75,6 +75,13 @@ class PackedTokens:
         """Where in the flattened [R * S] the features of the kept cells belong, in their order."""
         return (self.cell_RS != NOWHERE).flatten().nonzero().squeeze(1)
 
+    def frame_ends(self, num_frames: int) -> Tensor:
+        """Where in the flattened [R * S] each frame's end marker stands: its last prefix token."""
+        prefix = ((self.branch_RS == NOWHERE) & (self.clip_RS != NOWHERE)).flatten()
+        places = prefix.nonzero().squeeze(1)
+        last = torch.zeros(num_frames, dtype=torch.int64, device=places.device)
+        return last.scatter_reduce_(0, self.frame_RS.flatten()[places], places, "amax")
+
     @property
     def lengths_R(self) -> Tensor:
         """int64: tokens in each row, padding not counted."""
@@ -113,11 +120,6 @@ class Batch:
     truth: Truth | None = None
     """Of rendered clips, if a probe may want it."""
 
-    @property
-    def weight(self) -> float:
-        """Sum of the weights of all tokens that are trained on."""
-        return 0.0
-
     def to(self: B, device: torch.device | str, *, non_blocking: bool = False) -> B:
         """The same batch with its tensors on `device`."""
         moved = {
@@ -134,9 +136,8 @@ class PackedBatch(Batch):
     tokens: PackedTokens
     """With every cell."""
 
-    @property
-    def weight(self) -> float:
-        return float(self.tokens.weight_RS.sum())
+    form: Form = "rows"
+    """How the language model shall read them."""
 
     def pruned(self, kept_FC: Tensor, pad_to: int | None = None) -> PackedTokens:
         """The tokens without those of dropped cells; positions close up as in a live session.

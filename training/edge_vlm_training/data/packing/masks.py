@@ -57,7 +57,10 @@ def allowed_mask(tokens: PackedTokens, attention: VisionAttention) -> Tensor:
 
 def additive_mask(tokens: PackedTokens, attention: VisionAttention, dtype: torch.dtype) -> Tensor:
     """[R, S, S] of `dtype`: 0 where a query sees a key, MASKED elsewhere (`LanguageModel`)."""
-    allowed = allowed_mask(tokens, attention)
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-        ~allowed, MASKED
-    )
+    return as_bias(allowed_mask(tokens, attention), dtype)
+
+
+def as_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where allowed, MASKED elsewhere."""
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill_(~allowed, MASKED)

@@ -17,8 +17,8 @@ from typing import Any
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError
 from edge_vlm.text.prompt import PromptFormat
-from edge_vlm_training.data.packing.assemble import assemble, assemble_prefix
-from edge_vlm_training.data.packing.batch import Batch
+from edge_vlm_training.data.packing.assemble import assemble
+from edge_vlm_training.data.packing.batch import PackedBatch
 from edge_vlm_training.data.packing.budget import CellBudget
 from edge_vlm_training.data.packing.row_stream import BadRecord, Lane, PackingConfig, Supply
 from edge_vlm_training.data.packing.trees import TokenWeights, TreeBuilder
@@ -85,11 +85,11 @@ class PackedStream:
         """How often each bad record was left out, by the lanes of this process."""
         return dict(sum((lane.skipped for lane in self._lanes), collections.Counter()))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         while True:
             yield self.next_batch()
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> PackedBatch:
         """Raises, unless bad records are skipped, what their reading raises.
 
         After an error load a state before going on: rows may be lost otherwise.
@@ -99,13 +99,15 @@ class PackedStream:
         budget = random.Random(seed_of("step", self._seed, step)).choice(self._budgets)
         lanes = self._lanes[part * self._rows : (part + 1) * self._rows]
         rows = [lane.row(budget) for lane in lanes]
-        trees = [[tree for tree, _ in row] for row in rows]
-        pictures = [pictures for row in rows for _, pictures in row]
-        parts = pictures, self._prompt, self._weights, budget
         self._batches += 1
-        if self._form == "prefix":
-            return assemble_prefix([tree for row in trees for tree in row], *parts)
-        return assemble(trees, *parts)
+        return assemble(
+            [[tree for tree, _ in row] for row in rows],
+            [pictures for row in rows for _, pictures in row],
+            self._prompt,
+            self._weights,
+            budget,
+            form=self._form,
+        )
 
     def _on_bad(self, error: BadRecord) -> None:
         if not self._skip_bad:

@@ -41,10 +41,6 @@ class TokenWeights:
             return self.fixed[kind]
         return self.scale / math.sqrt(num_tokens * (num_branches if self.by_branches else 1))
 
-    def of(self, tree: Tree, branch: BranchTokens) -> float:
-        """The weight of each token of a tree's branch."""
-        return self.weight(branch.kind, len(branch.answer), len(tree.branches))
-
 
 @dataclasses.dataclass(frozen=True)
 class BranchTokens:

@@ -11,7 +11,7 @@ import torch
 
 from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.text.prompt import PromptFormat
-from edge_vlm_training.data.packing.assemble import assemble, assemble_prefix
+from edge_vlm_training.data.packing.assemble import assemble
 from edge_vlm_training.data.packing.batch import Batch
 from edge_vlm_training.data.packing.budget import CellBudget
 from edge_vlm_training.data.packing.trees import TokenWeights, TreeBuilder
@@ -97,11 +97,13 @@ class WorldClips:
         keep_ratio = rng.choice(data.keep_ratio)
         floor = rng.randint(0, data.min_cells)
         budget = CellBudget(cfg=self._cfg, keep_ratio=keep_ratio, min_cells=floor)
-        fields = {"selection": selection, "seed": rng.getrandbits(31), "truth": truth}
-        parts = pictures, self._prompt, _WEIGHTS, budget
-        if data.form == "prefix":
-            return assemble_prefix(trees, *parts, **fields)
-        return assemble([[tree] for tree in trees], *parts, **fields)
+        return assemble(
+            *([[tree] for tree in trees], pictures, self._prompt, _WEIGHTS, budget),
+            selection=selection,
+            seed=rng.getrandbits(31),
+            truth=truth,
+            form=data.form,
+        )
 
     def _branches(self, truth: Truth, clip: int, at_end: bool) -> tuple[Branch, ...]:
         data = self._data
