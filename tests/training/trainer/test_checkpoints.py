@@ -86,7 +86,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(checkpoints, "save_sharded", full)
     with pytest.raises(NoSpaceLeft, match=r"step-00000005.*one before is intact"):
         run.save()
     latest = checkpoints.latest(folder)

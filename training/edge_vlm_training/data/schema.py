@@ -63,7 +63,7 @@ class Annotation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_f
 
     style: Text | None = None
     at_s: Seconds | None = None
-    history: list[tuple[Text, Text]] = []
+    history: list[tuple[Text, Text]] = msgspec.field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -98,7 +98,7 @@ class CountObjects(Annotation, tag="count"):
     question: Text
     count: Count
     label: Text = "objects"
-    points: list[Point] = []
+    points: list[Point] = msgspec.field(default_factory=list)
 
     @property
     def kind(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,21 +33,27 @@ STORY_BLOCKS = 2
 _ALIGNMENT = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Answered:
-    """What the language model made of a batch."""
+class AnswerTokens(NamedTuple):
+    """What the model says where an answer's token is to be learned."""
 
     logits_AV: Tensor
     target_A: Tensor
     weight_A: Tensor
     branch_A: Tensor
-    """Number of the branch to which each answer token belongs."""
+    """Number of the branch to which each belongs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What the language model made of a batch."""
+
+    answers: AnswerTokens
     hidden: list[Tensor]
-    """[G, D] vision tokens after each of `STORY_BLOCKS` blocks from the end."""
+    """[G, D] vision tokens after each of `STORY_BLOCKS` blocks from the end, if probed."""
     ends: list[Tensor]
     """[F, D] end markers of the frames after the same blocks."""
     row_tokens_R: Tensor
-    """int64: tokens of each row (of each clip, with its questions) after the drop."""
+    """int64: tokens of each row after the drop."""
 
 
 def read(
@@ -58,19 +65,14 @@ def read(
         raise TypeError("a batch without questions has nothing to read")
     tokens = batch.pruned(seen.kept_FC)
     blocks = model.llm.blocks[-1 - STORY_BLOCKS : -1] if probed else ()
+    way = _by_prefixes if batch.form == "prefix" else _by_rows
     with _outputs(blocks) as outputs:
-        if batch.form == "prefix":
-            parts = _by_prefixes(model, tokens, seen.features_GE, dtype)
-            outputs = outputs[: len(blocks)]
-        else:
-            parts = _by_rows(model, tokens, seen.features_GE, dtype)
-    layout, *answers = parts
-    places, ends = layout.patch_places(), layout.frame_ends(len(seen.kept_FC))
+        laid, answers = way(model, tokens, seen.features_GE, dtype)
+    # Prefixes come first; questions go through the same blocks after them.
+    outputs = [x.flatten(0, 1) for x in outputs[: len(blocks)]]
+    places, ends = laid.patch_places(), laid.frame_ends(len(seen.kept_FC))
     return Answered(
-        *answers,
-        [x.flatten(0, 1)[places] for x in outputs],
-        [x.flatten(0, 1)[ends] for x in outputs],
-        tokens.lengths_R,
+        answers, [x[places] for x in outputs], [x[ends] for x in outputs], tokens.lengths_R
     )
 
 
@@ -88,25 +90,21 @@ def row_states(
     # As `LanguageModel.forward`, without holding every block's keys and values.
     for i, block in enumerate(llm.blocks):
         x, _ = block(x, *tables[llm.cfg.rope_table_of(i)], bias, None)
-    return llm.norm(x)
-
-
-_Read = tuple[PackedTokens, Tensor, Tensor, Tensor, Tensor]
-"""How the clips' tokens were laid out; logits, targets, weights and branches of answer tokens."""
+    hidden: Tensor = llm.norm(x)
+    return hidden
 
 
 def _by_rows(
     model: VideoLM, tokens: PackedTokens, features_GE: Tensor, dtype: torch.dtype
-) -> _Read:
+) -> tuple[PackedTokens, AnswerTokens]:
+    """As they are; also how the clips' tokens were laid out."""
     tokens = _aligned(tokens)
-    hidden = row_states(model, tokens, features_GE, dtype)
-    logits, *columns = _answers(model, hidden, tokens)
-    return tokens, logits, *columns
+    return tokens, _answers(model, row_states(model, tokens, features_GE, dtype), tokens)
 
 
 def _by_prefixes(
     model: VideoLM, tokens: PackedTokens, features_GE: Tensor, dtype: torch.dtype
-) -> _Read:
+) -> tuple[PackedTokens, AnswerTokens]:
     """One pass over the videos, then all questions over their keys and values."""
     llm = model.llm
     laid = as_prefixes(tokens, model.cfg.attention, dtype)
@@ -118,22 +116,18 @@ def _by_prefixes(
         tables = rope_tables(llm.cfg, bucket.tokens.positions_RS)
         hidden, _ = llm(llm.embed(bucket.tokens.ids_RS), *tables, bucket.bias_NLK, past)
         found.append(_answers(model, hidden, bucket.tokens))
-    logits, *columns = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return laid.prefix, logits, *columns
+    return laid.prefix, AnswerTokens(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _answers(
-    model: VideoLM, hidden_RSD: Tensor, tokens: PackedTokens
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, targets, weights and branches of the tokens that are trained on."""
+def _answers(model: VideoLM, hidden_RSD: Tensor, tokens: PackedTokens) -> AnswerTokens:
     trained = (tokens.target_RS != IGNORED).flatten().nonzero().squeeze(1)
     columns = tokens.target_RS, tokens.weight_RS, tokens.branch_RS
     target, weight, branch = (x.flatten()[trained] for x in columns)
-    return model.llm.head(hidden_RSD.flatten(0, 1)[trained]), target, weight, branch
+    return AnswerTokens(model.llm.head(hidden_RSD.flatten(0, 1)[trained]), target, weight, branch)
 
 
 def _embeds(model: VideoLM, tokens: PackedTokens, features_GE: Tensor) -> Tensor:
-    embeds = model.llm.embed(tokens.ids_RS)
+    embeds: Tensor = model.llm.embed(tokens.ids_RS)
     flat = embeds.flatten(0, 1)
     flat = flat.index_add(0, tokens.patch_places(), features_GE.to(flat.dtype))
     return flat.view_as(embeds)

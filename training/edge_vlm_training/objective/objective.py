@@ -101,13 +101,10 @@ class Objective(nn.Module):
             if at.batch.truth is not None:
                 at.numbers["scale"] = float(rms)
         if at.answered is not None:
-            words = at.answered
-            rows = words.row_tokens_R
-            num_branches = len(at.batch.branch_kinds)
-            right = exact_answers(
-                words.logits_AV.detach(), words.target_A, words.branch_A, num_branches
-            )
-            at.sums |= {"trained": torch.tensor(len(words.target_A)), "tokens": rows.sum()}
+            rows = at.answered.row_tokens_R
+            logits, target, _, branch = at.answered.answers
+            right = exact_answers(logits.detach(), target, branch, len(at.batch.branch_kinds))
+            at.sums |= {"trained": torch.tensor(len(target)), "tokens": rows.sum()}
         at.sums["loss"] = loss
         zero = torch.zeros(())
         sums = [at.sums.get(name, zero).detach().float().to(loss.device) for name in SUMS]
@@ -127,7 +124,8 @@ class Objective(nn.Module):
     def logits(self, hidden_AD: Tensor) -> Tensor:
         """[A, V]"""
         with self._precision():
-            return self.model.llm.head(hidden_AD)
+            logits: Tensor = self.model.llm.head(hidden_AD)
+            return logits
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         device = self.model.llm.norm.weight.device.type
@@ -148,13 +146,18 @@ class Objective(nn.Module):
             )
 
 
+Outputs = tuple[Tensor, ...]
+
+
 def _drop_from_residuals(model: VideoLM, share: float) -> None:
     """Dropout on what attention and MLP add to the language model's residual stream."""
 
     def dropped(module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
         return F.dropout(output, share, module.training)
 
-    def dropped_first(module: nn.Module, _arguments: object, output: tuple) -> tuple:
+    def dropped_first(
+        module: nn.Module, _arguments: object, output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         return (F.dropout(output[0], share, module.training), *output[1:])
 
     for block in model.llm.blocks:

@@ -134,8 +134,7 @@ def reads(term: Term) -> int:
 
 
 def _answers(term: Answers, at: Forward) -> Tensor:
-    words = at.words
-    answer, squares, right = answer_sums(words.logits_AV, words.target_A, words.weight_A)
+    answer, squares, right = answer_sums(*at.words.answers[:3])
     at.sums |= {"answer": answer, "z": squares, "right": right}
     return (answer + term.z_loss * squares) / at.totals.weight
 

@@ -69,7 +69,7 @@ def choose_cells(
     frame stay whatever their rank; `seed` is for policies that draw."""
     if keep_ratio == 1:
         return torch.ones_like(scores_FC, dtype=torch.bool)
-    clips = scores_FC.detach().split(list(frames_per_clip))
+    clips = torch.split(scores_FC.detach(), list(frames_per_clip))
     if selection in ("clip", "published"):
         return torch.cat([clip_budget(c[None], 1 - keep_ratio, min_cells)[0] for c in clips])
     mask = np.zeros(scores_FC.shape, np.bool_)

@@ -37,7 +37,7 @@ Selection = Literal["clip", "published", "stream", "frame_topk", "random"]
 `edge_vlm.pruning`."""
 
 
-class Steps(Config, tag="steps"):
+class Steps(Config, frozen=True, tag="steps"):
     """So many updates."""
 
     steps: Positive
@@ -50,7 +50,7 @@ class Steps(Config, tag="steps"):
         return max(0.0, (self.steps - steps) * a_step_s)
 
 
-class Minutes(Config, tag="minutes"):
+class Minutes(Config, frozen=True, tag="minutes"):
     """So much wall-clock time, over all starts of a run: shared CPUs drift in speed."""
 
     minutes: PositiveFloat
@@ -63,7 +63,7 @@ class Minutes(Config, tag="minutes"):
         return max(0.0, 60 * self.minutes - seconds)
 
 
-class Clips(Config, kw_only=True, tag="clips"):
+class Clips(Config, frozen=True, kw_only=True, tag="clips"):
     """Clips rendered for each step, all as long, with the truth that probes need.
 
     More is asked of the kinds of question that are still answered wrong.
@@ -105,7 +105,7 @@ _CLIP_FRAME_TOKENS = 24
 """Of the demo model: its cells, stamp and markers."""
 
 
-class Rows(Config, kw_only=True, tag="rows"):
+class Rows(Config, frozen=True, kw_only=True, tag="rows"):
     """Clips of any length packed into rows; the same rows however many processes share them."""
 
     batch: Positive
@@ -146,39 +146,39 @@ class Rows(Config, kw_only=True, tag="rows"):
         return self.sequence_length, self.row_frames
 
 
-class Answers(Config, tag="answers"):
+class Answers(Config, frozen=True, tag="answers"):
     """Cross-entropy of the answers' tokens; `z_loss` weighs the squared log-partition beside it."""
 
     weight: Weight = 1.0
     z_loss: Weight = 0.0
 
 
-class Similarity(Config, tag="similarity"):
+class Similarity(Config, frozen=True, tag="similarity"):
     """Scores follow how little a cell resembles the frame before (0.5 in the published code)."""
 
     weight: Weight = 0.5
 
 
-class FeatureScale(Config, tag="feature_scale"):
+class FeatureScale(Config, frozen=True, tag="feature_scale"):
     """Bounds the scale of the vision features."""
 
     weight: Weight = 0.1
 
 
-class DenseProbe(Config, tag="dense"):
+class DenseProbe(Config, frozen=True, tag="dense"):
     """Each place names what covers it: kept cells by their features, or all patches of the ViT."""
 
     weight: Weight = 1.0
     on: Literal["features", "patches"] = "features"
 
 
-class TimelineProbe(Config, tag="timeline"):
+class TimelineProbe(Config, frozen=True, tag="timeline"):
     """The language model's vision tokens tell motion and time of their thing."""
 
     weight: Weight = 0.1
 
 
-class PresenceProbe(Config, tag="presence"):
+class PresenceProbe(Config, frozen=True, tag="presence"):
     """What is there now, read from frame ends and bare places."""
 
     weight: Weight = 0.1
@@ -188,7 +188,7 @@ Term = Answers | Similarity | FeatureScale | DenseProbe | TimelineProbe | Presen
 NEED_TRUTH = (DenseProbe, TimelineProbe, PresenceProbe)
 
 
-class Stage(Config, kw_only=True):
+class Stage(Config, frozen=True, kw_only=True):
     """One stretch of training; it begins with fresh moments and a warm-up."""
 
     name: str
@@ -239,7 +239,7 @@ class Stage(Config, kw_only=True):
         return warm * (start + (end - start) * moved)
 
 
-class Recipe(Config, kw_only=True):
+class Recipe(Config, frozen=True, kw_only=True):
     """Stages in order and what they share."""
 
     name: str

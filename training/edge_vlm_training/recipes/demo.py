@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from edge_vlm.config import Rescale
 from edge_vlm_training.config import msgspec
 from edge_vlm_training.recipes.base import (
@@ -66,10 +68,10 @@ def questions(
     name: str,
     length: Minutes | Steps,
     data: Clips,
-    *,
-    lr: float = 1e-3,
     vision: float | None = 3e-4,
     connector: float = 3e-4,
+    *,
+    lr: float = 1e-3,
     timeline: float = 0.1,
     presence: float = 0.1,
     rate: tuple[float, float] = (1.0, 1.0),
@@ -147,15 +149,13 @@ def demo_larger(minutes: float = 69.0) -> Recipe:
         history_share=0.1,
     )
     single = Clips(batch=64, branches=6, history_share=0.1, forgetful_share=0.1)
-    told = {"lr": 6e-4, "timeline": 0.25}
+    learn = partial(questions, lr=6e-4, timeline=0.25)
     return demo_recipe(
         "demo_larger",
-        questions("new-kinds", part(5), single, **told),
-        questions("sixteen-frames", part(14), data, vision=1.5e-4, connector=1e-4, **told),
-        questions("settling", part(20), data, vision=4e-5, connector=4e-5, **told),
-        questions(
-            *("frozen", part(30), data), vision=None, rate=(1.0, 0.01), decay_from=0.35, **told
-        ),
+        learn("new-kinds", part(5), single),
+        learn("sixteen-frames", part(14), data, vision=1.5e-4, connector=1e-4),
+        learn("settling", part(20), data, vision=4e-5, connector=4e-5),
+        learn("frozen", part(30), data, vision=None, rate=(1.0, 0.01), decay_from=0.35),
         seed=4,
     )
 
@@ -174,24 +174,15 @@ def demo_present(minutes: float = 105.0) -> Recipe:
         keep_ratio=KEEP_FEWER,
         forgetful_share=0.1,
     )
-    read_out, later = 0.25, 0.4 * 0.25
-    """By then the probes' losses are several times the questions' own."""
+    learn = partial(questions, lr=6e-4)
+    whole, late = 0.25, 0.4 * 0.25  # by then the probes' losses are several times the questions'
     return demo_recipe(
         "demo_present",
-        questions(
-            *("whole", part(65), data),
-            lr=6e-4,
-            vision=4e-5,
-            connector=4e-5,
-            timeline=read_out,
-            presence=read_out,
-        ),
-        questions(
-            *("frozen", part(40), data),
-            lr=6e-4,
-            vision=None,
-            timeline=later,
-            presence=later,
+        learn(*("whole", part(65), data, 4e-5, 4e-5), timeline=whole, presence=whole),
+        learn(
+            *("frozen", part(40), data, None),
+            timeline=late,
+            presence=late,
             rate=(1.0, 0.01),
             decay_from=0.1,
         ),

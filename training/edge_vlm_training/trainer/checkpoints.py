@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
@@ -109,7 +111,7 @@ def save(
         ranks.wait()
         tensors = _tensors(weights, updater, progress.stage_step)
         with _without_advice():
-            dcp.save(tensors, checkpoint_id=partial, no_dist=ranks.size == 1)
+            save_sharded(tensors, checkpoint_id=partial, no_dist=ranks.size == 1)
         own = {**dataclasses.asdict(sources), "random": _random_state(ranks)}
         (partial / _process_file(ranks.rank)).write_text(json.dumps(own))
         if ranks.leads:
@@ -160,7 +162,7 @@ def load(path: Path, ranks: Ranks, weights: dict[str, Tensor], updater: Updater)
     _check_names(path, tensors)
     try:
         with _without_advice():
-            dcp.load(tensors, checkpoint_id=path, no_dist=ranks.size == 1)
+            load_sharded(tensors, checkpoint_id=path, no_dist=ranks.size == 1)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"the checkpoint cannot be read: {_causes(error)[0]}",
@@ -187,7 +189,7 @@ def stored_weights(folder: Path, prefix: str) -> dict[str, Tensor]:
     }
     if tensors:
         with _without_advice():
-            dcp.load(tensors, checkpoint_id=path, no_dist=True)
+            load_sharded(tensors, checkpoint_id=path, no_dist=True)
     return {name.removeprefix(key): tensor for name, tensor in tensors.items()}
 
 
@@ -222,7 +224,7 @@ def _tensors(weights: dict[str, Tensor], updater: Updater, step: int) -> dict[st
 def _stored(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, by name."""
     try:
-        return dict(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+        return dict(FileSystemReader(path).read_metadata().state_dict_metadata)
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint's index cannot be read: {error}",

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
-    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -118,10 +117,6 @@ def shard(
     fully_shard(root, mesh=mesh, mp_policy=dataclasses.replace(policy, cast_forward_inputs=False))
     for method in methods:
         register_fsdp_forward_method(root, method)
-
-
-def is_sharded(root: nn.Module) -> bool:
-    return isinstance(root, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,15 +159,14 @@ class Run:
         if reporter is not None:
             stats = StepStats(self.recipe, self.cfg, self.ranks, self.dtype)
         self.objective.train()
-        interrupts = _deferred() if self.ranks.size == 1 else contextlib.nullcontext(list[int]())
+        one = self.ranks.size == 1
         try:
-            with reporter or contextlib.nullcontext(), interrupts as interrupted:
-                while True:
-                    self._go_stage(reporter, stats, interrupted)
-                    if self.finished:
-                        break
+            with reporter or contextlib.nullcontext(), _deferred(one) as interrupted:
+                self._go_stage(reporter, stats, interrupted)
+                while not self.finished:
                     self._close()
                     self._enter(self.at.stage + 1)
+                    self._go_stage(reporter, stats, interrupted)
         finally:
             self._close()
 
@@ -295,25 +296,21 @@ def _due(step: int, every: int, seconds: float, every_s: float) -> bool:
 
 
 @contextlib.contextmanager
-def _deferred() -> Iterator[list[int]]:
+def _deferred(wanted: bool) -> Iterator[list[int]]:
     """Holds the first interrupt back: it is in the list, for whoever can stop at a better time.
 
-    The second one interrupts at once.
+    The second one interrupts at once. Only a main thread can do so.
     """
-    import signal
-    import threading
-
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    if not wanted or threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
         signal.signal(signal.SIGINT, before)
 
-    signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield caught
     finally:

@@ -60,7 +60,7 @@ def begin(recipe: Recipe, folder: Path, ranks: Ranks, *, resume: bool) -> None:
     """
     path = folder / RECIPE
     # All look before one writes; all fail alike.
-    stored = read_json(path, Recipe) if path.exists() else None
+    stored = read_json(path, Recipe) if resume and path.exists() else None
     ranks.wait()
     if resume:
         if stored is None or checkpoints.latest(folder) is None:

@@ -42,12 +42,13 @@ def pair_is_heldout(kind: npt.ArrayLike, background: npt.ArrayLike) -> BoolArray
     """Whether this kind on this background is shown in held-out clips only (arrays broadcast)."""
     page, place = np.divmod(np.asarray(kind, np.int64), _KINDS_A_PAGE)
     pair = (page << 20) + np.asarray(background, np.int64) * _KINDS_A_PAGE + place
-    return _hash(pair, _PAIR_SALT) % np.uint64(HELDOUT_SHARE) == 0
+    return np.equal(_hash(pair, _PAIR_SALT) % np.uint64(HELDOUT_SHARE), 0)
 
 
 def path_is_heldout(path_key: npt.ArrayLike) -> BoolArray:
     """Whether things follow this discretised path in held-out clips only."""
-    return _hash(np.asarray(path_key, np.int64), _PATH_SALT) % np.uint64(HELDOUT_SHARE) == 0
+    found = _hash(np.asarray(path_key, np.int64), _PATH_SALT)
+    return np.equal(found % np.uint64(HELDOUT_SHARE), 0)
 
 
 @lru_cache(maxsize=2)

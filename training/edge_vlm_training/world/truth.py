@@ -21,7 +21,3 @@ class Truth:
     shown: npt.NDArray[np.int64]
     """[S]: which frames; 1 to `forgotten` are not."""
     forgotten: int
-
-    def owner_shown(self) -> Tensor:
-        """i8 [B, S, H, W]."""
-        return self.owner[:, self.shown]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from edge_vlm.config import ModelConfig, VisionAttention
@@ -15,7 +16,7 @@ from edge_vlm_training.data.packing.assemble import assemble
 from edge_vlm_training.data.packing.batch import Batch
 from edge_vlm_training.data.packing.budget import CellBudget
 from edge_vlm_training.data.packing.trees import TokenWeights, TreeBuilder
-from edge_vlm_training.data.sample import Branch, Sample
+from edge_vlm_training.data.sample import Pictures, Sample
 from edge_vlm_training.recipes.base import Clips
 from edge_vlm_training.world.curriculum import QuestionMix, restore_random, stored_random
 from edge_vlm_training.world.render import render_with_owner
@@ -84,12 +85,7 @@ class WorldClips:
         pictures = frames.numpy()
         trees = [
             self._builder.build(
-                Sample(
-                    name=f"rendered clip {number}",
-                    times_s=times_s[number].astype(np.float64),
-                    branches=self._branches(truth, number, at_end),
-                    load=lambda _side, number=number: pictures[number],
-                )
+                self._sample(truth, number, pictures[number], times_s[number], at_end)
             )
             for number in range(batch)
         ]
@@ -105,9 +101,22 @@ class WorldClips:
             form=data.form,
         )
 
-    def _branches(self, truth: Truth, clip: int, at_end: bool) -> tuple[Branch, ...]:
+    def _sample(
+        self,
+        truth: Truth,
+        number: int,
+        pictures: Pictures,
+        times_s: npt.NDArray[np.floating],
+        at_end: bool,
+    ) -> Sample:
+        """A clip with its questions."""
         data = self._data
-        asked = self._mix.branches(
-            *(truth.scenes, clip, data.branches, data.history_share, truth.forgotten, at_end)
+        branches = self._mix.branches(
+            *(truth.scenes, number, data.branches, data.history_share, truth.forgotten, at_end)
         )
-        return tuple(asked)
+        return Sample(
+            name=f"rendered clip {number}",
+            times_s=times_s.astype(np.float64),
+            branches=tuple(branches),
+            load=lambda _side: pictures,
+        )

@@ -86,7 +86,8 @@ class TimelineHead(nn.Module):
         from_zero(self.out)
 
     def forward(self, x_KD: Tensor) -> tuple[Tensor, ...]:
-        return self.out(F.rms_norm(x_KD, x_KD.shape[-1:])).float().split((*_SIZES, 2), -1)
+        told = self.out(F.rms_norm(x_KD, x_KD.shape[-1:]))
+        return torch.split(told.float(), (*_SIZES, 2), -1)
 
 
 def timeline_loss(outputs: tuple[Tensor, ...], truth: Timeline) -> tuple[Tensor, dict[str, float]]:
