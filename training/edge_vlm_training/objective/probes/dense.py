@@ -87,7 +87,7 @@ class DenseHead(nn.Module):
         from_zero(self.out)
 
     def forward(self, x_KD: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(self.out(x_KD).float(), self.sizes, -1)
+        return torch.split(self.out(x_KD).float(), list(self.sizes), -1)
 
 
 class WordHead(nn.Module):

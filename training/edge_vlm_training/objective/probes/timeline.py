@@ -87,7 +87,7 @@ class TimelineHead(nn.Module):
 
     def forward(self, x_KD: Tensor) -> tuple[Tensor, ...]:
         told = self.out(F.rms_norm(x_KD, x_KD.shape[-1:]))
-        return torch.split(told.float(), (*_SIZES, 2), -1)
+        return torch.split(told.float(), [*_SIZES, 2], -1)
 
 
 def timeline_loss(outputs: tuple[Tensor, ...], truth: Timeline) -> tuple[Tensor, dict[str, float]]:
