@@ -60,13 +60,8 @@ class Progress:
 
     def after(self, seconds: float) -> Progress:
         """One step later."""
-        return Progress(
-            self.step + 1,
-            self.seconds + seconds,
-            self.stage,
-            self.stage_step + 1,
-            self.stage_s + seconds,
-        )
+        total, own = self.seconds + seconds, self.stage_s + seconds
+        return Progress(self.step + 1, total, self.stage, self.stage_step + 1, own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,7 @@ def weights_folder(init: Path) -> Path:
 def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
     """The model on the CPU in float32, with the weights of `init` or random ones by the seed.
 
-    A scorer that `init` lacks is random. Every process builds the same. Raises as the loaders do,
+    A scorer that `init` lacks, or that is not wanted, is random. Every process builds the same. Raises as the loaders do,
     and CheckpointError for an `init` that is not of the shape that `world_words` asks for.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -114,12 +114,8 @@ def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
     else:
         model = load_checkpoint(init)
     assert cfg.scorer is not None
-    if model.scorer is None:
+    if model.scorer is None or recipe.new_scorer:
         model.scorer = _random_scorer(cfg.scorer, cfg.vision.width, generator)
-    if recipe.new_scorer:
-        fresh = VideoLM(cfg).init_weights(torch.Generator().manual_seed(recipe.seed)).scorer
-        assert fresh is not None
-        model.scorer.load_state_dict(fresh.state_dict())
     model.cfg, model.scorer.cfg = cfg, cfg.scorer
     for parameter in model.parameters():
         # Not the mapped file itself, which updates would write into.
