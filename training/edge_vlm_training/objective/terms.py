@@ -102,7 +102,7 @@ class Forward:
 
 
 def make_probes(stages: Sequence[Stage], cfg: ModelConfig, words: Tokenizer) -> nn.ModuleDict:
-    """The read-outs of all stages; weights and biases start at zero."""
+    """The probes of all stages; weights and biases start at zero."""
     terms = {type(t): t for stage in stages for t in stage.terms if isinstance(t, NEED_TRUTH)}
     width = cfg.language.width
     probes = nn.ModuleDict()
@@ -121,7 +121,7 @@ def make_probes(stages: Sequence[Stage], cfg: ModelConfig, words: Tokenizer) -> 
 
 
 def probe_of(term: Term) -> str | None:
-    """The name of the read-out that a term trains."""
+    """The name of the probe that a term trains."""
     names = {TimelineProbe: "timeline", PresenceProbe: "presence"}
     return term.on if isinstance(term, DenseProbe) else names.get(type(term))
 

@@ -26,7 +26,7 @@ WORLD = "world"
 PARTS = ("llm", "vit", "connector", "scorer")
 """Parts of the model, by the first word of a weight's name."""
 PROBES = "probes"
-"""The read-outs that a stage's terms train beside the model; not part of a checkpoint."""
+"""The linear read-outs that a stage's terms train beside the model; not part of a checkpoint."""
 
 Form = Literal["prefix", "rows"]
 """How questions see their clip: as the past of each (faster on a CPU, one process), or all in one

@@ -99,8 +99,9 @@ def weights_folder(init: Path) -> Path:
 def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
     """The model on the CPU in float32, with the weights of `init` or random ones by the seed.
 
-    A scorer that `init` lacks, or that is not wanted, is random. Every process builds the same. Raises as the loaders do,
-    and CheckpointError for an `init` that is not of the shape that `world_words` asks for.
+    A scorer that `init` lacks, or that is not wanted, is random. Every process builds the same.
+    Raises as the loaders do, and CheckpointError for an `init` that is not of the shape that
+    `world_words` asks for.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     if recipe.init is None:

@@ -52,7 +52,7 @@ class PackedTokens:
     ids_RS: Tensor
     """int64, 0 where padded."""
     positions_RS: Tensor
-    """int64. From 0 in every clip; a branch's go on behind the last frame that it sees."""
+    """int64. From 0 in every clip; a branch's go on after the last frame that it sees."""
     target_RS: Tensor
     """int64: the next token where it is trained on, IGNORED elsewhere."""
     weight_RS: Tensor
@@ -189,8 +189,8 @@ def positions_of(tokens: PackedTokens, frames_per_clip: tuple[int, ...]) -> Tens
     until_F = per_frame.cumsum(0)
     before_clip_F = (until_F - per_frame)[first_F]
     inside = prefix.flatten().cumsum(0).view_as(prefix) - 1 - before_clip_F[tokens.frame_RS]
-    behind = (until_F - before_clip_F)[tokens.frame_RS] + tokens.offset_RS
-    return torch.where(prefix, inside, behind).masked_fill(tokens.clip_RS == NOWHERE, 0)
+    after = (until_F - before_clip_F)[tokens.frame_RS] + tokens.offset_RS
+    return torch.where(prefix, inside, after).masked_fill(tokens.clip_RS == NOWHERE, 0)
 
 
 class BatchStream(Protocol):

@@ -135,7 +135,7 @@ def split_tree(
 ) -> Iterator[Tree]:
     """The tree, or if it is too long or wide several of the same clip: no branch is lost.
 
-    Raises RecordTooLong if a branch does not fit behind the clip even alone.
+    Raises RecordTooLong if a branch does not fit after the clip even alone.
     """
     room = max_tokens - tree.prefix_length(kept_cells)
     part: list[BranchTokens] = []

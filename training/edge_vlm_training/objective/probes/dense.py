@@ -2,7 +2,7 @@
 
 The language loss is a weak teacher for fresh vision weights (names stay at chance for minutes), so
 the ViT first learns kind, colour and centre of the thing under every patch of single frames. Later
-the same read-out on the connector's features keeps it from losing what the ViT knows: without it
+the same probe on the connector's features keeps it from losing what the ViT knows: without it
 the centre could be read from the ViT but hardly from the features (an error of 0.05 of the
 picture's side against 0.12), and questions about place and direction stood still.
 
@@ -72,13 +72,13 @@ def dense_labels(scenes: Scenes, owner: Tensor, grid: int, covered: float) -> De
 
 
 def from_zero(layer: nn.Linear) -> None:
-    """A fresh read-out then pulls on trained features only as far as it has learned."""
+    """A fresh probe then pulls on trained features only as far as it has learned."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 
 
 class DenseHead(nn.Module):
-    """A linear read-out; thrown away after training."""
+    """A linear probe; thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class DenseHead(nn.Module):
 
 
 class WordHead(nn.Module):
-    """A read-out whose classes are the language model's own words for kinds and colours.
+    """A probe whose classes are the language model's own words for kinds and colours.
 
     It pulls a thing's feature and the embedding of its name together, so that a question's word
     finds the vision tokens that it names by likeness. Only the rest is thrown away after training.

@@ -81,7 +81,7 @@ def present(
 
 
 class PresentHead(nn.Module):
-    """Normed linear read-outs of frame ends and of vision tokens; thrown away after training."""
+    """Normed linear probes of frame ends and of vision tokens; thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

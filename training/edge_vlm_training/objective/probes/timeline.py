@@ -78,7 +78,7 @@ def timeline(scenes: Scenes, owner: Tensor, grid: int, covered: float, forgotten
 
 
 class TimelineHead(nn.Module):
-    """A normed linear read-out; thrown away after training."""
+    """A normed linear probe; thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
