@@ -41,7 +41,7 @@ class BatchSums:
     row_tokens_R: Tensor
     """int64: tokens of each row after the drop; none where nothing was asked."""
     right: Tensor
-    """bool for each branch: every token of its answer is the arg-max; empty as well."""
+    """bool for each branch of rendered clips: every token of its answer is the arg-max."""
 
 
 SUMS = ("loss", "answer", "z", "aux", "right", "trained", "kept", "cells", "tokens")
@@ -93,17 +93,20 @@ class Objective(nn.Module):
     def _summed(self, loss: Tensor, at: Forward, num_ranks: int) -> BatchSums:
         none = torch.zeros(0, dtype=torch.int64)
         kept_F, rows, right = none, none, none.bool()
+        rendered = at.batch.truth is not None
         if at.seen is not None:
             kept_F = at.seen.kept_FC.sum(1)
             at.sums |= {"aux": at.seen.aux_sum, "kept": kept_F.sum()}
             at.sums["cells"] = torch.tensor(at.seen.kept_FC.numel())
-            rms = at.seen.features_GE.detach().float().square().mean().sqrt()
-            if at.batch.truth is not None:
-                at.numbers["scale"] = float(rms)
+            if rendered:
+                at.numbers["scale"] = float(
+                    at.seen.features_GE.detach().float().square().mean().sqrt()
+                )
         if at.answered is not None:
             rows = at.answered.row_tokens_R
             logits, target, _, branch = at.answered.answers
-            right = exact_answers(logits.detach(), target, branch, len(at.batch.branch_kinds))
+            if rendered:
+                right = exact_answers(logits.detach(), target, branch, len(at.batch.branch_kinds))
             at.sums |= {"trained": torch.tensor(len(target)), "tokens": rows.sum()}
         at.sums["loss"] = loss
         zero = torch.zeros(())
