@@ -21,7 +21,8 @@
     |   `-- UnknownMessageType  7  E-UNKNOWN-TYPE
     |-- ServerUnreachable       8  E-SERVER-UNREACHABLE
     |   |-- ServerBusy          8  E-SERVER-BUSY        no free session, or it is stopping
-    |   `-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
+    |   |-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
+    |   `-- HostNotAllowed      8  E-HOST               it does not go by the name it was called
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
@@ -42,15 +43,17 @@
     |   |-- NonFinite          11  E-NONFINITE          NaN or infinity in a tensor
     |   |-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
     |   |-- TrtMissing         11  E-TRT-MISSING-LIB    no usable TensorRT in this Python
-    |   |-- GpuMissing         11  E-GPU                no NVIDIA driver or GPU, or it fails
+    |   |-- GpuMissing         11  E-GPU                no NVIDIA driver or GPU, or too old a driver
+    |   |-- CudaError          11  E-CUDA               any other failure of a GPU
     |   |-- OnnxUnsupported    11  E-ONNX-UNSUPPORTED   TensorRT has no such operator
     |   |-- TrtParse           11  E-TRT-PARSE          it cannot read a graph for another reason
     |   |-- TrtProfile         11  E-TRT-PROFILE        shape ranges that contradict each other
     |   |-- TrtNoTactic        11  E-TRT-NO-TACTIC      no kernel for a layer on this GPU
-    |   |-- OutOfDeviceMemory     11  E-TRT-OOM
+    |   |-- OutOfDeviceMemory  11  E-DEVICE-MEMORY      of a GPU, or of a machine that shares it
     |   |-- TrtBuildFailed     11  E-TRT-BUILD          the build ended for a reason not listed here
     |   |-- EngineMissing      11  E-ENGINE-MISSING     not built yet
     |   `-- EngineStale        11  E-ENGINE-STALE       built for another GPU, version or graph
+    |-- OutputError            16  E-OUTPUT             standard output or error takes no more
     |-- InternalError           1  E-INTERNAL           a bug of ours, logged with its traceback
     |-- RecordingError         14  E-RECORDING          a recorded session cannot be read or written
     |   `-- ReplayDiffers      14  E-REPLAY-DIFFERS     the same work did not give the same events
@@ -59,10 +62,10 @@
     |-- DataError              15  E-DATA               training data: a file, or all of a source
     |   |-- RecordInvalid      15  E-DATA-RECORD        names the record (file:line) and the field
     |   `-- RecordTooLong      15  E-DATA-TOO-LONG      does not fit a packed row
+    |-- NoSpaceLeft            12  E-NO-SPACE           a disk is, or would become, full
     `-- ExportError            12  E-EXPORT
         |-- Specialised        12  E-EXPORT-SPECIALISED a free dimension became a constant
         |-- RangeFp16          12  E-RANGE-FP16         a float16 tensor saw too large a value
-        |-- NoSpaceLeft        12  E-NO-SPACE           a disk is, or would become, full
         |-- NotEnoughMemory    12  E-NO-MEMORY
         `-- ParityError        12  E-PARITY             an exported graph differs from torch
 
@@ -221,19 +224,40 @@ class Unauthorized(ServerUnreachable):
     code = "E-UNAUTHORIZED"
 
 
+class HostNotAllowed(ServerUnreachable):
+    code = "E-HOST"
+
+
 class MissingExtraError(EdgeVlmError):
-    """An optional library is absent. Raised by the one module that imports it."""
+    """An optional library is absent. Raised by the one module that imports it.
+
+    `library` and `extra` are those of `for_library`.
+    """
 
     code = "E-MISSING-EXTRA"
     exit_code = 9
+    library: str | None = None
+    extra: str | None = None
 
     @classmethod
     def for_library(cls, library: str, extra: str) -> MissingExtraError:
-        """`raise MissingExtraError.for_library("onnxruntime", "ort") from error`"""
-        return cls(
+        """`raise MissingExtraError.for_library("onnxruntime", "ort") from error`
+
+        `extra`: the smallest that brings the library and what its module needs."""
+        error = cls(
             f"{library} is not installed",
             remedy=f"install it with: pip install 'edge-vlm[{extra}]'",
         )
+        error.library, error.extra = library, extra
+        return error
+
+    def widened(self, extra: str) -> MissingExtraError:
+        """The same for something that needs all of `extra`: one installation, not several."""
+        growing = ("client", "serve", "ort")  # each holds the one before
+        if self.library is None or self.extra not in growing or extra not in growing:
+            return self
+        wider = max(self.extra, extra, key=growing.index)
+        return MissingExtraError.for_library(self.library, wider)
 
 
 class SessionError(EdgeVlmError):
@@ -318,6 +342,10 @@ class GpuMissing(EngineError):
     code = "E-GPU"
 
 
+class CudaError(EngineError):
+    code = "E-CUDA"
+
+
 class OnnxUnsupported(EngineError):
     code = "E-ONNX-UNSUPPORTED"
 
@@ -335,7 +363,7 @@ class TrtNoTactic(EngineError):
 
 
 class OutOfDeviceMemory(EngineError):
-    code = "E-TRT-OOM"
+    code = "E-DEVICE-MEMORY"
 
 
 class TrtBuildFailed(EngineError):
@@ -370,6 +398,11 @@ class DeliveryError(EdgeVlmError):
 
 class DeliveryRefused(DeliveryError):
     code = "E-DELIVERY-REFUSED"
+
+
+class OutputError(EdgeVlmError):
+    code = "E-OUTPUT"
+    exit_code = 16
 
 
 class InternalError(EdgeVlmError):
@@ -411,6 +444,11 @@ class RecordTooLong(DataError):
     code = "E-DATA-TOO-LONG"
 
 
+class NoSpaceLeft(EdgeVlmError):
+    code = "E-NO-SPACE"
+    exit_code = 12
+
+
 class ExportError(EdgeVlmError):
     code = "E-EXPORT"
     exit_code = 12
@@ -422,10 +460,6 @@ class Specialised(ExportError):
 
 class RangeFp16(ExportError):
     code = "E-RANGE-FP16"
-
-
-class NoSpaceLeft(ExportError):
-    code = "E-NO-SPACE"
 
 
 class NotEnoughMemory(ExportError):

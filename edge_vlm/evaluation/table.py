@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_vlm import tables
 from edge_vlm.evaluation.grading import judge
 from edge_vlm.evaluation.log import AnswerLog
 from edge_vlm.evaluation.runs import ATTENTIONS, KEEP_ALL, PATHS, POLICIES, Run
@@ -155,21 +156,8 @@ def _mean(total: RunScore | None) -> str:
 
 def _lines(head: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:
     """Three columns of names, then figures."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def plain(cells: Sequence[str]) -> str:
-        text = [
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(text).rstrip()
-
-    def piped(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    line = piped if markdown else plain
-    rule = [line(["---"] * 3 + ["---:"] * (len(head) - 3))] if markdown else []
-    return [line(head), *rule, *map(line, rows)]
+    draw = tables.markdown if markdown else tables.columns
+    return draw([head, *rows], "<<<>")
 
 
 def table(scores: Sequence[RunScore], markdown: bool = False) -> str:

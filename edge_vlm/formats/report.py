@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edge_vlm.tables import columns
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -23,14 +25,10 @@ class Report:
     """More for programs alone, such as the whole config."""
 
     def text(self) -> str:
-        width = max((len(name) for name in (*self.facts, *self._names())), default=0)
-        lines = [self.title, ""]
-        lines += [f"{name:<{width}}  {fact}" for name, fact in self.facts.items()]
+        lines = [self.title, "", *columns(list(self.facts.items()))]
         for title, rows in self.tables.items():
-            amounts = {name: _amount(*figure) for name, figure in rows.items()}
-            right = max((len(amount) for amount in amounts.values()), default=0)
-            lines += ["", title]
-            lines += [f"{name:<{width}}  {amount:>{right}}" for name, amount in amounts.items()]
+            figures = [(name, _amount(*figure)) for name, figure in rows.items()]
+            lines += ["", title, *columns(figures, "<>")]
         if self.notes:
             lines += ["", *self.notes]
         return "\n".join(lines)
@@ -42,9 +40,6 @@ class Report:
         }
         known = {"title": self.title, "facts": dict(self.facts), **tables}
         return json.dumps(known | dict(self.data), indent=1)
-
-    def _names(self) -> list[str]:
-        return [name for rows in self.tables.values() for name in rows]
 
 
 def _amount(amount: float, unit: str) -> str:

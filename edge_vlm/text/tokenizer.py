@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.errors import BundleError, MissingExtraError
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MissingExtraError.for_library("tokenizers", "serve") from error
+    return tokenizers
 
 
 class Tokenizer:
@@ -24,12 +32,9 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Raises MissingExtraError without the library, BundleError on a file it cannot read."""
+        library = _tokenizers()
         try:
-            import tokenizers
-        except ImportError as error:
-            raise MissingExtraError.for_library("tokenizers", "ort") from error
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            return cls(library.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception on any bad file
             raise BundleError(
                 f"not a readable tokenizer.json ({error})",
@@ -67,25 +72,25 @@ class StreamDetokenizer:
     """Turns ids into text as they come, holding back text that a later token may still change.
 
     A byte-level token can end inside a UTF-8 character; what is returned never has to be taken
-    back.
+    back. All that was returned, with what `flush` returns, is `Tokenizer.decode` of the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._stream = _tokenizers().decoders.DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._sent = ""
+        self._num_sent = 0
+        """Characters."""
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; may be empty."""
         self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
-            return ""
-        delta, self._sent = text[len(self._sent) :], text
+        delta: str = self._stream.step(self._tokenizer._backend, token_id) or ""
+        self._num_sent += len(delta)
         return delta
 
     def flush(self) -> str:
         """What is left, an incomplete character included."""
-        text = self._tokenizer.decode(self._ids)
-        delta, self._sent = text[len(self._sent) :], text
+        delta = self._tokenizer.decode(self._ids)[self._num_sent :]
+        self._num_sent += len(delta)
         return delta

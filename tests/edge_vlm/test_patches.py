@@ -9,7 +9,6 @@ import pytest
 
 from edge_vlm.config import demo, molmo2_4b, tiny
 from edge_vlm.pixels.patches import (
-    cell_of_patches,
     patch_indices_of_cells,
     resize_bilinear,
     to_pixel_values,
@@ -90,7 +89,10 @@ def test_other_dtypes_are_refused() -> None:
 
 def test_cells_and_patches_are_inverse() -> None:
     cfg = molmo2_4b().vision
-    owner = cell_of_patches(cfg)
+    every = patch_indices_of_cells(np.arange(cfg.num_cells), cfg)
+    owner = np.empty(cfg.num_patches, np.int64)
+    owner[every] = np.arange(cfg.num_cells)[:, None]
+    assert sorted(every.ravel()) == list(range(cfg.num_patches))
     for cell in (0, 8, 9, 40, 80):
         patches = patch_indices_of_cells(np.array([cell]), cfg)[0]
         assert (owner[patches] == cell).all()

@@ -60,7 +60,12 @@ def test_the_wheel_holds_every_package_and_the_demo(wheel: Path) -> None:
     for package in ("", "_calibration", "_export", "_runtime", "_training"):
         assert f"edge_vlm{package}/__init__.py" in names
         assert f"edge_vlm{package}/py.typed" in names
-    for data in ("demo/bundle/manifest.json", "demo/clip.mp4", "demo/clip.json", "web/index.html"):
+    for data in (
+        "demo/bundle/manifest.json",
+        "demo/clip.mp4",
+        "demo/clip.json",
+        "server/web/index.html",
+    ):
         assert f"edge_vlm_runtime/{data}" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {
         f"edge_vlm{package}" for package in ("", "_calibration", "_export", "_runtime", "_training")

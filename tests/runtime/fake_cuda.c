@@ -1,4 +1,4 @@
-/* The part of the CUDA driver that backends/cuda.py calls, on host memory, with the prototypes of
+/* The part of the CUDA driver that engines/cuda.py calls, on host memory, with the prototypes of
    cuda.h. It refuses calls from a thread without a context, as the driver does. */
 
 #include <stdlib.h>
@@ -27,7 +27,10 @@ static CUresult inside(CUdeviceptr p, size_t n) {
 #define NEED_CONTEXT if (current != &context) return INVALID_CONTEXT
 #define NEED_STREAM if (s != &stream) return INVALID_VALUE
 
-CUresult cuInit(unsigned flags) { return flags; }
+CUresult cuInit(unsigned flags) {
+    const char *number = getenv("FAKE_CUINIT");
+    return number ? atoi(number) : (int)flags;
+}
 CUresult cuDeviceGet(CUdevice *d, int ordinal) { *d = 7; return ordinal; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) {
     *c = &context;

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import json
 import shutil
 import socket
+import sqlite3
+import ssl
 import subprocess
 import threading
 import time
 from contextlib import suppress
+from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import paho.mqtt.client as paho
+import aiomqtt
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from edge_vlm_runtime.protocol import alerts as messages
 from tests.runtime.live import TIMEOUT_S
@@ -77,10 +86,15 @@ def some_events(first: int, last: int) -> list[messages.AlertTriggered | message
 class WebServer:
     """Answers each POST with `status`, keeps what it answered with 2xx; the same port always."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/alerts"
+        scheme = "http" if tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self.port}/alerts"
         self.status = 204
+        self.location: str | None = None
+        """Of a redirect."""
+        self.authorizations: list[str | None] = []
+        self._tls = tls
         self.posts = 0
         self.taken: list[dict[str, Any]] = []
         self._server: ThreadingHTTPServer | None = None
@@ -99,10 +113,13 @@ class WebServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.posts += 1
+                outer.authorizations.append(self.headers["Authorization"])
                 if 200 <= outer.status < 300:
                     assert self.headers["Idempotency-Key"] == body["id"]
                     outer.taken.append(body)
                 self.send_response(outer.status)
+                if outer.location is not None:
+                    self.send_header("Location", outer.location)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -110,6 +127,8 @@ class WebServer:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -138,6 +157,31 @@ class WebServer:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def make_certificate(folder: Path) -> Path:
+    """`cert.pem` for 127.0.0.1, signed by itself, with its key in `key.pem`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(timezone.utc)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, *plain))
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
+    return folder / "cert.pem"
 
 
 class SilentServer:
@@ -178,7 +222,8 @@ class Broker:
 
     USER, PASSWORD = "edge", "s e:cret"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificate: Path | None = None) -> None:
+        """With a certificate, its key beside it in `key.pem`, it speaks TLS."""
         assert MOSQUITTO is not None
         self.port = free_port()
         passwords = folder / "passwords"
@@ -195,6 +240,7 @@ class Broker:
         self._config.write_text(
             f"listener {self.port} 127.0.0.1\nallow_anonymous false\npassword_file {passwords}\n"
             f"persistence true\npersistence_location {folder}/\nuser {_user()}\n"
+            + (f"certfile {certificate}\nkeyfile {folder}/key.pem\n" if certificate else "")
         )
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -241,24 +287,67 @@ class Subscriber:
 
     def __init__(self, broker: Broker, topic: str) -> None:
         self.messages: list[tuple[str, bytes]] = []
+        self._broker, self._topic = broker, topic
         self._subscribed = threading.Event()
-        self._client = paho.Client(
-            paho.CallbackAPIVersion.VERSION2, client_id="subscriber", clean_session=False
-        )
-        self._client.username_pw_set(broker.USER, broker.PASSWORD)
-        self._client.reconnect_delay_set(1, 1)
-        self._client.on_connect = lambda client, *_: client.subscribe(f"{topic}/#", qos=1)
-        self._client.on_subscribe = lambda *_: self._subscribed.set()
-        self._client.on_message = lambda _c, _d, message: self.messages.append(
-            (message.topic, bytes(message.payload))
-        )
-        self._client.connect("127.0.0.1", broker.port)
-        self._client.loop_start()
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(self._listen())
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
         assert self._subscribed.wait(TIMEOUT_S)
+
+    def _run(self) -> None:
+        with suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._task)
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        while True:
+            client = aiomqtt.Client(
+                "127.0.0.1",
+                self._broker.port,
+                username=Broker.USER,
+                password=Broker.PASSWORD,
+                identifier="subscriber",
+                clean_session=False,
+            )
+            try:
+                async with client:
+                    await client.subscribe(f"{self._topic}/#", qos=1)
+                    self._subscribed.set()
+                    async for message in client.messages:
+                        assert isinstance(message.payload, bytes)
+                        self.messages.append((message.topic.value, message.payload))
+            except aiomqtt.MqttError:
+                await asyncio.sleep(0.1)  # until it is back
 
     def bodies(self, topic: str) -> list[dict[str, Any]]:
         return [json.loads(payload) for name, payload in self.messages if name == topic]
 
     def close(self) -> None:
-        self._client.disconnect()
-        self._client.loop_stop()
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()
+
+
+class Disk:
+    """Databases on it fail with `error` while that is set. For `DeliveryQueue(connect=...)`."""
+
+    def __init__(self) -> None:
+        self.error: sqlite3.Error | None = None
+        self.turns = threading.Event()
+        """Cleared, it stands still."""
+        self.turns.set()
+        self.failures = 0
+
+    def connect(self, *arguments: Any, **options: Any) -> sqlite3.Connection:
+        disk = self
+
+        class Connection(sqlite3.Connection):
+            def executemany(self, *statement: Any) -> sqlite3.Cursor:
+                assert disk.turns.wait(TIMEOUT_S)
+                if disk.error is not None:
+                    disk.failures += 1
+                    raise disk.error
+                return super().executemany(*statement)
+
+        return sqlite3.connect(*arguments, factory=Connection, **options)

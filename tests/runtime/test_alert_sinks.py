@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import json
+import logging
 import sqlite3
-from collections.abc import Iterator
+import ssl
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +17,23 @@ import pytest
 
 from edge_vlm.errors import ConfigError, DeliveryError
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.alert_sinks import queue as queue_module
 from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
 from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
-from edge_vlm_runtime.alert_sinks.queue import DeliveryQueue
+from edge_vlm_runtime.alert_sinks.queue import SCHEMA, DeliveryQueue, QueuedAlert
 from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 from tests.runtime.live import TIMEOUT_S
 from tests.runtime.pictures import jpeg
 from tests.runtime.receivers import (
     MOSQUITTO,
     Broker,
+    Disk,
     SilentServer,
     Subscriber,
     WebServer,
     cleared,
     free_port,
+    make_certificate,
     some_events,
     triggered,
     wait_until,
@@ -65,7 +72,8 @@ def test_a_webhook_gets_every_begin_and_end_with_its_picture(web: WebServer) -> 
     assert begin["evidence"]["frame_sequence"] == 1
     assert (end["type"], end["reason"], end["lasted_s"]) == ("alert.cleared", "probability", 0.25)
     assert "evidence" not in end
-    assert outputs.delivered == 2 and outputs.lost == 0
+    assert outputs.delivered == 2
+    assert outputs.lost == 0
     outputs.raise_undelivered()
 
 
@@ -163,6 +171,54 @@ def test_credentials_of_a_bad_url_are_not_shown() -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_user_and_password_are_sent_and_not_logged(
+    web: WebServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = web.url.replace("http://", "http://edge:s%20e%3Acret@")
+    with AlertDispatcher([WebhookSink(url)]) as outputs:
+        outputs.put("s", triggered(1))
+    expected = "Basic " + base64.b64encode(b"edge:s e:cret").decode()
+    assert web.authorizations == [expected]
+    assert "httpx" in caplog.text  # it logs what it requests
+    for secret in ("cret", expected.split()[1]):
+        assert secret not in caplog.text
+
+
+def test_a_redirect_is_not_followed(web: WebServer, caplog: pytest.LogCaptureFixture) -> None:
+    with WebServer() as elsewhere, AlertDispatcher([WebhookSink(web.url)], **QUICK) as outputs:
+        web.status, web.location = 307, elsewhere.url
+        outputs.put("s", triggered(1))
+        wait_until(lambda: web.posts > 1)
+        web.status, web.location = 200, None
+        outputs.close()
+    assert elsewhere.posts == 0
+    assert "HTTP status 307" in caplog.text
+    assert web.ids == ["s/alert_1/1/alert.triggered"]
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_webhook_over_tls_is_believed_if_the_system_trusts_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trusted: bool,
+) -> None:
+    certificate = make_certificate(tmp_path)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, tmp_path / "key.pem")
+    with WebServer(context) as web:
+        outputs = AlertDispatcher([WebhookSink(web.url)], **QUICK)
+        outputs.start()
+        outputs.put("s", triggered(1))
+        if not trusted:
+            wait_until(lambda: "certificate" in caplog.text)
+        outputs.close(grace_s=TIMEOUT_S if trusted else 0.0)
+    assert web.posts == (1 if trusted else 0)
+
+
 # ---- the queue -------------------------------------------------------------------------------
 
 
@@ -175,15 +231,20 @@ def test_a_queue_is_bounded_by_bytes_for_each_receiver() -> None:
     assert queue.count("a") == 1
 
 
+def contents(queue: DeliveryQueue, receiver: str) -> list[tuple[str, bytes | None]]:
+    """Takes everything out."""
+    seen = []
+    while (delivery := queue.oldest(receiver)) is not None:
+        seen.append((delivery.body, delivery.jpeg))
+        queue.remove(receiver, delivery.number)
+    return seen
+
+
 def test_a_queue_hands_out_in_order() -> None:
     queue = DeliveryQueue()
     for number in range(3):
         queue.put("a", str(number), b"picture" if number == 1 else None)
-    seen = []
-    while (delivery := queue.oldest("a")) is not None:
-        seen.append((delivery.body, delivery.jpeg))
-        queue.remove(delivery.number)
-    assert seen == [("0", None), ("1", b"picture"), ("2", None)]
+    assert contents(queue, "a") == [("0", None), ("1", b"picture"), ("2", None)]
 
 
 def test_files_that_cannot_hold_a_queue(tmp_path: Path) -> None:
@@ -197,22 +258,246 @@ def test_files_that_cannot_hold_a_queue(tmp_path: Path) -> None:
     DeliveryQueue(tmp_path / "taken.db").close()
 
 
-def test_a_full_disk_is_said_and_does_not_end_the_outputs(
-    web: WebServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_file_with_pages_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "alerts.db"
+    queue = DeliveryQueue(file)
+    for _ in range(50):
+        queue.put("a", "x" * 2000, None)
+    queue.close()
+    damaged = bytearray(file.read_bytes())
+    for start in range(4096, len(damaged), 4096):
+        damaged[start : start + 64] = bytes([0xA5] * 64)
+    file.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"cannot keep.*alerts\.db"):
+        DeliveryQueue(file).load({"a": "a"})
+
+
+# What may happen to a disk while a server runs: full, locked by a backup, a page that went bad.
+TROUBLES = [
+    sqlite3.OperationalError("database or disk is full"),
+    sqlite3.OperationalError("database is locked"),
+    sqlite3.DatabaseError("database disk image is malformed"),
+]
+
+
+def rows_of(file: Path) -> list[str]:
+    with sqlite3.connect(file) as database:
+        rows = [body for (body,) in database.execute("SELECT body FROM deliveries ORDER BY number")]
+    database.close()
+    return rows
+
+
+@pytest.mark.parametrize("error", TROUBLES, ids=str)
+def test_a_disk_in_trouble_holds_up_no_alert_and_sends_none_twice(
+    web: WebServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: sqlite3.Error
 ) -> None:
-    real_put = DeliveryQueue.put
+    file, disk = tmp_path / "alerts.db", Disk()
+    queue = DeliveryQueue(file, connect=disk.connect, first_back_off_s=0.01)
+    with AlertDispatcher([WebhookSink(web.url)], queue, **QUICK) as outputs:
+        for event in some_events(1, 2):
+            outputs.put("s", event)
+        wait_until(lambda: len(web.taken) == 4)
+        web.status = 503
+        for event in some_events(3, 3):
+            outputs.put("s", event)
+        wait_until(lambda: queue.is_saved)
+        disk.error, web.status = error, 200  # these are on the disk and cannot be deleted
+        for event in some_events(4, 4):
+            outputs.put("s", event)
+        wait_until(lambda: len(web.taken) == 8)
+        wait_until(lambda: disk.failures > 3)
+        disk.error = None
+        wait_until(lambda: queue.is_saved)
+        for event in some_events(5, 5):
+            outputs.put("s", event)
+    assert web.ids == expected_ids("s", 1, 5)
+    assert (outputs.delivered, outputs.lost, outputs.undelivered) == (10, 0, {})
+    assert caplog.text.count(f"wait in memory alone: {error}") == 1  # not for every attempt
+    assert caplog.text.count("takes alert events again") == 1
+    assert rows_of(file) == []
 
-    def put(self: DeliveryQueue, receiver: str, body: str, picture: bytes | None) -> int:
-        if json.loads(body)["episode"] == 1:
-            raise sqlite3.OperationalError("database or disk is full")
-        return real_put(self, receiver, body, picture)
 
-    monkeypatch.setattr(DeliveryQueue, "put", put)
-    with AlertDispatcher([WebhookSink(web.url)]) as outputs:
+def test_what_the_disk_did_not_take_is_kept_in_memory_and_written_later(
+    web: WebServer, tmp_path: Path
+) -> None:
+    file, disk = tmp_path / "alerts.db", Disk()
+    queue = DeliveryQueue(file, max_events=3, connect=disk.connect, first_back_off_s=0.01)
+    web.stop()
+    outputs = AlertDispatcher([WebhookSink(web.url)], queue, **QUICK)
+    outputs.start()
+    disk.error = TROUBLES[0]
+    for event in some_events(1, 2):
+        outputs.put("s", event)
+    assert outputs.lost == 1  # bounded, and said
+    wait_until(lambda: disk.failures > 1)
+    assert not queue.is_saved
+    disk.error = None
+    wait_until(lambda: queue.is_saved)
+    outputs.close(grace_s=0.0)
+    assert [json.loads(body)["id"] for body in rows_of(file)] == expected_ids("s", 1, 2)[1:]
+
+
+def test_a_disk_that_stays_full_is_not_called_a_place_where_alerts_are_kept(
+    web: WebServer, tmp_path: Path
+) -> None:
+    disk = Disk()
+    web.stop()
+    queue = DeliveryQueue(tmp_path / "alerts.db", connect=disk.connect)
+    outputs = AlertDispatcher([WebhookSink(web.url)], queue, **QUICK)
+    outputs.start()
+    disk.error = TROUBLES[0]
+    outputs.put("s", triggered(1))
+    outputs.close(grace_s=0.0)
+    with pytest.raises(DeliveryError, match=r"1 for webhook.*did not take all of them"):
+        outputs.raise_undelivered()
+
+
+def test_a_disk_that_stands_still_holds_up_neither_alerts_nor_the_end(
+    web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_module, "CLOSE_TIMEOUT_S", 0.1)
+    disk = Disk()
+    disk.turns.clear()
+    queue = DeliveryQueue(tmp_path / "alerts.db", connect=disk.connect)
+    with AlertDispatcher([WebhookSink(web.url)], queue, **QUICK) as outputs:
+        for event in some_events(1, 2):
+            outputs.put("s", event)
+        wait_until(lambda: len(web.taken) == 4)
+    assert web.ids == expected_ids("s", 1, 2)
+    assert not queue.is_saved
+    disk.turns.set()
+
+
+def test_what_arrived_while_the_disk_was_full_comes_once_more_at_most(tmp_path: Path) -> None:
+    """The process ends before the row could be deleted: at least once, and once more after it."""
+    file, disk = tmp_path / "alerts.db", Disk()
+    queue = DeliveryQueue(file, connect=disk.connect)
+    queue.put("a", "one", None)
+    wait_until(lambda: queue.is_saved)
+    disk.error = TROUBLES[0]
+    assert contents(queue, "a") == [("one", None)]
+    queue.close()
+    for expected in ([("one", None)], []):
+        queue = DeliveryQueue(file)
+        queue.load({"a": "a"})
+        assert contents(queue, "a") == expected
+        queue.close()
+
+
+def test_a_real_disk_that_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SQLite's own refusal: a file that may not grow."""
+    file = tmp_path / "alerts.db"
+    made: list[sqlite3.Connection] = []
+
+    def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        made.append(sqlite3.connect(*arguments, **options))
+        return made[-1]
+
+    queue = DeliveryQueue(file, connect=connect, first_back_off_s=0.01)
+    made[0].execute("PRAGMA max_page_count = 8")
+    queue.put("a", "large", bytes(100_000))
+    wait_until(lambda: "database or disk is full" in caplog.text)
+    made[0].execute("PRAGMA max_page_count = 100000")
+    wait_until(lambda: queue.is_saved)
+    assert queue.count("a") == 1
+    queue.close()
+    assert rows_of(file) == ["large"]
+
+
+# ---- receivers that differ in credentials alone ------------------------------------------------
+
+
+class Taker:
+    """A receiver that takes everything, or fails as it is told to."""
+
+    trouble = "it does not answer"
+
+    def __init__(self, url: str) -> None:
+        sink = WebhookSink(url)
+        self.name, self.key = sink.name, sink.key
+        self.error: Exception | None = None
+        self.attempts = 0
+        self.taken: list[str] = []
+
+    async def send(self, delivery: QueuedAlert) -> None:
+        self.attempts += 1
+        if self.error is not None:
+            raise self.error
+        self.taken.append(json.loads(delivery.body)["id"])
+
+    async def close(self) -> None: ...
+
+
+ANN, BOB = "http://ann:one@127.0.0.1:9/hook", "http://bob:two@127.0.0.1:9/hook"
+
+
+def test_receivers_that_differ_in_credentials_alone_get_everything_once(tmp_path: Path) -> None:
+    file = tmp_path / "alerts.db"
+    ann, bob = Taker(ANN), Taker(BOB)
+    assert ann.name == bob.name
+    assert ann.key != bob.key
+    assert Taker(ANN).key == ann.key  # after a restart, too
+    bob.error = DeliveryError("away")
+    outputs = AlertDispatcher([ann, bob], DeliveryQueue(file), **QUICK)
+    outputs.start()
+    for event in some_events(1, 2):
+        outputs.put("s", event)
+    wait_until(lambda: len(ann.taken) == 4)
+    outputs.close(grace_s=0.0)
+    assert ann.taken == expected_ids("s", 1, 2)
+    assert (outputs.delivered, outputs.undelivered) == (4, {bob.name: 4})
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"two" not in written
+    assert b"bob" not in written
+    ann, bob = Taker(ANN), Taker(BOB)
+    with AlertDispatcher([ann, bob], DeliveryQueue(file), **QUICK):
+        pass
+    assert (ann.taken, bob.taken) == ([], expected_ids("s", 1, 2))
+
+
+def test_what_an_earlier_version_kept_is_delivered(tmp_path: Path) -> None:
+    """It knew both by one name, and kept every event once for each of them."""
+    file = tmp_path / "alerts.db"
+    bodies = [json.dumps({"id": f"s/{number}"}) for number in range(3)]
+    with sqlite3.connect(file) as database:
+        database.executescript(SCHEMA)
+        database.executemany(
+            "INSERT INTO deliveries (receiver, body) VALUES (?, ?)",
+            [
+                *[("webhook http://***@127.0.0.1:9/hook", body) for body in bodies for _ in "ab"],
+                ("webhook http://plain/", bodies[0]),
+            ],
+        )
+    database.close()
+    takers = [Taker(ANN), Taker(BOB), Taker("http://plain/")]
+    with AlertDispatcher(takers, DeliveryQueue(file), **QUICK):
+        pass
+    assert [taker.taken for taker in takers] == [["s/0", "s/1", "s/2"]] * 2 + [["s/0"]]
+    assert rows_of(file) == []
+
+
+def test_a_bug_in_a_receiver_does_not_end_its_alerts(caplog: pytest.LogCaptureFixture) -> None:
+    taker = Taker(ANN)
+    taker.error = KeyError("evidence")
+    with AlertDispatcher([taker], **QUICK) as outputs:
         outputs.put("s", triggered(1))
-        outputs.put("s", triggered(2))
-    assert web.ids == ["s/alert_1/2/alert.triggered"]
-    assert outputs.lost == 1 and "disk is full" in caplog.text
+        wait_until(lambda: taker.attempts > 2)
+        taker.error = None
+        wait_until(lambda: taker.taken == ["s/alert_1/1/alert.triggered"])
+    assert "Traceback" in caplog.text
+    assert "KeyError: 'evidence'" in caplog.text
+    assert "is back" in caplog.text
+    assert caplog.text.count("does not take alerts") == 1
+
+
+def test_outputs_that_cannot_start_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(main: Coroutine[Any, Any, None]) -> None:
+        main.close()
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(asyncio, "run", refuse)
+    with pytest.raises(OSError, match="too many"):
+        AlertDispatcher([Taker(ANN)]).start()
 
 
 # ---- MQTT ------------------------------------------------------------------------------------
@@ -248,10 +533,35 @@ def test_nothing_is_lost_when_the_broker_restarts(
         subscriber.close()
     ids = list(dict.fromkeys(body["id"] for body in subscriber.bodies(topic)))
     assert ids == expected_ids("s", 1, 4)
-    assert not outputs.undelivered and outputs.lost == 0
+    assert not outputs.undelivered
+    assert outputs.lost == 0
     pictures = [payload for name, payload in subscriber.messages if name == f"{topic}/evidence"]
     assert list(dict.fromkeys(pictures)) == [jpeg(episode) for episode in range(1, 5)]
     assert "cret" not in caplog.text
+
+
+@needs_broker
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket")  # paho's, of a failed handshake
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_broker_over_tls_is_believed_if_the_system_trusts_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trusted: bool,
+) -> None:
+    certificate = make_certificate(tmp_path)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with Broker(tmp_path, certificate) as broker:
+        url = mqtt_url(broker.port).replace("mqtt://", "mqtts://")
+        outputs = AlertDispatcher([MqttSink(url)], **QUICK)
+        outputs.start()
+        outputs.put("s", triggered(1))
+        if not trusted:
+            wait_until(lambda: "certificate" in caplog.text)
+        outputs.close(grace_s=TIMEOUT_S if trusted else 0.0)
+    assert outputs.delivered == (1 if trusted else 0)
+    gc.collect()
 
 
 @needs_broker

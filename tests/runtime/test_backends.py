@@ -17,6 +17,7 @@ import pytest
 from edge_vlm.cli import main
 from edge_vlm.errors import (
     ConfigError,
+    CudaError,
     EngineMissing,
     EngineStale,
     GpuMissing,
@@ -27,7 +28,7 @@ from edge_vlm.errors import (
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import FrameTopK
-from edge_vlm_export.verify.sessions import GraphSession
+from edge_vlm_export.verify.ort_runner import OrtRunner
 from edge_vlm_runtime.engines.cuda import Cuda, Gpu
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.engines.open import open_engines
@@ -47,7 +48,7 @@ def _fake(bundle: EngineBundle, folder: Path, gpu: Gpu) -> FakeTrt:
     store = EngineStore(folder, fake.library.name)
     store.folder.mkdir(parents=True)
     for name, spec in bundle.specs.items():
-        fake.engines[name.encode()] = (spec, GraphSession(bundle.graph_path(name), spec).run)
+        fake.engines[name.encode()] = (spec, OrtRunner(bundle.graph_path(name), spec).run)
         file = store.folder / "new"
         file.write_bytes(name.encode())
         fingerprint = Fingerprint.of(
@@ -246,7 +247,7 @@ def test_onnx_runtime_never_falls_back_to_the_cpu(
     if not provider_is_there and "CUDAExecutionProvider" in names:
         pytest.skip("this onnxruntime has it")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
-    kind: Any = GpuMissing if provider_is_there else MissingExtraError
+    kind: Any = CudaError if provider_is_there else MissingExtraError
     if provider_is_there and _has_gpu():
         pytest.skip("there is a GPU here")
     with pytest.raises(kind, match="CUDAExecutionProvider"):

@@ -63,15 +63,7 @@ def test_a_seed_repeats_the_answer() -> None:
     assert _draws(sampling) == _draws(sampling)
 
 
-def test_the_penalty_moves_on_and_leaves_the_logits_alone() -> None:
-    before = LOGITS.copy()
-    assert _draws(Sampling(frequency_penalty=1.0), 3) == [1, 2, 1]
-    assert (before == LOGITS).all()
-
-
-@pytest.mark.parametrize(
-    "fields", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"frequency_penalty": 3}]
-)
+@pytest.mark.parametrize("fields", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}])
 def test_settings_outside_their_range_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         Sampling(**fields)

@@ -71,14 +71,6 @@ def quantize_outputs(weight_KN: F32) -> tuple[I8, F32]:
     return np.clip(np.rint(weight_KN / scale), -127, 127).astype(np.int8), scale
 
 
-def dequantize(numbers_KN: I8, scale: F32) -> F32:
-    """The inverse, up to rounding: `scale` is [N] or [K / block, N]."""
-    if scale.ndim == 1:
-        return numbers_KN.astype(np.float32) * scale
-    block = len(numbers_KN) // len(scale)
-    return numbers_KN.astype(np.float32) * np.repeat(scale, block, 0)
-
-
 def activation_scale(largest: float) -> float:
     """Of a whole tensor whose values reach `largest`."""
     return max(largest, 1e-6) / 127

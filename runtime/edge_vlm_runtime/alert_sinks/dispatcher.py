@@ -12,44 +12,43 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import datetime, timezone
 from types import TracebackType
 from typing import Any, Protocol
 
 from edge_vlm.errors import DeliveryError, DeliveryRefused
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.alert_sinks.queue import DeliveryQueue, QueuedAlert
+from edge_vlm_runtime.alert_sinks.queue import (
+    FIRST_BACK_OFF_S,
+    LONGEST_BACK_OFF_S,
+    DeliveryQueue,
+    QueuedAlert,
+)
 from edge_vlm_runtime.protocol import alerts as messages
 
 log = logging.getLogger(__name__)
 
-FIRST_BACK_OFF_S = 0.5
-LONGEST_BACK_OFF_S = 30.0
 ATTEMPT_TIMEOUT_S = 10.0
 """A receiver that says nothing for this long is tried again."""
 GRACE_S = 5.0
 """At the end, for what is still on its way."""
-MAX_INBOX = 1000
-"""Events between two threads, should the disk be slow."""
 
 AlertEvent = messages.AlertTriggered | messages.AlertCleared
 
 
 class Sink(Protocol):
-    """One receiver."""
+    """One receiver. All of it is called on the dispatcher's loop."""
 
     name: str
-    """What is logged and what its queue is known by; holds no credentials."""
+    """What is logged; holds no credentials."""
+    key: str
+    """What its queue is known by: `queue.receiver_key`."""
     trouble: str
     """Why an attempt took too long."""
-
-    async def open(self) -> None:
-        """Called once, on the loop that `send` runs on. Does not wait for the receiver."""
 
     async def send(self, delivery: QueuedAlert) -> None:
         """Returns when the receiver has it. Raises DeliveryRefused if it never will, DeliveryError
@@ -59,7 +58,7 @@ class Sink(Protocol):
 
 
 class AlertDispatcher:
-    """Use as a context manager, or call `start` before and `close` behind everything else."""
+    """Use as a context manager, or call `start` before and `close` after everything else."""
 
     def __init__(
         self,
@@ -70,21 +69,20 @@ class AlertDispatcher:
         attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        """Raises ConfigError if the queue's file cannot be read."""
         self._sinks = list(sinks)
         self._queue = queue or DeliveryQueue()
+        self._queue.load({sink.key: sink.name for sink in self._sinks})
         self._first_back_off_s = first_back_off_s
         self._attempt_timeout_s = attempt_timeout_s
         self._wall_clock = wall_clock
-        self._inbox: deque[tuple[str, bytes | None]] = deque()
         self._lock = threading.Lock()
         self._is_closed = False
-        self._loop: asyncio.AbstractEventLoop
-        self._news: dict[str, asyncio.Event] = {}
+        self._started: Future[asyncio.AbstractEventLoop] = Future()
+        self._news = [asyncio.Event() for _ in self._sinks]
+        """One for each sink: its queue has something, or it ends."""
         self._stop: asyncio.Future[float]
-        self._started = threading.Event()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._main()), name="edge-vlm-alert-outputs", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="edge-vlm-alert-sinks", daemon=True)
         self.delivered = 0
         """Events taken by a receiver."""
         self.lost = 0
@@ -96,39 +94,42 @@ class AlertDispatcher:
 
     def start(self) -> None:
         self._thread.start()
-        self._started.wait()
+        self._started.result()
 
     def put(self, session_id: str, event: protocol.ServerEvent) -> None:
         """Hands an event over if it is about an alert's begin or end. Never waits."""
         if not isinstance(event, AlertEvent):
             return
         with self._lock:
-            if self._is_closed or len(self._inbox) >= MAX_INBOX:
-                why = "the outputs are closed" if self._is_closed else "the disk is too slow"
-                self._lose(len(self._sinks), why)
+            if self._is_closed:
+                self._lose(len(self._sinks), "the outputs are closed")
                 return
-            self._inbox.append(_body(session_id, event, self._wall_clock()))
-            self._loop.call_soon_threadsafe(self._take_in)
+            body, jpeg = _body(session_id, event, self._wall_clock())
+            for sink in self._sinks:
+                if lost := self._queue.put(sink.key, body, jpeg):
+                    self._lose(lost, f"{sink.name} has not taken the events before it")
+            if self._started.done():
+                self._started.result().call_soon_threadsafe(self._wake)
 
     def close(self, grace_s: float | None = None) -> None:
         """Waits until everything has arrived, at most `grace_s` (GRACE_S). Twice does no harm."""
-        grace_s = GRACE_S if grace_s is None else grace_s
         with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            self._loop.call_soon_threadsafe(_resolve, self._stop, grace_s)
+            if not self._is_closed:
+                self._is_closed = True
+                grace_s = GRACE_S if grace_s is None else grace_s
+                self._started.result().call_soon_threadsafe(_resolve, self._stop, grace_s)
         self._thread.join()
 
     def raise_undelivered(self) -> None:
-        """Behind `close`: raises DeliveryError if a receiver did not take everything."""
+        """After `close`: raises DeliveryError if a receiver did not take everything."""
         if not self.undelivered:
             return
         numbers = ", ".join(f"{count} for {name}" for name, count in self.undelivered.items())
-        kept = self._queue.path
         remedy = "keep them in a file with --alert-queue FILE"
-        if kept is not None:
-            remedy = f"they are kept in {kept} for the next run that names it"
+        if self._queue.path is not None:
+            remedy = f"{self._queue.path} did not take all of them either: look at its disk"
+        if self._queue.is_saved:
+            remedy = f"they are kept in {self._queue.path} for the next run that names it"
         raise DeliveryError(f"alert events did not arrive: {numbers}", remedy=remedy)
 
     def __enter__(self) -> AlertDispatcher:
@@ -143,88 +144,94 @@ class AlertDispatcher:
     ) -> None:
         self.close()
 
-    # ---- on the loop -------------------------------------------------------------------------
-
-    async def _main(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stop = self._loop.create_future()
-        self._news = {sink.name: asyncio.Event() for sink in self._sinks}
-        self._started.set()
-        tasks = [asyncio.create_task(self._deliver(sink)) for sink in self._sinks]
-        grace_s = await self._stop
-        deadline = self._loop.time() + grace_s
-        while self._count_undelivered() and self._loop.time() < deadline:
-            await asyncio.sleep(0.02)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self.undelivered = self._count_undelivered()
-        self._queue.close()
-
-    def _count_undelivered(self) -> dict[str, int]:
-        counts = {sink.name: self._queue.count(sink.name) for sink in self._sinks}
-        return {name: count for name, count in counts.items() if count}
-
-    def _take_in(self) -> None:
-        while self._inbox:
-            body, jpeg = self._inbox.popleft()
-            for sink in self._sinks:
-                try:
-                    lost = self._queue.put(sink.name, body, jpeg)
-                except sqlite3.Error as error:
-                    self._lose(1, f"it cannot be kept: {error}")
-                    continue
-                if lost:
-                    self._lose(lost, f"{sink.name} has not taken the events before it")
-                self._news[sink.name].set()
-
     def _lose(self, count: int, why: str) -> None:
         self.lost += count
         log.warning("%d alert event(s) lost: %s", count, why)
 
-    async def _deliver(self, sink: Sink) -> None:
+    # ---- on a thread of its own --------------------------------------------------------------
+
+    def _run(self) -> None:
         try:
-            await sink.open()
+            asyncio.run(self._main())
+        except BaseException as error:
+            if self._started.done():
+                log.exception("a bug ended every alert output")
+            else:
+                self._started.set_exception(error)  # `start` waits for it
+
+    async def _main(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._stop = loop.create_future()
+        tasks = [
+            asyncio.create_task(self._deliver(sink, news))
+            for sink, news in zip(self._sinks, self._news, strict=True)
+        ]
+        self._started.set_result(loop)
+        try:
+            grace_s = await self._stop
+            self._wake()
+            if tasks:
+                await asyncio.wait(tasks, timeout=grace_s)
+            for task in tasks:
+                task.cancel()
+            for ended in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    log.error("an alert output ended with %r", ended)
+            for sink in self._sinks:
+                if count := self._queue.count(sink.key):
+                    self.undelivered[sink.name] = self.undelivered.get(sink.name, 0) + count
+        finally:
+            with self._lock:  # nobody may call a loop that is no more
+                self._is_closed = True
+            self._queue.close()
+
+    def _wake(self) -> None:
+        for news in self._news:
+            news.set()
+
+    async def _deliver(self, sink: Sink, news: asyncio.Event) -> None:
+        """Until the queue is empty at the end, or cancelled."""
+        back_off_s, is_away = self._first_back_off_s, False
+        try:
             while True:
-                delivery = self._queue.oldest(sink.name)
+                delivery = self._queue.oldest(sink.key)
                 if delivery is None:
-                    self._news[sink.name].clear()
-                    await self._news[sink.name].wait()
+                    if self._stop.done():
+                        return
+                    news.clear()
+                    await news.wait()
                     continue
-                await self._send(sink, delivery)
-        except Exception:
-            log.exception("%s: a bug ended this alert output", sink.name)
+                failure = await self._attempt(sink, delivery)
+                if failure is None:
+                    self._queue.remove(sink.key, delivery.number)
+                    if is_away:
+                        log.warning("%s is back", sink.name)
+                    back_off_s, is_away = self._first_back_off_s, False
+                    continue
+                if not is_away:
+                    bug = None if isinstance(failure, DeliveryError) else failure
+                    text = "%s does not take alerts, they wait for it: %s"
+                    log.warning(text, sink.name, str(failure), exc_info=bug)
+                    is_away = True
+                await asyncio.sleep(back_off_s)
+                back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
         finally:
             await sink.close()
 
-    async def _send(self, sink: Sink, delivery: QueuedAlert) -> None:
-        """Until it has arrived, is refused, or was pushed out of the queue."""
-        back_off_s = self._first_back_off_s
-        is_away = False
-        while True:
-            try:
-                await asyncio.wait_for(sink.send(delivery), self._attempt_timeout_s)
-            except DeliveryRefused as error:
+    async def _attempt(self, sink: Sink, delivery: QueuedAlert) -> Exception | None:
+        """None if the receiver has it or never will, otherwise why it has to be sent again."""
+        try:
+            await asyncio.wait_for(sink.send(delivery), self._attempt_timeout_s)
+        except DeliveryRefused as error:
+            with self._lock:
                 self._lose(1, f"{sink.name} refused it: {error}")
-                break
-            except DeliveryError as error:
-                why = str(error)
-            except asyncio.TimeoutError:
-                why = sink.trouble
-            else:
-                self.delivered += 1
-                if is_away:
-                    log.warning("%s is back", sink.name)
-                break
-            if not is_away:
-                log.warning("%s does not take alerts, they wait for it: %s", sink.name, why)
-                is_away = True
-            await asyncio.sleep(back_off_s)
-            back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
-            newest = self._queue.oldest(sink.name)
-            if newest is None or newest.number != delivery.number:
-                return
-        self._queue.remove(delivery.number)
+        except asyncio.TimeoutError:
+            return DeliveryError(sink.trouble)
+        except Exception as error:  # noqa: BLE001  reported by the caller, a bug of ours included
+            return error
+        else:
+            self.delivered += 1
+        return None
 
 
 def _body(session_id: str, event: AlertEvent, wall_s: float) -> tuple[str, bytes | None]:

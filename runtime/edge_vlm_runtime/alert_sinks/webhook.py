@@ -1,19 +1,19 @@
-"""Alerts as HTTP POST requests. The only module that imports aiohttp."""
+"""Alerts as HTTP POST requests. The only module that imports httpx."""
 
 from __future__ import annotations
 
 import base64
 import json
-from urllib.parse import urlsplit
+import ssl
 
 from edge_vlm.errors import ConfigError, DeliveryError, DeliveryRefused, MissingExtraError
-from edge_vlm_runtime.alert_sinks.queue import QueuedAlert
+from edge_vlm_runtime.alert_sinks.queue import QueuedAlert, receiver_key
 from edge_vlm_runtime.sources.container import mask_credentials
 
 try:
-    import aiohttp
+    import httpx
 except ImportError as error:
-    raise MissingExtraError.for_library("aiohttp", "alerts") from error
+    raise MissingExtraError.for_library("httpx", "alerts") from error
 
 REFUSALS = {400, 413, 415, 422}
 """RFC 9110, 15.5: something is wrong with this very request, so that sending it again is no use.
@@ -26,40 +26,40 @@ class WebhookSink:
     Any 2xx answer means that it has arrived. Redirects are not followed.
     """
 
+    trouble = "it does not answer"
+
     def __init__(self, url: str) -> None:
         """`http://` or `https://`, with user and password if need be. Raises ConfigError."""
+        masked = mask_credentials(url)
         try:
-            parts = urlsplit(url)
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-            _ = parts.port  # raises for one out of range
-        except ValueError:
+            parts = httpx.URL(url)
+            usable = parts.scheme in ("http", "https") and bool(parts.host)
+            usable = usable and 0 <= (parts.port or 0) < 1 << 16
+        except httpx.InvalidURL:
             usable = False
         if not usable:
-            raise ConfigError(
-                f"not a webhook: {mask_credentials(url)!r}", remedy="write http://HOST/PATH"
-            )
-        self._url = url
-        self.name = f"webhook {mask_credentials(url)}"
-        self.trouble = "it does not answer"
-        self._session: aiohttp.ClientSession | None = None
-
-    async def open(self) -> None:
-        self._session = aiohttp.ClientSession()
+            raise ConfigError(f"not a webhook: {masked!r}", remedy="write http://HOST/PATH")
+        self.name = f"webhook {masked}"
+        self.key = receiver_key(self.name, url)
+        # The library logs every URL, so this one goes without credentials.
+        self._url = parts.copy_with(userinfo=b"")
+        self._client = httpx.AsyncClient(
+            auth=(parts.username, parts.password) if parts.userinfo else None,
+            verify=ssl.create_default_context(),  # what the system trusts
+            trust_env=False,
+            timeout=None,  # the dispatcher's alone
+        )
 
     async def send(self, delivery: QueuedAlert) -> None:
-        assert self._session is not None  # opened before
         body = json.loads(delivery.body)
         if delivery.jpeg is not None:
             body["evidence"]["jpeg"] = base64.b64encode(delivery.jpeg).decode()
+        headers = {"Idempotency-Key": body["id"]}
+        post = self._client.stream("POST", self._url, json=body, headers=headers)
         try:
-            async with self._session.post(
-                self._url,
-                json=body,
-                headers={"Idempotency-Key": body["id"]},
-                allow_redirects=False,
-            ) as response:
-                status = response.status  # the answer's text is left unread
-        except (aiohttp.ClientError, OSError) as error:
+            async with post as response:
+                status = response.status_code  # the answer's text is left unread
+        except (httpx.HTTPError, OSError) as error:
             raise DeliveryError(mask_credentials(str(error) or repr(error))) from error
         if status in REFUSALS:
             raise DeliveryRefused(f"HTTP status {status}")
@@ -67,5 +67,4 @@ class WebhookSink:
             raise DeliveryError(f"HTTP status {status}")
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._client.aclose()

@@ -8,22 +8,22 @@ import json
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
+from edge_vlm.tables import columns
 from edge_vlm_runtime.cli.config import configured
-from edge_vlm_runtime.cli.serve import serve
-from edge_vlm_runtime.cli.shared import OWN_SERVER_KEYS, add_bundle_arguments
+from edge_vlm_runtime.cli.options import bundle_options, serve_options
 from edge_vlm_runtime.engines.names import Backend
 
 if TYPE_CHECKING:
-    from edge_vlm_runtime.doctor.doctor import Check
+    from edge_vlm_runtime.doctor.machine import Check
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edge_vlm_runtime.doctor.doctor import Machine, Plan, examine
+    from edge_vlm_runtime.doctor.doctor import examine
+    from edge_vlm_runtime.doctor.machine import Machine, Plan
 
     plan = Plan(
         bundle=args.bundle,
@@ -42,19 +42,18 @@ def exit_code(checks: list[Check]) -> int:
 
 
 def as_text(checks: list[Check], backend: Backend) -> str:
-    width = max(len(check.name) for check in checks)
-    lines = []
+    rows = []
     for check in checks:
         mark = "  <- needed" if check.is_broken else ""
-        lines.append(
-            f"{check.state.value:<7}  {check.name:<{width}}  {' '.join(check.text.split())}{mark}"
-        )
+        rows.append((check.state.value, check.name, " ".join(check.text.split()) + mark))
         if check.fix is not None:
-            lines.append(f"{'':<7}  {'':<{width}}  fix: {check.fix}")
+            rows.append(("", "", f"fix: {check.fix}"))
     broken = [check.name for check in checks if check.is_broken]
     verdict = "cannot serve" if broken else "can serve"
     why = f": {', '.join(broken)}" if broken else ""
-    return "\n".join([*lines, f"this machine {verdict} with --backend {backend.value}{why}"])
+    return "\n".join(
+        [*columns(rows), f"this machine {verdict} with --backend {backend.value}{why}"]
+    )
 
 
 def as_json(checks: list[Check]) -> str:
@@ -71,11 +70,9 @@ def as_json(checks: list[Check]) -> str:
 
 doctor = configured(
     Command(
-        name="doctor",
-        help="say what this machine has and lacks for serving a bundle, and how to get it",
         add_arguments=_arguments,
         run=_run,
     ),
-    keys=OWN_SERVER_KEYS,
-    file_of=serve.add_arguments,
+    bundle_options,
+    file_of=serve_options,
 )

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import time
 
-from edge_vlm.errors import EdgeVlmError, EngineMissing, GpuMissing, MissingExtraError, TrtMissing
+from edge_vlm.errors import (
+    CudaError,
+    EdgeVlmError,
+    EngineMissing,
+    GpuMissing,
+    MissingExtraError,
+    OutOfDeviceMemory,
+    TrtMissing,
+)
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_runtime.doctor.machine import (
     Check,
@@ -167,11 +175,12 @@ def check_engines(plan: Plan, bundle: EngineBundle | None, machine: Machine) -> 
                 store.checked(bundle, graph, version, gpu)
     except (EdgeVlmError, OSError) as error:
         state = State.MISSING if isinstance(error, EngineMissing) else State.WRONG
+        elsewhere = isinstance(error, (GpuMissing, CudaError, OutOfDeviceMemory, TrtMissing))
         return Check(
             name="engines",
             state=state,
             text=_said(error),
-            fix=fix if not isinstance(error, (GpuMissing, TrtMissing)) else "see cuda and tensorrt",
+            fix="see cuda and tensorrt" if elsewhere else fix,
             needed=needed,
         )
     text = f"{', '.join(built)}: {len(bundle.specs)} graphs, built for this GPU"
@@ -202,7 +211,7 @@ def check_run(plan: Plan, before: list[Check]) -> Check:
             fix=error.remedy or EXPORT,
             needed=True,
         )
-    except Exception as error:  # a library's own: this is the place to hear of it
+    except Exception as error:  # noqa: BLE001  a library's own: this is the place to hear of it
         return Check(
             name="run", state=State.WRONG, text=f"E-INTERNAL: {error!r}", fix=EXPORT, needed=True
         )

@@ -11,10 +11,12 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from edge_vlm.errors import GpuMissing, OutOfDeviceMemory
+from edge_vlm.errors import CudaError, GpuMissing, OutOfDeviceMemory
 
 DRIVER = "libcuda.so.1"
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+NO_GPU = {34, 100, 101, 803}  # CUDA_ERROR_STUB_LIBRARY, NO_DEVICE, INVALID_DEVICE (of number 0),
+# SYSTEM_DRIVER_MISMATCH: a driver's library, and no driver or GPU that it can use
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 POINTER_MEMORY_TYPE = 2  # CU_POINTER_ATTRIBUTE_MEMORY_TYPE
 DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE; managed memory reports it too
@@ -28,9 +30,10 @@ class Gpu:
 
 
 class Cuda:
-    """The first GPU and its primary context. Raises GpuMissing without a driver or a GPU.
+    """The first GPU and its primary context. May be used by any thread, by one at a time.
 
-    May be used by any thread, by one at a time.
+    Raises GpuMissing without a driver or a GPU. Every call raises OutOfDeviceMemory for a lack of
+    memory and CudaError for all else that fails.
     """
 
     def __init__(self, driver: str = DRIVER) -> None:
@@ -70,7 +73,7 @@ class Cuda:
         return free.value, total.value
 
     def alloc(self, num_bytes: int) -> int:
-        """Address of that much device memory. Raises OutOfDeviceMemory."""
+        """Address of that much device memory."""
         self.enter()
         pointer = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(num_bytes))
@@ -134,4 +137,9 @@ class Cuda:
             raise OutOfDeviceMemory(
                 f"{function}: {reason}", remedy="close other programs, or export smaller limits"
             )
-        raise GpuMissing(f"{function} failed with CUDA error {code}: {reason}")
+        if code in NO_GPU:
+            raise GpuMissing(
+                f"no NVIDIA GPU that can be used ({function}: {reason})",
+                remedy="see nvidia-smi, or run where there is one",
+            )
+        raise CudaError(f"{function} failed with CUDA error {code}: {reason}")

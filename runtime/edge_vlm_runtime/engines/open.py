@@ -20,7 +20,7 @@ from edge_vlm_runtime.engines.trt_library import LIBRARIES, TrtLibrary, load_lib
 
 
 class Device(DeviceMemory, Protocol):
-    """A GPU: `backends.cuda.Cuda`."""
+    """A GPU: `engines.cuda.Cuda`."""
 
     gpu: Gpu
 
@@ -42,8 +42,8 @@ def open_graphs(
 ) -> OpenGraphs:
     """`engines`: folder that `edge-vlm build` wrote, BUNDLE/engines by default.
 
-    Raises EngineError and its leaves (TrtMissing, GpuMissing, EngineMissing, EngineStale,
-    OutOfDeviceMemory), MissingExtraError, ConfigError for what a backend cannot run.
+    Raises EngineError and its leaves (TrtMissing, GpuMissing, CudaError, OutOfDeviceMemory,
+    EngineMissing, EngineStale), MissingExtraError, ConfigError for what a backend cannot run.
     """
     if backend is Backend.TRT:
         if bundle.kv_layout is not KVLayout.TOKEN_MAJOR:
@@ -70,7 +70,11 @@ def open_graphs(
 def open_engines(
     bundle: EngineBundle, folder: Path, library: TrtLibrary, device: Device
 ) -> OpenGraphs:
-    """The engines in `folder` that `library` built. Raises as `open_graphs`."""
+    """The engines in `folder` that `library` built.
+
+    Raises EngineMissing, EngineStale, OutOfDeviceMemory, CudaError, and GpuMissing if the driver is
+    too old for the library.
+    """
     store = EngineStore(folder, library.name)
     # All are checked before one is loaded: a library that refuses an engine says far less.
     entries = {

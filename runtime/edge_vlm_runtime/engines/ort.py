@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_vlm.errors import EngineError, GpuMissing, MissingExtraError
+from edge_vlm.errors import CudaError, EngineError, MissingExtraError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import TensorSpec
 from edge_vlm_runtime.engines.base import Engine, Shape
@@ -20,8 +20,9 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 class OrtEngine(Engine):
     """One graph of a bundle in one inference session.
 
-    Raises MissingExtraError without the library or without its part for GPUs, GpuMissing if that
-    finds none, EngineError if the graph cannot be loaded or its tensors are not those of its spec.
+    Raises MissingExtraError without the library or without its part for GPUs, CudaError if that
+    cannot start, EngineError if the graph cannot be loaded or its tensors are not those of its
+    spec.
     """
 
     def __init__(
@@ -54,9 +55,9 @@ class OrtEngine(Engine):
                 f"ONNX Runtime {onnxruntime.__version__} cannot load it: {error}", where=path
             ) from error
         if provider not in session.get_providers():  # it goes on without one it cannot start
-            raise GpuMissing(
+            raise CudaError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot start {provider}",
-                remedy="its log says why: a driver, CUDA or cuDNN of another version",
+                remedy="its log says why: no GPU, or a driver, CUDA or cuDNN of another version",
             )
         found = {item.name for item in (*session.get_inputs(), *session.get_outputs())}
         if found != self._tensors.keys():

@@ -27,7 +27,7 @@ OLD_DRIVER = ("cudaError 35", "driver version is insufficient")
 
 
 class DeviceMemory(Protocol):
-    """What an engine asks of `backends.cuda.Cuda`."""
+    """What an engine asks of `engines.cuda.Cuda`."""
 
     stream: int
 

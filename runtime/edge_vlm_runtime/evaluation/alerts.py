@@ -14,6 +14,7 @@ from typing import Any
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.intervals import Proportion
 from edge_vlm.formats.alert_set import Footage, LabelledAlert
+from edge_vlm.tables import columns
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertRule, AlertTriggered
@@ -116,7 +117,7 @@ async def evaluate_alerts(
     """Streams all footage and scores each of `rules`: fields of `alert.create` by a name.
 
     Raises what the client raises, and RuntimeError if a frame was not taken, because the times
-    behind it would not be those of the footage.
+    after it would not be those of the footage.
     """
     scores = {name: Score() for name in rules}
     for number, part in enumerate(footage, start=1):
@@ -158,8 +159,7 @@ async def _watch(
         await client.send_frame(jpeg, round(time_s * 1e6))
         await client.wait_processed()  # no frame waits for another, as with a camera
     await client.alerts()  # comes when everything has been checked
-    if client.dropped:
-        reason = next(iter(client.dropped.values())).reason
+    for reason in client.frames.dropped:
         raise RuntimeError(f"footage {part.name}: a frame was dropped ({reason})")
     first_s = part.times_s[0]
     last_s = first_s + _length_s(part)
@@ -201,23 +201,29 @@ def parse_rule(text: str) -> dict[str, Any]:
     return rule
 
 
+HEAD = (
+    *("on:off:hold", "recall", "delay median, p90", "false alarms", "per hour", "repeats"),
+    *("overhang", "frame to alert"),
+)
+
+
 def table(scores: Mapping[str, Score]) -> str:
     """One row a setting."""
-    head = (
-        f"{'on:off:hold':<16}{'recall':>26}{'delay median, p90':>20}{'false alarms':>14}"
-        f"{'per hour':>10}{'repeats':>9}{'overhang':>10}{'frame to alert':>16}"
-    )
-    lines = [head]
+    rows = [HEAD]
     for name, score in scores.items():
         low, high = score.events.interval()
         recall = f"{score.events.right}/{score.events.asked} {score.events.share:.1%}"
         delay, overhang, age = map(_spread, (score.delays_s, score.overhangs_s, score.ages_s))
-        lines.append(
-            f"{name:<16}"
-            + f"{recall} [{low:.0%}, {high:.0%}]".rjust(26)
-            + (f"{delay['median']:.1f} s, {delay['p90']:.1f} s" if delay else "-").rjust(20)
-            + f"{score.false_alarms:>14}{score.false_per_hour:>10.1f}{score.repeats:>9}"
-            + (f"{overhang['median']:.1f} s" if overhang else "-").rjust(10)
-            + (f"{1e3 * age['median']:.0f} ms" if age else "-").rjust(16)
+        rows.append(
+            (
+                name,
+                f"{recall} [{low:.0%}, {high:.0%}]",
+                f"{delay['median']:.1f} s, {delay['p90']:.1f} s" if delay else "-",
+                str(score.false_alarms),
+                f"{score.false_per_hour:.1f}",
+                str(score.repeats),
+                f"{overhang['median']:.1f} s" if overhang else "-",
+                f"{1e3 * age['median']:.0f} ms" if age else "-",
+            )
         )
-    return "\n".join(lines)
+    return "\n".join(columns(rows, "<>"))

@@ -18,7 +18,10 @@ from edge_vlm_runtime.server.auth import read_api_key
 
 @contextmanager
 def open_bundle(target: str | None, options: EvaluatorOptions) -> Iterator[BundleEvaluator]:
-    """The path `bundle`, by default of the demo model. Raises as `LoadedBundle.open`."""
+    """The path `bundle`, by default of the demo model.
+
+    Raises BundleError and its leaves, MissingExtraError, EngineError.
+    """
     evaluator = BundleEvaluator(Path(target or DEMO_BUNDLE), options.threads)
     try:
         yield evaluator
@@ -30,7 +33,8 @@ def open_bundle(target: str | None, options: EvaluatorOptions) -> Iterator[Bundl
 def open_served(target: str | None, options: EvaluatorOptions) -> Iterator[ServedEvaluator]:
     """The path `served`: a URL, or a server of its own for a bundle, by default the demo model's.
 
-    Raises as `Server.open` and `Client.connect`.
+    Raises ServerUnreachable and its leaves, ProtocolError, ConfigError, and for a bundle
+    BundleError, EngineError and their leaves, MissingExtraError.
     """
     with ExitStack() as stack:
         if target is not None and target.startswith(("ws://", "wss://")):

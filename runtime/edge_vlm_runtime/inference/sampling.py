@@ -14,8 +14,6 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     """Smallest set of likeliest tokens with this much probability; the rest is never drawn."""
-    frequency_penalty: float = 0.0
-    """Taken off a token's logit for each time it was drawn in this answer."""
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -23,10 +21,6 @@ class Sampling:
             raise ValueError(f"Sampling.temperature = {self.temperature}: must lie in 0..10")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"Sampling.top_p = {self.top_p}: must lie in (0, 1]")
-        if not -2 <= self.frequency_penalty <= 2:
-            raise ValueError(
-                f"Sampling.frequency_penalty = {self.frequency_penalty}: must lie in -2..2"
-            )
 
 
 class Sampler:
@@ -35,18 +29,10 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._rng = np.random.default_rng(sampling.seed)
-        self._drawn: dict[int, int] = {}
 
     def sample(self, logits: np.ndarray) -> int:
         """One token id from finite logits f32 [V]."""
-        sampling = self._sampling
-        if sampling.frequency_penalty and self._drawn:
-            logits = logits.copy()
-            for token, times in self._drawn.items():
-                logits[token] -= sampling.frequency_penalty * times
-        token = int(logits.argmax()) if sampling.temperature == 0 else self._draw(logits)
-        self._drawn[token] = self._drawn.get(token, 0) + 1
-        return token
+        return int(logits.argmax()) if self._sampling.temperature == 0 else self._draw(logits)
 
     def _draw(self, logits: np.ndarray) -> int:
         below_best = logits.astype(np.float64) - logits.max()

@@ -46,7 +46,8 @@ def sums_of(objective: Objective, batch: Batch) -> tuple[BatchSums, dict[str, to
 
 
 def assert_same(objective: Objective, prefix: Batch, rows: Batch) -> None:
-    assert isinstance(prefix, PackedBatch) and isinstance(rows, PackedBatch)
+    assert isinstance(prefix, PackedBatch)
+    assert isinstance(rows, PackedBatch)
     assert (prefix.form, rows.form) == ("prefix", "rows")
     one, gradients = sums_of(objective, prefix)
     other, of_rows = sums_of(objective, rows)

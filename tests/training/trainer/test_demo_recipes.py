@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from edge_vlm.config import VisionAttention
+from edge_vlm.config import VisionAttention, tiny
 from edge_vlm.errors import CheckpointError, ConfigError
-from edge_vlm.model.checkpoint import load_checkpoint
+from edge_vlm.model.checkpoint import load_checkpoint, save_checkpoint
+from edge_vlm.model.video_lm import VideoLM
 from edge_vlm_training.config import msgspec
 from edge_vlm_training.objective.vision import choose_cells
 from edge_vlm_training.recipes.base import Clips, Minutes, Recipe, Stage, Steps
@@ -24,6 +25,8 @@ from edge_vlm_training.trainer.checkpoints import stored_weights
 from edge_vlm_training.trainer.distributed import Ranks
 from edge_vlm_training.trainer.loop import Run
 from edge_vlm_training.trainer.train import train
+from edge_vlm_training.world.questions import vocabulary
+from edge_vlm_training.world.vocabulary import build_tokenizer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 FROZEN = Path(__file__).parents[2] / "data" / "demo_steps.json"
@@ -142,7 +145,8 @@ def test_an_interrupt_is_saved_and_resumed_to_the_bit(
         train(recipe, tmp_path, ALONE)
     monkeypatch.undo()
     path = checkpoints.latest(tmp_path)
-    assert path is not None and path.name == "step-00000004"
+    assert path is not None
+    assert path.name == "step-00000004"
     train(recipe, tmp_path, ALONE, resume=True)
     assert all(torch.equal(learned(tmp_path)[n], t) for n, t in learned(finished).items())
     assert [x["loss"] for x in log(tmp_path)] == [x["loss"] for x in log(finished)]
@@ -168,7 +172,8 @@ def test_minutes_are_those_of_all_starts_together(
     recipe = replace(RECIPE, stages=(stage,))
     train(recipe, tmp_path / "whole", ALONE)
     whole = log(tmp_path / "whole")
-    assert len(whole) > 3 and whole[-1]["minutes"] >= 0.2 > whole[-2]["minutes"]
+    assert len(whole) > 3
+    assert whole[-1]["minutes"] >= 0.2 > whole[-2]["minutes"]
 
     save, stopped = Run.save, []
 
@@ -224,10 +229,12 @@ def test_reports_have_one_set_of_columns(finished: Path) -> None:
     dense, _, clips, *_ = log(finished)
     always = {"step", "stage", "minutes", "loss", "step_s", "eta_s"}
     assert always | {"kind", "colour", "centre_rms", "norm/vit", "lr/vit"} <= dense.keys()
-    assert "accuracy" not in dense and "kept" not in dense
+    assert "accuracy" not in dense
+    assert "kept" not in dense
     told = {"answer_loss", "aux_loss", "kept", "tokens_right", "tokens_per_s", "mfu", "accuracy"}
     assert always | told | {"heading", "counted", "scale", "lr/llm+scorer"} <= clips.keys()
-    assert clips["lr/llm+scorer"] < 1e-3 and set(clips["accuracy"]) > {"when", "count"}
+    assert clips["lr/llm+scorer"] < 1e-3
+    assert set(clips["accuracy"]) > {"when", "count"}
 
 
 def test_a_run_starts_from_a_checkpoint_and_the_probes_of_a_run_go_on(
@@ -241,10 +248,12 @@ def test_a_run_starts_from_a_checkpoint_and_the_probes_of_a_run_go_on(
         found, before = learned(folder), learned(finished)
         assert torch.equal(found["llm.head.weight"], before["llm.head.weight"])
         assert torch.equal(found[name], before[name]) is same
-    (tmp_path / "True" / "checkpoint" / "tokenizer.json").write_text("{}")
+    other = tmp_path / "other"
+    words = finished / "tokenizer.json"
+    cfg = tiny(*build_tokenizer(vocabulary(), tmp_path / "words.json"))
+    save_checkpoint(other, cfg, VideoLM(cfg).init_weights().state_dict(), words)
     with pytest.raises(CheckpointError, match="not one of this recipe's"):
-        bad = override(RECIPE, [f"init={tmp_path / 'True' / 'checkpoint'}"])
-        train(bad, tmp_path / "third", ALONE)
+        train(override(RECIPE, [f"init={other}"]), tmp_path / "third", ALONE)
 
 
 def test_a_scorer_can_be_learned_anew(finished: Path, tmp_path: Path) -> None:
@@ -262,7 +271,8 @@ def test_variants_of_a_recipe_train_their_model(tmp_path: Path, change: str) -> 
     recipe = override(replace(RECIPE, stages=RECIPE.stages[1:2]), [change, "keep_ratio=0.5"])
     model = load_checkpoint(train(recipe, tmp_path, ALONE))
     assert model.cfg.attention is recipe.attention
-    assert model.cfg.scorer is not None and model.cfg.scorer.rescale is recipe.rescale
+    assert model.cfg.scorer is not None
+    assert model.cfg.scorer.rescale is recipe.rescale
     assert (recipe.attention is VisionAttention.ALL) == (change == "attention=all")
     assert [line["step"] for line in log(tmp_path)] == [1, 2]
 
@@ -272,8 +282,10 @@ def test_cells_are_kept_within_the_budget(selection: Any) -> None:
     scores = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
     choose: Callable[..., torch.Tensor] = choose_cells
     mask = choose(scores.flatten(0, 1), (16, 16, 16), 0.5, 1, selection, 7).view_as(scores)
-    assert mask[:, 0].all() and (mask.sum(-1) >= 1).all()
-    assert (mask.sum((1, 2)) <= 128).all() and (mask.sum((1, 2)) > 100).all()
+    assert mask[:, 0].all()
+    assert (mask.sum(-1) >= 1).all()
+    assert (mask.sum((1, 2)) <= 128).all()
+    assert (mask.sum((1, 2)) > 100).all()
     top = (scores[:, 1:] * mask[:, 1:]).sum() / mask[:, 1:].sum()
     assert (top > 0.6) == (selection != "random")
     assert choose(scores.flatten(0, 1), (16, 16, 16), 1.0, 0, selection, 7).all()
@@ -287,9 +299,6 @@ def test_truth_is_for_one_process_on_the_cpu(tmp_path: Path) -> None:
 
 
 def _run(recipe: Recipe, folder: Path, ranks: Ranks) -> Run:
-    from edge_vlm.config import tiny
-    from edge_vlm.model.video_lm import VideoLM
-
     cfg = tiny()
     nothing: Any = None
     return Run(recipe, cfg, VideoLM(cfg), nothing, ranks, folder, nothing)

@@ -35,7 +35,8 @@ def test_the_published_recipe_is_as_published() -> None:
     assert stage.terms == (Answers(z_loss=1e-4), Similarity(0.5))
     assert (recipe.betas, recipe.eps, recipe.clip_norm) == ((0.9, 0.95), 1e-6, 1.0)
     assert (recipe.weight_decay, recipe.precision) == (0.0, "bfloat16")
-    assert recipe.frame_markers and recipe.residual_dropout == 0.1
+    assert recipe.frame_markers
+    assert recipe.residual_dropout == 0.1
     assert (recipe.rescale, recipe.attention) == (Rescale.ROW, VisionAttention.ALL)
     less, more = values(molmo2_4b_stts_30()), values(recipe)
     differing = {key for key in more if more[key] != less[key]}
@@ -49,7 +50,8 @@ def test_the_rate_warms_up_and_falls_by_a_cosine_to_a_tenth() -> None:
     def rate(step: int) -> float:
         return stage.rate_at(step, step / 6250)
 
-    assert rate(0) == pytest.approx(1 / 200) and rate(199) == rate(200) == 1.0
+    assert rate(0) == pytest.approx(1 / 200)
+    assert rate(199) == rate(200) == 1.0
     assert rate(200 + 3025) == pytest.approx(0.55)
     assert rate(6250) == pytest.approx(0.1)
     rates = [rate(step) for step in range(200, 6250)]
@@ -68,7 +70,8 @@ def test_a_stage_of_minutes_moves_its_rate_by_the_clock() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_called_what_its_function_is_and_comes_back_from_json(name: str) -> None:
     recipe = override(RECIPES[name](), ["init=some/folder"])
-    assert recipe.name == name and recipe.init == Path("some/folder")
+    assert recipe.name == name
+    assert recipe.init == Path("some/folder")
     assert from_plain(json.loads(json.dumps(plain(recipe))), Recipe) == recipe
 
 
@@ -79,12 +82,15 @@ def test_set_reads_each_field_by_its_type() -> None:
     recipe = override(stts_smoke(), settings)
     (stage,) = recipe.stages
     assert isinstance(stage.data, Rows)
-    assert stage.length == Steps(9) and stage.train["scorer"] == 2e-3
+    assert stage.length == Steps(9)
+    assert stage.train["scorer"] == 2e-3
     assert recipe.activation_checkpointing is True
-    assert stage.data.keep_ratio == (1.0, 0.7, 0.5) and recipe.rescale is Rescale.ROW
+    assert stage.data.keep_ratio == (1.0, 0.7, 0.5)
+    assert recipe.rescale is Rescale.ROW
     assert recipe.init == Path("/tmp/there")
     assert stage.data.sources == ("world@1", "clips.jsonl@3")
-    assert recipe.precision == "float32" and stage.rate == (1.0, 0.2)
+    assert recipe.precision == "float32"
+    assert stage.rate == (1.0, 0.2)
     assert stage.terms == (Answers(), Similarity(0.25))
     assert override(recipe, ["init=none"]).init is None
     # Fields that must fit each other are checked when all are set.

@@ -12,8 +12,8 @@ import numpy as np
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import DataError, EdgeVlmError, VideoError
 from edge_vlm.formats.report import Report
+from edge_vlm.pruning.clip_budget import num_kept
 from edge_vlm.text.prompt import PromptFormat
-from edge_vlm_training.data.packing.budget import kept_of_clip
 from edge_vlm_training.data.packing.knapsack import fill_row
 from edge_vlm_training.data.packing.row_stream import PackingConfig
 from edge_vlm_training.data.packing.trees import Tree, TreeBuilder, split_tree
@@ -37,7 +37,7 @@ class Lengths:
     def kept(self, num_frames: int) -> int:
         """Most cells that a clip keeps at any of the packing's shares."""
         share, floor = max(self.packing.keep_ratio), max(self.packing.min_cells)
-        return kept_of_clip(num_frames, self.num_cells, share, floor)
+        return num_kept(num_frames, self.num_cells, share, floor, variant="first_whole")
 
 
 @dataclasses.dataclass

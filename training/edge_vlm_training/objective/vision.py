@@ -71,7 +71,8 @@ def choose_cells(
         return torch.ones_like(scores_FC, dtype=torch.bool)
     clips = torch.split(scores_FC.detach(), list(frames_per_clip))
     if selection in ("clip", "published"):
-        return torch.cat([clip_budget(c[None], 1 - keep_ratio, min_cells)[0] for c in clips])
+        kept = [clip_budget(c, keep_ratio, min_cells, variant="first_whole") for c in clips]
+        return torch.cat(kept)
     mask = np.zeros(scores_FC.shape, np.bool_)
     frame = 0
     for number, clip_TC in enumerate(clips):
@@ -101,12 +102,17 @@ def see_clips(
     """
     scorer = model.scorer
     if scorer is None:
-        run = encode_clips(model, pixels_FNP, frames_per_clip, 0.0)
+        run = encode_clips(model, pixels_FNP, frames_per_clip, keep_ratio=1.0)
         return SeenClips(run.features_GE, run.kept_FC, pixels_FNP.new_zeros((), dtype=torch.float))
     is_first = first_frames(frames_per_clip, pixels_FNP.device)
     if scorer.cfg.rescale is Rescale.ROW and selection == "published":
         published = encode_reference(
-            model, pixels_FNP, frames_per_clip, 1 - keep_ratio, refill_by_clip=True, record=False
+            model,
+            pixels_FNP,
+            frames_per_clip,
+            keep_ratio=keep_ratio,
+            refill_by_clip=True,
+            record=False,
         )
         cells = model.vit.cells(published.hidden_FND[scorer.cfg.prune_at])
         errors = similarity_errors(published.scores_FC, cells, is_first, detach_target=False)

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
+from edge_vlm.formats.usage import Usage
 from edge_vlm.model.checkpoint import save_checkpoint
 from edge_vlm_training.data.packing.stream import merge_states
 from edge_vlm_training.trainer.distributed import Ranks, whole
@@ -189,7 +190,12 @@ def stored_weights(folder: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def save_whole(
-    folder: Path, ranks: Ranks, config: ModelConfig, weights: dict[str, Tensor], tokenizer: Path
+    folder: Path,
+    ranks: Ranks,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    tokenizer: Path,
+    usage: Usage | None = None,
 ) -> Path:
     """Writes the folder that other commands read; every process has to call this."""
     final = folder / WHOLE
@@ -202,7 +208,7 @@ def save_whole(
         partial, before = folder / f"{WHOLE}.partial", folder / f"{WHOLE}.before"
         for left_over in (partial, before):
             shutil.rmtree(left_over, ignore_errors=True)
-        save_checkpoint(partial, config, gathered, tokenizer)
+        save_checkpoint(partial, config, gathered, tokenizer, usage)
         if final.exists():
             os.replace(final, before)
         os.replace(partial, final)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
+from edge_vlm.formats.usage import Usage
 from edge_vlm.model.checkpoint import TOKENIZER
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.prompt import PromptFormat
@@ -48,15 +49,17 @@ class Run:
         ranks: Ranks,
         folder: Path,
         prompt: PromptFormat,
+        usage: Usage | None = None,
     ) -> None:
-        """A stream yields this process's batches of `device_batch` rows.
+        """A stream yields this process's batches of `device_batch` rows; `usage` is what will be
+        recorded with the trained model.
 
         Raises ConfigError if a stage's batch cannot be shared among the processes.
         """
         for stage in recipe.stages:
             _check_shared(stage, ranks)
         self.recipe, self.cfg, self.ranks, self.folder = recipe, cfg, ranks, folder
-        self.prompt, self._open_stream = prompt, open_stream
+        self.prompt, self.usage, self._open_stream = prompt, usage, open_stream
         half = recipe.precision != "float32"
         self.dtype = torch.bfloat16 if half else torch.float32
         self.model = model
@@ -145,7 +148,7 @@ class Run:
         """The checkpoint folder that other commands read; every process has to call this."""
         own = {n: t for n, t in self.weights().items() if not n.startswith(f"{PROBES}.")}
         tokenizer = self.folder / TOKENIZER
-        return checkpoints.save_whole(self.folder, self.ranks, self.cfg, own, tokenizer)
+        return checkpoints.save_whole(self.folder, self.ranks, self.cfg, own, tokenizer, self.usage)
 
     def go(self, reporter: Reporter | None = None) -> None:
         """Trains what is left of the recipe; the end of every stage is saved.

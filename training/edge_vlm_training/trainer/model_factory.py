@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import statistics
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from torch import nn
 from edge_vlm.config import ModelConfig, ScorerConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm.config import demo as demo_config
 from edge_vlm.errors import CheckpointError, ConfigError
-from edge_vlm.model.checkpoint import CONFIG, TOKENIZER, load_checkpoint, read_config
+from edge_vlm.formats.usage import FrameRule, Usage
+from edge_vlm.model.checkpoint import TOKENIZER
 from edge_vlm.model.published.files import read_json
-from edge_vlm.model.published.folder import load_published, open_published, stts_scorer
+from edge_vlm.model.published.folder import ModelFolder, open_folder, stts_scorer
 from edge_vlm.model.scorer import TokenScorer
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_training.recipes.base import Recipe
+from edge_vlm_training.recipes.base import Recipe, Rows
 from edge_vlm_training.trainer.checkpoints import WHOLE, latest
 from edge_vlm_training.world.more_words import vocabulary_of, with_more_words
 from edge_vlm_training.world.questions import vocabulary
@@ -33,15 +35,18 @@ def prepare_tokenizer(recipe: Recipe, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TOKENIZER
-    source = recipe.tokenizer
-    if source is None and recipe.init is not None and not recipe.world_words:
-        source = weights_folder(recipe.init) / TOKENIZER
-    if source is not None:
-        if not source.is_file():
+    if recipe.tokenizer is None and recipe.world_words:
+        build_tokenizer(vocabulary(), path)
+    elif (init := open_init(recipe)) is not None:
+        shutil.copyfile(init.require_tokenizer(), path)
+    elif recipe.tokenizer is not None:
+        if not recipe.tokenizer.is_file():
             raise ConfigError(
-                "there is no such tokenizer", where=source, remedy="add --set tokenizer=FILE"
+                "there is no such tokenizer",
+                where=recipe.tokenizer,
+                remedy="add --set tokenizer=FILE",
             )
-        shutil.copyfile(source, path)
+        shutil.copyfile(recipe.tokenizer, path)
     elif recipe.model in _PUBLISHED:
         raise ConfigError(
             f"{recipe.name} has no vocabulary of its own",
@@ -57,12 +62,8 @@ def model_config(recipe: Recipe, tokenizer: Path) -> ModelConfig:
 
     Reads headers only. Raises CheckpointError or ConfigError for an unusable `init`.
     """
-    if recipe.init is None or recipe.world_words:
-        cfg = _named_config(recipe, tokenizer)
-    elif _is_published(init := weights_folder(recipe.init)):
-        cfg = open_published(init).config
-    else:
-        cfg = read_config(init)
+    init = None if recipe.world_words else open_init(recipe)
+    cfg = _named_config(recipe, tokenizer) if init is None else init.config
     scorer = cfg.scorer or stts_scorer(cfg, cfg.vision.mlp_width)
     scorer = dataclasses.replace(scorer, rescale=recipe.rescale)
     try:
@@ -83,17 +84,43 @@ def _named_config(recipe: Recipe, tokenizer: Path) -> ModelConfig:
     return make(words - len(READ_ONLY), len(READ_ONLY))
 
 
-def _is_published(folder: Path) -> bool:
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(
-            "there is no checkpoint", where=folder, remedy="name a folder that holds a config.json"
-        )
-    return "model_type" in read_json(folder / CONFIG)
+def open_init(recipe: Recipe) -> ModelFolder | None:
+    """The folder a recipe starts from, or the checkpoint in that of a run.
+
+    Raises as `open_folder`.
+    """
+    if recipe.init is None:
+        return None
+    in_run = latest(recipe.init) is not None
+    return open_folder(recipe.init / WHOLE if in_run else recipe.init, recipe.tokenizer)
 
 
-def weights_folder(init: Path) -> Path:
-    """`init` itself, or the checkpoint in the folder of a run."""
-    return init / WHOLE if latest(init) is not None else init
+def init_notes(recipe: Recipe) -> list[str]:
+    """What to know about the weights a recipe starts from, one line each."""
+    init = open_init(recipe)
+    if init is None:
+        return []
+    fresh = [] if init.config.scorer else [f"{recipe.init} has no scorer: it starts random"]
+    return [*init.notes, *fresh]
+
+
+def trained_usage(recipe: Recipe) -> Usage | None:
+    """What the trained model will want: as `init`, with the recipe's markers, and the frames and
+    share of its last stage; None for a model of rendered clips alone.
+
+    Of several shares it is served at the middle one.
+    """
+    data = recipe.stages[-1].data
+    if not isinstance(data, Rows):
+        return None
+    init = open_init(recipe)
+    before = Usage() if init is None else init.usage
+    return dataclasses.replace(
+        before,
+        style=dataclasses.replace(before.style, own_frame_markers=recipe.frame_markers),
+        frames=FrameRule(num_frames=data.max_frames, max_fps=data.fps),
+        defaults={**before.defaults, "keep_ratio": statistics.median_high(data.keep_ratio)},
+    )
 
 
 def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
@@ -104,16 +131,14 @@ def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
     `world_words` asks for.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    if recipe.init is None:
+    init = open_init(recipe)
+    if init is None:
         return VideoLM(cfg).init_weights(generator)
-    init = weights_folder(recipe.init)
     if recipe.world_words:
         model = VideoLM(cfg).init_weights(generator)
         _take_over(model, init, tokenizer)
-    elif _is_published(init):
-        model = load_published(init)
     else:
-        model = load_checkpoint(init)
+        model = init.load()
     assert cfg.scorer is not None
     if model.scorer is None or recipe.new_scorer:
         model.scorer = _random_scorer(cfg.scorer, cfg.vision.width, generator)
@@ -125,17 +150,17 @@ def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
     return model
 
 
-def _take_over(model: VideoLM, init: Path, tokenizer: Path) -> None:
+def _take_over(model: VideoLM, init: ModelFolder, tokenizer: Path) -> None:
     """The weights of `init`, embeddings by their words, into a model that may know more words."""
-    weights = load_checkpoint(init).state_dict()
+    weights = init.load().state_dict()
     try:
-        known, wanted = vocabulary_of(init / TOKENIZER), vocabulary_of(tokenizer)
+        known, wanted = vocabulary_of(init.require_tokenizer()), vocabulary_of(tokenizer)
         weights = with_more_words(weights, known, wanted, model.cfg.language.base_vocab)
         model.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint is not one of this recipe's models: {error}",
-            where=init,
+            where=init.path,
             remedy="start without --init, or from a checkpoint of this shape and world",
         ) from error
 

@@ -24,7 +24,13 @@ from edge_vlm_training.trainer.checkpoints import Progress
 from edge_vlm_training.trainer.distributed import Ranks
 from edge_vlm_training.trainer.loop import Run
 from edge_vlm_training.trainer.memory import check_fits
-from edge_vlm_training.trainer.model_factory import build_model, model_config, prepare_tokenizer
+from edge_vlm_training.trainer.model_factory import (
+    build_model,
+    init_notes,
+    model_config,
+    prepare_tokenizer,
+    trained_usage,
+)
 from edge_vlm_training.trainer.progress import Reporter, terminal
 from edge_vlm_training.world.curriculum import QuestionMix
 
@@ -117,7 +123,8 @@ def train(
     tokenizer_path = folder / TOKENIZER
     cfg = model_config(recipe, tokenizer_path)
     need = check_fits(recipe, cfg, ranks)
-    style = PromptStyle(own_frame_markers=recipe.frame_markers)
+    usage = trained_usage(recipe)
+    style = PromptStyle(own_frame_markers=recipe.frame_markers) if usage is None else usage.style
     try:
         prompt = PromptFormat(Tokenizer.from_file(tokenizer_path), style)
     except KeyError as error:
@@ -142,13 +149,15 @@ def train(
         return Prefetch(stream) if data.decode_threads else stream
 
     model = build_model(recipe, cfg, tokenizer_path)
-    run = Run(recipe, cfg, model, open_stream, ranks, folder, prompt)
+    run = Run(recipe, cfg, model, open_stream, ranks, folder, prompt, usage)
     if resume:
         run.resume()
     reporter = None
     if ranks.leads:
         reporter = Reporter(folder, run.at.step, console=terminal() if watched else None)
         reporter.say(f"{recipe.name} on {ranks.size} x {ranks.device}: about {need}")
+        for note in init_notes(recipe):
+            reporter.say(note)
     run.go(reporter)
     skipped = sum((Counter(stream.skipped) for stream in opened.values()), Counter[str]())
     if skipped:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from edge_vlm.config import ModelConfig, Rescale
-from edge_vlm.model.selection import num_kept
-
-
-def kept_of_clip(num_frames: int, num_cells: int, keep_ratio: float, min_cells: int) -> int:
-    """Cells of a clip: the share asked for, but the first frame and every floor in any case."""
-    return num_kept(num_frames, num_cells, 1 - keep_ratio, min_cells)
+from edge_vlm.config import ModelConfig
+from edge_vlm.pruning.clip_budget import num_kept, variant_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +17,5 @@ class CellBudget:
     min_cells: int
 
     def kept(self, num_frames: int) -> int:
-        num_cells = self.cfg.vision.num_cells
-        if self.cfg.scorer is not None and self.cfg.scorer.rescale is Rescale.ROW:
-            # The published code counts those that it drops.
-            return num_frames * num_cells - int(num_cells * (1 - self.keep_ratio) * num_frames)
-        return kept_of_clip(num_frames, num_cells, self.keep_ratio, self.min_cells)
+        cells, variant = self.cfg.vision.num_cells, variant_of(self.cfg)
+        return num_kept(num_frames, cells, self.keep_ratio, self.min_cells, variant=variant)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from edge_vlm.config import VisionAttention
+from edge_vlm.model.layers import additive_bias
 from edge_vlm_training.data.packing.batch import NOWHERE, PADDING, PackedTokens
-from edge_vlm_training.data.packing.masks import additive_mask, as_bias
+from edge_vlm_training.data.packing.masks import additive_mask
 
 BUCKETS = (0.5, 0.8, 0.9, 0.96, 1.0)
 """Where the questions, sorted by length, are cut: few are long (dialogue before them, points), and
@@ -67,7 +68,7 @@ def as_prefixes(
         clip_N, frame_N = own.clip_RS[:, 0], own.frame_RS[:, 0]
         size = own.ids_RS.shape[1]
         seen = (prefix.clip_RS != NOWHERE)[clip_N] & (prefix.frame_RS[clip_N] <= frame_N[:, None])
-        past = as_bias(seen[:, None].expand(-1, size, -1), dtype)
+        past = additive_bias(seen[:, None].expand(-1, size, -1), dtype)
         bias = torch.cat([past, additive_mask(own, attention, dtype)], -1)
         buckets.append(Bucket(clip_N, own, bias))
     return PrefixTokens(prefix, additive_mask(prefix, attention, dtype), tuple(buckets))

@@ -156,10 +156,9 @@ class Lane:
 
     def _fill(self) -> None:
         window, size = self._window, self._supply.packing.window
-        taken, coming = self._taken.copy(), []
-        for draw in range(self._draws, self._draws + size - len(window)):
-            coming.append(self._drawn(draw, taken))
-        self._supply.open(coming)
+        taken = self._taken.copy()
+        coming = range(self._draws, self._draws + size - len(window))
+        self._supply.open([self._drawn(draw, taken) for draw in coming])
         while len(window) < size:
             window += self._draw()
 

@@ -1,0 +1,45 @@
+"""The tree of errors is the one that is drawn at its top."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from edge_vlm import errors
+from edge_vlm.errors import EdgeVlmError, ExportError, NoSpaceLeft
+
+DRAWN = re.compile(r"^    ((?:\|   |    )*(?:\|-- |`-- )?)(\w+) +(\d+) +(E-[\w-]+)", re.MULTILINE)
+
+
+def below(kind: type[EdgeVlmError], depth: int = 0) -> Iterator[tuple[int, str, int, str]]:
+    if kind.__module__ == errors.__name__:
+        yield depth, kind.__name__, kind.exit_code, kind.code
+        for leaf in kind.__subclasses__():
+            yield from below(leaf, depth + 1)
+
+
+def parents(tree: list[tuple[int, str, int, str]]) -> set[tuple[str, str, int, str]]:
+    """Each error with its parent: the order of leaves is free."""
+    path: list[str] = []
+    found = set()
+    for depth, name, exit_code, code in tree:
+        path[depth:] = [name]
+        found.add((path[depth - 1] if depth else "", name, exit_code, code))
+    return found
+
+
+def test_the_tree_is_drawn_as_it_is() -> None:
+    drawn = [
+        (len(lines) // 4, name, int(exit_code), code)
+        for lines, name, exit_code, code in DRAWN.findall(errors.__doc__ or "")
+    ]
+    real = list(below(EdgeVlmError))
+    assert parents(drawn) == parents(real)
+    assert len(drawn) == len(real)
+    assert len({code for *_, code in real}) == len(real)  # an error is known by its code
+
+
+def test_a_full_disk_is_no_matter_of_exports() -> None:
+    """Training, building engines and exporting all may meet one."""
+    assert not issubclass(NoSpaceLeft, ExportError)
+    assert NoSpaceLeft.exit_code == 12  # as ever
