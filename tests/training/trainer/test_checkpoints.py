@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm_training.trainer import checkpoints
+from edge_vlm_training.trainer.checkpoints import Progress
 from tests.training.trainer.runs import RECIPE, make_run
 
 NAME = "exp_avg/scorer.fc1.weight"
@@ -80,12 +81,12 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
 ) -> None:
     before = {p.name: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
     run = make_run(folder)
-    run.step = 5
+    run.at = Progress(step=5)
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(checkpoints, "save_sharded", full)
     with pytest.raises(NoSpaceLeft, match=r"step-00000005.*one before is intact"):
         run.save()
     latest = checkpoints.latest(folder)
@@ -98,7 +99,8 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
 
 def test_only_the_newest_checkpoints_stay(folder: Path) -> None:
     run = make_run(folder)
-    for run.step in (10, 20, 30):
+    for step in (10, 20, 30):
+        run.at = Progress(step=step)
         run.save()
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == ["step-00000020", "step-00000030"]
