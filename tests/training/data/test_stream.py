@@ -51,7 +51,11 @@ def stream(
 
 
 def take(batches: PackedStream | Prefetch, count: int) -> list[PackedBatch]:
-    return list(itertools.islice(iter(batches), count))
+    taken = []
+    for batch in itertools.islice(iter(batches), count):
+        assert isinstance(batch, PackedBatch)
+        taken.append(batch)
+    return taken
 
 
 def assert_same(one: PackedBatch, other: PackedBatch) -> None:

@@ -71,7 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step_is_that_of_the_demo_s_former_loop(tmp_path: Path) -> None:
     """The same seeds, data and weights: losses and read-outs, six steps deep in every stage."""
     frozen = json.loads(FROZEN.read_text())
-    shares = {"history_share": 0.3, "forgetful_share": 0.5}
+    shares: dict[str, Any] = {"history_share": 0.3, "forgetful_share": 0.5}
     data = Clips(
         batch=2, num_frames=5, branches=4, keep_ratio=(1.0, 0.5, 0.25), shorter=(2,), **shares
     )
@@ -175,7 +175,8 @@ def test_minutes_are_those_of_all_starts_together(
     assert len(whole) > 3
     assert whole[-1]["minutes"] >= 0.2 > whole[-2]["minutes"]
 
-    save, stopped = Run.save, []
+    save = Run.save
+    stopped: list[Any] = []
 
     def stop(run: Run) -> Path:
         path = save(run)
