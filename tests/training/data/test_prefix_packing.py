@@ -83,7 +83,8 @@ def alone(llm: LanguageModel, prompt: PromptFormat, clip: int, branch: Branch) -
     bias = torch.from_numpy(np.where(allowed, 0.0, MASKED)).float()[None]
     cos, sin = rope_tables(llm.cfg, torch.from_numpy(index)[None])
     hidden, _ = llm(llm.embed(ids)[None], cos, sin, bias)
-    return llm.head(hidden[0, -len(answer) :])
+    logits: torch.Tensor = llm.head(hidden[0, -len(answer) :])
+    return logits
 
 
 @torch.no_grad()

@@ -51,7 +51,8 @@ def stream(
 
 
 def take(batches: PackedStream | Prefetch, count: int) -> list[PackedBatch]:
-    return list(itertools.islice(iter(batches), count))
+    taken = itertools.islice(batches, count)
+    return [batch for batch in taken if isinstance(batch, PackedBatch)]
 
 
 def assert_same(one: PackedBatch, other: PackedBatch) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
 from edge_vlm.model.checkpoint import load_checkpoint
@@ -55,7 +56,7 @@ def test_missing_misshapen_and_unknown_entries_are_named(folder: Path) -> None:
     del tensors[NAME]
     tensors["weight/scorer.fc3.bias"] = torch.zeros(7)
     tensors["weight/gone"] = torch.zeros(1)
-    dcp.save(tensors, checkpoint_id=path, no_dist=True)
+    save(tensors, checkpoint_id=path, no_dist=True)
     with pytest.raises(WeightNamesError, match=f"lacks {NAME}.*unknown weight/gone") as caught:
         make_run(folder).resume()
     assert caught.value.missing == (NAME,)
@@ -122,7 +123,7 @@ def test_the_whole_checkpoint_is_replaced_as_a_whole(folder: Path) -> None:
 def test_moments_and_random_numbers_are_stored(folder: Path) -> None:
     path = checkpoints.latest(folder)
     assert path is not None
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     count = len(make_run(folder).weights())
     assert len(stored) == 3 * count
     assert all(isinstance(item, TensorStorageMetadata) for item in stored.values())
