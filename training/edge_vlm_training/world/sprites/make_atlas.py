@@ -31,6 +31,7 @@ SUPERSAMPLING = 8
 
 Plane = npt.NDArray[np.floating]
 Picture = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
 
 
 def _inside(name: str, x: Plane, y: Plane) -> npt.NDArray[np.bool_]:
@@ -47,10 +48,12 @@ def _inside(name: str, x: Plane, y: Plane) -> npt.NDArray[np.bool_]:
         inner, step = 0.42, np.pi / 5
         # the straight edge between an outer corner (radius 1) and an inner corner, in polar form
         edge = inner * np.sin(step) / (inner * np.sin(step - abs(turn)) + np.sin(abs(turn)))
-        return np.less_equal(radius, edge)
+        inside: Mask = radius <= edge
+        return inside
     if name == "heart":
         u, v = x * 1.18, 0.12 - y * 1.12
-        return np.less_equal((u * u + v * v - 1) ** 3 - u * u * v**3, 0)
+        inside = (u * u + v * v - 1) ** 3 - u * u * v**3 <= 0
+        return inside
     if name == "ring":
         return (radius <= 1.0) & (radius >= 0.56)
     if name == "cross":
