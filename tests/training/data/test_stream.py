@@ -51,11 +51,8 @@ def stream(
 
 
 def take(batches: PackedStream | Prefetch, count: int) -> list[PackedBatch]:
-    taken = []
-    for batch in itertools.islice(iter(batches), count):
-        assert isinstance(batch, PackedBatch)
-        taken.append(batch)
-    return taken
+    taken = itertools.islice(batches, count)
+    return [batch for batch in taken if isinstance(batch, PackedBatch)]
 
 
 def assert_same(one: PackedBatch, other: PackedBatch) -> None:

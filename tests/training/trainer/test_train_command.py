@@ -48,7 +48,8 @@ def test_data_made_ahead_and_a_lost_step_change_no_loss(finished: Path, tmp_path
     """Decoding in threads, then going on from the first step as if killed behind it."""
 
     def losses(folder: Path) -> list[float]:
-        return [json.loads(line)["loss"] for line in (folder / "log.jsonl").open()]
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
 
     out = tmp_path / "ahead"
     threads = ["--set", "decode_threads=2"]
