@@ -49,6 +49,7 @@ WEB = Path(__file__).parent / "web"
 PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/fresh.js": ("fresh.js", "text/javascript; charset=utf-8"),
     "/line.js": ("line.js", "text/javascript; charset=utf-8"),
     "/points.js": ("points.js", "text/javascript; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
