@@ -1,7 +1,8 @@
-"""What the benchmark scripts share: where they ran, taking times in turn, the result file."""
+"""What benchmark scripts share: options, where they ran, taking times in turn, the result file."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,6 +17,26 @@ from typing import Any
 import torch
 
 from edge_vlm import __version__
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CHECKPOINT = ROOT / "training" / "checkpoints" / "demo"
+CLOCKS_NS = {"wall": time.monotonic_ns, "processor": time.process_time_ns}
+"""`processor` counts seconds of computing, for a CPU that others use as well."""
+
+
+def script_parser(doc: str | None, out: Path | None = None) -> argparse.ArgumentParser:
+    """Options of a script with that docstring; `--out` names the result file."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=out, help="the result, as JSON")
+    return parser
+
+
+def result_head(script: str, argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
+    """What every result file begins with; `script` is its `__file__`."""
+    return {"command": command_line(script, argv), **device_record(device)}
 
 
 def device_record(device: torch.device) -> dict[str, Any]:
@@ -113,12 +134,15 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 
 def command_line(script: str, argv: Sequence[str] | None) -> str:
-    """The command that makes a result again from the repository's root, wherever it was put."""
+    """The command that makes a result again from the repository's root, wherever it was put.
+    `script` is its `__file__`."""
+    module = ".".join(Path(script).resolve().relative_to(ROOT).with_suffix("").parts)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--out" in arguments:
-        place = arguments.index("--out")
-        del arguments[place : place + 2]
-    return " ".join(["python -m", f"benchmarks.{script}", *arguments])
+    for option in ("--out", "--scratch", "--tokenizer"):  # places of one machine
+        if option in arguments:
+            place = arguments.index(option)
+            del arguments[place : place + 2]
+    return " ".join(["python -m", module, *arguments])
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

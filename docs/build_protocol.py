@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edge_vlm.options import fields_of
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol import messages
 from edge_vlm_runtime.protocol.frames import DropReason
@@ -84,7 +85,8 @@ CLOSING = """\
 | 1001 | the server is stopping; `session.go_away` came before, answers under way got their time |
 | 1003 | the first message is binary and not of this protocol |
 | 1008 | the API key is missing or wrong; no such session to go on with, or another connection \
-went on with it; a page from another origin is refused with HTTP 403 before the upgrade |
+went on with it; a page from another origin, and a `Host` that is not the server's \
+(`E-HOST`), are refused with HTTP 403 before the upgrade |
 | 1009 | a message is larger than `max_message_bytes` |
 | 1011 | a bug of the server's ended the session; its log has the traceback |
 | 1013 | no free session (there is no waiting line; the message says how many are taken), \
@@ -97,6 +99,7 @@ caused it.
 ## Over HTTP on the same port
 
 `/` the browser page, `/healthz` and `/readyz` (200 or 503), `/version`, `/metrics` (Prometheus).
+A `Host` that is not the server's gets 403 and the code `E-HOST`.
 
 A server with an API key wants `Authorization: Bearer KEY` on the websocket and on every path under
 `/v1/`, and for `/metrics`; without it HTTP answers 401. A page, which cannot set headers, offers
@@ -180,10 +183,11 @@ def _limits(title: str, kind: type) -> str:
 
 
 def _field_texts(kind: type) -> dict[str, str]:
-    """The string literal under each field of a class, as one line."""
+    """What each field of a class means: its About, or the string literal under it as one line."""
     source = inspect.getsource(kind)
     found = re.findall(r'\n    (\w+)(?::| =)[^\n]*\n    """(.*?)"""', source, flags=re.DOTALL)
-    return {name: " ".join(text.split()) for name, text in found}
+    texts = {name: " ".join(text.split()) for name, text in found}
+    return texts | {name: about.text for name, (_, about) in fields_of(kind).items()}
 
 
 def _properties(kind: Any) -> dict[str, Any]:

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
 import edge_vlm
-from edge_vlm.errors import EdgeVlmError, MissingExtraError
+from edge_vlm.errors import EdgeVlmError, MissingExtraError, OutputError
+from edge_vlm.output import CLOSED_PIPE_EXIT_CODE, OutputClosed, standard_output
 
 ENTRY_POINT_GROUP = "edge_vlm.commands"
 
-# Our commands in the order of `edge-vlm --help`: the extra each one needs and what it does. Kept
-# here because printing the list imports no command.
+# Our commands in the order of `edge-vlm --help`: the extra each one needs (for a server of its own
+# more) and what it does. It stands only here, because printing the list imports no command.
 COMMANDS = {
     "demo": ("ort", "stream a rendered clip through the demo model and check its answers"),
     "serve": ("ort", "serve a bundle over a websocket, with a browser page"),
-    "watch": ("ort", "stream a file, webcam or RTSP camera to a server and ask questions"),
-    "ask": ("ort", "ask one question about one video file"),
+    "watch": ("client", "stream a file, webcam or RTSP camera to a server and ask questions"),
+    "ask": ("client", "ask one question about one video file"),
     "doctor": ("ort", "say what this machine has and lacks for serving, and how to get it"),
     "replay": ("ort", "run a recorded session again: the same report, or figures at full speed"),
     "train": ("train", "train a model by a recipe, in one process or many"),
@@ -36,6 +36,7 @@ COMMANDS = {
     "eval-alerts": ("ort", "measure a bundle's alerts on footage with known events"),
     "calibrate": ("train", "measure a checkpoint's scores and ranges on footage"),
     "inspect": ("train", "say what a model or bundle holds: parts, sizes, precision"),
+    "convert": ("train", "write weights of any known kind in our format or the model hub's"),
     "export": ("export", "turn a checkpoint into a bundle of ONNX graphs"),
     "build": ("trt-rtx", "compile a bundle's graphs to TensorRT engines, on the device"),
     "verify": ("export", "compare a bundle's graphs with torch"),
@@ -46,32 +47,43 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One subcommand.
+    """One subcommand. Its name is its entry point's; what `--help` says of it stands in COMMANDS.
 
-    `help` is shown by `edge-vlm NAME --help`; `run` returns the exit code and may raise any
-    `EdgeVlmError`. Modules that define commands import heavy libraries inside `run`.
+    `run` returns the exit code and may raise any `EdgeVlmError`. Modules that define commands
+    import heavy libraries inside `run`.
     """
 
-    name: str
-    help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; a typed error becomes one line on stderr."""
+    """Runs one command and returns its exit code; a typed error becomes one line on stderr.
+
+    Output that nobody reads any more ends the command quietly, see `edge_vlm.output`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with standard_output():
+            return _exit_code(arguments)
+    except OutputClosed:
+        return CLOSED_PIPE_EXIT_CODE
+    except OutputError as error:
+        return _reported(error)
+
+
+def _exit_code(arguments: list[str]) -> int:
     try:
         return run_command(arguments)
     except EdgeVlmError as error:
-        print(f"edge-vlm: {error.code}: {error}", file=sys.stderr)
-        return error.exit_code
+        return _reported(error)
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
-    except BrokenPipeError:
-        # Whoever read our output is gone (`edge-vlm ... | head`): keep the last flush quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+
+
+def _reported(error: EdgeVlmError) -> int:
+    print(f"edge-vlm: {error.code}: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def run_command(arguments: list[str]) -> int:
@@ -94,13 +106,16 @@ def run_command(arguments: list[str]) -> int:
         if name not in COMMANDS or library.startswith("edge_vlm"):
             raise  # a bug, not a library that an extra would bring
         raise MissingExtraError.for_library(library, COMMANDS[name][0]) from error
+    except MissingExtraError as error:
+        raise error.widened(COMMANDS[name][0] if name in COMMANDS else "") from error
 
 
 def _run(point: metadata.EntryPoint, arguments: list[str]) -> int:
     command = point.load()
     if not isinstance(command, Command):
         raise TypeError(f"entry point {point.value} is not an edge_vlm.cli.Command")
-    parser = argparse.ArgumentParser(prog=f"edge-vlm {point.name}", description=command.help)
+    _, summary = COMMANDS.get(point.name, ("", None))
+    parser = argparse.ArgumentParser(prog=f"edge-vlm {point.name}", description=summary)
     command.add_arguments(parser)
     return command.run(parser.parse_args(arguments))
 

@@ -21,7 +21,8 @@
     |   `-- UnknownMessageType  7  E-UNKNOWN-TYPE
     |-- ServerUnreachable       8  E-SERVER-UNREACHABLE
     |   |-- ServerBusy          8  E-SERVER-BUSY        no free session, or it is stopping
-    |   `-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
+    |   |-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
+    |   `-- HostNotAllowed      8  E-HOST               it does not go by the name it was called
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
     |-- SessionError           10  E-SESSION
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
@@ -52,6 +53,7 @@
     |   |-- TrtBuildFailed     11  E-TRT-BUILD          the build ended for a reason not listed here
     |   |-- EngineMissing      11  E-ENGINE-MISSING     not built yet
     |   `-- EngineStale        11  E-ENGINE-STALE       built for another GPU, version or graph
+    |-- OutputError            16  E-OUTPUT             standard output or error takes no more
     |-- InternalError           1  E-INTERNAL           a bug of ours, logged with its traceback
     |-- RecordingError         14  E-RECORDING          a recorded session cannot be read or written
     |   `-- ReplayDiffers      14  E-REPLAY-DIFFERS     the same work did not give the same events
@@ -222,19 +224,40 @@ class Unauthorized(ServerUnreachable):
     code = "E-UNAUTHORIZED"
 
 
+class HostNotAllowed(ServerUnreachable):
+    code = "E-HOST"
+
+
 class MissingExtraError(EdgeVlmError):
-    """An optional library is absent. Raised by the one module that imports it."""
+    """An optional library is absent. Raised by the one module that imports it.
+
+    `library` and `extra` are those of `for_library`.
+    """
 
     code = "E-MISSING-EXTRA"
     exit_code = 9
+    library: str | None = None
+    extra: str | None = None
 
     @classmethod
     def for_library(cls, library: str, extra: str) -> MissingExtraError:
-        """`raise MissingExtraError.for_library("onnxruntime", "ort") from error`"""
-        return cls(
+        """`raise MissingExtraError.for_library("onnxruntime", "ort") from error`
+
+        `extra`: the smallest that brings the library and what its module needs."""
+        error = cls(
             f"{library} is not installed",
             remedy=f"install it with: pip install 'edge-vlm[{extra}]'",
         )
+        error.library, error.extra = library, extra
+        return error
+
+    def widened(self, extra: str) -> MissingExtraError:
+        """The same for something that needs all of `extra`: one installation, not several."""
+        growing = ("client", "serve", "ort")  # each holds the one before
+        if self.library is None or self.extra not in growing or extra not in growing:
+            return self
+        wider = max(self.extra, extra, key=growing.index)
+        return MissingExtraError.for_library(self.library, wider)
 
 
 class SessionError(EdgeVlmError):
@@ -375,6 +398,11 @@ class DeliveryError(EdgeVlmError):
 
 class DeliveryRefused(DeliveryError):
     code = "E-DELIVERY-REFUSED"
+
+
+class OutputError(EdgeVlmError):
+    code = "E-OUTPUT"
+    exit_code = 16
 
 
 class InternalError(EdgeVlmError):

@@ -65,7 +65,7 @@ def _pool_flops(in_width: int, inner: int, out_width: int) -> int:
 
 
 def language_flops(cfg: LanguageConfig, num_tokens: int, num_past: int = 0) -> int:
-    """All blocks on new tokens behind `num_past` ones, without the head.
+    """All blocks on new tokens after `num_past` ones, without the head.
 
     The attention is counted in full, as a kernel with an arbitrary mask computes it.
     """

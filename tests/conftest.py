@@ -2,7 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+# Tests run side by side, and these models are small: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
+pytest_plugins = ["pytester"]
+
+# Measured with `pytest --durations=0`: files whose tests or fixtures take more than about a second
+# of a processor each. `make quick` leaves them out.
+SLOW = (
+    *("benchmarks/", "e2e/", "golden/", "gpu/"),
+    *("edge_vlm/test_wheel.py",),
+    *(f"export/test_{name}.py" for name in ("bad_input", "footage", "image_encoder", "variants")),
+)
+
+
+_make_loop = asyncio.BaseEventLoop.__init__
+
+
+def _make_debugged_loop(loop: asyncio.BaseEventLoop) -> None:
+    """Event loops of tests check themselves: a call from another thread is an error, and a
+    coroutine that nobody awaited is named with where it was made.
+
+    Not by PYTHONASYNCIODEBUG, which programs that tests start would inherit and write about on the
+    standard error that is their user's.
+    """
+    _make_loop(loop)
+    loop.set_debug(True)
+
+
+asyncio.BaseEventLoop.__init__ = _make_debugged_loop  # type: ignore[method-assign, assignment]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 # How long an example takes depends on what else the machine does; that is no failure. The examples
 # are the same each time, so that a red run is red for whoever repeats it; new ones are drawn by

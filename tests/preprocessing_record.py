@@ -43,10 +43,13 @@ def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     y, x, channel = np.ogrid[:height, :width, :3]
     mixed = (y * 179 + x * 73 + channel * 283 + seed * 419 + y * x) % 1009
     coarse = (y * 255 // max(1, height - 1) + x * (channel + 1) * 90 // width) % 256
-    return np.where((y // 16 + x // 16) % 2, mixed * mixed % 251, coarse).astype(np.uint8)
+    picture: NDArray[np.uint8] = np.where(
+        (y // 16 + x // 16) % 2, mixed * mixed % 251, coarse
+    ).astype(np.uint8)
+    return picture
 
 
-def digest(array: NDArray) -> str:
+def digest(array: NDArray[Any]) -> str:
     """Of the bytes, little-endian."""
     little = array.astype(array.dtype.newbyteorder("<"))
     return hashlib.sha256(np.ascontiguousarray(little).tobytes()).hexdigest()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,12 +13,13 @@ import tokenizers
 import torch
 
 from edge_vlm.config import ModelConfig, VisionAttention, tiny
-from edge_vlm.model.published.folder import load_published, save_published
+from edge_vlm.model.published.folder import load_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm_export.graphs.graphs import GraphLimits
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
-from tests.tiny import WORDS
+from tests.tiny import WORDS, kept
 
 LIMITS = GraphLimits(max_frames=2, opt_tokens=32, max_tokens=160, max_past=1024)
 CUT = ImageConfig(max_crops=5, overlap=(2, 3))
@@ -31,11 +31,13 @@ EXTRA = (
 )
 
 
-@lru_cache(maxsize=1)
 def published_folder() -> Path:
     """config.json, model.safetensors, tokenizer.json and preprocessor_config.json."""
-    folder = Path(tempfile.mkdtemp(prefix="edge-vlm-published-")) / "tiny-molmo2"
-    words = _tokenizer()
+    return kept("tiny-molmo2", _make_folder)
+
+
+def _make_folder(folder: Path) -> None:
+    words = small_tokenizer()
     cfg = config(words.get_vocab_size() - len(EXTRA))
     torch.manual_seed(5)
     model = VideoLM(cfg)
@@ -56,7 +58,6 @@ def published_folder() -> Path:
         "patch_size": cfg.vision.patch_size,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(rules))
-    return folder
 
 
 @lru_cache(maxsize=1)
@@ -64,13 +65,10 @@ def published_model() -> VideoLM:
     return load_published(published_folder())
 
 
-@lru_cache(maxsize=1)
 def image_bundle() -> Path:
     """Folder of the exported bundle, which has an `image_encoder`."""
-    folder = published_folder()
-    target = folder.parent / "bundle"
-    export_bundle(folder, target, ExportOptions(limits=LIMITS, defaults={"max_time_s": 600.0}))
-    return target
+    options = ExportOptions(limits=LIMITS, defaults={"max_time_s": 600.0})
+    return kept("tiny-molmo2-bundle", lambda to: export_bundle(published_folder(), to, options))
 
 
 def config(base_vocab: int) -> ModelConfig:
@@ -80,9 +78,10 @@ def config(base_vocab: int) -> ModelConfig:
     return dataclasses.replace(cfg, scorer=None, attention=VisionAttention.ALL, language=language)
 
 
-def _tokenizer() -> tokenizers.Tokenizer:
+def small_tokenizer(texts: str = WORDS) -> tokenizers.Tokenizer:
+    """With the words of `texts` and the published markers behind them."""
     pieces = {"\n", " ", ".", "?", "user", "assistant", *map(str, range(10))}
-    pieces |= set(re.findall(r"[a-z]+|[^a-z]", WORDS))
+    pieces |= set(re.findall(r"[a-z]+|[^a-z]|[A-Z][a-z]*", texts))
     pieces |= {*'<>/"=;', "points", "tracks", "coords"}  # for scripted answers that point
     base = [*TEXT_SPECIAL, *sorted(pieces)]
     backend = tokenizers.Tokenizer(

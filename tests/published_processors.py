@@ -49,7 +49,8 @@ class _WithoutTorchvision:
     def resize(
         self, image: torch.Tensor, size: Any, resample: Any = None, antialias: bool = True
     ) -> torch.Tensor:
-        assert int(resample) == BILINEAR and not antialias
+        assert int(resample) == BILINEAR
+        assert not antialias
         shape = (size.height, size.width)
         return torch.nn.functional.interpolate(image, shape, mode="bilinear", align_corners=False)
 
@@ -80,7 +81,7 @@ class _Processor(Molmo2Processor):
 
 def published_images(
     pictures: Sequence[NDArray[np.uint8]], max_crops: int = 8, **settings: Any
-) -> dict[str, NDArray]:
+) -> dict[str, NDArray[Any]]:
     """`pixel_values`, `image_token_pooling`, `image_grids` and `image_num_crops`."""
     made = _Images()(
         list(pictures), max_crops=max_crops, input_data_format="channels_last", **settings
@@ -88,7 +89,7 @@ def published_images(
     return {name: np.asarray(value) for name, value in made.items()}
 
 
-def published_video(frames: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray]:
+def published_video(frames: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[Any]]:
     """`pixel_values_videos`, `video_token_pooling` and `video_grids` of frames of one size."""
     made = _Videos()(
         videos=[np.stack(frames)], do_sample_frames=False, input_data_format="channels_last"
@@ -184,6 +185,12 @@ def record(folder: Path) -> dict[str, Any]:
     plain = published_processor(
         folder, use_single_crop_col_tokens=False, use_frame_special_tokens=False
     )
+    web = published_processor(
+        folder,
+        use_single_crop_col_tokens=False,
+        use_frame_special_tokens=False,
+        use_single_crop_start_token=False,
+    )
     other = published_processor(folder)
     return {
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
@@ -193,6 +200,10 @@ def record(folder: Path) -> dict[str, Any]:
             "released": {
                 "images": [_prompt_record(image_prompt(plain, sizes)) for sizes in IMAGE_PROMPTS],
                 "video": _prompt_record(video_prompt(plain)),
+            },
+            "web": {
+                "images": [_prompt_record(image_prompt(web, sizes)) for sizes in IMAGE_PROMPTS],
+                "video": _prompt_record(video_prompt(web)),
             },
             "class defaults": {
                 "images": [_prompt_record(image_prompt(other, sizes)) for sizes in IMAGE_PROMPTS],

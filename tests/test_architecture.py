@@ -48,7 +48,6 @@ FLOORS = (
     {"cli"},
 )
 PURE_ROOMS = {"session", "protocol"}
-THREAD_SAFE = "session.frame_queue"  # the one place where threads meet
 IMPURE_LIBRARIES = {"asyncio", "threading", "socket", "selectors", "select", "subprocess", "time"}
 
 
@@ -187,9 +186,7 @@ def test_session_logic_is_pure() -> None:
     wrong = [
         str(found)
         for found in imports(RUNTIME)
-        if found.module.partition(".")[0] in PURE_ROOMS
-        and found.module != THREAD_SAFE
-        and found.library in IMPURE_LIBRARIES
+        if found.module.partition(".")[0] in PURE_ROOMS and found.library in IMPURE_LIBRARIES
     ]
     for module, tree in modules(RUNTIME):
         if module.partition(".")[0] in PURE_ROOMS:

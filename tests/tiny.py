@@ -1,33 +1,38 @@
 """Small real things for tests: a random-weight model, its checkpoint and its exported bundle.
 
-The bundle is made by the real exporter. That takes about ten seconds, so it is kept in the test
-cache under a key of everything it depends on, and made anew when any of that changes. Shared and
-read-only: tests that damage a bundle copy it first.
+The bundle is made by the real exporter. That takes about fifteen seconds, so it is kept in the test
+cache under a key of everything it depends on, and made anew when any of that changes. Processes
+that test at the same time share it: one makes it, the others wait. Read-only: tests that damage a
+bundle copy it first.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
-import tempfile
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from edge_vlm.config import ModelConfig, tiny
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".pytest_cache" / "edge-vlm-tiny"
 SOURCES = (
-    "edge_vlm/formats/bundle.py",
     "edge_vlm/config.py",
-    "edge_vlm/formats/precision.py",
-    "edge_vlm/text/prompt.py",
-    "edge_vlm/formats/graph_spec.py",
-    "edge_vlm/model/*.py",
-    "export/edge_vlm_export/*.py",
+    "edge_vlm/formats/**/*.py",
+    "edge_vlm/model/**/*.py",
+    "edge_vlm/pixels/**/*.py",
+    "edge_vlm/text/**/*.py",
+    "export/edge_vlm_export/**/*.py",
     "training/edge_vlm_training/world/vocabulary.py",
+    "tests/published_folder.py",
     "tests/tiny.py",
 )
 WORDS = (
@@ -39,12 +44,12 @@ TINY_LIMITS = {"max_frames": 3, "opt_tokens": 16, "max_tokens": 96, "max_past": 
 
 def tiny_checkpoint() -> Path:
     """Folder with config.json, model.safetensors and tokenizer.json: random weights, seed 0."""
-    return _made() / "tiny-checkpoint"
+    return kept("tiny-checkpoint", _make_checkpoint)
 
 
 def tiny_bundle() -> Path:
     """Folder of the exported bundle of `tiny_checkpoint()`: 9 cells a frame, 2 layers, width 48."""
-    return _made() / "tiny-bundle"
+    return kept("tiny-bundle", partial(_export, {}))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -57,47 +62,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Other exports of `tiny_checkpoint()`, by name: what differs from the plain one."""
 
 
-@lru_cache
 def tiny_variant(name: str) -> Path:
     """Folder of the exported bundle of `tiny_checkpoint()` with the options of VARIANTS."""
-    from edge_vlm.formats.precision import Precision, Variant
-    from edge_vlm_export.graphs.graphs import GraphLimits, KVForm
-    from edge_vlm_export.to_onnx import ExportOptions, export_bundle
-
-    wanted = VARIANTS[name]
-    precision = Precision.parse(wanted.get("precision", "fp32"))
-    target = _made() / f"tiny-{name}"
-    if not target.exists():
-        options = ExportOptions(
-            limits=GraphLimits(**TINY_LIMITS),
-            precision=precision,
-            variant=Variant(wanted.get("variant", "portable")),
-            kv_form=KVForm(wanted.get("kv_form", "concat")),
-            footage=(tiny_footage(),) if precision.needs_ranges else (),
-        )
-        export_bundle(tiny_checkpoint(), target, options)
-    return target
+    return kept(f"tiny-{name}", partial(_export, VARIANTS[name]))
 
 
 def tiny_footage() -> Path:
     """A video of three seconds, 64x48, of a square that moves."""
-    import av
-    import numpy as np
-
-    path = _made() / "footage.mp4"
-    if not path.exists():
-        partial = path.with_suffix(".partial.mp4")
-        with av.open(str(partial), "w") as container:
-            stream = container.add_stream("mpeg4", rate=4)
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-            for i in range(12):
-                rgb = np.full((48, 64, 3), (40, 90, 160), np.uint8)
-                rgb[10:26, 4 * i : 4 * i + 16] = (240, 60, 30)
-                for packet in stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")):
-                    container.mux(packet)
-            container.mux(stream.encode(None))
-        partial.rename(path)
-    return path
+    return kept("footage.mp4", _make_footage)
 
 
 @lru_cache(maxsize=1)
@@ -108,21 +80,22 @@ def tiny_config() -> ModelConfig:
     return EngineBundle.open(tiny_bundle()).config
 
 
-@lru_cache(maxsize=1)
-def _made() -> Path:
-    target = CACHE / _key()
-    if target.exists():
-        return target
-    CACHE.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="making-", dir=CACHE))
-    _make(folder)
-    try:
-        folder.rename(target)
-    except OSError:  # another test run was faster
-        shutil.rmtree(folder)
+def kept(name: str, make: Callable[[Path], object]) -> Path:
+    """What `make` writes to the path it is given: once, for all processes and later runs."""
+    target = CACHE / _key() / name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_name(f"{name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                partly = target.with_name(f"partly-{name}")
+                shutil.rmtree(partly, ignore_errors=True)
+                make(partly)
+                partly.rename(target)
     return target
 
 
+@lru_cache(maxsize=1)
 def _key() -> str:
     digest = hashlib.sha256(metadata.version("torch").encode())
     for pattern in SOURCES:
@@ -131,19 +104,68 @@ def _key() -> str:
     return digest.hexdigest()[:20]
 
 
-def _make(folder: Path) -> None:
+def _make_checkpoint(folder: Path) -> None:
     import torch
 
     from edge_vlm.model.checkpoint import save_checkpoint
     from edge_vlm.model.video_lm import VideoLM
-    from edge_vlm_export.graphs.graphs import GraphLimits
-    from edge_vlm_export.to_onnx import ExportOptions, export_bundle
     from edge_vlm_training.world.vocabulary import build_tokenizer
 
-    words = folder / "words.json"
+    words = folder.with_name("words.json")
     config = tiny(*build_tokenizer([WORDS], words))
     model = VideoLM(config).init_weights(torch.Generator().manual_seed(0))
-    checkpoint = folder / "tiny-checkpoint"
-    save_checkpoint(checkpoint, config, model.state_dict(), words)
-    options = ExportOptions(limits=GraphLimits(**TINY_LIMITS))
-    export_bundle(checkpoint, folder / "tiny-bundle", options)
+    save_checkpoint(folder, config, model.state_dict(), words)
+
+
+def _export(wanted: dict[str, Any], target: Path) -> None:
+    from edge_vlm.formats.precision import Precision, Variant
+    from edge_vlm_export.graphs.graphs import GraphLimits, KVForm
+    from edge_vlm_export.to_onnx import ExportOptions, export_bundle
+
+    precision = Precision.parse(wanted.get("precision", "fp32"))
+    options = ExportOptions(
+        limits=GraphLimits(**TINY_LIMITS),
+        precision=precision,
+        variant=Variant(wanted.get("variant", "portable")),
+        kv_form=KVForm(wanted.get("kv_form", "concat")),
+        footage=(tiny_footage(),) if precision.needs_ranges else (),
+    )
+    with traced_once():
+        export_bundle(tiny_checkpoint(), target, options)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Exports in here share what they have in common: the traced graphs of the same weights, which
+    take nearly all of the time."""
+    from edge_vlm_export import to_onnx
+
+    def trace(export: Any) -> dict[str, Any]:
+        options = export.options
+        key = (str(export.source.identity), options.variant, options.kv_form, options.limits)
+        if key not in _traced:
+            _traced[key] = traced(export)
+        return {name: model.clone() for name, model in _traced[key].items()}
+
+    traced = to_onnx._Export._trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx._Export, "_trace", trace)
+        yield
+
+
+_traced: dict[Any, dict[str, Any]] = {}
+
+
+def _make_footage(path: Path) -> None:
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(12):
+            rgb = np.full((48, 64, 3), (40, 90, 160), np.uint8)
+            rgb[10:26, 4 * i : 4 * i + 16] = (240, 60, 30)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")):
+                container.mux(packet)
+        container.mux(stream.encode(None))

@@ -10,7 +10,6 @@ of files it has mapped, which the system takes back when it needs the room.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -23,11 +22,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import command_line, device_record, write_result
+from benchmarks.harness import CHECKPOINT, RESULTS, result_head, script_parser, write_result
 
-ROOT = Path(__file__).parents[2]
-TOKENIZER = ROOT / "training/checkpoints/demo/tokenizer.json"
-RESULTS = ROOT / "benchmarks/results"
+TOKENIZER = CHECKPOINT / "tokenizer.json"
 FIELDS = {"RssAnon": "own", "RssFile": "mapped_files", "VmRSS": "both"}
 INTERVAL_S = 0.25
 
@@ -89,9 +86,7 @@ def run_export(arguments: list[str], limit_s: float) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--shape", default="molmo2_4b")
     parser.add_argument("--precision", default="int4", help="one that needs no footage")
     parser.add_argument("--variant", default="portable")
@@ -99,7 +94,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit-minutes", type=float, default=25)
     parser.add_argument("--scratch", type=Path, help="folder with room for the bundle")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     out = args.out or RESULTS / f"export_{args.shape}_{args.precision}.json"
     with tempfile.TemporaryDirectory(prefix="export-", dir=args.scratch) as scratch:
@@ -115,10 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         record["printed"] = [text.replace(f"{bundle}", "BUNDLE") for text in record["printed"]]
     result = {
-        "command": re.sub(
-            r" --(scratch|tokenizer) \S+", "", command_line("export.full_size_export", argv)
-        ),
-        **device_record(torch.device("cpu")),
+        **result_head(__file__, argv, torch.device("cpu")),
         "threads": args.threads,
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "shape": args.shape,

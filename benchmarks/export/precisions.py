@@ -21,19 +21,24 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import device_record, progress, write_result
+from benchmarks.harness import (
+    CHECKPOINT,
+    RESULTS,
+    progress,
+    result_head,
+    script_parser,
+    write_result,
+)
 from edge_vlm.errors import EdgeVlmError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import PRESETS, Precision, Variant
 from edge_vlm_export.graphs.weights import open_weights
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_export.verify.verify import Report, verify_bundle
+from edge_vlm_runtime.demo.paths import DEMO_FOLDER
 
-ROOT = Path(__file__).parents[2]
-CHECKPOINT = ROOT / "training/checkpoints/demo"
-DEMO_CLIP = ROOT / "runtime/edge_vlm_runtime/demo/clip.mp4"
-RESULT = ROOT / "benchmarks/results/precisions.json"
 ORT_PRECISIONS = ("fp32", "int8", "int4")
+DEMO_CLIP = DEMO_FOLDER / "clip.mp4"
 CASES = [f"portable {name}" for name in PRESETS] + [f"ort {name}" for name in ORT_PRECISIONS]
 
 
@@ -80,7 +85,7 @@ def comparisons(report: Report) -> dict[str, Any]:
         worst = graphs.setdefault(found.graph, {"max_difference": 0.0, "least_cosine": 1.0})
         worst["max_difference"] = max(worst["max_difference"], float(f"{found.difference:.3g}"))
         worst["least_cosine"] = min(worst["least_cosine"], round(found.cosine, 6))
-    clip = report.chains[0]
+    clip = report.pipelines[0]
     return {
         "graphs": graphs,
         "clip": {
@@ -131,27 +136,18 @@ def line(case: str, found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, RESULTS / "precisions.json")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--footage", type=Path, nargs="*", default=[], metavar="VIDEO")
     parser.add_argument("--measured", type=int, default=16, help="frames that ranges are taken of")
     parser.add_argument("--frames", type=int, default=32, help="frames that are checked")
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     footage = [DEMO_CLIP, *args.footage]
     result: dict[str, Any] = {
-        "command": " ".join(
-            [
-                "python -m benchmarks.export.precisions --footage",
-                *(path.name for path in args.footage),
-            ]
-        ),
-        **device_record(torch.device("cpu")),
+        **result_head(__file__, argv, torch.device("cpu")),
         "checkpoint": open_weights(args.checkpoint).identity,
         "frames_measured": args.measured,
         "frames_checked": args.frames,

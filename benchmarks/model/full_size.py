@@ -14,22 +14,21 @@ unpruned model would gain more. Published to beat (STTS, arXiv 2603.18004, 50 % 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import (
-    command_line,
-    device_record,
+    RESULTS,
     in_turn,
     progress,
+    result_head,
+    script_parser,
     speed_up,
     summary,
     write_result,
@@ -37,15 +36,13 @@ from benchmarks.harness import (
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, molmo2_4b, tiny
 from edge_vlm.flops import language_flops, vision_flops
 from edge_vlm.model.clips import encode_clips
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.text.masks import CAUSAL, MASKED
 
-RESULTS = Path(__file__).parents[1] / "results"
 STAMP_TOKENS = 5
 """Text before a frame: its time stamp."""
 QUESTION_TOKENS = 24
-CAUSAL = -1
 ROW_ALIGNMENT = 16
 
 
@@ -90,7 +87,7 @@ class Bench:
         shape = (clips * frames, vision.num_patches, vision.patch_dim)
         pixels = torch.randn(shape, device=self.device, dtype=self.dtype)
         begin = self._now()
-        seen = encode_clips(model, pixels, [frames] * clips, removed, min_cells=0)
+        seen = encode_clips(model, pixels, [frames] * clips, keep_ratio=1 - removed, min_cells=0)
         vision_s = self._now() - begin
 
         counts = seen.kept_FC.view(clips, frames, -1).sum(-1).tolist()
@@ -226,7 +223,7 @@ def parse_clips(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__, RESULTS / "full_size_cuda.json")
     parser.add_argument(
         "--clips",
         type=parse_clips,
@@ -242,7 +239,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--attention", choices=[a.value for a in VisionAttention], default="all")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS / "full_size_cuda.json")
     args = parser.parse_args(argv)
     if not args.tiny and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use; --tiny tries the script on a CPU")
@@ -256,9 +252,8 @@ def main(argv: list[str] | None = None) -> int:
         workloads.append(measure(bench, clips, frames, args.removed, args.rounds, args.warmups))
         print(table(workloads[-1]))
     result = {
-        "command": command_line("model.full_size", argv),
+        **result_head(__file__, argv, device),
         "config": "tiny" if args.tiny else "molmo2_4b",
-        **device_record(device),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": args.attention,
         "language_kernel": "scaled_dot_product_attention with a dense additive mask",

@@ -1,4 +1,4 @@
-"""Draws what a table of `edge-vlm eval` says: right answers over the share of cells kept, as SVG.
+"""Draws a table of `edge-vlm eval`, or its summary: right answers over the cells kept, as SVG.
 
     python -m benchmarks.model.policy_figure policies.json policies.svg
 
@@ -13,8 +13,8 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from benchmarks.summarise import Row, rows_of
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.runs import ATTENTIONS, KEEP_ALL, POLICIES
 
@@ -29,7 +29,6 @@ COLOURS = {
     "fewer_frames": "#1f77b4",
     "last_n": "#9467bd",
 }
-Row = dict[str, Any]
 
 
 def draw(rows: Sequence[Row]) -> str:
@@ -106,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("figure", type=Path)
     parser.add_argument("--path", help="torch, bundle or served")
     args = parser.parse_args(argv)
-    rows = json.loads(args.table.read_text())["rows"]
+    rows = rows_of(json.loads(args.table.read_text()))
     most = max(rows, key=lambda row: row["clips"])["path"] if rows else None
     chosen = [row for row in rows if row["path"] == (args.path or most)]
     args.figure.write_text(draw(chosen))

@@ -15,22 +15,21 @@ Goal: 92 % of the bound at keep 0.7, 0.5 and 0.3.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import (
-    command_line,
-    device_record,
+    RESULTS,
     in_turn,
     progress,
+    result_head,
+    script_parser,
     speed_up,
     summary,
     write_result,
@@ -41,7 +40,6 @@ from edge_vlm.model.clips import EncodedClips, encode_clips
 from edge_vlm.model.reference import pack_rows
 from edge_vlm.model.video_lm import VideoLM
 
-RESULTS = Path(__file__).parents[1] / "results"
 UNPRUNED = "unpruned"
 FRAMES = {"cpu": 8, "cuda": 64}
 ROUNDS = {"cpu": (3, 1), "cuda": (20, 10)}
@@ -77,12 +75,13 @@ def encode_unpruned(model: VideoLM, pixels_FNP: Tensor) -> Tensor:
         if i in layers:
             taps[i] = x
     joined = torch.cat([taps[i] for i in layers], -1)
-    return model.connector(model.vit.cells(joined).flatten(0, 1))
+    out: Tensor = model.connector(model.vit.cells(joined).flatten(0, 1))
+    return out
 
 
 def encode_pruned(model: VideoLM, pixels_FNP: Tensor, keep_ratio: float) -> EncodedClips:
     """One clip: its first frame whole, what is left of the budget to the best cells."""
-    return encode_clips(model, pixels_FNP, [len(pixels_FNP)], 1 - keep_ratio, min_cells=0)
+    return encode_clips(model, pixels_FNP, [len(pixels_FNP)], keep_ratio=keep_ratio, min_cells=0)
 
 
 def published_flops(cfg: ModelConfig, kept: list[int]) -> tuple[int, int]:
@@ -144,7 +143,6 @@ def measure(
             "published_packing": {"rows": rows, "bound": round(whole / theirs, 3)},
         }
     return {
-        **device_record(device),
         "dtype": str(dtype).removeprefix("torch."),
         "frames": frames,
         "rounds": rounds,
@@ -168,7 +166,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: every one there is")
     parser.add_argument("--frames", type=int, help="default: 8 on a CPU, 64 on a GPU")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.3, 0.2])
@@ -182,7 +180,6 @@ def main(argv: list[str] | None = None) -> int:
         help="processor: seconds of computing, for a CPU that others use as well",
     )
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: does the script work?")
-    parser.add_argument("--out", type=Path, help="default: results/vit_pruning_DEVICE.json")
     args = parser.parse_args(argv)
     if args.clock == "processor" and args.device != "cpu":
         parser.error("--clock processor is for --device cpu")
@@ -201,13 +198,12 @@ def main(argv: list[str] | None = None) -> int:
             warmups=warmups if args.warmups is None else args.warmups,
             clock=args.clock,
         )
-        print(table(result))
         size = "tiny" if args.tiny else "molmo2_4b"
+        result = {**result_head(__file__, argv, torch.device(kind)), "config": size, **result}
+        print(table(result))
         path = args.out or RESULTS / f"vit_pruning_{kind}.json"
         if args.out or not args.tiny:
-            write_result(
-                path, {"command": command_line("model.vit_pruning", argv), "config": size, **result}
-            )
+            write_result(path, result)
             print(f"written to {path}")
     return 0
 

@@ -8,7 +8,7 @@
    round by round. Goal: at most 1.25 times as long as alone.
 2. Frames that were encoded join the memory one by one or four in a prefill: time per frame.
 3. The budget: share of cells kept against `keep_ratio`, tokens a second against
-   `vision_tokens_per_s`, over rendered scenes and, where they are, the shared clips. Goal: within
+   `vision_tokens_per_s`, over rendered scenes and the videos named. Goal: within
    10 %.
 4. A minute of a camera on a scene that stands still and on a busy one, default settings: frames
    through the engines, tokens, and processor time, JPEG decoding apart. Goal: less than a tenth.
@@ -21,39 +21,41 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.harness import (
-    command_line,
-    device_record,
+    CLOCKS_NS,
+    RESULTS,
     in_turn,
     progress,
+    result_head,
+    script_parser,
     speed_up,
     summary,
     write_result,
 )
-from benchmarks.runtime.stream_length import CLOCKS, FPS, pictures
+from benchmarks.runtime.stream_length import FPS, pictures
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.scheduler import Scheduler
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
 from edge_vlm_runtime.inference.vision import FrameTokens
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits, SessionSettings
-from edge_vlm_runtime.session.budget import default_settings
+from edge_vlm_runtime.session.budget import MemoryPlan, default_settings
 from edge_vlm_runtime.session.context import FRAMES_PER_PREFILL, StreamContext
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
-from edge_vlm_runtime.session.session import Question, Session
+from edge_vlm_runtime.session.frames import EncodedFrame
+from edge_vlm_runtime.session.session import Session
+from edge_vlm_runtime.session.stream_clock import StreamClock
 from edge_vlm_runtime.sources.video_file import FileSource
 
-ROOT = Path(__file__).parents[2]
-OUT = ROOT / "benchmarks" / "results" / "live_load.json"
-SHARED_CLIPS = ROOT.parent / "shared" / "clips"
 FLOOD = "flood"
 RATES: tuple[float | str, ...] = (2.0, 10.0, 30.0, FLOOD)
 OTHERS = 3
@@ -78,7 +80,7 @@ class EndlessEngines:
 class _EndlessPrompt:
     def __init__(self, engines: LoadedBundle) -> None:
         self._prompt = engines.prompt
-        self.eos_id = engines.bundle.config.language.base_vocab  # there is no logit for it
+        self.eos_ids = (engines.bundle.config.language.base_vocab,)  # there is no logit for it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._prompt, name)
@@ -104,8 +106,17 @@ class Camera:
         self._number = 0
         self._due_ns = clock_ns()
         self.session = Session(
-            engines=engines, settings=settings, limits=limits, emit=self._take, clock_ns=clock_ns
+            engines=engines,
+            settings=settings,
+            limits=limits,
+            now_ns=clock_ns(),
+            stopwatch_ns=clock_ns,
         )
+        self.handle = SessionHandle(self.session, limits, clock_ns=clock_ns, send=self._take_all)
+
+    def _take_all(self, events: list[protocol.ServerEvent]) -> None:
+        for event in events:
+            self._take(event)
 
     def _take(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, protocol.FrameAccepted):
@@ -129,20 +140,20 @@ class Camera:
             while self._clock_ns() >= self._due_ns:
                 self._due_ns += round(1e9 / self._rate)
                 self.put()
-        elif self._rate == FLOOD and len(self.session.slot) == 0:
+        elif self._rate == FLOOD and self.handle.frames_waiting == 0:
             self.put()
 
     def put(self, capture_s: float | None = None) -> None:
         rate = self._rate if isinstance(self._rate, float) else 30.0
         capture_s = self._number / rate if capture_s is None else capture_s
         frame = EncodedFrame(
-            sequence=self._number,
-            capture_time_us=round(capture_s * 1e6),
-            jpeg=self._jpegs[self._number % len(self._jpegs)],
+            seq=self._number,
+            capture_us=round(capture_s * 1e6),
             received_ns=self._clock_ns(),
+            data=self._jpegs[self._number % len(self._jpegs)],
         )
         self._number += 1
-        self.dropped += len(self.session.slot.put(frame))
+        self.handle.put_frame(frame)
 
 
 # ---- 1: an answer under video ----------------------------------------------------------------
@@ -168,11 +179,12 @@ def measure_answer(
 
     def answer(name: str, rate: float | str | None, others: int = 0) -> None:
         cameras = [Camera(endless, settings, limits, jpegs, rate, clock_ns)]
-        for _ in range(others):  # they are not asked, so they need no room for an answer
-            cameras.append(Camera(endless, watching, limits, jpegs, FLOOD, clock_ns))
+        cameras += [  # they are not asked, so they need no room for an answer
+            Camera(endless, watching, limits, jpegs, FLOOD, clock_ns) for _ in range(others)
+        ]
         turns: Scheduler[Camera] = Scheduler(
-            answer=lambda camera: camera.session.answer(),
-            watch=lambda camera: camera.session.watch(),
+            answer=lambda camera: camera.handle.answer(),
+            watch=lambda camera: camera.handle.watch(),
             clock_ns=clock_ns,
             max_answer_slowdown=limits.max_answer_slowdown,
         )
@@ -187,7 +199,8 @@ def measure_answer(
         begin_ns = clock_ns()
         for camera in cameras:
             camera.begin()
-        asker.session.ask(Question(text="What is there?", received_ns=begin_ns))
+        asker.handle.take(protocol.ResponseCreate(text="What is there?"))
+        asker.handle.take_messages()
         while asker.done_ns is None:
             turns.round()
             for camera in cameras:
@@ -196,12 +209,12 @@ def measure_answer(
         took[name].append((asker.done_ns - begin_ns) * 1e-9)
         frames[name].append(sum(len(camera.accepted) for camera in cameras) - before)
 
-    cases: dict[str, Callable[[], object]] = {"alone": lambda: answer("alone", None)}
+    cases: dict[str, Callable[[], object]] = {"alone": partial(answer, "alone", None)}
     for rate in RATES:
         name = FLOOD if rate == FLOOD else f"{rate:g} fps"
-        cases[name] = lambda name=name, rate=rate: answer(name, rate)
+        cases[name] = partial(answer, name, rate)
     elsewhere = f"{FLOOD} in {OTHERS} other sessions"
-    cases[elsewhere] = lambda: answer(elsewhere, None, OTHERS)
+    cases[elsewhere] = partial(answer, elsewhere, None, OTHERS)
     took: dict[str, list[float]] = {name: [] for name in cases}
     frames.update({name: [] for name in cases})
     in_turn(
@@ -245,23 +258,32 @@ def measure_batches(
     )
     context = camera.session._context
     remember = context.add
-    context.add = lambda new: tokens.extend(new) or remember(new)  # type: ignore[method-assign]
+
+    def add(frames: Sequence[FrameTokens]) -> None:
+        tokens.extend(frames)
+        remember(frames)
+
+    context.add = add  # type: ignore[method-assign]
     for _ in range(FRAMES_PER_PREFILL * 4):
         camera.put()
-        while camera.session.step():
+        while camera.handle.step():
             pass
 
     def prefill(group: int) -> None:
-        arena = engines.language.new_arena()
+        model = ModelLimits.from_bundle(engines.bundle)
+        capacity = model.max_cache_tokens
         memory = StreamContext(
             language=engines.language,
             prompt=engines.prompt,
-            arena=arena,
-            model=ModelLimits.from_bundle(engines.bundle),
-            attention=Attention.FRAME,
-            window_tokens=arena.capacity - 64,
-            last_n=4,
-            reserve_tokens=32,
+            clock=StreamClock(),
+            model=model,
+            capacity=capacity,
+            plan=MemoryPlan(
+                attention=Attention.FRAME,
+                window_tokens=capacity - 64,
+                last_n=4,
+                reserve_tokens=32,
+            ),
         )
         for start in range(0, len(tokens), group):
             memory.add(tokens[start : start + group])
@@ -304,9 +326,9 @@ def scene(turn: float, num_frames: int, size: int) -> list[bytes]:
     return made
 
 
-def clips(num_frames: int, size: int) -> dict[str, list[bytes]]:
+def clips(num_frames: int, size: int, videos: Sequence[Path]) -> dict[str, list[bytes]]:
     found = {name: scene(turn, num_frames, size) for name, turn in SCENES.items()}
-    for path in sorted(SHARED_CLIPS.glob("*.mp4")):
+    for path in videos:
         found[path.stem] = [encode_jpeg(shown.rgb) for shown in FileSource(path, 8.0).pictures()]
     return found
 
@@ -314,7 +336,7 @@ def clips(num_frames: int, size: int) -> dict[str, list[bytes]]:
 def show(camera: Camera, count: int, fps: float) -> None:
     for index in range(count):
         camera.put(index / fps)
-        while camera.session.step():
+        while camera.handle.step():
             pass
 
 
@@ -323,7 +345,7 @@ def measure_budget(
 ) -> dict[str, Any]:
     limits = ServerLimits()
     settings = default_settings(engines.bundle, limits).changed({"delivery": "wait"})
-    shown = clips(args.seconds * FPS, engines.bundle.config.vision.image_size)
+    shown = clips(args.seconds * FPS, engines.bundle.config.vision.image_size, args.videos)
     rows: dict[str, dict[str, float]] = {}
     for name, jpegs in shown.items():
         rows[name] = {}
@@ -361,7 +383,7 @@ def measure_static(
         for index in range(count):
             camera.put(index / FPS)
             before, begin_ns = len(camera.accepted), clock_ns()
-            while camera.session.step():
+            while camera.handle.step():
                 pass
             if len(camera.accepted) > before:
                 decode_s = camera.accepted[-1].stage_ms["decode"] * 1e-3
@@ -405,23 +427,21 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = script_parser(__doc__, RESULTS / "live_load.json")
     parser.add_argument("--bundle", type=Path, default=DEMO_BUNDLE)
     parser.add_argument("--answer", type=int, default=200, help="tokens of the answer")
     parser.add_argument("--seconds", type=int, default=60, help="length of a rendered scene")
+    parser.add_argument("--videos", type=Path, nargs="*", default=[], help="more than scenes")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--clock", choices=CLOCKS, default="processor")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--clock", choices=CLOCKS_NS, default="processor")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    clock_ns = cast(Callable[[], int], CLOCKS[args.clock])
+    clock_ns = CLOCKS_NS[args.clock]
     with LoadedBundle.open(args.bundle, threads=1) as engines:
         warm_up(engines)
         result: dict[str, Any] = {
-            "command": command_line("runtime.live_load", argv),
-            "device": device_record(torch.device("cpu")),
+            **result_head(__file__, argv, torch.device("cpu")),
             "clock": args.clock,
-            "threads": 1,
             "rounds": args.rounds,
             "bundle": engines.bundle.name,
             "answer": measure_answer(engines, args, clock_ns),

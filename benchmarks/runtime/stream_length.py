@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,13 @@ import numpy as np
 import torch
 
 from benchmarks.harness import (
-    command_line,
-    device_record,
+    CHECKPOINT,
+    CLOCKS_NS,
+    RESULTS,
     in_turn,
     progress,
+    result_head,
+    script_parser,
     speed_up,
     summary,
     write_result,
@@ -47,18 +49,15 @@ from edge_vlm_export.graphs.graphs import GraphLimits
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
 from edge_vlm_runtime.protocol.settings import Attention, ServerLimits, SessionSettings
 from edge_vlm_runtime.server.gauges import resident_bytes
 from edge_vlm_runtime.session.budget import default_settings
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
-from edge_vlm_runtime.session.session import Question, Session
+from edge_vlm_runtime.session.frames import EncodedFrame
+from edge_vlm_runtime.session.session import Session
 
-ROOT = Path(__file__).parents[2]
-OUT = ROOT / "benchmarks" / "results" / "stream_length.json"
-CHECKPOINT = ROOT / "training" / "checkpoints" / "demo"
 QUESTION = "How many things are there now?"
-CLOCKS = {"wall": time.monotonic_ns, "processor": time.process_time_ns}
 FPS = 2
 NUM_PICTURES = 48
 REBUILT = 200
@@ -105,9 +104,18 @@ class Stream:
         self.num_frames = 0
         self.kv_tokens = 0
         self.kept = self.seen = 0
-        self.session = Session(
-            engines=engines, settings=settings, limits=limits, emit=self._take, clock_ns=clock_ns
+        session = Session(
+            engines=engines,
+            settings=settings,
+            limits=limits,
+            now_ns=clock_ns(),
+            stopwatch_ns=clock_ns,
         )
+        self.handle = SessionHandle(session, limits, clock_ns=clock_ns, send=self._take_all)
+
+    def _take_all(self, events: list[protocol.ServerEvent]) -> None:
+        for event in events:
+            self._take(event)
 
     def _take(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, protocol.FrameAccepted):
@@ -125,14 +133,14 @@ class Stream:
         begin_ns = self._clock_ns()
         for _ in range(count):
             frame = EncodedFrame(
-                sequence=self.num_frames,
-                capture_time_us=self.num_frames * 1_000_000 // FPS,
-                jpeg=jpegs[self.num_frames % len(jpegs)],
+                seq=self.num_frames,
+                capture_us=self.num_frames * 1_000_000 // FPS,
                 received_ns=self._clock_ns(),
+                data=jpegs[self.num_frames % len(jpegs)],
             )
             self.num_frames += 1
-            assert not self.session.slot.put(frame)
-            while self.session.step():
+            self.handle.put_frame(frame)
+            while self.handle.step():
                 pass
         assert self._accepted == self.num_frames
         return (self._clock_ns() - begin_ns) * 1e-9
@@ -141,11 +149,11 @@ class Stream:
         """Seconds from a question to the first token of its answer; the rest is not measured."""
         self._done.clear()
         begin_ns = self._clock_ns()
-        self.session.ask(Question(text=QUESTION, received_ns=begin_ns))
-        self.session.step()  # reads the question
-        self.session.step()  # says the first token
+        self.handle.take(protocol.ResponseCreate(text=QUESTION))
+        self.handle.step()  # reads the question
+        self.handle.step()  # says the first token
         took_s = (self._clock_ns() - begin_ns) * 1e-9
-        while self.session.step():
+        while self.handle.step():
             pass
         assert self._done[0].status == "completed"
         return took_s
@@ -309,7 +317,7 @@ def measure_clips(
 
 def _peer(cfg: ModelConfig, num_frames: int) -> Callable[[], object] | None:
     """One question to transformers' Molmo2 of this size with random weights: from patches to the
-    logits behind the question. None where transformers is missing."""
+    logits after the question. None where transformers is missing."""
     try:
         import transformers
     except ImportError:
@@ -371,7 +379,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = script_parser(__doc__, RESULTS / "stream_length.json")
     parser.add_argument("--bundle", type=Path, default=DEMO_BUNDLE)
     parser.add_argument("--lengths", type=int, nargs="*", default=[10, 100, 1000, 10_000])
     parser.add_argument("--clips", type=int, nargs="*", default=[16, 64, 256])
@@ -379,17 +387,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--clip-rounds", type=int, default=5)
     parser.add_argument("--warmups", type=int, default=2)
-    parser.add_argument("--clock", choices=CLOCKS, default="processor")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--clock", choices=CLOCKS_NS, default="processor")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.lengths.sort()
-    clock_ns = CLOCKS[args.clock]
+    clock_ns = CLOCKS_NS[args.clock]
     result: dict[str, Any] = {
-        "command": command_line("runtime.stream_length", argv),
-        "device": device_record(torch.device("cpu")),
+        **result_head(__file__, argv, torch.device("cpu")),
         "clock": args.clock,
-        "threads": 1,
         "rounds": {"lengths": args.rounds, "clips": args.clip_rounds},
     }
     if args.lengths:

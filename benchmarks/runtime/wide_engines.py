@@ -10,7 +10,6 @@ needed, and none is used: nothing is run.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import tempfile
 from dataclasses import replace
@@ -19,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.export.full_size_export import RESULTS, TOKENIZER
-from benchmarks.harness import command_line, device_record, progress, write_result
+from benchmarks.export.full_size_export import TOKENIZER
+from benchmarks.harness import RESULTS, progress, result_head, script_parser, write_result
 from edge_vlm.config import ModelConfig, molmo2_4b, tiny
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import Precision
@@ -52,13 +51,10 @@ def export(is_tiny: bool, precision: str, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--precision", default="fp32", help="one that needs no footage")
     parser.add_argument("--tiny", action="store_true", help="the test model instead")
     parser.add_argument("--scratch", type=Path, help="folder with room for bundle and engines")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     out = args.out or RESULTS / f"engines_wide_{args.precision}.json"
     graphs: dict[str, Any] = {}
@@ -91,8 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {graphs[name]}", flush=True)
             version = entry.fingerprint.library_version
     result = {
-        "command": command_line("runtime.wide_engines", argv).partition(" --scratch")[0],
-        **device_record(torch.device("cpu")),
+        **result_head(__file__, argv, torch.device("cpu")),
         "tensorrt_rtx": version,
         "targets": TARGETS,
         "precision": args.precision,

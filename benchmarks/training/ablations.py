@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import command_line, device_record, write_result
+from benchmarks.summarise import summary_row
 from edge_vlm.cli import run_command
 from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm_training.recipes.stages import REMOVED_MIXED, Recipe, Stage
@@ -102,8 +103,7 @@ def asked(folder: Path, runs: tuple[str, ...], questions: Path) -> list[dict[str
     command = ["eval", str(folder / "checkpoint"), str(questions), *rows, "--json", str(result)]
     if code := run_command(command):
         raise SystemExit(code)
-    told: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
-    return told
+    return [summary_row(row) for row in json.loads(result.read_text())["rows"]]
 
 
 def print_table(table: Sequence[dict[str, Any]]) -> None:
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table.append({**entry, "rows": rows})
             if args.out:  # after each: the next one may be stopped
                 record = {
-                    "command": command_line("training.ablations", argv),
+                    "command": command_line(__file__, argv),
                     **device_record(torch.device("cpu")),
                 }
                 write_result(args.out, record | {"variants": table})

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.harness import command_line, device_record, progress, write_result
 from edge_vlm.config import molmo2_4b
-from edge_vlm.model.selection import num_kept
+from edge_vlm.pruning.clip_budget import num_kept
 from edge_vlm_training.data.knapsack import fill_row
 
 OUT = Path(__file__).parents[1] / "results" / "packing.json"
@@ -44,7 +44,7 @@ def draw_clips(count: int, frames: tuple[int, int], removed: float, seed: int) -
     for _ in range(count):
         length = int(rng.integers(frames[0], frames[1] + 1))
         branches = int(rng.integers(20, 401, int(rng.integers(1, 8))).sum())
-        kept = num_kept(length, cells, removed, 0)
+        kept = num_kept(length, cells, 1 - removed, variant="first_whole")
         clips.append((1 + length * STAMP_TOKENS + kept + branches, length))
     return clips
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     result = {
-        "command": command_line("training.packing", argv),
+        "command": command_line(__file__, argv),
         **device_record(torch.device("cpu")),
         **measure(args),
     }

@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(table(result))
     path = args.out or RESULTS / f"train_step_{args.device}.json"
-    record = {"command": command_line("training.train_step", argv), "config": args.size, **result}
+    record = {"command": command_line(__file__, argv), "config": args.size, **result}
     if args.out or args.size != "tiny":
         write_result(path, record)
         print(f"written to {path}")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.calibration import CalibrationTable, Threshold
-from edge_vlm.model.checkpoint import WEIGHTS, load_checkpoint
+from edge_vlm.formats.footage import Shot, read_footage
+from edge_vlm.model.published.folder import open_folder
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.patches import to_pixel_values
-from edge_vlm.pixels.video import Shot, read_footage
 
 KEEP_RATIOS = (0.7, 0.5, 0.3, 0.2)
 PERCENTS = range(5, 100, 5)
@@ -39,15 +39,15 @@ def calibrate(
 ) -> CalibrationTable:
     """Reads at most `max_frames` of each footage.
 
-    Raises CheckpointError (also for a model without a scorer), the errors of `read_footage`,
-    ConfigError when no frame has a predecessor, NonFinite.
+    Raises as `open_folder`, CheckpointError for a model without a scorer, the errors of
+    `read_footage`, ConfigError when no frame has a predecessor, NonFinite.
     """
-    model = load_checkpoint(checkpoint)
-    if model.scorer is None:
+    found = open_folder(checkpoint)
+    if found.config.scorer is None:
         raise CheckpointError(
             "the model has no token scorer, so there are no scores to calibrate", where=checkpoint
         )
-    observed = Observed()
+    model, observed = found.load(), Observed()
     for path in footage:
         observe(model, read_footage(path, fps, max_frames), observed)
     if not observed.scores:
@@ -59,7 +59,7 @@ def calibrate(
     scores = np.concatenate(observed.scores).astype(np.float64)
     quantiles = np.quantile(scores, [percent / 100 for percent in PERCENTS])
     return CalibrationTable(
-        checkpoint_sha256=sha256_of_file(checkpoint / WEIGHTS),
+        checkpoint_sha256=sha256_of_file(found.weight_files[0]),
         footage=tuple(path.resolve().name for path in footage),
         num_frames=observed.num_frames,
         image_size=model.cfg.vision.image_size,

@@ -61,8 +61,6 @@ def format_table(table: CalibrationTable) -> str:
 
 
 calibrate = Command(
-    name="calibrate",
-    help="measure a checkpoint's scores and ranges on footage",
     add_arguments=_arguments,
     run=_calibrate,
 )

@@ -66,7 +66,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=_not_negative,
         metavar="M",
-        help="stop behind the clip asked then; 0: only show the table",
+        help="stop after the clip asked then; 0: only show the table",
     )
     asked.add_argument("--fps", type=_rate, default=2.0, help="frames a second of your own videos")
     asked.add_argument("--max-frames", type=_positive, default=64, help="of one of your videos")
@@ -222,12 +222,12 @@ def _ask(
     minutes: float | None,
 ) -> dict[str, Sequence[AskedQuestion]]:
     """All runs on all paths, clip by clip; the questions of all clips."""
-    begin = told = time.monotonic()
+    begin = reported = time.monotonic()
     asked: dict[str, Sequence[AskedQuestion]] = {}
     for clip in clips:
         if minutes is None or time.monotonic() - begin < 60 * minutes:
             _ask_clip(clip, evaluators, runs, log)
-            told = _tell(len(asked) + 1, begin, told)
+            reported = _report_progress(len(asked) + 1, begin, reported)
         asked[clip.name] = clip.questions
     if sys.stderr.isatty():
         print(file=sys.stderr)
@@ -249,21 +249,19 @@ def _ask_clip(
                 log.add((path, run.name, clip.name), answers)
 
 
-def _tell(num_clips: int, begin: float, told: float) -> float:
+def _report_progress(num_clips: int, begin: float, reported: float) -> float:
     """A sign of life on stderr: always on a terminal, once a minute elsewhere. When it last was."""
     now = time.monotonic()
     if sys.stderr.isatty():
         print(f"\r{num_clips} clips, {now - begin:.0f} s", end="", file=sys.stderr, flush=True)
-    elif now - told > REPORT_EVERY_S:
+    elif now - reported > REPORT_EVERY_S:
         print(f"{num_clips} clips, {now - begin:.0f} s", file=sys.stderr, flush=True)
     else:
-        return told
+        return reported
     return now
 
 
 evaluate = Command(
-    name="eval",
-    help="measure models on questions: policies, budgets and paths in one table",
     add_arguments=_arguments,
     run=_run,
 )

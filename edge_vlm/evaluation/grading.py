@@ -2,8 +2,8 @@
 
 - **words** (every other kind): exactly the true answer or one of its other wordings; case, spaces
   at the ends and a full stop do not matter.
-- **points** (a question with boxes): each `<points coords="TIME ID X Y ...">` (Molmo2's format, X
-  and Y in 0..1000) is found if it lies inside a box that no other point took.
+- **points** (a question with boxes): each point that `parse_points` reads, so each that would be
+  drawn, is found if it lies inside a box that no other point took.
 - **facts** (kind `caption`): the phrases of a caption, such as "red cat, blue dog", each counted
   once for each time it is true.
 
@@ -20,9 +20,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from edge_vlm.formats.qa_set import AskedQuestion, Box
+from edge_vlm.text.points import parse_points
 
 CAPTION = "caption"
-_COORDS = re.compile(r'<(?:points|tracks)\b[^>]*\bcoords="([^"]*)"')
 _BETWEEN_FACTS = re.compile(r"[,;\n]|\.(?:\s|$)| and ")
 _ARTICLE = re.compile(r"^(?:there (?:is|are) )?(?:an? |the )?")
 
@@ -44,27 +44,11 @@ def judge(question: AskedQuestion, text: str) -> Verdict:
     """What `text`, said to `question`, is worth."""
     answers = (question.answer, *question.also)
     if question.boxes is not None:
-        return _judge_points(question.boxes, points_of(text))
+        return _judge_points(question.boxes, [(point.x, point.y) for point in parse_points(text)])
     if question.kind == CAPTION:
         verdicts = [_judge_facts(answer, text) for answer in answers]
         return max(verdicts, key=lambda verdict: verdict.found / (verdict.said + verdict.true))
     return Verdict(int(_plain(text) in map(_plain, answers)), 1, 1)
-
-
-def points_of(text: str) -> list[tuple[float, float]]:
-    """Every point in an answer, x and y as shares of the picture; a broken group has none.
-
-    Groups are divided by ";", each is a time or an image's number and then triples "ID X Y".
-    """
-    points: list[tuple[float, float]] = []
-    for coords in _COORDS.findall(text):
-        for group in re.split(r"[;\t]", coords):
-            _, *numbers = group.split() or [""]
-            if len(numbers) % 3 or not all(number.isdigit() for number in numbers):
-                continue
-            places = zip(numbers[1::3], numbers[2::3], strict=True)
-            points += [(int(x) / 1000, int(y) / 1000) for x, y in places]
-    return points
 
 
 def facts_of(text: str) -> Counter[str]:

@@ -2,7 +2,7 @@
 is computed once.
 
 The first blocks of the vision transformer and the scores are the same in every run. A policy then
-chooses cells, the rest of the vision side sees those only, and each question is asked behind the
+chooses cells, the rest of the vision side sees those only, and each question is asked after the
 frames up to its own. With `FRAME` attention those of a clip are one prefix whose beginning every
 question reads; with `ALL` attention, where a frame looks different once a later one is there, each
 moment has a prefix of its own.
@@ -35,12 +35,11 @@ from edge_vlm.evaluation.runs import (
     Run,
 )
 from edge_vlm.formats.qa_set import ClipQuestions
-from edge_vlm.pixels.frames import decode_jpeg
-from edge_vlm.pruning.policies import Cells, Rgb, Scores, clip_budget, make_policy
+from edge_vlm.pixels.frames import Rgb, decode_jpeg
+from edge_vlm.pruning.clip_budget import Variant, clip_budget, variant_of
+from edge_vlm.pruning.policies import Cells, Scores, make_policy
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm.text.prompt import Ids, PromptFormat
-
-CAUSAL = -1
-"""Block of a token that sees only what lies before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +57,14 @@ class Prefix:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A question behind the first `end` tokens of a prefix."""
+    """A question after the first `end` tokens of a prefix."""
 
     end: int
     ids: Ids
 
 
 View = tuple[Prefix, Sequence[Asked]]
-"""A prefix and all questions behind it."""
+"""A prefix and all questions after it."""
 
 
 class ClipModel(Protocol):
@@ -102,7 +101,7 @@ def answer_clip(
     scores = model.look(rgbs)
     asked_ids = [model.prompt.question_ids(question.text) for question in clip.questions]
     for run in runs:
-        cells = choose(run, scores, rgbs, seed_of(clip))
+        cells = choose(run, scores, rgbs, seed_of(clip), variant_of(model.config))
         yield run, _answers(model, clip, run, cells, asked_ids)
 
 
@@ -111,15 +110,21 @@ def seed_of(clip: ClipQuestions) -> int:
     return zlib.crc32(clip.name.encode()) & 0xFFFF
 
 
-def choose(run: Run, scores: Scores, rgbs: Sequence[Rgb], seed: int) -> list[Cells | None]:
-    """The kept cells of each frame; None for a frame that is not sent at all."""
+def choose(
+    run: Run, scores: Scores, rgbs: Sequence[Rgb], seed: int, variant: Variant
+) -> list[Cells | None]:
+    """The kept cells of each frame; None for a frame that is not sent at all.
+
+    `variant`: of the clip budget.
+    """
     everything = np.arange(scores.shape[1], dtype=np.int32)
     if run.policy == FEWER_FRAMES:
         return [everything if run.shows_frame(i) else None for i in range(len(scores))]
     if run.policy == LAST_N:
         return [everything] * len(scores)
     if run.policy == CLIP:
-        return list(clip_budget(scores, run.keep_ratio))
+        kept = clip_budget(scores, run.keep_ratio, variant=variant)  # no floor: it would cost more
+        return [np.flatnonzero(row).astype(np.int32) for row in kept]
     policy = make_policy(run.policy, run.keep_ratio, min_cells=MIN_CELLS, seed=seed)
     return [
         policy.select(row, rgb, i == 0)
@@ -162,8 +167,8 @@ def _answers(
         ]
         views.append((prefix, asked))
     texts = [""] * len(clip.questions)
-    for (_, numbers), told in zip(windows, model.answer(views), strict=True):
-        for number, text in zip(numbers, told, strict=True):
+    for (_, numbers), answers in zip(windows, model.answer(views), strict=True):
+        for number, text in zip(numbers, answers, strict=True):
             texts[number] = text
     num_cells = model.config.vision.num_cells
     return ClipAnswers(texts, num_cells * len(clip.jpegs), kept_cells(run, cells))

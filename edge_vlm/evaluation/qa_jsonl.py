@@ -50,7 +50,7 @@ def read_questions(path: Path, fps: float = 2.0, max_frames: int = 64) -> Iterat
 
     Raises ConfigError naming the line that is wrong (all lines are checked before the first video
     is read), VideoNotFound, VideoUnreadable, VideoEmpty, and ConfigError for a question that lies
-    behind the first `max_frames` frames.
+    after the first `max_frames` frames.
     """
     if path.is_dir():
         yield from read_question_set(path)
@@ -152,7 +152,7 @@ def _clip(
     for question in questions:
         if is_longer and (question.at_s is None or question.at_s >= times_s[-1] + 1 / fps):
             raise ConfigError(
-                f"the question comes behind the first {max_frames} frames of {video}",
+                f"the question comes after the first {max_frames} frames of {video}",
                 where=f"{path}:{question.line}",
                 remedy="raise --max-frames, lower --fps, or set at_s",
             )

@@ -28,7 +28,8 @@ KEEP_ALL, CLIP, FEWER_FRAMES, LAST_N = "keep_all", "clip", "fewer_frames", "last
 POLICIES = (KEEP_ALL, "stream", CLIP, "frame_topk", "random", "difference", FEWER_FRAMES, LAST_N)
 """Those of `edge_vlm.pruning.policies`, and three that are no choice of cells as the frames come:
 
-- `clip`: the STTS paper's rule, one pool over the whole clip, later frames included;
+- `clip`: one pool over the whole clip, later frames included, in the variant that the model was
+  trained with (`edge_vlm.pruning.clip_budget`);
 - `fewer_frames`: whole frames at a lower rate;
 - `last_n`: every frame is looked at, the language model is shown the newest few, whole.
 """

@@ -40,6 +40,7 @@ from edge_vlm.errors import (
 )
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
+from edge_vlm.formats.usage import FrameRule
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import PLAIN, PromptStyle
 
@@ -73,7 +74,7 @@ class EngineBundle:
     config: ModelConfig
     specs: Mapping[str, GraphSpec]
     defaults: Mapping[str, Any]
-    """Settings the checkpoint was made for, such as `keep_ratio`."""
+    """Settings of a session that the checkpoint was made for, such as `keep_ratio`."""
     source: Mapping[str, Any]
     """Where the weights came from: checkpoint name and sha256, versions of the tools."""
     graph_files: Mapping[str, str]
@@ -83,6 +84,8 @@ class EngineBundle:
     style: PromptStyle = PLAIN
     images: ImageConfig | None = None
     """How still pictures are cut for the graph `image_encoder`; None without that graph."""
+    frames: FrameRule | None = None
+    """Which frames of a whole clip the model was trained on; None where nothing is known."""
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -128,7 +131,8 @@ class EngineBundle:
     def embed_table(self) -> np.ndarray:
         """Token embeddings f32 [vocab, width], read-only and mapped: rows are read when used."""
         try:
-            return np.load(self.path / EMBED_TABLE, mmap_mode="r", allow_pickle=False)
+            table: np.ndarray = np.load(self.path / EMBED_TABLE, mmap_mode="r", allow_pickle=False)
+            return table
         except ValueError as error:
             raise BundleSchemaError(f"{EMBED_TABLE}: {error}", where=self.path) from error
 
@@ -172,6 +176,7 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
             kv_layout=KVLayout(data["kv_layout"] if version > 1 else KVLayout.TOKEN_MAJOR),
             style=PromptStyle(**(data["prompt"] if version > 1 else {})),
             images=_images(data.get("images"), graph_files),
+            frames=FrameRule(**data["frames"]) if data.get("frames") else None,
             schema_version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -234,6 +239,7 @@ class BundleWriter:
         kv_layout: KVLayout = KVLayout.TOKEN_MAJOR,
         style: PromptStyle = PLAIN,
         images: ImageConfig | None = None,
+        frames: FrameRule | None = None,
     ) -> None:
         files = {
             path.relative_to(self.folder).as_posix(): sha256_of_file(path)
@@ -248,6 +254,7 @@ class BundleWriter:
             "kv_layout": kv_layout.value,
             "prompt": dataclasses.asdict(style),
             "images": None if images is None else dataclasses.asdict(images),
+            "frames": None if frames is None else dataclasses.asdict(frames),
             "model": config.to_dict(),
             "graphs": self._graphs,
             "files": files,

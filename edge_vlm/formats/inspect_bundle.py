@@ -28,6 +28,8 @@ def describe_bundle(folder: Path) -> Report:
         "variant": f"{bundle.variant.value}, cache {bundle.kv_layout.value}",
         "scorer": "yes" if bundle.config.scorer is not None else "none: every cell is kept",
         "still pictures": _pictures(bundle),
+        "prompt": f"begins with {bundle.style.begin}, answers end at "
+        f"{' or '.join(bundle.style.ends)}",
         "defaults": ", ".join(f"{k}={v}" for k, v in bundle.defaults.items()) or "none",
     }
     facts |= {f"graph {name}": _ranges(spec) for name, spec in bundle.specs.items()}

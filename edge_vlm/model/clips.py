@@ -37,37 +37,40 @@ def encode_clips(
     model: VideoLM,
     pixels_FNP: Tensor,
     frames_per_clip: Sequence[int],
-    removed: float,
     *,
+    keep_ratio: float,
     min_cells: int = 2,
 ) -> EncodedClips:
-    """Encodes clips that lie end to end in `pixels`, without the share `removed` of their cells.
+    """Encodes clips that lie end to end in `pixels`, keeping a share of each one's cells.
 
-    Raises ValueError if the frames do not add up, for a share outside 0..1 (1 excluded), or if
-    cells shall be removed from a model without a scorer.
+    Raises ValueError if the frames do not add up, for a share outside 0..1 (0 excluded), or if a
+    model without a scorer shall not keep everything.
     """
     if sum(frames_per_clip) != len(pixels_FNP) or min(frames_per_clip, default=0) < 1:
         raise ValueError(
             f"frames_per_clip = {list(frames_per_clip)} does not add up to {len(pixels_FNP)}"
         )
-    if not 0 <= removed < 1:
-        raise ValueError(f"removed = {removed}: must lie in [0, 1)")
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio = {keep_ratio}: must lie in (0, 1]")
     vision = model.cfg.vision
     if model.scorer is None:
-        if removed:
-            raise ValueError(f"removed = {removed}: a model without a scorer keeps every cell")
+        if keep_ratio < 1:
+            raise ValueError(f"keep_ratio = {keep_ratio}: a model without a scorer keeps all cells")
         kept = torch.ones(len(pixels_FNP), vision.num_cells, dtype=torch.bool)
         kept = kept.to(pixels_FNP.device)
         return EncodedClips(_kept_features(model, model.vit.embed(pixels_FNP), kept), kept, None)
     if model.scorer.cfg.rescale is Rescale.ROW:
-        run = encode_reference(model, pixels_FNP, frames_per_clip, removed)
+        run = encode_reference(model, pixels_FNP, frames_per_clip, keep_ratio=keep_ratio)
         return EncodedClips(run.features_GE, run.kept_FC, run.scores_FC)
     is_first = torch.zeros(len(pixels_FNP), dtype=torch.bool)
     is_first[[sum(frames_per_clip[:i]) for i in range(len(frames_per_clip))]] = True
     nobody = pixels_FNP.new_zeros(1, vision.num_cells, vision.width)
     hidden, _, scores = model.vit_stem(pixels_FNP, nobody, is_first.to(pixels_FNP.device))
     kept = torch.cat(
-        [clip_budget(clip[None], removed, min_cells)[0] for clip in scores.split(frames_per_clip)]
+        [
+            clip_budget(clip, keep_ratio, min_cells, variant="first_whole")
+            for clip in scores.split(list(frames_per_clip))
+        ]
     )
     return EncodedClips(_kept_features(model, hidden, kept), kept, scores)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from edge_vlm.config import LanguageConfig, ModelConfig, ScorerConfig, VisionAttention
 from edge_vlm.formats.report import Report, gigabytes
-from edge_vlm.model.checkpoint import CONFIG, WEIGHTS, read_config
-from edge_vlm.model.published.files import StoredTensor, read_json, read_layout
-from edge_vlm.model.published.folder import open_published
-from edge_vlm.model.published.mapping import check_fit, shapes
+from edge_vlm.formats.usage import Usage
+from edge_vlm.model.published.files import StoredTensor
+from edge_vlm.model.published.folder import ModelFolder, open_folder
+from edge_vlm.model.published.mapping import shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -30,21 +30,16 @@ SCALED_WEIGHTS = 128
 LOOKED_UP = ("llm.embed.weight", "vit.pos_embed")
 
 
-def describe_weights(folder: Path) -> Report:
-    """A checkpoint of this project or a published Molmo2 folder.
-
-    Raises what loading them raises: CheckpointError and its leaves, ConfigError.
-    """
-    if "language" in read_json(folder / CONFIG):
-        cfg, tensors = read_config(folder), read_layout(folder)
-        check_fit(shapes(cfg), tensors, folder / WEIGHTS)
-        return report(f"{folder}: a checkpoint of this project", cfg, tensors)
-    found = open_published(folder)
-    title = f"{folder}: a published Molmo2 folder ({found.naming.name} names)"
-    return report(title, found.config, found.tensors)
+def describe_weights(folder: Path, tokenizer: Path | None = None) -> Report:
+    """A folder of weights (`open_folder`, which says what is raised)."""
+    found = open_folder(folder, tokenizer)
+    if tokenizer is not None:
+        found.require_tokenizer()
+    return report(f"{folder}: {found.kind}", found)
 
 
-def report(title: str, cfg: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Report:
+def report(title: str, found: ModelFolder) -> Report:
+    cfg, tensors = found.config, found.tensors
     ours = shapes(cfg)
     total = sum(map(math.prod, ours.values()))
     return Report(
@@ -64,6 +59,8 @@ def report(title: str, cfg: ModelConfig, tensors: Mapping[str, StoredTensor]) ->
                 VisionAttention.FRAME: "frame: vision tokens see their own frame and what came "
                 "before, so past frames stay cached",
             }[cfg.attention],
+            **_usage(found.usage),
+            "tokenizer": _tokenizer(found),
         },
         tables={
             "parameters": {n: (v, "") for n, v in parameters(ours).items()}
@@ -74,8 +71,9 @@ def report(title: str, cfg: ModelConfig, tensors: Mapping[str, StoredTensor]) ->
         notes=(
             f"int8 and int4: matrices alone, {SCALED_WEIGHTS} weights to a 16-bit scale; tables, "
             "norms and biases stay at 16 bits. The cache is at 16 bits.",
+            *found.notes,
         ),
-        data={"config": cfg.to_dict()},
+        data={"config": cfg.to_dict(), "usage": found.usage.to_dict()},
     )
 
 
@@ -120,13 +118,38 @@ def _stored(tensors: Mapping[str, StoredTensor]) -> str:
     return f"{files} file{'s' * (files > 1)}, {gigabytes(size)}, tensors: {named}"
 
 
+def _usage(usage: Usage) -> dict[str, str]:
+    style, frames = usage.style, usage.frames
+    marks = (
+        "<frame_start> and <frame_end>" if style.own_frame_markers else "<im_start> and <im_end>"
+    )
+    told = {
+        "prompt": f"begins with {style.begin}, answers end at {' or '.join(style.ends)}; frames "
+        f"between {marks}",
+    }
+    if frames is not None:
+        told["frames"] = (
+            f"at most {frames.num_frames} of a clip, {frames.max_fps:g} a second, {frames.mode}"
+        )
+    if usage.defaults:
+        told["defaults"] = ", ".join(f"{k}={v}" for k, v in usage.defaults.items())
+    return told
+
+
+def _tokenizer(found: ModelFolder) -> str:
+    if found.tokenizer is not None:
+        return str(found.tokenizer)
+    named = f" (trained with {found.tokenizer_name})" if found.tokenizer_name else ""
+    return f"none here{named}: name one with --tokenizer where it is needed"
+
+
 def _vision(cfg: ModelConfig) -> str:
     vision = cfg.vision
     read = " and ".join(map(str, vision.feature_layers))
     return (
         f"{vision.image_size} pixels square, {vision.num_patches} patches, {vision.num_cells} "
         f"cells; {vision.num_layers} blocks of {vision.width}, {vision.num_heads} heads of "
-        f"{vision.head_dim}, MLP {vision.mlp_width}; read behind blocks {read}"
+        f"{vision.head_dim}, MLP {vision.mlp_width}; read after blocks {read}"
     )
 
 
@@ -134,13 +157,13 @@ def _scorer(scorer: ScorerConfig | None) -> str:
     if scorer is None:
         return "none: every cell is kept"
     return (
-        f"STTS behind block {scorer.prune_at}, cells dropped behind block {scorer.prune_at + 1}; "
+        f"STTS after block {scorer.prune_at}, cells dropped after block {scorer.prune_at + 1}; "
         f"scores rescaled by {scorer.rescale.value}"
     )
 
 
 def _language(language: LanguageConfig) -> str:
-    norms = "norms behind" if language.post_norm else "norms before"
+    norms = "norms after" if language.post_norm else "norms before"
     heads = "over all heads" if language.full_qk_norm else "per head"
     scaling = language.rope_scaling
     rope = f"rotary base {language.rope_theta:,.0f}"

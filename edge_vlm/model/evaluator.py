@@ -6,7 +6,7 @@ P prefix tokens (padded), R questions, S new tokens of all of them, K everything
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,21 +16,23 @@ import torch
 from torch import Tensor
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.evaluation.offline import CAUSAL, Asked, Prefix, View, answer_clip, can_run
+from edge_vlm.evaluation.offline import Asked, Prefix, View, answer_clip, can_run
 from edge_vlm.evaluation.runs import MAX_ANSWER_TOKENS, ClipAnswers, EvaluatorOptions, Run
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.qa_set import ClipQuestions
-from edge_vlm.model.checkpoint import TOKENIZER, WEIGHTS, load_checkpoint
-from edge_vlm.model.layers import MASKED
+from edge_vlm.model.layers import additive_bias
 from edge_vlm.model.llm import KeyValue, LanguageModel, attend_past, rope_tables
+from edge_vlm.model.published.folder import open_folder
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.pixels.frames import Rgb
 from edge_vlm.pixels.patches import to_pixel_values
-from edge_vlm.pruning.policies import Cells, Rgb, Scores
+from edge_vlm.pruning.policies import Cells, Scores
+from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 
 ROOM = 128
-"""Positions left free behind a video for a question and its answer."""
+"""Positions left free after a video for a question and its answer."""
 
 
 class TorchModel:
@@ -77,32 +79,27 @@ class TorchModel:
             return []
         past = self._prefill([prefix for prefix, _ in views])
         asked = [(number, item) for number, (_, items) in enumerate(views) for item in items]
-        tokens = iter(_Decoding(self.model.llm, past, asked, self.prompt.eos_id, max_tokens).run())
+        tokens = iter(_Decoding(self.model.llm, past, asked, self.prompt.eos_ids, max_tokens).run())
         decode = self.prompt.tokenizer.decode
         return [[decode(next(tokens)) for _ in items] for _, items in views]
 
     def _prefill(self, prefixes: Sequence[Prefix]) -> list[KeyValue]:
-        """Keys and values of prefixes [V, P, ...], padded behind their ends."""
+        """Keys and values of prefixes [V, P, ...], padded after their ends."""
         llm = self.model.llm
         longest = max(len(prefix.ids) for prefix in prefixes)
         ids_VP = torch.zeros(len(prefixes), longest, dtype=torch.int64)
-        block_VP = torch.full_like(ids_VP, CAUSAL)
+        block_VP = np.full(ids_VP.shape, CAUSAL)
         for ids, block, prefix in zip(ids_VP, block_VP, prefixes, strict=True):
             ids[: len(prefix.ids)] = torch.from_numpy(prefix.ids.astype(np.int64))
-            block[: len(prefix.ids)] = torch.from_numpy(prefix.blocks)
+            block[: len(prefix.ids)] = prefix.blocks
         embeds = llm.embed(ids_VP)
         features = torch.from_numpy(np.concatenate([prefix.features for prefix in prefixes]))
         places = (ids_VP == self.prompt.patch_id).flatten().nonzero().squeeze(1)
         embeds = embeds.flatten(0, 1).index_add(0, places, features).view_as(embeds)
         order = torch.arange(longest)
-        together = (block_VP[:, None] == block_VP[:, :, None]) & (block_VP[:, None] >= 0)
-        seen_VPP = (order[None] <= order[:, None])[None] | together
-        _, past = llm(embeds, *rope_tables(llm.cfg, order[None]), _bias(seen_VPP))
+        bias_VPP = torch.from_numpy(block_bias(block_VP))
+        past: list[KeyValue] = llm(embeds, *rope_tables(llm.cfg, order[None]), bias_VPP)[1]
         return past
-
-
-def _bias(allowed: Tensor) -> Tensor:
-    return torch.zeros(allowed.shape).masked_fill_(~allowed, MASKED)
 
 
 class _Decoding:
@@ -118,13 +115,13 @@ class _Decoding:
         llm: LanguageModel,
         past: list[KeyValue],
         asked: Sequence[tuple[int, Asked]],
-        eos_id: int,
+        eos_ids: Collection[int],
         max_tokens: int,
     ) -> None:
         """`asked` are questions with the number of their prefix in `past` [V, P, ...]."""
         self.llm = llm
         self.max_tokens = max_tokens
-        self.eos_id = eos_id
+        self.eos_ids = eos_ids
         self.tokens: list[list[int]] = [[] for _ in asked]
         self.rows = list(range(len(asked)))
         num_views, longest = past[0][0].shape[:2]
@@ -153,7 +150,7 @@ class _Decoding:
         """Token ids of each answer, in the order of the questions, without the end token."""
         for number in range(self.max_tokens):
             chosen_R = self.logits_R.argmax(-1)
-            alive = [i for i, token in enumerate(chosen_R.tolist()) if token != self.eos_id]
+            alive = [i for i, token in enumerate(chosen_R.tolist()) if token not in self.eos_ids]
             self.rows = [self.rows[i] for i in alive]
             chosen_R = chosen_R[alive]
             for row, token in zip(self.rows, chosen_R.tolist(), strict=True):
@@ -170,10 +167,11 @@ class _Decoding:
     def _step(self, ids_S: Tensor, positions_S: Tensor, seen_SK: Tensor) -> Tensor:
         """Hidden states [S, D] of new tokens, whose keys and values join the past."""
         tables = rope_tables(self.llm.cfg, positions_S[None])
-        embeds, bias = self.llm.embed(ids_S[None]), _bias(seen_SK)[None]
+        embeds, bias = self.llm.embed(ids_S[None]), additive_bias(seen_SK)[None]
         hidden, _ = self.llm(embeds, *tables, bias, self.past, self._attend)
         self.length += len(ids_S)
-        return hidden[0]
+        first: Tensor = hidden[0]
+        return first
 
     def _attend(
         self,
@@ -200,14 +198,15 @@ def _with_room(x_VPhd: Tensor, room: int) -> Tensor:
 
 
 class TorchEvaluator:
-    """`edge_vlm.evaluation.runs.Evaluator` over a checkpoint folder."""
+    """`edge_vlm.evaluation.runs.Evaluator` over a folder of weights (`open_folder`)."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError and its leaves, BundleError for its tokenizer."""
-        tokenizer = Tokenizer.from_file(folder / TOKENIZER)
+        """Raises as `open_folder`, and what its tokenizer raises."""
+        found = open_folder(folder)
+        tokenizer = Tokenizer.from_file(found.require_tokenizer())
         self.name = folder.resolve().name
-        self._model = TorchModel(load_checkpoint(folder), PromptFormat(tokenizer))
-        self.identity = sha256_of_file(folder / WEIGHTS)
+        self._model = TorchModel(found.load(), PromptFormat(tokenizer, found.usage.style))
+        self.identity = sha256_of_file(found.weight_files[0])
 
     def can(self, run: Run) -> bool:
         return can_run(self._model.config, run)

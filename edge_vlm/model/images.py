@@ -25,4 +25,5 @@ def encode_images(model: VideoLM, pixels_CNP: Tensor, windows_TW: Tensor) -> Ten
         x_CND = taps[i] = model.vit.block(i)(x_CND)
     joined = torch.cat([taps[i] for i in model.cfg.vision.feature_layers], -1)
     patches_TWD = joined.flatten(0, 1)[windows_TW.clamp(min=0)]
-    return model.connector(patches_TWD, windows_TW >= 0)
+    out: Tensor = model.connector(patches_TWD, windows_TW >= 0)
+    return out

@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MASKED = -30_000.0
-"""Additive bias of a pair that must not attend: finite, so fp16-safe and never a NaN row."""
+from edge_vlm.text.masks import MASKED
+
+
+def additive_bias(allowed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bool of any shape -> 0 where a query may see a key, MASKED elsewhere."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, MASKED)
 
 
 def attend(q_BSHd: Tensor, k_BKHd: Tensor, v_BKHd: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,7 +36,8 @@ def attend(q_BSHd: Tensor, k_BKHd: Tensor, v_BKHd: Tensor, bias: Tensor | None =
     else:
         mask = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2)
+    attended: Tensor = out.transpose(1, 2)
+    return attended
 
 
 class CrossAttention(nn.Module):
@@ -48,11 +53,13 @@ class CrossAttention(nn.Module):
         self.o = nn.Linear(inner, out_width)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim))
+        heads: Tensor = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads
 
     def forward(self, query_BSD: Tensor, keys_BKD: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = self.heads(self.q(query_BSD)), self.heads(self.k(keys_BKD)), self.v(keys_BKD)
-        return self.o(attend(q, k, self.heads(v), bias).flatten(-2))
+        out: Tensor = self.o(attend(q, k, self.heads(v), bias).flatten(-2))
+        return out
 
 
 class CellPooler(CrossAttention):
@@ -95,4 +102,5 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(mlp_width, out_width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out

@@ -18,7 +18,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from edge_vlm.model.layers import MASKED, attend
+from edge_vlm.model.layers import attend
+from edge_vlm.text.masks import MASKED
 
 
 class Method(str, enum.Enum):
@@ -53,7 +54,7 @@ class Layout(ABC):
 class Grouped(Layout):
     order_G: Tensor
     groups: tuple[tuple[int, int], ...]
-    """(number of frames, tokens per frame), one behind the other."""
+    """(number of frames, tokens per frame), one after the other."""
 
     def arrange(self, x_G: Tensor) -> Tensor:
         return x_G[self.order_G]
@@ -81,7 +82,7 @@ class Grouped(Layout):
 @dataclasses.dataclass(frozen=True)
 class Varlen(Layout):
     ends: Tensor
-    """i32 [frames + 1]: 0 and the token behind each frame; an empty frame repeats its neighbour."""
+    """i32 [frames + 1]: 0 and the token after each frame; an empty frame repeats its neighbour."""
     longest: int
     """Tokens that a frame has at most. A bound is enough, so nothing is read from the device."""
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from edge_vlm.config import CELL, Rescale
+from edge_vlm.model.selection import clip_budget
 from edge_vlm.model.video_lm import VideoLM
-
-_FIRST_FRAME_SCORE = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +33,7 @@ class ReferenceEncoding:
     features_GE: Tensor
     """One row per kept cell, by frame, then row-major by cell."""
     hidden_FND: dict[int, Tensor]
-    """Output of each block from `prune_at` on, zero at dropped patches behind the drop."""
-
-
-def keep_by_clip(scores_FC: Tensor, frames_per_clip: Sequence[int], removed: float) -> Tensor:
-    """Bool [F, C]: a clip's `int(C * removed * frames)` lowest scores go, its first frame last."""
-    kept = torch.ones_like(scores_FC, dtype=torch.bool)
-    start = 0
-    for frames in frames_per_clip:
-        rank = scores_FC[start : start + frames].detach().clone()
-        rank[0] = _FIRST_FRAME_SCORE
-        num_dropped = int(rank.shape[1] * removed * frames)
-        dropped = rank.flatten().sort(stable=True).indices[:num_dropped]
-        kept[start : start + frames].view(-1)[dropped] = False
-        start += frames
-    return kept
+    """Output of each block from `prune_at` on, zero at dropped patches after the drop."""
 
 
 def pack_rows(num_kept_F: Sequence[int], capacity: int) -> list[list[int]]:
@@ -82,13 +67,13 @@ def encode_reference(
     model: VideoLM,
     pixels_FNP: Tensor,
     frames_per_clip: Sequence[int],
-    removed: float,
     *,
+    keep_ratio: float,
     previous_across_clips: bool = False,
     refill_by_clip: bool = False,
     record: bool = True,
 ) -> ReferenceEncoding:
-    """Encodes whole clips, end to end in `pixels`, dropping the share `removed` of each one.
+    """Encodes whole clips, end to end in `pixels`, keeping a share of each one.
 
     `previous_across_clips` scores a later clip's first frame against the last frame of the clip
     before it, as the published code does by mistake. With `refill_by_clip` frames are refilled as
@@ -116,7 +101,8 @@ def encode_reference(
     x = model.biased_block(x, scores, is_first)
     hidden[prune_at + 1] = x
 
-    kept = keep_by_clip(scores, frames_per_clip, removed)
+    clips = scores.split(list(frames_per_clip))
+    kept = torch.cat([clip_budget(clip, keep_ratio, variant="published") for clip in clips])
     context = kept.clone()
     start = 0
     for frames in frames_per_clip if refill_by_clip else [len(kept)]:

@@ -26,13 +26,15 @@ class TokenScorer(nn.Module):
 
     def pool_cells(self, patches_FC9D: Tensor) -> Tensor:
         """Returns [F, C, D]."""
-        return self.pool(patches_FC9D.flatten(0, 1)).unflatten(0, patches_FC9D.shape[:2])
+        out: Tensor = self.pool(patches_FC9D.flatten(0, 1)).unflatten(0, patches_FC9D.shape[:2])
+        return out
 
     def forward(self, prev_FCD: Tensor, cells_FCD: Tensor) -> Tensor:
         """Returns fp32 scores [F, C]; `prev` is zero for the first frame of a clip."""
         x = torch.cat([prev_FCD, cells_FCD], -1)
         x = F.silu(self.fc2(F.silu(self.fc1(x))))
-        return self.fc3(x).squeeze(-1).float().sigmoid()
+        logits: Tensor = self.fc3(x).squeeze(-1).float().sigmoid()
+        return logits
 
     def key_bias(self, scores_FC: Tensor, is_first_F: Tensor) -> Tensor:
         """Log-score bias of each cell, [F, C] in [log rescale_min, 0]; 0 on first frames.

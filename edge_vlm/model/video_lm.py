@@ -33,7 +33,8 @@ class Connector(nn.Module):
 
     def forward(self, patches_GWD: Tensor, valid_GW: Tensor | None = None) -> Tensor:
         """[G, W, 2 D] -> [G, E] for windows of any size; `valid` (bool) marks real patches."""
-        return self.project(self.pool(patches_GWD, valid_GW))
+        out: Tensor = self.project(self.pool(patches_GWD, valid_GW))
+        return out
 
 
 class VideoLM(nn.Module):
@@ -82,7 +83,7 @@ class VideoLM(nn.Module):
         """Scores every cell of consecutive frames and runs all blocks before the drop.
 
         Frame i's previous cells are frame i-1's; `prev_cells` [1, C, D] continues an earlier call;
-        frames with `is_first` (bool [F]) start a clip. Returns `hidden` [F, N, D] behind the biased
+        frames with `is_first` (bool [F]) start a clip. Returns `hidden` [F, N, D] after the biased
         block, `cells` [F, C, D] for the next call and fp32 `scores` [F, C].
         """
         x = self.embed_frames(pixels_FNP)
@@ -112,7 +113,8 @@ class VideoLM(nn.Module):
         """Block `prune_at + 1`: all patches take part, low-scored ones as weak keys."""
         assert self.scorer is not None
         bias = self.vit.spread(self.scorer.key_bias(scores_FC, is_first_F))
-        return self.vit.blocks[self.scorer.cfg.prune_at + 1](x_FND, bias)
+        out: Tensor = self.vit.blocks[self.scorer.cfg.prune_at + 1](x_FND, bias)
+        return out
 
     def vit_trunk(
         self,
@@ -152,4 +154,5 @@ class VideoLM(nn.Module):
             if i in self.cfg.vision.feature_layers:  # the others' outputs need not be held
                 taps[i] = x
         joined = torch.cat([taps[i] for i in self.cfg.vision.feature_layers], -1)
-        return self.connector(joined.unflatten(0, (-1, CELL * CELL)))
+        out: Tensor = self.connector(joined.unflatten(0, (-1, CELL * CELL)))
+        return out

@@ -35,7 +35,8 @@ class ViTBlock(nn.Module):
         self.fc2 = nn.Linear(cfg.mlp_width, cfg.width)
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+        out: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+        return out
 
     def forward(self, x_FND: Tensor, key_bias_FN: Tensor | None = None) -> Tensor:
         """Whole frames; the bias is added to every query's score of that key."""
@@ -70,7 +71,8 @@ class VisionTransformer(nn.Module):
         return block
 
     def embed(self, pixels_FNP: Tensor) -> Tensor:
-        return self.patch_embed(pixels_FNP) + self.pos_embed
+        out: Tensor = self.patch_embed(pixels_FNP) + self.pos_embed
+        return out
 
     def cells(self, hidden_FND: Tensor) -> Tensor:
         """Groups patches by cell: [F, C, 9, D]."""

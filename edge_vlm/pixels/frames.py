@@ -12,12 +12,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_vlm.errors import FrameDecodeError, MissingExtraError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+Rgb = npt.NDArray[np.uint8]
+"""A picture, [H, W, 3]."""
 JPEG_MAGIC = b"\xff\xd8\xff"
 RAW_HEADER = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")
 """Of a binary PPM, https://netpbm.sourceforge.net/doc/ppm.html, in its plainest form."""
@@ -51,7 +54,7 @@ def _pillow_image() -> ModuleType:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError.for_library("Pillow", "ort") from error
+        raise MissingExtraError.for_library("Pillow", "client") from error
     return Image
 
 
@@ -156,7 +159,10 @@ def thumbnail(rgb: np.ndarray, size: int) -> np.ndarray:
     height = rgb.shape[0]
     edges = [row * height // size for row in range(size + 1)] if height >= size else []
     bands = [rgb[top:bottom].mean(axis=0, dtype=np.float32) for top, bottom in pairwise(edges)]
-    return block_means(np.stack(bands) if bands else rgb.astype(np.float32), size).mean(axis=2)
+    grey: npt.NDArray[np.float32] = block_means(
+        np.stack(bands) if bands else rgb.astype(np.float32), size
+    ).mean(axis=2)
+    return grey
 
 
 def block_means(plane: np.ndarray, size: int) -> np.ndarray:
@@ -173,4 +179,5 @@ def block_means(plane: np.ndarray, size: int) -> np.ndarray:
     heights = np.diff(np.append(rows, plane.shape[0])).astype(np.float32)
     widths = np.diff(np.append(columns, plane.shape[1])).astype(np.float32)
     areas = (heights[:, None] * widths[None, :]).reshape((size, size) + (1,) * (plane.ndim - 2))
-    return (sums / areas).astype(np.float32)
+    means: npt.NDArray[np.float32] = (sums / areas).astype(np.float32)
+    return means

@@ -10,13 +10,14 @@ to [-1, 1].
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_vlm.config import CELL, VisionConfig
 
-_Points = tuple[NDArray, NDArray, NDArray]
+_Points = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 _TIE = 2.0**-10
 """How near a half a resized value must lie to be summed again; rounding moves it by 2**-14."""
@@ -27,7 +28,7 @@ def _sample_points(in_size: int, out_size: int) -> _Points:
     """Lower index, upper index and the upper one's weight for each output place along one axis.
 
     As torch's `interpolate(mode="bilinear", align_corners=False)` has it: the scale is an f32, the
-    place is rounded to f32 once, behind a fused multiply and subtract.
+    place is rounded to f32 once, after a fused multiply and subtract.
     """
     scale = np.float32(in_size) / np.float32(out_size)
     place = ((np.arange(out_size) + 0.5) * np.float64(scale) - 0.5).astype(np.float32)
@@ -37,7 +38,7 @@ def _sample_points(in_size: int, out_size: int) -> _Points:
     return lower, upper, place - lower.astype(np.float32)
 
 
-def resize_bilinear(rgb: NDArray, size: int | tuple[int, int]) -> NDArray[np.float32]:
+def resize_bilinear(rgb: NDArray[Any], size: int | tuple[int, int]) -> NDArray[np.float32]:
     """Resize `rgb` [H, W, C] to [size, size, C] or to (height, width), f32.
 
     uint8 input gives whole numbers in [0, 255], as the published processors do, for three channels
@@ -56,10 +57,11 @@ def resize_bilinear(rgb: NDArray, size: int | tuple[int, int]) -> NDArray[np.flo
     rows_top, rows_bottom = rgb[top], rgb[bottom]
     weight_x, weight_y = weight_x[None, :, None], weight_y[:, None, None]
 
-    def across(lines: NDArray) -> NDArray:
-        return lines[:, left] * (1 - weight_x) + lines[:, right] * weight_x
+    def across(lines: NDArray[Any]) -> NDArray[Any]:
+        mixed: NDArray[Any] = lines[:, left] * (1 - weight_x) + lines[:, right] * weight_x
+        return mixed
 
-    out = across(rows_top) * (1 - weight_y) + across(rows_bottom) * weight_y
+    out: NDArray[Any] = across(rows_top) * (1 - weight_y) + across(rows_bottom) * weight_y
     if rgb.dtype == np.uint8:
         whole = np.rint(out)
         ties = np.nonzero(np.abs(out - whole) > 0.5 - _TIE)
@@ -69,7 +71,7 @@ def resize_bilinear(rgb: NDArray, size: int | tuple[int, int]) -> NDArray[np.flo
 
 
 def _fused_sum(
-    rgb: NDArray, rows: _Points, columns: _Points, where: tuple[NDArray, ...]
+    rgb: NDArray[Any], rows: _Points, columns: _Points, where: tuple[NDArray[Any], ...]
 ) -> NDArray[np.float32]:
     """The unrounded value at some places (y, x, channel), in the order torch sums it on a CPU.
 
@@ -80,7 +82,7 @@ def _fused_sum(
     (top, bottom, weight_y), (left, right, weight_x) = rows, columns
     low_y, low_x = weight_y[y], weight_x[x]
     high_y, high_x = 1 - low_y, 1 - low_x
-    total = rgb[top[y], right[x], channel] * (high_y * low_x)
+    total: NDArray[np.float32] = rgb[top[y], right[x], channel] * (high_y * low_x)
     for row, column, weight in (
         (top, left, high_y * high_x),
         (bottom, left, low_y * high_x),
@@ -96,7 +98,7 @@ def normalise(picture: NDArray[np.float32]) -> NDArray[np.float32]:
     return (picture - np.float32(127.5)) / np.float32(127.5)
 
 
-def cut_patches(pictures: NDArray, patch_size: int) -> NDArray:
+def cut_patches(pictures: NDArray[Any], patch_size: int) -> NDArray[Any]:
     """[n, S, S, 3] -> patches [n, (S / patch_size)**2, 3 * patch_size**2].
 
     Patches row-major, each flattened as (row, column, channel).
@@ -108,13 +110,13 @@ def cut_patches(pictures: NDArray, patch_size: int) -> NDArray:
     return patches.reshape(count, grid * grid, patch_size * patch_size * 3)
 
 
-def require_rgb(rgb: NDArray) -> None:
+def require_rgb(rgb: NDArray[Any]) -> None:
     """Raises ValueError for anything but u8 [H, W, 3]."""
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise ValueError(f"rgb must be uint8 [H, W, 3], got {rgb.dtype} {rgb.shape}")
 
 
-def to_pixel_values(rgb: NDArray, cfg: VisionConfig) -> NDArray[np.float32]:
+def to_pixel_values(rgb: NDArray[Any], cfg: VisionConfig) -> NDArray[np.float32]:
     """`rgb` u8 [H, W, 3] of any size -> normalised patches f32 [num_patches, patch_dim].
 
     Patches row-major, each flattened as (row, column, channel). Raises ValueError for another shape
@@ -122,7 +124,8 @@ def to_pixel_values(rgb: NDArray, cfg: VisionConfig) -> NDArray[np.float32]:
     """
     require_rgb(rgb)
     picture = normalise(resize_bilinear(rgb, cfg.image_size))
-    return cut_patches(picture[None], cfg.patch_size)[0]
+    patches: NDArray[np.float32] = cut_patches(picture[None], cfg.patch_size)[0]
+    return patches
 
 
 @lru_cache(maxsize=32)
@@ -136,11 +139,12 @@ def cell_table(cell_grid: int) -> NDArray[np.int64]:
     return table
 
 
-def patch_indices_of_cells(cells: NDArray, cfg: VisionConfig) -> NDArray[np.int64]:
+def patch_indices_of_cells(cells: NDArray[Any], cfg: VisionConfig) -> NDArray[np.int64]:
     """Patch numbers [K, 9] of `cells` [K]. Raises ValueError for a cell outside the grid."""
     cells = np.asarray(cells)
     if cells.size and (cells.min() < 0 or cells.max() >= cfg.num_cells):
         raise ValueError(
             f"cells must lie in [0, {cfg.num_cells}), got {cells.min()}..{cells.max()}"
         )
-    return cell_table(cfg.cell_grid)[cells]
+    patches: NDArray[np.int64] = cell_table(cfg.cell_grid)[cells]
+    return patches

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,10 +140,10 @@ def grid_of(tiling: tuple[int, int], vision: VisionConfig, cfg: ImageConfig) -> 
     return ImageGrid(*(-(-side // cfg.pool) for side in sides))
 
 
-def pooling_windows(patches: NDArray, pool: int) -> tuple[NDArray[np.int32], int, int]:
+def pooling_windows(patches: NDArray[Any], pool: int) -> tuple[NDArray[np.int32], int, int]:
     """Patch numbers [h, w] -> windows [rows * columns, pool**2], rows and columns.
 
-    What is missing to a multiple of `pool` is padded on both sides, the odd one behind.
+    What is missing to a multiple of `pool` is padded on both sides, the odd one at the end.
     """
     lacking = [-side % pool for side in patches.shape]
     around = [(lack // 2, lack - lack // 2) for lack in lacking]
@@ -159,7 +159,7 @@ def canvas_patches(
     """The crop patch that stands for each patch of the canvas, numbered through the crops."""
     grid, apart = vision.patch_grid, cfg.window_patches(vision)
 
-    def owners(crops: int) -> tuple[NDArray, NDArray]:
+    def owners(crops: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The crop of each place along one side, and the place inside it."""
         places = np.arange(crops * apart + sum(cfg.overlap))
         crop = np.clip((places - cfg.overlap[0]) // apart, 0, crops - 1)
@@ -170,7 +170,7 @@ def canvas_patches(
     return crop * vision.num_patches + y[:, None] * grid + x
 
 
-def prepare_image(rgb: NDArray, vision: VisionConfig, cfg: ImageConfig) -> ImageCrops:
+def prepare_image(rgb: NDArray[Any], vision: VisionConfig, cfg: ImageConfig) -> ImageCrops:
     """`rgb` u8 [H, W, 3] of any size -> its crops.
 
     Equal to the published processors to the last bit. Raises ValueError for another shape or dtype.

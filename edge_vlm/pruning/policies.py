@@ -1,9 +1,8 @@
 """Which cells of a frame are kept: one family of policies, from scores to cell numbers, in numpy.
 
-A policy sees the frames of one stream in order and answers at once, so it never looks ahead
-(`clip_budget`, the rule of the STTS paper, is the exception: it wants the whole clip). All causal
-policies spend the same money, the `CellLedger` below: comparing them compares *which* cells they
-choose, at equal cost.
+A policy sees the frames of one stream in order and answers at once, so it never looks ahead (what
+wants the whole clip first is `edge_vlm.pruning.clip_budget`). All causal policies spend by the same
+`CellLedger`: comparing them compares *which* cells they choose, at equal cost.
 
 Scores are small and their scale drifts (their mean is about 0.05), so nothing here compares them
 with a fixed number: they are ranked against the recent past of their own stream.
@@ -14,16 +13,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.pixels.frames import block_means
+from edge_vlm.pixels.frames import Rgb, block_means
+from edge_vlm.pruning.ledger import CellLedger
 
 Scores = npt.NDArray[np.float32]
 Cells = npt.NDArray[np.int32]
-Rgb = npt.NDArray[np.uint8]
 
 
 PAYBACK_FRAMES = 16
@@ -48,90 +48,9 @@ class KeepPolicy(Protocol):
 class RatedPolicy(KeepPolicy, Protocol):
     """One whose budget can be changed while the stream runs."""
 
-    def fund(self, coming: float, later: float) -> None:
+    def set_rate(self, coming: float, later: float) -> None:
         """What the budget gets with the coming frame, and with each later one as far as is known,
-        in cells. Unless told otherwise every frame brings `keep_ratio` of its cells."""
-
-
-class CellLedger:
-    """What a stream may have spent by now, so that its average never exceeds `keep_ratio`.
-
-    The first frame is kept whole, which is more than its share; the excess is paid back over the
-    first `payback_frames` frames. From the frame with index payback_frames - 1 on,
-
-        cells kept so far  <=  keep_ratio * cells seen so far        (exactly, at every frame).
-
-    Before that a frame may run ahead of the even schedule, as long as every frame left until then
-    can still have `min_cells`. Credit that is not spent is banked, at most `bank_frames` whole
-    frames of it. If `keep_ratio` is so small that the first frame alone would use up the payback
-    time, that is lengthened.
-    """
-
-    def __init__(
-        self,
-        num_cells: int,
-        keep_ratio: float,
-        payback_frames: int,
-        min_cells: int,
-        bank_frames: float,
-    ) -> None:
-        self.num_cells = num_cells
-        self.income = keep_ratio * num_cells
-        """Of each coming frame, as far as is known."""
-        self._earned = 0.0
-        self._earned_until = 0
-        self._extra = 0.0
-        self.horizon = payback_frames
-        if keep_ratio * payback_frames < 1.25:
-            self.horizon = math.ceil(1.5 / keep_ratio)
-        self.bank_limit = bank_frames * num_cells
-        later = max(self.horizon - 1, 1)
-        affordable = (self.income * self.horizon - num_cells) / later
-        self.min_cells = max(0, min(min_cells, math.floor(affordable + 1e-9)))
-        self.frames = 0
-        self.spent = 0
-        self.forfeited = 0.0
-
-    def fund(self, coming: float, later: float) -> None:
-        """The coming frame brings `coming` cells, and each later one `later`."""
-        if later != self.income:
-            self._earned = self._earned_by(self.frames)
-            self._earned_until = self.frames
-            self.income = later
-        self._extra = coming - later
-
-    def _earned_by(self, frame: int) -> float:
-        return self._earned + self.income * (frame - self._earned_until)
-
-    def left(self) -> float:
-        """Cells that the coming frame may use at most, before the ceiling of a frame is applied."""
-        seen = max(self.frames + 1, self.horizon)
-        reserve = self.min_cells * max(self.horizon - (self.frames + 1), 0)
-        earned = self._earned_by(seen) + self._extra
-        return earned - self.forfeited - self.spent - reserve + 1e-9
-
-    def frames_to_plan(self) -> int:
-        """Frames, the coming one included, over which the present credit should be spent evenly."""
-        return max(self.horizon - self.frames, 1)
-
-    @property
-    def paid_back(self) -> bool:
-        """The first frame's excess is repaid; every coming frame brings its full income."""
-        return self.frames >= self.horizon
-
-    def even_share(self) -> float:
-        """Cells for the coming frame if all frames until the payback time ends got the same."""
-        plan = self.frames_to_plan()
-        return (self.left() + self.min_cells * (plan - 1)) / plan
-
-    def spend(self, cells: int) -> None:
-        self.frames += 1
-        self.spent += cells
-        self._earned += self._extra
-        self._extra = 0.0
-        if self.frames >= self.horizon:
-            banked = self._earned_by(self.frames) - self.forfeited - self.spent
-            self.forfeited += max(banked - self.bank_limit, 0.0)
+        in cells. Without it every frame brings `keep_ratio` of its cells."""
 
 
 def _checked(scores: Scores) -> Scores:
@@ -159,97 +78,94 @@ class KeepAll:
     def reset(self) -> None:
         """Nothing to forget."""
 
-    def fund(self, coming: float, later: float) -> None:
+    def set_rate(self, coming: float, later: float) -> None:
         """All cells are kept, whatever the budget."""
 
     def select(self, scores: Scores, frame_rgb: Rgb | None, is_first: bool) -> Cells:
         return np.arange(_checked(scores).size, dtype=np.int32)
 
 
+@dataclass(eq=False)
 class _Budgeted(ABC):
-    """What the causal policies share: the allowance, the whole first frame, the ceiling."""
+    """What the causal policies share: the ledger, the whole first frame, the ceiling."""
 
-    def __init__(
-        self,
-        keep_ratio: float,
-        *,
-        min_cells: int = 2,
-        payback_frames: int = PAYBACK_FRAMES,
-        bank_frames: float = 2.0,
-    ) -> None:
-        _check_ratio(keep_ratio)
-        if min_cells < 0:
-            raise ValueError(f"min_cells must be >= 0, got {min_cells}")
-        if payback_frames < 2:
-            raise ValueError(f"payback_frames must be >= 2, got {payback_frames}")
-        self.keep_ratio = keep_ratio
-        self._min_cells = min_cells
-        self._payback_frames = payback_frames
-        self._bank_frames = bank_frames
-        self._allowance: CellLedger | None = None
-        self._funds: tuple[float, float] | None = None
+    keep_ratio: float
+    _: KW_ONLY
+    min_cells: int = 2
+    payback_frames: int = PAYBACK_FRAMES
+    bank_frames: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.keep_ratio)
+        if self.min_cells < 0:
+            raise ValueError(f"min_cells must be >= 0, got {self.min_cells}")
+        if self.payback_frames < 2:
+            raise ValueError(f"payback_frames must be >= 2, got {self.payback_frames}")
+        self._ledger: CellLedger | None = None
+        self._rates: tuple[float, float] | None = None
 
     def reset(self) -> None:
-        self._allowance = None
+        self._ledger = None
 
-    def fund(self, coming: float, later: float) -> None:
+    def set_rate(self, coming: float, later: float) -> None:
         if not (coming >= 0.0 and later >= 0.0):
             raise ValueError(f"cells to spend must be >= 0, got {coming} and {later}")
-        self._funds = (coming, later)
+        self._rates = (coming, later)
 
     def select(self, scores: Scores, frame_rgb: Rgb | None, is_first: bool) -> Cells:
         scores = _checked(scores)
-        if is_first or self._allowance is None:
+        if is_first or self._ledger is None:
             self.reset()
-            self._allowance = CellLedger(
+            self._ledger = CellLedger(
                 scores.size,
                 self.keep_ratio,
-                self._payback_frames,
-                self._min_cells,
-                self._bank_frames,
+                self.payback_frames,
+                self.min_cells,
+                self.bank_frames,
             )
             self._start(scores, frame_rgb)
-            self._apply_funds(self._allowance)
+            self._apply_rates(self._ledger)
             cells = np.arange(scores.size, dtype=np.int32)
         else:
-            if scores.size != self._allowance.num_cells:
+            if scores.size != self._ledger.num_cells:
                 raise ValueError(
-                    f"scores changed from {self._allowance.num_cells} to {scores.size} cells"
+                    f"scores changed from {self._ledger.num_cells} to {scores.size} cells"
                 )
-            self._apply_funds(self._allowance)
-            if self._allowance.income >= scores.size:  # nothing is pruned, however low it scores
+            self._apply_rates(self._ledger)
+            if self._ledger.rate >= scores.size:  # nothing is pruned, however low it scores
                 cells = np.arange(scores.size, dtype=np.int32)
             else:
-                cells = self._choose(scores, frame_rgb, self._allowance)
-        self._allowance.spend(cells.size)
+                cells = self._choose(scores, frame_rgb, self._ledger)
+        self._ledger.spend(cells.size)
         return cells
 
-    def _apply_funds(self, allowance: CellLedger) -> None:
-        if self._funds is not None:
-            coming, later = self._funds
-            allowance.fund(coming, later)
-            self._funds = (later, later)
+    def _apply_rates(self, ledger: CellLedger) -> None:
+        if self._rates is not None:
+            coming, later = self._rates
+            ledger.set_rate(coming, later)
+            self._rates = (later, later)
 
     def _start(self, scores: Scores, frame_rgb: Rgb | None) -> None:  # noqa: B027 (optional)
         """A stream begins with this frame, which is kept whole."""
 
     @abstractmethod
-    def _choose(self, scores: Scores, frame_rgb: Rgb | None, allowance: CellLedger) -> Cells:
-        """Cells of a later frame, within the allowance, which is charged by the caller."""
+    def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
+        """Cells of a later frame, within the ledger, which is charged by the caller."""
 
 
-def _bounded(wanted: float, allowance: CellLedger) -> int:
-    most = min(math.floor(allowance.left()), allowance.num_cells)
-    return max(0, min(max(round(wanted), allowance.min_cells), most))
+def _bounded(wanted: float, ledger: CellLedger) -> int:
+    most = min(math.floor(ledger.available()), ledger.num_cells)
+    return max(0, min(max(round(wanted), ledger.min_cells), most))
 
 
 class FrameTopK(_Budgeted):
     """The highest scores of each frame; every frame gets the same number."""
 
-    def _choose(self, scores: Scores, frame_rgb: Rgb | None, allowance: CellLedger) -> Cells:
-        return top_cells(scores, _bounded(allowance.even_share(), allowance))
+    def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
+        return top_cells(scores, _bounded(ledger.even_share(), ledger))
 
 
+@dataclass(eq=False)
 class RandomCells(_Budgeted):
     """Uniformly drawn cells: the control arm.
 
@@ -257,26 +173,18 @@ class RandomCells(_Budgeted):
     on average.
     """
 
-    def __init__(
-        self,
-        keep_ratio: float,
-        *,
-        seed: int = 0,
-        min_cells: int = 2,
-        payback_frames: int = PAYBACK_FRAMES,
-        bank_frames: float = 2.0,
-    ) -> None:
-        super().__init__(
-            keep_ratio, min_cells=min_cells, payback_frames=payback_frames, bank_frames=bank_frames
-        )
-        self.seed = seed
-        self._random = np.random.default_rng(seed)
+    seed: int = field(default=0, kw_only=True)
 
-    def _choose(self, scores: Scores, frame_rgb: Rgb | None, allowance: CellLedger) -> Cells:
-        count = _bounded(allowance.even_share(), allowance)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._random = np.random.default_rng(self.seed)
+
+    def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
+        count = _bounded(ledger.even_share(), ledger)
         return np.sort(self._random.permutation(scores.size)[:count]).astype(np.int32)
 
 
+@dataclass(eq=False)
 class StreamBudget(_Budgeted):
     """Spends a running budget where the scores are high. The default of every live session.
 
@@ -287,41 +195,30 @@ class StreamBudget(_Budgeted):
     is spent whole. The root keeps one event, scored tenfold, from taking a whole second's cells.
     """
 
-    def __init__(
-        self,
-        keep_ratio: float,
-        *,
-        min_cells: int = 2,
-        payback_frames: int = PAYBACK_FRAMES,
-        bank_frames: float = 2.0,
-        memory_frames: int = 32,
-    ) -> None:
-        super().__init__(
-            keep_ratio,
-            min_cells=min_cells,
-            payback_frames=payback_frames,
-            bank_frames=bank_frames,
-        )
-        if memory_frames < 1:
-            raise ValueError(f"memory_frames must be >= 1, got {memory_frames}")
-        self._recent_weights: deque[float] = deque(maxlen=memory_frames)
+    memory_frames: int = field(default=32, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory_frames < 1:
+            raise ValueError(f"memory_frames must be >= 1, got {self.memory_frames}")
+        self._recent_weights: deque[float] = deque(maxlen=self.memory_frames)
 
     def reset(self) -> None:
         super().reset()
         self._recent_weights.clear()
 
-    def _choose(self, scores: Scores, frame_rgb: Rgb | None, allowance: CellLedger) -> Cells:
+    def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
         weight = float(np.sqrt(np.maximum(scores, 0.0)).sum()) + 1e-9  # all 0: an even share
         self._recent_weights.append(weight)
         usual = sum(self._recent_weights) / len(self._recent_weights)
 
-        plan = allowance.frames_to_plan()
-        credit = allowance.even_share() * plan
-        if allowance.paid_back:
-            plan = self._payback_frames
-            credit += allowance.income * (plan - 1)
+        plan = ledger.frames_to_plan()
+        credit = ledger.even_share() * plan
+        if ledger.paid_back:
+            plan = self.payback_frames
+            credit += ledger.rate * (plan - 1)
         wanted = credit * weight / (weight + usual * (plan - 1))
-        return top_cells(scores, _bounded(wanted, allowance))
+        return top_cells(scores, _bounded(wanted, ledger))
 
 
 class FrameDifference(_Budgeted):
@@ -334,21 +231,7 @@ class FrameDifference(_Budgeted):
     POINTS = 6
     """Each cell is compared on POINTS x POINTS area-averaged points."""
 
-    def __init__(
-        self,
-        keep_ratio: float,
-        *,
-        min_cells: int = 2,
-        payback_frames: int = PAYBACK_FRAMES,
-        bank_frames: float = 2.0,
-    ) -> None:
-        super().__init__(
-            keep_ratio,
-            min_cells=min_cells,
-            payback_frames=payback_frames,
-            bank_frames=bank_frames,
-        )
-        self._kept_content: npt.NDArray[np.float32] | None = None
+    _kept_content: npt.NDArray[np.float32] | None = None
 
     def reset(self) -> None:
         super().reset()
@@ -357,11 +240,11 @@ class FrameDifference(_Budgeted):
     def _start(self, scores: Scores, frame_rgb: Rgb | None) -> None:
         self._kept_content = self._cell_contents(scores.size, frame_rgb)
 
-    def _choose(self, scores: Scores, frame_rgb: Rgb | None, allowance: CellLedger) -> Cells:
+    def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
         contents = self._cell_contents(scores.size, frame_rgb)
         assert self._kept_content is not None  # _start ran with the first frame
         change = np.abs(contents - self._kept_content).mean(axis=1)
-        cells = top_cells(change, _bounded(allowance.even_share(), allowance))
+        cells = top_cells(change, _bounded(ledger.even_share(), ledger))
         self._kept_content[cells] = contents[cells]
         return cells
 
@@ -374,29 +257,6 @@ class FrameDifference(_Budgeted):
         means = block_means(frame_rgb.astype(np.float32), grid * points)
         cells = means.reshape(grid, points, grid, points, 3).transpose(0, 2, 1, 3, 4)
         return cells.reshape(num_cells, points * points * 3).copy()
-
-
-def clip_budget(scores: Scores, keep_ratio: float, *, min_cells: int = 0) -> list[Cells]:
-    """The paper's rule: one pool for the whole clip, so later frames decide about earlier ones.
-
-    scores f32 [F, C] -> per frame the kept cells i32 [K_f], sorted. floor(C * F * (1 - keep_ratio))
-    cells are dropped, the lowest scores first; the first frame goes last. `min_cells` keeps the
-    best cells of each later frame out of the pool, as far as the total allows; 0 is the reference,
-    which empties quiet frames. Raises ValueError on a wrong shape or ratio.
-    """
-    if scores.ndim != 2 or scores.size == 0:
-        raise ValueError(f"scores must be [F, C], got {list(scores.shape)}")
-    _check_ratio(keep_ratio)
-    num_frames, num_cells = scores.shape
-    ranked = np.array([_checked(row) for row in scores])
-    if min_cells:
-        best = np.argsort(-ranked[1:], axis=1, kind="stable")[:, :min_cells]
-        np.put_along_axis(ranked[1:], best, np.float32(10.0) + ranked[1:].max(initial=0), axis=1)
-    ranked[0] = 100.0
-    dropped = int(num_cells * num_frames * (1.0 - keep_ratio) + 1e-9)
-    keep = np.ones(scores.size, dtype=bool)
-    keep[np.argsort(ranked.ravel(), kind="stable")[:dropped]] = False
-    return [np.flatnonzero(row).astype(np.int32) for row in keep.reshape(num_frames, num_cells)]
 
 
 POLICY_NAMES = ("stream", "random", "frame_topk", "difference", "keep_all")

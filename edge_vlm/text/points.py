@@ -4,8 +4,16 @@ Molmo2 points by text (arXiv 2601.10611, section 3): `<points coords="...">label
 `<tracks coords="...">label</tracks>`. Inside stand groups, separated by ";" (by a tab in the older
 format): a time in seconds, or the number of a picture, and then triples `ID X Y`. X and Y are
 thousandths of the picture's width and height, written with three or four digits; an object keeps
-its ID through all groups. What is read here is what the published examples read: malformed triples
-and places outside the picture are skipped, and so is a tag that was cut off.
+its ID through all groups.
+
+This is the one reader, of what is drawn and of what is graded. It reads what the expressions on the
+published model cards read:
+
+- the whole triples of a half-broken group (`0.5 1 100 200 300` has one);
+- no X or Y of fewer than three digits (`0.5 1 50 60`), none outside the picture (`0.5 1 1500 060`);
+- nothing of a tag that was cut off, or whose coords hold anything but numbers and separators.
+
+It is stricter in one thing: a number is read whole or not at all (`1 123 45678` is no point).
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ from typing import Literal
 
 SCALE = 1000
 _TAG = re.compile(
-    r"<(points|tracks)\b[^<>]*?\bcoords=\"([^\"<>]*)\"[^<>]*>(?:([^<]*)</(?:points|tracks)>)?"
+    r"<(points|tracks)\b[^<>]*?\bcoords=\"([0-9\t:;, .]*)\"[^<>]*>(?:([^<]*)</(?:points|tracks)>)?"
 )
 _GROUP = re.compile(r"(?:^|[\t:,;])\s*([0-9]{1,9})(\.[0-9]{1,9})? ([0-9. ]+)")
 _TRIPLE = re.compile(r"(?<![0-9.])([0-9]{1,9}) ([0-9]{3,4}) ([0-9]{3,4})(?![0-9.])")

@@ -1,4 +1,4 @@
-"""The Molmo2 prompt as token ids: begin token, stamped frames or images, then the dialogue.
+"""The Molmo2 prompt as token ids: first token, stamped frames or images, then the dialogue.
 
 Vision comes before every question, so a question never changes what was cached for the frames.
 Format: `<|im_end|>0.0 <im_start><im_patch>*K<im_end> 0.5 <im_start>...` and then turns of
@@ -22,7 +22,7 @@ from edge_vlm.text.tokenizer import Tokenizer
 Ids = npt.NDArray[np.int32]
 
 IM_END = "<|im_end|>"
-"""Ends a turn and, as in Molmo2, also begins the sequence."""
+"""Ends a turn. The Molmo2 of Qwen also begin the sequence and end an answer with it."""
 IM_START = "<|im_start|>"
 FRAME_START = "<im_start>"
 FRAME_END = "<im_end>"
@@ -50,9 +50,21 @@ class PromptStyle:
     (`use_frame_special_tokens`: off in the released Molmo2, on in the published STTS training)."""
     low_res_columns: bool = False
     """Rows of the low-resolution view end with `<im_col>` too (`use_single_crop_col_tokens`)."""
+    low_res_start: bool = True
+    """The low-resolution view begins with `<low_res_im_start>` (`use_single_crop_start_token`), or
+    like the tiled one with `<im_start>` (MolmoWeb)."""
     space_before_answers: bool = False
     """In a finished turn a space stands before the assistant's part, as the published chat template
     has it there and nowhere else."""
+    begin: str = IM_END
+    """The first token of every prompt (O-7B: `<|endoftext|>`)."""
+    ends: tuple[str, ...] = (IM_END,)
+    """An answer ends at any of these; those trained here end with the first."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", tuple(self.ends))
+        if not self.ends or not all(isinstance(token, str) for token in (self.begin, *self.ends)):
+            raise ValueError(f"begin = {self.begin!r}, ends = {self.ends!r}: must be tokens")
 
 
 PLAIN = PromptStyle()
@@ -82,7 +94,9 @@ class PromptFormat:
         """Raises KeyError if the vocabulary lacks a token that every prompt needs."""
         self.tokenizer = tokenizer
         self.style = style
-        self.eos_id = tokenizer.id_of(IM_END)
+        self.bos_id = tokenizer.id_of(style.begin)
+        self.eos_ids = tuple(tokenizer.id_of(token) for token in style.ends)
+        """An answer ends at any of these."""
         self.patch_id = tokenizer.id_of(PATCH)
         own = style.own_frame_markers
         self._start_id = tokenizer.id_of(OWN_FRAME_START if own else FRAME_START)
@@ -96,8 +110,13 @@ class PromptFormat:
                 self._vision_ids.append(tokenizer.id_of(token))
 
     @property
+    def eos_id(self) -> int:
+        """Ends an answer that is written rather than read."""
+        return self.eos_ids[0]
+
+    @property
     def bos_ids(self) -> Ids:
-        return np.array([self.eos_id], np.int32)
+        return np.array([self.bos_id], np.int32)
 
     def frame_ids(self, pts_s: float, num_cells: int, first: bool) -> Ids:
         """Stamp in seconds with one decimal, start marker, `num_cells` patch tokens, end marker."""
@@ -111,7 +130,8 @@ class PromptFormat:
         Raises KeyError if the vocabulary has no image tokens.
         """
         start, end = self.tokenizer.id_of(FRAME_START), self.tokenizer.id_of(FRAME_END)
-        low_start, column = self.tokenizer.id_of(LOW_RES_START), self.tokenizer.id_of(COLUMN)
+        low = LOW_RES_START if self.style.low_res_start else FRAME_START
+        low_start, column = self.tokenizer.id_of(low), self.tokenizer.id_of(COLUMN)
         ids: list[int] = []
         for number, grid in enumerate(grids, 1):
             if len(grids) > 1:

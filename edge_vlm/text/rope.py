@@ -50,4 +50,5 @@ def _yarn(cfg: LanguageConfig, scaling: RopeScaling, plain: np.ndarray) -> np.nd
     # The published code widens an empty ramp by this much.
     span = high - low if high != low else 0.001
     slowed = np.clip((np.arange(len(plain)) - low) / span, 0, 1)
-    return plain / scaling.factor * slowed + plain * (1 - slowed)
+    mixed: np.ndarray = plain / scaling.factor * slowed + plain * (1 - slowed)
+    return mixed

@@ -16,7 +16,7 @@ def _tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise MissingExtraError.for_library("tokenizers", "ort") from error
+        raise MissingExtraError.for_library("tokenizers", "serve") from error
     return tokenizers
 
 

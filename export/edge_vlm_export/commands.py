@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
+from edge_vlm.formats.bundle import TOKENIZER
 from edge_vlm.formats.precision import PRESETS, Precision, Variant
 
 if TYPE_CHECKING:
     from edge_vlm.formats.bundle import EngineBundle
     from edge_vlm_export.graphs.weights import WeightSource
+    from edge_vlm_export.preflight import Estimate
     from edge_vlm_export.to_onnx import ExportOptions
+    from edge_vlm_export.verify.verify import Report
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +27,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         type=Path,
         nargs="?",
-        help="folder written by `edge-vlm train`, or a published Molmo2 folder",
+        help="folder written by `edge-vlm train` or `convert`, a published Molmo2 folder, or one "
+        "of its training repository",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument("--name", help="name of the model (default: the checkpoint folder's)")
@@ -70,6 +74,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         default="concat",
         help="how the portable language graph attends to its past (default: concat)",
     )
+    _add_tokenizer(parser)
     trial = parser.add_argument_group("without a checkpoint")
     trial.add_argument(
         "--random-weights",
@@ -77,7 +82,6 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights made up for a known shape, e.g. molmo2_4b; needs --tokenizer",
     )
     trial.add_argument("--seed", type=int, default=0, help="of the random weights (0)")
-    trial.add_argument("--tokenizer", type=Path, help="tokenizer.json for --random-weights")
     trial.add_argument(
         "--with-images",
         action="store_true",
@@ -87,6 +91,16 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--without-scorer", action="store_true", help="the shape as published, without scorer"
     )
     _add_depth(parser)
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with the vocabulary (or its tokenizer.json), for weights beside which none "
+        "lies: those of a training run's folder, and --random-weights",
+    )
 
 
 def _add_depth(parser: argparse.ArgumentParser) -> None:
@@ -109,11 +123,13 @@ def _add_depth(parser: argparse.ArgumentParser) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     source, options = _source(args), _options(args)
+    for note in source.notes:
+        print(f"note: {note}")
     from edge_vlm_export.preflight import peak_memory
     from edge_vlm_export.to_onnx import export_source
 
-    progress, began = _printed_progress(), time.monotonic()
-    bundle = export_source(source, args.out, options, progress)
+    began = time.monotonic()
+    bundle = export_source(source, args.out, options, PrintedProgress())
     _print_sizes(bundle)
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
@@ -132,13 +148,14 @@ def _source(args: argparse.Namespace) -> WeightSource:
     from edge_vlm_export.graphs.weights import open_weights, random_weights
 
     if args.checkpoint is not None:
-        return open_weights(args.checkpoint)
+        return open_weights(args.checkpoint, args.tokenizer)
     if args.tokenizer is None:
         raise ConfigError("--random-weights needs --tokenizer FILE")
+    words = args.tokenizer
     return random_weights(
         args.random_weights,
         args.seed,
-        args.tokenizer,
+        words / TOKENIZER if words.is_dir() else words,
         with_scorer=not args.without_scorer,
         with_images=args.with_images,
     )
@@ -180,23 +197,18 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _printed_progress() -> Any:
-    from edge_vlm_export.preflight import Estimate
-    from edge_vlm_export.to_onnx import Progress
-    from edge_vlm_export.verify.verify import Report
+class PrintedProgress:
+    """Results on standard output, stages on a terminal's standard error."""
 
-    class Printed(Progress):
-        def estimated(self, needed: Estimate) -> None:
-            print(f"the export {needed}", flush=True)
+    def estimated(self, needed: Estimate) -> None:
+        print(f"the export {needed}", flush=True)
 
-        def stage(self, text: str) -> None:
-            if sys.stderr.isatty():
-                print(f"{text} ...", file=sys.stderr, flush=True)
+    def stage(self, text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"{text} ...", file=sys.stderr, flush=True)
 
-        def compared(self, report: Report) -> None:
-            print(report, flush=True)
-
-    return Printed()
+    def compared(self, report: Report) -> None:
+        print(report, flush=True)
 
 
 def _print_sizes(bundle: EngineBundle) -> None:
@@ -211,6 +223,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, help="compare with torch on these weights, at several sizes"
     )
+    _add_tokenizer(parser)
     parser.add_argument(
         "--footage",
         type=Path,
@@ -235,8 +248,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.checkpoint is not None:
         from edge_vlm_export.graphs.weights import open_weights
 
-        require_source(bundle, args.checkpoint)
-        source = open_weights(args.checkpoint)
+        source = open_weights(args.checkpoint, args.tokenizer)
+        require_source(bundle, source, args.checkpoint)
     report = verify_bundle(
         bundle,
         source,
@@ -252,14 +265,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 export = Command(
-    name="export",
-    help="turn a checkpoint into a bundle of ONNX graphs, each compared with torch",
     add_arguments=_export_arguments,
     run=_export,
 )
 verify = Command(
-    name="verify",
-    help="compare a bundle's graphs with torch, or with the reference tensors inside it",
     add_arguments=_verify_arguments,
     run=_verify,
 )

@@ -1,4 +1,4 @@
-"""Hugging Face Optimum beside our own int8 path: its static calibration, and a registered config.
+"""Optional: Hugging Face Optimum next to our own int8 path: its calibration, a registered config.
 
 `quantize_vision` lets Optimum's `ORTQuantizer` choose the ranges of a float32 bundle's vision
 products, by the smallest and largest value, by entropy or by percentile (our own path takes the
@@ -6,7 +6,8 @@ largest value and smooths outliers), and writes the result as a bundle of the sa
 `register_export_config` makes the model type `edge_vlm` known to Optimum's task manager.
 
 Optimum's ONNX side, `optimum-onnx` 0.1, wants transformers below 4.58, so it lives in an
-environment of its own: `pip install 'edge-vlm[optimum]'`. Nothing else imports this module.
+environment of its own: `pip install 'edge-vlm[optimum]'`. Nothing else imports this module, no
+command needs it, and its tests run only where Optimum is installed.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from edge_vlm.formats.bundle import EngineBundle, write_bundle
 from edge_vlm.formats.precision import FP32, Precision, Variant
 from edge_vlm_export.quantize.plan import PrecisionPlan, plan_graph
 from edge_vlm_export.trace.graph_files import load_graph, save_graph
-from edge_vlm_export.verify.ort_runner import Graphs, session_run
+from edge_vlm_export.verify.compare_pipelines import bundle_pipeline
+from edge_vlm_export.verify.footage import footage_clips
+from edge_vlm_export.verify.ort_runner import Graphs, ort_run
 from edge_vlm_export.verify.pipeline import Arrays
 from edge_vlm_export.verify.verify import Report, verify_bundle
-from edge_vlm_export.verify.verify_footage import footage_clips
-from edge_vlm_export.verify.verify_pipeline import chain_of
 
 VISION_GRAPHS = ("vit_stem", "vit_trunk")
 METHODS = ("minmax", "entropy", "percentiles")
@@ -99,16 +100,16 @@ def _samples(
 ) -> dict[str, list[Arrays]]:
     """What the vision graphs are given while the footage is streamed through the bundle."""
     seen: dict[str, list[Arrays]] = {name: [] for name in VISION_GRAPHS}
-    run = session_run(Graphs.of(bundle, threads=1))
+    run = ort_run(Graphs.of(bundle, threads=1))
 
     def recorded(name: str, inputs: Arrays) -> Arrays:
         if name in seen:
             seen[name].append({key: value.copy() for key, value in inputs.items()})
         return run(name, inputs)
 
-    chain = chain_of(recorded, bundle, float(bundle.defaults.get("keep_ratio", 0.5)))
+    pipeline = bundle_pipeline(recorded, bundle, float(bundle.defaults.get("keep_ratio", 0.5)))
     for clip in footage_clips(footage, max_frames):
-        chain.stream(clip, num_tokens=1)
+        pipeline.stream(clip, num_tokens=1)
     return seen
 
 

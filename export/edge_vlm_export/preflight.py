@@ -126,9 +126,8 @@ def free_memory() -> int | None:
     found = []
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
+        lines = meminfo.read_text().splitlines()
+        found += [int(s.split()[1]) * 1024 for s in lines if s.startswith("MemAvailable:")]
     group = Path("/sys/fs/cgroup")
     limit, used = group / "memory.max", group / "memory.current"
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():

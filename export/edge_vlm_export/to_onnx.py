@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -43,14 +43,21 @@ from edge_vlm_export.quantize.plan import NodePlan, PrecisionPlan, plan_graph
 from edge_vlm_export.quantize.ranges import Observer, measure, with_table
 from edge_vlm_export.trace.graph_files import check_graph, out_of_space, save_graph, versions
 from edge_vlm_export.trace.trace import hollow_model, trace
-from edge_vlm_export.verify.check_inputs import RealInputs, reference_sizes, sample_inputs
-from edge_vlm_export.verify.ort_runner import Graphs, run_torch, session_run, torch_run
-from edge_vlm_export.verify.pipeline import Chain, Clip, Run, drawn_clip
-from edge_vlm_export.verify.real_inputs import real_inputs
-from edge_vlm_export.verify.sessions import Arrays
+from edge_vlm_export.verify.check_inputs import (
+    RealInputs,
+    real_inputs,
+    reference_sizes,
+    sample_inputs,
+)
+from edge_vlm_export.verify.compare_pipelines import (
+    CLIP_REFERENCE,
+    compare_pipelines,
+    reference_arrays,
+)
+from edge_vlm_export.verify.footage import footage_clips
+from edge_vlm_export.verify.ort_runner import Graphs, ort_run, run_module, torch_run
+from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline, RunGraph, drawn_clip
 from edge_vlm_export.verify.verify import Report, compare_with_torch
-from edge_vlm_export.verify.verify_footage import footage_clips
-from edge_vlm_export.verify.verify_pipeline import CHAIN, chain_arrays, compare_chains
 
 LARGE_MODEL = 1_000_000_000
 """From so many weights on a model is compared at its smallest and usual sizes only, and not on a
@@ -80,9 +87,8 @@ class ExportOptions:
     threads: int = 1
 
 
-@dataclass
-class Progress:
-    """Who watches an export. Every method may be overridden."""
+class Progress(Protocol):
+    """Whoever watches an export."""
 
     def estimated(self, needed: Estimate) -> None:
         """Before anything is written."""
@@ -94,14 +100,24 @@ class Progress:
         """All comparisons, also when some of them failed."""
 
 
+class Silent:
+    """Progress that nobody watches."""
+
+    def estimated(self, needed: Estimate) -> None: ...
+
+    def stage(self, text: str) -> None: ...
+
+    def compared(self, report: Report) -> None: ...
+
+
 def export_bundle(
     checkpoint: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> EngineBundle:
-    """Exports a checkpoint of ours or a published Molmo2 folder. Raises as `export_source`, and
-    CheckpointError and ConfigError for what is wrong with the folder."""
+    """Exports a folder of weights (`open_weights`). Raises as `export_source`, and CheckpointError
+    and ConfigError for what is wrong with the folder."""
     return export_source(open_weights(Path(checkpoint)), out_dir, options, progress)
 
 
@@ -118,7 +134,7 @@ def export_source(
     if `out_dir` is taken.
     """
     options, target = options or ExportOptions(), Path(out_dir)
-    export = _Export(source, options, progress or Progress())
+    export = _Export(source, options, progress or Silent())
     needed = export.estimate(target)
     export.progress.estimated(needed)
     require_room(needed, target)
@@ -193,10 +209,11 @@ class _Export:
             kv_layout=kv_layout(options.variant),
             style=source.style,
             images=source.images,
+            frames=source.frames,
         )
 
     def _defaults(self) -> dict[str, Any]:
-        given = dict(self.options.defaults or {})
+        given = {**self.source.defaults, **(self.options.defaults or {})}
         if self.source.cfg.scorer is None:  # there are no scores to choose by
             return {"policy": "keep_all", "keep_ratio": 1.0, **given}
         return given
@@ -235,7 +252,7 @@ class _Export:
         clips = footage_clips(options.footage, options.max_frames)
         if self.source.images is not None:
             clips = self._with_stills(clips, self.source.images, observers[IMAGE_ENCODER])
-        ranges = measure(observers, self._chain(run, specs), clips, footage)
+        ranges = measure(observers, self._pipeline(run, specs), clips, footage)
         table = self._calibration()
         if table is not None:
             ranges = {
@@ -321,17 +338,19 @@ class _Export:
         report, run = Report("torch"), torch_run(model, graphs)
         real = real_inputs(
             *(model, clip, run),
-            lambda recorded: self._chain(recorded, self.specs),
+            lambda recorded: self._pipeline(recorded, self.specs),
             options.precision,
         )
         report.graphs += compare_with_torch(graphs, model, real, largest=self.thorough)
         self._write_references(writer, graphs, model, real)
         if self.thorough:
             keep_ratio = self._defaults().get("keep_ratio", 0.5)
-            expected = self._chain(run, self.specs).stream(clip)
-            chain = self._chain(session_run(graphs), self.specs)
-            report.chains += compare_chains(chain, clip, expected, "torch", options.precision)
-            writer.reference(CHAIN, chain_arrays(clip, keep_ratio, expected))
+            expected = self._pipeline(run, self.specs).stream(clip)
+            pipeline = self._pipeline(ort_run(graphs), self.specs)
+            report.pipelines += compare_pipelines(
+                pipeline, clip, expected, "torch", options.precision
+            )
+            writer.reference(CLIP_REFERENCE, reference_arrays(clip, keep_ratio, expected))
         self.progress.compared(report)
         report.require()
 
@@ -341,7 +360,7 @@ class _Export:
         for name, spec in self.specs.items():
             inputs = sample_inputs(spec, reference_sizes(spec), model.cfg, seed=0, real=real)
             module = graph_module(name, model, variant=self.options.variant)
-            outputs = run_torch(module, spec, inputs)
+            outputs = run_module(module, spec, inputs)
             arrays = {f"inputs/{key}": value for key, value in inputs.items()}
             arrays |= {f"outputs/{key}": value for key, value in outputs.items()}
             writer.reference(name, arrays)
@@ -354,7 +373,7 @@ class _Export:
         clip = next(footage_clips(footage[:1], 3))
         return replace(clip, pictures=[_reduced(picture) for picture in clip.pictures])
 
-    def _chain(self, run: Run, specs: Mapping[str, GraphSpec]) -> Chain:
+    def _pipeline(self, run: RunGraph, specs: Mapping[str, GraphSpec]) -> Pipeline:
         weight: list[np.ndarray] = []
 
         def embed(ids: np.ndarray) -> np.ndarray:
@@ -362,7 +381,7 @@ class _Export:
                 weight.append(self.source.float32("llm.embed.weight").numpy())
             return np.array(weight[0][ids], np.float32)
 
-        return Chain(
+        return Pipeline(
             run,
             cfg=self.source.cfg,
             specs=specs,
@@ -380,9 +399,10 @@ def _prompt(source: WeightSource) -> PromptFormat:
         prompt = PromptFormat(Tokenizer.from_file(source.tokenizer), source.style)
     except KeyError as error:
         raise ConfigError(str(error.args[0]), where=source.tokenizer) from error
-    if prompt.patch_id >= language.vocab or prompt.eos_id >= language.base_vocab:
+    last_written = max(prompt.bos_id, *prompt.eos_ids)
+    if prompt.patch_id >= language.vocab or last_written >= language.base_vocab:
         raise ConfigError(
-            f"the tokenizer has ids up to {max(prompt.patch_id, prompt.eos_id)}, the model "
+            f"the tokenizer has ids up to {max(prompt.patch_id, last_written)}, the model "
             f"{language.vocab} words",
             where=source.tokenizer,
             remedy="name the tokenizer.json that belongs to the weights",

@@ -54,6 +54,7 @@ def test_live_load_states_what_it_measured(
     values = [value for row in budget["spent_to_target"].values() for value in row.values()]
     assert budget["worst"] == max(abs(1 - value) for value in values)
     static = result["static"]
-    assert static["static"]["frames_encoded"] == 2 and static["fast"]["frames_encoded"] == 24
+    assert static["static"]["frames_encoded"] == 2
+    assert static["fast"]["frames_encoded"] == 24
     assert static["static_to_busy"]["frames_encoded"] == pytest.approx(2 / 24, abs=1e-3)
     assert "static to busy" in capsys.readouterr().out

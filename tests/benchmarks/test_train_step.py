@@ -25,14 +25,17 @@ def test_train_step_states_what_it_measured(
         torch.set_num_threads(threads)
     result = json.loads(path.read_text())
     assert result["command"] == " ".join(["python -m benchmarks.training.train_step", *argv])
-    assert result["clock"] == "processor" and result["threads"] == 1
+    assert result["clock"] == "processor"
+    assert result["threads"] == 1
     assert {"device", "threads", "torch", "precision", "edge_vlm"} <= result.keys()
     base, case = result["cases"]["unpruned"], result["cases"]["removed 0.5"]
     assert (base["cells_kept"], case["cells_kept"]) == (1.0, 0.5)
     times = zip(base["rounds_s"], case["rounds_s"], strict=True)
     measured = statistics.median(a / b for a, b in times)
     assert case["speed_up"] == pytest.approx(measured, rel=0.05, abs=2e-3)
-    assert case["bound"] > 1 and base["peak_gib"] > 0 and case["peak_gib"] > 0
+    assert case["bound"] > 1
+    assert base["peak_gib"] > 0
+    assert case["peak_gib"] > 0
     memory = case["peak_gib"] / base["peak_gib"]
     assert case["share_of_unpruned_memory"] == pytest.approx(memory, abs=0.02)
     assert "removed 0.5" in capsys.readouterr().out
@@ -41,5 +44,6 @@ def test_train_step_states_what_it_measured(
 def test_unpruned_is_the_model_without_a_scorer() -> None:
     cfg = train_step.config_of("scaled")
     assert cfg.scorer is not None
-    assert cfg.vision.num_cells == 81 and cfg.vision.num_patches == 729
+    assert cfg.vision.num_cells == 81
+    assert cfg.vision.num_patches == 729
     assert torch.tensor(cfg.vision.feature_layers).tolist() == [24, 18]

@@ -26,7 +26,7 @@ from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 from edge_vlm_runtime.cli.eval_alerts import evaluate_alerts
 from edge_vlm_runtime.cli.watch import watch
 from edge_vlm_runtime.client.client import Client
-from edge_vlm_runtime.client.terminal import LiveTable
+from edge_vlm_runtime.client.live_table import LiveTable
 from edge_vlm_runtime.evaluation.alerts import Episode, Score, parse_rule
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.server.app import Server
@@ -77,9 +77,11 @@ def test_an_alert_from_its_creation_to_its_end(server: Server) -> None:
     run(session())
     told = [e for e in events if isinstance(e, (messages.AlertTriggered, messages.AlertCleared))]
     begin, end = told
-    assert isinstance(begin, messages.AlertTriggered) and isinstance(end, messages.AlertCleared)
+    assert isinstance(begin, messages.AlertTriggered)
+    assert isinstance(end, messages.AlertCleared)
     assert begin.evidence is not None
-    assert begin.evidence.jpeg == jpeg(0) and begin.evidence.exact
+    assert begin.evidence.jpeg == jpeg(0)
+    assert begin.evidence.exact
     assert (begin.frame_sequence, begin.time_s, begin.episode) == (1, 0.0, 1)
     assert begin.age_s > 0
     assert (end.reason, end.lasted_s, end.episode) == ("deleted", 1.0, 1)
@@ -261,7 +263,8 @@ def test_watch_refuses_what_makes_no_sense_in_one_line(
 ) -> None:
     assert command_line(watch, watch_arguments(video, *arguments)) == code
     err = capsys.readouterr().err
-    assert words in err and len(err.splitlines()) == 1
+    assert words in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -293,7 +296,8 @@ def test_the_live_view_shows_the_last_alerts() -> None:
     console.print(view._render())
     text = console.export_text()
     assert text.count("begins at") == text.count("ends at") == 4
-    assert "begins at 5.5 s" in text and "after 0.2 s" in text
+    assert "begins at 5.5 s" in text
+    assert "after 0.2 s" in text
 
 
 # ---- figures ---------------------------------------------------------------------------------

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edge_vlm.errors import EdgeVlmError
+from edge_vlm.errors import ConfigError, EdgeVlmError, OutputError
 from edge_vlm_runtime.cli.ask import ask
 from edge_vlm_runtime.cli.demo import demo
 from edge_vlm_runtime.cli.watch import watch
-from edge_vlm_runtime.client.client import Answer
+from edge_vlm_runtime.client.live_table import LiveTable
 from edge_vlm_runtime.client.run import Outcome, PlannedQuestion, parse_question
-from edge_vlm_runtime.client.terminal import LiveTable, heat_row, heat_rows, summary_line
+from edge_vlm_runtime.client.terminal import heat_row, heat_rows, summary_line
+from edge_vlm_runtime.server.app import Server
 from tests.runtime.command_line import command_line
 from tests.runtime.live import TIMEOUT_S
 from tests.runtime.pictures import write_video
@@ -50,7 +55,8 @@ def test_watch_shows_every_frame_and_answers_on_the_way(
     asked = [line for line in lines if line.startswith("?")]
     assert asked == [f"? {QUESTION}  [asked at 1.5 s]", f"? {QUESTION}  [asked at 3.5 s]"]
     answers = [line for line in lines if line.startswith("> ")]
-    assert "seen until 1.5 s" in answers[0] and "seen until 3.5 s" in answers[1]
+    assert "seen until 1.5 s" in answers[0]
+    assert "seen until 3.5 s" in answers[1]
     assert "8 frames sent, 8 processed, dropped: none" in lines[-1]
     assert "2 of 2 questions answered" in lines[-1]
 
@@ -164,9 +170,144 @@ def test_demo_fails_when_the_clip_does_not_run_through(
     assert "cut off" in capsys.readouterr().err
 
 
+def test_demo_takes_another_port_only_when_its_own_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    real_open = Server.open
+
+    def open_server(bundle: Path, *, port: int, **options: Any) -> Server:
+        opened.append(port)
+        if port == 4:
+            raise ConfigError("another reason")
+        return real_open(bundle, port=port, **options)
+
+    monkeypatch.setattr(Server, "open", open_server)
+    clip = str(write_clip(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert command_line(demo, ["--clip", clip, "--port", str(port), *own_server()]) == 0
+    assert opened == [port, 0]
+    assert command_line(demo, ["--clip", clip, "--port", "4", *own_server()]) == 2
+    assert "another reason" in capsys.readouterr().err
+    assert opened == [port, 0, 4]
+
+
 def test_demo_without_its_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line(demo, ["--clip", str(tmp_path), "--port", "0", *own_server()]) == 2
     assert "clip.json" in capsys.readouterr().err
+
+
+# ---- output that nobody reads, or that cannot be written --------------------------------------
+
+
+def piped(
+    arguments: list[str], stdout: int, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, with an output of ours."""
+    return subprocess.run(
+        [sys.executable, "-m", "edge_vlm", *arguments, *own_server()],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT_S,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | environment,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("lines", [0, 1, 4])
+@pytest.mark.parametrize("name", ["watch", "ask", "demo"])
+def test_a_reader_that_goes_ends_a_command_quietly(
+    name: str, lines: int, tmp_path: Path, video: Path
+) -> None:
+    arguments = {
+        "watch": ["watch", "--source", str(video), "--ask", f"0.5@{QUESTION}"],
+        "ask": ["ask", str(video), QUESTION],
+        "demo": ["demo", "--port", "0", "--clip", str(write_clip(tmp_path))],
+    }[name]
+    head = subprocess.Popen(
+        ["head", "-n", str(lines)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert head.stdin is not None
+    if lines == 0:
+        head.wait()  # gone before anything is written
+    done = piped(arguments, head.stdin.fileno())
+    out, _ = head.communicate()
+    errors = [line for line in done.stderr.splitlines() if "cells kept" not in line]  # of `ask`
+    assert errors == []
+    if name == "ask" and lines:
+        assert (done.returncode, out.count(b"\n")) == (0, 1)  # it has no more to say
+    else:
+        assert (done.returncode, out.count(b"\n")) == (141, lines)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+def test_make_demo_is_quiet_as_well(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path)
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "edge-vlm"
+    options = " ".join(["--port", "0", "--clip", str(clip), *own_server()])
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m edge_vlm "$@" {options}\n')
+    command.chmod(0o755)
+    for stamp in (".made", ".ort"):  # as if it had been set up
+        (tmp_path / stamp).touch()
+    making = f"make demo VENV={tmp_path}"
+    done = subprocess.run(
+        ["sh", "-c", f"{making} | head -n 4"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.stderr, done.stdout.count("\n")) == ("", 4)
+    clip.joinpath("clip.json").unlink()
+    failed = subprocess.run(making.split(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert failed.returncode != 0
+    assert "E-CONFIG" in failed.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("name", ["watch", "ask"])
+def test_a_full_disk_is_an_error_with_a_message(name: str, video: Path) -> None:
+    source = ["--source", str(video), "--fast"] if name == "watch" else [str(video), QUESTION]
+    with open("/dev/full", "wb") as full:
+        done = piped([name, *source], full.fileno())
+    assert done.returncode == OutputError.exit_code
+    assert done.stderr.splitlines()[-1] == (
+        "edge-vlm: E-OUTPUT: cannot write the output: No space left on device"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_blocks_that_the_encoding_lacks(video: Path) -> None:
+    done = piped(
+        ["watch", "--source", str(video), "--fast"], subprocess.PIPE, PYTHONIOENCODING="ascii"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2588" in done.stdout
+    assert "8 frames sent, 8 processed" in done.stdout
+
+
+def test_the_table_on_a_terminal_that_goes_away(video: Path) -> None:
+    """It is drawn, and its end is an error rather than a stream that nobody sees."""
+    terminal, output = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edge_vlm", "watch", "--source", str(video), *own_server()],
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    try:
+        os.close(output)
+        seen = b""
+        while b"kept 9/9" not in seen:
+            seen += os.read(terminal, 4096)
+        os.close(terminal)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == OutputError.exit_code
+    assert errors.splitlines()[-1].startswith("edge-vlm: E-OUTPUT: cannot write the output: ")
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
@@ -191,32 +332,19 @@ def test_heat_maps() -> None:
 
 
 def test_the_summary_counts_what_was_not_answered() -> None:
-    answer = Answer(
-        text="yes",
-        status="completed",
-        finish_reason="stop",
-        ttft_s=0.1,
-        tokens_per_s=None,
-        newest_frame=1,
-        newest_frame_s=0.0,
-        newest_frame_age_s=0.0,
-        vision_tokens=1,
-        output_tokens=1,
-        kv_tokens=1,
-        time_offset_s=0.0,
-    )
     outcome = Outcome(
         frames_sent=5,
         frames_processed=3,
         cells_seen=48,
         cells_kept=24,
-        dropped={"rate": 2},
         elapsed_s=1.5,
-        answers=[
-            (PlannedQuestion(text="a"), answer),
-            (PlannedQuestion(text="b"), EdgeVlmError("no")),
-        ],
+        questions=1,
+        answers=1,
     )
+    outcome.dropped["rate"] = 2
+    error = EdgeVlmError("no")
+    outcome.note(error)
+    assert outcome.first_error is error
     assert summary_line(outcome) == (
         "5 frames sent, 3 processed, dropped: 2 rate; 50% of the cells kept; "
         "1 of 2 questions answered; 1.5 s (2.0 frames/s)"
@@ -251,5 +379,8 @@ def test_the_live_view_draws_at_any_moment() -> None:
     view.delta(question, "a ball")
     console.print(view._render())
     text = console.export_text()
-    assert "██····" in text and "kept 2/9" in text
-    assert "1 busy" in text and "what is it ?" in text and "a ball" in text
+    assert "██····" in text
+    assert "kept 2/9" in text
+    assert "1 busy" in text
+    assert "what is it ?" in text
+    assert "a ball" in text

@@ -70,7 +70,8 @@ def connect(server: Server, receive_buffer: int | None = None) -> socket.socket:
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     plain.connect(("127.0.0.1", server.port))
     plain.sendall(
-        b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"GET /v1/realtime HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
     answer = b""
@@ -142,7 +143,7 @@ def test_bytes_that_are_no_http(server: Server, garbage: bytes) -> None:
 def test_connections_that_say_nothing_cost_no_session(server: Server) -> None:
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
     for plain in silent[10:]:
-        plain.sendall(b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nUpgr")
+        plain.sendall(b"GET /v1/realtime HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgr")
     run(_watch(server))
     for plain in silent:
         plain.close()

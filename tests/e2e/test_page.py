@@ -50,7 +50,8 @@ def browser(profile: Path) -> Iterator[str]:
         port_file = profile / "DevToolsActivePort"
         deadline = time.monotonic() + PATIENCE_S
         while not (port_file.exists() and len(port_file.read_text().split()) == 2):
-            assert process.poll() is None and time.monotonic() < deadline, "no browser"
+            assert process.poll() is None, "no browser"
+            assert time.monotonic() < deadline, "no browser"
             time.sleep(0.05)
         port, path = port_file.read_text().split()
         yield f"ws://127.0.0.1:{port}{path}"

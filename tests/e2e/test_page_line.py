@@ -28,7 +28,7 @@ def cut_connections(server: Server) -> None:
     """As a network does that goes away."""
 
     def cut() -> None:
-        for carrier in list(server._uvicorn.server_state.connections):
+        for carrier in list(server._carrier.server_state.connections):
             carrier.transport.abort()
 
     assert server._loop is not None

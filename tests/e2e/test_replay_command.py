@@ -60,7 +60,8 @@ def test_replay_prints_the_same_report_as_live(
     assert len(kinds(lines)[-1]) == 1
     # all but the time around it, which is the client's there and the session's here
     assert lines[-2].rsplit(";", 1)[0] == watched.lines[-1].rsplit(";", 1)[0]
-    assert lines[-1].startswith("all ") and "came again" in lines[-1]
+    assert lines[-1].startswith("all ")
+    assert "came again" in lines[-1]
 
 
 def test_a_recording_that_was_cut_off(
@@ -68,12 +69,13 @@ def test_a_recording_that_was_cut_off(
 ) -> None:
     whole = watched.recording.read_bytes()
     path = tmp_path / "cut.evlm"
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(whole[: whole.index(b"\xff\xd8\xff", len(whole) // 3) + 50])  # in a picture
     assert command_line(replay, [str(path), *BUNDLE]) == 0
     out, err = capsys.readouterr()
     assert "note: the recording is cut off" in err
     frames = kinds(out.splitlines())[0]
-    assert 0 < len(frames) < 8 and frames == kinds(watched.lines)[0][: len(frames)]
+    assert 0 < len(frames) < 8
+    assert frames == kinds(watched.lines)[0][: len(frames)]
 
 
 def test_measuring_a_recording(
@@ -83,9 +85,11 @@ def test_measuring_a_recording(
     arguments = [str(watched.recording), "--measure", "--json", str(figures), *BUNDLE]
     assert command_line(replay, arguments) == 0
     out, _ = capsys.readouterr()
-    assert "8 in, 8 processed" in out and " of 2\n" in out  # random weights: words may be close
+    assert "8 in, 8 processed" in out
+    assert " of 2\n" in out
     record = json.loads(figures.read_text())
-    assert record["frames"] == 8 and record["frames_per_s"] > 0
+    assert record["frames"] == 8
+    assert record["frames_per_s"] > 0
     assert record["answers"] == record["answers_recorded"] == len(record["ttft_s"]) == 2
 
 

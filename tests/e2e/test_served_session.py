@@ -26,10 +26,11 @@ from edge_vlm.errors import ConfigError, EdgeVlmError, NoQuestion, ServerBusy, S
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server.app import Server
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
 from tests.runtime.live import TIMEOUT_S, open_server, run
 from tests.runtime.pictures import jpeg
+from tests.runtime.seen import Seen
 from tests.tiny import ROOT, tiny_bundle
 
 FILE = {"delivery": "wait", "max_answer_tokens": 6}
@@ -51,19 +52,23 @@ async def send(client: Client, first: int, count: int) -> None:
 
 def test_a_file_is_processed_whole_and_questions_are_answered(server: Server) -> None:
     async def session() -> None:
-        async with await Client.connect(server.url, FILE) as client:
+        seen = Seen()
+        async with await Client.connect(server.url, FILE, on_event=seen) as client:
             await send(client, 0, 10)
-            assert sorted(client.accepted) == list(range(1, 11))
-            assert not client.dropped
-            assert client.accepted[1].cells_kept == client.accepted[1].cells_seen == 9
-            kept = sum(event.cells_kept for event in client.accepted.values())
+            assert sorted(seen.accepted) == list(range(1, 11))
+            assert not seen.dropped
+            assert seen.accepted[1].cells_kept == seen.accepted[1].cells_seen == 9
+            kept = sum(event.cells_kept for event in seen.accepted.values())
             assert kept <= 0.5 * 90
-            stages = {name for event in client.accepted.values() for name in event.stage_ms}
+            assert (client.frames.processed, client.frames.cells_kept) == (10, kept)
+            stages = {name for event in seen.accepted.values() for name in event.stage_ms}
             assert stages >= {"decode", "preprocess", "vit_stem", "vit_trunk", "prefill"}
             answer = await client.ask(QUESTION)
             assert answer.status == "completed"
-            assert answer.newest_frame == 10 and answer.newest_frame_s == 4.5
-            assert answer.ttft_s is not None and answer.ttft_s > 0
+            assert answer.newest_frame.frame_sequence == 10
+            assert answer.newest_frame.time_s == 4.5
+            assert answer.ttft_s is not None
+            assert answer.ttft_s > 0
             again = await client.ask(QUESTION)
             assert again.text == answer.text
 
@@ -90,12 +95,13 @@ def test_events_are_numbered_without_gaps_and_deltas_make_the_answer(server: Ser
 
 def test_two_viewers_at_once_see_what_each_sees_alone(server: Server) -> None:
     async def viewer(offset: int) -> tuple[list[list[int]], str]:
-        async with await Client.connect(server.url, FILE) as client:
+        seen = Seen()
+        async with await Client.connect(server.url, FILE, on_event=seen) as client:
             for number in range(6):
                 await client.send_frame(jpeg(number + offset), number * 500_000)
             await client.wait_processed()
             text = (await client.ask(QUESTION)).text
-            return [event.kept_cells for _, event in sorted(client.accepted.items())], text
+            return [event.kept_cells for _, event in sorted(seen.accepted.items())], text
 
     async def alone() -> list[Any]:
         return [await viewer(0), await viewer(20)]
@@ -112,7 +118,8 @@ def test_budget_and_mode_change_in_mid_stream(server: Server) -> None:
     """Over the wire, without a break: each change holds from the next frame or question on."""
 
     async def session() -> None:
-        async with await Client.connect(server.url, FILE) as client:
+        seen = Seen()
+        async with await Client.connect(server.url, FILE, on_event=seen) as client:
             changes: list[dict[str, Any]] = [
                 {"keep_ratio": 0.8},
                 {"keep_ratio": 0.3, "attention": "exact"},
@@ -125,15 +132,17 @@ def test_budget_and_mode_change_in_mid_stream(server: Server) -> None:
                 modes.append(updated.settings.attention.value)
                 await send(client, part * 40, 40)
                 frames = range(part * 40 + 1, part * 40 + 41)
-                events = [client.accepted[number] for number in frames]
+                events = [seen.accepted[number] for number in frames]
                 shares.append(sum(event.cells_kept for event in events) / (40 * 9))
                 answer = await client.ask(QUESTION)
-                assert answer.status == "completed" and answer.newest_frame == frames[-1]
-                texts.append(answer.vision_tokens)
+                assert answer.status == "completed"
+                assert answer.newest_frame.frame_sequence == frames[-1]
+                texts.append(answer.usage.vision_tokens)
             assert shares == pytest.approx([0.8, 0.3, 0.5, 0.8], rel=0.12)
             assert modes == ["frame", "exact", "last_n", "frame"]
             assert texts[2] < min(texts[0], texts[1], texts[3])  # two frames only
-            assert not client.dropped and not client.errors
+            assert not seen.dropped
+            assert not seen.errors
 
     run(session())
 
@@ -147,10 +156,10 @@ def test_live_frames_all_get_one_outcome_even_in_a_flood(server: Server) -> None
             for number in range(60):
                 await client.send_frame(jpeg(number % 40), number * 50_000)
             await client.wait_processed()
-            assert len(client.accepted) + len(client.dropped) == 60
-            assert set(client.drop_counts()) <= {"busy", "rate", "stale"}
-            assert client.drop_counts()["rate"] >= 20
-            assert len(client.accepted) >= 1
+            assert client.frames.processed + client.frames.dropped.total() == 60
+            assert set(client.frames.dropped) <= {"busy", "rate", "stale"}
+            assert client.frames.dropped["rate"] >= 20
+            assert client.frames.processed >= 1
 
     run(session())
 
@@ -193,11 +202,11 @@ def test_cancel_ping_stats_and_close(server: Server) -> None:
             assert set(statuses) <= {"cancelled", "completed", "E-CANCELLED"}
             assert statuses[-1] != "completed"
             await client._send_json("ping", "p1")
-            while client.stats is None:
+            while not (found := [e for e in events if isinstance(e, protocol.SessionStats)]):
                 await asyncio.sleep(0.05)
             pongs = [event.event_id for event in events if isinstance(event, protocol.Pong)]
             assert pongs == ["p1"]
-            assert client.stats.frames_processed == 1
+            assert found[-1].frames_processed == 1
 
     run(session())
 
@@ -210,8 +219,7 @@ def test_settings_are_announced_changed_and_refused(server: Server) -> None:
             with pytest.raises(ConfigError, match="keep_ratio"):
                 await client.update({"keep_ratio": 7})
             await send(client, 0, 16)  # by then the first frame is paid back
-            kept = sum(event.cells_kept for event in client.accepted.values())
-            assert kept <= 0.25 * 16 * 9
+            assert client.frames.cells_kept <= 0.25 * 16 * 9
 
     run(session())
 
@@ -267,7 +275,8 @@ def test_a_full_server_says_so_and_keeps_its_viewers(server: Server) -> None:
                 with pytest.raises(websockets.ConnectionClosed) as closed:
                     while True:
                         await raw.recv()
-                assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+                assert closed.value.rcvd is not None
+                assert closed.value.rcvd.code == 1013
             await send(clients[0], 0, 1)
             assert (await clients[0].ask(QUESTION)).status == "completed"
         finally:
@@ -307,31 +316,35 @@ def test_http_on_the_same_port(server: Server) -> None:
         ("/style.css", "text/css"),
     ):
         status, found, text = get(server, path)
-        assert status == 200 and found.startswith(kind) and len(text) > 500
-        assert "http://" not in text and "https://" not in text  # works offline
+        assert status == 200
+        assert found.startswith(kind)
+        assert len(text) > 500
+        assert "http://" not in text
+        assert "https://" not in text
     assert get(server, "/nothing")[0] == 404
 
 
 def test_a_bug_ends_one_session_with_1011_and_no_other(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real_encode = FrameIngest.encode
+    real_receive = FrameIngest.receive
 
-    def encode(self: FrameIngest, waiting: EncodedFrame) -> Any:
-        if waiting.jpeg == jpeg(39):
+    def receive(self: FrameIngest, frame: EncodedFrame, now_ns: int, **options: Any) -> None:
+        if frame.data == jpeg(39):
             raise RuntimeError("a bug of ours")
-        return real_encode(self, waiting)
+        real_receive(self, frame, now_ns, **options)
 
-    monkeypatch.setattr(FrameIngest, "encode", encode)
+    monkeypatch.setattr(FrameIngest, "receive", receive)
 
     async def session() -> None:
         async with await Client.connect(server.url, FILE) as other:
-            async with await Client.connect(server.url, FILE) as client:
+            seen = Seen()
+            async with await Client.connect(server.url, FILE, on_event=seen) as client:
                 with pytest.raises(EdgeVlmError, match=r"1011|failed"):
                     await client.send_frame(jpeg(39), 0)
                     await client.wait_processed()
-                assert client.errors[0].code == "E-INTERNAL"
-                assert "a bug of ours" not in client.errors[0].message
+                assert seen.errors[0].code == "E-INTERNAL"
+                assert "a bug of ours" not in seen.errors[0].message
             await send(other, 0, 2)
             assert (await other.ask(QUESTION)).status == "completed"
 

@@ -28,6 +28,7 @@ from tests.published_folder import CUT, image_bundle, published_model
 from tests.runtime.command_line import command_line
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg, write_video
+from tests.runtime.seen import Seen
 from tests.runtime.torch_snapshots import answer, image_part, video_part
 from tests.tiny import tiny_bundle
 
@@ -100,17 +101,20 @@ def test_answers_are_torchs_own(server: Server, attention: str) -> None:
         "snapshot": answer(model, [image], QUESTION, STEPS, one_block=block),
         "both": answer(model, [*video, image], QUESTION, STEPS, one_block=block),
     }
-    assert len(set(expected.values())) == 3 and all(expected.values())
+    assert len(set(expected.values())) == 3
+    assert all(expected.values())
 
     async def session() -> None:
-        async with await Client.connect(server.url, {**FILE, "attention": attention}) as client:
+        seen = Seen()
+        settings = {**FILE, "attention": attention}
+        async with await Client.connect(server.url, settings, on_event=seen) as client:
             assert client.created.model.limits.snapshot_tokens > 0
             await send(client, 3)
             for detail in ("video", "snapshot", "video", "both", "video"):
                 got = await client.ask(QUESTION, cast(Any, detail))
                 assert got.text == expected[detail], detail
                 assert (got.snapshot is None) == (detail == "video")
-            assert not client.errors
+            assert not seen.errors
 
     run(session())
 

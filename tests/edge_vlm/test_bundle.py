@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_every_file_must_be_there_and_unchanged(bundle: Path, name: str) -> None
         EngineBundle.open(bundle)
 
 
-def _damage_manifest(bundle: Path, damage: Callable[[dict], object]) -> None:
+def _damage_manifest(bundle: Path, damage: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads((bundle / MANIFEST).read_text())
     damage(data)
     (bundle / MANIFEST).write_text(json.dumps(data))
@@ -121,7 +122,7 @@ def _damage_manifest(bundle: Path, damage: Callable[[dict], object]) -> None:
     ],
 )
 def test_a_manifest_we_cannot_read_is_refused(
-    bundle: Path, damage: Callable[[dict], object]
+    bundle: Path, damage: Callable[[dict[str, Any]], object]
 ) -> None:
     _damage_manifest(bundle, damage)
     with pytest.raises(BundleSchemaError):
@@ -168,7 +169,8 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
         (folder / "graphs").mkdir(parents=True)
     _write(tmp_path / "bundle")
     assert not abandoned.exists()
-    assert at_work.exists() and foreign.exists()
+    assert at_work.exists()
+    assert foreign.exists()
 
 
 def test_an_unfinished_bundle_never_appears(tmp_path: Path) -> None:

@@ -30,14 +30,14 @@ class StubEntryPoint:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, outcome: object, name: str = "probe") -> None:
-    monkeypatch.setattr(cli.metadata, "entry_points", lambda group: [StubEntryPoint(name, outcome)])
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [StubEntryPoint(name, outcome)])
 
 
 def command(run: object) -> Command:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--count", type=int, default=1)
 
-    return Command(name="probe", help="probe", add_arguments=add_arguments, run=run)  # type: ignore[arg-type]
+    return Command(add_arguments=add_arguments, run=run)  # type: ignore[arg-type]
 
 
 def test_a_command_gets_its_arguments_and_gives_its_exit_code(
@@ -101,21 +101,55 @@ def test_help_lists_every_command_and_imports_none() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *listing, last = done.stdout.splitlines()
-    assert last == "0 ['edge_vlm', 'edge_vlm.cli', 'edge_vlm.errors']"
+    assert last == "0 ['edge_vlm', 'edge_vlm.cli', 'edge_vlm.errors', 'edge_vlm.output']"
     for name, (_, summary) in cli.COMMANDS.items():
         assert any(line.split() == [name, *summary.split()] for line in listing), name
 
 
-def test_every_entry_point_loads_and_has_a_summary() -> None:
+def test_every_entry_point_loads_and_is_listed() -> None:
     points = metadata.entry_points(group=cli.ENTRY_POINT_GROUP)
     assert {point.name for point in points} == set(cli.COMMANDS)
     for point in points:
         loaded = point.load()
         assert isinstance(loaded, Command)
-        assert loaded.name == point.name
-        parser = argparse.ArgumentParser()
-        loaded.add_arguments(parser)
-        assert loaded.help
+        loaded.add_arguments(argparse.ArgumentParser())
+
+
+def test_help_of_a_command_says_what_the_list_says(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["watch", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert cli.COMMANDS["watch"][1] in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "extra", "named"),
+    [
+        ("watch", "msgspec", "client", "client"),
+        ("serve", "msgspec", "client", "ort"),  # one installation, not three
+        ("serve", "onnxruntime", "ort", "ort"),
+        ("watch", "starlette", "serve", "serve"),
+        ("train", "msgspec", "train", "train"),
+        ("serve", "aiomqtt", "alerts", "alerts"),
+        ("of a stranger", "msgspec", "client", "client"),
+    ],
+)
+def test_a_library_that_is_missing_names_what_the_command_needs(
+    name: str,
+    library: str,
+    extra: str,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise errors.MissingExtraError.for_library(library, extra)
+
+    install(monkeypatch, command(run), name=name)
+    assert cli.main([name]) == errors.MissingExtraError.exit_code
+    error = capsys.readouterr().err
+    assert f"{library} is not installed" in error
+    assert f"'edge-vlm[{named}]'" in error
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

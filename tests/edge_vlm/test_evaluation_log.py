@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,34 +25,38 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_what_was_answered_is_there_again(file: Path) -> None:
-    log = AnswerLog(file, MEASURED)
-    assert KEY in log and ("torch", "stream:0.5:frame", "0002") not in log
-    assert log[KEY] == ANSWERS and len(log) == 1
+    with closing(AnswerLog(file, MEASURED)) as log:
+        assert KEY in log
+        assert ("torch", "stream:0.5:frame", "0002") not in log
+        assert log[KEY] == ANSWERS
+        assert len(log) == 1
 
 
 def test_a_line_that_was_cut_off_is_taken_off(file: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole + whole.splitlines(keepends=True)[-1][:-9])
-    log = AnswerLog(file, MEASURED)
-    assert len(log) == 1
     second = ("torch", "stream:0.5:frame", "0002")
-    log.add(second, ANSWERS)
-    log.close()
-    assert second in AnswerLog(file, MEASURED)
+    with closing(AnswerLog(file, MEASURED)) as log:
+        assert len(log) == 1
+        log.add(second, ANSWERS)
+    with closing(AnswerLog(file, MEASURED)) as log:
+        assert second in log
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_other_questions_and_other_models_are_refused(file: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"answers of another {name}"):
         AnswerLog(file, MEASURED | {name: "other"})
-    assert len(AnswerLog(file, MEASURED)) == 1
+    with closing(AnswerLog(file, MEASURED)) as log:
+        assert len(log) == 1
 
 
 def test_another_path_may_join_and_then_stays(file: Path) -> None:
     AnswerLog(file, {"questions": "abc", "served": "ghi"}).close()
     with pytest.raises(ConfigError, match="answers of another served"):
         AnswerLog(file, {"questions": "abc", "served": "other"})
-    assert KEY in AnswerLog(file, MEASURED)
+    with closing(AnswerLog(file, MEASURED)) as log:
+        assert KEY in log
 
 
 @pytest.mark.parametrize("content", ["hello\n", "{}\n", '{"format": 99, "measured": {}}\n'])
@@ -81,7 +86,8 @@ def test_logs_may_be_joined_end_to_end(file: Path, tmp_path: Path) -> None:
     other.add(served, ANSWERS)
     other.close()
     file.write_bytes(file.read_bytes() + (tmp_path / "b.jsonl").read_bytes())
-    log = AnswerLog(file, MEASURED | {"served": "ghi"})
-    assert KEY in log and served in log
+    with closing(AnswerLog(file, MEASURED | {"served": "ghi"})) as log:
+        assert KEY in log
+        assert served in log
     with pytest.raises(ConfigError, match="answers of another served"):
         AnswerLog(file, {"served": "other"})

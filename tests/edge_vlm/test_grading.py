@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edge_vlm.evaluation.grading import Verdict, facts_of, judge, points_of
+from edge_vlm.evaluation.grading import Verdict, facts_of, judge
 from edge_vlm.formats.qa_set import AskedQuestion, Box
+from edge_vlm.text.points import parse_points
 
 LEFT: Box = (0.25, 0.5, 0.2, 0.4)
 RIGHT: Box = (0.75, 0.5, 0.2, 0.4)
@@ -25,16 +26,32 @@ def test_other_words_are_wrong(text: str) -> None:
     assert judge(question("top left"), text) == Verdict(0, 1, 1)
 
 
-def test_points_of_all_groups_are_read() -> None:
-    text = 'There are <points coords="0.5 1 100 200 2 300 400;1.0 1 500 1000">two</points>'
-    assert points_of(text) == [(0.1, 0.2), (0.3, 0.4), (0.5, 1.0)]
-
-
 @pytest.mark.parametrize(
-    "coords", ["", "0.5", "0.5 1 100", "0.5 1 100 x", "0.5 1 100 200 300", "0.5 1 -5 100"]
+    ("coords", "points"),
+    [
+        ("0.5 1 100 200 2 300 400;1.0 1 500 1000", 3),
+        ("", 0),
+        ("0.5", 0),
+        ("0.5 1 100", 0),
+        ("0.5 1 100 x", 0),
+        ("0.5 1 -5 100", 0),
+        ("0.5 1 50 60", 0),  # two digits
+        ("0.5 1 1500 060", 0),  # outside
+        ("0.5 1 100 200 300", 1),  # half-broken groups
+        ("0.5 1 100 200 2 300;1.0 1 500 500", 2),
+        ("0.5 1 100 200 2 30 400 3 600 700", 2),
+        ("0.5 1 123 45678", 0),
+        ("0.5 1 100 200;1.0 1 500 x", 0),  # letters among the numbers
+    ],
 )
-def test_a_broken_group_has_no_points(coords: str) -> None:
-    assert points_of(f'<points coords="{coords}">x</points>') == []
+def test_what_is_graded_is_what_is_drawn(coords: str, points: int) -> None:
+    text = f'<points coords="{coords}">things</points>'
+    drawn = parse_points(text)
+    assert len(drawn) == points
+    boxes = [(point.x, point.y, 0.01, 0.01) for point in drawn]
+    assert judge(question(boxes=tuple(boxes)), text).right
+    graded = judge(question(boxes=()), text)
+    assert graded == (Verdict(0, points, 0) if points else Verdict(1, 1, 1))
 
 
 def said(*points: tuple[int, int]) -> str:

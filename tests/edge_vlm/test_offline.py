@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edge_vlm.config import ModelConfig, VisionAttention
+from edge_vlm.config import ModelConfig, Rescale, VisionAttention
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.offline import Prefix, View, answer_clip, can_run, choose, kept_cells
 from edge_vlm.evaluation.runs import KEEP_RATIOS, SCORED_POLICIES, Run, grid
 from edge_vlm.formats.qa_set import AskedQuestion, ClipQuestions
-from edge_vlm.pixels.frames import encode_jpeg
-from edge_vlm.pruning.policies import Cells, Rgb, Scores, clip_budget
+from edge_vlm.pixels.frames import Rgb, encode_jpeg
+from edge_vlm.pruning.clip_budget import clip_budget, num_kept, variant_of
+from edge_vlm.pruning.policies import Cells, Scores
 from edge_vlm.text.prompt import PATCH, PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -98,7 +100,8 @@ def test_all_runs_share_one_look(clip: ClipQuestions) -> None:
     model = Observer()
     runs = grid()
     answered = dict(answer_clip(model, clip, runs))
-    assert list(answered) == runs and model.looks == 1
+    assert list(answered) == runs
+    assert model.looks == 1
     for run, answers in answered.items():
         assert answers.cells_seen == FRAMES * 9
         newest = answers.texts[MOMENTS.index(4)].split()[1:]
@@ -107,13 +110,26 @@ def test_all_runs_share_one_look(clip: ClipQuestions) -> None:
 
 
 @pytest.mark.parametrize("keep", KEEP_RATIOS[1:])
-def test_the_papers_rule_pools_the_whole_clip(keep: float) -> None:
+@pytest.mark.parametrize("rescale", Rescale)
+def test_the_row_clip_is_the_rule_that_the_model_is_trained_with(
+    keep: float, rescale: Rescale
+) -> None:
+    scorer = tiny_config().scorer
+    assert scorer is not None
+    cfg = dataclasses.replace(tiny_config(), scorer=dataclasses.replace(scorer, rescale=rescale))
     scores = np.random.default_rng(0).random((8, 9), dtype=np.float32)
-    chosen = choose(Run("clip", keep), scores, [], seed=0)
-    for cells, expected in zip(chosen, clip_budget(scores, keep), strict=True):
+    chosen = choose(Run("clip", keep), scores, [], 0, variant_of(cfg))
+    kept = clip_budget(scores, keep, variant=variant_of(cfg))
+    for cells, expected in zip(chosen, kept, strict=True):
         assert cells is not None
-        np.testing.assert_array_equal(cells, expected)
-    assert kept_cells(Run("clip", keep), chosen) == 72 - int(72 * (1 - keep) + 1e-9)
+        np.testing.assert_array_equal(cells, np.flatnonzero(expected))
+    num_cells = kept_cells(Run("clip", keep), chosen)
+    assert num_cells == num_kept(8, 9, keep, variant=variant_of(cfg))
+    if rescale is Rescale.ROW:
+        assert num_cells == 72 - int(9 * round(1 - keep, 9) * 8)
+    else:
+        assert kept[0].all()
+        assert num_cells == max(9, round(keep * 72))
 
 
 def test_random_cells_differ_from_clip_to_clip() -> None:
@@ -122,7 +138,8 @@ def test_random_cells_differ_from_clip_to_clip() -> None:
 
     def drawn(seed: int) -> list[list[int]]:
         return [
-            [] if c is None else c.tolist() for c in choose(Run("random", 0.5), scores, rgbs, seed)
+            [] if c is None else c.tolist()
+            for c in choose(Run("random", 0.5), scores, rgbs, seed, "first_whole")
         ]
 
     assert drawn(1) == drawn(1) != drawn(2)
@@ -137,8 +154,6 @@ def test_a_clip_that_is_too_long_is_named(clip: ClipQuestions) -> None:
 
 
 def test_a_model_without_a_scorer_cannot_choose_by_scores(tmp_path: Path) -> None:
-    import dataclasses
-
     plain = dataclasses.replace(tiny_config(), scorer=None)
     offered = {run.policy for run in grid() if can_run(plain, run)}
     assert offered == {run.policy for run in grid()} - set(SCORED_POLICIES)

@@ -79,7 +79,9 @@ PIECES = (
 @given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
 def test_any_wreck_of_a_tag_can_be_read(text: str) -> None:
     for point in parse_points(text):
-        assert 0 <= point.x <= 1 and 0 <= point.y <= 1 and point.at >= 0
+        assert 0 <= point.x <= 1
+        assert 0 <= point.y <= 1
+        assert point.at >= 0
 
 
 POINTS = st.builds(

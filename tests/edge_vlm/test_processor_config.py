@@ -10,6 +10,7 @@ import pytest
 
 from edge_vlm.config import molmo2_4b
 from edge_vlm.errors import CheckpointError, ConfigError
+from edge_vlm.formats.usage import FrameRule, Usage
 from edge_vlm.model.published.processor import read_processors
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import RELEASED
@@ -33,6 +34,7 @@ FLAGS = {
     "use_frame_special_tokens": False,
 }
 CUT = ImageConfig(max_crops=24, overlap=(3, 5))
+AS_RELEASED = Usage(images=ImageConfig(), style=RELEASED, frames=FrameRule())
 
 
 def folder(path: Path, **files: Any) -> Path:
@@ -52,11 +54,12 @@ def test_both_generations_of_files_say_the_same(tmp_path: Path) -> None:
     )
     nested = {**FLAGS, "image_processor": IMAGES, "video_processor": VIDEOS}
     new = folder(tmp_path / "new", processor_config=nested)
-    assert read_processors(hub, VISION) == read_processors(new, VISION) == (CUT, RELEASED)
+    assert read_processors(hub, VISION) == read_processors(new, VISION)
+    assert read_processors(new, VISION) == Usage(images=CUT, style=RELEASED, frames=FrameRule())
 
 
 def test_without_files_it_is_the_released_way(tmp_path: Path) -> None:
-    assert read_processors(tmp_path, VISION) == (ImageConfig(), RELEASED)
+    assert read_processors(tmp_path, VISION) == AS_RELEASED
 
 
 @pytest.mark.parametrize(
@@ -72,9 +75,19 @@ def test_without_files_it_is_the_released_way(tmp_path: Path) -> None:
 def test_the_style_is_that_of_the_published_class(
     tmp_path: Path, files: dict[str, Any], style: tuple[bool, bool]
 ) -> None:
-    found = read_processors(folder(tmp_path, **files), VISION)[1]
+    found = read_processors(folder(tmp_path, **files), VISION).style
     assert (found.own_frame_markers, found.low_res_columns) == style
     assert found.space_before_answers
+
+
+def test_the_frame_rule_is_read(tmp_path: Path) -> None:
+    """MolmoWeb-4B also begins the low-resolution view as any other."""
+    video = {**VIDEOS, "num_frames": 8, "max_fps": 1, "frame_sample_mode": "fps"}
+    flags = {**FLAGS, "use_single_crop_start_token": False}
+    folder(tmp_path, video_preprocessor_config=video, processor_config=flags)
+    usage = read_processors(tmp_path, VISION)
+    assert usage.frames == FrameRule(num_frames=8, max_fps=1.0, mode="fps")
+    assert not usage.style.low_res_start
 
 
 def test_all_that_is_not_computed_here_is_listed(tmp_path: Path) -> None:
@@ -88,6 +101,7 @@ def test_all_that_is_not_computed_here_is_listed(tmp_path: Path) -> None:
             "pooling_size": [2, 3],
             "overlap_margins": [4],
             "max_crops": 0,
+            "crop_mode": "resize",
         },
         video_preprocessor_config={**VIDEOS, "pooling_size": [2, 2]},
         processor_config={**FLAGS, "video_use_col_tokens": True},
@@ -98,6 +112,7 @@ def test_all_that_is_not_computed_here_is_listed(tmp_path: Path) -> None:
         *("image_processor.resample", "image_processor.image_std", "image_processor.size"),
         *("image_processor.pooling_size", "image_processor.overlap_margins"),
         *("image_processor.max_crops", "video_processor.pooling_size"),
+        "image_processor.crop_mode",
         *("processor.video_use_col_tokens", str(tmp_path)),
     ):
         assert field in str(caught.value)
@@ -120,4 +135,4 @@ def test_a_broken_file_is_a_typed_error(tmp_path: Path, text: str) -> None:
     not PUBLISHED_4B.is_dir(), reason="needs the published 4B folder beside the clone"
 )
 def test_the_published_4b_folder_is_read() -> None:
-    assert read_processors(PUBLISHED_4B, VISION) == (ImageConfig(), RELEASED)
+    assert read_processors(PUBLISHED_4B, VISION) == AS_RELEASED

@@ -29,6 +29,7 @@ needs_vocabulary = pytest.mark.skipif(
 VISION = molmo2_4b().vision
 STYLES = {
     "released": RELEASED,
+    "web": PromptStyle(space_before_answers=True, low_res_start=False),
     "class defaults": PromptStyle(
         own_frame_markers=True, low_res_columns=True, space_before_answers=True
     ),
@@ -119,7 +120,8 @@ def test_all_of_an_image_but_its_number_is_vision() -> None:
     ids = prompt.image_ids([ImageGrid(1, 1, 2, 2), ImageGrid(1, 1, 1, 1)])
     mask = prompt.vision_mask(ids)
     assert [len(run) for run in np.split(mask, np.nonzero(np.diff(mask))[0] + 1)] == [7, 11, 7, 7]
-    assert not mask[0] and prompt.vision_mask(prompt.image_ids([ImageGrid(1, 1, 2, 2)])).all()
+    assert not mask[0]
+    assert prompt.vision_mask(prompt.image_ids([ImageGrid(1, 1, 2, 2)])).all()
 
 
 def test_a_vocabulary_of_video_alone_serves_video() -> None:

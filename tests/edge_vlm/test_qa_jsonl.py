@@ -46,7 +46,7 @@ def test_a_rate_of_ones_own(folder: Path) -> None:
 
 def test_a_question_behind_what_is_read_is_an_error(folder: Path) -> None:
     path = write(folder, GOOD | {"at_s": 0.5}, GOOD)
-    with pytest.raises(ConfigError, match="behind the first 3 frames") as caught:
+    with pytest.raises(ConfigError, match="after the first 3 frames") as caught:
         list(read_questions(path, max_frames=3))
     assert str(caught.value.where) == f"{path}:2"
     (clip,) = read_questions(write(folder, GOOD | {"at_s": 0.5}), max_frames=3)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,14 +23,20 @@ from edge_vlm.errors import (
 from edge_vlm.formats.precision import Precision
 from edge_vlm_export import preflight
 from edge_vlm_export.graphs.graphs import GraphLimits
-from edge_vlm_export.to_onnx import ExportOptions, Progress, export_bundle
+from edge_vlm_export.to_onnx import ExportOptions, Silent, export_bundle
 from edge_vlm_export.trace.graph_files import load_graph, save_graph
-from tests.tiny import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint
+from tests.tiny import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint, traced_once
 
 LIMITS = GraphLimits(**TINY_LIMITS)
 
 
-class Interrupts(Progress):
+@pytest.fixture(autouse=True)
+def _shared_traces() -> Iterator[None]:
+    with traced_once():
+        yield
+
+
+class Interrupts(Silent):
     """Ctrl-C in the middle."""
 
     def stage(self, text: str) -> None:
@@ -38,8 +45,9 @@ class Interrupts(Progress):
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    options = ExportOptions(limits=LIMITS)
     with pytest.raises(KeyboardInterrupt):
-        export_bundle(tiny_checkpoint(), tmp_path / "out", ExportOptions(), Interrupts())
+        export_bundle(tiny_checkpoint(), tmp_path / "out", options, Interrupts())
     assert list(tmp_path.iterdir()) == []
 
 

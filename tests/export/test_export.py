@@ -15,6 +15,7 @@ from edge_vlm.config import molmo2_4b, tiny
 from edge_vlm.errors import CheckpointError, ExportError, ParityError, Specialised
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm_export.graphs.graphs import GraphLimits, graph_specs
+from edge_vlm_export.graphs.weights import open_weights
 from edge_vlm_export.verify.check_inputs import check_sizes, sample_inputs
 from edge_vlm_export.verify.compare import format_table
 from edge_vlm_export.verify.verify import require_source, verify_bundle
@@ -49,8 +50,8 @@ def test_every_graph_equals_its_reference_tensors(bundle: EngineBundle) -> None:
     report.require()
     assert tuple(result.graph for result in report.graphs) == GRAPHS
     assert format_table(report.graphs).count(" ok") == 3
-    assert [chain.same_tokens for chain in report.chains] == [16, 16]
-    assert [chain.same_cells for chain in report.chains] == [3, 3]
+    assert [pipeline.same_tokens for pipeline in report.pipelines] == [16, 16]
+    assert [pipeline.same_cells for pipeline in report.pipelines] == [3, 3]
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -169,17 +170,14 @@ def test_other_weights_are_noticed(tmp_path: Path) -> None:
 
 
 def test_another_checkpoint_is_noticed(bundle: EngineBundle, tmp_path: Path) -> None:
-    require_source(bundle, tiny_checkpoint())
+    require_source(bundle, open_weights(tiny_checkpoint()), tiny_checkpoint())
     other = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     with pytest.raises(CheckpointError, match=r"config\.json is not the same"):
-        require_source(bundle, other)
+        require_source(bundle, open_weights(other), other)
 
 
 def test_verify_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    from edge_vlm_export.commands import verify
-
-    assert verify.name == "verify"
     assert main(["verify", str(tiny_bundle())]) == 0
     out = capsys.readouterr().out
     assert out.count(" ok\n") == 3
@@ -228,12 +226,13 @@ def test_a_fixed_dimension_in_the_file_is_noticed(bundle: EngineBundle, tmp_path
 
 
 def test_a_module_that_fixes_a_dimension_is_a_typed_error() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
     from edge_vlm_export.trace.trace import trace
 
-    class Fixed(torch.nn.Module):  # type: ignore[name-defined]
-        def forward(self, x):  # type: ignore[no-untyped-def]
+    class Fixed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.reshape(7, 4) * 2
 
     tensors = [TensorSpec(name=name, dtype="float32", shape=("s", 4)) for name in ("x", "y")]

@@ -45,7 +45,7 @@ def test_only_float32_bundles_and_known_methods(tmp_path: Path) -> None:
 
 
 def test_the_registered_config_exports_the_stem(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from optimum.exporters.tasks import TasksManager
 
     from edge_vlm.model.checkpoint import load_checkpoint
@@ -70,12 +70,12 @@ def test_the_registered_config_exports_the_stem(tmp_path: Path) -> None:
 
     model = load_checkpoint(tiny_checkpoint())
 
-    class Stem(torch.nn.Module):  # type: ignore[name-defined]
+    class Stem(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, pixels):  # type: ignore[no-untyped-def]
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return self.model.embed_frames(pixels)
 
     torch.onnx.export(

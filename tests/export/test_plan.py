@@ -17,7 +17,7 @@ from edge_vlm_export.quantize.convert import Ranges, convert
 from edge_vlm_export.quantize.plan import MOVEMENT, NodePlan, PrecisionPlan, plan_graph
 from edge_vlm_export.trace.graph_files import load_graph, save_graph
 from edge_vlm_export.verify.check_inputs import sample_inputs
-from edge_vlm_export.verify.sessions import GraphSession
+from edge_vlm_export.verify.ort_runner import OrtRunner
 from tests.tiny import tiny_bundle, tiny_config
 
 HALF = Precision(base="float16")
@@ -103,8 +103,8 @@ def test_an_island_keeps_values_that_float16_cannot_hold(tmp_path: Path) -> None
         plan = plan_graph(model.graph, spec, HALF, seen)
         convert(model, spec, plan, Ranges(seen, {}), Variant.PORTABLE)
         save_graph(model, tmp_path / f"{name}.onnx")
-        session = GraphSession(tmp_path / f"{name}.onnx", spec, as_written=True)
-        return session.run(inputs)["features"]
+        runner = OrtRunner(tmp_path / f"{name}.onnx", spec, as_written=True)
+        return runner.run(inputs)["features"]
 
     assert not np.isfinite(features("without", known=False)).all()
     assert np.isfinite(features("with", known=True)).all()

@@ -75,7 +75,8 @@ def test_zeros_stay_zeros_and_finite() -> None:
         quantize_outputs(np.zeros((32, 2), np.float32)),
     ):
         assert not numbers.any()
-        assert np.isfinite(scale).all() and (scale > 0).all()
+        assert np.isfinite(scale).all()
+        assert (scale > 0).all()
     assert activation_scale(0.0) > 0
 
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edge_vlm_export.trt_lint import UNCONFIRMED, lint
+from tests.export.trt_lint import UNCONFIRMED, lint
 from tests.published_folder import image_bundle
 from tests.tiny import tiny_bundle, tiny_variant
 

@@ -21,7 +21,7 @@ EXACT = ("both",)
 
 
 def _stream(folder: Path) -> tuple[list[np.ndarray], list[int], bool]:
-    """Logits behind each step of a stream with a question, an answer undone and frames evicted."""
+    """Logits after each step of a stream with a question, an answer undone and frames evicted."""
     rng = np.random.default_rng(3)
     logits, kept = [], []
     with LoadedBundle.open(folder, threads=1) as engines:
@@ -66,7 +66,11 @@ def test_the_runtime_streams_it_like_the_plain_bundle(
         assert kept == plain[1]
         for got, expected in zip(logits, plain[0], strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-4)
-    elif kept == plain[1]:
+        return
+    # Rounded vision may choose another cell here and there, depending on the processor.
+    same = [mine == its for mine, its in zip(kept, plain[1], strict=True)]
+    assert sum(same) > 0.8 * len(same)
+    if all(same):
         # The steps feed on the words chosen so far, which quantisation may change: the first one
         # does not.
         assert cosine(logits[0], plain[0][0]) > 0.9

@@ -136,7 +136,7 @@ def differences(path: Path) -> dict[str, float]:
             model,
             pixels,
             frames_per_clip,
-            float(metadata["topk"]),
+            keep_ratio=1 - float(metadata["topk"]),
             previous_across_clips=True,
         )
         ours = recorded_outputs(run, model)

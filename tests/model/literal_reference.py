@@ -37,27 +37,31 @@ def attention(part: CrossAttention, x: Tensor, y: Tensor, bias: Tensor | float =
         for f, z in ((part.q, x), (part.k, y), (part.v, y))
     )
     scores = q @ k.transpose(-1, -2) / math.sqrt(part.head_dim) + bias
-    return part.o((scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2))
+    out: Tensor = part.o((scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2))
+    return out
 
 
 def block(part: ViTBlock, x: Tensor, bias: Tensor | float = 0.0) -> Tensor:
     y = part.norm1(x)
     x = x + attention(part.attn, y, y, bias)
-    return x + part.fc2(gelu(part.fc1(part.norm2(x)), approximate="tanh"))
+    out: Tensor = x + part.fc2(gelu(part.fc1(part.norm2(x)), approximate="tanh"))
+    return out
 
 
 def windows(x_FNW: Tensor) -> Tensor:
     """[F, C, 9, W], cells and patches row-major."""
     grid = math.isqrt(x_FNW.shape[1])
     x = x_FNW.unflatten(1, (grid // 3, 3, grid // 3, 3))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    out: Tensor = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return out
 
 
 def to_patches(per_cell_FC: Tensor) -> Tensor:
     """Each cell's value repeated 3x3: [F, grid, grid]."""
     side = math.isqrt(per_cell_FC.shape[1])
     cells = per_cell_FC.unflatten(1, (side, side))
-    return cells.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    out: Tensor = cells.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    return out
 
 
 def pool(part: CrossAttention, patches_XCxW: Tensor) -> Tensor:
@@ -84,7 +88,8 @@ def encode(
     previous_across_clips: bool = False,
 ) -> Literal:
     cfg, scorer = model.cfg, model.scorer
-    assert cfg.scorer is not None and scorer is not None
+    assert cfg.scorer is not None
+    assert scorer is not None
     num_frames, num_patches = pixels_FNP.shape[:2]
     num_cells, prune_at = num_patches // 9, cfg.scorer.prune_at
     starts = [sum(frames_per_clip[:i]) for i in range(len(frames_per_clip))]

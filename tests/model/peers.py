@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +117,19 @@ def random_peer(cfg: ModelConfig) -> Any:
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
     return model
+
+
+def load_peer(folder: Path, **settings: Any) -> Any:
+    """As a user of transformers does; every weight of the folder must have found its place."""
+    model, report = transformers.Molmo2ForConditionalGeneration.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
+        **settings,
+    )
+    assert not any(report.values()), report
+    return model.eval()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import KeyValue, rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.text.masks import MASKED
 
 
 def attention_bias(blocks: Sequence[int], start: int, stop: int) -> Tensor:

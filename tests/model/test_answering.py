@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from edge_vlm.config import VisionAttention
-from edge_vlm.evaluation.offline import CAUSAL, Asked, Prefix
+from edge_vlm.evaluation.offline import Asked, Prefix
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm.model.evaluator import TorchModel
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
+from edge_vlm.text.masks import CAUSAL, MASKED
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from tests.tiny import tiny_checkpoint
@@ -117,14 +117,14 @@ def test_rows_that_have_ended_leave_the_others_alone(
     """The end token is whatever the first question's second token is."""
     prefix, ends = prefix_of(model, rgbs, VisionAttention.FRAME)
     asked = [Asked(end, model.prompt.question_ids(QUESTIONS[0])) for end in ends]
-    eos_id = model.prompt.eos_id
+    eos_ids = model.prompt.eos_ids
     words = [model.prompt.tokenizer.encode(text) for text in model.answer([(prefix, asked)], 4)[0]]
     try:
-        model.prompt.eos_id = words[0][1]
+        model.prompt.eos_ids = (words[0][1],)
         (told,) = model.answer([(prefix, asked)], 4)
         assert told == [alone(model, prefix, item, 4) for item in asked]
     finally:
-        model.prompt.eos_id = eos_id
+        model.prompt.eos_ids = eos_ids
 
 
 def test_features_are_those_of_each_frame_alone(model: TorchModel, rgbs: list[np.ndarray]) -> None:

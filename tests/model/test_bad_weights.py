@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from edge_vlm.errors import CheckpointError, ConfigError, WeightFilesError, WeightNamesError
 from edge_vlm.model.published.files import INDEX, WEIGHTS
-from edge_vlm.model.published.folder import load_published, save_published
+from edge_vlm.model.published.folder import load_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
 from tests.model.peers import variant
 
@@ -103,7 +104,9 @@ def test_tensors_of_a_wrong_type(folder: Path) -> None:
     edit_weights(folder / WEIGHTS, lambda w: w.update({quantised: w[quantised].to(torch.int8)}))
     error = refused(folder, WeightNamesError, f"{quantised} is I8, expected F32, BF16, F16")
     assert len(error.mistyped) == 1
-    assert not (error.missing or error.unknown or error.misshaped)
+    assert not (error.missing)
+    assert not (error.unknown)
+    assert not (error.misshaped)
 
 
 def test_extra_and_missing_names(folder: Path) -> None:
@@ -227,6 +230,16 @@ def test_a_folder_of_another_family(folder: Path) -> None:
     refused(folder, ConfigError, "another family", "'qwen2_vl'", "expected 'molmo2'")
 
 
+def test_quantised_folders_are_named_before_their_weights_are_looked_at(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"")
+    told = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(told))
+    refused(folder, ConfigError, "quantised already (NVFP4)", "--precision int4")
+    (folder / "hf_quant_config.json").unlink()
+    edit_json(folder / "config.json", lambda c: c.update(quantization={"bits": 4}))
+    refused(folder, ConfigError, "quantised already (MLX)")
+
+
 def test_weights_of_another_family(folder: Path) -> None:
     save_file({"visual.patch_embed.proj.weight": torch.zeros(2)}, folder / WEIGHTS)
     refused(folder, WeightNamesError, "visual.patch_embed.proj.weight", "known namings")
@@ -264,6 +277,9 @@ def test_our_own_checkpoints_are_checked_alike(tmp_path: Path) -> None:
     with pytest.raises(WeightFilesError, match="cut off"):
         load_checkpoint(tmp_path)
     other = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, mlp_width=8))
-    save_checkpoint(tmp_path, other, VideoLM(cfg).state_dict(), words)
+    with pytest.raises(ValueError, match=r"mlp\.gate\.weight .* in the place of"):
+        save_checkpoint(tmp_path, other, VideoLM(cfg).state_dict(), words)
+    save_checkpoint(tmp_path, cfg, VideoLM(cfg).state_dict(), words)
+    edit_json(tmp_path / "config.json", lambda c: c["language"].update(mlp_width=8))
     with pytest.raises(WeightNamesError, match=r"llm\.blocks\.0\.mlp\.gate\.weight"):
         load_checkpoint(tmp_path)

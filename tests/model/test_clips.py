@@ -14,8 +14,8 @@ from torch import Tensor
 from edge_vlm.config import ModelConfig, Rescale, tiny
 from edge_vlm.model.clips import encode_clips
 from edge_vlm.model.reference import encode_reference
-from edge_vlm.model.selection import num_kept
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.pruning.clip_budget import num_kept
 from tests.model import literal_reference
 
 CELLS = tiny().vision.num_cells
@@ -62,16 +62,16 @@ def frame_by_frame(model: VideoLM, pixels: Tensor, kept_FC: Tensor) -> tuple[Ten
 
 
 clips = st.lists(st.integers(1, 5), min_size=1, max_size=3)
-shares = st.sampled_from([0.0, 0.3, 0.5, 0.8, 0.95])
+shares = st.sampled_from([1.0, 0.7, 0.5, 0.2, 0.05])
 
 
 @settings(max_examples=20)
 @given(clips, shares, st.integers(0, 999), st.sampled_from([Rescale.FRAME, Rescale.ABSOLUTE]))
 def test_a_pack_of_clips_is_each_clip_frame_by_frame(
-    frames_per_clip: list[int], removed: float, seed: int, rescale: Rescale
+    frames_per_clip: list[int], keep_ratio: float, seed: int, rescale: Rescale
 ) -> None:
     model, pixels = random_model(with_rescale(rescale)), random_pixels(sum(frames_per_clip), seed)
-    run = encode_clips(model, pixels, frames_per_clip, removed)
+    run = encode_clips(model, pixels, frames_per_clip, keep_ratio=keep_ratio)
     assert run.scores_FC is not None
     sizes = [int(kept.sum()) for kept in run.kept_FC.split(frames_per_clip)]
     for clip, kept, scores, features in zip(
@@ -89,12 +89,12 @@ def test_a_pack_of_clips_is_each_clip_frame_by_frame(
 @settings(max_examples=30)
 @given(clips, shares, st.integers(0, CELLS), st.integers(0, 999))
 def test_first_frames_stay_whole_and_every_frame_keeps_its_minimum(
-    frames_per_clip: list[int], removed: float, least: int, seed: int
+    frames_per_clip: list[int], keep_ratio: float, least: int, seed: int
 ) -> None:
     """What a quiet clip loses under the published rule: its only frame, or all frames but one."""
     model = random_model(tiny())
     pixels = random_pixels(sum(frames_per_clip), seed)
-    run = encode_clips(model, pixels, frames_per_clip, removed, min_cells=least)
+    run = encode_clips(model, pixels, frames_per_clip, keep_ratio=keep_ratio, min_cells=least)
     assert run.scores_FC is not None
     for frames, kept, scores in zip(
         frames_per_clip,
@@ -102,8 +102,9 @@ def test_first_frames_stay_whole_and_every_frame_keeps_its_minimum(
         run.scores_FC.split(frames_per_clip),
         strict=True,
     ):
-        assert bool(kept[0].all()) and bool((kept[1:].sum(1) >= least).all())
-        assert int(kept.sum()) == num_kept(frames, CELLS, removed, least)
+        assert bool(kept[0].all())
+        assert bool((kept[1:].sum(1) >= least).all())
+        assert int(kept.sum()) == num_kept(frames, CELLS, keep_ratio, least, variant="first_whole")
         for row, score in zip(kept[1:], scores[1:], strict=True):  # a frame keeps its best
             if 0 < row.sum() < CELLS:
                 assert score[row].min() >= score[~row].max()
@@ -134,8 +135,8 @@ def test_the_bias_of_each_rescaling_is_its_formula(rescale: Rescale) -> None:
 def test_a_published_checkpoint_gets_the_published_computation() -> None:
     model, pixels = random_model(with_rescale(Rescale.ROW)), random_pixels(5, 0)
     run, theirs = (
-        encode_clips(model, pixels, [3, 2], 0.5),
-        encode_reference(model, pixels, [3, 2], 0.5),
+        encode_clips(model, pixels, [3, 2], keep_ratio=0.5),
+        encode_reference(model, pixels, [3, 2], keep_ratio=0.5),
     )
     assert torch.equal(run.features_GE, theirs.features_GE)
     assert torch.equal(run.kept_FC, theirs.kept_FC)
@@ -149,9 +150,10 @@ def test_a_scorer_that_likes_everything_is_no_scorer() -> None:
     assert scored.scorer is not None
     scored.scorer.fc3.bias.fill_(50.0)
     pixels = random_pixels(4, 1)
-    everything = encode_clips(plain, pixels, [4], 0.0)
-    assert everything.scores_FC is None and bool(everything.kept_FC.all())
-    close(encode_clips(scored, pixels, [4], 0.0).features_GE, everything.features_GE)
+    everything = encode_clips(plain, pixels, [4], keep_ratio=1.0)
+    assert everything.scores_FC is None
+    assert bool(everything.kept_FC.all())
+    close(encode_clips(scored, pixels, [4], keep_ratio=1.0).features_GE, everything.features_GE)
 
 
 def test_wrong_use_is_refused() -> None:
@@ -159,9 +161,11 @@ def test_wrong_use_is_refused() -> None:
     model = random_model(tiny())
     for bad in ([2], [4], [3, 0], []):
         with pytest.raises(ValueError, match="frames_per_clip"):
-            encode_clips(model, pixels, bad, 0.5)
-    for share in (-0.1, 1.0, math.nan):
-        with pytest.raises(ValueError, match="removed"):
-            encode_clips(model, pixels, [3], share)
+            encode_clips(model, pixels, bad, keep_ratio=0.5)
+    for share in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match="keep_ratio"):
+            encode_clips(model, pixels, [3], keep_ratio=share)
     with pytest.raises(ValueError, match="without a scorer"):
-        encode_clips(random_model(dataclasses.replace(tiny(), scorer=None)), pixels, [3], 0.5)
+        encode_clips(
+            random_model(dataclasses.replace(tiny(), scorer=None)), pixels, [3], keep_ratio=0.5
+        )

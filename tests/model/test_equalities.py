@@ -172,7 +172,7 @@ def test_reference_mode_without_removal_is_the_streaming_one(pixels: Tensor) -> 
     by_row = dataclasses.replace(cfg, scorer=dataclasses.replace(cfg.scorer, rescale=Rescale.ROW))
     model = random_model(by_row)
     hidden, _, scores = stem(model, pixels)
-    run = encode_reference(model, pixels, [FRAMES], removed=0.0)
+    run = encode_reference(model, pixels, [FRAMES], keep_ratio=1.0)
     close(run.scores_FC, scores)
     streamed = trunk(model, hidden, run.kept_FC)
     close(run.features_GE, streamed)

@@ -17,7 +17,7 @@ from edge_vlm.config import ModelConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm.model.checkpoint import save_checkpoint
 from edge_vlm.model.describe import memory, parameters
 from edge_vlm.model.published.config import published_config
-from edge_vlm.model.published.folder import save_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.published.mapping import published_shapes, shapes
 from edge_vlm.model.published.names import HUB
 from edge_vlm.model.video_lm import VideoLM
@@ -80,7 +80,7 @@ def test_a_scorer_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str
     data = figures(capsys, folder)
     assert data["parameters"]["scorer"] == 33_766_769
     assert data["parameters"]["total"] == 4_850_869_200 + 33_766_769
-    assert str(data["facts"]["scorer"]).startswith("STTS behind block 3")
+    assert str(data["facts"]["scorer"]).startswith("STTS after block 3")
 
 
 def test_the_olmo_kind_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_the_olmo_kind_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixtu
         for i, cfg in enumerate(plain)
     )
     assert "norms before, q/k norm per head; rotary base 1,000,000;" in str(qwen)
-    assert "norms behind, q/k norm over all heads; rotary base 500,000, scaled 8" in str(olmo)
+    assert "norms after, q/k norm over all heads; rotary base 500,000, scaled 8" in str(olmo)
     assert "in 8 blocks" in str(olmo)
 
 
@@ -162,7 +162,7 @@ def test_the_command_itself_needs_no_torch() -> None:
     """A folder that holds no weights is described, or refused, where torch is not installed."""
     code = (
         "import sys; sys.modules['torch'] = None; "
-        "from edge_vlm.model.inspect_command import inspect; print(inspect.name)"
+        "from edge_vlm.model.inspect_command import inspect; print(type(inspect).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "inspect"
+    assert done.stdout.strip() == "Command"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from edge_vlm.model import ragged
 from edge_vlm.model.ragged import Grouped, Method, Varlen, best_method, lay_out
 
 CELLS, TOKENS, HEADS, WIDTH = 5, 2, 3, 4
@@ -27,9 +27,11 @@ def flash_on_a_cpu(
     q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int
 ) -> Tensor:
     """What the flash kernel promises; it has no CPU form."""
-    assert torch.equal(ends_q, ends_k) and ends_q.dtype == torch.int32
+    assert torch.equal(ends_q, ends_k)
+    assert ends_q.dtype == torch.int32
     ends = ends_q.tolist()
-    assert ends[0] == 0 and ends[-1] == len(q)
+    assert ends[0] == 0
+    assert ends[-1] == len(q)
     parts = []
     for start, stop in itertools.pairwise(ends):
         assert 0 <= stop - start <= min(longest_q, longest_k)
@@ -104,5 +106,5 @@ def test_the_fastest_method_of_the_device_is_taken(monkeypatch: pytest.MonkeyPat
     assert best_method(cuda, torch.bfloat16) is Method.VARLEN
     assert best_method(cuda, torch.float16) is Method.VARLEN
     assert best_method(cuda, torch.float32) is Method.GROUPED  # the flash kernel has no fp32
-    monkeypatch.setattr(ragged.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert best_method(cuda, torch.bfloat16) is Method.GROUPED  # an older torch

@@ -10,35 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_vlm.config import Rescale, tiny
-from edge_vlm.model.reference import encode_reference, frames_alone, keep_by_clip
+from edge_vlm.model.reference import encode_reference, frames_alone
 from edge_vlm.model.video_lm import VideoLM
 from tests.model import literal_reference
 
 CELLS = 81
 CELLS_OF_TINY = tiny().vision.num_cells
-
-
-@pytest.mark.parametrize(
-    ("frames", "removed", "first", "later"),
-    [(1, 0.5, 41, 0), (2, 0.5, 81, 0), (4, 0.8, 65, 0), (4, 0.5, 81, 81), (3, 0.0, 81, 162)],
-)
-def test_the_count_is_exact_and_the_first_frame_goes_last(
-    frames: int, removed: float, first: int, later: int
-) -> None:
-    scores = torch.rand(frames, CELLS, generator=torch.Generator().manual_seed(frames))
-    kept = keep_by_clip(scores, [frames], removed)
-    assert (int(kept[0].sum()), int(kept[1:].sum())) == (first, later)
-    if later:
-        dropped = scores[1:][~kept[1:]]
-        assert dropped.numel() == 0 or scores[1:][kept[1:]].min() >= dropped.max()
-
-
-def test_every_clip_of_a_pack_has_its_own_budget() -> None:
-    scores = torch.rand(5, CELLS, generator=torch.Generator().manual_seed(0))
-    scores[3:] *= 0.01
-    kept = keep_by_clip(scores, [3, 2], 0.5)
-    assert torch.equal(kept[:3], keep_by_clip(scores[:3], [3], 0.5))
-    assert torch.equal(kept[3:], keep_by_clip(scores[3:], [2], 0.5))
 
 
 @pytest.mark.parametrize(
@@ -60,9 +37,9 @@ def test_wrong_use_is_refused() -> None:
     model = VideoLM(tiny())
     pixels = torch.zeros(3, model.cfg.vision.num_patches, model.cfg.vision.patch_dim)
     with pytest.raises(ValueError, match="frames_per_clip"):
-        encode_reference(model, pixels, [2], 0.5)
+        encode_reference(model, pixels, [2], keep_ratio=0.5)
     with pytest.raises(ValueError, match="rescale"):
-        encode_reference(model, pixels, [3], 0.5)
+        encode_reference(model, pixels, [3], keep_ratio=0.5)
 
 
 # ---- against the published computation, written out ------------------------------------------
@@ -84,7 +61,8 @@ def random_pixels(frames: int, seed: int) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    # Scores are stretched from nearly equal ones, which stretches their rounding, too.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=5e-5)
 
 
 @settings(max_examples=25)
@@ -100,7 +78,9 @@ def test_packs_of_clips_are_encoded_as_the_published_code_packs_them(
     model, pixels = random_model(), random_pixels(sum(frames_per_clip), seed)
     with torch.no_grad():
         theirs = literal_reference.encode(model, pixels, frames_per_clip, removed, leak)
-        ours = encode_reference(model, pixels, frames_per_clip, removed, previous_across_clips=leak)
+        ours = encode_reference(
+            model, pixels, frames_per_clip, keep_ratio=1 - removed, previous_across_clips=leak
+        )
     close(ours.scores_FC, theirs.scores_FC)
     assert torch.equal(ours.kept_FC, theirs.kept_FC)
     close(ours.features_GE, theirs.features)
@@ -115,9 +95,10 @@ def test_the_cases_above_pack_and_refill() -> None:
     for removed in (0.3, 0.7):
         theirs = literal_reference.encode(model, pixels, [8], removed)
         found[removed] = (theirs.num_rows, theirs.num_refilled)
-    assert found[0.3][1] > 0 and found[0.7][0] < 8
+    assert found[0.3][1] > 0
+    assert found[0.7][0] < 8
     theirs = literal_reference.encode(model, pixels, [8], 0.3)
-    run = encode_reference(model, pixels, [8], 0.3)
+    run = encode_reference(model, pixels, [8], keep_ratio=0.7)
     cells = run.kept_FC.flatten().nonzero().squeeze(1)
     not_refilled = model.vit_trunk(run.hidden_FND[2], cells, cells // CELLS_OF_TINY)
     assert (not_refilled - theirs.features).abs().max() > 1e-2
@@ -126,11 +107,13 @@ def test_the_cases_above_pack_and_refill() -> None:
 def test_gradients_are_those_of_the_published_packing() -> None:
     model, pixels = random_model(), random_pixels(7, 1)
     vision = {name: p for name, p in model.named_parameters() if not name.startswith("llm.")}
-    found = []
-    for encode in (literal_reference.encode, encode_reference):
-        run = encode(model, pixels, [4, 3], 0.5)
-        features = run.features if isinstance(run, literal_reference.Literal) else run.features_GE
-        found.append(torch.autograd.grad(features.square().sum(), list(vision.values())))
+    found = [
+        torch.autograd.grad(features.square().sum(), list(vision.values()))
+        for features in (
+            literal_reference.encode(model, pixels, [4, 3], 0.5).features,
+            encode_reference(model, pixels, [4, 3], keep_ratio=0.5).features_GE,
+        )
+    ]
     assert any(name.startswith("scorer.") for name in vision)
     largest = max(float(gradient.abs().max()) for gradient in found[0])
     for name, theirs, ours in zip(vision, *found, strict=True):

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edge_vlm.config import tiny
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import KeyValue, rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.text.masks import MASKED
 from tests.model.prompts import attention_bias
 
 CFG = tiny()
@@ -126,7 +126,8 @@ class Reader:
             (torch.cat([k, new_k], 1), torch.cat([v, new_v], 1))
             for (k, v), (new_k, new_v) in zip(self.past, keys_values, strict=True)
         ]
-        return model().llm.head(hidden[0])
+        out: Tensor = model().llm.head(hidden[0])
+        return out
 
     def frame(self, cells: int) -> None:
         """Two tokens of time stamp, a marker, the cells, a marker."""
@@ -173,7 +174,8 @@ class Reader:
             *rope_tables(CFG.language, positions[None]),
             self._bias(everything, everything),
         )
-        return model().llm.head(hidden[0])
+        out: Tensor = model().llm.head(hidden[0])
+        return out
 
 
 actions = st.lists(

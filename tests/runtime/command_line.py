@@ -12,7 +12,7 @@ from edge_vlm.errors import EdgeVlmError
 
 def command_line(command: Command, arguments: Sequence[str]) -> int:
     """Exit code; a typed error becomes one line on stderr, as `edge_vlm.cli.main` does it."""
-    parser = argparse.ArgumentParser(prog=f"edge-vlm {command.name}")
+    parser = argparse.ArgumentParser(prog="edge-vlm")
     command.add_arguments(parser)
     try:
         return command.run(parser.parse_args(list(arguments)))

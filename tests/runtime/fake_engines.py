@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,8 +95,14 @@ class FakeLanguage:
         self.token_takes_s = 0.02
         self.prefills: list[tuple[int, int]] = []
         """Tokens and vision blocks of each prefill."""
+        self.prefills_until_failure: int | None = None
+        """So many prefills go well, the next one fails, and those after it go well again."""
+        self.arena_error: Exception | None = None
+        """What making an arena raises."""
 
     def new_arena(self, capacity: int) -> KVArena:
+        if self.arena_error is not None:
+            raise self.arena_error
         return KVArena(num_layers=1, capacity=capacity, num_kv_heads=1, head_dim=2)
 
     def embed(self, ids: Any, features: np.ndarray | None = None) -> np.ndarray:
@@ -104,6 +111,11 @@ class FakeLanguage:
     def prefill(
         self, arena: KVArena, embeds: np.ndarray, block_ids: np.ndarray | None = None
     ) -> np.ndarray:
+        if self.prefills_until_failure is not None:
+            self.prefills_until_failure -= 1
+            if self.prefills_until_failure < 0:
+                self.prefills_until_failure = None
+                raise NonFinite("the logits are not finite", where="llm")
         arena.append(len(embeds))
         blocks = 0 if block_ids is None else len(set(block_ids[block_ids >= 0].tolist()))
         self.prefills.append((len(embeds), blocks))
@@ -135,13 +147,18 @@ class FakeLanguage:
         return logits
 
 
+@lru_cache(maxsize=1)
+def _prompt() -> PromptFormat:
+    return PromptFormat(Tokenizer.from_file(tiny_bundle() / "tokenizer.json"))
+
+
 class FakeBundle:
     images = None
 
     def __init__(self, clock: FakeClock, max_positions: int = 512) -> None:
         config = tiny_config()
         language = dataclasses.replace(config.language, max_positions=max_positions)
-        self.prompt = PromptFormat(Tokenizer.from_file(tiny_bundle() / "tokenizer.json"))
+        self.prompt = _prompt()
         self.bundle = SimpleNamespace(
             name="fake",
             images=None,

@@ -286,17 +286,20 @@ class FakeDevice:
         del self.blocks[pointer]
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
-        assert self._holds(target, num_bytes) and self._holds(source, num_bytes)
+        assert self._holds(target, num_bytes)
+        assert self._holds(source, num_bytes)
         assert abs(target - source) >= num_bytes, "the two overlap"
         ctypes.memmove(target, source, num_bytes)
         self.moved_bytes += num_bytes
 
     def to_device(self, target: int, source: int, num_bytes: int) -> None:
-        assert self._holds(target, num_bytes) and not self.is_device_memory(source)
+        assert self._holds(target, num_bytes)
+        assert not self.is_device_memory(source)
         self._across(target, source, num_bytes)
 
     def to_host(self, target: int, source: int, num_bytes: int) -> None:
-        assert self._holds(source, num_bytes) and not self.is_device_memory(target)
+        assert self._holds(source, num_bytes)
+        assert not self.is_device_memory(target)
         self._across(target, source, num_bytes)
 
     def _across(self, target: int, source: int, num_bytes: int) -> None:

@@ -15,7 +15,9 @@ from PIL import Image
 
 CLOCK_HZ = 90_000
 PAYLOAD_BYTES = 1200
-SDP = "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=test\r\nt=0 0\r\nm=video 0 RTP/AVP 26\r\n"
+SDP = "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=test\r\nt=0 0\r\n"
+VIDEO, SOUND = "m=video 0 RTP/AVP 26\r\n", "m=audio 0 RTP/AVP 0\r\n"
+JPEG_TYPE, MULAW_TYPE = 26, 0
 
 
 class RtspCamera:
@@ -28,6 +30,8 @@ class RtspCamera:
         self.port = int(self._listener.getsockname()[1])
         self._client: socket.socket | None = None
         self._stopping = False
+        self.sound_only = False
+        """Of clients to come: as a camera that lost its picture."""
         self.served = 0
         """Clients that came as far as PLAY."""
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -80,7 +84,7 @@ class RtspCamera:
             if method == "OPTIONS":
                 extra = "Public: DESCRIBE, SETUP, PLAY, TEARDOWN\r\n"
             elif method == "DESCRIBE":
-                body = SDP
+                body = SDP + (SOUND if self.sound_only else VIDEO)
                 extra = f"Content-Type: application/sdp\r\nContent-Length: {len(body)}\r\n"
             elif method == "SETUP":
                 extra = "Transport: RTP/AVP/TCP;unicast;interleaved=0-1\r\n"
@@ -93,15 +97,18 @@ class RtspCamera:
 
     def _play(self, client: socket.socket) -> None:
         packet_number = 0
+        kind = MULAW_TYPE if self.sound_only else JPEG_TYPE
         begin_s = time.monotonic()
         while not self._stopping:
             age_s = time.monotonic() - begin_s
             level = int(age_s * 100) % 200
-            for payload, is_last in jpeg_payloads(level, self._size):
+            silence = [(bytes([0xFF]) * 160, True)]
+            picture = silence if kind == MULAW_TYPE else jpeg_payloads(level, self._size)
+            for payload, is_last in picture:
                 head = struct.pack(
                     ">BBHII",
                     0x80,
-                    26 | (0x80 if is_last else 0),
+                    kind | (0x80 if is_last else 0),
                     packet_number & 0xFFFF,
                     int(age_s * CLOCK_HZ),
                     0x1234,

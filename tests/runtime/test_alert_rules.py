@@ -152,86 +152,86 @@ def test_a_message_holds_a_rule_and_nothing_else() -> None:
 # ---- the alerts of a session -----------------------------------------------------------------
 
 
-def frame(sequence: int, time_s: float) -> AlertFrame:
+def frame(seq: int, time_s: float) -> AlertFrame:
     return AlertFrame(
-        sequence=sequence,
+        seq=seq,
         time_s=time_s,
-        capture_time_us=round((100 + time_s) * 1e6),
+        capture_us=round((100 + time_s) * 1e6),
         received_ns=0,
-        jpeg=b"",
+        data=b"",
     )
 
 
-def test_the_book_names_alerts_and_is_bounded() -> None:
-    book = AlertRegistry(max_alerts=2)
-    names = [book.create(rule()).alert_id for _ in range(2)]
+def test_the_registry_names_alerts_and_is_bounded() -> None:
+    registry = AlertRegistry(max_alerts=2)
+    names = [registry.create(rule()).alert_id for _ in range(2)]
     with pytest.raises(TooManyAlerts, match="2 alerts"):
-        book.create(rule())
+        registry.create(rule())
     with pytest.raises(UnknownAlert, match="alert_9"):
-        book.delete("alert_9")
-    book.delete(names[0])
-    assert book.create(rule()).alert_id not in names
+        registry.delete("alert_9")
+    registry.delete(names[0])
+    assert registry.create(rule()).alert_id not in names
 
 
 def test_every_new_frame_is_checked_once() -> None:
-    book = AlertRegistry(max_alerts=4)
-    alert = book.create(rule())
-    assert book.due() == []  # there is nothing to look at
+    registry = AlertRegistry(max_alerts=4)
+    alert = registry.create(rule())
+    assert registry.due() == []  # there is nothing to look at
     for sequence in (1, 2):
-        book.saw(frame(sequence, sequence * 0.5))
-        assert book.due() == [alert]
-        book.measured(alert, 0.1, 1.0)
-        assert book.due() == []
+        registry.on_frame(frame(sequence, sequence * 0.5))
+        assert registry.due() == [alert]
+        registry.measured(alert, 0.1, 1.0)
+        assert registry.due() == []
 
 
 def test_an_interval_spares_checks_and_catches_up_on_the_newest_frame() -> None:
-    book = AlertRegistry(max_alerts=4)
-    alert = book.create(rule(interval_s=1.0))
+    registry = AlertRegistry(max_alerts=4)
+    alert = registry.create(rule(interval_s=1.0))
     checked = []
     for sequence in range(1, 8):
-        book.saw(frame(sequence, sequence * 0.4))
-        if book.due():
-            book.measured(alert, 0.1, 1.0)
+        registry.on_frame(frame(sequence, sequence * 0.4))
+        if registry.due():
+            registry.measured(alert, 0.1, 1.0)
             checked.append(sequence)
     assert checked == [1, 4, 7]
-    book.saw(frame(8, 3.2))
-    assert book.due() == []
-    book.stood_still(round(103.8 * 1e6))  # the picture stays; time comes
-    assert book.due() == [alert]
+    registry.on_frame(frame(8, 3.2))
+    assert registry.due() == []
+    registry.on_duplicate(round(103.8 * 1e6))  # the picture stays; time comes
+    assert registry.due() == [alert]
 
 
 def test_time_alone_completes_a_hold_while_the_picture_stays() -> None:
-    book = AlertRegistry(max_alerts=4)
-    alert = book.create(rule(hold_s=2.0))
-    book.saw(frame(1, 0.0))
-    book.measured(alert, 0.9, 1.0)
-    assert book.stood_still(round(101.9 * 1e6)) == []
-    assert book.stood_still(round(102.0 * 1e6)) == [(alert, BEGAN)]
-    assert (alert.episode, book.now_s) == (1, 2.0)
+    registry = AlertRegistry(max_alerts=4)
+    alert = registry.create(rule(hold_s=2.0))
+    registry.on_frame(frame(1, 0.0))
+    registry.measured(alert, 0.9, 1.0)
+    assert registry.on_duplicate(round(101.9 * 1e6)) == []
+    assert registry.on_duplicate(round(102.0 * 1e6)) == [(alert, BEGAN)]
+    assert (alert.episode, registry.now_s) == (1, 2.0)
 
 
 def test_time_says_nothing_about_a_picture_that_was_not_checked() -> None:
-    book = AlertRegistry(max_alerts=4)
-    alert = book.create(rule(hold_s=2.0))
-    book.saw(frame(1, 0.0))
-    book.measured(alert, 0.9, 1.0)
-    book.saw(frame(2, 1.0))
-    assert book.stood_still(round(104 * 1e6)) == []
+    registry = AlertRegistry(max_alerts=4)
+    alert = registry.create(rule(hold_s=2.0))
+    registry.on_frame(frame(1, 0.0))
+    registry.measured(alert, 0.9, 1.0)
+    registry.on_frame(frame(2, 1.0))
+    assert registry.on_duplicate(round(104 * 1e6)) == []
 
 
 def test_a_failed_check_changes_nothing_and_is_told_once() -> None:
-    book = AlertRegistry(max_alerts=4)
-    alert = book.create(rule())
+    registry = AlertRegistry(max_alerts=4)
+    alert = registry.create(rule())
     told = []
     for sequence in range(1, 5):
-        book.saw(frame(sequence, float(sequence)))
-        told.append(book.failed(alert))
-        assert book.due() == []
+        registry.on_frame(frame(sequence, float(sequence)))
+        told.append(registry.failed(alert))
+        assert registry.due() == []
     assert told == [True, False, False, False]
-    assert alert.machine.state is AlertState.IDLE
-    book.saw(frame(5, 5.0))
-    assert book.measured(alert, 0.9, 1.0) is BEGAN
-    assert book.failed(alert)
+    assert alert.hysteresis.state is AlertState.IDLE
+    registry.on_frame(frame(5, 5.0))
+    assert registry.measured(alert, 0.9, 1.0) is BEGAN
+    assert registry.failed(alert)
 
 
 def test_an_alert_that_was_never_measured_does_not_move() -> None:
@@ -274,6 +274,7 @@ def test_any_logits_give_a_share(pair: list[float]) -> None:
     yes, no = tokenizer.encode("yes")[0], tokenizer.encode("no")[0]
     logits[[yes, no]] = pair
     probability, mass = YesNo(tokenizer).read(logits)
-    assert 0 <= probability <= 1 and 0 <= mass <= 1 + 1e-9
+    assert 0 <= probability <= 1
+    assert 0 <= mass <= 1 + 1e-9
     expected = 1 / (1 + math.exp(min(pair[1] - pair[0], 700)))
     assert probability == pytest.approx(expected, rel=1e-6, abs=1e-12)

@@ -78,7 +78,8 @@ def test_a_webhook_gets_every_begin_and_end_with_its_picture(web: WebServer) -> 
     assert begin["evidence"]["frame_sequence"] == 1
     assert (end["type"], end["reason"], end["lasted_s"]) == ("alert.cleared", "probability", 0.25)
     assert "evidence" not in end
-    assert outputs.delivered == 2 and outputs.lost == 0
+    assert outputs.delivered == 2
+    assert outputs.lost == 0
     outputs.raise_undelivered()
 
 
@@ -581,7 +582,8 @@ def test_nothing_is_lost_when_the_broker_restarts(
         subscriber.close()
     ids = list(dict.fromkeys(body["id"] for body in subscriber.bodies(topic)))
     assert ids == expected_ids("s", 1, 4)
-    assert not outputs.undelivered and outputs.lost == 0
+    assert not outputs.undelivered
+    assert outputs.lost == 0
     pictures = [payload for name, payload in subscriber.messages if name == f"{topic}/evidence"]
     assert list(dict.fromkeys(pictures)) == [jpeg(episode) for episode in range(1, 5)]
     assert "cret" not in caplog.text

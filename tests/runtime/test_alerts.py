@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,14 +21,12 @@ from edge_vlm.errors import (
 )
 from edge_vlm.pixels.frames import decode_jpeg
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.settings import Attention
 from edge_vlm_runtime.session.alerts import MAX_WAITING_LISTS
 from tests.runtime.fake_engines import FakeBundle, FakeClock
 from tests.runtime.pictures import jpeg
-from tests.runtime.test_session import LIMITS, Viewer
-from tests.tiny import tiny_bundle
+from tests.runtime.viewer import LIMITS, Viewer
 
 QUESTION = "is there a red ball ?"
 
@@ -39,13 +36,13 @@ class Watcher(Viewer):
 
     def create(self, question: str = QUESTION, **rule: Any) -> None:
         message = messages.AlertCreate(question=question, event_id="new", **rule)
-        self.session.take(message, self.clock())
+        self.take(message)
 
     def delete(self, alert_id: str) -> None:
-        self.session.take(messages.AlertDelete(alert_id=alert_id, event_id="gone"), self.clock())
+        self.take(messages.AlertDelete(alert_id=alert_id, event_id="gone"))
 
     def ask_list(self, event_id: str = "list") -> None:
-        self.session.take(messages.AlertList(event_id=event_id), self.clock())
+        self.take(messages.AlertList(event_id=event_id))
 
     def yes(self, probability: float) -> None:
         self.engines.language.yes = probability
@@ -76,12 +73,13 @@ def test_an_alert_begins_and_ends_with_what_is_seen_and_leaves_no_trace() -> Non
     watcher = Watcher()
     watcher.create()
     (created,) = watcher.of(messages.AlertCreated)
-    assert created.event_id == "new" and created.alert.rule.question == QUESTION
+    assert created.event_id == "new"
+    assert created.alert.rule.question == QUESTION
     for sequence, probability in enumerate([0.1, 0.9, 0.95, 0.5, 0.1], start=1):
         watcher.yes(probability)
         watcher.show(sequence)
-        context = watcher.session._context
-        assert watcher.session._arena.length == context.video_tokens
+        context = watcher.context
+        assert watcher.context.kv_tokens == context.video_tokens
     assert watcher.story() == [(BEGIN, 2), (END, 5)]
     (triggered,) = watcher.of(messages.AlertTriggered)
     (cleared,) = watcher.of(messages.AlertCleared)
@@ -93,7 +91,8 @@ def test_an_alert_begins_and_ends_with_what_is_seen_and_leaves_no_trace() -> Non
     # one picture of 10 ms, its prefill and the check of 20 ms each
     assert triggered.age_s == pytest.approx(0.05, abs=1e-6)
     evidence = triggered.evidence
-    assert evidence is not None and evidence.exact
+    assert evidence is not None
+    assert evidence.exact
     assert (evidence.frame_sequence, evidence.time_s) == (2, 0.5)
     assert evidence.jpeg == jpeg(2)
 
@@ -105,7 +104,7 @@ def test_nothing_is_decoded_and_an_idle_session_is_not_asked() -> None:
     assert watcher.measured == [1, 1]
     assert [blocks for _, blocks in watcher.engines.language.prefills] == [1, 1]  # frames only
     for _ in range(5):
-        assert not watcher.session.step()
+        assert not watcher.step()
     assert watcher.measured == [1, 1]
 
 
@@ -142,7 +141,7 @@ def test_one_step_is_one_run_and_a_question_comes_between_two() -> None:
     texts = ["is it red ?", "is it blue ?", "is there a cube ?", "is there a dog ?", "no ."]
     for text in texts:
         watcher.create(text)
-    watcher.session.step()
+    watcher.step()
     first = len(watcher.of(messages.AlertTriggered))
     assert 0 < first < len(texts)
     watcher.ask()
@@ -152,7 +151,8 @@ def test_one_step_is_one_run_and_a_question_comes_between_two() -> None:
     assert kinds[:done].count(messages.AlertTriggered) == first
     begun = [event.question for event in watcher.of(messages.AlertTriggered)]
     assert begun == texts
-    assert sum(watcher.measured) == len(texts) and len(watcher.measured) > 1
+    assert sum(watcher.measured) == len(texts)
+    assert len(watcher.measured) > 1
 
 
 def test_questions_come_before_alerts_and_alerts_before_the_next_frame() -> None:
@@ -160,7 +160,7 @@ def test_questions_come_before_alerts_and_alerts_before_the_next_frame() -> None
     watcher.yes(0.9)
     watcher.create()
     watcher.put(1)
-    watcher.session.step()
+    watcher.step()
     watcher.put(2)
     watcher.ask()
     watcher.run()
@@ -181,11 +181,11 @@ def test_frames_that_come_during_an_answer_are_checked_when_it_ends() -> None:
     watcher.create()
     watcher.show(1)
     watcher.ask()
-    watcher.session.step()
+    watcher.step()
     watcher.yes(0.9)
     for sequence in (2, 3):
         watcher.put(sequence)
-        watcher.session.step()
+        watcher.step()
     watcher.ask_list()
     assert watcher.measured == [1]
     assert not watcher.of(messages.AlertListed)
@@ -195,7 +195,8 @@ def test_frames_that_come_during_an_answer_are_checked_when_it_ends() -> None:
     (listed,) = watcher.of(messages.AlertListed)
     assert listed.alerts[0].frame_sequence == 3
     triggered = watcher.of(messages.AlertTriggered)[0]
-    assert triggered.evidence is not None and triggered.evidence.jpeg == jpeg(3)
+    assert triggered.evidence is not None
+    assert triggered.evidence.jpeg == jpeg(3)
 
 
 def test_a_picture_that_stays_completes_a_hold_without_the_engines() -> None:
@@ -240,7 +241,8 @@ def test_evidence_is_as_small_as_the_limit_asks_and_may_be_left_out() -> None:
     watcher.put(1, data=big)
     watcher.run()
     first, second = watcher.of(messages.AlertTriggered)
-    assert first.evidence is not None and not first.evidence.exact
+    assert first.evidence is not None
+    assert not first.evidence.exact
     assert len(first.evidence.jpeg) <= limit
     assert max(decode_jpeg(first.evidence.jpeg).shape) <= 700
     assert second.evidence is None
@@ -285,7 +287,7 @@ def test_the_end_of_a_session_ends_its_alerts() -> None:
     watcher.create(on_threshold=0.99)
     watcher.yes(0.9)
     watcher.show(1)
-    watcher.session.close()
+    watcher.close()
     assert [event.reason for event in watcher.of(messages.AlertCleared)] == ["session_closed"]
 
 
@@ -318,7 +320,7 @@ def test_lists_that_wait_are_bounded() -> None:
     watcher = Watcher()
     watcher.create()
     watcher.put(1)
-    watcher.session.step()
+    watcher.step()
     with pytest.raises(TooManyQuestions):
         for _ in range(MAX_WAITING_LISTS + 1):
             watcher.ask_list()
@@ -387,16 +389,16 @@ def test_whatever_happens_begins_and_ends_alternate(
                 watcher.ask_list()
                 asked += 1
             elif action == "cancel":
-                watcher.session.cancel(None)
+                watcher.cancel(None)
             elif action == "update":
-                watcher.session.update(protocol.SettingsPatch(keep_ratio=0.4))
+                watcher.update(keep_ratio=0.4)
             else:
-                watcher.session.step()
+                watcher.step()
         except EdgeVlmError:
             continue
     watcher.run()
     assert len(watcher.of(messages.AlertListed)) == asked
-    watcher.session.close()
+    watcher.close()
     assert watcher.outcomes() == watcher.put_frames
     for created in watcher.of(messages.AlertCreated):
         name = created.alert.alert_id
@@ -412,62 +414,3 @@ def test_whatever_happens_begins_and_ends_alternate(
             for episode in range(1, rounds + 1)
             for kind in (messages.AlertTriggered, messages.AlertCleared)
         ]
-
-
-# ---- with the real tiny model ----------------------------------------------------------------
-
-
-def test_measuring_equals_asking_each_question_alone() -> None:
-    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
-        language, prompt = engines.language, engines.prompt
-        arena = language.new_arena(200)
-        frame = prompt.frame_ids(0.0, 0, first=True)
-        language.prefill(arena, language.embed(np.concatenate([prompt.bos_ids, frame])))
-        texts = [
-            "is there a red ball ?",
-            "what colour is the cube ?",
-            "no .",
-            "which way does the dog move ?",
-        ]
-        branches = [language.embed(prompt.question_ids(text)) for text in texts]
-        alone = []
-        mark = arena.mark()
-        for branch in branches:
-            alone.append(language.prefill(arena, branch))
-            arena.truncate(mark)
-        before = [array.copy() for array in arena.rows(0)]
-        together = language.measure(arena, branches)
-        np.testing.assert_allclose(together, np.stack(alone), atol=2e-5)
-        assert arena.length == mark
-        for array, copy in zip(arena.rows(0), before, strict=True):
-            np.testing.assert_array_equal(array, copy)
-        # more than one run when they do not fit into one
-        many = language.measure(arena, branches * 6)
-        assert sum(len(branch) for branch in branches * 6) > language.max_tokens
-        np.testing.assert_allclose(many, np.tile(np.stack(alone), (6, 1)), atol=2e-5)
-        with pytest.raises(ValueError, match="branches"):
-            language.measure(arena, [])
-
-
-@pytest.mark.parametrize("attention", [Attention.FRAME, Attention.EXACT])
-def test_alerts_change_no_answer(attention: Attention) -> None:
-    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
-        said = []
-        for watched in (False, True):
-            watcher = Watcher(engines, FakeClock(), max_answer_tokens=8, attention=attention)
-            if watched:
-                watcher.create(report_checks=True)
-                watcher.create("what colour is the cube ?")
-            for sequence in range(1, 7):
-                watcher.show(sequence)
-                if sequence % 2 == 0:
-                    watcher.ask()
-                    watcher.run()
-            said.append(
-                [
-                    (event.text, event.kv_tokens, event.usage.vision_tokens)
-                    for event in watcher.of(protocol.ResponseDone)
-                ]
-            )
-        assert len(watcher.of(messages.AlertChecked)) == 6
-    assert said[0] == said[1]

@@ -28,7 +28,7 @@ from edge_vlm.errors import (
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import FrameTopK
-from edge_vlm_export.verify.sessions import GraphSession
+from edge_vlm_export.verify.ort_runner import OrtRunner
 from edge_vlm_runtime.engines.cuda import Cuda, Gpu
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.engines.open import open_engines
@@ -48,7 +48,7 @@ def _fake(bundle: EngineBundle, folder: Path, gpu: Gpu) -> FakeTrt:
     store = EngineStore(folder, fake.library.name)
     store.folder.mkdir(parents=True)
     for name, spec in bundle.specs.items():
-        fake.engines[name.encode()] = (spec, GraphSession(bundle.graph_path(name), spec).run)
+        fake.engines[name.encode()] = (spec, OrtRunner(bundle.graph_path(name), spec).run)
         file = store.folder / "new"
         file.write_bytes(name.encode())
         fingerprint = Fingerprint.of(

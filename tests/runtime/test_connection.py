@@ -10,6 +10,7 @@ from typing import Any, cast
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
+from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.connection import Connection
 from edge_vlm_runtime.server.sessions import SessionRegistry
 from edge_vlm_runtime.session.budget import default_settings
@@ -38,9 +39,11 @@ class StuckSocket:
 
 
 @contextmanager
-def fake_table(**limits: Any) -> Iterator[SessionRegistry]:
+def fake_table(
+    engines: FakeBundle | None = None, recorder: Recorder | None = None, **limits: Any
+) -> Iterator[SessionRegistry]:
     """A server's sessions over engines without a model."""
-    engines = FakeBundle(FakeClock())
+    engines = engines or FakeBundle(FakeClock())
     given = ServerLimits(**limits)
     worker = EngineWorker(cast(LoadedBundle, engines), given)
     worker.start()
@@ -51,6 +54,7 @@ def fake_table(**limits: Any) -> Iterator[SessionRegistry]:
             settings=default_settings(cast(Any, engines.bundle), given),
             model=ModelLimits.from_bundle(cast(Any, engines.bundle)),
             limits=given,
+            recorder=recorder,
         )
     finally:
         worker.stop()
@@ -61,7 +65,8 @@ def test_a_client_that_does_not_read_is_disconnected_and_its_session_ended() -> 
         await Connection(socket, table).run()
         assert table.num_sessions == 0
 
-    for limits in ({"max_replay_events": 50}, {"max_replay_bytes": 10_000}):
+    cases: list[dict[str, Any]] = [{"max_replay_events": 50}, {"max_replay_bytes": 10_000}]
+    for limits in cases:
         socket = StuckSocket(messages=100)
         with fake_table(**limits) as table:
             run(serve(table, socket))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import make_policy
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.inference.vision import FrameTokens
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
-from edge_vlm_runtime.session.context import CAUSAL, Change, Evicted, Rebased, StreamContext
+from edge_vlm_runtime.session.budget import MemoryPlan
+from edge_vlm_runtime.session.context import Change, Evicted, Rebased, StreamContext
+from edge_vlm_runtime.session.stream_clock import StreamClock
 from tests.runtime.pictures import picture
 from tests.tiny import tiny_bundle
 
@@ -55,24 +59,33 @@ def context(
     return StreamContext(
         language=engines.language,
         prompt=engines.prompt,
-        arena=engines.language.new_arena(),
+        clock=StreamClock(),
         model=dataclasses.replace(limits, max_time_s=max_time_s, max_positions=max_positions),
-        attention=attention,
-        window_tokens=window_tokens,
-        last_n=last_n,
-        reserve_tokens=reserve_tokens,
+        capacity=limits.max_cache_tokens,
+        plan=MemoryPlan(
+            attention=attention,
+            window_tokens=window_tokens,
+            last_n=last_n,
+            reserve_tokens=reserve_tokens,
+        ),
     )
 
 
-def logits_behind(engines: LoadedBundle, subject: StreamContext) -> np.ndarray:
+def add(subject: StreamContext, frames: Sequence[FrameTokens]) -> list[Change]:
+    subject.add(frames)
+    return subject.changes()
+
+
+def reconfigure(subject: StreamContext, **changes: Any) -> list[Change]:
+    subject.reconfigure(dataclasses.replace(subject._plan, **changes))
+    return subject.changes()
+
+
+def logits_after(engines: LoadedBundle, subject: StreamContext) -> np.ndarray:
     """What the model would say first; leaves the arena as it was."""
-    subject.show()
-    arena = subject._arena
-    mark = arena.mark()
-    ids = engines.prompt.question_ids(QUESTION)
-    logits = engines.language.prefill(arena, engines.language.embed(ids))
-    arena.truncate(mark)
-    return logits
+    with subject.branch() as arena:
+        ids = engines.prompt.question_ids(QUESTION)
+        return engines.language.prefill(arena, engines.language.embed(ids))
 
 
 def fresh_logits(
@@ -106,13 +119,13 @@ def test_frame_by_frame_equals_batches_equals_all_at_once(
     some = frames[:7]
     singly, batched = context(engines), context(engines)
     for frame in some:
-        assert singly.add([frame]) == []
-    assert batched.add(some[:1]) == []
-    assert batched.add(some[1:]) == []
+        assert add(singly, [frame]) == []
+    assert add(batched, some[:1]) == []
+    assert add(batched, some[1:]) == []
     expected = fresh_logits(engines, some, seconds(some))
-    np.testing.assert_allclose(logits_behind(engines, singly), expected, atol=1e-4)
-    np.testing.assert_allclose(logits_behind(engines, batched), expected, atol=1e-4)
-    assert singly.video_tokens == batched.video_tokens == singly._arena.length
+    np.testing.assert_allclose(logits_after(engines, singly), expected, atol=1e-4)
+    np.testing.assert_allclose(logits_after(engines, batched), expected, atol=1e-4)
+    assert singly.video_tokens == batched.video_tokens == singly.kv_tokens
 
 
 def test_exact_mode_shows_all_frames_to_each_other(
@@ -122,7 +135,7 @@ def test_exact_mode_shows_all_frames_to_each_other(
     subject.add(frames[:4])
     expected = fresh_logits(engines, frames[:4], seconds(frames[:4]), two_way_between_frames=True)
     for _ in range(2):  # asking twice changes nothing
-        np.testing.assert_allclose(logits_behind(engines, subject), expected, atol=1e-4)
+        np.testing.assert_allclose(logits_after(engines, subject), expected, atol=1e-4)
     by_frame = fresh_logits(engines, frames[:4], seconds(frames[:4]))
     assert np.abs(expected - by_frame).max() > 1e-3
 
@@ -133,7 +146,7 @@ def test_last_n_is_a_clip_of_the_last_frames(
     subject = context(engines, attention=Attention.LAST_N, last_n=2)
     subject.add(frames[:6])
     expected = fresh_logits(engines, frames[4:6], seconds(frames[4:6]), two_way_between_frames=True)
-    np.testing.assert_allclose(logits_behind(engines, subject), expected, atol=1e-4)
+    np.testing.assert_allclose(logits_after(engines, subject), expected, atol=1e-4)
 
 
 def evictions(changes: list[Change]) -> int:
@@ -146,17 +159,17 @@ def test_eviction_takes_the_oldest_frames_and_never_the_anchor(
     subject = context(engines, window_tokens=60)
     gone = 0
     for count, frame in enumerate(frames, start=1):
-        gone += evictions(subject.add([frame]))
-        kept = subject.frame_sequences()
+        gone += evictions(add(subject, [frame]))
+        kept = subject.frame_numbers()
         assert kept[0] == 0
         assert kept[1:] == list(range(count - len(kept) + 1, count))
         assert len(kept) + gone == count
-        assert subject.video_tokens == subject._arena.length <= 60
+        assert subject.video_tokens == subject.kv_tokens <= 60
     assert gone > 10
     positions = subject._arena.positions
     assert np.all(np.diff(positions) > 0)
     assert positions[-1] > len(positions)  # survivors keep theirs
-    assert np.isfinite(logits_behind(engines, subject)).all()
+    assert np.isfinite(logits_after(engines, subject)).all()
 
 
 def test_batches_larger_than_the_window_are_still_bounded(
@@ -164,9 +177,9 @@ def test_batches_larger_than_the_window_are_still_bounded(
 ) -> None:
     subject = context(engines, window_tokens=52)
     subject.add(frames[:16])
-    assert subject.frame_sequences()[0] == 0
-    assert subject.frame_sequences()[-1] == 15
-    assert subject.video_tokens == subject._arena.length <= 52
+    assert subject.frame_numbers()[0] == 0
+    assert subject.frame_numbers()[-1] == 15
+    assert subject.video_tokens == subject.kv_tokens <= 52
 
 
 def test_used_up_positions_are_counted_anew_without_changing_the_memory(
@@ -175,13 +188,13 @@ def test_used_up_positions_are_counted_anew_without_changing_the_memory(
     subject = context(engines, window_tokens=100, max_positions=180)
     rebased = 0
     for frame in frames:
-        changes = subject.add([frame])
+        changes = add(subject, [frame])
         if any(isinstance(change, Rebased) for change in changes):
             rebased += 1
-            known = [frames[i] for i in subject.frame_sequences()]
+            known = [frames[i] for i in subject.frame_numbers()]
             expected = fresh_logits(engines, known, seconds(known))
-            np.testing.assert_allclose(logits_behind(engines, subject), expected, atol=1e-4)
-        assert subject._arena.next_position + 32 <= 180
+            np.testing.assert_allclose(logits_after(engines, subject), expected, atol=1e-4)
+        assert subject.next_position + 32 <= 180
     assert rebased >= 1
     assert subject.time_offset_s == 0.0
 
@@ -192,18 +205,18 @@ def test_used_up_time_stamps_are_counted_anew(
     subject = context(engines, max_time_s=4.0)
     offsets = []
     for frame in frames:
-        for change in subject.add([frame]):
-            if isinstance(change, Rebased):
-                offsets.append(change.time_offset_s)
+        changes = add(subject, [frame])
+        offsets += [change.time_offset_s for change in changes if isinstance(change, Rebased)]
         newest = subject.newest
         assert newest is not None
-        assert subject.capture_s(newest) - subject.time_offset_s <= 4.05
-    assert len(offsets) >= 2 and offsets == sorted(offsets)
-    known = [frames[i] for i in subject.frame_sequences()]
+        assert newest.pts_ns * 1e-9 - subject.time_offset_s <= 4.05
+    assert len(offsets) >= 2
+    assert offsets == sorted(offsets)
+    known = [frames[i] for i in subject.frame_numbers()]
     assert len(known) >= 4
     stamps = [0.0, *(second - offsets[-1] for second in seconds(known)[1:])]
     expected = fresh_logits(engines, known, stamps)
-    np.testing.assert_allclose(logits_behind(engines, subject), expected, atol=2e-4)
+    np.testing.assert_allclose(logits_after(engines, subject), expected, atol=2e-4)
 
 
 def test_sparse_frames_beyond_the_trained_time_do_not_get_stuck(engines: LoadedBundle) -> None:
@@ -212,8 +225,8 @@ def test_sparse_frames_beyond_the_trained_time_do_not_get_stuck(engines: LoadedB
         subject.add([frame])
         newest = subject.newest
         assert newest is not None
-        assert subject.capture_s(newest) - subject.time_offset_s <= 4.05
-    assert subject.frame_sequences()[0] == 0
+        assert newest.pts_ns * 1e-9 - subject.time_offset_s <= 4.05
+    assert subject.frame_numbers()[0] == 0
 
 
 @pytest.mark.parametrize("there", [Attention.EXACT, Attention.LAST_N])
@@ -222,17 +235,17 @@ def test_changing_the_mode_and_back_changes_nothing(
 ) -> None:
     subject = context(engines)
     subject.add(frames[:5])
-    before = logits_behind(engines, subject)
+    before = logits_after(engines, subject)
     for attention in (there, Attention.FRAME):
-        changes = subject.reconfigure(
-            attention=attention, window_tokens=300, last_n=2, reserve_tokens=32
+        changes = reconfigure(
+            subject, attention=attention, window_tokens=300, last_n=2, reserve_tokens=32
         )
         assert changes == []
-        logits_behind(engines, subject)
-    np.testing.assert_allclose(logits_behind(engines, subject), before, atol=1e-4)
+        logits_after(engines, subject)
+    np.testing.assert_allclose(logits_after(engines, subject), before, atol=1e-4)
     subject.add(frames[5:6])
     expected = fresh_logits(engines, frames[:6], seconds(frames[:6]))
-    np.testing.assert_allclose(logits_behind(engines, subject), expected, atol=1e-4)
+    np.testing.assert_allclose(logits_after(engines, subject), expected, atol=1e-4)
 
 
 def test_a_smaller_window_evicts_at_once_and_a_larger_reserve_rebases(
@@ -240,13 +253,13 @@ def test_a_smaller_window_evicts_at_once_and_a_larger_reserve_rebases(
 ) -> None:
     subject = context(engines, max_positions=200)
     subject.add(frames[:10])
-    changes = subject.reconfigure(
-        attention=Attention.FRAME, window_tokens=60, last_n=3, reserve_tokens=32
+    changes = reconfigure(
+        subject, attention=Attention.FRAME, window_tokens=60, last_n=3, reserve_tokens=32
     )
     assert evictions(changes) > 0
-    assert subject.video_tokens == subject._arena.length <= 60
-    changes = subject.reconfigure(
-        attention=Attention.FRAME, window_tokens=60, last_n=3, reserve_tokens=120
+    assert subject.video_tokens == subject.kv_tokens <= 60
+    changes = reconfigure(
+        subject, attention=Attention.FRAME, window_tokens=60, last_n=3, reserve_tokens=120
     )
     assert any(isinstance(change, Rebased) for change in changes)
-    assert subject._arena.next_position + 120 <= 200
+    assert subject.next_position + 120 <= 200

@@ -216,8 +216,10 @@ def test_engines_are_compared_with_this_device(plan: Plan, tmp_path: Path) -> No
 
     other = replace(MACHINE, gpu=lambda: Gpu(name="Thor", capability="sm_110"))
     found = doctor.check_engines(by_trt, bundle, other)
-    assert found.state is State.WRONG and found.is_broken
-    assert "E-ENGINE-STALE" in found.text and "'Thor'" in found.text
+    assert found.state is State.WRONG
+    assert found.is_broken
+    assert "E-ENGINE-STALE" in found.text
+    assert "'Thor'" in found.text
 
     (tmp_path / "tensorrt" / "llm.engine").unlink()
     assert doctor.check_engines(by_trt, bundle, MACHINE).state is State.MISSING

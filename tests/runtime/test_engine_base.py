@@ -7,8 +7,9 @@ import pytest
 
 from edge_vlm.errors import EngineError, ShapeRange
 from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.engines.base import Engine, Shape
-from edge_vlm_runtime.inference.language import CAUSAL, attention_bias, chunks
+from edge_vlm_runtime.inference.language import chunks
 
 SPEC = GraphSpec(
     name="g",
@@ -75,12 +76,6 @@ def test_a_tensor_that_was_never_bound_is_named() -> None:
 def test_only_contiguous_memory_of_the_right_type_is_bound(array: np.ndarray) -> None:
     with pytest.raises(ValueError, match="must be contiguous float32"):
         _Idle().bind_array("x", array)
-
-
-def test_a_block_sees_itself_both_ways_and_nothing_later() -> None:
-    bias = attention_bias(np.array([CAUSAL, 0, 0, CAUSAL, 1, 1]), past=2)
-    visible = ["".join(".#"[int(value == 0)] for value in row) for row in bias]
-    assert visible == ["###.....", "#####...", "#####...", "######..", "########", "########"]
 
 
 @pytest.mark.parametrize(

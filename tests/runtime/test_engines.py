@@ -160,7 +160,7 @@ def test_truncate_equals_never_appended(engines: LoadedBundle, clip: list[FrameT
         lm.prefill(arena, *_segment(engines, clip[0], 0))
     mark = branched.mark()
     logits = lm.prefill(branched, lm.embed(engines.prompt.question_ids("how many cars ?")))
-    assert list(generate(lm, branched, logits, Sampling(), -1, 4))
+    assert list(generate(lm, branched, logits, Sampling(), (), 4))
     branched.truncate(mark)
     after = [lm.prefill(arena, *_segment(engines, clip[1], 1)) for arena in (clean, branched)]
     assert (after[0] == after[1]).all()
@@ -208,10 +208,12 @@ def test_rows_land_in_the_arena_in_place(engines: LoadedBundle, clip: list[Frame
     keys[:], values[:] = np.nan, np.nan
     lm.prefill(arena, *_segment(engines, clip[0], 0))
     n = arena.length
-    assert np.isfinite(keys[:n]).all() and np.isnan(keys[n:]).all()
+    assert np.isfinite(keys[:n]).all()
+    assert np.isnan(keys[n:]).all()
     address = keys.__array_interface__["data"][0]
     lm.decode_step(arena, 5)
-    assert np.isfinite(values[: n + 1]).all() and np.isnan(values[n + 1 :]).all()
+    assert np.isfinite(values[: n + 1]).all()
+    assert np.isnan(values[n + 1 :]).all()
     assert arena.pointers[2] == address
 
 
@@ -308,14 +310,14 @@ def test_generate_stops_at_the_end_token_or_the_limit(engines: LoadedBundle) -> 
     arena = lm.new_arena(100)
     logits = lm.prefill(arena, lm.embed(engines.prompt.bos_ids))
     mark = arena.mark()
-    tokens = list(generate(lm, arena, logits, Sampling(), -1, 5))
+    tokens = list(generate(lm, arena, logits, Sampling(), (), 5))
     assert len(tokens) == 5
     assert arena.length == mark + 4  # the last token is not appended
     arena.truncate(mark)
     end = tokens[-1]
     stopped = generate(lm, arena, logits, Sampling(), {end, 10**6}, 5)
     assert list(stopped) == tokens[: tokens.index(end)]
-    answer = generate(lm, arena, logits, Sampling(), tokens[0], 5)
+    answer = generate(lm, arena, logits, Sampling(), [tokens[0]], 5)
     with pytest.raises(StopIteration) as stop:
         next(answer)
     assert stop.value.value == "stop"

@@ -24,7 +24,8 @@ def test_it_keeps_the_newest_events_within_its_bounds(
         log.append(event(text))
     kept = range(log.oldest, log.newest + 1)
     assert log.newest == len(texts)
-    assert len(kept) == min(len(texts), max(len(kept), 1)) and len(kept) <= max_events
+    assert len(kept) == min(len(texts), max(len(kept), 1))
+    assert len(kept) <= max_events
     assert len(kept) <= 1 or log.num_bytes <= max_bytes
     for sequence in kept:
         found = json.loads(log.text(sequence))

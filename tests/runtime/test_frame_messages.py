@@ -15,9 +15,11 @@ from edge_vlm.pixels.frames import decode_jpeg, decode_picture, raw_picture, shr
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.session.frames import Encoding
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg
-from tests.runtime.test_session import Viewer
+from tests.runtime.seen import Seen
+from tests.runtime.viewer import Viewer
 
 SETTINGS = {"delivery": "wait", "max_answer_tokens": 6}
 QUESTION = "how many cars are there now ?"
@@ -39,7 +41,8 @@ def test_a_raw_picture_arrives_as_it_was(height: int, width: int, sequence: int)
     rgb = noise(height, width)
     message = protocol.raw_frame_message(sequence, 5, rgb)
     data = message.encode()
-    assert data[:2] == b"\x01\x02" and data[24:28] == struct.pack("<HH", width, height)
+    assert data[:2] == b"\x01\x02"
+    assert data[24:28] == struct.pack("<HH", width, height)
     decoded = protocol.decode_frame_message(data)
     assert decoded == message
     assert np.array_equal(decode_picture(decoded.picture()), rgb)
@@ -81,10 +84,10 @@ def test_wrong_lengths_say_what_is_right() -> None:
 def test_raw_is_read_only_where_it_was_agreed_on() -> None:
     viewer = Viewer()
     raw = raw_picture(noise(8, 8).tobytes(), 8, 8)
-    viewer.put(1, data=raw)
+    viewer.put(1, data=raw, encoding=Encoding.RAW)
     viewer.run()
-    viewer.session.update(protocol.SettingsPatch(raw_frames=True))
-    viewer.put(2, data=raw)
+    viewer.update(raw_frames=True)
+    viewer.put(2, data=raw, encoding=Encoding.RAW)
     viewer.put(3)  # a JPEG still is one
     viewer.run()
     assert viewer.drop_reasons() == {1: "decode_error"}
@@ -99,12 +102,14 @@ def test_evidence_of_a_raw_picture_is_a_jpeg() -> None:
 
 def test_a_raw_stream_gives_what_the_same_pictures_as_jpeg_give(server: Server) -> None:
     async def session(raw: bool) -> tuple[list[list[int]], str]:
-        async with await Client.connect(server.url, {**SETTINGS, "raw_frames": raw}) as client:
+        seen = Seen()
+        settings = {**SETTINGS, "raw_frames": raw}
+        async with await Client.connect(server.url, settings, on_event=seen) as client:
             for number in range(3):
                 data = jpeg(number)
                 await client.send_frame(decode_jpeg(data) if raw else data, number * 500_000)
             await client.wait_processed()
-            kept = [client.accepted[number].kept_cells for number in sorted(client.accepted)]
+            kept = [seen.accepted[number].kept_cells for number in sorted(seen.accepted)]
             return kept, (await client.ask(QUESTION)).text
 
     assert run(session(True)) == run(session(False))
@@ -112,15 +117,16 @@ def test_a_raw_stream_gives_what_the_same_pictures_as_jpeg_give(server: Server) 
 
 def test_over_the_wire_each_wrong_one_gets_its_outcome(server: Server) -> None:
     async def session() -> None:
-        async with await Client.connect(server.url, SETTINGS) as client:
+        seen = Seen()
+        async with await Client.connect(server.url, SETTINGS, on_event=seen) as client:
             await client.send_frame(noise(8, 8), 0)
             await client.wait_processed()
-            assert client.dropped[1].reason == "decode_error"
+            assert seen.dropped[1].reason == "decode_error"
             await client.update({"raw_frames": True})
             await client.send_frame(noise(8, 8), 500_000)
             await client.send_frame(noise(8, 0), 1_000_000)
             await client.wait_processed()
-            assert set(client.accepted) == {2}
-            assert client.dropped[3].code == "E-FRAME-DECODE"
+            assert set(seen.accepted) == {2}
+            assert seen.dropped[3].code == "E-FRAME-DECODE"
 
     run(session())

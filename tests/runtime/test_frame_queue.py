@@ -5,46 +5,45 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_vlm_runtime.protocol.frames import DropReason
+from edge_vlm_runtime.engine_thread.frame_queue import FrameQueue, RateGate
 from edge_vlm_runtime.protocol.settings import DropPolicy
-from edge_vlm_runtime.session.frame_queue import EncodedFrame, FrameQueue, RateGate
+from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame
 
 
-def frame(sequence: int, capture_s: float | None = None) -> EncodedFrame:
-    capture_s = sequence * 1.0 if capture_s is None else capture_s
-    return EncodedFrame(
-        sequence=sequence, capture_time_us=round(capture_s * 1e6), jpeg=b"", received_ns=0
-    )
+def frame(seq: int, capture_s: float | None = None) -> EncodedFrame:
+    capture_s = seq * 1.0 if capture_s is None else capture_s
+    return EncodedFrame(seq=seq, capture_us=round(capture_s * 1e6), received_ns=0, data=b"")
 
 
-def slot(delivery: DropPolicy, fps_cap: float = 100.0) -> FrameQueue:
+def queue(delivery: DropPolicy, fps_cap: float = 100.0) -> FrameQueue:
     return FrameQueue(delivery=delivery, fps_cap=fps_cap, wait_capacity=3)
 
 
-def reasons(dropped: list[tuple[EncodedFrame, DropReason]]) -> list[tuple[int, str]]:
-    return [(item.sequence, reason.value) for item, reason in dropped]
+def reasons(dropped: list[DroppedFrame]) -> list[tuple[int, str]]:
+    return [(each.frame.seq, each.reason.value) for each in dropped]
 
 
 def test_live_keeps_the_newest_and_counts_the_rest() -> None:
-    live = slot(DropPolicy.LIVE)
+    live = queue(DropPolicy.LIVE)
     assert live.put(frame(1)) == []
     assert reasons(live.put(frame(2))) == [(1, "busy")]
     assert reasons(live.put(frame(3))) == [(2, "busy")]
     taken = live.take()
-    assert taken is not None and taken.sequence == 3
+    assert taken is not None
+    assert taken.seq == 3
     assert live.take() is None
     assert live.counts() == (3, {"busy": 2})
 
 
 def test_wait_keeps_order_and_refuses_only_what_was_announced_as_too_much() -> None:
-    waiting = slot(DropPolicy.WAIT)
+    waiting = queue(DropPolicy.WAIT)
     assert [waiting.put(frame(i)) for i in (1, 2, 3)] == [[], [], []]
     assert reasons(waiting.put(frame(4))) == [(4, "busy")]
-    assert [waiting.take().sequence for _ in range(3)] == [1, 2, 3]  # type: ignore[union-attr]
+    assert [waiting.take().seq for _ in range(3)] == [1, 2, 3]  # type: ignore[union-attr]
 
 
 def test_a_frame_that_is_not_newer_is_stale() -> None:
-    live = slot(DropPolicy.LIVE)
+    live = queue(DropPolicy.LIVE)
     live.put(frame(5, 5.0))
     assert reasons(live.put(frame(5, 6.0))) == [(5, "stale")]
     assert reasons(live.put(frame(4, 6.0))) == [(4, "stale")]
@@ -54,7 +53,7 @@ def test_a_frame_that_is_not_newer_is_stale() -> None:
 
 
 def test_emptying_gives_every_frame_an_outcome() -> None:
-    waiting = slot(DropPolicy.WAIT)
+    waiting = queue(DropPolicy.WAIT)
     for i in (1, 2):
         waiting.put(frame(i))
     assert reasons(waiting.empty()) == [(1, "busy"), (2, "busy")]
@@ -70,19 +69,19 @@ def test_emptying_gives_every_frame_an_outcome() -> None:
 def test_every_frame_comes_out_exactly_once(
     actions: list[str], delivery: DropPolicy, fps_cap: float
 ) -> None:
-    subject = slot(delivery, fps_cap)
+    subject = queue(delivery, fps_cap)
     put: list[int] = []
     out: list[int] = []
     for number, action in enumerate(actions):
         if action == "put":
             put.append(number)
-            out += [item.sequence for item, _ in subject.put(frame(number, number * 0.3))]
+            out += [each.frame.seq for each in subject.put(frame(number, number * 0.3))]
         elif action == "take":
             taken = subject.take()
-            out += [] if taken is None else [taken.sequence]
+            out += [] if taken is None else [taken.seq]
         else:
             subject.configure(delivery=DropPolicy(action), fps_cap=fps_cap)
-    out += [item.sequence for item, _ in subject.empty()]
+    out += [each.frame.seq for each in subject.empty()]
     assert sorted(out) == put
     received, dropped = subject.counts()
     assert received == len(put)

@@ -1,18 +1,29 @@
 from __future__ import annotations
 
-import ctypes
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from edge_vlm_runtime.server.gauges import Gpus, rail_watts, resident_bytes, total_watts
+from edge_vlm_runtime.server.gauges import (
+    MachineGauges,
+    rail_watts,
+    resident_bytes,
+    total_watts,
+)
+from tests.tiny import ROOT
+
+SOURCE = Path(__file__).with_name("fake_nvml.c")
 
 
 def test_memory_of_this_process(tmp_path: Path) -> None:
     found = resident_bytes()
     if Path("/proc/self/statm").exists():
-        assert found is not None and 10e6 < found < 100e9
+        assert found is not None
+        assert 10e6 < found < 100e9
     for content in ("", "1", "a b c"):
         (tmp_path / "statm").write_text(content)
         assert resident_bytes(tmp_path / "statm") is None
@@ -40,49 +51,55 @@ def test_rails_of_a_jetson(tmp_path: Path) -> None:
     (tmp_path / "hwmon2").mkdir()
     assert rail_watts(tmp_path) == pytest.approx({"VDD_IN": 9.5, "VDD_CPU_GPU_CV": 2.28})
     assert rail_watts(tmp_path / "nothing") == {}
+    sample = MachineGauges(hwmon=tmp_path, statm=tmp_path / "nothing").sample()
+    assert (sample.resident_bytes, sample.total_watts) == (None, 9.5)
 
 
-class Nvml:
-    """Two GPUs; the second one does not tell its power."""
-
-    def __init__(self) -> None:
-        self.handles: list[Any] = []
-
-    def nvmlInit_v2(self) -> int:
-        return 0
-
-    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
-        count._obj.value = 2
-        return 0
-
-    def nvmlDeviceGetHandleByIndex_v2(self, number: int, handle: Any) -> int:
-        handle._obj.value = 100 + number
-        return 0
-
-    def nvmlDeviceGetPowerUsage(self, handle: ctypes.c_void_p, power: Any) -> int:
-        power._obj.value = 61_500
-        return 0 if handle.value == 100 else 3
-
-    def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: Any) -> int:
-        memory._obj.used = (handle.value or 0) * 10
-        return 0
+READ = """
+from edge_vlm_runtime.server.gauges import MachineGauges, open_gpus
+gpus = open_gpus()
+sample = MachineGauges().sample()
+print(gpus and [gpus.watts(), gpus.used_bytes()], sample.gpu_watts, sample.gpu_used_bytes)
+"""
 
 
-def test_gpus_tell_what_they_can() -> None:
-    gpus = Gpus(Nvml())
-    assert gpus.watts() == {"0": 61.5}
-    assert gpus.used_bytes() == {"0": 1000.0, "1": 1010.0}
+def read_gpus(tmp_path: Path, setup: str = "", **environment: str) -> str:
+    """What a process of its own finds: a loaded driver stays loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", setup + READ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "runtime"),
+            "LD_LIBRARY_PATH": str(tmp_path),
+            **environment,
+        },
+    )
+    assert done.stderr == ""
+    return done.stdout.strip()
 
 
-def test_a_driver_that_does_not_answer() -> None:
-    class Silent(Nvml):
-        def nvmlInit_v2(self) -> int:
-            return 9
+def test_gpus_tell_what_they_can(tmp_path: Path) -> None:
+    """Through NVIDIA's own binding, from a stand-in for the driver's library."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path / "libnvidia-ml.so.1"
+    command = [compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(library), str(SOURCE)]
+    subprocess.run(command, check=True)
+    found = "{'0': 61.5} {'0': 1000.0, '1': 1010.0}"
+    assert read_gpus(tmp_path) == f"[{found.replace('} {', '}, {')}] {found}"
+    assert read_gpus(tmp_path, NVML_FAILS="1") == "None {} {}"
 
-    with pytest.raises(OSError, match="nvmlInit_v2 failed with 9"):
-        Gpus(Silent())
-    with pytest.raises(OSError, match="not there"):
-        Gpus(object())
+
+def test_no_driver_and_no_binding_are_no_gauges(tmp_path: Path) -> None:
+    (tmp_path / "libnvidia-ml.so.1").write_bytes(b"not a library")
+    assert read_gpus(tmp_path) == "None {} {}"
+    absent = "import sys; sys.modules['pynvml'] = None\n"
+    assert read_gpus(tmp_path, absent) == "None {} {}"
 
 
 def test_power_of_the_whole_board_or_of_the_gpus() -> None:

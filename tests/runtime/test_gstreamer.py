@@ -33,7 +33,8 @@ def test_the_command_of_a_csi_camera() -> None:
 
 def test_a_pipeline_is_words_and_never_a_shell_s() -> None:
     arguments = launch_arguments("filesrc location='my clip.mp4' ! decodebin; rm $HOME", 1.0)
-    assert "location=my clip.mp4" in arguments and "decodebin;" in arguments
+    assert "location=my clip.mp4" in arguments
+    assert "decodebin;" in arguments
     assert "$HOME" in arguments
     for bad in ("'", "", "   "):
         with pytest.raises(VideoUnreadable):
@@ -41,7 +42,7 @@ def test_a_pipeline_is_words_and_never_a_shell_s() -> None:
 
 
 def test_without_gstreamer_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gst_pipe.shutil, "which", lambda program: None)
+    monkeypatch.setattr("shutil.which", lambda program: None)
     for text in ("csi", "csi:1", f"gst:{BALL}"):
         with pytest.raises(VideoNotFound, match=r"gstreamer1\.0-tools"):
             open_source(text, 2.0)
@@ -59,7 +60,8 @@ def test_pictures_from_a_pipeline(gstreamer: None) -> None:
     assert all(picture.rgb.shape == (120, 160, 3) for picture in seen)
     assert len({picture.rgb.tobytes() for picture in seen}) > 1  # the ball moves
     times = [picture.time_s for picture in seen]
-    assert times == sorted(times) and times[0] == 0.0
+    assert times == sorted(times)
+    assert times[0] == 0.0
 
 
 def test_a_pipeline_that_ends_is_started_again(

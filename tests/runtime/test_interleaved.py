@@ -17,7 +17,7 @@ from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.alerts import AlertCreate
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.pictures import jpeg
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 from tests.tiny import tiny_bundle, tiny_config
 
 SETTINGS: list[dict[str, Any]] = [
@@ -42,22 +42,21 @@ def new_viewer(engines: LoadedBundle, number: int) -> Viewer:
 
 def script(viewer: Viewer, number: int) -> Iterator[Callable[[], object]]:
     """What this viewer does, call by call; it does not depend on time."""
-    session = viewer.session
     if number == 3:
         alert = AlertCreate(question="is there a red ball ?")
-        yield lambda: session.take(alert, received_ns=0)
+        yield lambda: viewer.take(alert)
     for sequence in range(1, 10):
         yield partial(viewer.put, sequence, data=jpeg(sequence + 10 * number))
         if sequence % 4 != number:  # so that frames pile up and join together
-            yield session.watch
-            yield session.watch
+            yield viewer.watch
+            yield viewer.watch
         if sequence % 3 == 0:
             yield lambda: viewer.ask("how many cars are there now ?")
             for _ in range(12):
-                yield session.answer
-                yield session.watch
+                yield viewer.answer
+                yield viewer.watch
         if sequence == 6:
-            yield lambda: session.update(protocol.SettingsPatch(keep_ratio=0.8, min_cells=1))
+            yield lambda: viewer.update(keep_ratio=0.8, min_cells=1)
     yield viewer.run
 
 
@@ -69,7 +68,7 @@ def all_of(viewer: Viewer) -> list[bytes]:
 
 
 def memory_of(viewer: Viewer) -> np.ndarray:
-    arena = viewer.session._arena
+    arena = viewer.arena
     layers = range(tiny_config().language.num_layers)
     return np.stack([np.stack(arena.rows(layer)) for layer in layers])
 
@@ -112,15 +111,16 @@ def test_frames_that_come_during_an_answer_do_not_change_it(
         viewer = Viewer(engines, FakeClock(), attention=attention, max_answer_tokens=12)
         viewer.show(1, 2, 3)
         viewer.ask("how many cars are there now ?")
-        viewer.session.answer()
+        viewer.answer()
         for sequence in range(4, 4 + frames_meanwhile):
             viewer.put(sequence)
-            viewer.session.watch()
-            viewer.session.answer()
+            viewer.watch()
+            viewer.answer()
         viewer.run()
         (done,) = viewer.of(protocol.ResponseDone)
         texts.append((done.text, done.usage, done.newest_frame.frame_sequence))
         expected = list(range(1, 4 + frames_meanwhile))
-        assert viewer.session._context.frame_sequences() == expected
-        assert viewer.outcomes() == expected and not viewer.drop_reasons()
+        assert viewer.context.frame_numbers() == expected
+        assert viewer.outcomes() == expected
+        assert not viewer.drop_reasons()
     assert texts[0] == texts[1]

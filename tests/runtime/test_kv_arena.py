@@ -32,7 +32,8 @@ def _content(arena: KVArena) -> list[float]:
     planes = [plane for layer in range(2) for plane in arena.rows(layer)]
     for i, plane in enumerate(planes):
         assert (plane - i / 8 == planes[0]).all()
-    return planes[0][:, 0, 0].tolist()
+    column: list[float] = planes[0][:, 0, 0].tolist()
+    return column
 
 
 def test_rows_lie_behind_each_other_in_memory() -> None:

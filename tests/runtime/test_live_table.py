@@ -67,7 +67,8 @@ def test_before_anything_happened() -> None:
         *("fps in", "processed", "dropped", "cells kept", "frame age"),
         *("TTFT", "tokens/s", "KV", "memory", "power"),
     ]
-    assert rows["fps in"] == "0.0" and rows["dropped"] == "none"
+    assert rows["fps in"] == "0.0"
+    assert rows["dropped"] == "none"
     assert {rows[name] for name in ("cells kept", "TTFT", "KV", "memory", "power")} == {"-"}
 
 
@@ -107,7 +108,8 @@ def test_a_camera_that_is_gone_shows() -> None:
     assert dict(gauges.rows())["fps in"] == "10.0"
     clock.now_s += 60.0
     rows = dict(gauges.rows())
-    assert rows["fps in"] == "0.0" and rows["frame age"] == "60.0 s"
+    assert rows["fps in"] == "0.0"
+    assert rows["frame age"] == "60.0 s"
 
 
 def test_an_answer_without_a_word_keeps_the_figures_of_the_last_one() -> None:
@@ -115,4 +117,5 @@ def test_an_answer_without_a_word_keeps_the_figures_of_the_last_one() -> None:
     gauges.event(done(0.05, None))
     gauges.event(done(None, None))
     rows = dict(gauges.rows())
-    assert rows["TTFT"] == "50 ms" and rows["tokens/s"] == "-"
+    assert rows["TTFT"] == "50 ms"
+    assert rows["tokens/s"] == "-"

@@ -116,7 +116,9 @@ def test_memory_is_compared_with_the_bundle(empty: Machine, tmp_path: Path) -> N
     assert check_memory(plan, empty).state is State.OK
     write(empty.root, "proc/meminfo", "MemTotal:  8000 kB\nMemFree: 1 kB\nMemAvailable:  4 kB\n")
     found = check_memory(plan, empty)
-    assert found.state is State.WRONG and found.is_broken and found.fix
+    assert found.state is State.WRONG
+    assert found.is_broken
+    assert found.fix
 
 
 def test_memory_that_is_not_told_stops_nothing(empty: Machine) -> None:
@@ -130,14 +132,17 @@ def test_cameras(empty: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_cameras(empty).text == "/dev/video0, /dev/video1"
     monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("1"))
     found = check_cameras(empty)
-    assert found.state is State.WRONG and not found.is_broken
+    assert found.state is State.WRONG
+    assert not found.is_broken
     assert "no permission for /dev/video1" in found.text
-    assert found.fix is not None and "usermod -aG video" in found.fix
+    assert found.fix is not None
+    assert "usermod -aG video" in found.fix
 
 
 def test_gstreamer(empty: Machine) -> None:
     found = check_gstreamer(empty)
-    assert found.state is State.MISSING and not found.is_broken
+    assert found.state is State.MISSING
+    assert not found.is_broken
     assert found.fix == "sudo apt install gstreamer1.0-tools gstreamer1.0-plugins-good"
     there = Machine(which=lambda name: f"/usr/bin/{name}")
     assert check_gstreamer(there).text == "/usr/bin/gst-launch-1.0"
@@ -146,7 +151,8 @@ def test_gstreamer(empty: Machine) -> None:
 def test_the_gauges_of_a_jetson(empty: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edge_vlm_runtime.doctor.machine.open_gpus", lambda: None)
     found = check_gauges(empty)
-    assert found.state is State.MISSING and not found.is_broken
+    assert found.state is State.MISSING
+    assert not found.is_broken
     sensor = "sys/class/hwmon/hwmon1"
     write(empty.root, f"{sensor}/name", "ina3221\n")
     for name, text in {"in1_label": "VDD_IN", "in1_input": "5000", "curr1_input": "900"}.items():

@@ -49,7 +49,7 @@ def test_numbers_are_pictures_where_there_is_one() -> None:
 
 @given(st.text() | st.integers(0, 10**9).map(lambda n: f'<points coords="{n / 10:.1f} 1 100 200">'))
 def test_any_answer_has_places_within_reach(text: str) -> None:
-    captured = {frame.sequence: frame.capture_s for frame in FRAMES}
+    captured = {frame.seq: frame.capture_s for frame in FRAMES}
     for point in pointed_at(text, FRAMES, None):
         if point.frame_sequence is not None:
             assert point.time_s == captured[point.frame_sequence]

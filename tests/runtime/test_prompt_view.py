@@ -20,11 +20,10 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.session.budget import default_settings
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
-from edge_vlm_runtime.session.session import Question, Session
 from tests.published_folder import CUT, image_bundle, published_model
 from tests.runtime.fake_engines import FakeBundle, FakeClock
 from tests.runtime.torch_snapshots import answer, image_part, video_part
+from tests.runtime.viewer import Viewer
 
 LIMITS = ServerLimits(max_question_tokens=64)
 STEPS = 12
@@ -36,41 +35,23 @@ def picture(seed: int, height: int = 90, width: int = 120) -> bytes:
     return encode_jpeg(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-class Viewer:
+class Looker(Viewer):
+    """A viewer who shows pictures of its own and asks about them."""
+
     def __init__(self, engines: Any, limits: ServerLimits = LIMITS, **changes: Any) -> None:
-        self.events: list[protocol.ServerEvent] = []
-        clock = FakeClock()
-        self.session = Session(
-            engines=engines,
-            settings=default_settings(engines.bundle, limits).changed(
-                {"delivery": "wait", "max_answer_tokens": STEPS, **changes}
-            ),
-            limits=limits,
-            emit=self.events.append,
-            clock_ns=clock,
+        super().__init__(
+            engines, FakeClock(), limits=limits, **{"max_answer_tokens": STEPS, **changes}
         )
-        self.num_frames = 0
 
     def see(self, *jpegs: bytes) -> None:
-        for jpeg in jpegs:
-            frame = EncodedFrame(
-                sequence=self.num_frames,
-                capture_time_us=500_000 * self.num_frames,
-                jpeg=jpeg,
-                received_ns=0,
-            )
-            self.num_frames += 1
-            assert self.session.slot.put(frame) == []
+        for data in jpegs:
+            self.put(len(self.put_frames), data=data)
             self.run()
 
-    def run(self) -> None:
-        while self.session.step():
-            pass
-
     def begin(self, detail: Any) -> None:
-        self.session.ask(Question(text=QUESTION, received_ns=0, detail=detail, event_id="mine"))
+        self.ask(QUESTION, event_id="mine", detail=detail)
 
-    def ask(self, detail: Any) -> protocol.ServerEvent:
+    def end_of(self, detail: Any) -> protocol.ServerEvent:
         self.begin(detail)
         self.run()
         (end,) = (
@@ -82,14 +63,14 @@ class Viewer:
         return end
 
     def answered(self, detail: Any) -> protocol.ResponseDone:
-        done = self.ask(detail)
+        done = self.end_of(detail)
         assert isinstance(done, protocol.ResponseDone)
         assert done.status == "completed"
         return done
 
     def memory(self) -> list[bytes]:
-        arena = self.session._arena
-        layers = range(self.session._engines.bundle.config.language.num_layers)
+        arena = self.arena
+        layers = range(self.engines.bundle.config.language.num_layers)
         return [rows.tobytes() for layer in layers for rows in arena.rows(layer)]
 
 
@@ -108,7 +89,7 @@ def test_the_answer_is_that_of_torchs_own_image_forward(
     engines: LoadedBundle, detail: str, attention: str
 ) -> None:
     model = published_model()
-    viewer = Viewer(engines, attention=attention, last_n=2)
+    viewer = Looker(engines, attention=attention, last_n=2)
     viewer.see(*FRAMES)
     done = viewer.answered(detail)
     with torch.no_grad():
@@ -151,7 +132,7 @@ def test_another_picture_order_or_mask_would_be_another_answer() -> None:
 
 @pytest.mark.parametrize("detail", ["snapshot", "both"])
 def test_the_stream_goes_on_as_if_nobody_had_asked(engines: LoadedBundle, detail: str) -> None:
-    asked, silent = (Viewer(engines, attention="frame") for _ in range(2))
+    asked, silent = (Looker(engines, attention="frame") for _ in range(2))
     for viewer in (asked, silent):
         viewer.see(*FRAMES)
     before = asked.memory()
@@ -163,9 +144,9 @@ def test_the_stream_goes_on_as_if_nobody_had_asked(engines: LoadedBundle, detail
     assert asked.answered("video").text == silent.answered("video").text
     # A cancelled one leaves no more behind, and frames that came meanwhile join.
     asked.begin(detail)
-    asked.session.step()
-    asked.session.step()
-    asked.session.cancel(None)
+    asked.step()
+    asked.step()
+    asked.cancel(None)
     asked.see(picture(5))
     silent.see(picture(5))
     assert asked.memory() == silent.memory()
@@ -180,7 +161,7 @@ ASKED = st.tuples(st.sampled_from(["snapshot", "both"]), st.integers(0, 2 * STEP
 def test_no_schedule_of_questions_leaves_a_trace(
     engines: LoadedBundle, schedule: list[int | tuple[str, int]]
 ) -> None:
-    asked, silent = (Viewer(engines, attention="frame") for _ in range(2))
+    asked, silent = (Looker(engines, attention="frame") for _ in range(2))
     for viewer in (asked, silent):
         viewer.see(picture(0))
     for item in schedule:
@@ -191,8 +172,8 @@ def test_no_schedule_of_questions_leaves_a_trace(
             detail, steps = item
             asked.begin(detail)
             for _ in range(steps):
-                asked.session.step()
-            asked.session.cancel(None)
+                asked.step()
+            asked.cancel(None)
             asked.run()
         assert asked.memory() == silent.memory()
     asked.events.clear()
@@ -203,7 +184,7 @@ def test_no_schedule_of_questions_leaves_a_trace(
 def test_an_exact_stream_answers_the_same_before_and_after(
     engines: LoadedBundle, detail: str
 ) -> None:
-    viewer = Viewer(engines, attention="exact")
+    viewer = Looker(engines, attention="exact")
     viewer.see(*FRAMES)
     first = viewer.answered("video")
     assert first.snapshot is None
@@ -215,7 +196,7 @@ def test_an_exact_stream_answers_the_same_before_and_after(
 @pytest.mark.parametrize("size", [(1, 1), (4320, 7680), (3, 5000)])
 def test_pictures_of_odd_sizes_are_looked_at(engines: LoadedBundle, size: tuple[int, int]) -> None:
     jpeg = encode_jpeg(np.full((*size, 3), 128, np.uint8))
-    viewer = Viewer(engines, attention="frame")
+    viewer = Looker(engines, attention="frame")
     viewer.see(jpeg)
     done = viewer.answered("snapshot")
     assert done.snapshot is not None
@@ -224,7 +205,7 @@ def test_pictures_of_odd_sizes_are_looked_at(engines: LoadedBundle, size: tuple[
 
 
 def test_near_duplicates_are_the_newest_picture_too(engines: LoadedBundle) -> None:
-    viewer = Viewer(engines, delivery="live")
+    viewer = Looker(engines, delivery="live")
     grey = [np.full((40, 40, 3), level, np.uint8) for level in (100, 101)]
     viewer.see(*map(encode_jpeg, grey))
     dropped = [e.reason for e in viewer.events if isinstance(e, protocol.FrameDropped)]
@@ -236,19 +217,19 @@ def test_near_duplicates_are_the_newest_picture_too(engines: LoadedBundle) -> No
 
 def test_a_picture_has_as_many_crops_as_there_is_room_for(engines: LoadedBundle) -> None:
     vision = engines.bundle.config.vision
-    viewer = Viewer(engines, attention="exact")
-    room = viewer.session._model.max_prefill_tokens
+    viewer = Looker(engines, attention="exact")
+    room = engines.language.max_tokens
     viewer.see(FRAMES[0])
     crops = []
     for seed in range(2, 12):
         viewer.see(picture(seed))
-        left = room - viewer.session._context.shown_tokens
+        left = room - viewer.context.shown_tokens
         fitting = [
             cut
             for cut in (dataclasses.replace(CUT, max_crops=n) for n in range(CUT.max_crops, 0, -1))
             if image_length(image_grid(90, 120, vision, cut), RELEASED) <= left
         ]
-        end = viewer.ask("both")
+        end = viewer.end_of("both")
         if not fitting:
             assert isinstance(end, protocol.Error)
             assert end.error.code == "E-SNAPSHOT-ROOM"
@@ -267,7 +248,7 @@ def test_a_picture_has_as_many_crops_as_there_is_room_for(engines: LoadedBundle)
 
 
 def test_a_full_window_leaves_room_for_a_picture(engines: LoadedBundle) -> None:
-    viewer = Viewer(engines, attention="frame")
+    viewer = Looker(engines, attention="frame")
     for seed in range(70):
         viewer.see(picture(seed % 5, 40, 40))
     evicted = [e for e in viewer.events if isinstance(e, protocol.MemoryEvicted)]
@@ -284,7 +265,7 @@ def test_a_small_cache_has_fewer_crops(engines: LoadedBundle, attention: str) ->
     crops = []
     for capacity in (150, 116, 111):
         limits = ServerLimits(max_question_tokens=20, kv_capacity_tokens=capacity)
-        viewer = Viewer(engines, limits, attention=attention)
+        viewer = Looker(engines, limits, attention=attention)
         viewer.see(FRAMES[0])
         done = viewer.answered("snapshot")
         assert done.snapshot is not None
@@ -295,18 +276,16 @@ def test_a_small_cache_has_fewer_crops(engines: LoadedBundle, attention: str) ->
 
 
 def test_no_picture_and_no_image_path_are_typed_errors(engines: LoadedBundle) -> None:
-    viewer = Viewer(engines)
+    viewer = Looker(engines)
     with pytest.raises(NoFrameYet):
         viewer.begin("snapshot")
-    viewer.session.slot.put(
-        EncodedFrame(sequence=0, capture_time_us=0, jpeg=b"\xff\xd8\xff nothing", received_ns=0)
-    )
-    end = viewer.ask("snapshot")
+    viewer.put(0, data=b"\xff\xd8\xff nothing")
+    end = viewer.end_of("snapshot")
     assert isinstance(end, protocol.Error)
     assert end.error.code == "E-NO-FRAME"
 
     clock = FakeClock()
-    plain = Viewer(FakeBundle(clock))
+    plain = Looker(FakeBundle(clock))
     plain.see(picture(1))
     for detail in ("snapshot", "both"):
         with pytest.raises(SnapshotsUnsupported, match=r"fake reads video only.*Molmo2"):

@@ -12,7 +12,7 @@ from edge_vlm.errors import NoFrameYet, NoQuestion, ProtocolError, QuestionTooLo
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.base import MAX_TEXT
 from edge_vlm_runtime.recording.report import Report
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 
 
 def said(*texts: str, **changes: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def said(*texts: str, **changes: Any) -> dict[str, Any]:
 
 def take(viewer: Viewer, message: dict[str, Any]) -> None:
     decoded = protocol.decode_client_message(json.dumps(message))
-    viewer.session.take(decoded, received_ns=viewer.clock())
+    viewer.take(decoded)
 
 
 def questions(viewer: Viewer) -> list[str]:
@@ -97,7 +97,7 @@ def test_a_replay_shows_the_whole_question() -> None:
     view = SimpleNamespace(asked=lambda question, at_s: shown.append(question.text))
     report = Report(cast(Any, view))
     for message in (said("is it", "a cube ?"), {"type": "response.create"}, said("now ?")):
-        report.told(protocol.decode_client_message(json.dumps(message)), 0.0)
+        report.on_message(protocol.decode_client_message(json.dumps(message)), 0.0)
     assert shown == ["is it\na cube ?"]
 
 

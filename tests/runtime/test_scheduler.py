@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.scheduler import Scheduler
 from tests.runtime.fake_engines import FakeBundle, FakeClock
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 
 
 class Table:
@@ -82,7 +82,7 @@ def test_questions_come_before_frames() -> None:
     assert table.done[0] == ("answer", "b")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     share=st.sampled_from([0.1, 0.2, 0.5]),
     watch_s=st.sampled_from([0.001, 0.01, 0.1]),
@@ -106,14 +106,14 @@ def test_video_takes_its_share_of_the_answers_time_and_no_more(
         table.play(500)
     else:
         table.play(600)
-    video_ns = sum(1 for kind, _ in table.done if kind == "watch")
+    num_units = len(table.order("watch"))
     allowed_s = share * table.spent_s("answer")
     if not uneven:
         possible_s = min(allowed_s, 600 * len(names) * watch_s)
         assert 0.95 * possible_s - 3 * watch_s <= table.spent_s("watch") <= allowed_s + 1e-9
-    assert video_ns > 0
+    assert num_units > 0
     served = Counter(table.order("watch"))
-    assert set(served) == set(names) if min(served.values()) > 1 else True
+    assert len(served) == min(num_units, len(names))
     assert max(served.values()) - min(served[name] for name in names) <= 1
 
 
@@ -157,7 +157,7 @@ def test_a_round_ends_early_for_news_and_the_next_goes_on_where_it_was() -> None
     assert table.order("watch") == "abcabc"
 
 
-def test_a_player_may_leave_in_its_own_turn() -> None:
+def test_a_session_may_leave_in_its_own_turn() -> None:
     table = Table()
     seen: list[str] = []
 
@@ -178,8 +178,9 @@ def test_a_player_may_leave_in_its_own_turn() -> None:
         turns.add(player)
     turns.round()
     assert seen == ["a", "b", "d"]
-    assert "b" not in turns and set(turns.players) == {"a", "d"}
-    assert turns.round() and seen[3:] == ["a", "d"]
+    assert set(turns.sessions) == {"a", "d"}
+    assert turns.round()
+    assert seen[3:] == ["a", "d"]
 
 
 # ---- sessions at the table -------------------------------------------------------------------
@@ -187,8 +188,8 @@ def test_a_player_may_leave_in_its_own_turn() -> None:
 
 def at_one_table(viewers: list[Viewer], clock: FakeClock) -> Scheduler[Viewer]:
     turns: Scheduler[Viewer] = Scheduler(
-        answer=lambda viewer: viewer.session.answer(),
-        watch=lambda viewer: viewer.session.watch(),
+        answer=lambda viewer: viewer.answer(),
+        watch=lambda viewer: viewer.watch(),
         clock_ns=clock,
         max_answer_slowdown=0.2,
     )
@@ -213,10 +214,12 @@ def test_an_idle_session_costs_no_engine_time() -> None:
             pass
     assert len(busy.of(protocol.ResponseDone)) == 2
     assert len(engines[1].vision.encoded) == 29
-    assert not engines[0].vision.encoded and not engines[0].language.prefills
+    assert not engines[0].vision.encoded
+    assert not engines[0].language.prefills
     assert not engines[0].language.measured
     now_ns = clock()
-    assert not turns.round() and clock() == now_ns
+    assert not turns.round()
+    assert clock() == now_ns
 
 
 @pytest.mark.parametrize("watchers", [0, 3])
@@ -234,7 +237,7 @@ def test_an_answer_of_two_hundred_tokens_is_slowed_by_a_bounded_share(watchers: 
 
     def flood() -> None:
         for viewer in (asker, *others):
-            while len(viewer.session.slot) < 4:
+            while viewer.handle.frames_waiting < 4:
                 viewer.put(next(numbers))
 
     for _ in range(5):
@@ -246,7 +249,9 @@ def test_an_answer_of_two_hundred_tokens_is_slowed_by_a_bounded_share(watchers: 
         flood()
         turns.round()
     (done,) = asker.of(protocol.ResponseDone)
-    assert done.usage.output_tokens == 200 and done.ttft_s and done.tokens_per_s
+    assert done.usage.output_tokens == 200
+    assert done.ttft_s
+    assert done.tokens_per_s
     took_s = done.ttft_s + 199 / done.tokens_per_s
     meanwhile = len(engines.vision.encoded) - before
     assert meanwhile >= 16  # as many as one answer may collect
@@ -271,7 +276,7 @@ def test_frames_of_the_answers_time_join_in_batches_and_none_is_lost() -> None:
     while turns.round():
         pass
     assert [blocks for _, blocks in engines.language.prefills] == [4, 4, 4]
-    assert viewer.session._context.frame_sequences() == list(range(1, 15))
+    assert viewer.context.frame_numbers() == list(range(1, 15))
     accepted = viewer.of(protocol.FrameAccepted)
     assert [event.in_memory for event in accepted] == [True, True] + 12 * [False]
     assert not viewer.drop_reasons()
@@ -284,21 +289,21 @@ def test_a_session_that_is_behind_reads_several_frames_in_one_prefill() -> None:
     viewer.run()
     assert [blocks for _, blocks in viewer.engines.language.prefills] == [4]
     assert [event.in_memory for event in viewer.of(protocol.FrameAccepted)] == [False] * 3 + [True]
-    assert viewer.session._context.frame_sequences() == [1, 2, 3, 4]
+    assert viewer.context.frame_numbers() == [1, 2, 3, 4]
 
 
 def test_a_question_sees_what_was_encoded_before_it() -> None:
     viewer = Viewer()
     for sequence in (1, 2, 3):
         viewer.put(sequence)
-    viewer.session.watch()
-    viewer.session.watch()  # two of three, none of them in the memory yet
-    assert viewer.session._context.newest is None
+    viewer.watch()
+    viewer.watch()  # two of three, none of them in the memory yet
+    assert viewer.context.newest is None
     viewer.ask()
-    viewer.session.answer()
+    viewer.answer()
     assert viewer.of(protocol.ResponseCreated)[0].newest_frame.frame_sequence == 2
     viewer.run()
-    assert viewer.session._context.frame_sequences() == [1, 2, 3]
+    assert viewer.context.frame_numbers() == [1, 2, 3]
 
 
 def test_a_batch_ends_with_a_frame_that_cannot_be_read() -> None:
@@ -308,8 +313,7 @@ def test_a_batch_ends_with_a_frame_that_cannot_be_read() -> None:
     viewer.put(3, data=b"not a picture")
     viewer.run()
     assert viewer.drop_reasons() == {3: "decode_error"}
-    assert viewer.session._context.frame_sequences() == [1, 2]
-    assert not viewer.session._feed.has_pending
+    assert viewer.context.frame_numbers() == [1, 2]
 
 
 def test_alerts_look_at_every_frame_of_a_session_that_is_behind() -> None:
@@ -317,7 +321,7 @@ def test_alerts_look_at_every_frame_of_a_session_that_is_behind() -> None:
 
     viewer = Viewer()
     create = alert_messages.AlertCreate(question="is there a red ball ?", report_checks=True)
-    viewer.session.take(create, received_ns=0)
+    viewer.take(create)
     for sequence in (1, 2, 3, 4):
         viewer.put(sequence)
     viewer.run()
@@ -331,7 +335,7 @@ def test_the_order_of_frames_is_kept_whatever_the_turns() -> None:
     viewers = [Viewer(engines, clock, window_tokens=280) for _ in range(3)]
     turns = at_one_table(viewers, clock)
     for sequence in range(1, 13):
-        while any(len(viewer.session.slot) == 4 for viewer in viewers):
+        while any(viewer.handle.frames_waiting == 4 for viewer in viewers):
             turns.round()
         for viewer in viewers:
             viewer.put(sequence)
@@ -343,6 +347,6 @@ def test_the_order_of_frames_is_kept_whatever_the_turns() -> None:
         pass
     for viewer in viewers:
         accepted = [event.frame_sequence for event in viewer.of(protocol.FrameAccepted)]
-        known = viewer.session._context.frame_sequences()
+        known = viewer.context.frame_numbers()
         assert accepted == known == list(range(1, 13))
         assert all(one < other for one, other in pairwise(known))

@@ -13,7 +13,7 @@ from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.alerts import AlertChecked, AlertCreate
 from edge_vlm_runtime.session.budget import question_capacity
 from tests.runtime.fake_engines import FakeClock
-from tests.runtime.test_session import LIMITS, Viewer
+from tests.runtime.viewer import LIMITS, Viewer
 from tests.tiny import tiny_bundle
 
 QUESTION = "what colour is the cube ?"
@@ -44,7 +44,7 @@ def test_they_are_the_begin_of_the_users_turn(engines: LoadedBundle) -> None:
     assert (got.text, got.usage) == (wanted.text, wanted.usage)
     assert got.text != plain.text
     assert instructed.of(protocol.ResponseCreated)[0].text == QUESTION
-    instructed.session.update(protocol.SettingsPatch(instructions=""))
+    instructed.update(instructions="")
     back = answered(instructed, QUESTION)
     assert (back.text, back.usage) == (plain.text, plain.usage)
 
@@ -56,7 +56,7 @@ def test_what_was_asked_before_is_not_changed_and_history_is_without(engines: Lo
         viewer.show(1, 2)
     wanted = [answered(plain, QUESTION), answered(plain, f"{INSTRUCTIONS}\n{QUESTION}")]
     changed.ask(QUESTION)
-    changed.session.update(protocol.SettingsPatch(instructions=INSTRUCTIONS))
+    changed.update(instructions=INSTRUCTIONS)
     changed.ask(QUESTION)
     changed.run()
     got = changed.of(protocol.ResponseDone)
@@ -76,9 +76,9 @@ def test_question_and_instructions_share_their_room() -> None:
     fits = "is " * (most // 2)
     while len(words(fits)) > most // 2:
         fits = fits[3:]
-    session.update(protocol.SettingsPatch(instructions=fits))
+    viewer.update(instructions=fits)
     with pytest.raises(ConfigError, match="instructions have"):
-        session.update(protocol.SettingsPatch(instructions=fits + "is " * 2))
+        viewer.update(instructions=fits + "is " * 2)
     assert session.settings.instructions == fits
     long = "red " * (most // 2)
     assert len(prompt.question_ids(long)) <= most
@@ -102,7 +102,8 @@ def test_alerts_are_asked_without(engines: LoadedBundle) -> None:
     checks = []
     for instructions in ("", INSTRUCTIONS):
         viewer = Viewer(engines, FakeClock(), instructions=instructions)
-        viewer.session.take(AlertCreate(question=QUESTION, report_checks=True), received_ns=0)
+        viewer.take(AlertCreate(question=QUESTION, report_checks=True))
         viewer.show(1, 2, 3)
         checks.append([check.probability for check in viewer.of(AlertChecked)])
-    assert np.array_equal(checks[0], checks[1]) and len(checks[0]) == 3
+    assert np.array_equal(checks[0], checks[1])
+    assert len(checks[0]) == 3

@@ -11,13 +11,12 @@ import pytest
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.cli.options import add_server_arguments, server_limits
+from edge_vlm_runtime.cli.arguments import add_options, build, options_of
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
-from edge_vlm_runtime.session.budget import cache_capacity, default_settings
-from edge_vlm_runtime.session.session import Session
+from edge_vlm_runtime.session.budget import cache_capacity
 from tests.runtime.fake_engines import FakeClock
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 from tests.tiny import tiny_bundle, tiny_config, tiny_variant
 
 
@@ -35,15 +34,8 @@ def test_an_endless_stream_stays_within_its_bytes() -> None:
         model = ModelLimits.from_bundle(engines.bundle)
         limits = ServerLimits(max_session_bytes=250 * model.token_bytes)
         assert cache_capacity(model, limits) == 250
-        viewer = Viewer(engines, FakeClock(), max_answer_tokens=8)
-        viewer.session = Session(
-            engines=engines,
-            settings=viewer.session.settings,
-            limits=limits,
-            emit=viewer.events.append,
-            clock_ns=viewer.clock,
-        )
-        context, arena = viewer.session._context, viewer.session._arena
+        viewer = Viewer(engines, FakeClock(), limits=limits, max_answer_tokens=8)
+        context, arena = viewer.context, viewer.arena
         for sequence in range(1, 80):
             viewer.show(sequence)
             features = sum(known.frame.embeds.nbytes for known in context._remembered)
@@ -51,20 +43,15 @@ def test_an_endless_stream_stays_within_its_bytes() -> None:
         viewer.ask()
         viewer.run()
         assert viewer.of(protocol.ResponseDone)[0].status == "completed"
-        assert viewer.of(protocol.MemoryEvicted) and not viewer.drop_reasons()
+        assert viewer.of(protocol.MemoryEvicted)
+        assert not viewer.drop_reasons()
 
 
 def test_too_little_memory_is_said_at_once() -> None:
     with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
         limits = ServerLimits(max_session_bytes=1 << 10)
         with pytest.raises(ConfigError, match="more memory"):
-            Session(
-                engines=engines,
-                settings=default_settings(engines.bundle, limits),
-                limits=limits,
-                emit=lambda event: None,
-                clock_ns=FakeClock(),
-            )
+            Viewer(engines, FakeClock(), limits=limits)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +65,8 @@ def test_too_little_memory_is_said_at_once() -> None:
 )
 def test_limits_on_the_command_line(arguments: list[str], changed: dict[str, Any]) -> None:
     parser = argparse.ArgumentParser()
-    parser.set_defaults(max_sessions=None)
-    add_server_arguments(parser)
-    found = server_limits(parser.parse_args(arguments))
+    add_options(parser, {"": options_of(ServerLimits)}, is_checked=True)
+    found = build(ServerLimits, parser.parse_args(arguments))
     assert found == dataclasses.replace(ServerLimits(), **changed)
     with pytest.raises(SystemExit):
         parser.parse_args(["--session-memory", "0"])

@@ -10,7 +10,7 @@ import pytest
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from tests.runtime.fake_engines import FakeClock
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 from tests.tiny import tiny_bundle
 
 QUESTION = "how many cars are there now ?"
@@ -47,8 +47,20 @@ def test_an_update_applies_to_questions_behind_it(engines: LoadedBundle) -> None
     viewer = Viewer(engines, FakeClock(), max_answer_tokens=8)
     viewer.show(1, 2, 3)
     viewer.ask(QUESTION)
-    viewer.session.update(protocol.SettingsPatch(temperature=2.0, seed=1))
+    viewer.update(temperature=2.0, seed=1)
     viewer.ask(QUESTION)
     viewer.run()
     said = [done.text for done in viewer.of(protocol.ResponseDone)]
     assert said == [*texts(engines), *texts(engines, temperature=2.0, seed=1)]
+
+
+def test_an_answer_stops_at_any_of_the_last_tokens(engines: LoadedBundle) -> None:
+    """Several `eos_token_id`: here every word is one, and the first of them the usual one."""
+    before = engines.prompt.eos_ids
+    (whole,) = texts(engines)
+    words = range(engines.bundle.config.language.base_vocab)
+    try:
+        engines.prompt.eos_ids = (*before, *words)
+        assert texts(engines) == [""] != [whole]
+    finally:
+        engines.prompt.eos_ids = before

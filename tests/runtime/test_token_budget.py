@@ -18,7 +18,7 @@ from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.sources.video_file import FileSource
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.pictures import scene
-from tests.runtime.test_session import Viewer
+from tests.runtime.viewer import Viewer
 from tests.tiny import ROOT
 
 SCENES = ("static", "slow", "fast", "bursts")
@@ -112,7 +112,7 @@ def test_a_budget_is_changed_in_mid_stream(engines: LoadedBundle) -> None:
     ]
     shares = []
     for part, change in enumerate(changes):
-        watched.session.update(protocol.SettingsPatch(**change))
+        watched.update(**change)
         since = part * 60
         watched.see(pictures[since : since + 60], times_s[since : since + 60])
         shares.append(watched.share(since))

@@ -66,7 +66,7 @@ def answer(
         for _ in range(steps):
             logits, _ = read(model, rows, blocks)
             token = int(logits[-1].argmax())
-            if token == prompt.eos_id:
+            if token in prompt.eos_ids:
                 break
             tokens.append(token)
             rows = torch.cat([rows, model.llm.embed(torch.tensor([token]))])

@@ -7,6 +7,7 @@ declared of which 25 have weights) and that of transformers 5.20 and later (`vis
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from edge_vlm.config import (
     LanguageConfig,
     ModelConfig,
     RopeScaling,
+    ScorerConfig,
     VisionAttention,
     VisionConfig,
 )
@@ -23,6 +25,10 @@ from edge_vlm.errors import ConfigError
 from edge_vlm.model.published.section import Section, show
 
 MODEL_TYPE = "molmo2"
+RELATIVES = ("MolmoPoint", "MolmoAct2", "MolmoAct", "MolmoMotion", "Molmo")
+"""Of the same family and another architecture."""
+RECORD = "edge_vlm"
+"""Key of config.json under which stands what a hub config has no words for; others ignore it."""
 REMEDY = "use the config.json that was published with the weights"
 
 # Where the extra vocabulary's first ids stand, in the order in which the tokenizers add them.
@@ -45,14 +51,8 @@ def config_from_published(data: Mapping[str, Any], where: object = None) -> Mode
     Raises ConfigError that lists every field which is missing, ill-typed or of a value that is not
     computed here; a config of another model family is one of those.
     """
+    _require_family(data, where)
     problems: list[str] = []
-    if data.get("model_type") != MODEL_TYPE:
-        raise ConfigError(
-            f"a model of another family: model_type is {show(data.get('model_type'))}, "
-            f"expected {MODEL_TYPE!r}",
-            where=where,
-            remedy="Molmo2 folders are read, and checkpoints written by `edge-vlm train`",
-        )
     legacy = "vit_config" in data
     text = Section("text_config", data.get("text_config"), problems)
     adapter = Section("adapter_config", data.get("adapter_config"), problems)
@@ -79,6 +79,34 @@ def config_from_published(data: Mapping[str, Any], where: object = None) -> Mode
     return cfg
 
 
+def _require_family(data: Mapping[str, Any], where: object) -> None:
+    """Raises ConfigError for another architecture, and for weights that are quantised already."""
+    kind = data.get("model_type")
+    if kind != MODEL_TYPE:
+        name = str(kind).lower().replace("-", "").replace("_", "")
+        known = next((family for family in RELATIVES if name.startswith(family.lower())), None)
+        raise ConfigError(
+            f"a model of another family: {known + ', ' if known else ''}model_type is "
+            f"{show(kind)}, expected {MODEL_TYPE!r}",
+            where=where,
+            remedy="Molmo2 folders are read, those of its training repository, and checkpoints "
+            "written by `edge-vlm train`",
+        )
+    quantised = data.get("quantization_config", data.get("quantization"))
+    if quantised is not None:
+        found = quantised if isinstance(quantised, Mapping) else {}
+        told = [
+            found[f] for f in ("quant_method", "bnb_4bit_quant_type", "quant_algo") if f in found
+        ]
+        maker = ", ".join(map(str, told)) or ("MLX" if "quantization" in data else "unknown")
+        raise ConfigError(
+            f"the weights are quantised already ({maker})",
+            where=where,
+            remedy="take the folder with BF16 or F32 weights and quantise at `edge-vlm export "
+            "--precision int4`",
+        )
+
+
 def _vision(vision: Section, adapter: Section, legacy: bool) -> VisionConfig:
     heads = vision.whole("num_attention_heads")
     vision.expect("gelu_pytorch_tanh", "hidden_act")
@@ -102,7 +130,7 @@ def _vision(vision: Section, adapter: Section, legacy: bool) -> VisionConfig:
         num_heads=heads,
         head_dim=vision.whole("head_dim"),
         mlp_width=vision.whole("intermediate_size"),
-        # Hub folders declare blocks behind the last one that is read and hold no weights of them.
+        # Hub folders declare blocks after the last one that is read and hold no weights of them.
         num_layers=max(features) + 1 if legacy else declared,
         feature_layers=tuple(features),
         norm_eps=vision.number("layer_norm_eps"),
@@ -195,11 +223,34 @@ def _attention_factor(rope: Section, factor: float) -> float:
     return suggested(1.0)
 
 
+def with_record(cfg: ModelConfig, record: Mapping[str, Any], where: object) -> ModelConfig:
+    """The model with the scorer and the attention that a record tells.
+
+    Raises ConfigError for a damaged record.
+    """
+    try:
+        scorer = record.get("scorer")
+        return dataclasses.replace(
+            cfg,
+            scorer=None if scorer is None else ScorerConfig(**scorer),
+            attention=VisionAttention(record.get("attention", cfg.attention)),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"bad {RECORD!r}: {error}", where=where, remedy=REMEDY) from error
+
+
+def record_of(cfg: ModelConfig) -> dict[str, Any]:
+    """What `published_config` leaves out of a model."""
+    everything = cfg.to_dict()
+    return {field: everything[field] for field in ("scorer", "attention")}
+
+
 def published_config(cfg: ModelConfig) -> dict[str, Any]:
-    """The hub's config.json of a model; `config_from_published` reads it back, less the scorer.
+    """The hub's config.json of a model; `config_from_published` reads it back, less the scorer and
+    the attention, which `record_of` tells.
 
     What a model does not know of its prompts is said as the released models have it: markers are
-    the first ids behind the base vocabulary, and frames have no markers of their own. Raises
+    the first ids after the base vocabulary, and frames have no markers of their own. Raises
     ConfigError for what such a config cannot say.
     """
     _require_sayable(cfg)
@@ -277,8 +328,6 @@ def _text_config(language: LanguageConfig) -> dict[str, Any]:
 
 def _require_sayable(cfg: ModelConfig) -> None:
     unsaid = []
-    if cfg.attention is not VisionAttention.ALL:
-        unsaid.append(f"vision attention {cfg.attention.value!r}, expected 'all'")
     read = max(cfg.vision.feature_layers) + 1
     if cfg.vision.num_layers != read:
         unsaid.append(f"{cfg.vision.num_layers} ViT blocks, expected the {read} that are read")

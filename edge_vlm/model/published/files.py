@@ -1,6 +1,6 @@
 """What the safetensors files of a folder hold, read from their headers alone.
 
-A header is JSON behind its length (8 bytes, little-endian) and says name, type, shape and place of
+A header is JSON after its length (8 bytes, little-endian) and says name, type, shape and place of
 every tensor (https://github.com/huggingface/safetensors, Format). So a folder of 20 GB is checked
 in milliseconds, and one error lists everything that is wrong with its files. Pickled weights are
 never opened: a pickle runs code.
@@ -17,6 +17,8 @@ from typing import Any
 from edge_vlm.errors import CheckpointError, WeightFilesError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SCORER = "scorer.safetensors"
+"""A scorer beside a hub folder's weights, where transformers does not look."""
 REMEDY = "fetch or save the folder again, as whole safetensors files"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER_BYTES = 100_000_000
@@ -75,9 +77,14 @@ def read_layout(folder: Path) -> dict[str, StoredTensor]:
         found.update(held)
     if index is not None and not problems:
         problems += _disagreements(index, found)
+    if (folder / SCORER).is_file():
+        try:
+            found.update(_read_header(folder, SCORER))
+        except ValueError as error:
+            problems.append(f"{SCORER} {error}")
     if problems:
         raise WeightFilesError(
-            f"the weight files cannot be used: {_listed(problems)}",
+            f"the weight files cannot be used: {listed(problems)}",
             where=folder,
             remedy=REMEDY,
             problems=tuple(problems),
@@ -115,7 +122,7 @@ def _read_index(path: Path) -> dict[str, str]:
     ]
     if outside:
         problems = tuple(outside)
-        raise WeightFilesError(_listed(outside), where=path, remedy=REMEDY, problems=problems)
+        raise WeightFilesError(listed(outside), where=path, remedy=REMEDY, problems=problems)
     return {str(name): str(file) for name, file in weight_map.items()}
 
 
@@ -168,7 +175,7 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"has a header that is not one of safetensors: {error!r}") from error
     if wrong:
-        raise ValueError(f"has tensors of another size than their shape's: {_listed(wrong)}")
+        raise ValueError(f"has tensors of another size than their shape's: {listed(wrong)}")
     expected = 8 + length + end
     if size != expected:
         kind = "is cut off" if size < expected else "is longer than its header says"
@@ -197,6 +204,6 @@ def _disagreements(index: dict[str, str], found: dict[str, StoredTensor]) -> lis
     return absent + unlisted
 
 
-def _listed(problems: list[str], most: int = 8) -> str:
+def listed(problems: list[str], most: int = 8) -> str:
     more = f" and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more

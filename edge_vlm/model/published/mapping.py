@@ -38,6 +38,11 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(t.shape) for name, t in VideoLM(cfg).state_dict().items()}
 
 
+def own_naming(cfg: ModelConfig) -> Naming:
+    """Our names as a naming, so that every folder is read in one way."""
+    return Naming("own", tuple(Row((name,), (name,)) for name in shapes(cfg)))
+
+
 def published_shapes(naming: Naming, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every published name of such a model and its shape, in the order of the tables."""
     wanted = shapes(cfg)
@@ -75,36 +80,66 @@ def to_ours(
     to be are written once, in their new type. Raises as `check_published`.
     """
     check_published(naming, cfg, weights, where)
-    wanted = shapes(cfg)
-    ours: dict[str, Tensor] = {}
-    for row in naming.expand(cfg):
-        joined = _join([weights[name] for name in row.published], dtype)
-        sizes = [wanted[name][0] for name in row.ours]
-        ours.update(zip(row.ours, joined.split(sizes), strict=True))
-    return ours
+    return dict(OurTensors(naming, cfg, weights, dtype).items())
+
+
+class OurTensors(Mapping[str, Tensor]):
+    """Published weights that fit, under our names; each is read when asked for.
+
+    What is joined or cut is kept until another published tensor is asked for, so whoever goes
+    through all of it in order reads everything once.
+    """
+
+    def __init__(
+        self,
+        naming: Naming,
+        cfg: ModelConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._weights, self._dtype = weights, dtype
+        self._wanted = shapes(cfg)
+        self._rows = {name: row for row in naming.expand(cfg) for name in row.ours}
+        self._last: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._last:
+            row = self._rows[name]
+            joined = _join([self._weights[part] for part in row.published], self._dtype)
+            sizes = [self._wanted[part][0] for part in row.ours]
+            self._last = dict(zip(row.ours, torch.split(joined, sizes), strict=True))
+        return self._last[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def to_published(
     naming: Naming, cfg: ModelConfig, weights: Mapping[str, Tensor], where: object = None
 ) -> dict[str, Tensor]:
     """The inverse of `to_ours`; names of ours that the naming does not cover must be absent."""
-    return dict(published_items(naming, cfg, weights, where))
+    wanted, rows = shapes(cfg), naming.expand(cfg)
+    check_fit({name: wanted[name] for row in rows for name in row.ours}, weights, where)
+    return dict(published_items(naming, cfg, weights))
 
 
 def published_items(
-    naming: Naming, cfg: ModelConfig, weights: Mapping[str, Tensor], where: object = None
+    naming: Naming,
+    cfg: ModelConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """As `to_published`, in the order of `published_shapes`, joining tensors when their turn comes.
-
-    So a large model is written without a second copy of itself.
+    """As `to_published` of weights that fit, in the order of `published_shapes`: each is read and
+    joined when its turn comes, so a model is written without being held.
     """
     wanted = shapes(cfg)
-    rows = naming.expand(cfg)
-    check_fit({name: wanted[name] for row in rows for name in row.ours}, weights, where)
-    for row in rows:
-        joined = _join([weights[name] for name in row.ours])
+    for row in naming.expand(cfg):
+        joined = _join([weights[name] for name in row.ours], dtype)
         sizes = [shape[0] for shape in _row_shapes(row, wanted, cfg).values()]
-        yield from zip(row.published, joined.split(sizes), strict=True)
+        yield from zip(row.published, torch.split(joined, sizes), strict=True)
 
 
 def _join(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -112,7 +147,7 @@ def _join(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor
     if len(tensors) == 1:
         return first.to(dtype)
     joined = first.new_empty((sum(len(t) for t in tensors), *first.shape[1:]), dtype=dtype)
-    for part, tensor in zip(joined.split([len(t) for t in tensors]), tensors, strict=True):
+    for part, tensor in zip(torch.split(joined, [len(t) for t in tensors]), tensors, strict=True):
         part.copy_(tensor)
     return joined
 

@@ -132,6 +132,18 @@ TRAINING = Naming(
     ),
 )
 
+TRAINING_TIED = dataclasses.replace(
+    TRAINING,
+    rows=tuple(
+        row._replace(published=("transformer.wte.embedding",))
+        if row.ours == ("llm.head.weight",)
+        else row
+        for row in TRAINING.rows
+    ),
+)
+"""As `TRAINING` where `weight_tying` holds: logits use the base rows of the embedding table, and no
+head is stored. For reading only, since one published tensor is two of ours."""
+
 HUB = Naming(
     "hub",
     (

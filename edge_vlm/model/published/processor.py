@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from edge_vlm.config import CELL, VisionConfig
 from edge_vlm.errors import CheckpointError, ConfigError
+from edge_vlm.formats.usage import FrameRule, Usage
 from edge_vlm.model.published.section import Section
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import RELEASED, PromptStyle
@@ -26,8 +28,12 @@ BILINEAR = 2
 """Pillow's number of the filter."""
 
 
-def read_processors(folder: Path, vision: VisionConfig) -> tuple[ImageConfig, PromptStyle]:
-    """The image and prompt settings of a folder whose model has this vision side.
+CROPS = "overlap-and-resize-c2"
+"""The one way of cutting still pictures that is computed here (`crop_mode`)."""
+
+
+def read_processors(folder: Path, vision: VisionConfig) -> Usage:
+    """How a folder whose model has this vision side wants images, frames and prompts.
 
     Raises ConfigError that lists every field which asks for another preprocessing than the one
     computed here, CheckpointError for a file that is not a JSON object.
@@ -36,10 +42,12 @@ def read_processors(folder: Path, vision: VisionConfig) -> tuple[ImageConfig, Pr
     processor = _read(folder / PROCESSOR)
     images = (processor or {}).get("image_processor", _read(folder / IMAGES))
     videos = (processor or {}).get("video_processor", _read(folder / VIDEOS))
+    frames = FrameRule()
     if videos is not None:
         section = Section("video_processor", videos, problems)
         _expect_pictures(section, vision)
         section.expect([CELL, CELL], "pooling_size")
+        frames = _frames(section)
     try:
         cfg = ImageConfig() if images is None else _images(images, vision, problems)
         cfg.window_patches(vision)
@@ -57,7 +65,7 @@ def read_processors(folder: Path, vision: VisionConfig) -> tuple[ImageConfig, Pr
             where=folder,
             remedy="use the processor files that were published with the weights",
         )
-    return cfg, style
+    return Usage(style=style, images=cfg, frames=frames)
 
 
 def _expect_pictures(section: Section, vision: VisionConfig) -> None:
@@ -70,9 +78,22 @@ def _expect_pictures(section: Section, vision: VisionConfig) -> None:
     section.expect(True, "do_resize", "do_rescale", "do_normalize")
 
 
+def _frames(section: Section) -> FrameRule:
+    """Folders that transformers saved may say `fps` and no way of sampling: the released one."""
+    released = FrameRule()
+    fps = section.number("max_fps", "fps", default=released.max_fps)
+    mode = section.data.get("frame_sample_mode") or released.mode
+    return FrameRule(
+        num_frames=section.whole("num_frames", "max_frames", default=released.num_frames),
+        max_fps=float(fps) if math.isfinite(fps) else released.max_fps,
+        mode=str(mode),
+    )
+
+
 def _images(data: object, vision: VisionConfig, problems: list[str]) -> ImageConfig:
     section, released = Section("image_processor", data, problems), ImageConfig()
     _expect_pictures(section, vision)
+    section.expect(CROPS, "crop_mode")
     pool, overlap = [released.pool] * 2, list(released.overlap)
     if section.has("pooling_size"):
         pool = section.wholes("pooling_size")
@@ -92,13 +113,14 @@ def _images(data: object, vision: VisionConfig, problems: list[str]) -> ImageCon
 
 def _style(section: Section) -> PromptStyle:
     """What a processor file leaves out has the default of the published class."""
-    section.expect(True, "image_use_col_tokens", "use_single_crop_start_token")
+    section.expect(True, "image_use_col_tokens")
     section.expect(False, "video_use_col_tokens")
     low_res_columns: Any = section.data.get("use_single_crop_col_tokens")
     return dataclasses.replace(
         RELEASED,
         own_frame_markers=bool(section.data.get("use_frame_special_tokens", True)),
         low_res_columns=low_res_columns is None or bool(low_res_columns),
+        low_res_start=section.data.get("use_single_crop_start_token") is not False,
     )
 
 

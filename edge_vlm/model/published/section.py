@@ -42,7 +42,7 @@ class Section:
     def number(self, *names: str, default: object = _NO_DEFAULT) -> Any:
         """A finite number above 0."""
         name = self._present(*names)
-        value = self.data.get(name, default)
+        value: Any = self.data[name] if self.has(name) else default
         if value is _NO_DEFAULT:
             self._problems.append(f"{self.name} lacks {' or '.join(names)}")
         elif type(value) in (int, float) and 0 < value < math.inf:

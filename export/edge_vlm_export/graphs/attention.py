@@ -80,7 +80,8 @@ def _group_query_attention(
 def _queries(q_1sHd: Tensor, num_kv_heads: int) -> Tensor:
     """[h, g s, d], scaled; heads of one group stand together, as the model repeats its keys."""
     scaled = q_1sHd[0] * q_1sHd.shape[-1] ** -0.5
-    return scaled.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    out: Tensor = scaled.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    return out
 
 
 def _columns(keys_1thd: Tensor) -> Tensor:
@@ -103,4 +104,5 @@ def _heads(out_hrd: Tensor, q_1sHd: Tensor) -> Tensor:
     """[h, g s, d] -> [1, s, H, d]"""
     h, _, d = out_hrd.shape
     group = q_1sHd.shape[2] // h
-    return out_hrd.unflatten(1, (group, -1)).permute(2, 0, 1, 3).reshape(1, -1, h * group, d)
+    out: Tensor = out_hrd.unflatten(1, (group, -1)).permute(2, 0, 1, 3).reshape(1, -1, h * group, d)
+    return out

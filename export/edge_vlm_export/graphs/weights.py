@@ -1,4 +1,4 @@
-"""Where the weights of an export come from: a checkpoint, a published folder, or chance.
+"""Where the weights of an export come from: a folder, or chance.
 
 Tensors are read when asked for, one at a time, from mapped files: a model never has to fit into
 memory as a whole.
@@ -7,9 +7,10 @@ memory as a whole.
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,11 @@ from torch import Tensor, nn
 
 import edge_vlm.config as recipes
 from edge_vlm.config import ModelConfig
-from edge_vlm.errors import CheckpointError, ConfigError
+from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import sha256_of_file
-from edge_vlm.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_config, read_tensors
-from edge_vlm.model.published.files import read_json
-from edge_vlm.model.published.folder import open_published
-from edge_vlm.model.published.mapping import check_fit, shapes, to_ours
-from edge_vlm.model.published.processor import read_processors
+from edge_vlm.formats.usage import FrameRule
+from edge_vlm.model.published.folder import ModelFolder, open_folder
+from edge_vlm.model.published.mapping import shapes
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.model.vit import cell_patch_table
 from edge_vlm.pixels.stills import ImageConfig
@@ -49,65 +48,49 @@ class WeightSource:
     style: PromptStyle = PLAIN
     images: ImageConfig | None = None
     """How still pictures are cut; None for a model that knows video only."""
+    frames: FrameRule | None = None
+    """Which frames of a whole clip it was trained on."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of a session that it was trained for."""
+    notes: tuple[str, ...] = ()
+    """What to tell whoever exports it."""
 
     def float32(self, name: str) -> Tensor:
         return self.read(name).detach().float()
 
 
-def open_weights(folder: Path) -> WeightSource:
-    """A folder written by `edge-vlm train`, or a published Molmo2 folder; nothing is read yet.
+def open_weights(folder: Path, tokenizer: Path | None = None) -> WeightSource:
+    """A checkpoint or a published folder (`open_folder`); nothing is read yet.
 
     Raises what loading them raises: CheckpointError for missing, unreadable and unfitting files,
-    ConfigError for a variant that is not computed here.
+    ConfigError for a variant that is not computed here or a tokenizer that does not fit.
     """
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(
-            f"the checkpoint lacks {CONFIG}",
-            where=folder,
-            remedy="point to a folder written by `edge-vlm train` or a published Molmo2 folder",
-        )
-    if not (folder / TOKENIZER).is_file():
-        raise CheckpointError(f"the checkpoint lacks {TOKENIZER}", where=folder)
-    if "language" in read_json(folder / CONFIG):
-        cfg, style, images = read_config(folder), PLAIN, None
-        weights: Mapping[str, Tensor] = read_tensors(folder / WEIGHTS)
-        check_fit(shapes(cfg), weights, folder / WEIGHTS)
-    else:
-        found = open_published(folder)
-        cfg = found.config
-        images, style = _picture_rules(folder, cfg)
-        stored: dict[str, Tensor] = {}
-        for file in found.files:
-            stored.update(read_tensors(folder / file))
-        weights = to_ours(found.naming, cfg, stored, folder)
+    found = open_folder(folder, tokenizer)
+    words = found.require_tokenizer()
+    usage = found.usage
     return WeightSource(
-        cfg=cfg,
-        tokenizer=folder / TOKENIZER,
+        cfg=found.config,
+        tokenizer=words,
         name=folder.resolve().name,
-        identity=identity_of(folder),
-        read=weights.__getitem__,
-        style=style,
-        images=images,
+        identity=identity_of(found),
+        read=found.weights.__getitem__,
+        style=usage.style,
+        # A vocabulary of video only has no words for pictures.
+        images=usage.images if has_image_tokens(Tokenizer.from_file(words)) else None,
+        frames=usage.frames,
+        defaults=usage.defaults,
+        notes=found.notes,
     )
 
 
-def _picture_rules(folder: Path, cfg: ModelConfig) -> tuple[ImageConfig | None, PromptStyle]:
-    """Pictures are a matter of the vocabulary too: one of video only has no words for them."""
-    images, style = read_processors(folder, cfg.vision)
-    known = has_image_tokens(Tokenizer.from_file(folder / TOKENIZER))
-    return images if known else None, style
-
-
-def identity_of(folder: Path) -> dict[str, Any]:
-    """Name and hashes of a checkpoint folder's files."""
-    return {
-        "checkpoint": folder.resolve().name,
-        "sha256": {
-            path.name: sha256_of_file(path)
-            for path in sorted(folder.iterdir())
-            if path.name in (CONFIG, TOKENIZER) or path.suffix == ".safetensors"
-        },
-    }
+def identity_of(found: ModelFolder) -> dict[str, Any]:
+    """Name and hashes of a folder's files."""
+    named = {os.path.relpath(path, found.path): path for path in found.weight_files}
+    named[found.config_file.name] = found.config_file
+    if found.tokenizer is not None:
+        named[found.tokenizer.name] = found.tokenizer
+    hashed = {name: sha256_of_file(path) for name, path in named.items()}
+    return {"checkpoint": found.path.resolve().name, "sha256": dict(sorted(hashed.items()))}
 
 
 def random_weights(

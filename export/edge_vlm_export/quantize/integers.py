@@ -157,7 +157,7 @@ def quantize_input(
 def smooth(
     graph: ir.Graph, plan: Mapping[str, NodePlan], channels: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Moves outliers from normed activations into the weights behind; the new ranges of those.
+    """Moves outliers from normed activations into the weights after them; the new ranges of those.
 
     A norm's scale and shift are divided by what its products' weights are multiplied by, so the
     float graph computes the same.

@@ -19,8 +19,8 @@ from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm_export.quantize.convert import Ranges
 from edge_vlm_export.quantize.plan import FLOATS, is_product
 from edge_vlm_export.trace.graph_files import load_graph
-from edge_vlm_export.verify.pipeline import Chain, Clip
-from edge_vlm_export.verify.sessions import Arrays, GraphSession
+from edge_vlm_export.verify.ort_runner import OrtRunner
+from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline
 
 MAX_PREFIX, CHANNELS_PREFIX = "max:", "channels:"
 
@@ -29,7 +29,7 @@ MAX_PREFIX, CHANNELS_PREFIX = "max:", "channels:"
 class Observer:
     """One graph with its added outputs, and what they showed."""
 
-    session: GraphSession
+    runner: OrtRunner
     maxima: list[str]
     channels: list[str]
     tensors_seen: dict[str, float] = field(default_factory=dict)
@@ -42,16 +42,16 @@ class Observer:
         maxima, channels = add_observers(model)
         observed = path.with_name(f"{path.stem}.observed.onnx")
         ir.save(model, observed)
-        return cls(GraphSession(observed, spec, threads=threads), maxima, channels)
+        return cls(OrtRunner(observed, spec, threads=threads), maxima, channels)
 
     def run(self, inputs: Arrays) -> Arrays:
         """The spec's outputs. Raises NonFinite naming the first tensor that is not finite."""
-        out = self.session.run(inputs, [*self.maxima, *self.channels])
+        out = self.runner.run(inputs, [*self.maxima, *self.channels])
         for name in self.maxima:
             value, tensor = float(out.pop(name)), name.removeprefix(MAX_PREFIX)
             if not np.isfinite(value):
                 raise NonFinite(
-                    f"{tensor} is not finite on the footage", where=self.session.spec.name
+                    f"{tensor} is not finite on the footage", where=self.runner.spec.name
                 )
             self.tensors_seen[tensor] = max(value, self.tensors_seen.get(tensor, 0.0))
         for name in self.channels:
@@ -64,12 +64,15 @@ class Observer:
 
 
 def measure(
-    chain_of: Mapping[str, Observer], chain: Chain, clips: Iterable[Clip], footage: tuple[str, ...]
+    observers: Mapping[str, Observer],
+    pipeline: Pipeline,
+    clips: Iterable[Clip],
+    footage: tuple[str, ...],
 ) -> dict[str, Ranges]:
-    """Runs `chain`, whose graphs are the observers', over the clips."""
+    """Runs `pipeline`, whose graphs are the observers', over the clips."""
     for clip in clips:
-        chain.stream(clip)
-    return {name: observer.ranges(footage) for name, observer in chain_of.items()}
+        pipeline.stream(clip)
+    return {name: observer.ranges(footage) for name, observer in observers.items()}
 
 
 def add_observers(model: ir.Model) -> tuple[list[str], list[str]]:

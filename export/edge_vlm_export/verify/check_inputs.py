@@ -1,19 +1,31 @@
-"""Inputs for one graph at chosen sizes, that obey the graph's rules."""
+"""Inputs for one graph at chosen sizes, that obey the graph's rules.
+
+Random ones, or those that real pictures bring, for graphs that were quantised: rounding weights and
+activations is judged by what it does to the values a model works with. On noise, which no training
+ever showed it, a model's output hangs on its smallest weights and says little.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.formats.graph_spec import GraphSpec
+from edge_vlm.formats.precision import Precision
 from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.pixels.stills import PADDING
+from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.rope import rope_table
-from edge_vlm_export.verify.pipeline import MASKED, Clip
-from edge_vlm_export.verify.sessions import Arrays
+from edge_vlm_export.graphs.graphs import graph_specs
+from edge_vlm_export.verify.ort_runner import run_module, torch_module
+from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline, RunGraph
+
+if TYPE_CHECKING:
+    from edge_vlm.model.video_lm import VideoLM
 
 REFERENCE_SIZES = {"F": 2, "G": 6, "I": 2, "T": 8, "s": 5, "p": 9, "n": 1, "C": 24}
 """Sizes of the reference tensors that travel in the bundle."""
@@ -47,7 +59,7 @@ def reference_sizes(spec: GraphSpec) -> dict[str, int]:
 
 
 def check_sizes(spec: GraphSpec, *, largest: bool = True) -> list[dict[str, int]]:
-    """Smallest, usual and largest; for language graphs also one token behind the longest past."""
+    """Smallest, usual and largest; for language graphs also one token after the longest past."""
     least, usual, most = (spec.sizes(which) for which in ("min", "opt", "max"))
     if usual == least:
         usual = {name: (least[name] + most[name]) // 2 for name in least}
@@ -111,9 +123,7 @@ def sample_inputs(
     if "attn_bias" in names:
         s, p = sizes["s"], sizes["p"]
         arrays["cos"], arrays["sin"] = (t[p:] for t in rope_table(cfg.language, p + s))
-        rows, columns = np.arange(s)[:, None], np.arange(-p, s)[None, :]
-        frame = (np.maximum(rows, columns) < s // 2) & (columns >= 0)
-        arrays["attn_bias"] = np.where((columns <= rows) | frame, 0.0, MASKED)
+        arrays["attn_bias"] = block_bias(np.where(np.arange(s) < s // 2, 0, CAUSAL), p)
         arrays["last_idx"] = np.sort(rng.permutation(s)[: sizes["n"]])
     return {t.name: np.ascontiguousarray(arrays[t.name], dtype=t.dtype) for t in spec.inputs}
 
@@ -130,3 +140,59 @@ def _past(rows: np.ndarray, count: int, shape: tuple[int, ...]) -> np.ndarray:
     buffer = np.zeros(shape, rows.dtype)
     buffer[0, :, :count] = past.swapaxes(0, 1)
     return buffer
+
+
+def real_inputs(
+    model: VideoLM,
+    clip: Clip,
+    run: RunGraph,
+    make_pipeline: Callable[[RunGraph], Pipeline],
+    precision: Precision,
+) -> RealInputs:
+    """What torch (`run`) makes of a clip; of the language model only if its weights are rounded."""
+    language = None
+    if precision.llm != "base" or precision.head != "base":
+        recorder = _Recorder(run)
+        make_pipeline(recorder).whole(clip, num_tokens=1)
+        language = recorder.states()
+    return RealInputs(clip=clip, hidden=stem_states(model, clip), language=language)
+
+
+def stem_states(model: VideoLM, clip: Clip) -> np.ndarray:
+    """What the stem makes of a clip's frames, f32 [n, N, D]."""
+    spec = graph_specs(model.cfg)["vit_stem"]
+    inputs = sample_inputs(
+        spec, {"F": len(clip.pictures)}, model.cfg, seed=0, real=RealInputs(clip=clip)
+    )
+    return run_module(torch_module("vit_stem", model), spec, inputs)["hidden"]
+
+
+class _Recorder:
+    """Passes runs on and keeps the language model's inputs, keys and values."""
+
+    def __init__(self, run: RunGraph) -> None:
+        self._run = run
+        self._embeds: list[np.ndarray] = []
+        self._cache: list[Arrays] = []
+
+    def __call__(self, name: str, inputs: Arrays) -> Arrays:
+        out = self._run(name, inputs)
+        if name.startswith("llm"):
+            s, end = inputs["attn_bias"].shape
+            self._embeds.append(inputs["inputs_embeds"])
+            rows = {}
+            for key, array in out.items():
+                side, _, kind = key.partition("_")
+                if side == "new":
+                    rows[kind] = array
+                elif side == "present":
+                    rows[kind] = array[0, :, end - s : end].swapaxes(0, 1)
+            self._cache.append(rows)
+        return out
+
+    def states(self) -> LanguageStates:
+        kinds = self._cache[0]
+        return LanguageStates(
+            embeds=np.concatenate(self._embeds),
+            cache={k: np.concatenate([rows[k] for rows in self._cache]) for k in kinds},
+        )

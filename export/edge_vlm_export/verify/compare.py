@@ -15,7 +15,7 @@ from edge_vlm.errors import NonFinite, ParityError
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import Precision
 from edge_vlm.tables import columns
-from edge_vlm_export.verify.sessions import Arrays
+from edge_vlm_export.verify.pipeline import Arrays
 
 TOLERANCE = 1e-4
 """Largest |difference| allowed, in units of the largest |expected value| where that exceeds 1."""
@@ -68,7 +68,7 @@ def compare(
     results = []
     for name in in_order(spec):
         a, b = got[name].astype(np.float64), expected[name].astype(np.float64)
-        if name.startswith("present_"):  # the past was given, and what lies behind is anybody's
+        if name.startswith("present_"):  # the past was given, and what comes after is anybody's
             a, b = (x[:, :, sizes["p"] : sizes["p"] + sizes["s"]] for x in (a, b))
         allowed = TOLERANCE * max(1.0, float(np.abs(b).max())) if kind == "float32" else None
         results.append(

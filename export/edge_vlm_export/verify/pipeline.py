@@ -17,17 +17,16 @@ from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import KVLayout
 from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.pruning.policies import KeepPolicy, make_policy
+from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.rope import rope_table
 
 Arrays = dict[str, np.ndarray]
-Run = Callable[[str, Arrays], Arrays]
+RunGraph = Callable[[str, Arrays], Arrays]
 """Graph name and inputs to outputs."""
 
-MASKED = -30_000.0
 NUM_TOKENS = 16
 QUESTION = "what is in the video ?"
-CAUSAL = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,13 +38,13 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ChainResult:
+class PipelineResult:
     kept: tuple[np.ndarray, ...]
     """Kept cells of each frame, i32 [K]."""
     features: np.ndarray
     """f32 [sum of K, width]"""
     logits: np.ndarray
-    """Behind the question, f32 [vocab]."""
+    """After the question, f32 [vocab]."""
     tokens: tuple[int, ...]
     """The first words of the greedy answer."""
 
@@ -59,7 +58,7 @@ class ChainResult:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ChainResult:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> PipelineResult:
         ends = np.cumsum(arrays["num_kept"])[:-1]
         return cls(
             kept=tuple(np.split(arrays["kept"], ends)),
@@ -69,12 +68,12 @@ class ChainResult:
         )
 
 
-class Chain:
+class Pipeline:
     """One model's graphs, run through `run`."""
 
     def __init__(
         self,
-        run: Run,
+        run: RunGraph,
         *,
         cfg: ModelConfig,
         specs: Mapping[str, GraphSpec],
@@ -87,7 +86,7 @@ class Chain:
         self._run, self._cfg, self._specs, self._prompt = run, cfg, specs, prompt
         self._embed, self._layout, self._keep_ratio = embed, layout, keep_ratio
 
-    def stream(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> ChainResult:
+    def stream(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> PipelineResult:
         """Frame by frame; with `FRAME` attention the language model too takes one at a time."""
         vision, policy = self._cfg.vision, self._policy()
         prev = np.zeros((1, vision.num_cells, vision.width), np.float32)
@@ -102,7 +101,7 @@ class Chain:
         logits, past = self._read(clip, kept, features, at_once)
         return self._answer(kept, features, logits, past, num_tokens)
 
-    def whole(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> ChainResult:
+    def whole(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> PipelineResult:
         """As many frames per vision call as it takes, and the language model takes all of them in
         one."""
         vision, policy = self._cfg.vision, self._policy()
@@ -166,7 +165,7 @@ class Chain:
         features: Sequence[np.ndarray],
         at_once: bool,
     ) -> tuple[np.ndarray, Past]:
-        """Logits behind begin token, frames and question."""
+        """Logits after begin token, frames and question."""
         everything_sees = self._cfg.attention is VisionAttention.ALL
         segments = [(self._embed(self._prompt.bos_ids), np.array([CAUSAL]))]
         for i, (cells, feature) in enumerate(zip(kept, features, strict=True)):
@@ -192,14 +191,14 @@ class Chain:
         logits: np.ndarray,
         past: Past,
         num_tokens: int,
-    ) -> ChainResult:
+    ) -> PipelineResult:
         first, tokens = logits, []
         for i in range(num_tokens):
             tokens.append(int(logits.argmax()))
             if i + 1 < num_tokens:
                 embeds = self._embed(np.array(tokens[-1:]))
                 logits = self._forward(past, embeds, np.array([CAUSAL]))
-        return ChainResult(
+        return PipelineResult(
             kept=tuple(kept),
             features=np.concatenate(features),
             logits=first,
@@ -214,22 +213,19 @@ class Chain:
     def _forward(self, past: Past, embeds: np.ndarray, block: np.ndarray) -> np.ndarray:
         s, p = len(embeds), past.length
         cos, sin = (table[p:] for table in rope_table(self._cfg.language, p + s))
-        visible = np.tri(s, dtype=np.bool_)
-        visible |= (block[:, None] == block[None, :]) & (block >= 0)[:, None]
-        bias = np.zeros((s, p + s), np.float32)
-        bias[:, p:][~visible] = MASKED
         name = "llm_decode" if s == 1 and "llm_decode" in self._specs else "llm"
         inputs = {
             "inputs_embeds": embeds.astype(np.float32),
             "cos": cos,
             "sin": sin,
-            "attn_bias": bias,
+            "attn_bias": block_bias(block, p),
             "last_idx": np.array([s - 1], np.int32),
             **past.inputs(s),
         }
         out = self._checked(name, inputs)
         past.take(out, s)
-        return out["logits"][0]
+        logits: np.ndarray = out["logits"][0]
+        return logits
 
     def _checked(self, name: str, inputs: Arrays) -> Arrays:
         out = self._run(name, inputs)

@@ -1,6 +1,6 @@
 """A bundle against torch, or against what torch gave when the bundle was made.
 
-Every graph is compared at its smallest, usual and largest sizes, then the whole chain on a clip:
+Every graph is compared at its smallest, usual and largest sizes, then the whole model on a clip:
 kept cells, features and the first words of an answer, and the frames one by one against all at
 once. Without a checkpoint the reference tensors in the bundle stand in for torch, at their own
 sizes: that shows that a copy, or another version of a runtime, still computes the same.
@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.errors import CheckpointError, ParityError
-from edge_vlm.formats.bundle import EngineBundle, sha256_of_file
+from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32
 from edge_vlm_export.verify.check_inputs import RealInputs, check_sizes, sample_inputs
 from edge_vlm_export.verify.compare import Comparison, compare, format_table, require_parity
+from edge_vlm_export.verify.compare_pipelines import (
+    CLIP_REFERENCE,
+    PipelineComparison,
+    bundle_pipeline,
+    compare_pipelines,
+    read_clip,
+)
+from edge_vlm_export.verify.footage import FootageCheck, check_footage
 from edge_vlm_export.verify.ort_runner import (
     Graphs,
-    run_torch,
-    session_run,
+    ort_run,
+    run_module,
     torch_module,
     torch_run,
 )
-from edge_vlm_export.verify.pipeline import Arrays, ChainResult, drawn_clip
-from edge_vlm_export.verify.verify_footage import FootageCheck, check_footage
-from edge_vlm_export.verify.verify_pipeline import (
-    CHAIN,
-    ChainComparison,
-    chain_of,
-    compare_chains,
-    read_clip,
-)
+from edge_vlm_export.verify.pipeline import Arrays, PipelineResult, drawn_clip
 
 if TYPE_CHECKING:
     from edge_vlm.model.video_lm import VideoLM
@@ -47,20 +47,20 @@ class Report:
 
     against: str
     graphs: list[Comparison] = field(default_factory=list)
-    chains: list[ChainComparison] = field(default_factory=list)
+    pipelines: list[PipelineComparison] = field(default_factory=list)
     footage: list[FootageCheck] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"ONNX Runtime against {self.against}:", format_table(self.graphs)]
-        return "\n".join([*lines, *map(str, self.chains), *map(str, self.footage)])
+        return "\n".join([*lines, *map(str, self.pipelines), *map(str, self.footage)])
 
     def require(self) -> None:
         """Raises NonFinite or ParityError naming the first tensor that differs."""
         require_parity(self.graphs)
         compared = [clip for check in self.footage for clip in check.compared]
-        for chain in [*self.chains, *compared]:
-            if not chain.ok:
-                raise ParityError(f"the chain differs: {chain}")
+        for result in [*self.pipelines, *compared]:
+            if not result.ok:
+                raise ParityError(f"the whole model differs: {result}")
 
 
 def verify_bundle(
@@ -79,39 +79,43 @@ def verify_bundle(
     VideoError.
     """
     graphs = Graphs.of(bundle, threads)
-    has_chain = thorough and bundle.has_reference(CHAIN)
-    reference = bundle.reference(CHAIN) if has_chain else {}
-    clip = read_clip(reference) if has_chain else None
-    keep_ratio = float(reference["keep_ratio"]) if has_chain else _keep_ratio(bundle)
-    torch_chain = None
+    has_clip = thorough and bundle.has_reference(CLIP_REFERENCE)
+    reference = bundle.reference(CLIP_REFERENCE) if has_clip else {}
+    clip = read_clip(reference) if has_clip else None
+    keep_ratio = float(reference["keep_ratio"]) if has_clip else _keep_ratio(bundle)
+    torch_pipeline = None
     if source is None:
         report = Report("the bundle's reference tensors")
         for name, spec in bundle.specs.items():
             arrays = bundle.reference(name)
             report.graphs.append(_compare_reference(graphs, spec, arrays))
-        expected = ChainResult.from_arrays(reference) if has_chain else None
+        expected = PipelineResult.from_arrays(reference) if has_clip else None
     else:
         from edge_vlm_export.graphs.weights import streamed_model
-        from edge_vlm_export.verify.real_inputs import real_inputs
+        from edge_vlm_export.verify.check_inputs import real_inputs
 
         model = streamed_model(source)
         report = Report("torch")
         run = torch_run(model, graphs)
-        torch_chain = chain_of(run, bundle, keep_ratio)
+        torch_pipeline = bundle_pipeline(run, bundle, keep_ratio)
         pictures = clip or drawn_clip(bundle.config.vision.image_size)
         real = real_inputs(
             *(model, pictures, run),
-            lambda recorded: chain_of(recorded, bundle, keep_ratio),
+            lambda recorded: bundle_pipeline(recorded, bundle, keep_ratio),
             graphs.precision,
         )
         report.graphs += compare_with_torch(graphs, model, real, largest=thorough)
-        expected = torch_chain.stream(clip) if clip is not None else None
-    chain = chain_of(session_run(graphs), bundle, keep_ratio)
+        expected = torch_pipeline.stream(clip) if clip is not None else None
+    pipeline = bundle_pipeline(ort_run(graphs), bundle, keep_ratio)
     if clip is not None and expected is not None:
-        report.chains += compare_chains(chain, clip, expected, report.against, graphs.precision)
+        report.pipelines += compare_pipelines(
+            pipeline, clip, expected, report.against, graphs.precision
+        )
     exact = graphs.precision == FP32
     for path in footage:
-        report.footage.append(check_footage(path, max_frames, chain, torch_chain, exact=exact))
+        report.footage.append(
+            check_footage(path, max_frames, pipeline, torch_pipeline, exact=exact)
+        )
     return report
 
 
@@ -132,11 +136,11 @@ def compare_with_torch(
     real = real if vision_too else RealInputs(language=real.language)
     results = []
     for name, spec in graphs.specs.items():
-        module, session = torch_module(name, model, graphs.variant), graphs.open(name)
+        module, runner = torch_module(name, model, graphs.variant), graphs.open(name)
         for i, sizes in enumerate(check_sizes(spec, largest=largest)):
             inputs = sample_inputs(spec, sizes, model.cfg, seed=i + 1, real=real)
-            expected = run_torch(module, spec, inputs)
-            result = compare(spec, sizes, session.run(inputs), expected, graphs.precision)
+            expected = run_module(module, spec, inputs)
+            result = compare(spec, sizes, runner.run(inputs), expected, graphs.precision)
             on_compared(result)
             results.append(result)
     return results
@@ -167,11 +171,11 @@ def sizes_of(spec: GraphSpec, inputs: Arrays) -> dict[str, int]:
     return {name: found[name] for name in spec.dims}
 
 
-def require_source(bundle: EngineBundle, checkpoint: Path) -> None:
+def require_source(bundle: EngineBundle, source: WeightSource, checkpoint: Path) -> None:
     """Raises CheckpointError unless the bundle was made from exactly these files."""
+    found = source.identity.get("sha256", {})
     for name, digest in bundle.source.get("sha256", {}).items():
-        file = checkpoint / name
-        if not file.is_file() or sha256_of_file(file) != digest:
+        if found.get(name) != digest:
             raise CheckpointError(
                 f"the bundle was not made from this checkpoint: {name} is not the same",
                 where=checkpoint,

@@ -6,10 +6,13 @@ import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 from edge_vlm.errors import ConfigError
+from edge_vlm.options import About
+from edge_vlm_runtime.cli.arguments import Option, given, options_of
 
 if TYPE_CHECKING:
     from edge_vlm_runtime import protocol
@@ -19,18 +22,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RULE_OPTIONS = {
-    "--alert-on": ("on_threshold", "P", 'probability of "yes" at which an alert begins (0.7)'),
-    "--alert-off": ("off_threshold", "P", "below which it ends (0.4)"),
-    "--alert-hold": ("hold_s", "SECONDS", "how long it must last before the alert begins (0)"),
-    "--alert-clear-hold": ("clear_hold_s", "SECONDS", "and be over before the alert ends (0)"),
-    "--alert-cooldown": ("cooldown_s", "SECONDS", "no new begin so long after an end (0)"),
-    "--alert-interval": ("interval_s", "SECONDS", "least time between two checks (0: each frame)"),
-}
+RULE_FIELDS = (
+    *("on_threshold", "off_threshold", "hold_s"),
+    *("clear_hold_s", "cooldown_s", "interval_s"),
+)
+"""What the command line says about all its alerts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where alerts go."""
+
+    webhook: Annotated[
+        list[str],
+        About("Post alerts there as JSON; may be repeated", metavar="URL", is_secret=True),
+    ] = field(default_factory=list)
+    mqtt: Annotated[
+        list[str],
+        About(
+            "Publish alerts there, mqtt://[USER:PASSWORD@]HOST[:PORT]/TOPIC; may be repeated",
+            metavar="URL",
+            is_secret=True,
+        ),
+    ] = field(default_factory=list)
+    alert_queue: Annotated[
+        Path | None,
+        About("Keep alerts that wait for a receiver in this file, for the next start too"),
+    ] = None
 
 
 def add_alert_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of a command that watches."""
+    """Options of a command that watches. Raises MissingExtraError."""
     group = parser.add_argument_group("alerts")
     group.add_argument(
         "--alert",
@@ -40,38 +62,17 @@ def add_alert_arguments(parser: argparse.ArgumentParser) -> None:
         dest="alerts",
         help='a yes/no question to watch for, such as "Is there a cat now?"; may be repeated',
     )
-    for option, (field, metavar, text) in RULE_OPTIONS.items():
-        group.add_argument(option, type=float, metavar=metavar, dest=field, help=text)
     group.add_argument(
         "--evidence", type=Path, metavar="FOLDER", help="save the picture of each begin there"
     )
-    add_output_arguments(group)
+    for option in [*rule_options(), *options_of(OutputOptions)]:
+        option.add_to(group, default=option.default, is_checked=False)
 
 
-def add_output_arguments(parser: Any) -> None:
-    """Where alerts go; for a parser or a group of one."""
-    parser.add_argument(
-        "--webhook",
-        action="append",
-        default=[],
-        metavar="URL",
-        dest="webhooks",
-        help="post alerts there as JSON; may be repeated",
-    )
-    parser.add_argument(
-        "--mqtt",
-        action="append",
-        default=[],
-        metavar="URL",
-        dest="brokers",
-        help="publish alerts there, mqtt://[USER:PASSWORD@]HOST[:PORT]/TOPIC; may be repeated",
-    )
-    parser.add_argument(
-        "--alert-queue",
-        type=Path,
-        metavar="FILE",
-        help="keep alerts that wait for a receiver in this file, for the next start too",
-    )
+def rule_options() -> list[Option]:
+    from edge_vlm_runtime.protocol.alerts import AlertRule
+
+    return options_of(AlertRule, only=RULE_FIELDS)
 
 
 @contextmanager
@@ -81,21 +82,21 @@ def alert_outputs(args: argparse.Namespace) -> Iterator[AlertDispatcher | None]:
     At the end what is under way has a few seconds. Raises ConfigError, MissingExtraError, and
     DeliveryError if a receiver did not take everything.
     """
-    if not args.webhooks and not args.brokers:
+    if not args.webhook and not args.mqtt:
         yield None
         return
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
     from edge_vlm_runtime.alert_sinks.queue import DeliveryQueue
 
     sinks: list[Sink] = []
-    if args.webhooks:
+    if args.webhook:
         from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 
-        sinks += [WebhookSink(url) for url in dict.fromkeys(args.webhooks)]
-    if args.brokers:
+        sinks += [WebhookSink(url) for url in dict.fromkeys(args.webhook)]
+    if args.mqtt:
         from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
 
-        sinks += [MqttSink(url) for url in dict.fromkeys(args.brokers)]
+        sinks += [MqttSink(url) for url in dict.fromkeys(args.mqtt)]
     with AlertDispatcher(sinks, DeliveryQueue(args.alert_queue)) as outputs:
         yield outputs
     outputs.raise_undelivered()
@@ -103,8 +104,7 @@ def alert_outputs(args: argparse.Namespace) -> Iterator[AlertDispatcher | None]:
 
 async def create_alerts(args: argparse.Namespace, client: Client) -> None:
     """Watches for every `--alert`. Raises as `Client.create_alert`."""
-    fields = [field for field, _, _ in RULE_OPTIONS.values()]
-    rule = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    rule = given(rule_options(), args)
     for question in args.alerts:
         await client.create_alert(question, **rule)
 

@@ -5,27 +5,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
 from edge_vlm_runtime.cli.config import configured
 from edge_vlm_runtime.cli.options import (
     access_of,
     add_access_arguments,
-)
-from edge_vlm_runtime.cli.serve import serve_arguments
-from edge_vlm_runtime.cli.shared import (
-    OWN_SERVER_KEYS,
-    add_bundle_arguments,
     add_settings_arguments,
+    bundle_options,
+    serve_options,
+    settings_of,
+)
+from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
     server_url,
-    settings_of,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +34,6 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         "and that picture (default: %(default)s)",
     )
     parser.add_argument("--url", help="a running server (default: one of its own)")
-    add_bundle_arguments(parser)
     add_settings_arguments(parser)
     add_access_arguments(parser)
 
@@ -50,34 +44,39 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 async def _ask_session(args: argparse.Namespace, url: str) -> int:
+    from edge_vlm.errors import EdgeVlmError
     from edge_vlm_runtime.client.client import Answer, Client
-    from edge_vlm_runtime.client.run import PlannedQuestion, stream
+    from edge_vlm_runtime.client.run import Observer, PlannedQuestion, stream
     from edge_vlm_runtime.client.terminal import answer_times, point_lines, snapshot_text
     from edge_vlm_runtime.sources.video_file import FileSource
+
+    answers: list[Answer] = []
+
+    class Kept(Observer):
+        def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
+            if isinstance(result, Answer):
+                answers.append(result)
 
     settings = {**settings_of(args), "delivery": "wait"}
     async with await Client.connect(url, settings, access=access_of(args)) as client:
         source = await open_for(FileSource, args.video, args.fps, client)
         question = PlannedQuestion(text=args.question, detail=args.detail)
-        outcome = await stream(source, client, [question], real_time=False)
-    for _, result in outcome.answers:
-        if isinstance(result, Answer):
-            print("\n".join([result.text, *point_lines(result)]))
-            print(
-                f"{outcome.frames_processed} frames, {outcome.cells_kept} of {outcome.cells_seen} "
-                f"cells kept{answer_times(result)}{snapshot_text(result)}",
-                file=sys.stderr,
-            )
+        outcome = await stream(source, client, [question], real_time=False, observer=Kept())
+    for answer in answers:
+        print("\n".join([answer.text, *point_lines(answer)]))
+        print(
+            f"{outcome.frames_processed} frames, {outcome.cells_kept} of {outcome.cells_seen} "
+            f"cells kept{answer_times(answer)}{snapshot_text(answer)}",
+            file=sys.stderr,
+        )
     return finish(outcome)
 
 
 ask = configured(
     Command(
-        name="ask",
-        help="ask one question about one video file",
         add_arguments=_ask_arguments,
         run=_ask,
     ),
-    keys=OWN_SERVER_KEYS,
-    file_of=serve_arguments,
+    bundle_options,
+    file_of=serve_options,
 )

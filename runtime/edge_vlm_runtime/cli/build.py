@@ -90,8 +90,6 @@ def _progress() -> Callable[[str, str, int, int], None]:
 
 
 build = Command(
-    name="build",
-    help="Compile a bundle's graphs to TensorRT engines, on the device. Needs no torch.",
     add_arguments=_arguments,
     run=_run,
 )

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
-from edge_vlm_runtime.cli.shared import DEFAULT_PORT, add_bundle_arguments
+from edge_vlm_runtime.cli.options import DEFAULT_PORT, add_bundle_arguments
 from edge_vlm_runtime.demo.paths import DEMO_FOLDER
-
-if TYPE_CHECKING:
-    pass
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +30,6 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 demo = Command(
-    name="demo",
-    help="stream a rendered clip through the demo model and check its answers",
     add_arguments=_demo_arguments,
     run=_demo,
 )

@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING
 from edge_vlm.cli import Command
 from edge_vlm.tables import columns
 from edge_vlm_runtime.cli.config import configured
-from edge_vlm_runtime.cli.serve import serve
-from edge_vlm_runtime.cli.shared import OWN_SERVER_KEYS, add_bundle_arguments
+from edge_vlm_runtime.cli.options import bundle_options, serve_options
 from edge_vlm_runtime.engines.names import Backend
 
 if TYPE_CHECKING:
-    from edge_vlm_runtime.doctor.doctor import Check
+    from edge_vlm_runtime.doctor.machine import Check
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edge_vlm_runtime.doctor.doctor import Machine, Plan, examine
+    from edge_vlm_runtime.doctor.doctor import examine
+    from edge_vlm_runtime.doctor.machine import Machine, Plan
 
     plan = Plan(
         bundle=args.bundle,
@@ -71,11 +70,9 @@ def as_json(checks: list[Check]) -> str:
 
 doctor = configured(
     Command(
-        name="doctor",
-        help="say what this machine has and lacks for serving a bundle, and how to get it",
         add_arguments=_arguments,
         run=_run,
     ),
-    keys=OWN_SERVER_KEYS,
-    file_of=serve.add_arguments,
+    bundle_options,
+    file_of=serve_options,
 )

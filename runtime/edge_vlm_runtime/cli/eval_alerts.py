@@ -11,7 +11,8 @@ from typing import Any
 
 import edge_vlm
 from edge_vlm.cli import Command
-from edge_vlm_runtime.cli.shared import add_bundle_arguments, server_url
+from edge_vlm_runtime.cli.options import add_bundle_arguments
+from edge_vlm_runtime.cli.shared import server_url
 
 DEFAULT_RULES = ("0.5:0.5", "0.7:0.4", "0.7:0.4:0.5", "0.9:0.5", "0.9:0.5:0.5:0.5")
 
@@ -68,8 +69,6 @@ async def _evaluate(args: argparse.Namespace, url: str, rules: dict[str, dict[st
 
 
 evaluate_alerts = Command(
-    name="eval-alerts",
-    help="measure a bundle's alerts on footage with known events",
     add_arguments=_arguments,
     run=_run,
 )

@@ -1,108 +1,164 @@
-"""Options of commands about how a server may be reached and what it keeps. Light to import."""
+"""Options of commands about a bundle, a server, how it may be reached and what it keeps.
+
+Each is declared once, as a field. Light to import.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
+import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from edge_vlm.options import About
+from edge_vlm_runtime.cli.arguments import Groups, add_options, build, flat, given, options_of
+from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.engines.names import Backend
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.connection import Access
-    from edge_vlm_runtime.protocol.settings import ServerLimits
     from edge_vlm_runtime.server.tls import Tls
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-LIMITS = {
-    "max_sessions": ("max_sessions", 1),
-    "resume_grace": ("resume_grace_s", 1),
-    "session_memory": ("max_session_bytes", 1 << 20),
-    "max_answer_slowdown": ("max_answer_slowdown", 1),
-}
-"""Option, field of ServerLimits, and the option's unit in the field's."""
+DEFAULT_PORT = 8765
+NOT_FOR_SERVERS = ("delivery", "raw_frames")
+"""Settings that a client chooses by what it sends."""
+CLIENT_SETTINGS = (
+    *("keep_ratio", "vision_tokens_per_s", "attention", "policy", "fps_cap"),
+    *("max_answer_tokens", "instructions", "temperature", "top_p", "seed"),
+)
+KeyFile = Annotated[
+    Path | None,
+    About("File with the API key (default: the variable EDGE_VLM_API_KEY, or none)"),
+]
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("access and operation")
-    group.add_argument(
-        "--tls",
-        action="store_true",
-        help="serve https and wss with a certificate made on the first start (browsers give the "
-        "camera only to https pages and to localhost)",
+@dataclass(frozen=True, kw_only=True)
+class BundleOptions:
+    """What is opened, and what runs it."""
+
+    bundle: Annotated[
+        Path,
+        About(
+            "Exported model (default: the small demo model, which knows only its rendered world)",
+            metavar="FOLDER",
+            shows_default=False,
+        ),
+    ] = DEMO_BUNDLE
+    threads: Annotated[int, About("Threads of the engines")] = field(
+        default_factory=lambda: min(4, os.cpu_count() or 1)
     )
-    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="a certificate of your own")
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
-    _add_key_argument(group)
-    group.add_argument(
-        "--resume-grace",
-        type=_seconds,
-        metavar="SECONDS",
-        help="how long a session is kept when its connection breaks (30); 0: not at all",
-    )
-    group.add_argument(
-        "--session-memory",
-        type=_positive_int,
-        metavar="MIB",
-        help="what one session may remember: keys, values and features (4096)",
-    )
-    group.add_argument(
-        "--max-answer-slowdown",
-        type=_seconds,
-        metavar="SHARE",
-        help="time that video may take while answers are decoded, as a share of theirs (0.15)",
-    )
-    add_record_argument(group, "FOLDER", "write a recording of each session into this folder")
+    backend: Annotated[
+        Backend, About("ONNX Runtime on the CPU or on a GPU (cuda), or engines of `build`")
+    ] = Backend.ORT
+    engines: Annotated[
+        Path | None,
+        About("Engines for --backend trt (default: BUNDLE/engines)", metavar="FOLDER"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Where a server listens, who may come, and what it writes."""
+
+    host: Annotated[str, About("Address to listen on", metavar="ADDRESS")] = "127.0.0.1"
+    port: Annotated[int, About("0 takes a free one")] = DEFAULT_PORT
+    allowed_host: Annotated[
+        list[str],
+        About(
+            "A name that the server answers to, besides addresses, localhost and this machine's "
+            "own name; may be repeated",
+            metavar="NAME",
+        ),
+    ] = field(default_factory=list)
+    tls: Annotated[
+        bool,
+        About(
+            "Serve https and wss with a certificate made on the first start (browsers give the "
+            "camera only to https pages and to localhost)"
+        ),
+    ] = False
+    tls_cert: Annotated[Path | None, About("A certificate of your own")] = None
+    tls_key: Annotated[Path | None, About("Its private key")] = None
+    api_key_file: KeyFile = None
+    record: Annotated[
+        Path | None,
+        About("Write a recording of each session into this folder; see `replay`", metavar="FOLDER"),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessOptions:
+    """For commands that may connect to a server elsewhere."""
+
+    api_key_file: KeyFile = None
+    tls_ca: Annotated[Path | None, About("Certificate to trust for wss://")] = None
+
+
+def bundle_options() -> Groups:
+    return {"": options_of(BundleOptions)}
+
+
+def serve_options() -> Groups:
+    """All of `serve`, as `--help` shows them. Raises MissingExtraError."""
+    from edge_vlm_runtime.cli.alerts import OutputOptions
+    from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
+
+    settings = options_of(SessionSettings, unset=True)
+    return {
+        **bundle_options(),
+        "access and operation": options_of(ServeOptions),
+        "alerts": options_of(OutputOptions),
+        "limits": options_of(ServerLimits),
+        "settings of new sessions (default: what the bundle was made for)": [
+            option for option in settings if option.field not in NOT_FOR_SERVERS
+        ],
+    }
+
+
+def client_settings() -> Groups:
+    """What `watch` and `ask` may say about their session. Raises MissingExtraError."""
+    from edge_vlm_runtime.protocol.settings import SessionSettings
+
+    title = "settings of the session (default: the server's)"
+    return {title: options_of(SessionSettings, only=CLIENT_SETTINGS, unset=True)}
+
+
+def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
+    """For commands that no variable and no file tells anything."""
+    add_options(parser, bundle_options(), is_checked=True)
+
+
+def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, {"": options_of(BundleOptions, only=("backend", "engines"))})
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, client_settings())
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of SessionSettings that the command line sets."""
+    return given(flat(client_settings()), args)
+
+
+def add_access_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, {"access to a server": options_of(AccessOptions)})
 
 
 def add_record_argument(parser: Any, metavar: str, help: str) -> None:
     parser.add_argument("--record", type=Path, metavar=metavar, help=f"{help}; see `replay`")
 
 
-def add_access_arguments(parser: argparse.ArgumentParser) -> None:
-    """For commands that may connect to a server elsewhere."""
-    group = parser.add_argument_group("access to a server")
-    _add_key_argument(group)
-    group.add_argument(
-        "--tls-ca", type=Path, metavar="FILE", help="certificate to trust for wss://"
-    )
-
-
-def _add_key_argument(parser: Any) -> None:
-    parser.add_argument(
-        "--api-key-file",
-        type=Path,
-        metavar="FILE",
-        help="file with the API key (default: the variable EDGE_VLM_API_KEY, or none)",
-    )
-
-
-def server_limits(args: argparse.Namespace) -> ServerLimits:
-    """What `serve` was told, and the default where it was not."""
-    from edge_vlm_runtime.protocol.settings import ServerLimits
-
-    given = {
-        field: getattr(args, key) * unit
-        for key, (field, unit) in LIMITS.items()
-        if getattr(args, key) is not None
-    }
-    return ServerLimits(**given)
-
-
-def default_limits() -> dict[str, Any]:
-    """What the options of LIMITS are where they are not given."""
-    from edge_vlm_runtime.protocol.settings import ServerLimits
-
-    defaults = ServerLimits()
-    # Whole units stay whole numbers: the memory is counted in them.
-    return {
-        key: getattr(defaults, field) if unit == 1 else getattr(defaults, field) // unit
-        for key, (field, unit) in LIMITS.items()
-    }
-
-
 def server_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments for `Server.open`. Raises ConfigError."""
+    from edge_vlm_runtime.protocol.settings import ServerLimits
     from edge_vlm_runtime.server.auth import read_api_key
 
     key = read_api_key(args.api_key_file)
@@ -112,7 +168,17 @@ def server_options(args: argparse.Namespace) -> dict[str, Any]:
             "(--api-key-file) keeps others out",
             file=sys.stderr,
         )
-    return {"record_to": args.record, "api_key": key, "tls": _tls(args)}
+    *_, settings = serve_options().values()
+    return {
+        "host": args.host,
+        "port": args.port,
+        "hosts": args.allowed_host,
+        "limits": build(ServerLimits, args),
+        "settings": given(settings, args),
+        "record_to": args.record,
+        "api_key": key,
+        "tls": _tls(args),
+    }
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:
@@ -125,7 +191,8 @@ def _tls(args: argparse.Namespace) -> Tls | None:
         return Tls(args.tls_cert, args.tls_key).check()
     if not args.tls:
         return None
-    made = self_signed(default_folder(), own_names(args.host))
+    names = {*own_names(args.host), *args.allowed_host} - {"*"}
+    made = self_signed(default_folder(), sorted(names))
     print(f"certificate: {made.certificate}  (for clients: --tls-ca)", flush=True)
     return made
 
@@ -136,17 +203,3 @@ def access_of(args: argparse.Namespace) -> Access:
     from edge_vlm_runtime.server.auth import read_api_key
 
     return Access(api_key=read_api_key(args.api_key_file), ca_file=args.tls_ca)
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return value

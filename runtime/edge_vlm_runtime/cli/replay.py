@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
+from edge_vlm_runtime.cli.options import add_backend_arguments
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
-from edge_vlm_runtime.engines.names import add_backend_arguments, backend_options
+from edge_vlm_runtime.engines.names import backend_options
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.bundle_model import LoadedBundle
@@ -68,7 +69,7 @@ def _again(engines: LoadedBundle, recording: Recording) -> int:
     from edge_vlm_runtime.recording.report import Report
 
     report = Report(LineOutput(engines.bundle.config.vision.cell_grid))
-    player = Replay(engines, recording, emit=report.event, told=report.told)
+    player = Replay(engines, recording, on_event=report.on_event, on_message=report.on_message)
     comparison = player.run()
     for status in report.alerts:
         print(alert_summary(status))
@@ -101,8 +102,6 @@ def _measure(args: argparse.Namespace, engines: LoadedBundle, recording: Recordi
 
 
 replay = Command(
-    name="replay",
-    help="run a recorded session again: the same report, or figures at full speed",
     add_arguments=_arguments,
     run=_run,
 )

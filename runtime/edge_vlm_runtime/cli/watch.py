@@ -21,22 +21,20 @@ from edge_vlm_runtime.cli.options import (
     access_of,
     add_access_arguments,
     add_record_argument,
-)
-from edge_vlm_runtime.cli.serve import serve_arguments
-from edge_vlm_runtime.cli.shared import (
-    OWN_SERVER_KEYS,
-    add_bundle_arguments,
     add_settings_arguments,
+    bundle_options,
+    serve_options,
+    settings_of,
+)
+from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
     positive_float,
     server_url,
-    settings_of,
 )
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
-    from edge_vlm_runtime.client.run import PlannedQuestion
 
 
 def _watch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +67,6 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast", action="store_true", help="a file as fast as it is processed, not in real time"
     )
-    add_bundle_arguments(parser)
     add_settings_arguments(parser)
     add_alert_arguments(parser)
     add_access_arguments(parser)
@@ -77,30 +74,26 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from edge_vlm_runtime.client.run import parse_question
-
-    questions = [parse_question(text, args.every) for text in args.ask]
-    questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     if args.record is not None and args.url is not None:
         raise ConfigError(
             "a session is recorded by its server", remedy="give --record to `edge-vlm serve`"
         )
     with alert_outputs(args) as outputs, server_url(args, record_to=args.record) as url:
-        return asyncio.run(_watch_session(args, url, questions, outputs))
+        return asyncio.run(_watch_session(args, url, outputs))
 
 
 async def _watch_session(
-    args: argparse.Namespace,
-    url: str,
-    questions: list[PlannedQuestion],
-    outputs: AlertDispatcher | None,
+    args: argparse.Namespace, url: str, outputs: AlertDispatcher | None
 ) -> int:
     from edge_vlm_runtime.client.client import Client
-    from edge_vlm_runtime.client.run import Outcome, stream
-    from edge_vlm_runtime.client.terminal import make_view, summary_line
+    from edge_vlm_runtime.client.live_table import make_view
+    from edge_vlm_runtime.client.run import Outcome, parse_question, stream
+    from edge_vlm_runtime.client.terminal import summary_line
     from edge_vlm_runtime.sources.container import mask_credentials
     from edge_vlm_runtime.sources.open import open_source
 
+    questions = [parse_question(text, args.every) for text in args.ask]
+    questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     outcome = Outcome()
     access = access_of(args)
     async with await Client.connect(url, settings_of(args), access=access) as client:
@@ -133,11 +126,9 @@ async def _watch_session(
 
 watch = configured(
     Command(
-        name="watch",
-        help="stream a file, webcam or RTSP camera to a server and ask questions",
         add_arguments=_watch_arguments,
         run=_watch,
     ),
-    keys=OWN_SERVER_KEYS,
-    file_of=serve_arguments,
+    bundle_options,
+    file_of=serve_options,
 )

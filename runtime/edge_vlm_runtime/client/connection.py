@@ -8,6 +8,7 @@ a gap is noticed. websockets is imported only here.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import ssl
 from collections import deque
@@ -27,14 +28,16 @@ from edge_vlm.errors import (
     ServerBusy,
     ServerUnreachable,
     SessionGone,
+    UnknownMessageType,
 )
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.protocol.base import UnknownEvent, unknown_event
 
 try:
     import websockets
     from websockets.asyncio.client import ClientConnection, connect
 except ImportError as error:
-    raise MissingExtraError.for_library("websockets", "ort") from error
+    raise MissingExtraError.for_library("websockets", "client") from error
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +112,7 @@ class ResumableConnection:
         first = await _first_event(connection)
         if not isinstance(first, protocol.SessionCreated):
             await connection.close()
-            raise ProtocolError(f"the server began with {protocol.tag_of(type(first))}")
+            raise ProtocolError(f"the server began with {name_of(first)}")
         point = ResumePoint(
             session_id=first.session_id,
             resume_token=first.resume_token,
@@ -150,7 +153,7 @@ class ResumableConnection:
         """The next event. Raises what ended the connection for good, ProtocolError."""
         while True:
             try:
-                event = protocol.decode_server_event(await self._connection.recv())
+                event = _decode_event(await self._connection.recv())
             except websockets.ConnectionClosed as closed:
                 await self._come_back(closed)
                 continue
@@ -252,6 +255,10 @@ async def _connect(url: str, access: Access) -> ClientConnection:
             **extra,
         )
     except (OSError, TimeoutError, websockets.WebSocketException, ValueError) as error:
+        if isinstance(error, websockets.InvalidStatus):
+            with suppress(ValueError, KeyError, TypeError):  # it may be no server of ours
+                detail = json.loads(error.response.body or b"")["error"]
+                raise error_from_detail(protocol.ErrorDetail(**detail)) from error
         raise ServerUnreachable(
             f"no edge-vlm server answers: {error}", where=url, remedy="start `edge-vlm serve`"
         ) from error
@@ -273,7 +280,7 @@ async def _resume(
     first = await _first_event(connection)
     if not isinstance(first, protocol.SessionResumed):
         await connection.close()
-        raise ProtocolError(f"the server began with {protocol.tag_of(type(first))}")
+        raise ProtocolError(f"the server began with {name_of(first)}")
     return connection, first
 
 
@@ -281,7 +288,7 @@ async def _first_event(connection: ClientConnection) -> protocol.ServerEvent:
     """Raises what the server says instead."""
     try:
         text = await asyncio.wait_for(connection.recv(), OPEN_TIMEOUT_S)
-        event = protocol.decode_server_event(text)
+        event = _decode_event(text)
     except websockets.ConnectionClosed as closed:
         raise closed_error(closed) from closed
     except asyncio.TimeoutError as error:
@@ -294,6 +301,19 @@ async def _first_event(connection: ClientConnection) -> protocol.ServerEvent:
         await connection.close()
         raise error_from_detail(event.error)
     return event
+
+
+def _decode_event(text: str | bytes) -> protocol.ServerEvent:
+    """An UnknownEvent for what only a newer version knows. Raises ProtocolError."""
+    try:
+        return protocol.decode_server_event(text)
+    except UnknownMessageType:
+        return unknown_event(text)
+
+
+def name_of(event: protocol.ServerEvent) -> str:
+    """What stood as `type` in it."""
+    return event.name if isinstance(event, UnknownEvent) else protocol.tag_of(type(event))
 
 
 def error_from_detail(detail: protocol.ErrorDetail) -> EdgeVlmError:

@@ -1,13 +1,39 @@
-"""The figures of a running stream, for a table that is drawn again and again."""
+"""A running stream as a table that is drawn again and again. Rich is imported only here."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from types import TracebackType
 
+from edge_vlm.errors import EdgeVlmError, MissingExtraError
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client.answers import Answer
+from edge_vlm_runtime.client.run import PlannedQuestion
+from edge_vlm_runtime.client.terminal import (
+    LineOutput,
+    alert_line,
+    answer_line,
+    heat_rows,
+    point_lines,
+)
+from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertTriggered
+from edge_vlm_runtime.sources.container import Picture
 
+try:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    raise MissingExtraError.for_library("rich", "client") from error
+
+MAX_ANSWERS = 8
+MAX_ALERTS = 8
+DRAW_EVERY_S = 0.125
 HISTORY = 12
 """Frames over which rates are averaged."""
 NOTHING = "-"
@@ -113,3 +139,88 @@ def _speed(done: protocol.ResponseDone) -> str:
 
 def _gauge(value: float | None, show: Callable[[float], str]) -> str:
     return NOTHING if value is None else show(value)
+
+
+class LiveTable(LineOutput):
+    """A table that is redrawn: rates, drops, the heat map of the last frame, the answers."""
+
+    def __init__(self, grid: int, title: str) -> None:
+        super().__init__(grid)
+        self._title = title
+        self._gauges = LiveGauges()
+        self._answers: dict[PlannedQuestion, str] = {}
+        self._alerts: list[str] = []
+        self._drawn_s = 0.0
+        # Drawn by us, not by a thread of rich: an output that is gone is noticed here.
+        self._live = Live(console=Console(), auto_refresh=False, get_renderable=self._render)
+
+    def __enter__(self) -> LiveTable:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def _draw(self) -> None:
+        """Something has changed. The server's `session.stats` come every second at least."""
+        now_s = time.monotonic()
+        if self._live.is_started and now_s - self._drawn_s >= DRAW_EVERY_S:
+            self._drawn_s = now_s
+            self._live.refresh()
+
+    def sent(self, sequence: int, picture: Picture) -> None:
+        self._gauges.sent()
+
+    def event(self, event: protocol.ServerEvent) -> None:
+        self._gauges.event(event)
+        if isinstance(event, (AlertTriggered, AlertCleared)):
+            self._alerts = [*self._alerts, alert_line(event)][-MAX_ALERTS:]
+        self._draw()
+
+    def asked(self, question: PlannedQuestion, after_s: float) -> None:
+        self._answers[question] = ""
+        while len(self._answers) > MAX_ANSWERS:
+            self._answers.pop(next(iter(self._answers)))
+
+    def delta(self, question: PlannedQuestion, text: str) -> None:
+        if question in self._answers:
+            self._answers[question] += text
+        self._draw()
+
+    def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
+        points = point_lines(result) if isinstance(result, Answer) else []
+        self._answers[question] = "\n".join([answer_line(result), *points])
+
+    def _render(self) -> Panel:
+        gauges = Table.grid(padding=(0, 2))
+        for name, value in self._gauges.rows():
+            gauges.add_row(Text(name, style="dim"), value)
+        parts = Table.grid(padding=(0, 4))
+        parts.add_row(gauges, self._heat_map())
+        dialogue = Table.grid(padding=(0, 1))
+        for question, text in self._answers.items():
+            dialogue.add_row(Text("?", style="bold"), Text(question.text, style="bold"))
+            dialogue.add_row(Text(">"), Text(text or "..."))
+        for text in self._alerts:
+            dialogue.add_row(Text("!", style="bold"), Text(text.removeprefix("! ")))
+        return Panel(Group(parts, Text(), dialogue), title=self._title, title_align="left")
+
+    def _heat_map(self) -> Text:
+        last = self._gauges.newest
+        if last is None:
+            return Text("no frame yet", style="dim")
+        rows = "\n".join(heat_rows(last.kept_cells, self._grid))
+        return Text(
+            f"frame {last.frame_sequence}, t={last.time_s:.1f} s, "
+            f"kept {last.cells_kept}/{last.cells_seen}\n{rows}"
+        )
+
+
+def make_view(grid: int, title: str) -> LineOutput:
+    """The table on a terminal, plain lines elsewhere."""
+    return LiveTable(grid, title) if sys.stdout.isatty() else LineOutput(grid)

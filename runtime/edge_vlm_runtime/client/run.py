@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,7 @@ from edge_vlm_runtime.sources.container import Picture, Source
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedQuestion:
-    """Asked when the picture of `at_s` seconds has been processed; None: behind the last one."""
+    """Asked when the picture of `at_s` seconds has been processed; None: after the last one."""
 
     text: str
     detail: Detail = "video"
@@ -33,18 +34,26 @@ class Outcome:
     frames_processed: int = 0
     cells_seen: int = 0
     cells_kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
     elapsed_s: float = 0.0
-    answers: list[tuple[PlannedQuestion, Answer | EdgeVlmError]] = field(default_factory=list)
+    questions: int = 0
+    answers: int = 0
+    question_error: EdgeVlmError | None = None
+    """Of the first question without an answer."""
     source_error: VideoError | None = None
     """The source broke on its way; everything before that was streamed and answered."""
 
+    def note(self, result: Answer | EdgeVlmError) -> None:
+        """Counts a question by what came of it. Answers are not kept: a run may have no end."""
+        self.questions += 1
+        if isinstance(result, Answer):
+            self.answers += 1
+        else:
+            self.question_error = self.question_error or result
+
     @property
     def first_error(self) -> EdgeVlmError | None:
-        for _, result in self.answers:
-            if isinstance(result, EdgeVlmError):
-                return result
-        return self.source_error
+        return self.question_error or self.source_error
 
 
 class Observer:
@@ -75,8 +84,9 @@ async def stream(
     """Sends every picture of the source; returns when all of them and all questions are done.
 
     A file is held to real time if `real_time`. Cancelling ends the source; what was reached until
-    then stands in the `outcome` that was passed in. Raises what ends the connection; what is wrong
-    with the source or a question stands in the outcome.
+    then stands in the `outcome` that was passed in. Raises what ends the client, also when the
+    source gives nothing, and what the observer raises; what is wrong with the source or a question
+    stands in the outcome.
     """
     run = _Run(source, client, observer or Observer(), outcome or Outcome())
     begin = run.loop.time()
@@ -97,16 +107,16 @@ class _Run:
         self.observer = observer
         self.outcome = outcome
         self.loop = asyncio.get_running_loop()
-        self._answers: list[asyncio.Task[None]] = []
+        self._answers: set[asyncio.Task[None]] = set()
+        """Of questions that wait for the rest of their answer."""
 
     def count(self, elapsed_s: float) -> None:
         """Copies what the client has counted."""
-        outcome, client = self.outcome, self.client
+        outcome, frames = self.outcome, self.client.frames
         outcome.elapsed_s = elapsed_s
-        outcome.frames_processed = len(client.accepted)
-        outcome.cells_seen = sum(event.cells_seen for event in client.accepted.values())
-        outcome.cells_kept = sum(event.cells_kept for event in client.accepted.values())
-        outcome.dropped = dict(client.drop_counts())
+        outcome.frames_processed = frames.processed
+        outcome.cells_seen, outcome.cells_kept = frames.cells_seen, frames.cells_kept
+        outcome.dropped = Counter(frames.dropped)
 
     async def send_pictures(self, questions: list[PlannedQuestion], paced: bool) -> None:
         waiting = [question for question in questions if question.at_s is not None]
@@ -116,7 +126,7 @@ class _Run:
         try:
             while True:
                 try:
-                    picture = await asyncio.to_thread(next, pictures, None)
+                    picture = await self._next(pictures)
                 except VideoError as error:
                     self.outcome.source_error = error
                     break
@@ -135,10 +145,19 @@ class _Run:
             for question in [*waiting, *(q for q in questions if q.at_s is None)]:
                 await self._ask(question, last_s)
             await asyncio.gather(*self._answers)
+            await self.client.wait_processed()  # raises what the observer raised meanwhile
         finally:
             for task in self._answers:
                 task.cancel()
             await asyncio.gather(*self._answers, return_exceptions=True)
+
+    async def _next(self, pictures: Iterator[Picture]) -> Picture | None:
+        """A camera may be silent for long: what ends the client does not wait for it."""
+        coming = asyncio.create_task(asyncio.to_thread(next, pictures, None))
+        try:
+            return await self.client.wait(coming)
+        finally:
+            coming.cancel()
 
     async def _ask_due(self, waiting: list[PlannedQuestion], now_s: float) -> list[PlannedQuestion]:
         """Asks what is due; returns what is still to be asked."""
@@ -161,20 +180,25 @@ class _Run:
             return
         self.observer.asked(question, after_s)
         answer = await self.client.start_answer(question.text, question.detail)
-        self._answers.append(asyncio.create_task(self._follow(question, answer)))
+        task = asyncio.create_task(self._follow(question, answer))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
 
     async def _follow(self, question: PlannedQuestion, answer: AnswerStream) -> None:
-        async for delta in answer:
-            self.observer.delta(question, delta)
-        result: Answer | EdgeVlmError
         try:
-            result = await answer.answer()
-        except EdgeVlmError as error:
-            result = error
-        self._note(question, result)
+            result: Answer | EdgeVlmError
+            try:
+                async for delta in answer:
+                    self.observer.delta(question, delta)
+                result = await answer.answer()
+            except EdgeVlmError as error:
+                result = error
+            self._note(question, result)
+        except Exception as error:  # noqa: BLE001 - whoever streams waits on the client
+            self.client.fail(error)
 
     def _note(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
-        self.outcome.answers.append((question, result))
+        self.outcome.note(result)
         self.observer.answered(question, result)
 
 

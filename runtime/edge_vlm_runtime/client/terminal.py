@@ -1,7 +1,4 @@
-"""What the terminal shows of a running stream: a live table, or plain lines when it is no terminal.
-
-Rich is imported only here.
-"""
+"""What a running stream prints, one line for each thing that happens; `live_table` has a table."""
 
 from __future__ import annotations
 
@@ -10,25 +7,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TextIO
 
-from edge_vlm.errors import EdgeVlmError, MissingExtraError
+from edge_vlm.errors import EdgeVlmError
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.client.client import Answer
-from edge_vlm_runtime.client.live_table import LiveGauges
+from edge_vlm_runtime.client.answers import Answer
 from edge_vlm_runtime.client.run import Observer, Outcome, PlannedQuestion
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertTriggered
-from edge_vlm_runtime.sources.container import Picture
 
-try:
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-except ImportError as error:
-    raise MissingExtraError.for_library("rich", "ort") from error
-
-MAX_ANSWERS = 8
-MAX_ALERTS = 8
 MAX_POINTS = 12
 KEPT, DROPPED = "█", "·"
 
@@ -107,18 +91,17 @@ def answer_times(answer: Answer) -> str:
         return ""
     if answer.time_offset_s:
         times += f", its times count from {answer.time_offset_s:.1f} s"
-    return f"{times}, seen until {answer.newest_frame_s:.1f} s]"
+    return f"{times}, seen until {answer.newest_frame.time_s:.1f} s]"
 
 
 def summary_line(outcome: Outcome) -> str:
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.dropped.items()))
     share = outcome.cells_kept / outcome.cells_seen if outcome.cells_seen else 0.0
-    answered = sum(isinstance(result, Answer) for _, result in outcome.answers)
     rate = outcome.frames_processed / outcome.elapsed_s if outcome.elapsed_s > 0 else 0.0
     return (
         f"{outcome.frames_sent} frames sent, {outcome.frames_processed} processed, "
         f"dropped: {dropped or 'none'}; {share:.0%} of the cells kept; "
-        f"{answered} of {len(outcome.answers)} questions answered; "
+        f"{outcome.answers} of {outcome.questions} questions answered; "
         f"{outcome.elapsed_s:.1f} s ({rate:.1f} frames/s)"
     )
 
@@ -129,7 +112,7 @@ class LineOutput(Observer):
     def __init__(self, grid: int, out: TextIO | None = None) -> None:
         self._grid = grid
         self._out = out or sys.stdout
-        self._told: set[str] = set()
+        self._once_said: set[str] = set()
 
     def __enter__(self) -> LineOutput:
         return self
@@ -147,8 +130,8 @@ class LineOutput(Observer):
 
     def _once(self, text: str) -> None:
         """What would otherwise be said with every frame."""
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._once_said:
+            self._once_said.add(text)
             self.line(text)
 
     def event(self, event: protocol.ServerEvent) -> None:
@@ -174,78 +157,3 @@ class LineOutput(Observer):
         self.line(f"> {answer_line(result)}")
         for line in point_lines(result) if isinstance(result, Answer) else []:
             self.line(line)
-
-
-class LiveTable(LineOutput):
-    """A table that is redrawn: rates, drops, the heat map of the last frame, the answers."""
-
-    def __init__(self, grid: int, title: str) -> None:
-        super().__init__(grid)
-        self._title = title
-        self._gauges = LiveGauges()
-        self._answers: dict[PlannedQuestion, str] = {}
-        self._alerts: list[str] = []
-        # Last, because it draws at once.
-        self._live = Live(console=Console(), refresh_per_second=8, get_renderable=self._render)
-
-    def __enter__(self) -> LiveTable:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.stop()
-
-    def sent(self, sequence: int, picture: Picture) -> None:
-        self._gauges.sent()
-
-    def event(self, event: protocol.ServerEvent) -> None:
-        self._gauges.event(event)
-        if isinstance(event, (AlertTriggered, AlertCleared)):
-            self._alerts = [*self._alerts, alert_line(event)][-MAX_ALERTS:]
-
-    def asked(self, question: PlannedQuestion, after_s: float) -> None:
-        self._answers[question] = ""
-        while len(self._answers) > MAX_ANSWERS:
-            self._answers.pop(next(iter(self._answers)))
-
-    def delta(self, question: PlannedQuestion, text: str) -> None:
-        if question in self._answers:
-            self._answers[question] += text
-
-    def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
-        points = point_lines(result) if isinstance(result, Answer) else []
-        self._answers[question] = "\n".join([answer_line(result), *points])
-
-    def _render(self) -> Panel:
-        gauges = Table.grid(padding=(0, 2))
-        for name, value in self._gauges.rows():
-            gauges.add_row(Text(name, style="dim"), value)
-        parts = Table.grid(padding=(0, 4))
-        parts.add_row(gauges, self._heat_map())
-        dialogue = Table.grid(padding=(0, 1))
-        for question, text in self._answers.items():
-            dialogue.add_row(Text("?", style="bold"), Text(question.text, style="bold"))
-            dialogue.add_row(Text(">"), Text(text or "..."))
-        for text in self._alerts:
-            dialogue.add_row(Text("!", style="bold"), Text(text.removeprefix("! ")))
-        return Panel(Group(parts, Text(), dialogue), title=self._title, title_align="left")
-
-    def _heat_map(self) -> Text:
-        last = self._gauges.newest
-        if last is None:
-            return Text("no frame yet", style="dim")
-        rows = "\n".join(heat_rows(last.kept_cells, self._grid))
-        return Text(
-            f"frame {last.frame_sequence}, t={last.time_s:.1f} s, "
-            f"kept {last.cells_kept}/{last.cells_seen}\n{rows}"
-        )
-
-
-def make_view(grid: int, title: str) -> LineOutput:
-    """The live view on a terminal, plain lines elsewhere."""
-    return LiveTable(grid, title) if sys.stdout.isatty() else LineOutput(grid)

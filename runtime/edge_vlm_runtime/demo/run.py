@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
 import logging
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edge_vlm.errors import ConfigError, EdgeVlmError
 from edge_vlm_runtime import protocol
@@ -20,9 +20,6 @@ from edge_vlm_runtime.client.terminal import LineOutput, answer_times, frame_lin
 from edge_vlm_runtime.engines.names import backend_options
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.sources.video_file import FileSource
-
-if TYPE_CHECKING:
-    from edge_vlm_runtime.client.run import Outcome, PlannedQuestion
 
 DONE, FAILED = 0, 1
 
@@ -64,6 +61,7 @@ class DemoView(LineOutput):
         self._open: list[PlannedQuestion] = []
         self._held_back: list[str] = []
         self.right = 0
+        self.problems: list[str] = []
 
     def event(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, protocol.FrameAccepted):
@@ -96,8 +94,11 @@ class DemoView(LineOutput):
             self.right += right
             mark = "right" if right else "wrong"
             self.line(f"   ({mark}, truth: {truth}){answer_times(result)}\n")
+            if result.status != "completed" or not result.text.strip():
+                self.problems.append(f"an empty answer to {question.text!r}")
         else:
             self.line(f"no answer: {result.code}: {result}\n")
+            self.problems.append(f"no answer to {question.text!r}: {result}")
         self._open.remove(question)
         if self._open:
             self._begin(self._open[0])
@@ -121,9 +122,9 @@ def run_demo(args: argparse.Namespace) -> int:
             f"{clip.fps:g} frames/s, over {server.url}\n",
             flush=True,
         )
-        outcome, right = asyncio.run(_stream_clip(server.url, clip))
-        print(f"\n{summary_line(outcome)}; {right} of {len(clip.questions)} right")
-        code = _verdict(outcome)
+        outcome, view = asyncio.run(_stream_clip(server.url, clip))
+        print(f"\n{summary_line(outcome)}; {view.right} of {len(clip.questions)} right")
+        code = _verdict(outcome, view.problems)
         print(f"\nBrowser page: {server.page_url}  (or any time: edge-vlm serve)", flush=True)
         if args.exit or not (sys.stdin.isatty() and sys.stdout.isatty()):
             return code
@@ -139,30 +140,30 @@ def _open_server(args: argparse.Namespace) -> Server:
     options = {"threads": args.threads, **backend_options(args)}
     try:
         return Server.open(args.bundle, port=args.port, **options)
-    except ConfigError:  # somebody else has the usual port: the demo takes any free one
+    except ConfigError as error:
+        cause = error.__cause__
+        if not (isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE):
+            raise
+        # Somebody else has the usual port: the demo takes any free one.
         return Server.open(args.bundle, port=0, **options)
 
 
-async def _stream_clip(url: str, clip: DemoClip) -> tuple[Outcome, int]:
+async def _stream_clip(url: str, clip: DemoClip) -> tuple[Outcome, DemoView]:
     async with await Client.connect(url, {"delivery": "wait"}) as client:
         view = DemoView(client.created.model.limits.cell_grid, clip)
         client.on_event = view.event
         source = FileSource(clip.video, clip.fps)
         outcome = await stream(source, client, clip.questions, real_time=True, observer=view)
-    return outcome, view.right
+    return outcome, view
 
 
-def _verdict(outcome: Outcome) -> int:
+def _verdict(outcome: Outcome, unanswered: list[str]) -> int:
     problems = []
     if outcome.source_error is not None:
         problems.append(str(outcome.source_error))
     if outcome.frames_sent == 0 or outcome.frames_processed != outcome.frames_sent:
         problems.append(f"{outcome.frames_processed} of {outcome.frames_sent} frames processed")
-    for question, result in outcome.answers:
-        if isinstance(result, EdgeVlmError):
-            problems.append(f"no answer to {question.text!r}: {result}")
-        elif result.status != "completed" or not result.text.strip():
-            problems.append(f"an empty answer to {question.text!r}")
+    problems += unanswered
     for problem in problems:
         print(f"edge-vlm demo: {problem}", file=sys.stderr)
     return FAILED if problems else DONE

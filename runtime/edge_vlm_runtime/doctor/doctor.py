@@ -211,7 +211,7 @@ def check_run(plan: Plan, before: list[Check]) -> Check:
             fix=error.remedy or EXPORT,
             needed=True,
         )
-    except Exception as error:  # a library's own: this is the place to hear of it
+    except Exception as error:  # noqa: BLE001  a library's own: this is the place to hear of it
         return Check(
             name="run", state=State.WRONG, text=f"E-INTERNAL: {error!r}", fix=EXPORT, needed=True
         )

@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-Player = TypeVar("Player")
+SessionT = TypeVar("SessionT")
 
 BURST = 2.0
 """Units of video that may be saved up: a long prefill is not followed by a long pause."""
-NEWS = 0.3
+EWMA_WEIGHT = 0.3
 """Weight of the last unit's time in what is expected of the next one."""
 
 
@@ -47,49 +47,46 @@ class TokenBucket:
         if owed:
             self._saved_ns -= took_ns
         before_ns = self._expected_ns or took_ns
-        self._expected_ns = before_ns + NEWS * (took_ns - before_ns)
+        self._expected_ns = before_ns + EWMA_WEIGHT * (took_ns - before_ns)
 
     def reset(self) -> None:
         """Nobody is being answered."""
         self._saved_ns = 0.0
 
 
-class Scheduler(Generic[Player]):
-    """One round after the other over all players. One thread."""
+class Scheduler(Generic[SessionT]):
+    """One round after the other over all sessions. One thread."""
 
     def __init__(
         self,
         *,
-        answer: Callable[[Player], bool],
-        watch: Callable[[Player], bool],
+        answer: Callable[[SessionT], bool],
+        watch: Callable[[SessionT], bool],
         clock_ns: Callable[[], int],
         max_answer_slowdown: float,
     ) -> None:
-        """`answer` and `watch` do one unit of a player's work, False when it has none.
+        """`answer` and `watch` do one unit of a session's work, False when it has none.
 
         `max_answer_slowdown`: time of video while answers are decoded, as a share of theirs.
         """
         self._do_answer = answer
         self._do_watch = watch
         self._clock_ns = clock_ns
-        self._allowance = TokenBucket(max_answer_slowdown)
-        self._players: deque[Player] = deque()
+        self._bucket = TokenBucket(max_answer_slowdown)
+        self._sessions: deque[SessionT] = deque()
 
-    def add(self, player: Player) -> None:
-        self._players.append(player)
+    def add(self, session: SessionT) -> None:
+        self._sessions.append(session)
 
-    def remove(self, player: Player) -> None:
-        """No more turns for it. May be called by its own work; twice does no harm."""
-        if player in self._players:
-            self._players.remove(player)
-
-    def __contains__(self, player: Player) -> bool:
-        return player in self._players
+    def remove(self, session: SessionT) -> None:
+        """No more turns for it. May be called by its own work, and more than once."""
+        if session in self._sessions:
+            self._sessions.remove(session)
 
     @property
-    def players(self) -> list[Player]:
+    def sessions(self) -> list[SessionT]:
         """All of them; the next one to watch is the first."""
-        return list(self._players)
+        return list(self._sessions)
 
     def round(self, *, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """A turn for everybody; False when nobody had anything to do.
@@ -98,22 +95,22 @@ class Scheduler(Generic[Player]):
         have come), and the next one goes on with whoever would have been next.
         """
         answered = False
-        for player in self.players:
+        for session in self.sessions:
             begin_ns = self._clock_ns()
-            if self._do_answer(player):
+            if self._do_answer(session):
                 answered = True
-                self._allowance.answered(self._clock_ns() - begin_ns)
+                self._bucket.answered(self._clock_ns() - begin_ns)
         if not answered:
-            self._allowance.reset()
+            self._bucket.reset()
         watched = False
-        for player in self.players:
-            if (answered and not self._allowance.suffices()) or (watched and interrupted()):
+        for session in self.sessions:
+            if (answered and not self._bucket.suffices()) or (watched and interrupted()):
                 break
-            if player not in self._players:
+            if session not in self._sessions:
                 continue
-            self._players.rotate(-1)
+            self._sessions.rotate(-1)
             begin_ns = self._clock_ns()
-            if self._do_watch(player):
-                self._allowance.watched(self._clock_ns() - begin_ns, owed=answered)
+            if self._do_watch(session):
+                self._bucket.watched(self._clock_ns() - begin_ns, owed=answered)
                 watched = True
         return answered or watched

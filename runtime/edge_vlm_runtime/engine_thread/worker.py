@@ -1,9 +1,4 @@
-"""The one thread that owns the engines and works for all sessions in turn.
-
-The socket's side hands over frames (into its queue) and calls (a queue of closures that
-run on this thread); what a session has to say goes out through the `emit` it was opened with, which
-must not block.
-"""
+"""The one thread that owns the engines and works for all sessions in turn."""
 
 from __future__ import annotations
 
@@ -12,101 +7,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
-from edge_vlm.errors import EdgeVlmError, InternalError
+from edge_vlm.errors import EdgeVlmError, InternalError, ServerBusy
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.engine_thread.handle import CallLog, SessionHandle
 from edge_vlm_runtime.engine_thread.scheduler import Scheduler
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
-from edge_vlm_runtime.recording.recorder import NoTape
-from edge_vlm_runtime.session.frame_queue import Dropped, EncodedFrame
 from edge_vlm_runtime.session.session import Session
-from edge_vlm_runtime.session.video_feed import Emit, dropped_event
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 
 log = logging.getLogger(__name__)
 
-STATS_INTERVAL_NS = 1_000_000_000
 IDLE_WAIT_S = 0.25
-
-
-class SessionHandle:
-    """The socket side's end of one session. Every method returns at once."""
-
-    def __init__(
-        self,
-        worker: EngineWorker,
-        session: Session,
-        emit: Emit,
-        on_failure: Callable[[], None],
-        tape: NoTape,
-    ) -> None:
-        self._worker = worker
-        self.emit = emit
-        self.tape = tape
-        self.on_failure = on_failure
-        """Called when a bug ended the session; it emits nothing afterwards."""
-        self.session: Session | None = session
-        """Only the engine thread touches it, except for its slot; None once it has ended."""
-        self.next_stats_ns = worker.clock_ns() + STATS_INTERVAL_NS
-        self._slot = session.slot
-        # Two counters, because each may be changed by one thread only.
-        self._num_taken = 0
-        self._num_done = 0
-
-    @property
-    def is_answering(self) -> bool:
-        session = self.session
-        return session is not None and session.is_answering
-
-    def put_frame(self, frame: EncodedFrame) -> None:
-        """Hands a frame over; its outcome comes as an event."""
-        self._report(self._slot.put(frame))
-        self._worker.wake()
-
-    def refuse_frame(self, frame: EncodedFrame, error: EdgeVlmError) -> None:
-        """Gives a frame whose message was broken its outcome."""
-        self._report(self.tape.refuse(self._slot, frame, error), error)
-
-    def _report(self, dropped: list[Dropped], error: EdgeVlmError | None = None) -> None:
-        for frame, reason in dropped:
-            self.emit(dropped_event(frame, reason, error))
-
-    def take(self, message: protocol.ClientMessage) -> None:
-        """Hands a message over; see Session.take. Its errors come as events."""
-        received_ns = self._worker.clock_ns()
-        self._num_taken += 1
-
-        def run() -> None:
-            self._num_done += 1
-            session = self.session
-            if session is not None:
-                self.tape.work(
-                    "message",
-                    lambda: deliver(session, message, received_ns, self.emit),
-                    message=message,
-                    received_ns=received_ns,
-                )
-
-        self._worker.post(self, run)
-
-    @property
-    def num_waiting(self) -> int:
-        """Messages handed over that the engine thread has not come to."""
-        return self._num_taken - self._num_done
-
-
-def deliver(
-    session: Session, message: protocol.ClientMessage, received_ns: int, emit: Emit
-) -> None:
-    """What the session raises becomes an `error` event."""
-    try:
-        session.take(message, received_ns)
-    except EdgeVlmError as error:
-        emit(protocol.error_event(error, event_id=message.event_id))
 
 
 class EngineWorker:
@@ -122,12 +37,13 @@ class EngineWorker:
         self._limits = limits
         self.clock_ns = clock_ns
         self._wake = threading.Condition()
-        self._calls: deque[tuple[SessionHandle | None, Callable[[], None]]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._woken = False
         self._stopping = False
-        self._turns: Scheduler[SessionHandle] = Scheduler(
-            answer=lambda handle: self._do(handle, "answer"),
-            watch=lambda handle: self._do(handle, "watch"),
+        self._ended = False
+        self._scheduler: Scheduler[SessionHandle] = Scheduler(
+            answer=lambda handle: handle.answer(),
+            watch=lambda handle: handle.watch(),
             clock_ns=clock_ns,
             max_answer_slowdown=limits.max_answer_slowdown,
         )
@@ -154,113 +70,121 @@ class EngineWorker:
             self._woken = True
             self._wake.notify()
 
-    def post(self, handle: SessionHandle | None, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], None]) -> None:
+        """`call` is made on the engine thread, after those posted before it. Raises ServerBusy when
+        that thread has ended."""
         with self._wake:
-            self._calls.append((handle, call))
+            if self._ended:
+                raise ServerBusy("the server is stopping", remedy="connect again later")
+            self._calls.append(call)
             self._wake.notify()
 
     def open_session(
         self,
         settings: SessionSettings,
-        emit: Emit,
+        *,
+        now_ns: int,
+        send: Callable[[list[protocol.ServerEvent]], None],
         on_open: Callable[[SessionHandle | EdgeVlmError], None],
         on_failure: Callable[[], None],
-        tape: NoTape | None = None,
+        call_log: CallLog | None = None,
     ) -> None:
-        """Makes a session; `on_open` gets its handle or the error, on the engine thread. What it
-        does goes on the tape, which is closed with it."""
-        used = tape or NoTape()
-        noted = used.emit(emit)
+        """Makes a session that begins at `now_ns`; `on_open` gets its handle or the error, on the
+        engine thread. For the rest see `SessionHandle`. Raises ServerBusy when the thread has
+        ended."""
 
-        def construct() -> Session:
-            return Session(
-                engines=self._engines,
-                settings=settings,
-                limits=self._limits,
-                emit=noted,
-                clock_ns=used.clock(self.clock_ns),
-                make_slot=used.make_slot,
-            )
+        def refuse(error: EdgeVlmError) -> None:
+            if call_log is not None:
+                call_log.close()
+            on_open(error)
 
         def make() -> None:
             try:
-                session = used.work("open", construct)
+                session = Session(
+                    engines=self._engines,
+                    settings=settings,
+                    limits=self._limits,
+                    now_ns=now_ns,
+                    stopwatch_ns=self.clock_ns,
+                )
             except EdgeVlmError as error:
-                used.close()
-                on_open(error)
+                refuse(error)
                 return
-            handle = SessionHandle(self, session, noted, on_failure, used)
-            self._turns.add(handle)
+            except Exception:  # whatever it is, somebody waits for the outcome
+                log.exception("a session could not be opened")
+                remedy = "see the server's log"
+                refuse(InternalError("the session could not be opened", remedy=remedy))
+                return
+            handle = SessionHandle(
+                session,
+                self._limits,
+                clock_ns=self.clock_ns,
+                send=send,
+                wake=self.wake,
+                on_failure=on_failure,
+                call_log=call_log,
+            )
+            self._scheduler.add(handle)
             on_open(handle)
 
-        self.post(None, make)
+        try:
+            self.post(make)
+        except ServerBusy:
+            if call_log is not None:
+                call_log.close()
+            raise
 
     def close_session(self, handle: SessionHandle, on_closed: Callable[[], None]) -> None:
-        """Ends a session; `on_closed` is called behind its last event."""
+        """Ends a session; `on_closed` is called after its last event. Raises ServerBusy when the
+        thread has ended, and the session with it."""
 
         def close() -> None:
             try:
-                self._end(handle)
+                self._scheduler.remove(handle)
+                handle.close()
             finally:
                 on_closed()
 
-        self.post(None, close)
+        self.post(close)
 
     # ---- the engine thread -------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        while not self._stopping:
+            self._make_calls()
+            handles = self._scheduler.sessions
+            for handle in handles:
+                handle.take_messages()
+            worked = self._scheduler.round(interrupted=lambda: self._has_news)
+            for handle in handles:
+                handle.after_round()
+                if handle.session is None:
+                    self._scheduler.remove(handle)
             with self._wake:
-                if self._stopping:
-                    break
-                calls, self._calls = self._calls, deque()
-                self._woken = False
-            for handle, call in calls:
-                self._guarded(handle, call)
-            worked = self._turns.round(interrupted=lambda: bool(self._calls))
-            for player in self._turns.players:
-                self._guarded(player, partial(self._tell_stats, player))
-            with self._wake:
-                if not worked and not self._calls and not self._woken and not self._stopping:
+                if not worked and not self._has_news and not self._stopping:
                     self._wake.wait(IDLE_WAIT_S)
-        for player in self._turns.players:
-            self._guarded(player, partial(self._end, player))
+        while not self._ended:  # what was posted before the end is answered, too
+            for handle in self._scheduler.sessions:
+                self._scheduler.remove(handle)
+                handle.close()
+            self._make_calls()
+            with self._wake:
+                self._ended = not self._calls and not self._scheduler.sessions
 
-    def _do(self, handle: SessionHandle, name: str) -> bool:
-        """A unit of a session's work; False when it has none."""
-        session = handle.session
-        if session is None:
-            return False
-        unit = session.answer if name == "answer" else session.watch
-        return bool(self._guarded(handle, lambda: handle.tape.work(name, unit)))
+    @property
+    def _has_news(self) -> bool:
+        return self._woken or bool(self._calls)
 
-    def _tell_stats(self, handle: SessionHandle) -> None:
-        session, now_ns = handle.session, self.clock_ns()
-        if session is not None and now_ns >= handle.next_stats_ns:
-            handle.next_stats_ns = now_ns + STATS_INTERVAL_NS
-            handle.tape.work("stats", session.emit_stats)
+    def _make_calls(self) -> None:
+        with self._wake:
+            calls, self._calls = self._calls, deque()
+            self._woken = False
+        for call in calls:
+            _make_call(call)
 
-    def _end(self, handle: SessionHandle) -> None:
-        session, handle.session = handle.session, None
-        self._turns.remove(handle)
-        if session is not None:
-            handle.tape.work("close", session.close)
-            handle.tape.close()
 
-    def _guarded(self, handle: SessionHandle | None, call: Callable[[], object]) -> object:
-        """A bug in one session must not take the others down."""
-        try:
-            return call()
-        except Exception:
-            log.exception("a session failed")
-            if handle is not None and handle in self._turns:
-                self._turns.remove(handle)
-                handle.session = None
-                handle.emit(
-                    protocol.error_event(
-                        InternalError("the session failed", remedy="see the server's log")
-                    )
-                )
-                handle.tape.close()
-                handle.on_failure()
-            return None
+def _make_call(call: Callable[[], None]) -> None:
+    try:
+        call()
+    except Exception:  # one caller's bug must not end the thread that all wait for
+        log.exception("a call on the engine thread failed")

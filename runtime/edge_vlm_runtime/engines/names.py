@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 
@@ -18,21 +17,6 @@ class Backend(str, Enum):
     TRT = "trt"
     """Engines that `edge-vlm build` made, by TensorRT or TensorRT for RTX; the cache is on the
     GPU."""
-
-
-def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--backend",
-        choices=[backend.value for backend in Backend],
-        default=Backend.ORT.value,
-        help="ONNX Runtime on the CPU or on a GPU (cuda), or engines of `build` (default: ort)",
-    )
-    parser.add_argument(
-        "--engines",
-        type=Path,
-        metavar="FOLDER",
-        help="engines for --backend trt (default: BUNDLE/engines)",
-    )
 
 
 def backend_options(args: argparse.Namespace) -> dict[str, Any]:

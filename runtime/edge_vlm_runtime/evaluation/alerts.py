@@ -159,8 +159,7 @@ async def _watch(
         await client.send_frame(jpeg, round(time_s * 1e6))
         await client.wait_processed()  # no frame waits for another, as with a camera
     await client.alerts()  # comes when everything has been checked
-    if client.dropped:
-        reason = next(iter(client.dropped.values())).reason
+    for reason in client.frames.dropped:
         raise RuntimeError(f"footage {part.name}: a frame was dropped ({reason})")
     first_s = part.times_s[0]
     last_s = first_s + _length_s(part)

@@ -15,8 +15,9 @@ from edge_vlm.evaluation.offline import Asked, Prefix, View, answer_clip, can_ru
 from edge_vlm.evaluation.runs import MAX_ANSWER_TOKENS, ClipAnswers, Run
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm.formats.qa_set import ClipQuestions
+from edge_vlm.pixels.frames import Rgb
 from edge_vlm.pixels.patches import to_pixel_values
-from edge_vlm.pruning.policies import Cells, Rgb, Scores
+from edge_vlm.pruning.policies import Cells, Scores
 from edge_vlm_runtime.engines.base import Engine
 from edge_vlm_runtime.engines.ort import OrtEngine
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
@@ -104,7 +105,7 @@ class OfflineBundle:
     def _answer(self, arena: KVArena, asked: Asked, max_tokens: int) -> str:
         language, prompt = self._engines.language, self.prompt
         logits = language.prefill(arena, language.embed(asked.ids))
-        tokens = generate(language, arena, logits, Sampling(), prompt.eos_id, max_tokens)
+        tokens = generate(language, arena, logits, Sampling(), prompt.eos_ids, max_tokens)
         return prompt.tokenizer.decode(list(tokens))
 
     def close(self) -> None:

@@ -62,8 +62,7 @@ async def ask_clip(
             if run.policy != FEWER_FRAMES or run.shows_frame(i):
                 await client.send_frame(jpeg, round(time_s * 1e6))
                 await client.wait_processed()
-            if client.dropped:
-                reason = next(iter(client.dropped.values())).reason
+            for reason in client.frames.dropped:
                 raise SessionError(
                     f"frame {i} was dropped ({reason})",
                     where=f"clip {clip.name}, run {run.name}",
@@ -73,7 +72,7 @@ async def ask_clip(
                 if question.frame == i:
                     texts[number] = (await client.ask(question.text)).text
         num_cells = client.created.model.limits.num_cells
-        kept = sum(event.cells_kept for event in client.accepted.values())
+        kept = client.frames.cells_kept
         if run.policy == LAST_N:
             kept = num_cells * min(run.frames_kept(len(clip.jpegs)), len(clip.jpegs))
     return ClipAnswers(texts, num_cells * len(clip.jpegs), kept)

@@ -106,7 +106,8 @@ def _prompt(bundle: EngineBundle) -> PromptFormat:
             f"the tokenizer does not fit: {error}", where=bundle.path
         ) from error
     language = bundle.config.language
-    if prompt.patch_id >= language.vocab or prompt.eos_id >= language.base_vocab:
+    last_written = max(prompt.bos_id, *prompt.eos_ids)
+    if prompt.patch_id >= language.vocab or last_written >= language.base_vocab:
         raise BundleSchemaError(
             "the tokenizer has ids that the model's vocabulary lacks", where=bundle.path
         )

@@ -16,16 +16,16 @@ def generate(
     arena: KVArena,
     logits: np.ndarray,
     sampling: Sampling,
-    eos_id: int | Collection[int],
+    eos_ids: Collection[int],
     max_tokens: int,
 ) -> Generator[int, None, str]:
-    """Yields the answer's tokens, at most `max_tokens`, without the end token.
+    """Yields the answer's tokens, at most `max_tokens`, without the end token (any of `eos_ids`).
 
     `logits` are those behind the prompt. The first token needs no run, each later one a single
     decode step; the last one is never appended to the arena. Returns "stop" after an end token or
     "length". Dropping the iterator cancels the answer: the caller truncates the arena.
     """
-    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
+    ends = frozenset(eos_ids)
     sampler = Sampler(sampling)
     for num_left in range(max_tokens - 1, -1, -1):
         token = sampler.sample(logits)

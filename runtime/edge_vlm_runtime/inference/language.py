@@ -13,14 +13,10 @@ import numpy.typing as npt
 from edge_vlm.config import LanguageConfig
 from edge_vlm.errors import NonFinite, PositionsUsedUp, ShapeRange
 from edge_vlm.formats.precision import KVLayout
+from edge_vlm.text.masks import CAUSAL, block_bias, branch_bias
 from edge_vlm.text.rope import rope_table
 from edge_vlm_runtime.engines.base import CacheMemory, Engine
 from edge_vlm_runtime.inference.kv_arena import KVArena
-
-MASKED = -30_000.0
-"""Added to the score of a pair that must not attend: finite, so fp16-safe and never a NaN row."""
-CAUSAL = -1
-"""Block id of a token that sees only what came before it."""
 
 
 class LanguageModel:
@@ -176,11 +172,12 @@ class LanguageModel:
 
     def _run(self, arena: KVArena, embeds: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
         s, p, first = len(embeds), arena.length, arena.next_position
-        bias = self._no_bias[: p + 1][None] if s == 1 or ids is None else attention_bias(ids, p)
+        bias = self._no_bias[: p + 1][None] if s == 1 or ids is None else block_bias(ids, p)
         self._last_idx[0] = s - 1
         logits = self._infer(arena, embeds, slice(first, first + s), bias, self._last_idx)
         arena.append(s)
-        return logits[0]
+        rows: npt.NDArray[np.float32] = logits[0]
+        return rows
 
     def _infer(
         self,
@@ -212,25 +209,6 @@ class LanguageModel:
         if not np.isfinite(logits).all():
             raise NonFinite("the logits are not finite", where="llm")
         return logits
-
-
-def attention_bias(block_ids: np.ndarray, past: int) -> np.ndarray:
-    """Additive mask f32 [s, past + s]: 0 where a row may look, MASKED elsewhere."""
-    s = len(block_ids)
-    bias = np.zeros((s, past + s), np.float32)
-    visible = np.tri(s, dtype=np.bool_)
-    visible |= (block_ids[:, None] == block_ids[None, :]) & (block_ids >= 0)[:, None]
-    bias[:, past:][~visible] = MASKED
-    return bias
-
-
-def branch_bias(branch_ids: np.ndarray, past: int) -> np.ndarray:
-    """Additive mask f32 [s, past + s]: a row sees the past and its own branch up to itself."""
-    s = len(branch_ids)
-    bias = np.zeros((s, past + s), np.float32)
-    visible = np.tri(s, dtype=np.bool_) & (branch_ids[:, None] == branch_ids[None, :])
-    bias[:, past:][~visible] = MASKED
-    return bias
 
 
 def chunks(block_ids: np.ndarray, most: int) -> list[tuple[int, int]]:

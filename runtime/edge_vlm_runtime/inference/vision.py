@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import NonFinite
@@ -33,6 +34,8 @@ class FrameTokens:
     seq: int
     stage_ms: dict[str, float]
     """Milliseconds spent in `preprocess`, `vit_stem`, `select` and `vit_trunk`."""
+    received_ns: int = 0
+    """Arrival of the frame on the server's clock, where one keeps it."""
 
 
 class VisionState:
@@ -117,7 +120,8 @@ class VisionPipeline:
         stem.run()
         if not np.isfinite(scores).all():
             raise NonFinite("the token scores of a frame are not finite", where="vit_stem")
-        return scores[0]
+        cells: npt.NDArray[np.float32] = scores[0]
+        return cells
 
     def _checked(self, cells: np.ndarray) -> np.ndarray:
         cells = np.ascontiguousarray(cells, np.int32)

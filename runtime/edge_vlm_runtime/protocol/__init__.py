@@ -1,55 +1,119 @@
 """What client and server say to each other; `docs/protocol.md` is made from it."""
 
-from edge_vlm_runtime.protocol.messages import HEADER as HEADER
-from edge_vlm_runtime.protocol.messages import HEADER_VERSION as HEADER_VERSION
-from edge_vlm_runtime.protocol.messages import MAX_CAPTURE_TIME_US as MAX_CAPTURE_TIME_US
-from edge_vlm_runtime.protocol.messages import PATH as PATH
-from edge_vlm_runtime.protocol.messages import PROTOCOL_VERSION as PROTOCOL_VERSION
-from edge_vlm_runtime.protocol.messages import RESUME_PARAMETER as RESUME_PARAMETER
-from edge_vlm_runtime.protocol.messages import TYPE_JPEG as TYPE_JPEG
-from edge_vlm_runtime.protocol.messages import TYPE_RAW as TYPE_RAW
-from edge_vlm_runtime.protocol.messages import ClientMessage as ClientMessage
-from edge_vlm_runtime.protocol.messages import ConversationItemCreate as ConversationItemCreate
-from edge_vlm_runtime.protocol.messages import ConversationItemCreated as ConversationItemCreated
-from edge_vlm_runtime.protocol.messages import Error as Error
-from edge_vlm_runtime.protocol.messages import ErrorDetail as ErrorDetail
-from edge_vlm_runtime.protocol.messages import FrameAccepted as FrameAccepted
-from edge_vlm_runtime.protocol.messages import FrameDropped as FrameDropped
-from edge_vlm_runtime.protocol.messages import FrameMessage as FrameMessage
-from edge_vlm_runtime.protocol.messages import InputVideoFrameAppend as InputVideoFrameAppend
-from edge_vlm_runtime.protocol.messages import MemoryEvicted as MemoryEvicted
-from edge_vlm_runtime.protocol.messages import MemoryRebased as MemoryRebased
-from edge_vlm_runtime.protocol.messages import Model as Model
-from edge_vlm_runtime.protocol.messages import NewestFrame as NewestFrame
-from edge_vlm_runtime.protocol.messages import Ping as Ping
-from edge_vlm_runtime.protocol.messages import PointedAt as PointedAt
-from edge_vlm_runtime.protocol.messages import Pong as Pong
-from edge_vlm_runtime.protocol.messages import ResponseCancel as ResponseCancel
-from edge_vlm_runtime.protocol.messages import ResponseCreate as ResponseCreate
-from edge_vlm_runtime.protocol.messages import ResponseCreated as ResponseCreated
-from edge_vlm_runtime.protocol.messages import ResponseDone as ResponseDone
-from edge_vlm_runtime.protocol.messages import ResponseOutputTextDelta as ResponseOutputTextDelta
-from edge_vlm_runtime.protocol.messages import ServerEvent as ServerEvent
-from edge_vlm_runtime.protocol.messages import SessionClose as SessionClose
-from edge_vlm_runtime.protocol.messages import SessionClosed as SessionClosed
-from edge_vlm_runtime.protocol.messages import SessionCreated as SessionCreated
-from edge_vlm_runtime.protocol.messages import SessionGoAway as SessionGoAway
-from edge_vlm_runtime.protocol.messages import SessionResume as SessionResume
-from edge_vlm_runtime.protocol.messages import SessionResumed as SessionResumed
-from edge_vlm_runtime.protocol.messages import SessionStats as SessionStats
-from edge_vlm_runtime.protocol.messages import SessionUpdate as SessionUpdate
-from edge_vlm_runtime.protocol.messages import SessionUpdated as SessionUpdated
-from edge_vlm_runtime.protocol.messages import SettingsPatch as SettingsPatch
-from edge_vlm_runtime.protocol.messages import Snapshot as Snapshot
-from edge_vlm_runtime.protocol.messages import Usage as Usage
-from edge_vlm_runtime.protocol.messages import decode_client_message as decode_client_message
-from edge_vlm_runtime.protocol.messages import decode_frame_message as decode_frame_message
-from edge_vlm_runtime.protocol.messages import decode_server_event as decode_server_event
-from edge_vlm_runtime.protocol.messages import encode as encode
-from edge_vlm_runtime.protocol.messages import error_event as error_event
-from edge_vlm_runtime.protocol.messages import event_id_of as event_id_of
-from edge_vlm_runtime.protocol.messages import frame_message as frame_message
-from edge_vlm_runtime.protocol.messages import json_object as json_object
-from edge_vlm_runtime.protocol.messages import json_schema as json_schema
-from edge_vlm_runtime.protocol.messages import raw_frame_message as raw_frame_message
-from edge_vlm_runtime.protocol.messages import tag_of as tag_of
+from edge_vlm_runtime.protocol.base import (
+    MAX_CAPTURE_TIME_US,
+    ClientMessage,
+    ServerEvent,
+    encode,
+    event_id_of,
+    json_object,
+    json_schema,
+    tag_of,
+)
+from edge_vlm_runtime.protocol.frames import (
+    HEADER,
+    HEADER_VERSION,
+    TYPE_JPEG,
+    TYPE_RAW,
+    FrameMessage,
+    decode_frame_message,
+    frame_message,
+    raw_frame_message,
+)
+from edge_vlm_runtime.protocol.messages import (
+    PATH,
+    PROTOCOL_VERSION,
+    RESUME_PARAMETER,
+    Error,
+    ErrorDetail,
+    FrameAccepted,
+    FrameDropped,
+    InputVideoFrameAppend,
+    MemoryEvicted,
+    MemoryRebased,
+    Model,
+    NewestFrame,
+    Ping,
+    PointedAt,
+    Pong,
+    ResponseCreated,
+    ResponseDone,
+    ResponseOutputTextDelta,
+    SessionClose,
+    SessionClosed,
+    SessionCreated,
+    SessionGoAway,
+    SessionResume,
+    SessionResumed,
+    SessionStats,
+    SessionUpdate,
+    SessionUpdated,
+    SettingsPatch,
+    Snapshot,
+    Usage,
+    decode_client_message,
+    decode_server_event,
+    error_event,
+)
+from edge_vlm_runtime.protocol.questions import (
+    ConversationItemCreate,
+    ConversationItemCreated,
+    ResponseCancel,
+    ResponseCreate,
+)
+
+__all__ = [
+    "HEADER",
+    "HEADER_VERSION",
+    "MAX_CAPTURE_TIME_US",
+    "PATH",
+    "PROTOCOL_VERSION",
+    "RESUME_PARAMETER",
+    "TYPE_JPEG",
+    "TYPE_RAW",
+    "ClientMessage",
+    "ConversationItemCreate",
+    "ConversationItemCreated",
+    "Error",
+    "ErrorDetail",
+    "FrameAccepted",
+    "FrameDropped",
+    "FrameMessage",
+    "InputVideoFrameAppend",
+    "MemoryEvicted",
+    "MemoryRebased",
+    "Model",
+    "NewestFrame",
+    "Ping",
+    "PointedAt",
+    "Pong",
+    "ResponseCancel",
+    "ResponseCreate",
+    "ResponseCreated",
+    "ResponseDone",
+    "ResponseOutputTextDelta",
+    "ServerEvent",
+    "SessionClose",
+    "SessionClosed",
+    "SessionCreated",
+    "SessionGoAway",
+    "SessionResume",
+    "SessionResumed",
+    "SessionStats",
+    "SessionUpdate",
+    "SessionUpdated",
+    "SettingsPatch",
+    "Snapshot",
+    "Usage",
+    "decode_client_message",
+    "decode_frame_message",
+    "decode_server_event",
+    "encode",
+    "error_event",
+    "event_id_of",
+    "frame_message",
+    "json_object",
+    "json_schema",
+    "raw_frame_message",
+    "tag_of",
+]

@@ -4,13 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 from edge_vlm.errors import ConfigError
+from edge_vlm.options import About
 from edge_vlm_runtime.protocol.base import ClientMessage, Part, ServerEvent, Text
 
-if TYPE_CHECKING:
-    pass
+OnThreshold = Annotated[
+    float, About('The alert begins at this probability of "yes".', option="alert_on", metavar="P")
+]
+OffThreshold = Annotated[
+    float,
+    About("It ends below this one; not above `on_threshold`.", option="alert_off", metavar="P"),
+]
+Hold = Annotated[
+    float,
+    About(
+        "The probability must have been high enough for this long before the alert begins.",
+        option="alert_hold",
+    ),
+]
+ClearHold = Annotated[
+    float,
+    About(
+        "It must have been low enough for this long before the alert ends.",
+        option="alert_clear_hold",
+    ),
+]
+Cooldown = Annotated[
+    float, About("After an end no new alert begins for this long.", option="alert_cooldown")
+]
+Interval = Annotated[
+    float,
+    About(
+        "Least time between two checks; 0: every frame that joins the memory is checked.",
+        option="alert_interval",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,18 +49,12 @@ class AlertRule:
 
     question: str
     """Answered by yes or no, such as "Is there a cat now?"."""
-    on_threshold: float = 0.7
-    """The alert begins at this probability of "yes"."""
-    off_threshold: float = 0.4
-    """It ends below this one; not above `on_threshold`."""
-    hold_s: float = 0.0
-    """The probability must have been high enough for this long before the alert begins."""
-    clear_hold_s: float = 0.0
-    """It must have been low enough for this long before the alert ends."""
-    cooldown_s: float = 0.0
-    """After an end no new alert begins for this long."""
-    interval_s: float = 0.0
-    """Least time between two checks; 0: every frame that joins the memory is checked."""
+    on_threshold: OnThreshold = 0.7
+    off_threshold: OffThreshold = 0.4
+    hold_s: Hold = 0.0
+    clear_hold_s: ClearHold = 0.0
+    cooldown_s: Cooldown = 0.0
+    interval_s: Interval = 0.0
     evidence: bool = True
     """`alert.triggered` brings the picture it rests on."""
     report_checks: bool = False
@@ -96,18 +120,12 @@ class AlertCreate(ClientMessage, tag="alert.create"):
 
     question: Text
     """Answered by yes or no, such as "Is there a cat now?"."""
-    on_threshold: float = AlertRule.on_threshold
-    """The alert begins at this probability of "yes"."""
-    off_threshold: float = AlertRule.off_threshold
-    """It ends below this one; not above `on_threshold`."""
-    hold_s: float = AlertRule.hold_s
-    """The probability must have been high enough for this long before the alert begins."""
-    clear_hold_s: float = AlertRule.clear_hold_s
-    """It must have been low enough for this long before the alert ends."""
-    cooldown_s: float = AlertRule.cooldown_s
-    """After an end no new alert begins for this long."""
-    interval_s: float = AlertRule.interval_s
-    """Least time between two checks; 0: every frame that joins the memory is checked."""
+    on_threshold: OnThreshold = AlertRule.on_threshold
+    off_threshold: OffThreshold = AlertRule.off_threshold
+    hold_s: Hold = AlertRule.hold_s
+    clear_hold_s: ClearHold = AlertRule.clear_hold_s
+    cooldown_s: Cooldown = AlertRule.cooldown_s
+    interval_s: Interval = AlertRule.interval_s
     evidence: bool = AlertRule.evidence
     """`alert.triggered` brings the picture it rests on."""
     report_checks: bool = AlertRule.report_checks

@@ -12,7 +12,7 @@ from edge_vlm.errors import MissingExtraError, ProtocolError, UnknownMessageType
 try:
     import msgspec
 except ImportError as error:
-    raise MissingExtraError.for_library("msgspec", "ort") from error
+    raise MissingExtraError.for_library("msgspec", "client") from error
 
 UNSET = msgspec.UNSET
 UnsetType = msgspec.UnsetType
@@ -47,9 +47,20 @@ class ServerEvent(msgspec.Struct, tag_field="type", kw_only=True):
     sequence: int = 0
 
 
+class UnknownEvent(ServerEvent, kw_only=True):
+    """An event of a type that this version does not know, from a newer server. Never sent."""
+
+    name: str
+    """Its `type`."""
+    event_id: str | None = None
+    fields: dict[str, Any]
+    """All of it, as it came."""
+
+
 class _Envelope(msgspec.Struct):
     type: str
     event_id: str | None = None
+    sequence: int = 0
 
 
 Kind = TypeVar("Kind", ClientMessage, ServerEvent)
@@ -77,6 +88,19 @@ def decode(text: str | bytes, types: dict[str, type[Kind]]) -> Kind:
     raise UnknownMessageType(
         f"unknown message type {unknown[:MAX_SHOWN]!r}",
         remedy=f"known are {', '.join(types)}",
+    )
+
+
+def unknown_event(text: str | bytes) -> UnknownEvent:
+    """An event for which `decode` raised UnknownMessageType. Raises ProtocolError when what all
+    events have is ill-typed in it."""
+    try:
+        envelope = msgspec.json.decode(text, type=_Envelope)
+        fields = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a message of this protocol: {error}") from error
+    return UnknownEvent(
+        name=envelope.type, event_id=envelope.event_id, sequence=envelope.sequence, fields=fields
     )
 
 

@@ -1,261 +1,213 @@
-"""Writes down what a session does, so that `replay` can do it again.
+"""Writes down the calls that are made on sessions, so that `replay` can make them again.
 
-A `Tape` stands between a session and the rest: it hands the session its clock, its frame slot and
-its way out, and notes what goes through them. `NoTape` hands over the same and notes nothing.
+Each session's file has a thread of its own: neither the event loop nor the engines ever wait for a
+disk. What does not fit any more, comes faster than the disk takes it, or cannot be written ends the
+recording with a warning; the session goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+import os
+import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import edge_vlm
-from edge_vlm.errors import EdgeVlmError, RecordingError
+from edge_vlm.errors import RecordingError
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
-from edge_vlm_runtime.recording.file import (
-    SUFFIX,
-    Event,
-    Op,
-    Refused,
-    SlotTouch,
-    entry_bytes,
-    header_bytes,
-)
-from edge_vlm_runtime.session.frame_queue import Dropped, EncodedFrame, FrameQueue
-from edge_vlm_runtime.session.video_feed import Emit
+from edge_vlm_runtime.recording.file import SUFFIX, Entry, entry_bytes, header_bytes
+from edge_vlm_runtime.session.calls import FrameCall
+from edge_vlm_runtime.session.frames import DroppedFrame
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 4 << 30
-Result = TypeVar("Result")
+MAX_WAITING_BYTES = 64 << 20
+"""Of entries that the disk has not taken yet."""
+CLOSE_TIMEOUT_S = 30.0
+"""A disk that takes longer for what waits has died."""
 
 
-class NoTape:
-    """Records nothing."""
+def create(path: Path) -> BinaryIO:
+    """A new file. Raises OSError, also when it is there already."""
+    return path.open("xb")
 
-    def clock(self, clock_ns: Callable[[], int]) -> Callable[[], int]:
-        """The clock for the session."""
-        return clock_ns
 
-    def emit(self, emit: Emit) -> Emit:
-        """The way out for the session's events."""
-        return emit
+class SessionRecorder:
+    """Records one session into a file. Neither `write` nor `close` waits."""
 
-    def make_slot(self, **arguments: Any) -> FrameQueue:
-        return FrameQueue(**arguments)
-
-    def refuse(self, slot: FrameQueue, frame: EncodedFrame, error: EdgeVlmError) -> list[Dropped]:
-        """Refuses a frame whose message was broken."""
-        return slot.refuse(frame, DropReason.DECODE_ERROR)
-
-    def work(
+    def __init__(
         self,
-        name: str,
-        call: Callable[[], Result],
-        *,
-        message: protocol.ClientMessage | None = None,
-        received_ns: int | None = None,
-    ) -> Result:
-        """Does one unit of work of the session, on the engine thread."""
-        return call()
+        path: Path,
+        header: dict[str, Any],
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        open_file: Callable[[Path], BinaryIO] = create,
+    ) -> None:
+        self.path = path
+        self._header = header
+        self._max_bytes = max_bytes
+        self._open_file = open_file
+        self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting_bytes = 0
+        self._has_ended = False
+        self._thread = threading.Thread(target=self._run, name="edge-vlm-recorder", daemon=True)
+        self._thread.start()
+
+    def write(self, entry: Entry) -> None:
+        """Notes an entry. May be called by any thread, after `close` without effect."""
+        with self._lock:
+            if self._has_ended:
+                return
+            self._waiting_bytes += _weight(entry)
+            if self._waiting_bytes <= MAX_WAITING_BYTES:
+                self._entries.put(entry)
+                return
+            self._has_ended = True
+        self._entries.put(None)
+        log.warning("recording %s ends: the disk is too slow", self.path)
 
     def close(self) -> None:
-        """Nothing more will come."""
-
-
-class Tape(NoTape):
-    """Records one session into a file. What does not fit any more, or cannot be written, ends the
-    recording with a warning; the session goes on."""
-
-    def __init__(self, path: Path, header: dict[str, Any], max_bytes: int) -> None:
-        """Raises RecordingError when the file cannot be made, or is there already."""
-        self.path = path
-        self._max_bytes = max_bytes
-        self._lock = threading.RLock()
-        self._op: Op | None = None
-        self._num_bytes = 0
-        self._file: BinaryIO | None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                raise RecordingError(
-                    "there is a file of this name already", where=path, remedy="choose another one"
-                )
-            self._file = path.open("xb")
-        except OSError as error:
-            raise RecordingError(f"cannot be written: {error.strerror}", where=path) from error
-        self._write(header_bytes(header))
-
-    def clock(self, clock_ns: Callable[[], int]) -> Callable[[], int]:
-        def read() -> int:
-            now_ns = clock_ns()
-            if self._op is not None:  # only the engine thread reads it, always at work
-                self._op.readings_ns.append(now_ns)
-            return now_ns
-
-        return read
-
-    def emit(self, emit: Emit) -> Emit:
-        def note(event: protocol.ServerEvent) -> None:
-            text = protocol.encode(event)
-            with self._lock:
-                self._note(Event(text))
-                emit(event)
-
-        return note
-
-    def make_slot(self, **arguments: Any) -> FrameQueue:
-        return _RecordedSlot(self, **arguments)
-
-    def refuse(self, slot: FrameQueue, frame: EncodedFrame, error: EdgeVlmError) -> list[Dropped]:
+        """Nothing more will come; what was noted is still written."""
         with self._lock:
-            self._note(Refused(frame, str(error)))
-            return slot.refuse(frame, DropReason.DECODE_ERROR)
+            self._has_ended = True
+        self._entries.put(None)
 
-    def work(
-        self,
-        name: str,
-        call: Callable[[], Result],
-        *,
-        message: protocol.ClientMessage | None = None,
-        received_ns: int | None = None,
-    ) -> Result:
-        op = Op(
-            name=name,
-            readings_ns=[],
-            message=None if message is None else protocol.encode(message),
-            received_ns=received_ns,
-        )
-        with self._lock:
-            self._op = op
-        result: Result | None = None
+    def wait(self, timeout_s: float) -> bool:
+        """Until everything is written; False when that takes longer."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # ---- the writing thread ------------------------------------------------------------------
+
+    def _run(self) -> None:
         try:
-            result = call()
-            return result
-        finally:
-            with self._lock:
-                self._op = None
-                if name in ("answer", "watch") and result is False:  # there was nothing to do
-                    for entry in op.during:
-                        if not isinstance(entry, SlotTouch):
-                            self._write(entry_bytes(entry))
-                else:
-                    self._write(entry_bytes(op))
-
-    def touched(self, what: str) -> None:
-        """The session looked at its slot. The lock must be held until it has."""
-        if self._op is not None:
-            self._op.during.append(SlotTouch(what))
-
-    def came(self, frame: EncodedFrame) -> None:
-        """A frame is about to be put into the slot. The lock must be held until it is there."""
-        self._note(frame)
-
-    @property
-    def lock(self) -> threading.RLock:
-        """Keeps the order of what two threads do to the slot."""
-        return self._lock
-
-    def _note(self, entry: EncodedFrame | Refused | Event) -> None:
-        if self._op is not None:
-            self._op.during.append(entry)
-        else:
-            self._write(entry_bytes(entry))
-
-    def _write(self, data: bytes) -> None:
-        """Handed to the system at once, so that a killed process loses half an entry at most."""
-        if self._file is None:
-            return
-        self._num_bytes += len(data)
-        if self._num_bytes > self._max_bytes:
-            self._stop(f"it has reached {self._max_bytes} bytes")
-            return
-        try:
-            self._file.write(data)
-            self._file.flush()
+            with self._open_file(self.path) as file:
+                self._write_all(file)
         except OSError as error:
-            self._stop(str(error.strerror))
+            self._stop(f"it cannot be written: {error.strerror or error}")
+        except Exception:  # the session goes on without its recording
+            log.exception("recording %s ends", self.path)
+            self._stop("of a bug")
+
+    def _write_all(self, file: BinaryIO) -> None:
+        """Each entry is handed to the system at once, so that a killed process loses what waits."""
+        data = header_bytes(self._header)
+        num_bytes = 0
+        while True:
+            num_bytes += len(data)
+            if num_bytes > self._max_bytes:
+                self._stop(f"it has reached {self._max_bytes} bytes")
+                return
+            file.write(data)
+            file.flush()
+            entry = self._entries.get()
+            if entry is None:
+                return
+            data = entry_bytes(entry)
+            with self._lock:
+                self._waiting_bytes -= _weight(entry)
 
     def _stop(self, why: str) -> None:
-        log.warning("recording %s ends: %s", self.path, why)
-        self.close()
-
-    def close(self) -> None:
         with self._lock:
-            file, self._file = self._file, None
-            if file is not None:
-                with suppress(OSError):  # a full disk was reported when it was written to
-                    file.close()
+            self._has_ended = True
+        log.warning("recording %s ends: %s", self.path, why)
 
 
-class _RecordedSlot(FrameQueue):
-    """A slot whose every use is on the tape in its true order."""
-
-    def __init__(self, tape: Tape, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._tape = tape
-
-    def put(self, frame: EncodedFrame) -> list[Dropped]:
-        with self._tape.lock:
-            self._tape.came(frame)
-            return super().put(frame)
-
-    def take(self) -> EncodedFrame | None:
-        with self._tape.lock:
-            self._tape.touched("take")
-            return super().take()
-
-    def __len__(self) -> int:
-        with self._tape.lock:
-            self._tape.touched("len")
-            return super().__len__()
-
-    def counts(self) -> tuple[int, dict[str, int]]:
-        with self._tape.lock:
-            self._tape.touched("counts")
-            return super().counts()
-
-    def empty(self) -> list[Dropped]:
-        with self._tape.lock:
-            self._tape.touched("empty")
-            return super().empty()
+def _weight(entry: Entry) -> int:
+    """About how many bytes an entry holds in memory."""
+    if isinstance(entry, DroppedFrame):
+        return len(entry.frame.data) + 1000
+    picture = entry.call.frame.data if isinstance(entry.call, FrameCall) else b""
+    return len(picture) + sum(map(len, entry.events)) + 1000
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recorder:
-    """Makes a tape for each session of a server."""
+    """Records each session of a server."""
 
-    path: Path
-    """A folder, or the file of the only session if it ends in `.evlm`."""
-    bundle: EngineBundle
-    threads: int
-    max_bytes: int = DEFAULT_MAX_BYTES
+    def __init__(
+        self,
+        *,
+        path: Path,
+        bundle: EngineBundle,
+        threads: int,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        open_file: Callable[[Path], BinaryIO] = create,
+    ) -> None:
+        """`path`: a folder, or the file of the only session if it ends in `.evlm`. `threads` of the
+        engines. Raises RecordingError when nothing can be written there, or a file is there."""
+        self._path = path
+        self._is_file = path.suffix == SUFFIX
+        self._bundle = bundle
+        self._bundle_sha256 = sha256_of_file(bundle.path / MANIFEST)
+        self._threads = threads
+        self._max_bytes = max_bytes
+        self._open_file = open_file
+        self._numbers = itertools.count()
+        self._recorders: list[SessionRecorder] = []
+        self._require_place()
 
-    def tape(self, session_id: str, settings: SessionSettings, limits: ServerLimits) -> Tape:
-        """Raises RecordingError."""
+    def _require_place(self) -> None:
+        folder = self._path.parent if self._is_file else self._path
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, probe = tempfile.mkstemp(prefix=".", dir=folder)
+            os.close(handle)
+            Path(probe).unlink()
+        except OSError as error:
+            raise RecordingError(f"cannot be written: {error.strerror}", where=folder) from error
+        if self._is_file and self._path.exists():
+            raise RecordingError(
+                "there is a file of this name already", where=self._path, remedy="choose another"
+            )
+
+    def record(
+        self, session_id: str, settings: SessionSettings, limits: ServerLimits, now_ns: int
+    ) -> SessionRecorder:
+        """Begins the recording of a session that is opened at `now_ns`, without waiting for a disk.
+
+        Raises RecordingError when the only file has a session already.
+        """
         now = datetime.now(timezone.utc)
-        path = self.path
-        if path.suffix != SUFFIX:
-            path = path / f"{now:%Y-%m-%dT%H-%M-%S}Z-{session_id}{SUFFIX}"
+        number = next(self._numbers)
+        if self._is_file and number > 0:
+            raise RecordingError(
+                "this file has its session already",
+                where=self._path,
+                remedy="record several sessions into a folder",
+            )
+        name = f"{now:%Y-%m-%dT%H-%M-%S}Z-{session_id}{SUFFIX}"
         header = {
             "edge_vlm": edge_vlm.__version__,
             "protocol_version": protocol.PROTOCOL_VERSION,
-            "bundle": self.bundle.name,
-            "bundle_sha256": sha256_of_file(self.bundle.path / MANIFEST),
-            "threads": self.threads,
+            "bundle": self._bundle.name,
+            "bundle_sha256": self._bundle_sha256,
+            "threads": self._threads,
             "started": now.isoformat(timespec="milliseconds"),
-            "monotonic_ns": time.monotonic_ns(),
+            "now_ns": now_ns,
             "settings": dataclasses.asdict(settings),
             "limits": dataclasses.asdict(limits),
         }
-        return Tape(path, header, self.max_bytes)
+        path = self._path if self._is_file else self._path / name
+        recorder = SessionRecorder(path, header, self._max_bytes, self._open_file)
+        self._recorders = [each for each in self._recorders if not each.wait(0.0)]
+        self._recorders.append(recorder)
+        return recorder
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Waits until the recordings of ended sessions are written."""
+        deadline_s = time.monotonic() + timeout_s
+        for recorder in self._recorders:
+            recorder.close()
+            if not recorder.wait(max(0.0, deadline_s - time.monotonic())):
+                log.warning("recording %s is not whole: the disk is stuck", recorder.path)

@@ -11,17 +11,15 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.client.client import answer_of
 from edge_vlm_runtime.client.connection import error_from_detail
 from edge_vlm_runtime.client.run import Outcome, PlannedQuestion
 from edge_vlm_runtime.client.terminal import LineOutput
-from edge_vlm_runtime.engine_thread.worker import deliver
+from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.protocol.alerts import AlertListed, AlertStatus
 from edge_vlm_runtime.protocol.questions import lines
-from edge_vlm_runtime.recording.replay import Replay, settings_of, what_came
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from edge_vlm_runtime.recording.replay import Replay, beginning_of, what_came
+from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.session import Session
-from edge_vlm_runtime.session.video_feed import dropped_event
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.bundle_model import LoadedBundle
@@ -34,24 +32,24 @@ class Report:
     def __init__(self, view: LineOutput) -> None:
         self._view = view
         self._asked: list[tuple[str | None, PlannedQuestion]] = []
-        self._said: list[str] = []
+        self._unasked: list[str] = []
         self._answering: dict[str, PlannedQuestion] = {}
         self.outcome = Outcome()
         self.alerts: list[AlertStatus] = []
         """As they were listed last."""
 
-    def told(self, message: protocol.ClientMessage, capture_s: float) -> None:
-        """What the viewer sent, when the newest picture was that of `capture_s` seconds."""
+    def on_message(self, message: protocol.ClientMessage, video_s: float) -> None:
+        """What the viewer sent, when the newest picture was that of `video_s` seconds."""
         if isinstance(message, protocol.ConversationItemCreate):
-            self._said.append(message.item.text)
+            self._unasked.append(message.item.text)
         elif isinstance(message, protocol.ResponseCreate):
-            text = lines([*self._said, message.text])
-            self._said.clear()
-            question = PlannedQuestion(text=text, detail=message.detail, at_s=capture_s)
+            text = lines([*self._unasked, message.text])
+            self._unasked.clear()
+            question = PlannedQuestion(text=text, detail=message.detail, at_s=video_s)
             self._asked.append((message.event_id, question))
-            self._view.asked(question, capture_s)
+            self._view.asked(question, video_s)
 
-    def event(self, event: protocol.ServerEvent) -> None:
+    def on_event(self, event: protocol.ServerEvent) -> None:
         outcome = self.outcome
         if isinstance(event, protocol.FrameAccepted):
             outcome.frames_processed += 1
@@ -68,14 +66,13 @@ class Report:
         self._view.event(event)
         if isinstance(event, protocol.ResponseDone) and event.response_id in self._answering:
             question = self._answering.pop(event.response_id)
-            answer = answer_of(event)
-            outcome.answers.append((question, answer))
-            self._view.answered(question, answer)
+            outcome.note(event)
+            self._view.answered(question, event)
         elif isinstance(event, protocol.Error) and event.error.event_id is not None:
             question = self._taken(event.error.event_id)
             if question is not None:
                 error = error_from_detail(event.error)
-                outcome.answers.append((question, error))
+                outcome.note(error)
                 self._view.answered(question, error)
 
     def _taken(self, event_id: str | None) -> PlannedQuestion | None:
@@ -160,40 +157,42 @@ def measure(engines: LoadedBundle, recording: Recording) -> Figures:
 
     Raises RecordingError.
     """
-    settings, limits = settings_of(recording)
+    settings, limits, _ = beginning_of(recording)
     figures = Figures()
     answers: dict[str, str] = {}
     recorded: dict[str, str] = {}
 
-    def note(event: protocol.ServerEvent) -> None:
-        _count(figures, event)
-        if isinstance(event, protocol.ResponseDone):
-            answers[event.response_id] = event.text
+    def note(events: list[protocol.ServerEvent]) -> None:
+        for event in events:
+            _count(figures, event)
+            if isinstance(event, protocol.ResponseDone):
+                answers[event.response_id] = event.text
 
+    clock_ns = time.monotonic_ns
     session = Session(
         engines=engines,
         settings=settings,
         limits=limits,
-        emit=note,
-        clock_ns=time.monotonic_ns,
+        now_ns=clock_ns(),
+        stopwatch_ns=clock_ns,
     )
+    handle = SessionHandle(session, limits, clock_ns=clock_ns, send=note)
     for item in what_came(recording):
-        now_ns = time.monotonic_ns()
         if isinstance(item, protocol.ResponseDone):
             recorded[item.response_id] = item.text
             continue
+        now_ns = clock_ns()
         if isinstance(item, EncodedFrame):
             figures.frames += 1
-            figures.frame_bytes += len(item.jpeg)
-            for frame, reason in session.slot.put(dataclasses.replace(item, received_ns=now_ns)):
-                note(dropped_event(frame, reason))
+            figures.frame_bytes += len(item.data)
+            handle.put_frame(dataclasses.replace(item, received_ns=now_ns))
         else:
-            deliver(session, item, now_ns, note)
-        while session.step():
+            handle.take(item)
+        while handle.step():
             pass
         if isinstance(item, EncodedFrame):
-            figures.frame_work_s += (time.monotonic_ns() - now_ns) * 1e-9
-    session.close()
+            figures.frame_work_s += (clock_ns() - now_ns) * 1e-9
+    handle.close()
     figures.answers = len(answers)
     figures.answers_recorded = len(recorded)
     figures.answers_same = sum(answers.get(name) == text for name, text in recorded.items())

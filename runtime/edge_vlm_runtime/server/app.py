@@ -11,49 +11,50 @@ import logging
 import os
 import socket
 import threading
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
+from typing import Any
 from urllib.parse import urlsplit
 
 import edge_vlm
-from edge_vlm.errors import ConfigError, MissingExtraError, ServerBusy, Unauthorized
-from edge_vlm.metrics import CONTENT_TYPE
+from edge_vlm.errors import (
+    ConfigError,
+    EdgeVlmError,
+    HostNotAllowed,
+    MissingExtraError,
+    ServerBusy,
+    Unauthorized,
+)
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
+from edge_vlm_runtime.server.asgi_server import AsgiServer
 from edge_vlm_runtime.server.auth import SUBPROTOCOL, require_key
 from edge_vlm_runtime.server.connection import Connection, refuse
+from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
+from edge_vlm_runtime.server.metrics import CONTENT_TYPE
 from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
 from edge_vlm_runtime.server.tls import Tls
 from edge_vlm_runtime.session.budget import default_settings, video_window
 
 try:
-    import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route, WebSocketRoute
+    from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Receive, Scope, Send
-    from starlette.websockets import WebSocket
+    from starlette.websockets import WebSocket, WebSocketClose
 except ImportError as error:
-    raise MissingExtraError.for_library(error.name or "starlette", "ort") from error
+    raise MissingExtraError.for_library(error.name or "starlette", "serve") from error
 
 log = logging.getLogger(__name__)
 
 WEB = Path(__file__).parent / "web"
-PAGE_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "/fresh.js": ("fresh.js", "text/javascript; charset=utf-8"),
-    "/line.js": ("line.js", "text/javascript; charset=utf-8"),
-    "/points.js": ("points.js", "text/javascript; charset=utf-8"),
-    "/style.css": ("style.css", "text/css; charset=utf-8"),
-}
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
@@ -65,7 +66,6 @@ PAGE_HEADERS = {
 DRAIN_S = 5.0
 CONNECTIONS_PER_SESSION = 4
 """Connections that have no session yet, or none any more, count too."""
-PING_INTERVAL_S = 20.0
 LINGER_S = 5.0
 """For the closing handshake of a websocket; then its connection is cut."""
 
@@ -85,22 +85,26 @@ class Server:
         on_event: OnEvent | None = None,
         api_key: str | None = None,
         tls: Tls | None = None,
+        hosts: Iterable[str] = (),
     ) -> None:
         """Port 0 takes a free one; `on_event` gets a session's name and every event of it, on the
-        server's loop; with `api_key` a client must have it, see `api_key`. Raises ConfigError when
-        host and port cannot be listened on, or the settings do not fit the model."""
+        server's loop; with `api_key` a client must have it, see `auth`; `hosts`: names the server
+        answers to besides its own, see `allowed_hosts`. Raises ConfigError when host and port
+        cannot be listened on, or the settings do not fit the model."""
         self.limits = limits or ServerLimits()
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
         video_window(self.settings, self.model, self.limits)  # raises if it cannot be held to
+        self._allowed_hosts = allowed_hosts(host, hosts)
         self._engines = engines
+        self._recorder = recorder
         self._worker = EngineWorker(engines, self.limits)
         self._socket = _listen(host, port)
         self._api_key = api_key
         self._is_tls = tls is not None
         self.host = host
         self.port = int(self._socket.getsockname()[1])
-        self._connections: set[Connection] = set()
+        self._connections: set[asyncio.Task[Any]] = set()
         self._table = SessionRegistry(
             worker=self._worker,
             bundle_name=engines.bundle.name,
@@ -113,22 +117,14 @@ class Server:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
-        self._uvicorn = _Uvicorn(
-            uvicorn.Config(
-                self._application(),
-                ws="websockets-sansio",
-                # Twice the announced limit: just above it the client gets a typed error first.
-                ws_max_size=2 * self.limits.max_message_bytes,
-                ws_ping_interval=PING_INTERVAL_S,
-                ws_ping_timeout=PING_INTERVAL_S,
-                ws_per_message_deflate=False,
-                ssl_certfile=None if tls is None else tls.certificate,
-                ssl_keyfile=None if tls is None else tls.key,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=2,
-            ),
+        self._announce: Callable[[], None] | None = None
+        self._answers = threading.Event()
+        """The port does, or never will."""
+        self._carrier = AsgiServer(
+            self._application(),
+            self.limits,
+            tls,
+            on_start=self._on_start,
             on_signal=self._on_signal,
         )
 
@@ -143,29 +139,35 @@ class Server:
         backend: Backend = Backend.ORT,
         engines: str | os.PathLike[str] | None = None,
         limits: ServerLimits | None = None,
+        settings: Mapping[str, Any] | None = None,
         record_to: Path | None = None,
         on_event: OnEvent | None = None,
         api_key: str | None = None,
         tls: Tls | None = None,
+        hosts: Iterable[str] = (),
     ) -> Server:
-        """Checks and loads the bundle. `engines`: see `open_graphs`; `record_to`: a folder for a
-        recording of each session, or the file for that of the only one; the rest: see `__init__`.
-        Raises what `LoadedBundle.open` raises, ConfigError."""
+        """Checks and loads the bundle. `engines`: see `open_graphs`; `settings`: fields of
+        SessionSettings in which new sessions differ from what the bundle was made for; `record_to`:
+        a folder for a recording of each session, or the file for that of the only one; the rest:
+        see `__init__`. Raises what `LoadedBundle.open` raises, ConfigError, RecordingError."""
         opened = LoadedBundle.open(bundle, threads, backend, engines)
         try:
             warm_up(opened)
             recorder = None
             if record_to is not None:
                 recorder = Recorder(path=record_to, bundle=opened.bundle, threads=threads)
+            limits = limits or ServerLimits()
             return cls(
                 opened,
                 host=host,
                 port=port,
                 limits=limits,
+                settings=default_settings(opened.bundle, limits).changed(settings or {}),
                 recorder=recorder,
                 on_event=on_event,
                 api_key=api_key,
                 tls=tls,
+                hosts=hosts,
             )
         except BaseException:
             opened.close()
@@ -187,25 +189,34 @@ class Server:
 
     # ---- running -----------------------------------------------------------------------------
 
-    def serve(self) -> None:
-        """Runs until SIGTERM or SIGINT; sessions get DRAIN_S to end their answers."""
+    def serve(self, on_start: Callable[[], None] | None = None) -> None:
+        """Runs until SIGTERM or SIGINT; sessions get DRAIN_S to end their answers. `on_start` is
+        called when the port answers and a signal is heeded."""
+        self._announce = on_start
         self._worker.start()
         try:
             asyncio.run(self._main())
         finally:
-            self._worker.stop()
+            self._stop_worker()
 
     def start(self) -> None:
         """Runs on a thread of its own; returns when the port answers."""
         self._worker.start()
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._main()), name="edge-vlm-server", daemon=True
+            target=self._run_thread, name="edge-vlm-server", daemon=True
         )
         self._thread.start()
-        while not self._uvicorn.started:
-            if not self._thread.is_alive():
-                raise ConfigError("the server did not start", where=self._authority)
-            time.sleep(0.005)
+        self._answers.wait()
+        if not self._carrier.started:
+            raise ConfigError("the server did not start", where=self._authority)
+
+    def _run_thread(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except Exception:
+            log.exception("the server ended")
+        finally:
+            self._answers.set()
 
     def stop(self, drain_s: float = 0.5) -> None:
         """Drains and ends the thread that `start` made."""
@@ -215,7 +226,12 @@ class Server:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._begin_drain, drain_s)
         thread.join()
+        self._stop_worker()
+
+    def _stop_worker(self) -> None:
         self._worker.stop()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def close(self) -> None:
         """Stops and frees everything; twice does no harm."""
@@ -236,9 +252,19 @@ class Server:
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        await self._uvicorn.serve(sockets=[self._socket])
-        if self._drain_task is not None:
-            await self._drain_task
+        gauges = self._loop.create_task(self._table.metrics.follow_machine())
+        try:
+            await self._carrier.serve(sockets=[self._socket])
+            if self._drain_task is not None:
+                await self._drain_task
+        finally:
+            gauges.cancel()
+            await asyncio.wait([gauges])
+
+    def _on_start(self) -> None:
+        self._answers.set()
+        if self._announce is not None:
+            self._announce()
 
     def _on_signal(self) -> None:
         if self._loop is not None:
@@ -250,17 +276,15 @@ class Server:
 
     async def _drain(self, time_left_s: float) -> None:
         await self._table.drain(time_left_s)
-        while self._connections and time_left_s > 0:  # their close handshakes
-            await asyncio.sleep(0.01)
-            time_left_s -= 0.01
-        self._uvicorn.should_exit = True
+        if self._connections:  # their close handshakes
+            await asyncio.wait(set(self._connections), timeout=time_left_s)
+        self._carrier.should_exit = True
 
     # ---- what it answers ---------------------------------------------------------------------
 
     def _application(self) -> Starlette:
         application = Starlette(
             routes=[
-                *[Route(path, _page(name, kind)) for path, (name, kind) in PAGE_FILES.items()],
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
                 Route("/version", self._version),
@@ -268,7 +292,8 @@ class Server:
                 WebSocketRoute(protocol.PATH, self._realtime),
             ]
         )
-        application.add_middleware(_KeyGuard, key=self._api_key)
+        application.router.default = _Page(directory=WEB, html=True)
+        application.add_middleware(_Guard, hosts=self._allowed_hosts, key=self._api_key)
         return application
 
     async def _healthz(self, request: Request) -> Response:
@@ -307,70 +332,63 @@ class Server:
             return
         resumes = protocol.RESUME_PARAMETER in websocket.query_params
         connection = Connection(websocket, self._table, resumes=resumes)
-        self._connections.add(connection)
-        transport = self._transport_of(websocket)
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        transport = self._carrier.transport_of(websocket.client)
         try:
             await connection.run()
         finally:
-            self._connections.discard(connection)
+            self._connections.discard(task)
             if transport is not None and self._loop is not None:
                 # Closing waits for the other side to read what was sent; that may be never.
                 self._loop.call_later(LINGER_S, transport.abort)
 
-    def _transport_of(self, websocket: WebSocket) -> asyncio.Transport | None:
-        """What carries this websocket; neither Starlette nor ASGI give it."""
-        for carrier in self._uvicorn.server_state.connections:
-            transport = getattr(carrier, "transport", None)
-            if isinstance(transport, asyncio.Transport) and websocket.client is not None:
-                peer = transport.get_extra_info("peername")
-                if peer is not None and tuple(peer[:2]) == tuple(websocket.client):
-                    return transport
-        return None
 
+class _Guard:
+    """ASGI middleware: 403 to a name that is not the server's, 401 to HTTP without the key.
 
-class _KeyGuard:
-    """ASGI middleware: HTTP 401 without the key. Websockets are told by an event, see above."""
+    A websocket without the key is told so by an event, see above.
+    """
 
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
+    def __init__(self, app: ASGIApp, hosts: frozenset[str], key: str | None) -> None:
         self._app = app
+        self._hosts = hosts
         self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if scope["type"] == "http":
-            try:
+        try:
+            require_host(self._hosts, scope)
+            if scope["type"] == "http":
                 require_key(self._key, scope)
-            except Unauthorized as error:
-                app = JSONResponse(
-                    {
-                        "error": {
-                            "message": str(error),
-                            "type": "invalid_request_error",
-                            "param": None,
-                            "code": error.code,
-                        }
-                    },
-                    status_code=401,
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+        except HostNotAllowed as error:
+            app = _refusal(error, 403)
+        except Unauthorized as error:
+            app = _refusal(error, 401, {"WWW-Authenticate": "Bearer"})
         await app(scope, receive, send)
 
 
-class _Uvicorn(uvicorn.Server):
-    """Lets us drain before it stops; a second signal stops it at once."""
+def _refusal(error: EdgeVlmError, status: int, headers: dict[str, str] | None = None) -> Response:
+    detail = {"message": str(error), "type": "invalid_request_error", "param": None}
+    return JSONResponse(
+        {"error": {**detail, "code": error.code}}, status_code=status, headers=headers
+    )
 
-    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_signal = on_signal
-        self._signalled = False
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._signalled:
-            self.should_exit = True
-            self.force_exit = True
-            return
-        self._signalled = True
-        self._on_signal()
+class _Page(StaticFiles):
+    """The browser page, which may load nothing from elsewhere."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # of an unknown path; older versions do not expect it
+            await WebSocketClose()(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -394,11 +412,3 @@ def _listen(host: str, port: int) -> socket.socket:
 def _same_origin(origin: str | None, host: str | None) -> bool:
     """Browsers name the page's origin; a page from elsewhere must not reach a local server."""
     return origin is None or urlsplit(origin).netloc == host
-
-
-def _page(name: str, content_type: str) -> Callable[[Request], Awaitable[Response]]:
-    async def page(request: Request) -> Response:
-        content = (WEB / name).read_bytes()
-        return Response(content, media_type=content_type, headers=PAGE_HEADERS)
-
-    return page

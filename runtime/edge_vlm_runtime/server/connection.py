@@ -5,7 +5,7 @@
 1003  nothing but binary garbage so far    1013  no free session, or the client reads too slowly
 1008  not allowed, no such session to go on with, or another connection went on with it
 
-A connection that breaks without a word leaves its session behind, see `served_session`.
+A connection that breaks without a word leaves its session behind, see `sessions`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from edge_vlm.errors import (
     Unauthorized,
 )
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.engine_thread.worker import SessionHandle
+from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.server.sessions import ClientSession, SessionRegistry, resolve
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from edge_vlm_runtime.session.frames import EncodedFrame, Encoding
 
 log = logging.getLogger(__name__)
 
@@ -197,8 +197,15 @@ class Connection:
                     session.end(error.close_code, str(error))
                 elif isinstance(data, bytes) and not self._understood:
                     session.end(1003, str(error))
-            while session.handle is not None and session.handle.num_waiting > MAX_WAITING_CALLS:
-                await asyncio.sleep(0.005)
+            await self._wait_for_room(session)
+
+    async def _wait_for_room(self, session: ClientSession) -> None:
+        """Until the engines have come to enough of the messages."""
+        while session.ending is None and session.handle is not None:
+            if session.handle.num_waiting <= MAX_WAITING_CALLS:
+                return
+            session.progress.clear()
+            await session.progress.wait()
 
     async def _take(self, data: str | bytes, handle: SessionHandle) -> None:
         if len(data) > self._limits.max_message_bytes:
@@ -222,11 +229,13 @@ class Connection:
             picture = message.picture()
         except FrameDecodeError as error:
             picture, refused = message.payload, error
+        is_raw = message.kind == protocol.TYPE_RAW
         frame = EncodedFrame(
-            sequence=message.sequence,
-            capture_time_us=message.capture_time_us,
-            jpeg=picture,
+            seq=message.sequence,
+            capture_us=message.capture_time_us,
             received_ns=self._table.clock_ns(),
+            data=picture,
+            encoding=Encoding.RAW if is_raw else Encoding.JPEG,
         )
         if refused is None:
             handle.put_frame(frame)

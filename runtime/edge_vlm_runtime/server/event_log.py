@@ -45,7 +45,7 @@ class EventLog:
             self._num_bytes -= len(self._texts.popleft())
 
     def covers(self, last_sequence: int) -> bool:
-        """Whether every event behind this one is still here."""
+        """Whether every event after this one is still here."""
         return self.oldest - 1 <= last_sequence <= self.newest
 
     def require(self, last_sequence: int) -> None:

@@ -1,22 +1,21 @@
 """What the machine tells about itself: memory of this process, power and memory of its GPU.
 
-Read where the platform gives it, without any library to install: the kernel's files, the INA3221
-sensors of a Jetson, and NVIDIA's management library if the driver brought one. What is missing is
-None; a missing gauge never stops anything.
+Read where the platform gives it: the kernel's files, the INA3221 sensors of a Jetson, and by pynvml
+(extra `gauges`) NVIDIA's management library. What is missing is None; a missing gauge never stops
+anything.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HWMON = Path("/sys/class/hwmon")
 STATM = Path("/proc/self/statm")
-NVML_LIBRARY = "libnvidia-ml.so.1"
 
 
 def resident_bytes(statm: Path = STATM) -> int | None:
@@ -48,63 +47,29 @@ def _rails_of(folder: Path) -> dict[str, float]:
     return rails
 
 
-class _Memory(ctypes.Structure):
-    """nvmlMemory_t"""
-
-    _fields_ = (
-        ("total", ctypes.c_ulonglong),
-        ("free", ctypes.c_ulonglong),
-        ("used", ctypes.c_ulonglong),
-    )
-
-
 class Gpus:
     """NVIDIA GPUs by their number, through the driver's management library."""
 
-    def __init__(self, library: Any) -> None:
-        """`library`: what `ctypes.CDLL` gives. Raises OSError when it cannot be used."""
-        self._library = library
-        self._handles: list[ctypes.c_void_p] = []
-        count = ctypes.c_uint()
-        self._call("nvmlInit_v2")
-        self._call("nvmlDeviceGetCount_v2", ctypes.byref(count))
-        for number in range(count.value):
-            handle = ctypes.c_void_p()
-            self._call("nvmlDeviceGetHandleByIndex_v2", number, ctypes.byref(handle))
-            self._handles.append(handle)
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        try:
-            code = getattr(self._library, name)(*arguments)
-        except AttributeError as error:
-            raise OSError(f"{name} is not there") from error
-        if code != 0:
-            raise OSError(f"{name} failed with {code}")
+    def __init__(self, nvml: Any) -> None:
+        """`nvml`: the module pynvml. Raises its NVMLError when the driver does not answer."""
+        self._nvml = nvml
+        nvml.nvmlInit()
+        self._handles = [
+            nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())
+        ]
 
     def watts(self) -> dict[str, float]:
         """Power that each draws; those that do not tell are left out."""
-
-        def read(handle: ctypes.c_void_p) -> float:
-            milliwatts = ctypes.c_uint()
-            self._call("nvmlDeviceGetPowerUsage", handle, ctypes.byref(milliwatts))
-            return milliwatts.value * 1e-3
-
-        return self._each(read)
+        return self._each(lambda gpu: self._nvml.nvmlDeviceGetPowerUsage(gpu) * 1e-3)
 
     def used_bytes(self) -> dict[str, float]:
         """Memory in use by all processes."""
+        return self._each(lambda gpu: float(self._nvml.nvmlDeviceGetMemoryInfo(gpu).used))
 
-        def read(handle: ctypes.c_void_p) -> float:
-            memory = _Memory()
-            self._call("nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
-            return float(memory.used)
-
-        return self._each(read)
-
-    def _each(self, read: Callable[[ctypes.c_void_p], float]) -> dict[str, float]:
+    def _each(self, read: Callable[[Any], float]) -> dict[str, float]:
         values = {}
         for number, handle in enumerate(self._handles):
-            with suppress(OSError):
+            with suppress(self._nvml.NVMLError):
                 values[str(number)] = read(handle)
         return values
 
@@ -122,8 +87,44 @@ def total_watts(rails: Mapping[str, float], gpus: Mapping[str, float]) -> float 
 
 
 def open_gpus() -> Gpus | None:
-    """None where there is no NVIDIA driver or it does not answer (a Jetson's has no such part)."""
+    """None without pynvml, or where there is no NVIDIA driver or it does not answer."""
     try:
-        return Gpus(ctypes.CDLL(NVML_LIBRARY))
-    except OSError:
+        import pynvml  # type: ignore[import-untyped]
+    except ImportError:  # the extra `gauges`: a server does without
         return None
+    try:
+        return Gpus(pynvml)
+    except pynvml.NVMLError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSample:
+    """What the gauges read at one moment; empty where there was nothing to read."""
+
+    resident_bytes: int | None = None
+    rail_watts: Mapping[str, float] = field(default_factory=dict)
+    gpu_watts: Mapping[str, float] = field(default_factory=dict)
+    gpu_used_bytes: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total_watts(self) -> float | None:
+        return total_watts(self.rail_watts, self.gpu_watts)
+
+
+class MachineGauges:
+    """All gauges of this machine."""
+
+    def __init__(self, *, hwmon: Path = HWMON, statm: Path = STATM) -> None:
+        self._hwmon, self._statm = hwmon, statm
+        self._gpus = open_gpus()
+
+    def sample(self) -> MachineSample:
+        """Reads files and asks the driver, which may take a while: not for an event loop."""
+        gpus = self._gpus
+        return MachineSample(
+            resident_bytes=resident_bytes(self._statm),
+            rail_watts=rail_watts(self._hwmon),
+            gpu_watts={} if gpus is None else gpus.watts(),
+            gpu_used_bytes={} if gpus is None else gpus.used_bytes(),
+        )

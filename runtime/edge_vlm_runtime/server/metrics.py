@@ -1,24 +1,58 @@
 """What `/metrics` tells about a server: counted from the events of its sessions.
 
-Everything happens on the event loop. No metric has a label for a session or a viewer.
+Events are counted on the event loop; the machine's gauges are sampled beside it, once a second for
+all sessions. No metric has a label for a session or a viewer.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Protocol
 
 import edge_vlm
-from edge_vlm.metrics import Counter, Gauge, Histogram, Metric, render
+from edge_vlm.errors import MissingExtraError
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertTriggered
-from edge_vlm_runtime.server.gauges import open_gpus, rail_watts, resident_bytes, total_watts
+from edge_vlm_runtime.server.gauges import MachineGauges, MachineSample
 
-PREFIX = "edge_vlm_"
-Read = Callable[[], float | Mapping[str, float] | None]
+try:
+    from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+    from prometheus_client.core import GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise MissingExtraError.for_library(error.name or "prometheus_client", "serve") from error
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "edge_vlm"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LATENCY_BUCKETS_S = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 30.0),
+)
+SAMPLE_PERIOD_S = 1.0
 
 
-class ServerMetrics:
+class Machine(Protocol):
+    def sample(self) -> MachineSample:
+        """As `MachineGauges.sample`."""
+
+
+class _Registry(CollectorRegistry):
+    """Without the times at which each series began: the library can leave them out for the whole
+    process only."""
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in super().collect():
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
+
+
+class ServerMetrics(Collector):
     """One server's figures since it started."""
 
     def __init__(
@@ -27,83 +61,93 @@ class ServerMetrics:
         bundle_name: str,
         num_sessions: Callable[[], int],
         clock_s: Callable[[], float] = time.monotonic,
+        machine: Machine | None = None,
     ) -> None:
+        """Reads `machine` (None: this one) once; see `follow_machine`."""
+        self._bundle_name = bundle_name
+        self._num_sessions = num_sessions
         self._clock_s = clock_s
-        self._metrics: list[Metric] = []
+        self._machine = machine or MachineGauges()
+        self._sample = self._machine.sample()
         self._kv_tokens: dict[str, int] = {}
         self._answering: dict[str, dict[str, float]] = {}
-        self.frames_received = self._counter("frames_received_total", "Frames that arrived.")
-        self._processed = self._counter("frames_processed_total", "Frames that were encoded.")
-        self._dropped = self._counter(
-            "frames_dropped_total", "Frames that were not encoded.", "reason"
+        self._registry = _Registry()
+        counter = partial(Counter, namespace=NAMESPACE, registry=self._registry)
+        seconds = partial(
+            Histogram, namespace=NAMESPACE, registry=self._registry, buckets=LATENCY_BUCKETS_S
         )
-        self._stages = self._histogram(
+        self.frames_received = counter("frames_received_total", "Frames that arrived.")
+        self._processed = counter("frames_processed_total", "Frames that were encoded.")
+        self._dropped = counter("frames_dropped_total", "Frames that were not encoded.", ["reason"])
+        self._stages = seconds(
             "frame_stage_seconds",
             "Time of each step of a frame; vit_stem includes the scorer, vit_trunk the connector.",
-            "stage",
+            ["stage"],
         )
-        self._age = self._histogram(
-            "frame_age_seconds", "From a frame's arrival to the end of its work."
-        )
-        self._seen = self._counter("vision_cells_seen_total", "Cells of the encoded frames.")
-        self._kept = self._counter("vision_cells_kept_total", "Cells that became tokens.")
-        self._gauge("kv_tokens", "Tokens in the caches.", lambda: sum(self._kv_tokens.values()))
-        self._evictions = self._counter(
+        self._age = seconds("frame_age_seconds", "From a frame's arrival to the end of its work.")
+        self._seen = counter("vision_cells_seen_total", "Cells of the encoded frames.")
+        self._kept = counter("vision_cells_kept_total", "Cells that became tokens.")
+        self._evictions = counter(
             "kv_evictions_total", "Frames forgotten to make room for newer ones."
         )
-        self._ttft = self._histogram(
+        self._ttft = seconds(
             "time_to_first_token_seconds", "From a question's arrival to its first text."
         )
-        self._itl = self._histogram(
+        self._itl = seconds(
             "inter_token_latency_seconds", "Mean time between the tokens of an answer."
         )
-        self._duration = self._histogram(
+        self._duration = seconds(
             "response_duration_seconds", "From taking up a question to the end of its answer."
         )
-        self._responses = self._counter("responses_total", "Answers that ended.", "status")
-        self._alerts = self._counter("alerts_total", "Alerts that began and ended.", "state")
-        self._errors = self._counter("errors_total", "Errors told to viewers.", "code")
-        self.resumes = self._counter(
-            "session_resumes_total", "Connections that went on with a session."
+        self._responses = counter("responses_total", "Answers that ended.", ["status"])
+        self._alerts = counter("alerts_total", "Alerts that began and ended.", ["state"])
+        self._errors = counter("errors_total", "Errors told to viewers.", ["code"])
+        self.resumes = counter("session_resumes_total", "Connections that went on with a session.")
+        self._registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauges; none where there is nothing to read."""
+        now = self._sample
+        kv_tokens, sessions = sum(self._kv_tokens.values()), self._num_sessions()
+        server = f"edge-vlm {edge_vlm.__version__}, {self._bundle_name}"
+        yield from _gauge("kv_tokens", "Tokens in the caches.", kv_tokens)
+        yield from _gauge("sessions_active", "Sessions, absent viewers' included.", sessions)
+        yield from _gauge("gpu_power_watts", "Power a GPU draws.", now.gpu_watts, "gpu")
+        yield from _gauge(
+            "gpu_memory_used_bytes", "Memory of a GPU in use.", now.gpu_used_bytes, "gpu"
         )
-        self._gauge("sessions_active", "Sessions, absent viewers' included.", num_sessions)
-        self._gpus = gpus = open_gpus()
-        if gpus is not None:
-            self._gauge("gpu_power_watts", "Power a GPU draws.", gpus.watts, "gpu")
-            self._gauge("gpu_memory_used_bytes", "Memory of a GPU in use.", gpus.used_bytes, "gpu")
-        self._gauge("rail_power_watts", "Power of a supply rail.", rail_watts, "rail")
-        self._gauge("process_resident_memory_bytes", "Memory of this process.", resident_bytes)
-        versions = {f"edge-vlm {edge_vlm.__version__}, {bundle_name}": 1.0}
-        self._gauge("info", "Version and bundle.", lambda: versions, "server")
+        yield from _gauge("rail_power_watts", "Power of a supply rail.", now.rail_watts, "rail")
+        yield from _gauge(
+            "process_resident_memory_bytes", "Memory of this process.", now.resident_bytes
+        )
+        yield from _gauge("info", "Version and bundle.", {server: 1.0}, "server")
 
-    def _counter(self, name: str, help: str, label: str | None = None) -> Counter:
-        metric = Counter(PREFIX + name, help, label)
-        self._metrics.append(metric)
-        return metric
+    def render(self) -> bytes:
+        """The whole page, in Prometheus' text format."""
+        return generate_latest(self._registry)
 
-    def _histogram(self, name: str, help: str, label: str | None = None) -> Histogram:
-        metric = Histogram(PREFIX + name, help, label)
-        self._metrics.append(metric)
-        return metric
-
-    def _gauge(self, name: str, help: str, read: Read, label: str | None = None) -> None:
-        self._metrics.append(Gauge(PREFIX + name, help, read, label))
-
-    def render(self) -> str:
-        return render(self._metrics)
+    async def follow_machine(self, period_s: float = SAMPLE_PERIOD_S) -> None:
+        """Samples the machine's gauges on a thread, again and again, until it is cancelled."""
+        while True:
+            try:
+                self._sample = await asyncio.to_thread(self._machine.sample)
+            except Exception as error:  # noqa: BLE001 - no gauge is worth a server
+                if self._sample != MachineSample():
+                    log.warning("the machine's gauges cannot be read: %s", error)
+                self._sample = MachineSample()  # unknown rather than old
+            await asyncio.sleep(period_s)
 
     def complete(self, event: protocol.SessionStats) -> None:
-        """Adds what the machine tells, which no session knows."""
-        event.memory_bytes = resident_bytes()
-        gpu_watts = {} if self._gpus is None else self._gpus.watts()
-        event.power_watts = total_watts(rail_watts(), gpu_watts)
+        """Adds what the machine told last, which no session knows."""
+        event.memory_bytes = self._sample.resident_bytes
+        event.power_watts = self._sample.total_watts
 
     def event(self, session_id: str, event: protocol.ServerEvent) -> None:
         """Counts what a session said."""
         if isinstance(event, protocol.FrameAccepted):
             self._frame(session_id, event)
         elif isinstance(event, protocol.FrameDropped):
-            self._dropped.inc(label=event.reason)
+            self._dropped.labels(event.reason).inc()
         elif isinstance(event, protocol.ResponseCreated):
             begun = self._answering.setdefault(session_id, {})
             begun[event.response_id] = self._clock_s()
@@ -112,11 +156,11 @@ class ServerMetrics:
         elif isinstance(event, protocol.MemoryEvicted):
             self._evictions.inc(event.frames)
         elif isinstance(event, AlertTriggered):
-            self._alerts.inc(label="triggered")
+            self._alerts.labels("triggered").inc()
         elif isinstance(event, AlertCleared):
-            self._alerts.inc(label="cleared")
+            self._alerts.labels("cleared").inc()
         elif isinstance(event, protocol.Error):
-            self._errors.inc(label=event.error.code)
+            self._errors.labels(event.error.code).inc()
         elif isinstance(event, protocol.SessionStats):
             self._kv_tokens[session_id] = event.kv_tokens
 
@@ -126,11 +170,11 @@ class ServerMetrics:
         self._kept.inc(event.cells_kept)
         self._age.observe(event.age_ms * 1e-3)
         for stage, milliseconds in event.stage_ms.items():
-            self._stages.observe(milliseconds * 1e-3, stage)
+            self._stages.labels(stage).observe(milliseconds * 1e-3)
         self._kv_tokens[session_id] = event.kv_tokens
 
     def _answer(self, session_id: str, event: protocol.ResponseDone) -> None:
-        self._responses.inc(label=event.status)
+        self._responses.labels(event.status).inc()
         if event.ttft_s is not None:
             self._ttft.observe(event.ttft_s)
         if event.tokens_per_s:
@@ -143,3 +187,15 @@ class ServerMetrics:
         """A session is over: its cache is free."""
         self._kv_tokens.pop(session_id, None)
         self._answering.pop(session_id, None)
+
+
+def _gauge(
+    name: str, help: str, read: float | Mapping[str, float] | None, label: str | None = None
+) -> Iterator[Metric]:
+    """One metric, with `label` a sample for each of its values; nothing for nothing."""
+    values = read if isinstance(read, Mapping) else {} if read is None else {"": read}
+    if values:
+        family = GaugeMetricFamily(f"{NAMESPACE}_{name}", help, labels=[label] if label else [])
+        for value, number in values.items():
+            family.add_metric([value] if label else [], number)
+        yield family

@@ -1,7 +1,7 @@
 """The server's sessions: each outlives its connection for a while, so that a viewer may come back.
 
 A session's events are numbered and kept in an `EventLog`. Whoever is connected reads from the log;
-when the connection breaks, the engines go on with what they were told, and the next connection of
+when the connection breaks, the engines go on with what they were asked, and the next connection of
 that viewer reads on where the last one stopped. Lives on the event loop.
 """
 
@@ -12,13 +12,15 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import edge_vlm
 from edge_vlm.errors import EdgeVlmError, ServerBusy, SessionGone
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.engine_thread.worker import EngineWorker, SessionHandle
+from edge_vlm_runtime.engine_thread.handle import SessionHandle
+from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.event_log import EventLog
@@ -41,7 +43,7 @@ class Subscriber(Protocol):
 
 @dataclass(frozen=True)
 class CloseReason:
-    """How the last connection is to be closed, behind the last event."""
+    """How the last connection is to be closed, after the last event."""
 
     code: int
     reason: str
@@ -60,6 +62,8 @@ class ClientSession:
         self.ending: CloseReason | None = None
         """Set when there will be no more events."""
         self.viewer: Subscriber | None = None
+        self.progress = asyncio.Event()
+        """Set whenever the engines have done something, and at the end."""
         self.settings: SessionSettings | None = None
         """Those last announced."""
         self.messages_received = 0
@@ -67,6 +71,12 @@ class ClientSession:
         self.newest_frame_sequence: int | None = None
         self.left_at_s = 0.0
         """When the viewer was last seen, by the event loop's clock."""
+
+    def send_all(self, events: list[protocol.ServerEvent]) -> None:
+        """The engines have done something, and this is what came of it."""
+        self.progress.set()
+        for event in events:
+            self.send(event)
 
     def send(self, event: protocol.ServerEvent) -> None:
         """The next event. While nobody is connected, gauges are not worth keeping."""
@@ -86,6 +96,7 @@ class ClientSession:
         """No more events: the connection is closed when it has sent those there are."""
         if self.ending is None:
             self.ending = CloseReason(code, reason)
+            self.progress.set()
             if self.viewer is not None:
                 self.viewer.wake()
 
@@ -93,10 +104,6 @@ class ClientSession:
     def is_away(self) -> bool:
         """It has begun, and nobody is connected."""
         return self.viewer is None and self.log.newest > 0
-
-    @property
-    def is_answering(self) -> bool:
-        return self.handle is not None and self.handle.is_answering
 
 
 class SessionRegistry:
@@ -127,6 +134,7 @@ class SessionRegistry:
         self.draining = False
         self._sessions: dict[str, ClientSession] = {}
         self._expiries: dict[str, asyncio.TimerHandle] = {}
+        self._openings: set[asyncio.Task[None]] = set()
         self._ends: set[asyncio.Task[None]] = set()
 
     @property
@@ -143,17 +151,35 @@ class SessionRegistry:
         """A new session whose log begins with `session.created`.
 
         A session whose viewer is away gives up its place when all are taken. Raises ServerBusy,
-        ConfigError when the model cannot hold to the settings, RecordingError.
+        ConfigError when the model cannot hold to the settings, RecordingError, InternalError for
+        anything else; the place is free again then, also when the caller is cancelled.
         """
         given_up = self._make_room()
         session = ClientSession(self.limits, self._notify)
         self._sessions[session.session_id] = session  # before any await: the place is taken
-        if given_up is not None:
-            await self.end(given_up)
+        opening = asyncio.get_running_loop().create_task(self._open(session, given_up))
+        self._openings.add(opening)
+        opening.add_done_callback(self._openings.discard)
         try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:  # nobody is there any more to use it
+            opening.add_done_callback(lambda opening: self._abandon(opening, session))
+            raise
+        return session
+
+    def _abandon(self, opening: asyncio.Task[None], session: ClientSession) -> None:
+        if opening.cancelled() or opening.exception() is None:
+            self._end_soon(session)
+
+    async def _open(self, session: ClientSession, given_up: ClientSession | None) -> None:
+        try:
+            if given_up is not None:
+                await self.end(given_up)
             session.handle = await self._open_engines_side(session)
+            if self.draining:  # it began to stop meanwhile
+                raise ServerBusy("the server is stopping", remedy="connect again later")
         except BaseException:
-            del self._sessions[session.session_id]
+            await self.end(session)
             raise
         session.send(
             protocol.SessionCreated(
@@ -166,20 +192,23 @@ class SessionRegistry:
                 limits=self.limits,
             )
         )
-        return session
 
     async def _open_engines_side(self, session: ClientSession) -> SessionHandle:
         loop = asyncio.get_running_loop()
         opened: asyncio.Future[SessionHandle | EdgeVlmError] = loop.create_future()
-        tape = None
+        now_ns = self.clock_ns()
+        call_log = None
         if self._recorder is not None:
-            tape = self._recorder.tape(session.session_id, self._settings, self.limits)
+            call_log = self._recorder.record(
+                session.session_id, self._settings, self.limits, now_ns
+            )
         self._worker.open_session(
             self._settings,
-            emit=lambda event: _on_loop(loop, session.send, event),
+            now_ns=now_ns,
+            send=lambda events: _on_loop(loop, session.send_all, events),
             on_open=lambda result: _on_loop(loop, resolve, opened, result),
             on_failure=lambda: _on_loop(loop, session.end, 1011, "the session failed"),
-            tape=tape,
+            call_log=call_log,
         )
         result = await opened
         if isinstance(result, EdgeVlmError):
@@ -237,7 +266,7 @@ class SessionRegistry:
         )
 
     def attach(self, session: ClientSession, viewer: Subscriber) -> None:
-        """From now on this connection reads; one that still did is told to go."""
+        """From now on this connection reads; one that still did is displaced."""
         self._stop_expiry(session)
         previous, session.viewer = session.viewer, viewer
         if previous is not None:
@@ -256,10 +285,11 @@ class SessionRegistry:
         )
 
     async def end(self, session: ClientSession) -> None:
-        """Ends a session for good. Twice does no harm."""
+        """Ends a session for good. May be called more than once."""
         self._sessions.pop(session.session_id, None)
         self._stop_expiry(session)
         await self.end_engines_side(session)
+        session.end(1001, "the session has ended")
         self.metrics.ended(session.session_id)
 
     def _stop_expiry(self, session: ClientSession) -> None:
@@ -272,10 +302,12 @@ class SessionRegistry:
         handle, session.handle = session.handle, None
         if handle is None:
             return
+        session.progress.set()
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
-        self._worker.close_session(handle, lambda: _on_loop(loop, resolve, ended, None))
-        await ended
+        with suppress(ServerBusy):  # the engine thread has ended, and every session with it
+            self._worker.close_session(handle, lambda: _on_loop(loop, resolve, ended, None))
+            await ended
 
     def _end_soon(self, session: ClientSession) -> None:
         task = asyncio.get_running_loop().create_task(self.end(session))
@@ -297,19 +329,20 @@ class SessionRegistry:
     async def drain(self, time_left_s: float) -> None:
         """Lets the answers under way end, then closes every session with 1001. No new ones."""
         self.draining = True
+        await asyncio.gather(*self._openings, return_exceptions=True)
         sessions = list(self._sessions.values())
         await asyncio.gather(*(self._drain(session, time_left_s) for session in sessions))
         await asyncio.gather(*self._ends)
 
     async def _drain(self, session: ClientSession, time_left_s: float) -> None:
-        if session.viewer is None:
+        if session.viewer is None or session.handle is None:
             await self.end(session)
             return
         loop = asyncio.get_running_loop()
         session.send(protocol.SessionGoAway(time_left_s=time_left_s))
-        deadline = loop.time() + time_left_s
-        while session.is_answering and session.ending is None and loop.time() < deadline:
-            await asyncio.sleep(0.02)
+        idle: asyncio.Future[None] = loop.create_future()
+        session.handle.when_idle(lambda: _on_loop(loop, resolve, idle, None))
+        await asyncio.wait([idle], timeout=time_left_s)
         await self.end_engines_side(session)
         session.send(protocol.SessionClosed(reason="the server is stopping"))
         session.end(1001, "the server is stopping")
@@ -322,5 +355,5 @@ def resolve(future: asyncio.Future[Any], result: object) -> None:
 
 def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
     """For the engine thread, which never waits for a socket."""
-    if not loop.is_closed():
+    with suppress(RuntimeError):  # the loop is closed: there is nobody left to tell
         loop.call_soon_threadsafe(call, *args)

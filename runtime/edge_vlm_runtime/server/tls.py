@@ -2,31 +2,60 @@
 
 Browsers give a camera only to pages from https or from the same machine, so a camera page in the
 local network needs TLS. A made certificate is signed by nobody: browsers warn once, our own client
-takes it with `--tls-ca`. It is made by the `openssl` program and kept for the next start.
+takes it with `--tls-ca`. It is kept for the next start.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
-import shutil
 import socket
 import ssl
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import TypeAlias
 
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, MissingExtraError
+
+try:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+        load_pem_private_key,
+    )
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+except ImportError as error:
+    raise MissingExtraError.for_library(error.name or "cryptography", "serve") from error
+
+PrivateKey: TypeAlias = "ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey"
 
 VALID_DAYS = 825
 """The longest that Apple's systems accept."""
-RENEW_S = 7 * 24 * 3600
+RENEW_BEFORE = timedelta(days=7)
 """A certificate that ends sooner is made anew."""
-CERTIFICATE, KEY, NAMES = "cert.pem", "key.pem", "names.json"
+CLOCK_SKEW = timedelta(days=1)
+"""So far the clock of a client may be behind ours."""
+CERTIFICATE, KEY = "cert.pem", "key.pem"
+KEY_USAGE = x509.KeyUsage(
+    digital_signature=True,
+    key_cert_sign=True,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
 
 
 @dataclass(frozen=True)
@@ -76,67 +105,91 @@ def own_names(host: str) -> list[str]:
 def self_signed(folder: Path, names: Iterable[str]) -> Tls:
     """The certificate in `folder`, made if there is none for these names or it ends soon.
 
-    Raises ConfigError when it cannot be made.
+    The key stays when the certificate is made anew, so whatever stands in the folder, even after a
+    crash, belongs together or is replaced. Raises ConfigError when it cannot be kept there.
     """
-    wanted = list(names)
     found = Tls(folder / CERTIFICATE, folder / KEY)
-    if _is_good(found, folder / NAMES, wanted):
-        return found.check()
-    program = shutil.which("openssl")
-    if program is None:
-        raise ConfigError(
-            "the program openssl is not here to make a certificate",
-            remedy="install it, or give one with --tls-cert and --tls-key",
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as place:  # nobody else may look inside
-            made = Tls(Path(place) / CERTIFICATE, Path(place) / KEY)
-            _make(program, made, wanted)
-            made.check()
-            made.key.chmod(0o600)
-            os.replace(made.key, found.key)
-            os.replace(made.certificate, found.certificate)
-        (folder / NAMES).write_text(json.dumps(wanted), encoding="utf-8")
+        key = _read_key(found.key)
+        if key is None:
+            key = ec.generate_private_key(ec.SECP256R1())
+            text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            _replace(found.key, text, 0o600)
+        wanted = [_general_name(name) for name in sorted(set(names))]
+        if not _is_good(found.certificate, key, wanted):
+            _replace(found.certificate, _make(key, wanted).public_bytes(Encoding.PEM), 0o644)
     except OSError as error:
         raise ConfigError(f"no certificate can be kept here: {error}", where=folder) from error
     return found.check()
 
 
-def _is_good(found: Tls, names: Path, wanted: list[str]) -> bool:
+def _replace(file: Path, content: bytes, mode: int) -> None:
+    """Whole or not at all."""
+    handle, place = tempfile.mkstemp(dir=file.parent)  # for nobody else to read
     try:
-        if not set(wanted) <= set(json.loads(names.read_text(encoding="utf-8"))):
-            return False
-    except (OSError, ValueError):
+        with os.fdopen(handle, "wb") as out:
+            out.write(content)
+            os.fchmod(out.fileno(), mode)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(place, file)
+    except BaseException:
+        os.unlink(place)
+        raise
+
+
+def _read_key(file: Path) -> PrivateKey | None:
+    """None where there is none that can sign."""
+    try:
+        key = load_pem_private_key(file.read_bytes(), password=None)
+    except (FileNotFoundError, ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, (ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey)) else None
+
+
+def _is_good(file: Path, key: PrivateKey, wanted: list[x509.GeneralName]) -> bool:
+    """Whether it is this key's, holds the names and lasts."""
+    try:
+        found = x509.load_pem_x509_certificate(file.read_bytes())
+        alternatives = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (FileNotFoundError, ValueError, x509.ExtensionNotFound):
         return False
-    program = shutil.which("openssl")
-    if program is None:  # then it cannot be made anew either
-        return found.certificate.exists()
-    command = [program, "x509", "-checkend", str(RENEW_S), "-noout", "-in", str(found.certificate)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    lasts = found.not_valid_after_utc > _now() + RENEW_BEFORE
+    return lasts and set(wanted) <= set(alternatives) and found.public_key() == key.public_key()
 
 
-def _make(program: str, made: Tls, names: list[str]) -> None:
-    alternatives = ",".join(f"{_kind(name)}:{name}" for name in names)
-    command = [
-        *(program, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
-        *("-nodes", "-days", str(VALID_DAYS), "-subj", "/CN=edge-vlm"),
-        *("-addext", f"subjectAltName={alternatives}"),
-        *("-addext", "extendedKeyUsage=serverAuth"),
-        *("-keyout", str(made.key), "-out", str(made.certificate)),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        lines = result.stderr.strip().splitlines() or ["it gave no reason"]
-        raise ConfigError(
-            f"openssl could not make a certificate: {lines[-1]}",
-            remedy="give one with --tls-cert and --tls-key",
-        )
+def _make(key: PrivateKey, names: list[x509.GeneralName]) -> x509.Certificate:
+    """Its own authority: what clients are given to trust (`--tls-ca`) is the certificate."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "edge-vlm")])
+    public = key.public_key()
+    begin = _now() - CLOCK_SKEW
+    builder = (
+        x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + timedelta(days=VALID_DAYS))
+    )
+    for extension, critical in (
+        (x509.SubjectAlternativeName(names), False),
+        (x509.BasicConstraints(ca=True, path_length=0), True),
+        (KEY_USAGE, True),
+        (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
+        (x509.SubjectKeyIdentifier.from_public_key(public), False),
+        (x509.AuthorityKeyIdentifier.from_issuer_public_key(public), False),
+    ):
+        builder = builder.add_extension(extension, critical)
+    return builder.sign(key, hashes.SHA256())
 
 
-def _kind(name: str) -> str:
+def _general_name(name: str) -> x509.GeneralName:
+    with suppress(ValueError):
+        return x509.IPAddress(ipaddress.ip_address(name))
     try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return "DNS"
-    return "IP"
+        return x509.DNSName(name)
+    except ValueError as error:
+        raise ConfigError(f"no name for a certificate: {error}", where=name) from error
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)

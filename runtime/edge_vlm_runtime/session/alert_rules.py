@@ -86,13 +86,14 @@ class Hysteresis:
 class AlertFrame:
     """A frame that the model remembers, as much of it as alerts need."""
 
-    sequence: int
+    seq: int
     time_s: float
     """Capture time since the first frame of the session."""
-    capture_time_us: int
+    capture_us: int
     """The same moment on the sender's clock."""
     received_ns: int
-    jpeg: bytes = dataclasses.field(repr=False)
+    data: bytes = dataclasses.field(repr=False)
+    """As it arrived."""
 
 
 class Alert:
@@ -101,7 +102,7 @@ class Alert:
     def __init__(self, alert_id: str, rule: AlertRule) -> None:
         self.alert_id = alert_id
         self.rule = rule
-        self.machine = Hysteresis(rule)
+        self.hysteresis = Hysteresis(rule)
         self.episode = 0
         """Number of the last begin."""
         self.probability: float | None = None
@@ -122,7 +123,7 @@ class Alert:
         """Lets `now_s` come with the probability that was measured last."""
         if self.probability is None:
             return None
-        change = self.machine.update(now_s, self.probability)
+        change = self.hysteresis.update(now_s, self.probability)
         if change is Change.BEGAN:
             self.episode += 1
         return change
@@ -161,19 +162,19 @@ class AlertRegistry:
         """In the order they were created."""
         return list(self._alerts.values())
 
-    def saw(self, frame: AlertFrame) -> None:
+    def on_frame(self, frame: AlertFrame) -> None:
         """A newer frame is in the memory."""
         self.newest = frame
         self.now_s = frame.time_s
 
-    def stood_still(self, capture_time_us: int) -> list[tuple[Alert, Change]]:
+    def on_duplicate(self, capture_us: int) -> list[tuple[Alert, Change]]:
         """The picture at this later time looks like the newest frame: what was measured holds on.
 
         Returns what began or ended by time alone.
         """
         if self.newest is None:
             return []
-        elapsed_us = capture_time_us - self.newest.capture_time_us
+        elapsed_us = capture_us - self.newest.capture_us
         self.now_s = max(self.now_s, self.newest.time_s + elapsed_us * 1e-6)
         changes = [(a, a.update(self.now_s)) for a in self.alerts if a.frame is self.newest]
         return [(alert, change) for alert, change in changes if change is not None]

@@ -1,22 +1,21 @@
-"""Checks a session's alerts on its memory and tells what began and ended.
+"""Checks a session's alerts on its memory and reports what began and ended.
 
-A check is one prefill of the question behind the remembered video and a look at the logits: nothing
+A check is one prefill of the question after the remembered video and a look at the logits: nothing
 is decoded and nothing stays in the cache. Alerts that are due are measured together, as many as
 fit into one run of the language graph, alerts with the same question once.
 
-No I/O, no threads; the clock and the way out for events are arguments.
+No I/O, no threads, no clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_vlm.errors import EdgeVlmError, QuestionTooLong, TooManyQuestions
 from edge_vlm.pixels.frames import shrink_jpeg
-from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits
 from edge_vlm_runtime.session.alert_rules import Alert, AlertFrame, AlertRegistry, Change, YesNo
@@ -24,14 +23,13 @@ from edge_vlm_runtime.session.budget import question_capacity
 
 if TYPE_CHECKING:
     from edge_vlm.text.prompt import PromptFormat
-    from edge_vlm_runtime.inference.kv_arena import KVArena
     from edge_vlm_runtime.inference.language import LanguageModel
     from edge_vlm_runtime.session.context import StreamContext
+    from edge_vlm_runtime.session.outbox import Outbox
 
 MAX_WAITING_LISTS = 8
 """`alert.list` messages that may wait for checks."""
 
-Emit = Callable[[protocol.ServerEvent], None]
 AlertMessage = messages.AlertCreate | messages.AlertList | messages.AlertDelete
 
 
@@ -44,23 +42,19 @@ class AlertMonitor:
         language: LanguageModel,
         prompt: PromptFormat,
         context: StreamContext,
-        arena: KVArena,
         model: ModelLimits,
         limits: ServerLimits,
-        emit: Emit,
-        clock_ns: Callable[[], int],
+        outbox: Outbox,
     ) -> None:
         self._language = language
         self._prompt = prompt
         self._context = context
-        self._arena = arena
         self._limits = limits
         # A question goes through the graph whole.
         self._max_question_tokens = min(question_capacity(model, limits), model.max_prefill_tokens)
         self._max_tokens_per_step = model.max_prefill_tokens
-        self._emit = emit
-        self._clock_ns = clock_ns
-        self._book = AlertRegistry(limits.max_alerts)
+        self._outbox = outbox
+        self._registry = AlertRegistry(limits.max_alerts)
         self._yes_no: YesNo | None = None
         self._waiting_lists: list[str | None] = []
         self._newest_seen: AlertFrame | None = None
@@ -76,9 +70,10 @@ class AlertMonitor:
         if isinstance(message, messages.AlertCreate):
             self._create(message)
         elif isinstance(message, messages.AlertDelete):
-            alert = self._book.delete(message.alert_id)
+            alert = self._registry.delete(message.alert_id)
             self._end(alert, "deleted")
-            self._emit(messages.AlertDeleted(alert_id=alert.alert_id, event_id=message.event_id))
+            deleted = messages.AlertDeleted(alert_id=alert.alert_id, event_id=message.event_id)
+            self._outbox.add(deleted)
         else:
             self._list(message)
 
@@ -92,8 +87,8 @@ class AlertMonitor:
                 f"the question has {length} tokens",
                 remedy=f"{self._max_question_tokens} are allowed",
             )
-        alert = self._book.create(rule)
-        self._emit(messages.AlertCreated(alert=_status(alert), event_id=message.event_id))
+        alert = self._registry.create(rule)
+        self._outbox.add(messages.AlertCreated(alert=_status(alert), event_id=message.event_id))
 
     def _list(self, message: messages.AlertList) -> None:
         if len(self._waiting_lists) >= MAX_WAITING_LISTS:
@@ -104,41 +99,41 @@ class AlertMonitor:
         self._answer_lists()
 
     def _answer_lists(self) -> None:
-        if self._newest_seen is not self._book.newest or self._book.due():
+        if self._newest_seen is not self._registry.newest or self._registry.due():
             return
         waiting, self._waiting_lists = self._waiting_lists, []
         for event_id in waiting:
-            alerts = [_status(alert) for alert in self._book.alerts]
-            self._emit(messages.AlertListed(alerts=alerts, event_id=event_id))
+            alerts = [_status(alert) for alert in self._registry.alerts]
+            self._outbox.add(messages.AlertListed(alerts=alerts, event_id=event_id))
 
     # ---- what the session sees ---------------------------------------------------------------
 
     @property
     def is_watching(self) -> bool:
         """There are alerts, each to be checked on every frame that it wants."""
-        return bool(self._book.alerts)
+        return bool(self._registry.alerts)
 
-    def saw(self, frame: AlertFrame) -> None:
+    def on_frame(self, frame: AlertFrame) -> None:
         """A frame was encoded; it is checked once it joins the memory."""
         self._newest_seen = frame
 
     def caught_up(self) -> None:
         """What was encoded has joined the memory, or was lost with an error."""
         newest, seen = self._context.newest, self._newest_seen
-        if newest is not None and seen is not None and newest.seq == seen.sequence:
-            self._book.saw(seen)
-        self._newest_seen = self._book.newest
+        if newest is not None and seen is not None and newest.seq == seen.seq:
+            self._registry.on_frame(seen)
+        self._newest_seen = self._registry.newest
         self._answer_lists()
 
-    def stood_still(self, capture_time_us: int) -> None:
+    def on_duplicate(self, capture_us: int) -> None:
         """A frame of this time looked like the one before it and was not encoded."""
-        if self._newest_seen is self._book.newest:
-            for alert, change in self._book.stood_still(capture_time_us):
-                self._tell(alert, change)
+        if self._newest_seen is self._registry.newest:
+            for alert, change in self._registry.on_duplicate(capture_us):
+                self._report(alert, change)
 
     def close(self) -> None:
         """The session ends, and with it every alert."""
-        for alert in self._book.alerts:
+        for alert in self._registry.alerts:
             self._end(alert, "session_closed")
 
     # ---- checking ----------------------------------------------------------------------------
@@ -147,10 +142,9 @@ class AlertMonitor:
         """Checks alerts that are due on the newest frame, as many as fit into one run of the
         language graph; False when there are none.
 
-        Nothing may lie behind the mark. What the engines raise becomes an `error` event, once until
-        a check succeeds again.
+        What the engines raise becomes an `error` event, once until a check succeeds again.
         """
-        due = self._book.due()
+        due = self._registry.due()
         if not due:
             return False
         branches = self._branches(due)
@@ -158,8 +152,9 @@ class AlertMonitor:
         try:
             readings = self._measure(branches)
         except EdgeVlmError as error:
-            if any([self._book.failed(alert) for alert in due]):
-                self._emit(protocol.error_event(error))
+            news = [self._registry.failed(alert) for alert in due]
+            if any(news):
+                self._outbox.add_error(error)
         else:
             for alert in due:
                 self._note(alert, *readings[alert.rule.question])
@@ -184,72 +179,73 @@ class AlertMonitor:
     def _measure(self, branches: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
         """Probability and answer mass by question."""
         assert self._yes_no is not None  # made with the first alert
-        self._context.show()
-        logits = self._language.measure(self._arena, list(branches.values()))
+        with self._context.branch() as arena:
+            logits = self._language.measure(arena, list(branches.values()))
         return {text: self._yes_no.read(row) for text, row in zip(branches, logits, strict=True)}
 
     def _note(self, alert: Alert, probability: float, answer_mass: float) -> None:
-        change = self._book.measured(alert, probability, answer_mass)
+        change = self._registry.measured(alert, probability, answer_mass)
         if alert.rule.report_checks:
             assert alert.frame is not None  # has just been checked
-            self._emit(
+            self._outbox.add(
                 messages.AlertChecked(
                     alert_id=alert.alert_id,
                     probability=probability,
                     answer_mass=answer_mass,
-                    frame_sequence=alert.frame.sequence,
+                    frame_sequence=alert.frame.seq,
                     time_s=alert.frame.time_s,
                 )
             )
         if change is not None:
-            self._tell(alert, change)
+            self._report(alert, change)
 
-    # ---- telling -----------------------------------------------------------------------------
+    # ---- reporting ---------------------------------------------------------------------------
 
-    def _tell(self, alert: Alert, change: Change) -> None:
+    def _report(self, alert: Alert, change: Change) -> None:
         if change is Change.ENDED:
-            self._emit(self._cleared(alert, "probability"))
+            self._outbox.add(self._cleared(alert, "probability"))
             return
         frame = alert.frame
-        assert frame is not None and alert.probability is not None  # it was checked
+        assert frame is not None  # it was checked
+        assert alert.probability is not None
         evidence = None
         if alert.rule.evidence:
-            jpeg = shrink_jpeg(frame.jpeg, self._limits.max_evidence_bytes)
+            jpeg = shrink_jpeg(frame.data, self._limits.max_evidence_bytes)
             evidence = messages.Evidence(
-                frame_sequence=frame.sequence,
+                frame_sequence=frame.seq,
                 time_s=frame.time_s,
                 jpeg=jpeg,
-                exact=jpeg is frame.jpeg,
+                exact=jpeg is frame.data,
             )
-        self._emit(
-            messages.AlertTriggered(
-                alert_id=alert.alert_id,
-                episode=alert.episode,
-                question=alert.rule.question,
-                probability=alert.probability,
-                frame_sequence=frame.sequence,
-                time_s=self._book.now_s,
-                age_s=(self._clock_ns() - frame.received_ns) * 1e-9,
-                evidence=evidence,
-            )
+        triggered = messages.AlertTriggered(
+            alert_id=alert.alert_id,
+            episode=alert.episode,
+            question=alert.rule.question,
+            probability=alert.probability,
+            frame_sequence=frame.seq,
+            time_s=self._registry.now_s,
+            age_s=0.0,
+            evidence=evidence,
         )
+        self._outbox.add_aged(triggered, frame.received_ns)
 
     def _end(self, alert: Alert, reason: str) -> None:
-        if alert.machine.active:
-            alert.machine.active = False
-            self._emit(self._cleared(alert, reason))
+        if alert.hysteresis.active:
+            alert.hysteresis.active = False
+            self._outbox.add(self._cleared(alert, reason))
 
     def _cleared(self, alert: Alert, reason: str) -> messages.AlertCleared:
-        assert alert.frame is not None and alert.probability is not None  # it was checked
+        assert alert.frame is not None  # it was checked
+        assert alert.probability is not None
         return messages.AlertCleared(
             alert_id=alert.alert_id,
             episode=alert.episode,
             question=alert.rule.question,
             reason=reason,
             probability=alert.probability,
-            frame_sequence=alert.frame.sequence,
-            time_s=self._book.now_s,
-            lasted_s=self._book.now_s - alert.machine.began_s,
+            frame_sequence=alert.frame.seq,
+            time_s=self._registry.now_s,
+            lasted_s=self._registry.now_s - alert.hysteresis.began_s,
         )
 
 
@@ -258,10 +254,10 @@ def _status(alert: Alert) -> messages.AlertStatus:
     return messages.AlertStatus(
         alert_id=alert.alert_id,
         rule=alert.rule,
-        state=alert.machine.state.value,
+        state=alert.hysteresis.state.value,
         episodes=alert.episode,
         probability=alert.probability,
         answer_mass=alert.answer_mass,
-        frame_sequence=None if frame is None else frame.sequence,
+        frame_sequence=None if frame is None else frame.seq,
         time_s=None if frame is None else frame.time_s,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
@@ -13,11 +14,25 @@ SCORED_POLICIES = ("stream", "frame_topk")
 """Policies that look at the scores of the token scorer."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """How a stream is remembered."""
+
+    attention: Attention
+    window_tokens: int
+    """Bound of the video in the cache."""
+    last_n: int
+    """Frames shown in `last_n` mode."""
+    reserve_tokens: int
+    """Positions that stay free after the video for the dialogue."""
+
+
 def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSettings:
     """Settings of a new session: ours, overridden by what the bundle says it was made for.
 
     A bundle's `defaults` may hold any field of SessionSettings, and `fps` for `fps_cap`; other keys
-    are not about sessions. Raises ConfigError on a value out of range.
+    are not about sessions. An answer may take a quarter of the cache, as a question may, where the
+    bundle would let it take more. Raises ConfigError on a value out of range.
     """
     names = {field.name for field in dataclasses.fields(SessionSettings)}
     fields = {name: value for name, value in bundle.defaults.items() if name in names}
@@ -25,7 +40,11 @@ def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSetti
         fields.setdefault("fps_cap", float(bundle.defaults["fps"]))
     trained_by_frame = bundle.config.attention is VisionAttention.FRAME
     fields.setdefault("attention", Attention.FRAME if trained_by_frame else Attention.EXACT)
-    return SessionSettings().changed(fields)
+    settings = SessionSettings().changed(fields)
+    if "max_answer_tokens" in fields:
+        most = max(1, cache_capacity(ModelLimits.from_bundle(bundle), limits) // 4)
+        settings = settings.changed({"max_answer_tokens": min(settings.max_answer_tokens, most)})
+    return settings
 
 
 def cache_capacity(model: ModelLimits, limits: ServerLimits) -> int:
@@ -40,7 +59,7 @@ def question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
 
 
 def dialogue_reserve(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
-    """Cache rows kept free behind the video: a picture at full detail, earlier turns, the question,
+    """Cache rows kept free after the video: a picture at full detail, earlier turns, the question,
     the answer. The picture gets a quarter of the cache at most and has fewer crops then."""
     turn = question_capacity(model, limits) + settings.max_answer_tokens
     snapshot = min(
@@ -77,3 +96,13 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
             where="session settings",
         )
     return settings.window_tokens
+
+
+def plan_memory(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> MemoryPlan:
+    """Raises ConfigError as `video_window` does."""
+    return MemoryPlan(
+        attention=settings.attention,
+        window_tokens=video_window(settings, model, limits),
+        last_n=settings.last_n,
+        reserve_tokens=dialogue_reserve(settings, model, limits),
+    )

@@ -1,8 +1,8 @@
 """What the model still remembers of a stream: the first frame and a window of whole frames.
 
-Layout of the cache: `[begin, first frame] [window of frames] | mark | [dialogue]`. The first frame
-is the anchor and is never evicted. What lies behind the mark is the caller's and is truncated
-before frames are added again.
+Layout of the cache: `[begin, first frame] [window of frames] [dialogue]`. The first frame is the
+anchor and is never evicted. The dialogue is written on a `branch`, which is cut off again when it
+closes; frames are added only while none is open.
 
 Three modes (`Attention`). In `frame` mode every frame is appended once and stays; in `exact` and
 `last_n` mode the frames are only collected here and prefilled together, seeing each other both
@@ -13,20 +13,24 @@ No I/O, no clock, no threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
+from edge_vlm_runtime.session.budget import MemoryPlan
 
 if TYPE_CHECKING:
     from edge_vlm.text.prompt import PromptFormat
     from edge_vlm_runtime.inference.kv_arena import KVArena
     from edge_vlm_runtime.inference.language import LanguageModel
     from edge_vlm_runtime.inference.vision import FrameTokens
+    from edge_vlm_runtime.session.stream_clock import StreamClock
 
 HEADROOM = 0.25
 """Share of the model's positions or time range that is free again after a rebase."""
@@ -34,13 +38,11 @@ FIRST_INTERVAL_S = 0.5
 """Time stamp of the oldest frame in the window after a rebase; the anchor has 0."""
 FRAMES_PER_PREFILL = 4
 """Larger batches of small appends gain nothing and grow the mask."""
-CAUSAL = -1
-"""Block id of tokens that see only what lies before them."""
 
 
 @dataclass(frozen=True)
 class Evicted:
-    """Frames that were forgotten to make room."""
+    """Frames that were forgotten, to make room or because the engines failed."""
 
     frames: int
     tokens: int
@@ -67,7 +69,7 @@ class _Remembered:
 class ShownFrame:
     """A frame as a question sees it."""
 
-    sequence: int
+    seq: int
     stamp_s: float
     """The time that is written before it."""
     capture_s: float
@@ -83,62 +85,94 @@ class Segment:
 
 
 class StreamContext:
-    """The memory of one stream over one arena."""
+    """The memory of one stream, and the one owner of its arena."""
 
     def __init__(
         self,
         *,
         language: LanguageModel,
         prompt: PromptFormat,
-        arena: KVArena,
+        clock: StreamClock,
         model: ModelLimits,
-        attention: Attention,
-        window_tokens: int,
-        last_n: int,
-        reserve_tokens: int,
+        capacity: int,
+        plan: MemoryPlan,
     ) -> None:
-        """`window_tokens`: bound of the video in the cache; `reserve_tokens`: positions that must
-        stay free behind it for the dialogue."""
+        """`capacity`: tokens of the arena."""
         self._language = language
         self._prompt = prompt
-        self._arena = arena
+        self._clock = clock
         self._model = model
+        self._arena = language.new_arena(capacity)
+        self._is_lent = False
+        self._plan = self._feasible(plan)
         self._remembered: list[_Remembered] = []
-        self._origin_ns = 0
-        self.time_offset_s = 0.0
-        """The model sees capture time minus this, except for the anchor, which is always at 0."""
-        self._configure(attention, window_tokens, last_n, reserve_tokens)
+        self._changes: list[Change] = []
 
-    def _configure(
-        self, attention: Attention, window_tokens: int, last_n: int, reserve_tokens: int
-    ) -> None:
-        self.attention = attention
-        self._last_n = last_n
-        self._reserve_tokens = reserve_tokens
-        self._window_tokens = window_tokens
-        if attention is not Attention.FRAME:  # all of it must go through one run of the graph
-            self._window_tokens = min(window_tokens, self._model.max_prefill_tokens)
+    def _feasible(self, plan: MemoryPlan) -> MemoryPlan:
+        if plan.attention is Attention.FRAME:
+            return plan
+        # All of it must go through one run of the graph.
+        window_tokens = min(plan.window_tokens, self._model.max_prefill_tokens)
+        return replace(plan, window_tokens=window_tokens)
 
-    def reconfigure(
-        self, *, attention: Attention, window_tokens: int, last_n: int, reserve_tokens: int
-    ) -> list[Change]:
-        """Applies new settings to what is remembered. Nothing may lie behind the mark."""
-        other_mode = attention is not self.attention
+    def reconfigure(self, plan: MemoryPlan) -> None:
+        """Applies new settings to what is remembered.
+
+        Raises what `LanguageModel.prefill` raises; the old settings then stay in force, with what
+        was remembered if it can be shown again, with nothing if not.
+        """
+        self._require_not_lent()
+        before, self._plan = self._plan, self._feasible(plan)
+        other_mode = self._plan.attention is not before.attention
         if other_mode:
             self._arena.clear()
-        self._configure(attention, window_tokens, last_n, reserve_tokens)
-        in_arena = attention is Attention.FRAME and not other_mode
-        changes = self._forget(self._num_to_forget(0, self._window_tokens), in_arena)
-        if attention is Attention.FRAME and self._remembered:
-            if self._positions_run_out(0):
-                changes += self._rebase(None, 0)
-            elif other_mode:
-                self._prefill_again()
-        return changes
+        in_arena = self._in_arena and not other_mode
+        self._forget(self._num_to_forget(0, self._plan.window_tokens), in_arena)
+        try:
+            if self._in_arena and self._remembered:
+                if self._positions_run_out(0):
+                    self._rebase(None, 0)
+                elif other_mode:
+                    self._prefill_again()
+        except BaseException:
+            self._plan = before
+            raise
+
+    @property
+    def attention(self) -> Attention:
+        return self._plan.attention
+
+    @property
+    def _in_arena(self) -> bool:
+        """Frames stay in the arena; else they are prefilled anew for each question."""
+        return self._plan.attention is Attention.FRAME
+
+    @property
+    def time_offset_s(self) -> float:
+        """The model sees stream time minus this, except for the anchor, which is always at 0."""
+        return self._clock.offset_s
 
     @property
     def num_frames(self) -> int:
         return len(self._remembered)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Rows in use."""
+        return self._arena.length
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self._arena.capacity
+
+    @property
+    def next_position(self) -> int:
+        return self._arena.next_position
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the arena."""
+        return self._arena.num_bytes
 
     @property
     def video_tokens(self) -> int:
@@ -149,48 +183,113 @@ class StreamContext:
     def newest(self) -> FrameTokens | None:
         return self._remembered[-1].frame if self._remembered else None
 
-    def frame_sequences(self) -> list[int]:
-        """Numbers of the frames still remembered, oldest first; the anchor is the first of them."""
+    def frame_numbers(self) -> list[int]:
+        """Of the frames still remembered, oldest first; the anchor is the first of them."""
         return [known.frame.seq for known in self._remembered]
-
-    def capture_s(self, frame: FrameTokens) -> float:
-        """Seconds since the first frame of the stream."""
-        return (frame.pts_ns - self._origin_ns) * 1e-9
 
     @property
     def oldest_in_window_s(self) -> float:
-        """Capture time of the oldest frame besides the anchor."""
+        """Stream time of the oldest frame besides the anchor."""
         oldest = self._remembered[1:2] or self._remembered
-        return self.capture_s(oldest[0].frame) if oldest else 0.0
+        return oldest[0].frame.pts_ns * 1e-9 if oldest else 0.0
 
-    def add(self, frames: Sequence[FrameTokens]) -> list[Change]:
+    def changes(self) -> list[Change]:
+        """What was forgotten and counted anew since the last call, failed calls included."""
+        changes, self._changes = self._changes, []
+        return changes
+
+    def add(self, frames: Sequence[FrameTokens]) -> None:
         """Remembers frames, oldest first, several in one prefill where there is room.
 
         Raises what `LanguageModel.prefill` raises; frames of a failed prefill are not remembered.
         """
-        changes: list[Change] = []
+        self._require_not_lent()
         rest = list(frames)
         while rest:
             if not self._remembered:
-                self._origin_ns = rest[0].pts_ns
+                self._clock.offset_s = rest[0].pts_ns * 1e-9
             group, segments = self._group(rest)
             if group > 1 and self._runs_out(rest[:group], segments):
                 group, segments = 1, segments[:1]
-            changes += self._add_group(rest[:group], segments)
+            self._add_group(rest[:group], segments)
             rest = rest[group:]
-        return changes
 
-    def show(self, picture: Segment | None = None) -> None:
-        """Makes the arena hold exactly what a question may see. Called before each question.
-
-        A `picture` comes behind the frames as one block, or, where these see each other both ways,
-        in one block with them. Whoever shows one truncates it away before frames are added.
-        """
-        if self.attention is Attention.FRAME:
-            if picture is not None:
-                self._prefill([picture])
-            return
+    def forget_all(self) -> None:
+        """What is left of a memory that the engines failed on would answer wrongly."""
         self._arena.clear()
+        if self._remembered:
+            self._changes.append(Evicted(self.num_frames, self.video_tokens))
+        self._remembered.clear()
+
+    def close(self) -> None:
+        self._arena.close()
+
+    # ---- lending the arena -------------------------------------------------------------------
+
+    @contextmanager
+    def branch(self, picture: Segment | None = None) -> Iterator[KVArena]:
+        """Lends the arena, holding exactly what a question may see. What is written on it is cut
+        off when the branch closes.
+
+        A `picture` comes after the frames as one block, or, where these see each other both ways,
+        in one block with them. Raises what `LanguageModel.prefill` raises.
+        """
+        self._require_not_lent()
+        self._is_lent = True
+        mark = self._arena.length if self._in_arena else 0
+        try:
+            if self._in_arena:
+                if picture is not None:
+                    self._prefill([picture])
+            else:
+                self._arena.clear()
+                self._prefill_shown(picture)
+                mark = 0 if picture is not None else self._arena.length
+            yield self._arena
+        finally:
+            self._arena.truncate(mark)
+            self._is_lent = False
+
+    @contextmanager
+    def aside(self, num_tokens: int) -> Iterator[KVArena]:
+        """Lends an empty arena for `num_tokens`: the stream's own where that is written anew for
+        each question, else another one."""
+        self._require_not_lent()
+        arena = self._language.new_arena(num_tokens) if self._in_arena else self._arena
+        self._is_lent = True
+        arena.clear()
+        try:
+            yield arena
+        finally:
+            self._is_lent = False
+            arena.clear()
+            if arena is not self._arena:
+                arena.close()
+
+    def picture_room(self, num_after: int) -> int:
+        """Tokens of a picture that fit into a branch, with `num_after` more to come."""
+        if self._in_arena:
+            run, used, position = 0, self._arena.length, self._arena.next_position
+        else:  # frames and picture are one block, and a block is one run
+            run = used = position = self.shown_tokens
+        return min(
+            self._model.max_prefill_tokens - run,
+            self._arena.capacity - used - num_after,
+            self._model.max_positions - position - num_after,
+        )
+
+    def picture_room_aside(self, num_before: int, num_after: int) -> int:
+        """Tokens of a picture that fit into an arena aside, between so many others."""
+        # It is no larger than the stream's own, which has a bound in bytes.
+        most = min(self._arena.capacity, self._model.max_positions)
+        run = self._model.max_prefill_tokens
+        return min(run, most - num_after) - num_before
+
+    def _require_not_lent(self) -> None:
+        if self._is_lent:
+            raise RuntimeError("the arena is lent out, close the branch first")
+
+    def _prefill_shown(self, picture: Segment | None) -> None:
         segments = [self._segment(item.frame, first=i == 0) for i, item in enumerate(self._shown())]
         if picture is not None:
             segments.append(picture)
@@ -202,26 +301,29 @@ class StreamContext:
         )
 
     def shown(self) -> list[ShownFrame]:
-        """The frames that `show` shows, oldest first."""
+        """The frames that a branch shows, oldest first."""
         return [
-            ShownFrame(known.frame.seq, self._stamp_s(known.frame), self.capture_s(known.frame))
+            ShownFrame(
+                known.frame.seq, self._clock.stamp_s(known.frame.pts_ns), known.frame.pts_ns * 1e-9
+            )
             for known in self._shown()
         ]
 
     @property
     def shown_tokens(self) -> int:
-        """Tokens of the frames that `show` shows."""
+        """Tokens of the frames that a branch shows."""
         return sum(known.num_tokens for known in self._shown())
 
     def _shown(self) -> list[_Remembered]:
-        last = self.attention is Attention.LAST_N
-        return self._remembered[-self._last_n :] if last else self._remembered
+        last = self._plan.attention is Attention.LAST_N
+        return self._remembered[-self._plan.last_n :] if last else self._remembered
 
     # ---- adding ------------------------------------------------------------------------------
 
     def _group(self, frames: list[FrameTokens]) -> tuple[int, list[Segment]]:
         """How many frames to prefill together, and their tokens."""
-        room = self._window_tokens - (self._remembered[0].num_tokens if self._remembered else 0)
+        anchor_tokens = self._remembered[0].num_tokens if self._remembered else 0
+        room = self._plan.window_tokens - anchor_tokens
         segments: list[Segment] = []
         for index, frame in enumerate(frames[:FRAMES_PER_PREFILL]):
             segment = self._segment(frame, first=not self._remembered and index == 0)
@@ -231,29 +333,26 @@ class StreamContext:
             segments.append(segment)
         return len(segments), segments
 
-    def _add_group(self, frames: list[FrameTokens], segments: list[Segment]) -> list[Change]:
-        count = self._num_to_forget(_num_tokens(segments), self._window_tokens)
-        changes = self._forget(count, in_arena=self.attention is Attention.FRAME)
+    def _add_group(self, frames: list[FrameTokens], segments: list[Segment]) -> None:
+        count = self._num_to_forget(_num_tokens(segments), self._plan.window_tokens)
+        self._forget(count, in_arena=self._in_arena)
         if self._runs_out(frames, segments):
-            changes += self._rebase(frames[0], _num_tokens(segments))
+            self._rebase(frames[0], _num_tokens(segments))
             segments = [self._segment(frames[0], first=not self._remembered)]
-        if self.attention is Attention.FRAME:
+        if self._in_arena:
             self._prefill(segments)
         self._remembered += [
             _Remembered(frame, len(segment.embeds))
             for frame, segment in zip(frames, segments, strict=True)
         ]
-        return changes
 
     def _segment(self, frame: FrameTokens, first: bool) -> Segment:
-        ids = self._prompt.frame_ids(self._stamp_s(frame), len(frame.cells), first=first)
+        ids = self._prompt.frame_ids(
+            self._clock.stamp_s(frame.pts_ns), len(frame.cells), first=first
+        )
         if first:
             ids = np.concatenate([self._prompt.bos_ids, ids])
         return Segment(self._language.embed(ids, frame.embeds), self._prompt.vision_mask(ids))
-
-    def _stamp_s(self, frame: FrameTokens) -> float:
-        is_anchor = not self._remembered or frame is self._remembered[0].frame
-        return max(self.capture_s(frame) - (0.0 if is_anchor else self.time_offset_s), 0.0)
 
     def _prefill(self, segments: list[Segment]) -> None:
         blocks = [
@@ -263,10 +362,8 @@ class StreamContext:
         self._language.prefill(self._arena, embeds, np.concatenate(blocks))
 
     def _prefill_again(self) -> None:
-        """The arena anew from the frames' features; the same result as when they came.
-
-        If that fails nothing is remembered any more: half a memory would answer wrongly.
-        """
+        """The arena anew from the frames' features; the same result as when they came. If that
+        fails it is empty."""
         segments = [
             self._segment(known.frame, first=index == 0)
             for index, known in enumerate(self._remembered)
@@ -280,7 +377,6 @@ class StreamContext:
                 self._prefill(segments[start : start + FRAMES_PER_PREFILL])
         except BaseException:
             self._arena.clear()
-            self._remembered.clear()
             raise
 
     # ---- forgetting --------------------------------------------------------------------------
@@ -295,15 +391,15 @@ class StreamContext:
             count += 1
         return count
 
-    def _forget(self, count: int, in_arena: bool) -> list[Change]:
+    def _forget(self, count: int, in_arena: bool) -> None:
         if count == 0:
-            return []
+            return
         start = self._remembered[0].num_tokens
         tokens = sum(known.num_tokens for known in self._remembered[1 : 1 + count])
         if in_arena:
             self._arena.evict(start, start + tokens)
         del self._remembered[1 : 1 + count]
-        return [Evicted(count, tokens)]
+        self._changes.append(Evicted(count, tokens))
 
     # ---- positions and stamps that run out ---------------------------------------------------
 
@@ -312,38 +408,41 @@ class StreamContext:
 
     def _time_runs_out(self, frame: FrameTokens) -> bool:
         limit = self._model.max_time_s
-        return limit is not None and self.capture_s(frame) - self.time_offset_s > limit + 0.05
+        return limit is not None and frame.pts_ns * 1e-9 - self.time_offset_s > limit + 0.05
 
     def _positions_run_out(self, num_tokens: int) -> bool:
-        if self.attention is not Attention.FRAME:
+        if not self._in_arena:
             return False  # each question starts from position 0
-        wanted = self._arena.next_position + num_tokens + self._reserve_tokens
+        wanted = self._arena.next_position + num_tokens + self._plan.reserve_tokens
         return wanted > self._model.max_positions
 
-    def _rebase(self, frame: FrameTokens | None, num_tokens: int) -> list[Change]:
+    def _rebase(self, frame: FrameTokens | None, num_tokens: int) -> None:
         """Counts positions, and stamps if need be, anew, with room for one more frame."""
-        changes: list[Change] = []
         if frame is not None and self._time_runs_out(frame):
-            changes += self._rebase_time(frame)
+            self._rebase_time(frame)
         else:
-            room = self._model.max_positions - self._reserve_tokens
+            room = self._model.max_positions - self._plan.reserve_tokens
             count = self._num_to_forget(num_tokens, int(room * (1.0 - HEADROOM)))
-            changes += self._forget(count, in_arena=False)
+            self._forget(count, in_arena=False)
         self._arena.clear()
-        if self.attention is Attention.FRAME and self._remembered:
-            self._prefill_again()
-        return [*changes, Rebased(len(self._remembered), self.time_offset_s)]
+        if self._in_arena and self._remembered:
+            try:
+                self._prefill_again()
+            except BaseException:
+                self.forget_all()
+                raise
+        self._changes.append(Rebased(len(self._remembered), self.time_offset_s))
 
-    def _rebase_time(self, frame: FrameTokens) -> list[Change]:
+    def _rebase_time(self, frame: FrameTokens) -> None:
         """Forgets frames until the window spans few enough seconds, and moves it to the front."""
         assert self._model.max_time_s is not None
         span_s = self._model.max_time_s * (1.0 - HEADROOM) - FIRST_INTERVAL_S
-        newest_s = self.capture_s(frame)
-        window = [self.capture_s(known.frame) for known in self._remembered[1:]]
+        newest_s = frame.pts_ns * 1e-9
+        window = [known.frame.pts_ns * 1e-9 for known in self._remembered[1:]]
         count = sum(1 for time_s in window if newest_s - time_s > span_s)
         oldest_s = ([*window, newest_s])[count]
-        self.time_offset_s = oldest_s - FIRST_INTERVAL_S
-        return self._forget(count, in_arena=False)
+        self._clock.offset_s = oldest_s - FIRST_INTERVAL_S
+        self._forget(count, in_arena=False)
 
 
 def _num_tokens(segments: list[Segment]) -> int:

@@ -1,13 +1,17 @@
-"""From a picture as it arrived to the features of its kept cells, for one stream.
+"""A session's video on its way into the memory.
 
-The order is from cheap to dear: age, JPEG, near-duplicate check on a thumbnail, vision graphs. What
-a step turns away costs nothing behind it. No I/O, no threads; the clock is an argument.
+The order is from cheap to dear: age, codec, near-duplicate check on a thumbnail, vision graphs.
+What a step turns away costs nothing after it. What is encoded joins the memory together with what
+comes right after it, several frames in one prefill: reading the weights costs more than a few more
+tokens. While an answer is decoded everything waits for its end.
+
+No I/O, no threads.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,17 +19,27 @@ import numpy as np
 from edge_vlm.errors import EdgeVlmError, EngineError, FrameDecodeError
 from edge_vlm.pixels.frames import Frame, decode_jpeg, decode_picture, thumbnail
 from edge_vlm.pruning.policies import RatedPolicy, make_policy
+from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import DropPolicy, SessionSettings
-from edge_vlm_runtime.session.frame_queue import EncodedFrame
+from edge_vlm_runtime.session.alert_rules import AlertFrame
+from edge_vlm_runtime.session.context import FRAMES_PER_PREFILL, Evicted, Rebased
+from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame, Encoding
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.vision import FrameTokens, VisionPipeline
+    from edge_vlm_runtime.session.alerts import AlertMonitor
+    from edge_vlm_runtime.session.context import StreamContext
+    from edge_vlm_runtime.session.outbox import Outbox
+    from edge_vlm_runtime.session.stats import SessionStatsCounter
+    from edge_vlm_runtime.session.stream_clock import StreamClock
 
+MAX_PENDING_FRAMES = 16
+"""Frames encoded while an answer is decoded; more wait in the queue, under its drop rule."""
 THUMBNAIL = 32
 POLICY_FIELDS = ("policy", "policy_seed", "min_cells")
 BUDGET_FIELDS = ("keep_ratio", "vision_tokens_per_s")
-INTERVAL_NEWS = 0.2
+EWMA_WEIGHT = 0.2
 """Weight of the last interval in what is expected of the next one."""
 
 
@@ -38,37 +52,60 @@ class FrameRejected(Exception):
         self.error = error
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewestPicture:
-    """As it arrived, to be looked at again in full detail."""
+class DuplicateFilter:
+    """Compares each picture with the last one that was encoded."""
 
-    sequence: int
-    time_s: float
-    """Capture time since the first frame of the session."""
-    jpeg: bytes = field(repr=False)
+    def __init__(self) -> None:
+        self._encoded: tuple[np.ndarray, int] | None = None
+
+    def is_duplicate(self, small: np.ndarray, capture_us: int, settings: SessionSettings) -> bool:
+        """`small`: thumbnail f32 [side, side]."""
+        if self._encoded is None:
+            return False
+        thumb, since_us = self._encoded
+        fresh = capture_us - since_us < settings.heartbeat_s * 1e6
+        return fresh and bool(np.abs(small - thumb).max() <= settings.duplicate_threshold)
+
+    def on_encoded(self, small: np.ndarray, capture_us: int) -> None:
+        self._encoded = (small, capture_us)
+
+    def reset(self) -> None:
+        """The last picture was lost: whatever comes next is new."""
+        self._encoded = None
 
 
 class FrameIngest:
-    """State of one stream up to the features: vision state, policy, last thumbnail."""
+    """The frames of one session. Owned by the engine thread."""
 
     def __init__(
         self,
+        *,
         vision: VisionPipeline,
         settings: SessionSettings,
-        clock_ns: Callable[[], int],
+        clock: StreamClock,
+        context: StreamContext,
+        alerts: AlertMonitor,
+        stats: SessionStatsCounter,
+        outbox: Outbox,
+        stopwatch_ns: Callable[[], int],
     ) -> None:
         self._vision = vision
-        self._clock_ns = clock_ns
         self._settings = settings
+        self._clock = clock
+        self._context = context
+        self._alerts = alerts
+        self._stats = stats
+        self._outbox = outbox
+        self._stopwatch_ns = stopwatch_ns
         self._policy = _policy_of(settings, vision.num_cells)
         self._state = vision.new_state()
         self._interval_s = 1.0 / settings.fps_cap
-        self._last_chosen_us: int | None = None
-        self._origin_us: int | None = None
-        self._last_thumbnail: np.ndarray | None = None
-        self._last_encoded_us = 0
-        self.newest: NewestPicture | None = None
-        """The last one that could be decoded, near-duplicates included. Only one is ever held."""
+        self._last_encoded_us: int | None = None
+        self._duplicates = DuplicateFilter()
+        self._pending: list[FrameTokens] = []
+        self.newest_picture: EncodedFrame | None = None
+        """The last one that could be decoded, near-duplicates included, to be looked at again in
+        full detail."""
 
     def configure(self, settings: SessionSettings) -> None:
         """Other rules for the frames to come. Another policy begins with a whole frame, another
@@ -78,62 +115,191 @@ class FrameIngest:
             self._policy = _policy_of(settings, self._vision.num_cells)
         elif _differ(old, settings, BUDGET_FIELDS):
             share = settings.keep_ratio * self._vision.num_cells
-            self._policy.fund(share, share)  # a budget by time funds each frame anew
+            self._policy.set_rate(share, share)  # a budget by time sets it anew each frame
 
-    def encode(self, waiting: EncodedFrame) -> tuple[FrameTokens, dict[str, float]]:
+    @property
+    def has_pending(self) -> bool:
+        """Frames were encoded that are not in the memory yet."""
+        return bool(self._pending)
+
+    @property
+    def is_full(self) -> bool:
+        """As many frames wait for the end of an answer as may."""
+        return len(self._pending) >= MAX_PENDING_FRAMES
+
+    def receive(
+        self, frame: EncodedFrame, now_ns: int, *, answering: bool, frames_waiting: int
+    ) -> None:
+        """Works on the next frame. What the engines raise ends only the frames it belongs to.
+
+        Unless `answering`, what is encoded joins the memory when no frame waits after it, or
+        FRAMES_PER_PREFILL are together. Alerts look at every frame, so with them each joins by
+        itself.
+        """
+        try:
+            tokens, stage_ms = self._encode(frame, now_ns)
+        except FrameRejected as rejected:
+            self._drop(frame, rejected.reason, rejected.error)
+            if not answering and self._is_batch(frames_waiting):
+                self.join()
+            if rejected.reason is DropReason.DUPLICATE:
+                self._alerts.on_duplicate(frame.capture_us)
+            return
+        self._pending.append(tokens)
+        joins = not answering and self._is_batch(frames_waiting)
+        if joins:
+            others = len(self._pending) > 1
+            try:
+                stage_ms["prefill"] = self._prefill()
+            except EdgeVlmError as error:
+                if others:  # they were accepted before
+                    self._outbox.add_error(error)
+                self._drop(frame, DropReason.ENGINE_ERROR, error)
+                self._alerts.caught_up()
+                return
+        self._accept(frame, tokens, now_ns, stage_ms)
+        self._alerts.on_frame(
+            AlertFrame(
+                seq=frame.seq,
+                time_s=tokens.pts_ns * 1e-9,
+                capture_us=frame.capture_us,
+                received_ns=frame.received_ns,
+                data=frame.data,
+            )
+        )
+        if joins:
+            self._alerts.caught_up()
+
+    def join(self) -> None:
+        """Everything encoded joins the memory. Frames that the engines fail on are lost, with an
+        `error` event."""
+        try:
+            self._prefill()
+        except EdgeVlmError as error:
+            self._outbox.add_error(error)
+        self._alerts.caught_up()
+
+    def report_changes(self) -> None:
+        """Tells what the memory forgot and whether it counts anew."""
+        changes = self._context.changes()
+        evictions = [change for change in changes if isinstance(change, Evicted)]
+        if evictions:
+            self._outbox.add(
+                protocol.MemoryEvicted(
+                    frames=sum(change.frames for change in evictions),
+                    tokens=sum(change.tokens for change in evictions),
+                    oldest_s=self._context.oldest_in_window_s,
+                )
+            )
+        rebases = [change for change in changes if isinstance(change, Rebased)]
+        if rebases:
+            last = rebases[-1]
+            self._outbox.add(
+                protocol.MemoryRebased(frames=last.frames, time_offset_s=last.time_offset_s)
+            )
+
+    # ---- encoding ----------------------------------------------------------------------------
+
+    def _encode(self, frame: EncodedFrame, now_ns: int) -> tuple[FrameTokens, dict[str, float]]:
         """Features and milliseconds by stage. Raises FrameRejected."""
         settings = self._settings
-        begin_ns = self._clock_ns()
         live = settings.delivery is DropPolicy.LIVE
-        if live and begin_ns - waiting.received_ns > settings.max_frame_age_s * 1e9:
+        if live and now_ns - frame.received_ns > settings.max_frame_age_s * 1e9:
             raise FrameRejected(DropReason.STALE)
+        begin_ns = self._stopwatch_ns()
         try:
-            rgb = (decode_picture if settings.raw_frames else decode_jpeg)(waiting.jpeg)
+            rgb = self._decode(frame)
         except FrameDecodeError as error:
             raise FrameRejected(DropReason.DECODE_ERROR, error) from error
-        decode_ms = (self._clock_ns() - begin_ns) * 1e-6
-        if self._origin_us is None:
-            self._origin_us = waiting.capture_time_us
-        pts_ns = (waiting.capture_time_us - self._origin_us) * 1000
-        self.newest = NewestPicture(
-            sequence=waiting.sequence, time_s=pts_ns * 1e-9, jpeg=waiting.jpeg
-        )
-        if live and settings.drop_duplicates and self._is_duplicate(rgb, waiting):
-            raise FrameRejected(DropReason.DUPLICATE)
-        frame = Frame(rgb=rgb, pts_ns=pts_ns, seq=waiting.sequence)
-        self._fund(waiting.capture_time_us)
+        decode_ms = (self._stopwatch_ns() - begin_ns) * 1e-6
+        pts_ns = self._clock.pts_ns(frame.capture_us)
+        self.newest_picture = frame
+        small: np.ndarray | None = None
+        if live and settings.drop_duplicates:
+            small = thumbnail(rgb, THUMBNAIL)
+            if self._duplicates.is_duplicate(small, frame.capture_us, settings):
+                raise FrameRejected(DropReason.DUPLICATE)
+        self._fund(frame.capture_us)
         try:
-            tokens = self._vision.encode(frame, self._state, self._policy)
+            tokens = self._vision.encode(
+                Frame(rgb=rgb, pts_ns=pts_ns, seq=frame.seq), self._state, self._policy
+            )
         except EngineError as error:
             raise FrameRejected(DropReason.ENGINE_ERROR, error) from error
-        self._last_chosen_us = waiting.capture_time_us
+        self._last_encoded_us = frame.capture_us
+        if small is not None:
+            self._duplicates.on_encoded(small, frame.capture_us)
+        tokens = dataclasses.replace(tokens, received_ns=frame.received_ns)
         return tokens, {"decode": decode_ms, **tokens.stage_ms}
 
-    def _fund(self, capture_time_us: int) -> None:
+    def _decode(self, frame: EncodedFrame) -> np.ndarray:
+        if frame.encoding is Encoding.JPEG:
+            return decode_jpeg(frame.data)
+        if not self._settings.raw_frames:
+            raise FrameDecodeError(
+                "the picture is not a JPEG", remedy="set raw_frames before sending raw pictures"
+            )
+        return decode_picture(frame.data)
+
+    def _fund(self, capture_us: int) -> None:
         """A budget by time grows with the time since the last frame, whatever came between."""
         per_s = self._settings.vision_tokens_per_s
         if per_s == 0.0:
             return
         since_s = self._interval_s
-        if self._last_chosen_us is not None:
-            since_s = (capture_time_us - self._last_chosen_us) * 1e-6
-            self._interval_s += INTERVAL_NEWS * (since_s - self._interval_s)
-        self._policy.fund(per_s * since_s, per_s * self._interval_s)
+        if self._last_encoded_us is not None:
+            since_s = (capture_us - self._last_encoded_us) * 1e-6
+            self._interval_s += EWMA_WEIGHT * (since_s - self._interval_s)
+        self._policy.set_rate(per_s * since_s, per_s * self._interval_s)
 
-    def _is_duplicate(self, rgb: np.ndarray, waiting: EncodedFrame) -> bool:
-        """Compares with the last frame let through; a new one takes its place."""
-        small = thumbnail(rgb, THUMBNAIL)
-        last = self._last_thumbnail
-        since_us = waiting.capture_time_us - self._last_encoded_us
-        if (
-            last is not None
-            and since_us < self._settings.heartbeat_s * 1e6
-            and np.abs(small - last).max() <= self._settings.duplicate_threshold
-        ):
-            return True
-        self._last_thumbnail = small
-        self._last_encoded_us = waiting.capture_time_us
-        return False
+    # ---- joining -----------------------------------------------------------------------------
+
+    def _is_batch(self, frames_waiting: int) -> bool:
+        if not self._pending:
+            return False
+        full = len(self._pending) >= FRAMES_PER_PREFILL
+        return full or self._alerts.is_watching or frames_waiting == 0
+
+    def _prefill(self) -> float:
+        """Milliseconds it took. When it raises, the frames are lost."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return 0.0
+        begin_ns = self._stopwatch_ns()
+        try:
+            self._context.add(pending)
+        except BaseException:
+            self._duplicates.reset()
+            raise
+        finally:
+            self.report_changes()
+        return (self._stopwatch_ns() - begin_ns) * 1e-6
+
+    # ---- outcomes ----------------------------------------------------------------------------
+
+    def _accept(
+        self, frame: EncodedFrame, tokens: FrameTokens, now_ns: int, stage_ms: dict[str, float]
+    ) -> None:
+        self._stats.accepted(tokens.scores.size, tokens.cells.size)
+        accepted = protocol.FrameAccepted(
+            frame_sequence=frame.seq,
+            time_s=tokens.pts_ns * 1e-9,
+            cells_seen=tokens.scores.size,
+            cells_kept=tokens.cells.size,
+            kept_cells=tokens.cells.tolist(),
+            stage_ms={name: round(value, 3) for name, value in stage_ms.items()},
+            queue_ms=(now_ns - frame.received_ns) * 1e-6,
+            age_ms=0.0,
+            kv_tokens=self._context.kv_tokens,
+            in_memory="prefill" in stage_ms,
+        )
+        self._outbox.add_aged(accepted, frame.received_ns)
+
+    def _drop(
+        self, frame: EncodedFrame, reason: DropReason, error: EdgeVlmError | None = None
+    ) -> None:
+        self._stats.dropped(reason)
+        self._outbox.add(DroppedFrame.of(frame, reason, error).event())
 
 
 def _differ(old: SessionSettings, new: SessionSettings, fields: tuple[str, ...]) -> bool:

@@ -35,7 +35,7 @@ def _place(
         # What the model calls a time is counted from where its stamps begin.
         time_s = point.at - nearest.stamp_s + nearest.capture_s
         if abs(nearest.stamp_s - point.at) <= NEAR_S:
-            sequence, time_s = nearest.sequence, nearest.capture_s
+            sequence, time_s = nearest.seq, nearest.capture_s
     return protocol.PointedAt(
         kind="track" if point.kind == "tracks" else "point",
         label=point.label,

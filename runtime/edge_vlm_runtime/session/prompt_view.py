@@ -1,17 +1,17 @@
 """What a question is shown: the video in memory, the newest picture at full detail, or both.
 
 The picture alone is what published checkpoints know: a prompt about one image. It is written into
-an arena of its own, or into the session's where that is written anew for each question anyway.
-Behind the video it is one more block of vision tokens, which the answer's end truncates away.
-Either way the stream goes on as if nobody had asked.
+an arena aside of the stream's. After the video it is one more block of vision tokens, which is cut
+off when the answer ends. Either way the stream goes on as if nobody had asked.
 
-No I/O, no threads; the clock is an argument.
+No I/O, no threads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,146 +20,102 @@ import numpy as np
 from edge_vlm.errors import NoFrameYet, SnapshotsUnsupported, SnapshotTooLarge
 from edge_vlm.pixels.frames import decode_picture
 from edge_vlm.pixels.stills import ImageConfig, image_grid
+from edge_vlm.text.masks import CAUSAL
 from edge_vlm.text.prompt import image_length
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
-from edge_vlm_runtime.session.context import CAUSAL, Segment, ShownFrame, StreamContext
+from edge_vlm_runtime.session.context import Segment, ShownFrame, StreamContext
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.bundle_model import LoadedBundle
     from edge_vlm_runtime.inference.image_encoder import ImageTokens, ImageVision
     from edge_vlm_runtime.inference.kv_arena import KVArena
-    from edge_vlm_runtime.session.ingest import FrameIngest
+    from edge_vlm_runtime.session.frames import EncodedFrame
+    from edge_vlm_runtime.session.stream_clock import StreamClock
 
 Detail = Literal["video", "snapshot", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """What lies in front of a question."""
+class PromptView:
+    """What comes before a question."""
 
     arena: KVArena
-    mark: int
-    """Length of the arena to go back to when the answer ends."""
+    """Ends with what is shown; the question and its answer are written after that."""
     vision_tokens: int
     frames: list[ShownFrame]
     """Frames of the video, oldest first; empty for a snapshot alone."""
     snapshot: protocol.Snapshot | None
-    has_own_arena: bool = False
+    lent: ExitStack
 
-    def forget(self) -> None:
-        """The arena as it was before, or, where it is written anew for each question, empty."""
-        if self.has_own_arena:
-            self.arena.close()
-        else:
-            self.arena.truncate(self.mark)
+    def release(self) -> None:
+        """Gives the arena back."""
+        self.lent.close()
 
 
-class PromptView:
-    """Of one session."""
+class PromptBuilder:
+    """Makes the views of one session."""
 
     def __init__(
         self,
         *,
         engines: LoadedBundle,
         context: StreamContext,
-        arena: KVArena,
-        model: ModelLimits,
-        intake: FrameIngest,
-        clock_ns: Callable[[], int],
+        clock: StreamClock,
+        stopwatch_ns: Callable[[], int],
     ) -> None:
         self._engines = engines
         self._context = context
-        self._arena = arena
-        self._model = model
-        self._intake = intake
-        self._clock_ns = clock_ns
+        self._clock = clock
+        self._stopwatch_ns = stopwatch_ns
 
     def require(self, detail: Detail) -> None:
         """Raises SnapshotsUnsupported if the bundle cannot show this."""
         if detail != "video":
             self._image_vision()
 
-    def show(self, detail: Detail, num_behind: int) -> Shown:
-        """Writes what is to be seen into an arena with room for `num_behind` more tokens.
+    def build(self, detail: Detail, picture: EncodedFrame | None, num_after: int) -> PromptView:
+        """Writes what is to be seen into an arena with room for `num_after` more tokens.
 
-        Raises SnapshotTooLarge (not even one crop fits), FrameDecodeError, and what
-        `LanguageModel.prefill` and the vision graphs raise; everything is then as before.
+        `picture` is the newest one of the stream. Raises SnapshotTooLarge (not even one crop fits),
+        NoFrameYet, FrameDecodeError, and what `LanguageModel.prefill` and the vision graphs raise;
+        everything is then as before.
         """
-        if detail == "video":
-            self._context.show()
-            mark = self._arena.mark()
-            frames = self._context.shown()
-            return Shown(
-                arena=self._arena, mark=mark, vision_tokens=mark, frames=frames, snapshot=None
+        context = self._context
+        with ExitStack() as lent:
+            snapshot, frames = None, context.shown()
+            if detail == "video":
+                arena = lent.enter_context(context.branch())
+            elif detail == "both":
+                tokens, snapshot = self._encode(
+                    picture,
+                    context.picture_room(num_after),
+                    "shorten the video with window_tokens, or ask about the snapshot alone",
+                )
+                arena = lent.enter_context(context.branch(self._segment(tokens)))
+            else:
+                begin = self._engines.prompt.bos_ids
+                tokens, snapshot = self._encode(
+                    picture,
+                    context.picture_room_aside(len(begin), num_after),
+                    "export the bundle with more tokens per run, or ask about the video",
+                )
+                segment, frames = self._segment(tokens), []
+                num_tokens = len(begin) + len(segment.embeds)
+                arena = lent.enter_context(context.aside(num_tokens + num_after))
+                self._prefill_alone(arena, begin, segment)
+            return PromptView(
+                arena=arena,
+                vision_tokens=arena.length,
+                frames=frames,
+                snapshot=snapshot,
+                lent=lent.pop_all(),
             )
-        if detail == "both":
-            return self._show_both(num_behind)
-        return self._show_alone(num_behind)
 
-    def _show_both(self, num_behind: int) -> Shown:
-        arena, context = self._arena, self._context
-        anew = context.attention is not Attention.FRAME
-        # With the published mask frames and picture are one block, and a block is one run.
-        run = self._model.max_prefill_tokens - (context.shown_tokens if anew else 0)
-        used = context.shown_tokens if anew else arena.length
-        position = context.shown_tokens if anew else arena.next_position
-        tokens, snapshot = self._encode(
-            min(
-                run,
-                arena.capacity - used - num_behind,
-                self._model.max_positions - position - num_behind,
-            ),
-            "shorten the video with window_tokens, or ask about the snapshot alone",
-        )
-        mark = 0 if anew else arena.mark()
-        context.show(self._segment(tokens))
-        return Shown(
-            arena=arena,
-            mark=mark,
-            vision_tokens=arena.length,
-            frames=context.shown(),
-            snapshot=snapshot,
-        )
-
-    def _show_alone(self, num_behind: int) -> Shown:
-        model, language = self._model, self._engines.language
-        begin = self._engines.prompt.bos_ids
-        rest = num_behind + len(begin)
-        tokens, snapshot = self._encode(
-            min(
-                model.max_prefill_tokens - len(begin),
-                # An arena of its own is no larger than the session's, which has a bound in bytes.
-                min(self._arena.capacity, model.max_positions) - rest,
-            ),
-            "export the bundle with more tokens per run, or ask about the video",
-        )
-        picture = self._segment(tokens)
-        own = self._context.attention is Attention.FRAME
-        arena = self._arena
-        if own:
-            arena = language.new_arena(len(picture.embeds) + rest)
-        arena.clear()
-        shown = Shown(
-            arena=arena,
-            mark=0,
-            vision_tokens=len(begin) + len(picture.embeds),
-            frames=[],
-            snapshot=snapshot,
-            has_own_arena=own,
-        )
-        try:
-            language.prefill(
-                arena,
-                np.concatenate([language.embed(begin), picture.embeds]),
-                np.concatenate(
-                    [np.full(len(begin), CAUSAL), np.where(picture.is_vision, 0, CAUSAL)]
-                ),
-            )
-        except BaseException:
-            shown.forget()
-            raise
-        return shown
+    def _prefill_alone(self, arena: KVArena, begin: np.ndarray, picture: Segment) -> None:
+        language = self._engines.language
+        blocks = [np.full(len(begin), CAUSAL), np.where(picture.is_vision, 0, CAUSAL)]
+        embeds = np.concatenate([language.embed(begin), picture.embeds])
+        language.prefill(arena, embeds, np.concatenate(blocks))
 
     # ---- the picture -------------------------------------------------------------------------
 
@@ -173,24 +129,26 @@ class PromptView:
             )
         return vision
 
-    def _encode(self, room: int, remedy: str) -> tuple[ImageTokens, protocol.Snapshot]:
-        """The newest picture in as many crops as fit into `room` tokens."""
-        vision, picture = self._image_vision(), self._intake.newest
+    def _encode(
+        self, picture: EncodedFrame | None, room: int, remedy: str
+    ) -> tuple[ImageTokens, protocol.Snapshot]:
+        """The picture in as many crops as fit into `room` tokens."""
+        vision = self._image_vision()
         if picture is None:
             raise NoFrameYet("there is no picture to look at yet", remedy="send a frame first")
-        begin_ns = self._clock_ns()
-        rgb = decode_picture(picture.jpeg)
+        begin_ns = self._stopwatch_ns()
+        rgb = decode_picture(picture.data)
         height, width = rgb.shape[:2]
         cut = self._cut(vision.images, height, width, room, remedy)
         tokens = vision.encode(rgb, cut)
         return tokens, protocol.Snapshot(
-            frame_sequence=picture.sequence,
-            time_s=picture.time_s,
+            frame_sequence=picture.seq,
+            time_s=self._clock.pts_ns(picture.capture_us) * 1e-9,
             width=width,
             height=height,
             crops=tokens.crops,
             tokens=image_length(tokens.grid, self._engines.prompt.style),
-            encode_ms=(self._clock_ns() - begin_ns) * 1e-6,
+            encode_ms=(self._stopwatch_ns() - begin_ns) * 1e-6,
         )
 
     def _cut(

@@ -1,18 +1,19 @@
-"""One viewer's conversation about one stream.
+"""One viewer's conversation about one stream: values go in, events come out.
 
 A session does one unit of work at a time, so that one thread can serve several of them and video
-goes on while an answer is decoded. `answer` decodes a token of the answer under way or takes up the
-next question; `watch` checks the alerts that are due or works on the next frame. While an answer is
-decoded, frames are encoded between its tokens and join the memory in one go when it ends.
+goes on while an answer is decoded. `step(Turn.ANSWER)` decodes a token of the answer under way or
+takes up the next question; `step(Turn.WATCH)` checks the alerts that are due; `receive_frame` works
+on one frame. While an answer is decoded, frames are encoded between its tokens and join the memory
+in one go when it ends. What there is to say is fetched with `events` after each unit.
 
-No I/O, no threads; the clock and the way out for events are arguments.
+No I/O, no threads. Every call is given the time; a stopwatch only measures how long steps take.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,65 +28,31 @@ from edge_vlm.errors import (
     TooManyQuestions,
     UnknownMessageType,
 )
-from edge_vlm.text.tokenizer import StreamDetokenizer
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.inference.generate import generate
 from edge_vlm_runtime.inference.sampling import Sampling
 from edge_vlm_runtime.protocol.base import MAX_TEXT
 from edge_vlm_runtime.protocol.questions import UserMessage, lines
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.session.alerts import AlertMessage, AlertMonitor
-from edge_vlm_runtime.session.budget import (
-    cache_capacity,
-    dialogue_reserve,
-    question_capacity,
-    video_window,
-)
+from edge_vlm_runtime.session.answer import Answer, Question, QueuedQuestion
+from edge_vlm_runtime.session.budget import cache_capacity, plan_memory, question_capacity
 from edge_vlm_runtime.session.context import StreamContext
-from edge_vlm_runtime.session.frame_queue import FrameQueue
+from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
-from edge_vlm_runtime.session.pointing import pointed_at
-from edge_vlm_runtime.session.prompt_view import Detail, PromptView, Shown
+from edge_vlm_runtime.session.outbox import Outbox
+from edge_vlm_runtime.session.prompt_view import PromptBuilder
 from edge_vlm_runtime.session.stats import SessionStatsCounter
-from edge_vlm_runtime.session.video_feed import Emit, VideoFeed, report
+from edge_vlm_runtime.session.stream_clock import StreamClock
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 
-ClockNs = Callable[[], int]
 
+class Turn(str, Enum):
+    """What a unit of work is for."""
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    text: str
-    received_ns: int
-    detail: Detail = "video"
-    event_id: str | None = None
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """A question with what held when it was asked."""
-
-    question: Question
-    ids: np.ndarray
-    sampling: Sampling
-
-
-@dataclass
-class _Answer:
-    """The answer that is being decoded, behind what it was shown."""
-
-    response_id: str
-    question: Question
-    shown: Shown
-    tokens: Generator[int, None, str]
-    detokenizer: StreamDetokenizer
-    newest_frame: protocol.NewestFrame
-    text_tokens: int
-    text: str = ""
-    output_tokens: int = 0
-    first_delta_ns: int | None = None
+    ANSWER = "answer"
+    WATCH = "watch"
 
 
 def with_instructions(instructions: str, question: str) -> str:
@@ -94,7 +61,8 @@ def with_instructions(instructions: str, question: str) -> str:
 
 
 class Session:
-    """Owned by the engine thread; only `slot` is also touched by the socket's side."""
+    """Owned by one thread. Times are of one monotonic clock; `frames_waiting` is how many frames
+    its owner has not handed over yet."""
 
     def __init__(
         self,
@@ -102,107 +70,135 @@ class Session:
         engines: LoadedBundle,
         settings: SessionSettings,
         limits: ServerLimits,
-        emit: Emit,
-        clock_ns: ClockNs,
-        make_slot: Callable[..., FrameQueue] = FrameQueue,
+        now_ns: int,
+        stopwatch_ns: Callable[[], int],
     ) -> None:
-        """Raises ConfigError when the model cannot hold to the settings."""
-        self._engines = engines
-        self._model = ModelLimits.from_bundle(engines.bundle)
-        window_tokens = video_window(settings, self._model, limits)
-        self._limits = limits
-        self._require_room_for(settings.instructions)
-        self._emit = emit
-        self._clock_ns = clock_ns
+        """`stopwatch_ns`: for durations inside a unit of work. Raises ConfigError when the model
+        cannot hold to the settings, and what making the arena raises."""
         self.settings = settings
-        self.slot = make_slot(
-            delivery=settings.delivery,
-            fps_cap=settings.fps_cap,
-            wait_capacity=limits.max_unacknowledged_frames,
-        )
-        self._arena = engines.language.new_arena(cache_capacity(self._model, limits))
+        self._engines = engines
+        self._limits = limits
+        self._model = ModelLimits.from_bundle(engines.bundle)
+        plan = plan_memory(settings, self._model, limits)
+        self._require_room_for(settings.instructions)
+        self._outbox = Outbox()
+        self._stats = SessionStatsCounter(now_ns)
+        clock = StreamClock()
         self._context = StreamContext(
             language=engines.language,
             prompt=engines.prompt,
-            arena=self._arena,
+            clock=clock,
             model=self._model,
-            attention=settings.attention,
-            window_tokens=window_tokens,
-            last_n=settings.last_n,
-            reserve_tokens=dialogue_reserve(settings, self._model, limits),
+            capacity=cache_capacity(self._model, limits),
+            plan=plan,
         )
         self._alerts = AlertMonitor(
             language=engines.language,
             prompt=engines.prompt,
             context=self._context,
-            arena=self._arena,
             model=self._model,
             limits=limits,
-            emit=emit,
-            clock_ns=clock_ns,
+            outbox=self._outbox,
         )
-        self._intake = FrameIngest(engines.vision, settings, clock_ns)
-        self._exhibits = PromptView(
-            engines=engines,
+        self._ingest = FrameIngest(
+            vision=engines.vision,
+            settings=settings,
+            clock=clock,
             context=self._context,
-            arena=self._arena,
-            model=self._model,
-            intake=self._intake,
-            clock_ns=clock_ns,
-        )
-        self._questions: deque[_Waiting] = deque()
-        self._said = ""
-        self._history: deque[np.ndarray] = deque()
-        self._answer: _Answer | None = None
-        self._num_answers = 0
-        self._tally = SessionStatsCounter(clock_ns())
-        self._feed = VideoFeed(
-            slot=self.slot,
-            intake=self._intake,
-            context=self._context,
-            arena=self._arena,
             alerts=self._alerts,
-            tally=self._tally,
-            emit=emit,
-            clock_ns=clock_ns,
+            stats=self._stats,
+            outbox=self._outbox,
+            stopwatch_ns=stopwatch_ns,
         )
+        self._prompts = PromptBuilder(
+            engines=engines, context=self._context, clock=clock, stopwatch_ns=stopwatch_ns
+        )
+        self._unasked_text = ""
+        """What the user has said and not asked yet."""
+        self._questions: deque[QueuedQuestion] = deque()
+        self._history: deque[np.ndarray] = deque()
+        self._answer: Answer | None = None
+        self._num_answers = 0
+
+    def events(self, now_ns: int) -> list[protocol.ServerEvent]:
+        """What there is to say since the last call. `now_ns` is when the work on it ended: ages
+        count up to then."""
+        return self._outbox.drain(now_ns)
+
+    @property
+    def is_answering(self) -> bool:
+        """An answer is under way or waited for."""
+        return self._answer is not None or bool(self._questions)
+
+    @property
+    def is_decoding(self) -> bool:
+        """An answer is under way."""
+        return self._answer is not None
+
+    @property
+    def takes_frames(self) -> bool:
+        """False while as many frames as may wait for the end of the answer under way."""
+        return self._answer is None or not self._ingest.is_full
 
     # ---- what the viewer asks for ------------------------------------------------------------
 
-    def take(self, message: protocol.ClientMessage, received_ns: int) -> None:
-        """Does what a message asks for. Raises what the method it stands for raises."""
-        if isinstance(message, protocol.SessionUpdate):
-            self.update(message.session, message.event_id)
-        elif isinstance(message, protocol.ConversationItemCreate):
-            self.say(message.item, message.event_id)
-        elif isinstance(message, protocol.ResponseCreate):
-            said, self._said = self._said, ""
-            self.ask(
-                Question(
-                    text=lines([said, message.text]) if said else message.text,
-                    received_ns=received_ns,
+    def receive_message(
+        self,
+        message: protocol.ClientMessage,
+        now_ns: int,
+        *,
+        received_ns: int | None = None,
+        frames_waiting: int = 0,
+    ) -> None:
+        """Does what a message asks for; what is refused gets an `error` event.
+
+        `received_ns`: when it came, which may be a while ago; an answer's time to first token
+        counts from then.
+        """
+        came_ns = now_ns if received_ns is None else received_ns
+        try:
+            if isinstance(message, protocol.SessionUpdate):
+                self._update(message)
+            elif isinstance(message, protocol.ConversationItemCreate):
+                self._keep_text(message.item)
+                self._outbox.add(
+                    protocol.ConversationItemCreated(item=message.item, event_id=message.event_id)
+                )
+            elif isinstance(message, protocol.ResponseCreate):
+                unasked, self._unasked_text = self._unasked_text, ""
+                question = Question(
+                    text=lines([unasked, message.text]) if unasked else message.text,
+                    received_ns=came_ns,
                     detail=message.detail,
                     event_id=message.event_id,
                 )
-            )
-        elif isinstance(message, protocol.ResponseCancel):
-            self.cancel(message.response_id)
-        elif isinstance(message, AlertMessage):
-            self._alerts.take(message)
-        else:
-            raise UnknownMessageType(f"a session does not take {protocol.tag_of(type(message))}")
+                self._enqueue(question, frames_waiting)
+            elif isinstance(message, protocol.ResponseCancel):
+                self._cancel(message.response_id, now_ns)
+            elif isinstance(message, AlertMessage):
+                self._alerts.take(message)
+            else:
+                raise UnknownMessageType(
+                    f"a session does not take {protocol.tag_of(type(message))}"
+                )
+        except EdgeVlmError as error:
+            self._outbox.add_error(error, message.event_id)
 
-    def update(self, patch: protocol.SettingsPatch, event_id: str | None = None) -> None:
-        """Applies new settings from the next frame and question on. Raises ConfigError."""
-        settings = self.settings.changed(patch.fields())
-        video_window(settings, self._model, self._limits)  # raises if it cannot be held to
+    def _update(self, message: protocol.SessionUpdate) -> None:
+        """Applies new settings from the next frame and question on. Raises ConfigError, or what the
+        engines raise on a memory in another mode; the old settings then stay in force."""
+        settings = self.settings.changed(message.session.fields())
+        plan = plan_memory(settings, self._model, self._limits)
         self._require_room_for(settings.instructions)
-        self.settings = settings
-        self.slot.configure(delivery=settings.delivery, fps_cap=settings.fps_cap)
-        self._intake.configure(settings)
         if self._answer is None:
-            self._reconfigure_context()
-        self._emit(protocol.SessionUpdated(settings=settings, event_id=event_id))
+            try:
+                self._context.reconfigure(plan)
+            finally:
+                self._ingest.report_changes()
+        self.settings = settings
+        self._ingest.configure(settings)
+        self._trim_history()
+        self._outbox.add(protocol.SessionUpdated(settings=settings, event_id=message.event_id))
 
     def _require_room_for(self, instructions: str) -> None:
         """Raises ConfigError when they would leave less than half of its room to a question."""
@@ -215,36 +211,26 @@ class Session:
                 remedy=f"{most} are allowed",
             )
 
-    def _reconfigure_context(self) -> None:
-        settings = self.settings
-        changes = self._context.reconfigure(
-            attention=settings.attention,
-            window_tokens=video_window(settings, self._model, self._limits),
-            last_n=settings.last_n,
-            reserve_tokens=dialogue_reserve(settings, self._model, self._limits),
-        )
-        report(changes, self._context, self._emit)
-
-    def say(self, item: UserMessage, event_id: str | None = None) -> None:
+    def _keep_text(self, item: UserMessage) -> None:
         """Keeps what the user says for the next `response.create`. Raises QuestionTooLong."""
-        said = lines([self._said, item.text])
-        if len(said) > MAX_TEXT:
+        text = lines([self._unasked_text, item.text])
+        if len(text) > MAX_TEXT:
             raise QuestionTooLong(
-                f"{len(said)} characters were said and not asked yet", remedy="ask, or say less"
+                f"{len(text)} characters were said and not asked yet", remedy="ask, or say less"
             )
-        self._said = said
-        self._emit(protocol.ConversationItemCreated(item=item, event_id=event_id))
+        self._unasked_text = text
 
-    def ask(self, question: Question) -> None:
-        """Queues a question. Raises NoQuestion, SnapshotsUnsupported, NoFrameYet, QuestionTooLong,
+    def _enqueue(self, question: Question, frames_waiting: int) -> None:
+        """Raises NoQuestion, SnapshotsUnsupported, NoFrameYet, QuestionTooLong,
         TooManyQuestions."""
         if not question.text.strip():
             raise NoQuestion(
                 "there is no question to answer",
                 remedy="give response.create a text, or send conversation.item.create first",
             )
-        self._exhibits.require(question.detail)
-        if not self._has_seen and len(self.slot) == 0:
+        self._prompts.require(question.detail)
+        has_seen = self._context.newest is not None or self._ingest.has_pending
+        if not has_seen and frames_waiting == 0:
             raise NoFrameYet("there is no frame to answer from yet", remedy="send a frame first")
         if len(self._questions) >= self._limits.max_queued_questions:
             raise TooManyQuestions(
@@ -263,216 +249,164 @@ class Session:
         sampling = Sampling(
             temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed
         )
-        self._questions.append(_Waiting(question, ids, sampling))
+        self._questions.append(QueuedQuestion(question=question, ids=ids, sampling=sampling))
 
-    def cancel(self, response_id: str | None) -> None:
+    def _cancel(self, response_id: str | None, now_ns: int) -> None:
         """Stops the answer under way; without an id also all questions that wait."""
         if response_id is None:
-            self._turn_questions_away("the question was cancelled before its answer began")
+            self._refuse_questions("the question was cancelled before its answer began")
         if self._answer is not None and response_id in (None, self._answer.response_id):
-            self._finish("cancelled", None)
+            self._finish("cancelled", now_ns)
+            self._catch_up()
 
-    def _turn_questions_away(self, why: str) -> None:
+    def _refuse_questions(self, why: str) -> None:
         while self._questions:
             question = self._questions.popleft().question
-            self._emit_error(QuestionCancelled(why), question.event_id)
+            self._outbox.add_error(QuestionCancelled(why), question.event_id)
 
-    @property
-    def is_answering(self) -> bool:
-        return self._answer is not None or bool(self._questions)
-
-    def close(self) -> None:
-        """Ends the answer under way and gives every waiting frame and question its outcome."""
-        self._turn_questions_away("the session ended before the answer began")
+    def close(self, now_ns: int) -> None:
+        """Ends the answer under way and gives every waiting question its outcome."""
+        self._refuse_questions("the session ended before the answer began")
         if self._answer is not None:
-            self._finish("cancelled", None)
-        self._feed.close()
+            self._finish("cancelled", now_ns)
         self._alerts.close()
-        self._arena.close()
+        self._context.close()
 
     # ---- one unit of work --------------------------------------------------------------------
 
-    def answer(self) -> bool:
-        """A token of the answer under way, or the next question; False when nobody waits.
+    def receive_frame(self, frame: EncodedFrame, now_ns: int, *, frames_waiting: int = 0) -> None:
+        """Works on the next frame, which gets exactly one `frame.accepted` or `frame.dropped`. Only
+        while `takes_frames`."""
+        self._ingest.receive(
+            frame, now_ns, answering=self._answer is not None, frames_waiting=frames_waiting
+        )
 
-        What the engines raise is reported as an `error` event and ends only the answer.
+    def step(self, turn: Turn, now_ns: int, *, frames_waiting: int = 0) -> bool:
+        """One unit of work; False when there is none, and then nothing has changed.
+
+        What the engines raise is reported as an `error` event and ends only what it belongs to.
         """
+        if turn is Turn.WATCH:
+            return self._answer is None and self._alerts.step()
         if self._answer is not None:
-            self._decode_one_token()
+            self._decode_one_token(self._answer, now_ns)
             return True
         if not self._questions:
             return False
-        if self._feed.has_pending:
-            self._feed.join()
+        joined = self._ingest.has_pending
+        if joined:
+            self._ingest.join()
         if self._context.newest is not None:
-            self._start_answer(self._questions.popleft())
+            self._start_answer(self._questions.popleft(), now_ns)
             return True
-        if len(self.slot) == 0:  # every frame that came before it turned out unusable
+        if frames_waiting == 0:  # every frame that came before it turned out unusable
             question = self._questions.popleft().question
-            self._emit_error(NoFrameYet("there is no frame to answer from yet"), question.event_id)
+            self._outbox.add_error(
+                NoFrameYet("there is no frame to answer from yet"), question.event_id
+            )
             return True
-        return False
-
-    def watch(self) -> bool:
-        """The alerts that are due, or the next frame; False when there is nothing to do.
-
-        What the engines raise becomes an event and ends only the frame it belongs to.
-        """
-        answering = self._answer is not None
-        if not answering and self._alerts.step():
-            return True
-        return self._feed.step(answering=answering)
-
-    def step(self) -> bool:
-        """One unit of a session that has the engines for itself: an answer's tokens and frames
-        alternate. Several sessions take turns, see `Scheduler`."""
-        answering = self._answer is not None
-        if self.answer() and not answering:
-            return True
-        return self.watch() or answering
-
-    @property
-    def _has_seen(self) -> bool:
-        return self._context.newest is not None or self._feed.has_pending
+        return joined
 
     # ---- answers -----------------------------------------------------------------------------
 
-    def _start_answer(self, waiting: _Waiting) -> None:
-        engines, prompt, question = self._engines, self._engines.prompt, waiting.question
+    def _start_answer(self, queued: QueuedQuestion, now_ns: int) -> None:
+        question = queued.question
+        newest = self._context.newest
+        assert newest is not None
         self._num_answers += 1
-        response_id = f"response_{self._num_answers}"
-        newest = self._feed.newest_frame()
-        ids = np.concatenate([*self._history, waiting.ids])
-        shown: Shown | None = None
+        history_tokens = sum(map(len, self._history))
+        max_tokens = self.settings.max_answer_tokens
         try:
-            shown = self._exhibits.show(question.detail, len(ids) + self.settings.max_answer_tokens)
-            logits = engines.language.prefill(shown.arena, engines.language.embed(ids))
-        except EdgeVlmError as error:
-            if shown is not None:
-                shown.forget()
-            self._emit_error(error, question.event_id)
-            return
-        self._emit(
-            protocol.ResponseCreated(
-                response_id=response_id,
-                text=question.text,
-                newest_frame=newest,
-                snapshot=shown.snapshot,
-                event_id=question.event_id,
+            view = self._prompts.build(
+                question.detail,
+                self._ingest.newest_picture,
+                history_tokens + len(queued.ids) + max_tokens,
             )
-        )
-        self._answer = _Answer(
-            response_id=response_id,
-            question=question,
-            shown=shown,
-            tokens=generate(
-                engines.language,
-                shown.arena,
-                logits,
-                waiting.sampling,
-                prompt.eos_id,
-                self.settings.max_answer_tokens,
-            ),
-            detokenizer=StreamDetokenizer(prompt.tokenizer),
-            newest_frame=newest,
-            text_tokens=len(ids),
-        )
-
-    def _decode_one_token(self) -> None:
-        answer = self._answer
-        assert answer is not None
-        try:
-            token = next(answer.tokens)
-        except StopIteration as end:
-            self._say(answer, answer.detokenizer.flush())
-            self._finish("completed", end.value)
-            return
+            try:
+                answer = Answer(
+                    engines=self._engines,
+                    response_id=f"response_{self._num_answers}",
+                    queued=queued,
+                    history_ids=list(self._history),
+                    view=view,
+                    newest_frame=protocol.NewestFrame(
+                        frame_sequence=newest.seq,
+                        time_s=newest.pts_ns * 1e-9,
+                        age_s=(now_ns - newest.received_ns) * 1e-9,
+                    ),
+                    max_tokens=max_tokens,
+                )
+            except BaseException:
+                view.release()
+                raise
         except EdgeVlmError as error:
-            self._emit_error(error, answer.question.event_id)
-            self._finish("failed", None, error)
+            self._outbox.add_error(error, question.event_id)
             return
-        answer.output_tokens += 1
-        self._say(answer, answer.detokenizer.push(token))
+        self._answer = answer
+        self._outbox.add(answer.created())
 
-    def _say(self, answer: _Answer, delta: str) -> None:
-        if not delta:
+    def _decode_one_token(self, answer: Answer, now_ns: int) -> None:
+        try:
+            delta = answer.decode_one(now_ns)
+        except EdgeVlmError as error:
+            self._outbox.add_error(error, answer.question.event_id)
+            self._finish("failed", now_ns, error)
+            self._catch_up()
             return
-        if answer.first_delta_ns is None:
-            answer.first_delta_ns = self._clock_ns()
-        answer.text += delta
-        self._emit(protocol.ResponseOutputTextDelta(response_id=answer.response_id, delta=delta))
+        if delta is not None:
+            self._outbox.add(delta)
+        if answer.finish_reason is not None:
+            self._finish("completed", now_ns)
+            self._catch_up()
 
-    def _finish(
-        self, status: str, finish_reason: str | None, error: EdgeVlmError | None = None
-    ) -> None:
-        """Ends the answer: the cache goes back to the video, waiting frames join it."""
-        answer = self._answer
+    def _finish(self, status: str, now_ns: int, error: EdgeVlmError | None = None) -> None:
+        """Ends the answer: the cache goes back to the video."""
+        answer, self._answer = self._answer, None
         assert answer is not None
-        self._answer = None
-        answer.tokens.close()
-        shown = answer.shown
-        kv_tokens = shown.arena.length
-        shown.forget()
+        done = answer.finish(status, now_ns, time_offset_s=self._context.time_offset_s, error=error)
         if status == "completed":
-            turn = self._engines.prompt.turn_ids(answer.question.text, answer.text)
-            self._history.append(turn)
-        while len(self._history) > self.settings.history_turns:
+            self._history.append(self._engines.prompt.turn_ids(answer.question.text, answer.text))
+        self._trim_history()
+        self._stats.last_ttft_s, self._stats.last_tokens_per_s = done.ttft_s, done.tokens_per_s
+        self._outbox.add(done)
+
+    def _trim_history(self) -> None:
+        """Keeps what the settings show and have reserved room for."""
+        turns = self.settings.history_turns
+        turn_tokens = question_capacity(self._model, self._limits) + self.settings.max_answer_tokens
+        while len(self._history) > turns or sum(map(len, self._history)) > turns * turn_tokens:
             self._history.popleft()
-        now_ns = self._clock_ns()
-        ttft_s = tokens_per_s = None
-        if answer.first_delta_ns is not None:
-            ttft_s = (answer.first_delta_ns - answer.question.received_ns) * 1e-9
-            decoding_s = (now_ns - answer.first_delta_ns) * 1e-9
-            if answer.output_tokens > 1 and decoding_s > 0:
-                tokens_per_s = (answer.output_tokens - 1) / decoding_s
-        self._tally.last_ttft_s, self._tally.last_tokens_per_s = ttft_s, tokens_per_s
-        self._emit(
-            protocol.ResponseDone(
-                response_id=answer.response_id,
-                status=status,
-                finish_reason=finish_reason,
-                text=answer.text,
-                usage=protocol.Usage(
-                    vision_tokens=shown.vision_tokens,
-                    text_tokens=answer.text_tokens,
-                    output_tokens=answer.output_tokens,
-                ),
-                ttft_s=ttft_s,
-                tokens_per_s=tokens_per_s,
-                newest_frame=answer.newest_frame,
-                kv_tokens=kv_tokens,
-                time_offset_s=self._context.time_offset_s,
-                snapshot=shown.snapshot,
-                points=pointed_at(answer.text, shown.frames, shown.snapshot),
-                error_code=None if error is None else error.code,
-            )
-        )
-        self._catch_up()
 
     def _catch_up(self) -> None:
         """Settings and frames that came while the answer was decoded."""
+        plan = plan_memory(self.settings, self._model, self._limits)
         try:
-            self._reconfigure_context()
-        except EdgeVlmError as error:
-            self._emit_error(error)
-        self._feed.join()
+            self._context.reconfigure(plan)
+        except EdgeVlmError as error:  # the settings were announced: the memory has to go
+            self._outbox.add_error(error)
+            self._context.forget_all()
+            self._context.reconfigure(plan)
+        self._ingest.report_changes()
+        self._ingest.join()
 
     # ---- reports -----------------------------------------------------------------------------
 
-    def _emit_error(self, error: EdgeVlmError, event_id: str | None = None) -> None:
-        self._emit(protocol.error_event(error, event_id=event_id))
+    def report_stats(
+        self, now_ns: int, *, frames_received: int, frames_dropped: dict[str, int]
+    ) -> None:
+        """A `session.stats` event about everything so far; rates are since the last one.
 
-    def emit_stats(self) -> None:
-        """A `session.stats` event about everything so far; rates are since the last one."""
-        received, dropped = self.slot.counts()
-        self._emit(
-            self._tally.event(
-                now_ns=self._clock_ns(),
-                received=received,
-                dropped=dropped,
+        `frames_received` and `frames_dropped` (by reason) count what came to its owner, and what of
+        it was dropped before the session got it.
+        """
+        self._outbox.add(
+            self._stats.event(
+                now_ns,
+                received=frames_received,
+                dropped=frames_dropped,
                 frames_in_memory=self._context.num_frames,
-                kv_tokens=self._arena.length,
-                kv_capacity_tokens=self._arena.capacity,
+                kv_tokens=self._context.kv_tokens,
+                kv_capacity_tokens=self._context.kv_capacity_tokens,
                 questions_waiting=len(self._questions),
             )
         )

@@ -6,28 +6,41 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
-from edge_vlm.errors import (
-    VideoError,
-    VideoUnreadable,
-)
-from edge_vlm_runtime.sources.container import (
-    READ_TIMEOUT_S,
-    FFmpegError,
-    Picture,
-    mask_credentials,
-    open_container,
-    open_pipe,
-    reason_of,
-    to_rgb,
-)
+from edge_vlm.errors import VideoError, VideoUnreadable
+from edge_vlm.pixels.video import TimedFrame, Video
+from edge_vlm_runtime.sources.container import Picture, mask_credentials
 from edge_vlm_runtime.sources.gstreamer import GstPipe
 
 log = logging.getLogger(__name__)
 
+OPEN_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 10.0
+"""A camera silent for this long is opened again."""
 FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 10.0
+NO_PICTURE = "the pipeline gives no picture"
+
+
+class Camera(Protocol):
+    """An opened one."""
+
+    def decoded(self) -> Iterator[TimedFrame]:
+        """Its frames, as they come. Ends or raises when the camera goes away."""
+
+    def close(self) -> None: ...
+
+
+def open_camera(url: str, **options: Any) -> Video:
+    """`options`: as for `av.open`. Raises VideoUnreadable."""
+    return Video(
+        url,
+        mask_credentials(url),
+        refused="the camera does not answer",
+        timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
+        **options,
+    )
 
 
 class LiveSource:
@@ -40,98 +53,127 @@ class LiveSource:
 
     def __init__(
         self,
-        url: str,
+        name: str,
         fps: float,
+        open_camera: Callable[[], Camera],
         *,
-        container_format: str | None = None,
-        options: dict[str, str] | None = None,
-        open_container: Callable[..., Any] = open_container,
         first_back_off_s: float = FIRST_BACK_OFF_S,
     ) -> None:
         """Raises VideoUnreadable when the camera cannot be opened the first time."""
-        self.name = mask_credentials(url)
+        self.name = mask_credentials(name)
         self._interval_s = 1.0 / fps
-        self._reopen = lambda: open_container(
-            url, self.name, container_format=container_format, options=options
-        )
+        self._open_camera = open_camera
         self._first_back_off_s = first_back_off_s
         self._closed = threading.Event()
         self._news = threading.Condition()
-        self._newest: tuple[float, Any] | None = None
-        self._container = self._reopen()
+        """Guards the two below; notified when either changes, and by `close`."""
+        self._newest: tuple[float, TimedFrame] | None = None
+        self._died_of: BaseException | None = None
+        self._camera = open_camera()
         self.reconnects = 0
         """How often the camera came back."""
         self._reader = threading.Thread(target=self._read, name="edge-vlm-camera", daemon=True)
         self._reader.start()
 
     def pictures(self) -> Iterator[Picture]:
+        """Raises VideoUnreadable when nothing reads the camera any more."""
         start_s: float | None = None
         due_s = 0.0
-        while not self._closed.is_set():
-            with self._news:
-                if self._newest is None:
-                    self._news.wait(0.25)
-                newest, self._newest = self._newest, None
-            if newest is None or newest[0] < due_s:
-                continue
+        while (newest := self._take(due_s)) is not None:
             arrived_s, frame = newest
             start_s = arrived_s if start_s is None else start_s
             due_s = max(due_s + self._interval_s, arrived_s + 0.75 * self._interval_s)
-            yield Picture(rgb=to_rgb(frame, self.name), time_s=arrived_s - start_s)
+            yield Picture(rgb=frame.rgb(), time_s=arrived_s - start_s)
 
     def close(self) -> None:
         self._closed.set()
         with self._news:
             self._news.notify_all()
 
+    def _take(self, due_s: float) -> tuple[float, TimedFrame] | None:
+        """Waits for a frame that arrived at `due_s` or later; None once closed."""
+
+        def is_due() -> bool:
+            is_new = self._newest is not None and self._newest[0] >= due_s
+            return is_new or self._closed.is_set() or self._died_of is not None
+
+        with self._news:
+            self._news.wait_for(is_due)
+            if self._closed.is_set():
+                return None
+            if self._died_of is not None:
+                raise VideoUnreadable(
+                    f"the camera is no longer read ({_words_of(self._died_of)})", where=self.name
+                ) from self._died_of
+            newest, self._newest = self._newest, None
+            return newest
+
     def _read(self) -> None:
+        """The thread: whatever ends it, whoever waits for a picture is told."""
+        try:
+            self._read_for_ever()
+        except BaseException as error:  # noqa: BLE001 (handed to `pictures`)
+            log.error("camera %s is no longer read: %s", self.name, _words_of(error))
+            with self._news:
+                self._died_of = error
+                self._news.notify_all()
+
+    def _read_for_ever(self) -> None:
         back_off_s = self._first_back_off_s
         while not self._closed.is_set():
             try:
-                for frame in self._container.decode(video=0):
-                    if self._closed.is_set():
-                        return
-                    back_off_s = self._first_back_off_s
-                    with self._news:
-                        self._newest = (time.monotonic(), frame)
-                        self._news.notify_all()
-                why = "the stream ended"
-            except (FFmpegError, OSError) as error:
-                why = reason_of(error)
-            finally:
-                self._container.close()
-            log.warning("camera %s went away: %s", self.name, mask_credentials(why))
+                try:
+                    for frame in self._camera.decoded():
+                        if self._closed.is_set():
+                            return
+                        back_off_s = self._first_back_off_s
+                        with self._news:
+                            self._newest = (time.monotonic(), frame)
+                            self._news.notify_all()
+                    why = "the stream ended"
+                finally:
+                    self._camera.close()
+            except Exception as error:  # noqa: BLE001 (logged; the camera is opened again)
+                why = _words_of(error)
+            log.warning("camera %s went away: %s", self.name, why)
             while not self._closed.wait(back_off_s):
                 back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
                 try:
-                    self._container = self._reopen()
-                except VideoError as error:
-                    log.warning("camera %s is still away: %s", self.name, error)
+                    self._camera = self._open_camera()
+                except Exception as error:  # noqa: BLE001 (logged; tried again)
+                    log.warning("camera %s is still away: %s", self.name, _words_of(error))
                     continue
                 self.reconnects += 1
                 log.warning("camera %s is back", self.name)
                 break
 
 
-class GstContainer:
-    """A GStreamer pipeline in the place of a container."""
+def _words_of(error: BaseException) -> str:
+    what = error.what if isinstance(error, VideoError) else f"{type(error).__name__}: {error}"
+    return mask_credentials(what)
+
+
+class GstCamera:
+    """A GStreamer pipeline in the place of a camera."""
 
     def __init__(self, pipeline: str, name: str, fps: float) -> None:
         """Raises VideoNotFound, VideoUnreadable."""
+        self._name = name
         self._pipe = GstPipe(pipeline, fps, READ_TIMEOUT_S)
         try:
-            self._container = open_pipe(self._pipe)
-        except (FFmpegError, OSError, ValueError) as error:
+            self._video = Video(self._pipe, name, refused=NO_PICTURE, format="yuv4mpegpipe")
+        except VideoUnreadable as error:
             self._pipe.close()
-            why = mask_credentials(self._pipe.last_words() or reason_of(error))
-            raise VideoUnreadable(f"the pipeline gives no picture ({why})", where=name) from error
+            if why := mask_credentials(self._pipe.last_words()):
+                raise VideoUnreadable(f"{NO_PICTURE} ({why})", where=name) from error
+            raise
 
-    def decode(self, video: int) -> Iterator[Any]:
-        """Raises OSError when the pipeline ends with an error."""
-        yield from self._container.decode(video=video)
+    def decoded(self) -> Iterator[TimedFrame]:
+        """Raises VideoUnreadable when the pipeline ends with an error."""
+        yield from self._video.decoded()
         if why := self._pipe.last_words():
-            raise OSError(why)
+            raise VideoUnreadable(why, where=self._name)
 
     def close(self) -> None:
-        self._container.close()
+        self._video.close()
         self._pipe.close()

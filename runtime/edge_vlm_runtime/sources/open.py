@@ -9,14 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from edge_vlm.errors import (
-    VideoNotFound,
-)
-from edge_vlm_runtime.sources.container import (
-    Source,
-)
+from edge_vlm.errors import VideoNotFound
+from edge_vlm_runtime.sources.container import Source, mask_credentials
 from edge_vlm_runtime.sources.gstreamer import csi_pipeline
-from edge_vlm_runtime.sources.live import GstContainer, LiveSource
+from edge_vlm_runtime.sources.live import GstCamera, LiveSource, open_camera
 from edge_vlm_runtime.sources.video_file import FileSource
 
 CSI = re.compile(r"csi(?::(\d+))?")
@@ -33,9 +29,7 @@ def open_source(text: str, fps: float) -> Source:
     csi = CSI.fullmatch(text)
     if csi is not None or text.startswith(GST):
         pipeline = text[len(GST) :] if csi is None else csi_pipeline(int(csi.group(1) or 0))
-        return LiveSource(
-            text, fps, open_container=lambda url, name, **_: GstContainer(pipeline, name, fps)
-        )
+        return LiveSource(text, fps, lambda: GstCamera(pipeline, mask_credentials(text), fps))
     webcam = WEBCAM.fullmatch(text)
     if webcam is not None:
         device = f"/dev/video{webcam.group(1) or webcam.group(2) or 0}"
@@ -43,7 +37,7 @@ def open_source(text: str, fps: float) -> Source:
             raise VideoNotFound(
                 f"there is no camera {device}", remedy="plug one in or use the browser page"
             )
-        return LiveSource(device, fps, container_format="v4l2")
+        return LiveSource(device, fps, lambda: open_camera(device, format="v4l2"))
     if text.startswith(("rtsp://", "rtsps://")):
-        return LiveSource(text, fps, options={"rtsp_transport": "tcp"})
+        return LiveSource(text, fps, lambda: open_camera(text, options={"rtsp_transport": "tcp"}))
     return FileSource(text, fps)

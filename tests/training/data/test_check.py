@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_vlm import cli
-from edge_vlm_training.data.videos import write_video
+from edge_vlm.pixels.video import write_video
 from edge_vlm_training.world.vocabulary import build_tokenizer
 
 QA = {"type": "qa", "question": "what is it?", "answer": "a cat"}
@@ -68,10 +68,12 @@ def test_rows_are_measured_with_a_tokenizer(
     arguments = ["data", "check", write(folder, 0, 4), "--tokenizer", str(tokenizer)]
     assert cli.main([*arguments, "--cells", "9", "--max-tokens", "300", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)["tokens, at most 300 a row"]
-    assert table["packed rows"] == 1 and table["clips a row"] == 2
+    assert table["packed rows"] == 1
+    assert table["clips a row"] == 2
     assert cli.main([*arguments, "--cells", "9", "--max-tokens", "50"]) == 15
     out = capsys.readouterr().out
-    assert out.count("E-DATA-TOO-LONG") == 2 and "train.jsonl:1" in out
+    assert out.count("E-DATA-TOO-LONG") == 2
+    assert "train.jsonl:1" in out
 
 
 @pytest.mark.parametrize("option", [["--fps", "0"], ["--removed", "1"]])

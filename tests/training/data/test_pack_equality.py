@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm.model.clips import encode_clips
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.text.masks import MASKED
 from edge_vlm.text.prompt import PLAIN, RELEASED, PromptFormat, PromptStyle
 from edge_vlm_training.data.assemble import CellBudget, assemble
 from edge_vlm_training.data.batch import IGNORED, PackedBatch
@@ -31,7 +31,13 @@ def branch_losses(lm: VideoLM, batch: PackedBatch) -> torch.Tensor:
     # Clip by clip: which frames the published rule gives all their patches as context depends on
     # all clips of a call.
     seen = [
-        encode_clips(lm, clip_pixels, [len(clip_pixels)], batch.removed, min_cells=batch.min_cells)
+        encode_clips(
+            lm,
+            clip_pixels,
+            [len(clip_pixels)],
+            keep_ratio=1 - batch.removed,
+            min_cells=batch.min_cells,
+        )
         for clip_pixels in pixels.split(batch.frames_per_clip)
     ]
     features = torch.cat([encoded.features_GE for encoded in seen])
@@ -59,7 +65,7 @@ def losses_alone(
     pixels = to_pixel_values(
         torch.from_numpy(sample.load(cfg.vision.image_size)), cfg.vision, torch.float32
     )
-    seen = encode_clips(lm, pixels, [len(pixels)], removed, min_cells=min_cells)
+    seen = encode_clips(lm, pixels, [len(pixels)], keep_ratio=1 - removed, min_cells=min_cells)
     counts = seen.kept_FC.sum(1).tolist()
     found = []
     for branch in sample.branches:
@@ -94,9 +100,9 @@ def losses_alone(
     return found
 
 
-@pytest.mark.parametrize("removed, min_cells", [(0.0, 0), (0.5, 2), (0.8, 0)])
+@pytest.mark.parametrize(("removed", "min_cells"), [(0.0, 0), (0.5, 2), (0.8, 0)])
 @pytest.mark.parametrize(
-    "attention, rescale, style",
+    ("attention", "rescale", "style"),
     [
         (VisionAttention.FRAME, Rescale.ABSOLUTE, PLAIN),
         (VisionAttention.ALL, Rescale.FRAME, RELEASED),
@@ -142,6 +148,8 @@ def test_rows_have_the_length_that_was_counted_on() -> None:
             pictures = [tree.load(cfg.vision.image_size) for tree in trees]
             batch = assemble([trees], pictures, prompt(), WEIGHTS, budget)
             pixels = to_pixel_values(batch.frames_FSS3, cfg.vision, torch.float32)
-            kept = encode_clips(lm, pixels, batch.frames_per_clip, removed, min_cells=1).kept_FC
+            kept = encode_clips(
+                lm, pixels, batch.frames_per_clip, keep_ratio=1 - removed, min_cells=1
+            ).kept_FC
             counted = sum(tree.length(budget.kept(tree.num_frames)) for tree in trees)
             assert batch.pruned(kept).lengths_R.tolist() == [counted]

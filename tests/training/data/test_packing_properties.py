@@ -147,8 +147,10 @@ ITEMS = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 6)), min_size=1, 
 def test_rows_fill_up_within_both_limits(items: list[tuple[int, int]]) -> None:
     tokens, frames = [t for t, _ in items], [f for _, f in items]
     chosen = fill_row(tokens, frames, 640, 8)
-    assert chosen[0] == 0 and sorted(set(chosen)) == chosen
-    assert sum(tokens[i] for i in chosen) <= 640 and sum(frames[i] for i in chosen) <= 8
+    assert chosen[0] == 0
+    assert sorted(set(chosen)) == chosen
+    assert sum(tokens[i] for i in chosen) <= 640
+    assert sum(frames[i] for i in chosen) <= 8
 
     def fits(numbers: list[int]) -> bool:
         units = sum(-(-tokens[i] // TOKEN_UNIT) for i in numbers if i)

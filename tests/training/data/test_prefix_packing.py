@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from edge_vlm.config import VisionAttention, tiny
-from edge_vlm.model.layers import MASKED
 from edge_vlm.model.llm import LanguageModel, rope_tables
+from edge_vlm.text.masks import MASKED
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.data.prefix_packing import Branch, Packer

@@ -65,7 +65,7 @@ COUNT = {"type": "count", "question": "How many?", "count": 1, "points": [POINT]
 
 
 @pytest.mark.parametrize(
-    "line, field, what",
+    ("line", "field", "what"),
     [
         ("{", "$", "not JSON"),
         ('"text"', "$", "Expected `object`"),
@@ -101,8 +101,10 @@ def test_a_wrong_record_names_its_place_and_field(line: str, field: str, what: s
         parse_record(line, "train.jsonl:7")
     assert caught.value.field == field
     assert caught.value.where == "train.jsonl:7"
-    assert what in caught.value.what and field in str(caught.value)
-    assert caught.value.remedy and "docs/training-data.md" in caught.value.remedy
+    assert what in caught.value.what
+    assert field in str(caught.value)
+    assert caught.value.remedy
+    assert "docs/training-data.md" in caught.value.remedy
 
 
 PLACES = st.lists(
@@ -126,9 +128,8 @@ def test_points_are_read_back_as_written(places: list[Place]) -> None:
     assert [(p.at, p.x, p.y, p.object_id) for p in found] == written
     shown = len({place.number for place in places})
     counted = count_text(shown, places, "cats")
-    assert counted.endswith(f"shows a total of {shown}.") and len(parse_points(counted)) == len(
-        places
-    )
+    assert counted.endswith(f"shows a total of {shown}.")
+    assert len(parse_points(counted)) == len(places)
 
 
 def test_a_file_names_the_line(tmp_path: Path) -> None:
@@ -138,10 +139,12 @@ def test_a_file_names_the_line(tmp_path: Path) -> None:
         read_records(path)
     scanned = list(scan_records(path))
     assert [isinstance(item, RecordInvalid) for item in scanned] == [False, True, True]
-    assert isinstance(scanned[2], RecordInvalid) and str(scanned[2].where).endswith(":4")
+    assert isinstance(scanned[2], RecordInvalid)
+    assert str(scanned[2].where).endswith(":4")
     path.write_text(record(video="clips/b.mp4") + "\n")
     (found,) = read_records(path)
-    assert found.video == tmp_path / "clips/b.mp4" and found.where == f"{path}:1"
+    assert found.video == tmp_path / "clips/b.mp4"
+    assert found.where == f"{path}:1"
 
 
 def test_a_folder_is_its_index_or_a_record_beside_every_video(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_vlm.cli import main
-from edge_vlm_training.data.videos import write_video
+from edge_vlm.pixels.video import write_video
 from edge_vlm_training.world.vocabulary import build_tokenizer
 
 ANNOTATIONS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import RecordInvalid, VideoEmpty, VideoError, VideoNotFound, VideoUnreadable
-from edge_vlm_training.data import videos
+from edge_vlm.pixels.video import write_video
 from edge_vlm_training.data.sample import LAST
 from edge_vlm_training.data.sampling import FrameSampling
 from edge_vlm_training.data.video_source import VideoSource
-from edge_vlm_training.data.videos import probe_video, read_moments, write_video
 
 QA = {"type": "qa", "question": "What is it?", "answer": "A cat."}
 FPS = 10
@@ -49,7 +47,8 @@ def source(folder: Path, *records: dict[str, Any], **sampling: Any) -> VideoSour
 )
 def test_times_follow_the_published_rule(end_s: float, fps: float, max_frames: int) -> None:
     times = FrameSampling(fps=fps, max_frames=max_frames).times(end_s)
-    assert 1 <= len(times) <= max_frames and times[0] == 0
+    assert 1 <= len(times) <= max_frames
+    assert times[0] == 0
     assert (np.diff(times) > 0).all()
     if max_frames > 1 and end_s > 1e-3:
         assert times[-1] == pytest.approx(end_s)
@@ -68,69 +67,6 @@ def test_examples_of_the_rule() -> None:
     assert rule.times(1.02, 0.1).tolist() == [0, 0.5, 1.02]  # 1.0 would show the last frame, too
 
 
-def test_moments_are_the_frames_shown_then(tmp_path: Path) -> None:
-    path = make_video(tmp_path / "a.mp4")
-    probed = probe_video(path)
-    assert probed.num_frames == 31
-    assert (probed.end_s, probed.frame_s) == pytest.approx((3.0, 0.1), abs=1e-6)
-    times = [0.0, 0.09, 0.1, 0.55, 0.55, 2.99, 3.0, 9.0]
-    assert numbers(read_moments(path, times)) == [0, 0, 1, 5, 5, 29, 30, 30]
-
-
-def numbered_video(path: Path, num_frames: int, key_every: int, codec: str) -> Path:
-    """Pictures that show their own number in eight bars, with a keyframe every so many."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=FPS, options={"g": str(key_every), "bf": "2"})
-        stream.width, stream.height, stream.pix_fmt = 128, 32, "yuv420p"
-        for number in range(num_frames):
-            bars = np.array([255 * (number >> bit & 1) for bit in range(8)], np.uint8)
-            picture = np.broadcast_to(bars.repeat(16)[None, :, None], (32, 128, 3))
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-def bars(picture: Any) -> int:
-    bright = picture[:, 8::16].mean((0, 2)) > 127
-    return int((bright * 2 ** np.arange(8)).sum())
-
-
-@pytest.mark.parametrize(
-    "name, codec",
-    [
-        ("a.mp4", "libx264"),
-        ("a.mkv", "libx264"),
-        ("a.ts", "libx264"),
-        ("a.avi", "mpeg4"),
-        ("a.h264", "libx264"),
-    ],
-)
-def test_far_moments_are_the_same_as_when_every_frame_is_decoded(
-    tmp_path: Path, name: str, codec: str
-) -> None:
-    path = numbered_video(tmp_path / name, 200, 15, codec)
-    frame_s = probe_video(path).frame_s
-    times = (np.arange(200) + 0.4) * frame_s
-    every = [bars(picture) for picture in read_moments(path, times.tolist())]
-    assert every == list(range(200))
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 5, 20):
-        chosen = np.sort(rng.integers(0, 200, count))
-        moments = read_moments(path, times[chosen].tolist())
-        assert [bars(picture) for picture in moments] == chosen.tolist()
-
-
-def test_keyframes_in_wrong_places_are_not_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = numbered_video(tmp_path / "a.mp4", 200, 15, "libx264")
-    told = dataclasses.replace(probe_video(path), keys_s=tuple(range(20)))
-    monkeypatch.setattr(videos, "probe_video", lambda path: told)
-    moments = videos.read_moments(path, [0.0, 7.9, 15.2, 19.9])
-    assert [bars(picture) for picture in moments] == [0, 79, 152, 199]
-
-
 def test_samples_hold_the_stretch_that_their_record_names(tmp_path: Path) -> None:
     make_video(tmp_path / "a.mp4")
     ask = [QA, QA | {"at_s": 0.0}, QA | {"at_s": 0.7}, QA | {"at_s": 1.1, "history": [["a", "b"]]}]
@@ -140,7 +76,8 @@ def test_samples_hold_the_stretch_that_their_record_names(tmp_path: Path) -> Non
     assert [branch.frame for branch in sample.branches] == [LAST, 0, 1, 3]
     assert [branch.history for branch in sample.branches] == [(), (), (), (("a", "b"),)]
     pictures = sample.load(24)
-    assert pictures.shape == (4, 24, 24, 3) and pictures.dtype == np.uint8
+    assert pictures.shape == (4, 24, 24, 3)
+    assert pictures.dtype == np.uint8
     assert numbers(pictures) == [10, 15, 20, 21]
     assert sample.name == f"{tmp_path / 'train.jsonl'}:1"
 
@@ -150,7 +87,8 @@ def test_every_round_has_every_record_once_in_its_own_order(tmp_path: Path) -> N
     videos = source(tmp_path, *[{"video": "a.mp4", "annotations": [QA]}] * 7)
     rounds = [[videos.sample(7 * r + i).name for i in range(7)] for r in range(4)]
     assert all(sorted(names) == sorted(rounds[0]) for names in rounds)
-    assert len(set(rounds[0])) == 7 and len({tuple(names) for names in rounds}) > 1
+    assert len(set(rounds[0])) == 7
+    assert len({tuple(names) for names in rounds}) > 1
     assert [videos.sample(n).name for n in range(7)] == rounds[0]
 
 
@@ -188,7 +126,7 @@ def test_a_video_that_breaks_off_in_its_pictures_names_the_record(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "fields, field",
+    ("fields", "field"),
     [
         ({"start_s": 7.0}, "$.start_s"),
         ({"end_s": 7.0}, "$.end_s"),

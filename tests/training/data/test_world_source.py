@@ -37,7 +37,8 @@ def test_clips_have_the_lengths_and_branches_asked_for() -> None:
     assert {len(sample.times_s) for sample in samples} == {1, 4, 6}
     for sample in samples:
         pictures = sample.load(24)
-        assert pictures.shape == (len(sample.times_s), 24, 24, 3) and pictures.dtype == np.uint8
+        assert pictures.shape == (len(sample.times_s), 24, 24, 3)
+        assert pictures.dtype == np.uint8
         assert len(sample.branches) == 5
     assert any(branch.frame != LAST for sample in samples for branch in sample.branches)
 

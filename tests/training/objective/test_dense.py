@@ -33,7 +33,8 @@ def test_labels_agree_with_a_count_of_pixels() -> None:
                         centre = [scenes.x[clip, frame, thing], scenes.y[clip, frame, thing]]
                         torch.testing.assert_close(labels.centre[place], torch.tensor(centre))
                     place += 1
-    assert place == len(labels.kind) and things > 20
+    assert place == len(labels.kind)
+    assert things > 20
 
 
 def test_perfect_outputs_cost_nothing() -> None:

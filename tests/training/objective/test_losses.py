@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from edge_vlm.model.selection import clip_budget, num_kept
+from edge_vlm.model.selection import clip_budget
+from edge_vlm.pruning.clip_budget import num_kept
 from edge_vlm_training.objective.losses import (
     answer_loss,
     exact_answers,
@@ -64,16 +65,17 @@ def test_an_answer_is_right_only_if_all_its_tokens_are() -> None:
 
 def test_clip_budget_keeps_the_exact_number_the_first_frame_and_the_best() -> None:
     scores = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(2))
-    for removed, floor in ((0.0, 0), (0.3, 2), (0.5, 0), (0.9, 1)):
-        mask = clip_budget(scores, removed, floor)
-        assert mask.flatten(1).sum(1).tolist() == [num_kept(4, 9, removed, floor)] * 3
+    for keep_ratio, floor in ((1.0, 0), (0.7, 2), (0.5, 0), (0.1, 1)):
+        mask = clip_budget(scores, keep_ratio, floor, variant="first_whole")
+        kept = num_kept(4, 9, keep_ratio, floor, variant="first_whole")
+        assert mask.flatten(1).sum(1).tolist() == [kept] * 3
         assert bool(mask[:, 0].all())
         assert int(mask[:, 1:].sum(-1).min()) >= floor
-    later = clip_budget(scores, 0.5)[:, 1:]
+    later = clip_budget(scores, 0.5, variant="first_whole")[:, 1:]
     assert float(scores[:, 1:][later].min()) > 0
     for clip in range(3):
-        kept, dropped = scores[clip, 1:][later[clip]], scores[clip, 1:][~later[clip]]
-        assert float(kept.min()) >= float(dropped.max())
+        best, dropped = scores[clip, 1:][later[clip]], scores[clip, 1:][~later[clip]]
+        assert float(best.min()) >= float(dropped.max())
 
 
 def test_feature_scale_loss_pulls_large_features_down_and_leaves_small_ones() -> None:
@@ -82,4 +84,5 @@ def test_feature_scale_loss_pulls_large_features_down_and_leaves_small_ones() ->
     loss = feature_scale_loss(large)
     loss.backward()
     assert loss.item() > 0
-    assert large.grad is not None and bool((large.grad > 0).all())
+    assert large.grad is not None
+    assert bool((large.grad > 0).all())

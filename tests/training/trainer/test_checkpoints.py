@@ -89,7 +89,8 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     with pytest.raises(NoSpaceLeft, match=r"step-00000005.*one before is intact"):
         run.save()
     latest = checkpoints.latest(folder)
-    assert latest is not None and latest.name == "step-00000000"
+    assert latest is not None
+    assert latest.name == "step-00000000"
     assert before == {p.name: p.read_bytes() for p in latest.iterdir()}
     monkeypatch.undo()
     assert run.save().name == "step-00000005"  # what was left over is no obstacle
@@ -100,7 +101,8 @@ def test_only_the_newest_checkpoints_stay(folder: Path) -> None:
     for run.step in (10, 20, 30):
         run.save()
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert kept == ["step-00000020", "step-00000030"] and RECIPE.keep_last == 2
+    assert kept == ["step-00000020", "step-00000030"]
+    assert RECIPE.keep_last == 2
 
 
 def test_the_whole_checkpoint_is_replaced_as_a_whole(folder: Path) -> None:
@@ -123,4 +125,5 @@ def test_moments_and_random_numbers_are_stored(folder: Path) -> None:
     assert len(stored) == 3 * count
     assert all(isinstance(item, TensorStorageMetadata) for item in stored.values())
     own = json.loads((path / "process-00000.json").read_text())
-    assert own["stream"] == {"batches": 0, "lanes": {}} and len(own["random"]["cpu"]) > 1000
+    assert own["stream"] == {"batches": 0, "lanes": {}}
+    assert len(own["random"]["cpu"]) > 1000

@@ -51,7 +51,8 @@ def test_a_recipe_too_large_is_refused_with_numbers_and_a_remedy_that_fits() -> 
     assert re.search(r"needs about [\d.]+ GiB \(weights, gradients and moments [\d.]+", message)
     assert "there are 40.0 GiB" in message
     found = re.search(r"torchrun with (\d+) processes.* it needs ([\d.]+) GiB", message)
-    assert found is not None and float(found[2]) <= 40
+    assert found is not None
+    assert float(found[2]) <= 40
     settings = re.findall(r"--set (\S+)", message)
     assert "activation_checkpointing=true" in settings
     changed = override(recipe, settings)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.flops import language_flops, vision_flops
-from edge_vlm.model.published.folder import save_published
+from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.data.batch import IGNORED, NOWHERE
@@ -103,15 +103,17 @@ def test_a_published_folder_without_a_scorer_gets_one(tmp_path: Path) -> None:
     folder = tmp_path / "published"
     save_published(folder, published)
     recipe = dataclasses.replace(stts_smoke(), init=folder, rescale=Rescale.ROW)
-    with pytest.raises(ConfigError, match=r"no such tokenizer.*--set tokenizer"):
+    with pytest.raises(CheckpointError, match=r"lacks tokenizer\.json.*--set tokenizer"):
         prepare_tokenizer(recipe, tmp_path / "run")
     cfg = model_config(recipe, tmp_path / "unused.json")
-    assert cfg.scorer is not None and cfg.scorer.rescale is Rescale.ROW
+    assert cfg.scorer is not None
+    assert cfg.scorer.rescale is Rescale.ROW
     assert cfg.attention is recipe.attention
     model, again = build_model(recipe, cfg), build_model(recipe, cfg)
     for name, tensor in published.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
-    assert model.scorer is not None and again.scorer is not None
+    assert model.scorer is not None
+    assert again.scorer is not None
     assert torch.equal(model.scorer.fc1.weight, again.scorer.fc1.weight)  # in every process
     std = float(model.scorer.fc2.weight.detach().std())
     assert std == pytest.approx(cfg.scorer.mlp_width**-0.5, rel=0.1)
@@ -137,7 +139,8 @@ def test_a_recipe_for_a_gpu_is_refused_without_one(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match="wants a GPU"), join_world("cuda"):
         pass
     with join_world() as world:
-        assert (world.rank, world.size, world.device.type) == (0, 1, "cpu") and world.leads
+        assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
+        assert world.leads
         assert world.sum(torch.tensor(2.0)).item() == 2.0
 
 
@@ -159,4 +162,5 @@ def test_rates_and_rules_are_those_of_the_recipe() -> None:
     recipe = StepRecipe(
         name="x", steps=10, batch=4, device_batch=2, sequence_length=99, warmup_steps=0
     )
-    assert recipe.rate_at(0) == 1.0 and math.isclose(recipe.rate_at(10), 0.1)
+    assert recipe.rate_at(0) == 1.0
+    assert math.isclose(recipe.rate_at(10), 0.1)

@@ -66,4 +66,5 @@ def test_a_launcher_can_start_the_command_as_a_module() -> None:
     """`torchrun -m edge_vlm train ...`"""
     command = [sys.executable, "-m", "edge_vlm", "train", "no_such_recipe", "-o", "unused"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and "E-CONFIG: unknown recipe" in run.stderr
+    assert run.returncode == 2
+    assert "E-CONFIG: unknown recipe" in run.stderr

@@ -33,12 +33,14 @@ def test_the_published_recipe_is_as_published() -> None:
     assert (recipe.warmup_steps, recipe.final_rate, recipe.clip_norm) == (200, 0.1, 1.0)
     assert (recipe.betas, recipe.eps, recipe.z_loss) == ((0.9, 0.95), 1e-6, 1e-4)
     assert (recipe.aux_weight, recipe.removed, recipe.precision) == (0.5, (0.5,), "bfloat16")
-    assert recipe.frame_markers and recipe.residual_dropout == 0.1
+    assert recipe.frame_markers
+    assert recipe.residual_dropout == 0.1
     assert (recipe.rescale, recipe.attention) == (Rescale.ROW, VisionAttention.ALL)
     less = dataclasses.asdict(molmo2_4b_stts_30())
     more = dataclasses.asdict(recipe)
     differing = {key for key in more if more[key] != less[key]}
-    assert differing == {"name", "removed"} and less["removed"] == (0.3,)
+    assert differing == {"name", "removed"}
+    assert less["removed"] == (0.3,)
 
 
 def test_the_rate_warms_up_and_falls_by_a_cosine_to_a_tenth() -> None:
@@ -69,8 +71,10 @@ def test_set_reads_each_field_by_its_type() -> None:
     ]
     recipe = override(stts_smoke(), settings)
     assert (recipe.steps, recipe.lr_scorer, recipe.activation_checkpointing) == (9, 2e-3, True)
-    assert recipe.removed == (0.0, 0.3, 0.5) and recipe.rescale is Rescale.ROW
-    assert recipe.init == Path("/tmp/there") and recipe.data == ("world@1", "clips.jsonl@3")
+    assert recipe.removed == (0.0, 0.3, 0.5)
+    assert recipe.rescale is Rescale.ROW
+    assert recipe.init == Path("/tmp/there")
+    assert recipe.data == ("world@1", "clips.jsonl@3")
     assert recipe.precision == "float32"
     assert override(recipe, ["init=none"]).init is None
     # Fields that must fit each other are checked when all are set.

@@ -113,7 +113,8 @@ def test_variants_of_a_recipe_train_their_model(tmp_path: Path, changes: dict[st
     model = load_checkpoint(trainer.run())
     assert trainer.total_steps == 2
     assert model.cfg.attention is recipe.attention
-    assert model.cfg.scorer is not None and model.cfg.scorer.rescale is recipe.rescale
+    assert model.cfg.scorer is not None
+    assert model.cfg.scorer.rescale is recipe.rescale
 
 
 def test_an_unknown_choice_of_cells_is_named() -> None:
@@ -125,8 +126,10 @@ def test_an_unknown_choice_of_cells_is_named() -> None:
 def test_cells_are_kept_within_the_budget(selection: str) -> None:
     scores = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
     mask = keep_mask(scores, selection, removed=0.5, floor=1, seed=7)
-    assert mask[:, 0].all() and (mask.sum(-1) >= 1).all()
-    assert (mask.sum((1, 2)) <= 128).all() and (mask.sum((1, 2)) > 100).all()
+    assert mask[:, 0].all()
+    assert (mask.sum(-1) >= 1).all()
+    assert (mask.sum((1, 2)) <= 128).all()
+    assert (mask.sum((1, 2)) > 100).all()
     top = (scores[:, 1:] * mask[:, 1:]).sum() / mask[:, 1:].sum()
     assert (top > 0.6) == (selection != "random")
     assert keep_mask(scores, selection, removed=0.0, floor=0, seed=7).all()

@@ -6,13 +6,14 @@ from itertools import islice
 
 import pytest
 
-from edge_vlm.evaluation.grading import judge, points_of
+from edge_vlm.evaluation.grading import judge
 from edge_vlm.formats.qa_set import (
     AskedQuestion,
     ClipQuestions,
     read_question_set,
     write_question_set,
 )
+from edge_vlm.text.points import parse_points
 from edge_vlm_training.world.heldout import ALERT, BENCHMARK_KINDS, heldout_clips
 from edge_vlm_training.world.questions import QUESTION_KINDS, vocabulary
 from edge_vlm_training.world.vocabulary import build_tokenizer
@@ -57,7 +58,9 @@ def test_true_answers_are_right_and_points_lie_in_their_boxes(clips: list[ClipQu
     asked = of_kind(clips, *BENCHMARK_KINDS)
     assert {question.kind for question in asked} == set(BENCHMARK_KINDS)
     assert all(judge(question, question.answer).right for question in asked)
-    assert all(len(points_of(q.answer)) == len(q.boxes or ()) == 1 for q in of_kind(clips, "point"))
+    assert all(
+        len(parse_points(q.answer)) == len(q.boxes or ()) == 1 for q in of_kind(clips, "point")
+    )
 
 
 def test_event_times_are_right_within_one_frame_interval() -> None:

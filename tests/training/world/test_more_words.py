@@ -27,14 +27,16 @@ def test_known_words_keep_their_rows_and_all_else_stays() -> None:
     for word, row in KNOWN.items():
         assert torch.equal(new["llm.embed.weight"][WANTED[word]], old["llm.embed.weight"][row])
     assert torch.equal(new["llm.head.weight"][[0, 2]], old["llm.head.weight"])
-    assert new["llm.head.weight"].shape == (3, 4) and new["llm.embed.weight"].shape == (4, 4)
+    assert new["llm.head.weight"].shape == (3, 4)
+    assert new["llm.embed.weight"].shape == (4, 4)
     assert new["llm.norm.weight"] is old["llm.norm.weight"]
 
 
 def test_new_words_begin_among_the_others_but_differ() -> None:
     new = with_more_words(weights(), KNOWN, WANTED, head_rows=3)["llm.head.weight"]
     assert 7 < new[1].mean() < 13
-    assert not torch.equal(new[1], new[0]) and not torch.equal(new[1], new[2])
+    assert not torch.equal(new[1], new[0])
+    assert not torch.equal(new[1], new[2])
 
 
 def test_the_same_vocabulary_changes_nothing() -> None:

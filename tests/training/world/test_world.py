@@ -72,7 +72,8 @@ def test_kinds_and_colours_are_distinct_within_a_clip(scenes: Scenes) -> None:
 def test_visible_things_are_inside_and_apart(scenes: Scenes) -> None:
     seen = scenes.visible
     for place in (scenes.x, scenes.y):
-        assert (place[seen] > 0.05).all() and (place[seen] < 0.95).all()
+        assert (place[seen] > 0.05).all()
+        assert (place[seen] < 0.95).all()
     for a in range(seen.shape[2]):
         for b in range(a):
             both = seen[:, :, a] & seen[:, :, b]
@@ -107,7 +108,8 @@ def test_shares_are_those_of_the_configuration() -> None:
     assert abs(shares[STILL] - (1 - cfg.moving)) < 0.05
     assert (abs(shares[:STILL] - cfg.moving / 4) < 0.04).all()
     changes = (np.diff(scenes.colour, axis=1) != 0).sum(1)[present]
-    assert changes.max() == 1 and abs(changes.mean() - cfg.colour_change) < 0.03
+    assert changes.max() == 1
+    assert abs(changes.mean() - cfg.colour_change) < 0.03
     assert abs((scenes.start_s == 0).mean() - cfg.start_at_zero) < 0.05
     assert scenes.start_s.max() <= cfg.max_start_s
     assert set(present.sum(1)) == {1, 2, 3}
@@ -117,7 +119,8 @@ def test_where_things_gather_all_are_there_from_half_time_on() -> None:
     scenes = sample_scenes(4, 200, WorldConfig(gathering=1.0))
     seen, present = scenes.visible, scenes.kind >= 0
     assert np.array_equal(seen[:, 8:], np.broadcast_to(present[:, None], seen[:, 8:].shape))
-    assert (scenes.direction[present] == STILL).all() and (scenes.enter[present] > 0).any()
+    assert (scenes.direction[present] == STILL).all()
+    assert (scenes.enter[present] > 0).any()
 
 
 def test_full_clips_have_up_to_five_things_in_different_colours() -> None:
@@ -132,9 +135,11 @@ def test_full_clips_have_up_to_five_things_in_different_colours() -> None:
 def test_other_clip_lengths(split: Split, num_frames: int) -> None:
     scenes = sample_scenes(2, 60, WorldConfig(num_frames=num_frames, split=split))
     seen = scenes.visible
-    assert seen.shape == (60, num_frames, 5) and seen.any()
+    assert seen.shape == (60, num_frames, 5)
+    assert seen.any()
     for place in (scenes.x, scenes.y):
-        assert (place[seen] > 0.05).all() and (place[seen] < 0.95).all()
+        assert (place[seen] > 0.05).all()
+        assert (place[seen] < 0.95).all()
     assert scenes.times_s().shape == (60, num_frames)
 
 

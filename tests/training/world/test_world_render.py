@@ -19,7 +19,8 @@ TINTS = np.array(list(COLOURS.values()), np.float32)
 def test_same_seed_same_pictures() -> None:
     cfg = WorldConfig(num_frames=3)
     frames, scenes = draw_batch(4, 3, cfg)
-    assert frames.shape == (3, 3, 96, 96, 3) and frames.dtype == torch.uint8
+    assert frames.shape == (3, 3, 96, 96, 3)
+    assert frames.dtype == torch.uint8
     assert torch.equal(frames, draw_batch(4, 3, cfg)[0])
     assert torch.equal(frames[1:2], render(scenes.select(slice(1, 2))))
     assert not torch.equal(frames, draw_batch(5, 3, cfg)[0])
@@ -46,7 +47,8 @@ def test_owner_and_pixels_agree_with_the_scene() -> None:
         noise_sd=np.zeros_like(scenes.noise_sd),
     )
     frames, owner = render_with_owner(still)
-    assert owner.shape == frames.shape[:4] and owner.dtype == torch.int8
+    assert owner.shape == frames.shape[:4]
+    assert owner.dtype == torch.int8
     pictures, owners = frames.numpy().astype(np.float32), owner.numpy()
     rows, columns = np.mgrid[0:96, 0:96]
     for b, t, m in np.ndindex(scenes.visible.shape):

@@ -88,8 +88,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 data = Command(
-    name="data",
-    help="Check training data: records, videos, lengths.",
     add_arguments=_arguments,
     run=_run,
 )

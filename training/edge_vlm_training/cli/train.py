@@ -162,14 +162,10 @@ def _per_clip(args: argparse.Namespace) -> int:
 
 
 train = Command(
-    name="train",
-    help="train a model by a recipe, in one process or many",
     add_arguments=_train_arguments,
     run=_train,
 )
 world = Command(
-    name="world",
-    help="write held-out clips with questions and true answers",
     add_arguments=_world_arguments,
     run=_world,
 )

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_vlm.config import ModelConfig, Rescale
-from edge_vlm.model.selection import num_kept
+from edge_vlm.config import ModelConfig
+from edge_vlm.pruning.clip_budget import num_kept, variant_of
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.batch import (
     NOWHERE,
@@ -37,9 +37,9 @@ class CellBudget:
 
     def kept(self, num_frames: int) -> int:
         num_cells = self.cfg.vision.num_cells
-        if self.cfg.scorer is not None and self.cfg.scorer.rescale is Rescale.ROW:
-            return num_frames * num_cells - int(num_cells * self.removed * num_frames)
-        return num_kept(num_frames, num_cells, self.removed, self.min_cells)
+        return num_kept(
+            num_frames, num_cells, 1 - self.removed, self.min_cells, variant=variant_of(self.cfg)
+        )
 
 
 def assemble(

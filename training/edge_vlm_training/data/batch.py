@@ -8,7 +8,7 @@ A batch is built with every cell, for which cells a model keeps is known only be
 `PackedBatch.pruned` leaves the others' tokens out. A step therefore runs::
 
     pixels = to_pixel_values(batch.frames_FSS3, cfg.vision, dtype)
-    seen = encode_clips(model, pixels, batch.frames_per_clip, batch.removed,
+    seen = encode_clips(model, pixels, batch.frames_per_clip, keep_ratio=1 - batch.removed,
                         min_cells=batch.min_cells)
     tokens = batch.pruned(seen.kept_FC)
     embeds = llm.embed(tokens.ids_RS)

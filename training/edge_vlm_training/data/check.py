@@ -12,7 +12,7 @@ import numpy as np
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import DataError, EdgeVlmError, VideoError
 from edge_vlm.formats.report import Report
-from edge_vlm.model.selection import num_kept
+from edge_vlm.pruning.clip_budget import num_kept
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.knapsack import fill_row
 from edge_vlm_training.data.records import scan_records
@@ -37,7 +37,7 @@ class Lengths:
     def kept(self, num_frames: int) -> int:
         """Most cells that a clip keeps at any of the packing's shares."""
         removed, floor = min(self.packing.removed), max(self.packing.min_cells)
-        return num_kept(num_frames, self.num_cells, removed, floor)
+        return num_kept(num_frames, self.num_cells, 1 - removed, floor, variant="first_whole")
 
 
 @dataclasses.dataclass

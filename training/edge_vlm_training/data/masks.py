@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edge_vlm.config import VisionAttention
-from edge_vlm.model.layers import MASKED
+from edge_vlm.model.layers import additive_bias
 from edge_vlm_training.data.batch import NOWHERE, PackedTokens
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -57,7 +57,4 @@ def allowed_mask(tokens: PackedTokens, attention: VisionAttention) -> Tensor:
 
 def additive_mask(tokens: PackedTokens, attention: VisionAttention, dtype: torch.dtype) -> Tensor:
     """[R, S, S] of `dtype`: 0 where a query sees a key, MASKED elsewhere (`LanguageModel`)."""
-    allowed = allowed_mask(tokens, attention)
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-        ~allowed, MASKED
-    )
+    return additive_bias(allowed_mask(tokens, attention), dtype)

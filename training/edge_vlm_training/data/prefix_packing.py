@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from edge_vlm.config import VisionAttention
-from edge_vlm.model.layers import MASKED
+from edge_vlm.model.layers import additive_bias
+from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.prompt import PromptFormat
 
 BUCKETS = (0.5, 0.8, 0.9, 0.96, 1.0)
@@ -69,10 +70,6 @@ class Packed:
     num_questions: int
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, MASKED)
-
-
 def _padded(rows: Sequence[npt.NDArray[np.integer]], fill: int) -> Tensor:
     out = np.full((len(rows), max(map(len, rows))), fill, np.int64)
     for line, row in zip(out, rows, strict=True):
@@ -109,11 +106,8 @@ class Packer:
         prefixes, blocks, ends = zip(
             *(self._prefix(c, t) for c, t in zip(counts_BT, times_BT, strict=True)), strict=True
         )
-        ids_BP, block_BP = _padded(prefixes, 0), _padded(blocks, -1)
-        index = torch.arange(ids_BP.shape[1])
-        allowed = (index[None, :] <= index[:, None])[None] | (
-            (block_BP[:, :, None] == block_BP[:, None, :]) & (block_BP[:, :, None] >= 0)
-        )
+        ids_BP, block_BP = _padded(prefixes, 0), _padded(blocks, CAUSAL)
+        bias_BPP = torch.from_numpy(block_bias(block_BP.numpy())).to(dtype)
         asked = [(clip, item) for clip, items in enumerate(branches) for item in items]
         lines = []
         for number, (clip, item) in enumerate(asked):
@@ -123,25 +117,25 @@ class Packer:
         lines.sort(key=lambda line: len(line[3]) + len(self.answer_ids(line[4])))
         cuts = sorted({0, *(round(share * len(lines)) for share in BUCKETS)})
         buckets = tuple(
-            self._bucket(lines[start:end], len(index), dtype)
+            self._bucket(lines[start:end], ids_BP.shape[1], dtype)
             for start, end in itertools.pairwise(cuts)
         )
         end_BT = torch.from_numpy(np.stack(ends)) - 1
-        return Packed(ids_BP, _additive(allowed, dtype), end_BT, buckets, len(asked))
+        return Packed(ids_BP, bias_BPP, end_BT, buckets, len(asked))
 
     def _prefix(
         self, counts: npt.NDArray[np.int64], times: npt.NDArray[np.floating]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Token ids, the block of vision tokens that each belongs to (-1: text), frame ends."""
+        """Token ids, the block of vision tokens that each belongs to (CAUSAL: text), frame ends."""
         prompt = self.prompt
-        ids, blocks, ends = [prompt.bos_ids], [np.array([-1])], []
+        ids, blocks, ends = [prompt.bos_ids], [np.array([CAUSAL])], []
         length = 1
         for i, (pts_s, kept) in enumerate(zip(times, counts, strict=True)):
             empty = self._stamp_ids(float(pts_s), i == 0)
             patches = np.full(int(kept), prompt.patch_id, np.int32)
             ids.append(np.insert(empty, len(empty) - 1, patches))
             block = 0 if self.attention is VisionAttention.ALL else i
-            blocks.append(np.where(prompt.vision_mask(ids[-1]), block, -1))
+            blocks.append(np.where(prompt.vision_mask(ids[-1]), block, CAUSAL))
             length += len(ids[-1])
             ends.append(length)
         return np.concatenate(ids), np.concatenate(blocks), np.array(ends)
@@ -173,7 +167,7 @@ class Packer:
             clip_N=torch.tensor([clip for _, clip, *_ in lines]),
             ids_NL=ids_NL,
             positions_NL=start_N[:, None] + own,
-            bias_NLK=_additive(torch.cat([prefix, causal], -1), dtype),
+            bias_NLK=additive_bias(torch.cat([prefix, causal], -1), dtype),
             answer_index_A=torch.from_numpy(np.concatenate(at)),
             target_A=torch.from_numpy(np.concatenate(answers).astype(np.int64)),
             # Long answers (points) would drown the short ones at equal weight per token.

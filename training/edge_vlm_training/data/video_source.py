@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from edge_vlm.errors import RecordInvalid, VideoError
 from edge_vlm.pixels.patches import resize_bilinear
+from edge_vlm.pixels.video import VideoTimes, probe_video, read_moments
 from edge_vlm_training.data.records import Located, read_records
 from edge_vlm_training.data.sample import LAST, Branch, Pictures, Sample, seed_of
 from edge_vlm_training.data.sampling import FrameSampling
-from edge_vlm_training.data.videos import VideoTimes, probe_video, read_moments
 
 _EPSILON_S = 1e-3
 
@@ -62,6 +62,7 @@ def record_sample(located: Located, sampling: FrameSampling) -> Sample:
         probed = probe_video(video)
     end_s = _clip_end(located, probed)
     times_s = sampling.times(end_s, probed.frame_s)
+    times_s = times_s[probed.each_frame_once(record.start_s + times_s)]
 
     def load(side: int) -> Pictures:
         with naming(located.where):

@@ -56,7 +56,7 @@ def keep_mask(scores_BTC: Tensor, selection: str, removed: float, floor: int, se
     if removed == 0:
         return torch.ones_like(scores_BTC, dtype=torch.bool)
     if selection == CLIP:
-        return clip_budget(scores_BTC, removed, floor)
+        return clip_budget(scores_BTC, 1 - removed, floor, variant="first_whole")
     mask = torch.zeros_like(scores_BTC, dtype=torch.bool)
     for b, clip_TC in enumerate(scores_BTC.detach().float().numpy()):
         policy = make_policy(selection, 1 - removed, min_cells=floor, seed=seed + b)

@@ -60,12 +60,17 @@ def see_clips(
     """
     scorer = model.scorer
     if scorer is None:
-        run = encode_clips(model, pixels_FNP, frames_per_clip, 0.0)
+        run = encode_clips(model, pixels_FNP, frames_per_clip, keep_ratio=1.0)
         return SeenClips(run.features_GE, run.kept_FC, pixels_FNP.new_zeros((), dtype=torch.float))
     is_first = first_frames(frames_per_clip, pixels_FNP.device)
     if scorer.cfg.rescale is Rescale.ROW:
         published = encode_reference(
-            model, pixels_FNP, frames_per_clip, removed, refill_by_clip=True, record=False
+            model,
+            pixels_FNP,
+            frames_per_clip,
+            keep_ratio=1 - removed,
+            refill_by_clip=True,
+            record=False,
         )
         cells = model.vit.cells(published.hidden_FND[scorer.cfg.prune_at])
         errors = similarity_errors(published.scores_FC, cells, is_first, detach_target=False)
@@ -76,7 +81,10 @@ def see_clips(
     errors = similarity_errors(scores, model.vit.cells(x.detach()), is_first)
     hidden = model.biased_block(x, scores, is_first)
     kept = torch.cat(
-        [clip_budget(c[None], removed, min_cells)[0] for c in scores.split(list(frames_per_clip))]
+        [
+            clip_budget(clip, 1 - removed, min_cells, variant="first_whole")
+            for clip in scores.split(list(frames_per_clip))
+        ]
     )
     cells = kept.flatten().nonzero().squeeze(1)
     method = best_method(pixels_FNP.device, dtype)

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
+from edge_vlm.formats.usage import Usage
 from edge_vlm.model.checkpoint import save_checkpoint
 from edge_vlm_training.data.stream import merge_states
 from edge_vlm_training.trainer.distributed import Ranks, whole
@@ -142,7 +143,12 @@ def load(path: Path, world: Ranks, weights: dict[str, Tensor], updater: Updater)
 
 
 def save_whole(
-    folder: Path, world: Ranks, config: ModelConfig, weights: dict[str, Tensor], tokenizer: Path
+    folder: Path,
+    world: Ranks,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    tokenizer: Path,
+    usage: Usage | None = None,
 ) -> Path:
     """Writes the folder that other commands read; every process has to call this."""
     final = folder / WHOLE
@@ -155,7 +161,7 @@ def save_whole(
         partial, before = folder / f"{WHOLE}.partial", folder / f"{WHOLE}.before"
         for left_over in (partial, before):
             shutil.rmtree(left_over, ignore_errors=True)
-        save_checkpoint(partial, config, gathered, tokenizer)
+        save_checkpoint(partial, config, gathered, tokenizer, usage)
         if final.exists():
             os.replace(final, before)
         os.replace(partial, final)

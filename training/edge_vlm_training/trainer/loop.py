@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
+from edge_vlm.formats.usage import Usage
 from edge_vlm.model.checkpoint import TOKENIZER
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.prompt import PromptFormat
@@ -40,8 +41,10 @@ class Run:
         world: Ranks,
         folder: Path,
         prompt: PromptFormat,
+        usage: Usage | None = None,
     ) -> None:
-        """`stream` yields this process's batches of `device_batch` rows.
+        """`stream` yields this process's batches of `device_batch` rows; `usage` is what will be
+        recorded with the trained model.
 
         Raises ConfigError if the recipe's batch cannot be shared among the processes.
         """
@@ -53,7 +56,7 @@ class Run:
                 remedy=f"add --set batch={math.ceil(recipe.batch / rows) * rows}",
             )
         self.recipe, self.cfg, self.world, self.folder = recipe, cfg, world, folder
-        self.prompt, self.stream = prompt, stream
+        self.prompt, self.stream, self.usage = prompt, stream, usage
         self.accumulated = recipe.batch // rows
         self.dtype = getattr(torch, recipe.precision)
         self.model = model
@@ -104,7 +107,9 @@ class Run:
     def save_whole(self) -> Path:
         """The checkpoint folder that other commands read; every process has to call this."""
         tokenizer = self.folder / TOKENIZER
-        return checkpoints.save_whole(self.folder, self.world, self.cfg, self.weights(), tokenizer)
+        return checkpoints.save_whole(
+            self.folder, self.world, self.cfg, self.weights(), tokenizer, self.usage
+        )
 
     def go(self, reporter: Reporter | None = None) -> None:
         """Trains until the recipe's last step; the last one is always saved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import statistics
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 
 from edge_vlm.config import ModelConfig, ScorerConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm.config import demo as demo_config
-from edge_vlm.errors import CheckpointError, ConfigError
-from edge_vlm.model.checkpoint import CONFIG, TOKENIZER, load_checkpoint, read_config
+from edge_vlm.errors import ConfigError
+from edge_vlm.formats.usage import FrameRule, Usage
+from edge_vlm.model.checkpoint import TOKENIZER
 from edge_vlm.model.published.files import read_json
-from edge_vlm.model.published.folder import load_published, open_published, stts_scorer
+from edge_vlm.model.published.folder import ModelFolder, open_folder, stts_scorer
 from edge_vlm.model.scorer import TokenScorer
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm_training.recipes.base import StepRecipe
@@ -31,13 +33,16 @@ def prepare_tokenizer(recipe: StepRecipe, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TOKENIZER
-    source = recipe.tokenizer or (recipe.init / TOKENIZER if recipe.init is not None else None)
-    if source is not None:
-        if not source.is_file():
+    if (init := open_init(recipe)) is not None:
+        shutil.copyfile(init.require_tokenizer(), path)
+    elif recipe.tokenizer is not None:
+        if not recipe.tokenizer.is_file():
             raise ConfigError(
-                "there is no such tokenizer", where=source, remedy="add --set tokenizer=FILE"
+                "there is no such tokenizer",
+                where=recipe.tokenizer,
+                remedy="add --set tokenizer=FILE",
             )
-        shutil.copyfile(source, path)
+        shutil.copyfile(recipe.tokenizer, path)
     elif recipe.model in _PUBLISHED:
         raise ConfigError(
             f"{recipe.name} has no vocabulary of its own",
@@ -53,12 +58,8 @@ def model_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
 
     Reads headers only. Raises CheckpointError or ConfigError for an unusable `init`.
     """
-    if recipe.init is None:
-        cfg = _named_config(recipe, tokenizer)
-    elif _is_published(recipe.init):
-        cfg = open_published(recipe.init).config
-    else:
-        cfg = read_config(recipe.init)
+    init = open_init(recipe)
+    cfg = _named_config(recipe, tokenizer) if init is None else init.config
     scorer = cfg.scorer or stts_scorer(cfg, cfg.vision.mlp_width)
     scorer = dataclasses.replace(scorer, rescale=recipe.rescale)
     try:
@@ -79,12 +80,36 @@ def _named_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
     return make(words - len(READ_ONLY), len(READ_ONLY))
 
 
-def _is_published(folder: Path) -> bool:
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(
-            "there is no checkpoint", where=folder, remedy="name a folder that holds a config.json"
-        )
-    return "model_type" in read_json(folder / CONFIG)
+def open_init(recipe: StepRecipe) -> ModelFolder | None:
+    """The folder a recipe starts from. Raises as `open_folder`."""
+    return None if recipe.init is None else open_folder(recipe.init, recipe.tokenizer)
+
+
+def init_notes(recipe: StepRecipe) -> list[str]:
+    """What to know about the weights a recipe starts from, one line each."""
+    init = open_init(recipe)
+    if init is None:
+        return []
+    fresh = [] if init.config.scorer else [f"{recipe.init} has no scorer: it starts random"]
+    return [*init.notes, *fresh]
+
+
+def trained_usage(recipe: StepRecipe) -> Usage:
+    """What the trained model will want: as `init`, with the recipe's markers, frames and share.
+
+    Of several shares it is served at the middle one.
+    """
+    init = open_init(recipe)
+    before = Usage() if init is None else init.usage
+    return dataclasses.replace(
+        before,
+        style=dataclasses.replace(before.style, own_frame_markers=recipe.frame_markers),
+        frames=FrameRule(num_frames=recipe.max_frames, max_fps=recipe.fps),
+        defaults={
+            **before.defaults,
+            "keep_ratio": round(1 - statistics.median_low(recipe.removed), 6),
+        },
+    )
 
 
 def build_model(recipe: StepRecipe, cfg: ModelConfig) -> VideoLM:
@@ -93,12 +118,10 @@ def build_model(recipe: StepRecipe, cfg: ModelConfig) -> VideoLM:
     A scorer that `init` lacks is random. Every process builds the same. Raises as the loaders do.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    if recipe.init is None:
+    init = open_init(recipe)
+    if init is None:
         return VideoLM(cfg).init_weights(generator)
-    if _is_published(recipe.init):
-        model = load_published(recipe.init)
-    else:
-        model = load_checkpoint(recipe.init)
+    model = init.load()
     assert cfg.scorer is not None
     if model.scorer is None:
         model.scorer = _random_scorer(cfg.scorer, cfg.vision.width, generator)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.model.checkpoint import TOKENIZER
-from edge_vlm.text.prompt import PromptFormat, PromptStyle
+from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.data.prefetch import Prefetch
 from edge_vlm_training.recipes.base import OPERATIONAL, StepRecipe
@@ -17,7 +17,13 @@ from edge_vlm_training.trainer import checkpoints
 from edge_vlm_training.trainer.distributed import Ranks
 from edge_vlm_training.trainer.loop import Run
 from edge_vlm_training.trainer.memory import check_fits
-from edge_vlm_training.trainer.model_factory import build_model, model_config, prepare_tokenizer
+from edge_vlm_training.trainer.model_factory import (
+    build_model,
+    init_notes,
+    model_config,
+    prepare_tokenizer,
+    trained_usage,
+)
 from edge_vlm_training.trainer.progress import Reporter, terminal
 from edge_vlm_training.trainer.sources import open_stream
 
@@ -108,9 +114,9 @@ def train(
     tokenizer_path = folder / TOKENIZER
     cfg = model_config(recipe, tokenizer_path)
     need = check_fits(recipe, cfg, world)
-    style = PromptStyle(own_frame_markers=recipe.frame_markers)
+    usage = trained_usage(recipe)
     try:
-        prompt = PromptFormat(Tokenizer.from_file(tokenizer_path), style)
+        prompt = PromptFormat(Tokenizer.from_file(tokenizer_path), usage.style)
     except KeyError as error:
         raise ConfigError(
             f"{error.args[0]}, which the recipe's prompts need",
@@ -121,7 +127,8 @@ def train(
     # With threads of its own, decoding goes on while a step is computed.
     ahead = Prefetch(stream) if recipe.decode_threads else None
     with ahead or contextlib.nullcontext():
-        run = Run(recipe, cfg, build_model(recipe, cfg), ahead or stream, world, folder, prompt)
+        model = build_model(recipe, cfg)
+        run = Run(recipe, cfg, model, ahead or stream, world, folder, prompt, usage)
         if resume:
             run.resume()
         reporter = None
@@ -130,6 +137,8 @@ def train(
                 folder, recipe.steps, run.step, console=terminal() if watched else None
             )
             reporter.say(f"{recipe.name} on {world.size} x {world.device}: about {need}")
+            for note in init_notes(recipe):
+                reporter.say(note)
         run.go(reporter)
     if stream.skipped:
         met = sum(stream.skipped.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edge_vlm.formats.qa_set import AskedQuestion, ClipQuestions
 from edge_vlm.pixels.frames import encode_jpeg
-from edge_vlm_training.data.videos import write_video
+from edge_vlm.pixels.video import write_video
 from edge_vlm_training.world.questions import (
     QUESTION_KINDS,
     Question,

@@ -1,32 +1,18 @@
-"""The bounded hand-over of pictures from the socket to the engine thread, with a named drop rule.
+"""The bounded hand-over of frames from the socket to the engine thread, with a named drop rule.
 
-Pictures are still compressed here: one that is dropped is never decoded. Safe to use from two
-threads. Every frame that is put comes out exactly once: taken, or in the list of dropped ones.
+Safe to use from two threads. Every frame that is put comes out exactly once: taken, or in the list
+of dropped ones.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from dataclasses import dataclass
 
+from edge_vlm.errors import EdgeVlmError
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import DropPolicy
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedFrame:
-    """A picture as it arrived."""
-
-    sequence: int
-    capture_time_us: int
-    jpeg: bytes
-    """Or a raw picture, see `edge_vlm.pixels.frames.decode_picture`."""
-    received_ns: int
-    """Server's monotonic clock."""
-
-
-Dropped = tuple[EncodedFrame, DropReason]
+from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame
 
 
 class RateGate:
@@ -38,12 +24,12 @@ class RateGate:
         self.interval_us = 1e6 / fps_cap
         self._due_us: float | None = None
 
-    def lets_through(self, capture_time_us: int) -> bool:
+    def lets_through(self, capture_us: int) -> bool:
         slack = self.JITTER * self.interval_us
-        if self._due_us is not None and capture_time_us < self._due_us - slack:
+        if self._due_us is not None and capture_us < self._due_us - slack:
             return False
-        due = capture_time_us if self._due_us is None else self._due_us
-        self._due_us = max(due, capture_time_us - slack) + self.interval_us
+        due = capture_us if self._due_us is None else self._due_us
+        self._due_us = max(due, capture_us - slack) + self.interval_us
         return True
 
 
@@ -60,7 +46,7 @@ class FrameQueue:
         self._delivery = delivery
         self._gate = RateGate(fps_cap)
         self._waiting: deque[EncodedFrame] = deque()
-        self._last_sequence: int | None = None
+        self._last_seq: int | None = None
         self._last_capture_us: int | None = None
         self._received = 0
         self._dropped: Counter[str] = Counter()
@@ -72,30 +58,30 @@ class FrameQueue:
             if 1e6 / fps_cap != self._gate.interval_us:
                 self._gate = RateGate(fps_cap)
 
-    def put(self, frame: EncodedFrame) -> list[Dropped]:
+    def put(self, frame: EncodedFrame) -> list[DroppedFrame]:
         """Takes the frame in; returns what was dropped for it, or the frame itself."""
         with self._lock:
             self._received += 1
             dropped = self._put(frame)
-            self._dropped.update(reason.value for _, reason in dropped)
+            self._dropped.update(each.reason.value for each in dropped)
             return dropped
 
-    def _put(self, frame: EncodedFrame) -> list[Dropped]:
-        if self._last_sequence is not None and frame.sequence <= self._last_sequence:
-            return [(frame, DropReason.STALE)]
-        self._last_sequence = frame.sequence
-        if self._last_capture_us is not None and frame.capture_time_us <= self._last_capture_us:
-            return [(frame, DropReason.STALE)]
+    def _put(self, frame: EncodedFrame) -> list[DroppedFrame]:
+        if self._last_seq is not None and frame.seq <= self._last_seq:
+            return [DroppedFrame.of(frame, DropReason.STALE)]
+        self._last_seq = frame.seq
+        if self._last_capture_us is not None and frame.capture_us <= self._last_capture_us:
+            return [DroppedFrame.of(frame, DropReason.STALE)]
         if self._delivery is DropPolicy.LIVE:
-            if not self._gate.lets_through(frame.capture_time_us):
-                return [(frame, DropReason.RATE)]
-            dropped = [(old, DropReason.BUSY) for old in self._waiting]
+            if not self._gate.lets_through(frame.capture_us):
+                return [DroppedFrame.of(frame, DropReason.RATE)]
+            dropped = [DroppedFrame.of(old, DropReason.BUSY) for old in self._waiting]
             self._waiting.clear()
         elif len(self._waiting) >= self._wait_capacity:
-            return [(frame, DropReason.BUSY)]
+            return [DroppedFrame.of(frame, DropReason.BUSY)]
         else:
             dropped = []
-        self._last_capture_us = frame.capture_time_us
+        self._last_capture_us = frame.capture_us
         self._waiting.append(frame)
         return dropped
 
@@ -104,30 +90,25 @@ class FrameQueue:
         with self._lock:
             return self._waiting.popleft() if self._waiting else None
 
-    def refuse(self, frame: EncodedFrame, reason: DropReason) -> list[Dropped]:
-        """Counts a frame that never got in, such as one whose message was cut."""
+    def refuse(self, frame: EncodedFrame, error: EdgeVlmError) -> list[DroppedFrame]:
+        """Counts a frame that never got in because its message was cut."""
         with self._lock:
             self._received += 1
-            self._dropped[reason.value] += 1
-            return [(frame, reason)]
+            self._dropped[DropReason.DECODE_ERROR.value] += 1
+            return [DroppedFrame.of(frame, DropReason.DECODE_ERROR, error)]
 
-    def count_dropped(self, reason: DropReason) -> None:
-        """Counts a frame that was taken and then dropped."""
-        with self._lock:
-            self._dropped[reason.value] += 1
-
-    def empty(self) -> list[Dropped]:
+    def empty(self) -> list[DroppedFrame]:
         """Drops what is waiting, when the session ends."""
         with self._lock:
-            left = [(frame, DropReason.BUSY) for frame in self._waiting]
+            left = [DroppedFrame.of(frame, DropReason.BUSY) for frame in self._waiting]
             self._waiting.clear()
-            self._dropped.update(reason.value for _, reason in left)
+            self._dropped.update(each.reason.value for each in left)
             return left
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def counts(self) -> tuple[int, dict[str, int]]:
-        """Frames received, and frames dropped by reason."""
+        """Frames received, and frames dropped here by reason."""
         with self._lock:
             return self._received, dict(self._dropped)

@@ -8,11 +8,10 @@ import pytest
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import FP32, PRESETS
 from edge_vlm_export.graphs.weights import open_weights, streamed_model
-from edge_vlm_export.verify.check_inputs import RealInputs, sample_inputs
+from edge_vlm_export.verify.check_inputs import RealInputs, real_inputs, sample_inputs
+from edge_vlm_export.verify.compare_pipelines import bundle_pipeline
 from edge_vlm_export.verify.ort_runner import Graphs, torch_run
 from edge_vlm_export.verify.pipeline import drawn_clip
-from edge_vlm_export.verify.real_inputs import real_inputs
-from edge_vlm_export.verify.verify_pipeline import chain_of
 from tests.tiny import tiny_bundle, tiny_checkpoint, tiny_variant
 
 
@@ -21,7 +20,7 @@ def _real(bundle: EngineBundle, preset: str) -> RealInputs:
     run = torch_run(model, Graphs.of(bundle, 1))
     clip = drawn_clip(bundle.config.vision.image_size)
     return real_inputs(
-        model, clip, run, lambda run: chain_of(run, bundle, keep_ratio=0.5), PRESETS[preset]
+        model, clip, run, lambda run: bundle_pipeline(run, bundle, keep_ratio=0.5), PRESETS[preset]
     )
 
 
@@ -38,7 +37,8 @@ def test_the_past_is_that_of_a_prompt(name: str) -> None:
     assert real.language is not None
     embeds, cache = real.language.embeds, real.language.cache
     rows = len(embeds)
-    assert rows > 10 and all(array.shape == (rows, 2, 16) for array in cache.values())
+    assert rows > 10
+    assert all(array.shape == (rows, 2, 16) for array in cache.values())
     sizes = {"s": 3, "p": rows - 1, "n": 1, "C": rows + 9}
     inputs = sample_inputs(bundle.specs["llm"], sizes, bundle.config, seed=0, real=real)
     assert (inputs["inputs_embeds"] == embeds[[rows - 1, 0, 1]]).all()
@@ -60,6 +60,6 @@ def test_a_prompt_s_past_gives_its_logits() -> None:
         bundle.specs["llm"], {"s": 1, "p": rows - 1, "n": 1}, bundle.config, seed=0, real=real
     )
     got = torch_run(model, graphs)("llm", inputs)["logits"][0]
-    chain = chain_of(torch_run(model, graphs), bundle, keep_ratio=0.5)
-    expected = chain.whole(drawn_clip(bundle.config.vision.image_size), num_tokens=1).logits
+    pipeline = bundle_pipeline(torch_run(model, graphs), bundle, keep_ratio=0.5)
+    expected = pipeline.whole(drawn_clip(bundle.config.vision.image_size), num_tokens=1).logits
     np.testing.assert_allclose(got, expected, atol=1e-4)

@@ -12,16 +12,17 @@ from edge_vlm.formats.precision import FP32, Precision
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_export.verify.compare import cosine
-from edge_vlm_export.verify.pipeline import Arrays, Chain, ChainResult, Clip, Run
+from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline, PipelineResult, RunGraph
 
-CHAIN = "chain"
-"""Name of the reference that holds a clip and what the whole model made of it."""
+CLIP_REFERENCE = "chain"
+"""Name, fixed by the format of bundles, of the reference that holds a clip and what the whole model
+made of it."""
 LEAST_COSINE = 0.9999
-"""Of features and logits in a chain that must be the same."""
+"""Of features and logits where nothing was quantised."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChainComparison:
+class PipelineComparison:
     """Two runs of the whole model on one clip."""
 
     name: str
@@ -58,11 +59,11 @@ class ChainComparison:
         )
 
 
-def compare_chains(
-    chain: Chain, clip: Clip, expected: ChainResult, against: str, precision: Precision
-) -> list[ChainComparison]:
-    streamed = chain.stream(clip)
-    whole = chain.whole(clip)
+def compare_pipelines(
+    pipeline: Pipeline, clip: Clip, expected: PipelineResult, against: str, precision: Precision
+) -> list[PipelineComparison]:
+    streamed = pipeline.stream(clip)
+    whole = pipeline.whole(clip)
     exact = precision == FP32
     return [
         compare_results(f"clip against {against}", streamed, expected, exact),
@@ -71,11 +72,11 @@ def compare_chains(
 
 
 def compare_results(
-    name: str, got: ChainResult, expected: ChainResult, required: bool
-) -> ChainComparison:
+    name: str, got: PipelineResult, expected: PipelineResult, required: bool
+) -> PipelineComparison:
     same = [np.array_equal(a, b) for a, b in zip(got.kept, expected.kept, strict=True)]
     differ = [a != b for a, b in zip(got.tokens, expected.tokens, strict=True)]
-    return ChainComparison(
+    return PipelineComparison(
         name=name,
         frames=len(same),
         same_cells=sum(same),
@@ -87,9 +88,9 @@ def compare_results(
     )
 
 
-def chain_of(run: Run, bundle: EngineBundle, keep_ratio: float) -> Chain:
+def bundle_pipeline(run: RunGraph, bundle: EngineBundle, keep_ratio: float) -> Pipeline:
     table = bundle.embed_table
-    return Chain(
+    return Pipeline(
         run,
         cfg=bundle.config,
         specs=bundle.specs,
@@ -100,7 +101,7 @@ def chain_of(run: Run, bundle: EngineBundle, keep_ratio: float) -> Chain:
     )
 
 
-def chain_arrays(clip: Clip, keep_ratio: float, result: ChainResult) -> Arrays:
+def reference_arrays(clip: Clip, keep_ratio: float, result: PipelineResult) -> Arrays:
     """The reference that `verify_bundle` reads."""
     sizes: Sequence[tuple[int, ...]] = [picture.shape for picture in clip.pictures]
     if len(set(sizes)) != 1:

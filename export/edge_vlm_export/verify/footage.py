@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_vlm.pixels.video import read_footage
-from edge_vlm_export.verify.pipeline import Chain, Clip
-from edge_vlm_export.verify.verify_pipeline import ChainComparison, compare_results
+from edge_vlm.formats.footage import read_footage
+from edge_vlm_export.verify.compare_pipelines import PipelineComparison, compare_results
+from edge_vlm_export.verify.pipeline import Clip, Pipeline
 
 FPS = 2.0
 CLIP_FRAMES = 4
@@ -40,7 +40,7 @@ class FootageCheck:
     name: str
     frames: int
     clips: int
-    compared: tuple[ChainComparison, ...] = ()
+    compared: tuple[PipelineComparison, ...] = ()
     """With torch, clip by clip; empty without a checkpoint."""
 
     @property
@@ -59,7 +59,7 @@ class FootageCheck:
 
     @property
     def logits(self) -> float:
-        """Least cosine behind the question; NaN without a comparison."""
+        """Least cosine after the question; NaN without a comparison."""
         return min((clip.logits for clip in self.compared), default=math.nan)
 
     @property
@@ -80,7 +80,7 @@ class FootageCheck:
 
 
 def check_footage(
-    path: Path, max_frames: int, chain: Chain, torch: Chain | None, *, exact: bool
+    path: Path, max_frames: int, pipeline: Pipeline, torch: Pipeline | None, *, exact: bool
 ) -> FootageCheck:
     """Streams the first frames of a video through the bundle, and through torch if it is given.
 
@@ -91,7 +91,7 @@ def check_footage(
     compared = []
     for clip in footage_clips([path], max_frames):
         frames, clips = frames + len(clip.pictures), clips + 1
-        got = chain.stream(clip)
+        got = pipeline.stream(clip)
         if torch is not None:
             name = f"clip {clips} of {path.name} against torch"
             compared.append(compare_results(name, got, torch.stream(clip), exact))

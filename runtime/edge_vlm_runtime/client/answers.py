@@ -1,0 +1,74 @@
+"""What a client hands out: answers, and how many frames became what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from edge_vlm.errors import EdgeVlmError
+from edge_vlm_runtime import protocol
+
+Answer: TypeAlias = protocol.ResponseDone
+"""A finished answer, as the server sent it: `text`, `status`, `ttft_s`, `points` and the rest."""
+
+
+@dataclass
+class FrameCounts:
+    """What became of the frames of a session, as far as its client was there."""
+
+    processed: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    cells_seen: int = 0
+    cells_kept: int = 0
+
+    def add(self, event: protocol.FrameAccepted | protocol.FrameDropped) -> None:
+        if isinstance(event, protocol.FrameAccepted):
+            self.processed += 1
+            self.cells_seen += event.cells_seen
+            self.cells_kept += event.cells_kept
+        else:
+            self.dropped[event.reason] += 1
+
+
+class AnswerStream:
+    """One answer while it comes: iterate for its deltas, then read `answer`.
+
+    Both raise the typed error that the server sent instead, and what ended the client.
+    """
+
+    def __init__(
+        self, question: str, wait: Callable[[asyncio.Future[Answer]], Awaitable[Answer]]
+    ) -> None:
+        """`wait`: `Client.wait`."""
+        self.question = question
+        self.response_id: str | None = None
+        self._wait = wait
+        self._deltas: asyncio.Queue[str | None] = asyncio.Queue()
+        self._done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        # An answer nobody waits for must not warn about its exception.
+        self._done.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while (delta := await self._deltas.get()) is not None:
+            yield delta
+        await self.answer()
+
+    async def answer(self) -> Answer:
+        """The whole answer."""
+        return await self._wait(self._done)
+
+    def push(self, delta: str | None) -> None:
+        """The next piece; None: there will be no more."""
+        self._deltas.put_nowait(delta)
+
+    def finish(self, result: Answer | EdgeVlmError) -> None:
+        """Of this answer, whatever happens to others."""
+        self.push(None)
+        if isinstance(result, EdgeVlmError):
+            self._done.set_exception(result)
+        else:
+            self._done.set_result(result)

@@ -1,0 +1,216 @@
+"""What is under way between a client and its server: messages out, events in, who waits for what.
+
+Nothing is kept but counters and what is still waited for. Whatever ends the reading of events, the
+connection, a bug or `on_event`, is raised by all that waits and by every later call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from edge_vlm.errors import EdgeVlmError, ProtocolError, ServerUnreachable
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client.answers import AnswerStream, FrameCounts
+from edge_vlm_runtime.client.connection import (
+    CLOSE_TIMEOUT_S,
+    ResumableConnection,
+    ResumePoint,
+    error_from_detail,
+    name_of,
+)
+from edge_vlm_runtime.protocol import alerts as messages
+from edge_vlm_runtime.protocol.base import UnknownEvent
+
+log = logging.getLogger(__name__)
+
+OnEvent = Callable[[protocol.ServerEvent], None]
+REPLIES = (
+    *(protocol.SessionUpdated, protocol.ConversationItemCreated, messages.AlertCreated),
+    *(messages.AlertListed, messages.AlertDeleted),
+)
+"""Events that answer a message and repeat its `event_id`."""
+Reply = TypeVar("Reply", bound=protocol.ServerEvent)
+Result = TypeVar("Result")
+
+
+class Exchange:
+    """That of one session. Begins to read when it is made."""
+
+    def __init__(self, line: ResumableConnection, on_event: OnEvent | None) -> None:
+        self._line = line
+        self.on_event = on_event
+        self._changed = asyncio.Event()
+        """Set for a moment when a frame has its outcome, and at the end."""
+        self._failure: Exception | None = None
+        self._is_raised = False
+        """Somebody has been given the failure."""
+        self._unacknowledged: set[int] = set()
+        self._last_sequence = 0
+        self._next_event_id = 0
+        self._id_prefix = secrets.token_hex(3)  # a session may have had another client before
+        self._by_event_id: dict[str, AnswerStream] = {}
+        self._by_response_id: dict[str, AnswerStream] = {}
+        self._replies: dict[str, asyncio.Future[protocol.ServerEvent]] = {}
+        self.created = line.opening
+        if isinstance(line.opening, protocol.SessionResumed):
+            self._last_sequence = line.opening.newest_frame_sequence or 0
+        self.frames = FrameCounts()
+        self.unknown_events: Counter[str] = Counter()
+        """Events that only a newer version knows, by type."""
+        self._reader = asyncio.create_task(self._read())
+
+    @property
+    def resume_point(self) -> ResumePoint:
+        """Where another process could go on with this session."""
+        return self._line.point
+
+    @property
+    def reconnects(self) -> int:
+        """How often the connection broke and came back."""
+        return self._line.reconnects
+
+    # ---- waiting -----------------------------------------------------------------------------
+
+    async def wait(self, future: asyncio.Future[Result]) -> Result:
+        """What comes of the future. Raises what ends the client meanwhile."""
+        either: set[asyncio.Future[Any]] = {future, self._reader}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            self._raise_failure()
+        return future.result()
+
+    async def _until(self, is_met: Callable[[], bool]) -> None:
+        while self._failure is None and not is_met():
+            await self._changed.wait()
+        self._raise_failure()
+
+    def fail(self, error: Exception) -> None:
+        """Ends reading: whatever waits raises `error`, and every later call."""
+        self._failure = self._failure or error
+        self._reader.cancel()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            self._is_raised = True
+            raise self._failure
+
+    async def _shut(self) -> None:
+        try:
+            if self._failure is None:
+                with suppress(EdgeVlmError, asyncio.TimeoutError):
+                    await asyncio.wait_for(self._say_goodbye(), CLOSE_TIMEOUT_S)
+        finally:
+            self._reader.cancel()
+            await self._line.close()
+            await asyncio.wait([self._reader])
+
+    async def _say_goodbye(self) -> None:
+        await self._send_json("session.close", self._event_id())
+        await asyncio.wait([self._reader])
+
+    # ---- sending -----------------------------------------------------------------------------
+
+    def _event_id(self) -> str:
+        self._next_event_id += 1
+        return f"event_{self._id_prefix}_{self._next_event_id}"
+
+    async def _send_json(self, kind: str, event_id: str, **fields: Any) -> None:
+        text = protocol.json_object({"type": kind, "event_id": event_id, **fields})
+        await self._send(text, event_id)
+
+    async def _request(self, kind: type[Reply], message: str, **fields: Any) -> Reply:
+        """Sends a message and waits for the event that answers it. Raises the error instead."""
+        event_id = self._event_id()
+        future: asyncio.Future[protocol.ServerEvent] = asyncio.get_running_loop().create_future()
+        self._replies[event_id] = future
+        try:
+            await self._send_json(message, event_id, **fields)
+            reply = await self.wait(future)
+        finally:
+            self._replies.pop(event_id, None)
+        if not isinstance(reply, kind):
+            raise ProtocolError(f"{message} was answered by {name_of(reply)}")
+        return reply
+
+    async def _send(self, data: str | bytes, key: str) -> None:
+        self._raise_failure()
+        try:
+            await self._line.send(data, key)
+        except EdgeVlmError as error:  # the reader meets it too, after what came before
+            self._failure = self._failure or error
+            self._raise_failure()
+
+    # ---- receiving ---------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        """Whatever ends it is given to whoever waits."""
+        try:
+            await self._take_events()
+        except Exception as error:  # noqa: BLE001 - handed over
+            self._failure = self._failure or error
+        finally:
+            self._failure = self._failure or ServerUnreachable("the client was closed")
+            for stream in [*self._by_event_id.values(), *self._by_response_id.values()]:
+                stream.push(None)
+            self._wake()
+
+    async def _take_events(self) -> None:
+        """A coroutine of its own, so that even a StopIteration of `on_event` comes out of it as an
+        exception that a task can hand over."""
+        while True:
+            event = await self._line.receive()
+            self._take(event)
+            self._report(event)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed.clear()
+
+    def _report(self, event: protocol.ServerEvent) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _take(self, event: protocol.ServerEvent) -> None:
+        if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):
+            self.frames.add(event)
+            self._unacknowledged.discard(event.frame_sequence)
+            self._wake()
+        elif isinstance(event, protocol.ResponseCreated):
+            stream = self._by_event_id.pop(event.event_id or "", None)
+            if stream is not None:
+                stream.response_id = event.response_id
+                self._by_response_id[event.response_id] = stream
+        elif isinstance(event, protocol.ResponseOutputTextDelta):
+            if event.response_id in self._by_response_id:
+                self._by_response_id[event.response_id].push(event.delta)
+        elif isinstance(event, protocol.ResponseDone):
+            stream = self._by_response_id.pop(event.response_id, None)
+            if stream is not None:
+                stream.finish(event)
+        elif isinstance(event, REPLIES):
+            future = self._replies.pop(event.event_id or "", None)
+            if future is not None and not future.done():
+                future.set_result(event)
+        elif isinstance(event, UnknownEvent):
+            if event.name not in self.unknown_events:
+                log.warning("the server sends %s events, which are not known here", event.name)
+            self.unknown_events[event.name] += 1
+        elif isinstance(event, protocol.Error):
+            self._take_error(event.error)
+
+    def _take_error(self, detail: protocol.ErrorDetail) -> None:
+        error = error_from_detail(detail)
+        stream = self._by_event_id.pop(detail.event_id or "", None)
+        if stream is not None:
+            stream.finish(error)
+        future = self._replies.pop(detail.event_id or "", None)
+        if future is not None and not future.done():
+            future.set_exception(error)
+        if stream is None and future is None:
+            log.warning("the server reports %s: %s", detail.code, detail.message)

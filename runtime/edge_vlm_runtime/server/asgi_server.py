@@ -1,0 +1,78 @@
+"""What carries the application: uvicorn, with what neither it nor ASGI offers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from edge_vlm.errors import MissingExtraError
+from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.server.tls import Tls
+
+try:
+    import uvicorn
+except ImportError as error:
+    raise MissingExtraError.for_library(error.name or "uvicorn", "serve") from error
+
+PING_INTERVAL_S = 20.0
+
+
+class AsgiServer(uvicorn.Server):
+    """Lets its owner drain before it stops; a second signal stops it at once."""
+
+    def __init__(
+        self,
+        application: Any,
+        limits: ServerLimits,
+        tls: Tls | None,
+        *,
+        on_start: Callable[[], None],
+        on_signal: Callable[[], None],
+    ) -> None:
+        """`on_start` is called on the loop when the port answers, `on_signal` in the handler of
+        the first SIGINT or SIGTERM."""
+        super().__init__(
+            uvicorn.Config(
+                application,
+                ws="websockets-sansio",
+                # Twice the announced limit: just above it the client gets a typed error first.
+                ws_max_size=2 * limits.max_message_bytes,
+                ws_ping_interval=PING_INTERVAL_S,
+                ws_ping_timeout=PING_INTERVAL_S,
+                ws_per_message_deflate=False,
+                ssl_certfile=None if tls is None else tls.certificate,
+                ssl_keyfile=None if tls is None else tls.key,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=2,
+            )
+        )
+        self._on_start = on_start
+        self._on_signal = on_signal
+        self._signalled = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._signalled:
+            self.should_exit = True
+            self.force_exit = True
+            return
+        self._signalled = True
+        self._on_signal()
+
+    def transport_of(self, client: tuple[str, int] | None) -> asyncio.Transport | None:
+        """What carries the connection from this address."""
+        for carrier in self.server_state.connections:
+            transport = getattr(carrier, "transport", None)
+            if isinstance(transport, asyncio.Transport) and client is not None:
+                peer = transport.get_extra_info("peername")
+                if peer is not None and tuple(peer[:2]) == tuple(client):
+                    return transport
+        return None
