@@ -77,6 +77,14 @@ class ServeOptions:
             metavar="NAME",
         ),
     ] = field(default_factory=list)
+    allow_origin: Annotated[
+        list[str],
+        About(
+            "A page that may connect besides the server's own, for a proxy that changes Host: its "
+            "origin, such as https://camera.example.org; may be repeated",
+            metavar="ORIGIN",
+        ),
+    ] = field(default_factory=list)
     tls: Annotated[
         bool,
         About(
@@ -173,6 +181,7 @@ def server_options(args: argparse.Namespace) -> dict[str, Any]:
         "host": args.host,
         "port": args.port,
         "hosts": args.allowed_host,
+        "origins": args.allow_origin,
         "limits": build(ServerLimits, args),
         "settings": given(settings, args),
         "record_to": args.record,
