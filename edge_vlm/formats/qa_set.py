@@ -93,7 +93,7 @@ def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
             where=folder,
             remedy="make one with `edge-vlm world --out FOLDER`",
         )
-    for number, line in enumerate(index.read_text().splitlines(), start=1):
+    for number, line in enumerate(index.read_text("utf-8-sig").splitlines(), start=1):
         try:
             data: dict[str, Any] = json.loads(line)
             name, times_s = str(data["name"]), [float(t) for t in data["times_s"]]
