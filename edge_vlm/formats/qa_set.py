@@ -55,6 +55,8 @@ class ClipQuestions:
     jpegs: Sequence[bytes] = field(repr=False)
     times_s: Sequence[float]
     questions: Sequence[AskedQuestion]
+    num_quiet: int = 0
+    """Pictures at the begin that only repeat the clip's first one; see `evaluation.late`."""
 
     def __post_init__(self) -> None:
         if len(self.jpegs) != len(self.times_s) or not self.jpegs:

@@ -4,7 +4,7 @@ async with await Client.connect(url, {"delivery": "wait"}) as client:
     for seconds, rgb in pictures:
         await client.send_frame(rgb, int(seconds * 1e6))
     await client.wait_processed()
-    print((await client.ask("what is there?")).text)
+    print((await client.ask("what is there?")).shown_text)
 """
 
 from __future__ import annotations

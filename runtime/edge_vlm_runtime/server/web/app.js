@@ -157,6 +157,8 @@ const handlers = {
       const pieces = `${crops} ${crops === 1 ? "piece" : "pieces"}`;
       parts.push(`full detail of frame ${frame_sequence}: ${width}x${height} in ${pieces}`);
     }
+    // The pieces that came had the model's times.
+    entry.answer.textContent = event.text_in_stream_time ?? event.text;
     if (!event.text) entry.answer.textContent = "(nothing)";
     finish(entry, parts.join(", "));
     pointedPictures(event.points, pictures).then((figures) => {
