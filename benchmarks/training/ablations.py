@@ -8,7 +8,7 @@
 All variants start from the same weights, see the same number of clips and run through the same
 learning rates; a seed decides about the clips and is shared by all variants. Where the question is
 how a scorer is learned, it begins with random weights. From a run's folder instead of a
-checkpoint's the read-outs go on as well; fresh ones disturb the vision side at first. A variant
+checkpoint's the probes go on as well; fresh ones disturb the vision side at first. A variant
 that is trained in `runs` already is only asked. Each is asked in torch, with what it was trained
 for.
 """
@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ import torch
 from benchmarks.harness import command_line, device_record, write_result
 from benchmarks.summarise import summary_row
 from edge_vlm.cli import run_command
-from edge_vlm.config import Rescale, VisionAttention
-from edge_vlm_training.recipes.stages import REMOVED_MIXED, Recipe, Stage
-from edge_vlm_training.trainer.stages import Trainer
+from edge_vlm_training.config import msgspec
+from edge_vlm_training.recipes.base import Clips, Recipe, Steps
+from edge_vlm_training.recipes.demo import KEEP_MIXED, demo_recipe, questions
+from edge_vlm_training.recipes.overrides import override
+from edge_vlm_training.trainer.distributed import Ranks
+from edge_vlm_training.trainer.train import train
 
 FINISHED = "finished"
 PRUNED = ("stream:0.5", "stream:0.2")
@@ -41,59 +45,50 @@ class Variant:
     """What differs from the full recipe, and the rows of `edge-vlm eval` that show it."""
 
     runs: tuple[str, ...]
-    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
-    removed: tuple[float, ...] = REMOVED_MIXED
+    settings: tuple[str, ...] = ()
+    """As of `edge-vlm train --set`."""
 
 
-ANEW = {"new_scorer": True}
+ANEW = ("new_scorer=true",)
 VARIANTS = {
     "stts": Variant(("keep_all:1", "stream:0.7", *PRUNED, "clip:0.5", "clip:0.2")),
-    "never_pruned": Variant(("keep_all:1",), removed=(0.0,)),
-    "random_cells": Variant(("random:0.5", "random:0.2"), {"selection": ("random",)}),
+    "never_pruned": Variant(("keep_all:1",), ("keep_ratio=1",)),
+    "random_cells": Variant(("random:0.5", "random:0.2"), ("selection=random",)),
     "all_attention": Variant(
-        ("keep_all:1:all", "stream:0.5:all", "stream:0.2:all"), {"attention": VisionAttention.ALL}
+        ("keep_all:1:all", "stream:0.5:all", "stream:0.2:all"), ("attention=all",)
     ),
-    "one_fraction": Variant(("keep_all:1", *PRUNED), removed=(0.5,)),
+    "one_fraction": Variant(("keep_all:1", *PRUNED), ("keep_ratio=0.5",)),
     "new_scorer": Variant(PRUNED, ANEW),
-    "new_scorer_no_aux_loss": Variant(PRUNED, ANEW | {"aux_weight": 0.0}),
-    "new_scorer_row_rescale": Variant(PRUNED, ANEW | {"rescale": Rescale.ROW}),
-    "new_scorer_frame_rescale": Variant(PRUNED, ANEW | {"rescale": Rescale.FRAME}),
+    "new_scorer_no_aux_loss": Variant(PRUNED, (*ANEW, "aux_weight=0")),
+    "new_scorer_row_rescale": Variant(PRUNED, (*ANEW, "rescale=row")),
+    "new_scorer_frame_rescale": Variant(PRUNED, (*ANEW, "rescale=frame")),
 }
 
 
 def recipe_of(variant: Variant, steps: int, seed: int = 5) -> Recipe:
     """Short: everything is trained, the vision side slowly, and the rates run out."""
-    stage = Stage(
-        name="compared",
-        minutes=1,
-        steps=steps,
-        batch=8,
-        num_frames=16,
-        branches=16,
-        removed=variant.removed,
+    data = Clips(batch=8, num_frames=16, branches=16, keep_ratio=KEEP_MIXED, history_share=0.0)
+    stage = questions(
+        *("compared", Steps(steps), data),
         lr=4e-4,
-        lr_vision=4e-5,
-        lr_connector=4e-5,
+        vision=4e-5,
+        connector=4e-5,
+        timeline=0.25,
         rate=(1.0, 0.02),
         decay_from=0.3,
     )
-    recipe = Recipe(
-        name="ablation",
-        seed=seed,
-        stages=(stage,),
-        history_share=0.0,
-        timeline_weight=0.25,
-    )
-    return dataclasses.replace(recipe, **variant.recipe)
+    return override(demo_recipe("ablation", stage, seed=seed), variant.settings)
 
 
 def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     folder: Path = args.runs / f"{name}-{seed}"
     if not (folder / FINISHED).exists():
         recipe = recipe_of(VARIANTS[name], args.steps, seed)
-        trainer = Trainer(recipe, folder, init=args.start)
-        trainer.run()
-        (folder / FINISHED).write_text(json.dumps({"minutes": round(trainer.total_s / 60, 1)}))
+        recipe = msgspec.structs.replace(recipe, init=args.start)
+        started = time.monotonic()
+        train(recipe, folder, Ranks(0, 1, torch.device("cpu")))
+        minutes = round((time.monotonic() - started) / 60, 1)
+        (folder / FINISHED).write_text(json.dumps({"minutes": minutes}))
     return folder
 
 

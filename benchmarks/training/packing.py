@@ -1,16 +1,16 @@
 """How full packed rows are: Molmo2's knapsack against simpler rules, on drawn clips.
 
     python -m benchmarks.training.packing
-    python -m benchmarks.training.packing --frames 64 64 --removed 0.3
+    python -m benchmarks.training.packing --frames 64 64 --keep-ratio 0.7
 
 Clips have a number of frames drawn from a range, 88 tokens a frame unpruned (81 cells, two
-markers, five of the time stamp) of which the share `--removed` of cells is left out, and one to
+markers, five of the time stamp) of whose cells the share `--keep-ratio` is kept, and one to
 seven annotations of 20 to 400 tokens. No picture is made. Every rule packs the same clips into rows
 of at most `--tokens` tokens and `--row-frames` frames:
 
 - alone: each clip has a row of its own
 - in order: clips follow each other until the next one does not fit
-- knapsack: what training does (`edge_vlm_training.data.knapsack`)
+- knapsack: what training does (`edge_vlm_training.data.packing.knapsack`)
 
 `filled` is the share of all rows' tokens that are not padding. Rows have a bound on frames, too:
 where that is met first, no rule can fill the tokens.
@@ -29,7 +29,7 @@ import torch
 from benchmarks.harness import command_line, device_record, progress, write_result
 from edge_vlm.config import molmo2_4b
 from edge_vlm.pruning.clip_budget import num_kept
-from edge_vlm_training.data.knapsack import fill_row
+from edge_vlm_training.data.packing.knapsack import fill_row
 
 OUT = Path(__file__).parents[1] / "results" / "packing.json"
 STAMP_TOKENS = 7
@@ -37,14 +37,14 @@ Clip = tuple[int, int]
 """Tokens and frames."""
 
 
-def draw_clips(count: int, frames: tuple[int, int], removed: float, seed: int) -> list[Clip]:
+def draw_clips(count: int, frames: tuple[int, int], keep_ratio: float, seed: int) -> list[Clip]:
     rng = np.random.default_rng(seed)
     cells = molmo2_4b().vision.num_cells
     clips = []
     for _ in range(count):
         length = int(rng.integers(frames[0], frames[1] + 1))
         branches = int(rng.integers(20, 401, int(rng.integers(1, 8))).sum())
-        kept = num_kept(length, cells, 1 - removed, variant="first_whole")
+        kept = num_kept(length, cells, keep_ratio, variant="first_whole")
         clips.append((1 + length * STAMP_TOKENS + kept + branches, length))
     return clips
 
@@ -75,8 +75,8 @@ def by_knapsack(
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     found = []
-    for removed in args.removed:
-        clips = draw_clips(args.clips, tuple(args.frames), removed, args.seed)
+    for keep_ratio in args.keep_ratio:
+        clips = draw_clips(args.clips, tuple(args.frames), keep_ratio, args.seed)
         total = sum(tokens for tokens, _ in clips)
         chosen, seconds = by_knapsack(clips, args.tokens, args.row_frames, args.window)
         rules = {
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "knapsack": chosen,
         }
         assert all(sum(rows) == total and max(rows) <= args.tokens for rows in rules.values())
-        line: dict[str, Any] = {"removed": removed, "ms_per_row": round(seconds * 1e3, 2)}
+        line: dict[str, Any] = {"keep_ratio": keep_ratio, "ms_per_row": round(seconds * 1e3, 2)}
         for rule, rows in rules.items():
             line[rule] = {
                 "rows": len(rows),
@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             }
         found.append(line)
         shares = ", ".join(f"{rule} {line[rule]['filled']:.1%}" for rule in rules)
-        progress(f"{removed:.0%} removed: filled {shares}; {line['ms_per_row']} ms a row")
+        progress(f"{keep_ratio:.0%} kept: filled {shares}; {line['ms_per_row']} ms a row")
     return {"results": found}
 
 
@@ -102,13 +102,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=1500)
     parser.add_argument("--frames", type=int, nargs=2, default=(8, 64), metavar=("LEAST", "MOST"))
-    parser.add_argument("--removed", type=float, nargs="+", default=[0.0, 0.3, 0.5, 0.8])
+    share = parser.add_mutually_exclusive_group()
+    share.add_argument("--keep-ratio", type=float, nargs="+", default=[1.0, 0.7, 0.5, 0.2])
+    share.add_argument("--removed", type=float, nargs="+", help="the same as shares removed")
     parser.add_argument("--tokens", type=int, default=9686)
     parser.add_argument("--row-frames", type=int, default=256)
     parser.add_argument("--window", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
+    if args.removed:
+        args.keep_ratio = [round(1 - share, 6) for share in args.removed]
     result = {
         "command": command_line(__file__, argv),
         **device_record(torch.device("cpu")),

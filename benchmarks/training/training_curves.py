@@ -1,4 +1,4 @@
-"""Draws the log of a training by the clock: what it got right over the minutes, as PNG.
+"""Draws the log of a training on rendered clips: what it got right over the minutes, as PNG.
 
     python -m benchmarks.training.training_curves run/log.jsonl docs/images/demo_training.png
 
@@ -21,7 +21,7 @@ from edge_vlm.errors import ConfigError, MissingExtraError
 
 SMOOTHED = 11
 """Lines of the log in a running mean."""
-READ_OUTS = {
+PROBES = {
     "kind": "kind of a cell",
     "heading": "heading",
     "appeared": "time of appearance",
@@ -61,17 +61,17 @@ def draw(log: list[dict[str, Any]], out: Path) -> None:
 
     minutes = [line["minutes"] for line in log]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    left.plot(minutes, smooth([line["loss"] for line in log]), color="black")
+    left.plot(minutes, smooth([line["answer_loss"] for line in log]), color="black")
     left.set(title="loss of the answers", yscale="log")
     for kind in log[-1]["accuracy"]:
         right_share = [100 * line["accuracy"][kind] for line in log]
         middle.plot(minutes, smooth(right_share), label=kind)
     middle.set(title="questions, % right", ylim=(0, 100))
-    for name, label in READ_OUTS.items():
-        if name in log[-1]:  # a read-out may have joined a run on its way
+    for name, label in PROBES.items():
+        if name in log[-1]:  # a probe may have joined a run on its way
             known = smooth([100 * line.get(name, math.nan) for line in log])
             right.plot(minutes, known, label=label)
-    right.set(title="read-outs, % right", ylim=(0, 100))
+    right.set(title="probes, % right", ylim=(0, 100))
     for panel in (middle, right):
         panel.legend(fontsize="small", loc="lower right")
     for panel in (left, middle, right):

@@ -28,7 +28,7 @@ def test_train_step_states_what_it_measured(
     assert result["clock"] == "processor"
     assert result["threads"] == 1
     assert {"device", "threads", "torch", "precision", "edge_vlm"} <= result.keys()
-    base, case = result["cases"]["unpruned"], result["cases"]["removed 0.5"]
+    base, case = result["cases"]["unpruned"], result["cases"]["kept 0.5"]
     assert (base["cells_kept"], case["cells_kept"]) == (1.0, 0.5)
     times = zip(base["rounds_s"], case["rounds_s"], strict=True)
     measured = statistics.median(a / b for a, b in times)
@@ -38,7 +38,7 @@ def test_train_step_states_what_it_measured(
     assert case["peak_gib"] > 0
     memory = case["peak_gib"] / base["peak_gib"]
     assert case["share_of_unpruned_memory"] == pytest.approx(memory, abs=0.02)
-    assert "removed 0.5" in capsys.readouterr().out
+    assert "kept 0.5" in capsys.readouterr().out
 
 
 def test_unpruned_is_the_model_without_a_scorer() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from itertools import islice
 from pathlib import Path
@@ -13,8 +12,12 @@ import torch
 from benchmarks.training import ablations, training_curves
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.qa_set import write_question_set
-from edge_vlm_training.recipes.stages import Recipe
-from edge_vlm_training.trainer.stages import Trainer
+from edge_vlm_training.config import plain
+from edge_vlm_training.recipes.base import Recipe
+from edge_vlm_training.recipes.demo import smoke
+from edge_vlm_training.recipes.overrides import leaves, override
+from edge_vlm_training.trainer.distributed import Ranks
+from edge_vlm_training.trainer.train import train
 from edge_vlm_training.world.heldout import heldout_clips
 
 
@@ -22,22 +25,19 @@ from edge_vlm_training.world.heldout import heldout_clips
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint to start from."""
     folder = tmp_path_factory.mktemp("start")
-    recipe = Recipe(name="start", stages=())
-    trainer = Trainer(recipe, folder, dtype=torch.float32, report=lambda line: None)
-    trainer.save()
-    return folder / "checkpoint"
+    return train(override(smoke(), ["steps=1"]), folder, Ranks(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", ablations.VARIANTS)
 def test_a_variant_differs_from_the_full_recipe_in_one_thing(name: str) -> None:
     full = ablations.recipe_of(ablations.VARIANTS["stts"], 9)
     recipe = ablations.recipe_of(ablations.VARIANTS[name], 9)
-    changed = [
-        field.name
-        for old, new in ((full, recipe), (full.stages[0], recipe.stages[0]))
-        for field in dataclasses.fields(old)
-        if field.name != "stages" and getattr(old, field.name) != getattr(new, field.name)
-    ]
+
+    def values(recipe: Recipe) -> dict[str, object]:
+        return {".".join(path): holder[key] for path, holder, key in leaves(plain(recipe))}
+
+    old, new = values(full), values(recipe)
+    changed = [key for key in old if old[key] != new[key]]
     assert len(changed) == (name != "stts") + name.startswith("new_scorer_")
 
 
@@ -51,8 +51,7 @@ def test_a_variant_is_trained_once_for_each_seed_and_asked(
 
     def small(variant: ablations.Variant, steps: int, seed: int) -> Recipe:
         recipe = recipe_of(variant, steps, seed)
-        stage = dataclasses.replace(recipe.stages[0], batch=1, branches=2)
-        return dataclasses.replace(recipe, stages=(stage,))
+        return override(recipe, ["batch=1", "branches=2"])
 
     monkeypatch.setattr(ablations, "recipe_of", small)
     questions, out = tmp_path / "questions", tmp_path / "result.json"
@@ -90,7 +89,14 @@ def test_an_unknown_variant_or_seed_is_named(
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    line = {"minutes": 1.0, "stage": "a", "loss": 2.0, "kind": 0.1, "heading": 0.2, "appeared": 0.3}
+    line = {
+        "minutes": 1.0,
+        "stage": "a",
+        "answer_loss": 2.0,
+        "kind": 0.1,
+        "heading": 0.2,
+        "appeared": 0.3,
+    }
     lines = [
         line,
         *({**line, "minutes": m, "stage": "b", "accuracy": {"when": 0.4}} for m in (2, 3)),

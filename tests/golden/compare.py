@@ -38,7 +38,7 @@ from edge_vlm.model.published.mapping import to_ours, to_published
 from edge_vlm.model.published.names import STTS
 from edge_vlm.model.reference import ReferenceEncoding, encode_reference
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_training.objective.losses import similarity_loss
+from edge_vlm_training.objective.losses import similarity_errors
 
 TOLERANCE = 1e-4
 AUX_COEFFICIENT = 0.5  # sim_reg_loss_coefficient of the published code
@@ -144,7 +144,8 @@ def differences(path: Path) -> dict[str, float]:
         if training:
             first = torch.arange(len(pixels)) == 0
             cells = model.vit.cells(run.hidden_FND[PRUNE_AT])
-            aux = similarity_loss(run.scores_FC, cells, first, detach_target=False)
+            errors = similarity_errors(run.scores_FC, cells, first, detach_target=False)
+            aux = errors.mean()
             ours["aux_loss"] = AUX_COEFFICIENT * aux[None]
             ours["loss"] = ours["aux_loss"] + run.features_GE.square().mean()
     found = {

@@ -13,12 +13,13 @@ from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.masks import MASKED
 from edge_vlm.text.prompt import PLAIN, RELEASED, PromptFormat, PromptStyle
-from edge_vlm_training.data.assemble import CellBudget, assemble
-from edge_vlm_training.data.batch import IGNORED, PackedBatch
-from edge_vlm_training.data.masks import additive_mask
+from edge_vlm_training.data.packing.assemble import assemble
+from edge_vlm_training.data.packing.batch import IGNORED, PackedBatch
+from edge_vlm_training.data.packing.budget import CellBudget
+from edge_vlm_training.data.packing.masks import additive_mask
+from edge_vlm_training.data.packing.trees import TokenWeights, TreeBuilder
 from edge_vlm_training.data.sample import Sample
-from edge_vlm_training.data.trees import TokenWeights, TreeBuilder
-from edge_vlm_training.objective.step import to_pixel_values
+from edge_vlm_training.objective.vision import to_pixel_values
 from tests.training.data.trees import PUBLISHED, clip, config, model, prompt
 
 WEIGHTS = TokenWeights()
@@ -35,7 +36,7 @@ def branch_losses(lm: VideoLM, batch: PackedBatch) -> torch.Tensor:
             lm,
             clip_pixels,
             [len(clip_pixels)],
-            keep_ratio=1 - batch.removed,
+            keep_ratio=batch.keep_ratio,
             min_cells=batch.min_cells,
         )
         for clip_pixels in pixels.split(batch.frames_per_clip)
@@ -58,14 +59,14 @@ def branch_losses(lm: VideoLM, batch: PackedBatch) -> torch.Tensor:
 
 
 def losses_alone(
-    lm: VideoLM, fmt: PromptFormat, sample: Sample, removed: float, min_cells: int
+    lm: VideoLM, fmt: PromptFormat, sample: Sample, keep_ratio: float, min_cells: int
 ) -> list[float]:
     """The same, each annotation in a sequence of its own, written out from the prompt's pieces."""
     cfg = lm.cfg
     pixels = to_pixel_values(
         torch.from_numpy(sample.load(cfg.vision.image_size)), cfg.vision, torch.float32
     )
-    seen = encode_clips(lm, pixels, [len(pixels)], keep_ratio=1 - removed, min_cells=min_cells)
+    seen = encode_clips(lm, pixels, [len(pixels)], keep_ratio=keep_ratio, min_cells=min_cells)
     counts = seen.kept_FC.sum(1).tolist()
     found = []
     for branch in sample.branches:
@@ -100,7 +101,7 @@ def losses_alone(
     return found
 
 
-@pytest.mark.parametrize(("removed", "min_cells"), [(0.0, 0), (0.5, 2), (0.8, 0)])
+@pytest.mark.parametrize(("keep_ratio", "min_cells"), [(1.0, 0), (0.5, 2), (0.2, 0)])
 @pytest.mark.parametrize(
     ("attention", "rescale", "style"),
     [
@@ -114,7 +115,7 @@ def test_pack_equals_every_sample_alone(
     attention: VisionAttention,
     rescale: Rescale,
     style: PromptStyle,
-    removed: float,
+    keep_ratio: float,
     min_cells: int,
 ) -> None:
     cfg = config(attention, rescale)
@@ -125,11 +126,11 @@ def test_pack_equals_every_sample_alone(
         for i, (frames, branches) in enumerate([(4, 3), (1, 1), (3, 4), (6, 2)])
     ]
     trees = [TreeBuilder(fmt, attention).build(sample) for sample in samples]
-    budget = CellBudget(cfg=cfg, removed=removed, min_cells=min_cells)
+    budget = CellBudget(cfg=cfg, keep_ratio=keep_ratio, min_cells=min_cells)
     rows = [trees[:3], trees[3:]]
     pictures = [tree.load(cfg.vision.image_size) for tree in trees]
     packed = branch_losses(lm, assemble(rows, pictures, fmt, WEIGHTS, budget))
-    alone = [loss for s in samples for loss in losses_alone(lm, fmt, s, removed, min_cells)]
+    alone = [loss for s in samples for loss in losses_alone(lm, fmt, s, keep_ratio, min_cells)]
     assert min(alone) > 0
     torch.testing.assert_close(packed, torch.tensor(alone), atol=1e-5, rtol=1e-5)
 
@@ -139,8 +140,8 @@ def test_rows_have_the_length_that_was_counted_on() -> None:
     for rescale in (Rescale.FRAME, Rescale.ROW):
         cfg = config(VisionAttention.ALL, rescale)
         lm = model(cfg)
-        for removed in (0.0, 0.3, 0.5, 0.8):
-            budget = CellBudget(cfg=cfg, removed=removed, min_cells=1)
+        for keep_ratio in (1.0, 0.7, 0.5, 0.2):
+            budget = CellBudget(cfg=cfg, keep_ratio=keep_ratio, min_cells=1)
             trees = [
                 TreeBuilder(prompt(), cfg.attention).build(clip(str(i), frames, 2))
                 for i, frames in enumerate((5, 1, 4))
@@ -149,7 +150,7 @@ def test_rows_have_the_length_that_was_counted_on() -> None:
             batch = assemble([trees], pictures, prompt(), WEIGHTS, budget)
             pixels = to_pixel_values(batch.frames_FSS3, cfg.vision, torch.float32)
             kept = encode_clips(
-                lm, pixels, batch.frames_per_clip, keep_ratio=1 - removed, min_cells=1
+                lm, pixels, batch.frames_per_clip, keep_ratio=keep_ratio, min_cells=1
             ).kept_FC
             counted = sum(tree.length(budget.kept(tree.num_frames)) for tree in trees)
             assert batch.pruned(kept).lengths_R.tolist() == [counted]

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from edge_vlm.config import VisionAttention
-from edge_vlm_training.data.assemble import CellBudget, assemble
-from edge_vlm_training.data.batch import IGNORED, NOWHERE, PackedBatch, PackedTokens
-from edge_vlm_training.data.knapsack import TOKEN_UNIT, fill_row
-from edge_vlm_training.data.masks import additive_mask, allowed_mask, mask_rule
-from edge_vlm_training.data.trees import TokenWeights, Tree, TreeBuilder, split_tree
+from edge_vlm_training.data.packing.assemble import assemble
+from edge_vlm_training.data.packing.batch import IGNORED, NOWHERE, PackedBatch, PackedTokens
+from edge_vlm_training.data.packing.budget import CellBudget
+from edge_vlm_training.data.packing.knapsack import TOKEN_UNIT, fill_row
+from edge_vlm_training.data.packing.masks import additive_mask, allowed_mask, mask_rule
+from edge_vlm_training.data.packing.trees import TokenWeights, Tree, TreeBuilder, split_tree
 from tests.training.data.trees import clip, config, prompt
 
 CFG = config()
@@ -33,7 +34,7 @@ def batch_of(shapes: list[list[tuple[int, int]]]) -> tuple[PackedBatch, list[lis
         for r, row in enumerate(shapes)
     ]
     pictures = [tree.load(6) for row in rows for tree in row]
-    budget = CellBudget(cfg=CFG, removed=0.5, min_cells=0)
+    budget = CellBudget(cfg=CFG, keep_ratio=0.5, min_cells=0)
     return assemble(rows, pictures, prompt(), TokenWeights(), budget), rows
 
 

@@ -13,25 +13,49 @@ from edge_vlm.model.llm import LanguageModel, rope_tables
 from edge_vlm.text.masks import MASKED
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_training.data.prefix_packing import Branch, Packer
+from edge_vlm_training.data.packing.assemble import assemble
+from edge_vlm_training.data.packing.batch import IGNORED
+from edge_vlm_training.data.packing.budget import CellBudget
+from edge_vlm_training.data.packing.prefix import PrefixTokens, as_prefixes
+from edge_vlm_training.data.packing.trees import TokenWeights, TreeBuilder
+from edge_vlm_training.data.sample import Branch, Sample
 from edge_vlm_training.world.vocabulary import build_tokenizer
 
 TURN = ("is it red?", "no")
 BRANCHES = [
-    Branch(0, "what is it?", "cat"),
-    Branch(2, "is it red?", "it is red", (TURN,)),
-    Branch(1, "what is it?", "red cat"),
+    Branch(kind="name", frame=0, question="what is it?", answer="cat"),
+    Branch(kind="qa", frame=2, question="is it red?", answer="it is red", history=(TURN,)),
+    Branch(kind="name", frame=1, question="what is it?", answer="red cat"),
 ]
 COUNTS = np.array([[4, 0, 3], [2, 3, 2]])
 TIMES = np.array([[0.0, 0.5, 1.0], [12.5, 13.0, 13.5]])
 
 
 @pytest.fixture(scope="module")
-def packer(tmp_path_factory: pytest.TempPathFactory) -> Packer:
+def prompt(tmp_path_factory: pytest.TempPathFactory) -> PromptFormat:
     path: Path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
-    texts = [t for b in BRANCHES for t in (b.question, b.answer)]
+    texts = [*TURN, *(t for b in BRANCHES for t in (b.question, b.answer))]
     build_tokenizer(texts, path)
-    return Packer(PromptFormat(Tokenizer.from_file(path)))
+    return PromptFormat(Tokenizer.from_file(path))
+
+
+def packed(
+    prompt: PromptFormat, attention: VisionAttention, *branches: list[Branch]
+) -> PrefixTokens:
+    """The prefix form of two clips of three frames with `COUNTS` cells kept."""
+    kept = torch.arange(tiny().vision.num_cells) < torch.from_numpy(COUNTS.reshape(-1, 1))
+    builder = TreeBuilder(prompt, VisionAttention.FRAME)
+    pictures = np.zeros((3, 8, 8, 3), np.uint8)
+    samples = [
+        Sample(name=str(i), times_s=TIMES[i], branches=tuple(asked), load=lambda _: pictures)
+        for i, asked in enumerate(branches)
+    ]
+    trees = [builder.build(sample) for sample in samples]
+    budget = CellBudget(cfg=tiny(), keep_ratio=0.5, min_cells=0)
+    # Both clips in one row.
+    batch = assemble([trees], [pictures] * 2, prompt, TokenWeights(), budget)
+    assert batch.branch_kinds == tuple(b.kind for asked in branches for b in asked)
+    return as_prefixes(batch.pruned(kept), attention, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +65,8 @@ def llm() -> LanguageModel:
 
 
 @torch.no_grad()
-def alone(llm: LanguageModel, packer: Packer, clip: int, branch: Branch) -> torch.Tensor:
-    """Logits of the answer's tokens when the question stands alone behind its frames."""
-    prompt = packer.prompt
+def alone(llm: LanguageModel, prompt: PromptFormat, clip: int, branch: Branch) -> torch.Tensor:
+    """Logits of the answer's tokens when the question stands alone after its frames."""
     frames = [
         prompt.frame_ids(float(TIMES[clip, i]), int(COUNTS[clip, i]), i == 0)
         for i in range(branch.frame + 1)
@@ -60,46 +83,51 @@ def alone(llm: LanguageModel, packer: Packer, clip: int, branch: Branch) -> torc
     bias = torch.from_numpy(np.where(allowed, 0.0, MASKED)).float()[None]
     cos, sin = rope_tables(llm.cfg, torch.from_numpy(index)[None])
     hidden, _ = llm(llm.embed(ids)[None], cos, sin, bias)
-    return llm.head(hidden[0, -len(answer) :])
+    logits: torch.Tensor = llm.head(hidden[0, -len(answer) :])
+    return logits
 
 
 @torch.no_grad()
-def test_packed_question_equals_the_question_alone(llm: LanguageModel, packer: Packer) -> None:
-    packed = packer.pack(COUNTS, TIMES, [BRANCHES, BRANCHES[::-1]])
-    positions = torch.arange(packed.ids_BP.shape[1])[None]
-    embeds = llm.embed(packed.ids_BP)
-    _, video = llm(embeds, *rope_tables(llm.cfg, positions), packed.bias_BPP)
+def test_packed_question_equals_the_question_alone(
+    llm: LanguageModel, prompt: PromptFormat
+) -> None:
+    tokens = packed(prompt, VisionAttention.FRAME, BRANCHES, BRANCHES[::-1])
+    prefix = tokens.prefix
+    embeds = llm.embed(prefix.ids_RS)
+    _, video = llm(embeds, *rope_tables(llm.cfg, prefix.positions_RS), tokens.bias_BPP)
     asked = [(0, b) for b in BRANCHES] + [(1, b) for b in BRANCHES[::-1]]
     met = set()
-    for bucket in packed.buckets:
+    for bucket in tokens.buckets:
         past = [(k[bucket.clip_N], v[bucket.clip_N]) for k, v in video]
-        tables = rope_tables(llm.cfg, bucket.positions_NL)
-        hidden, _ = llm(llm.embed(bucket.ids_NL), *tables, bucket.bias_NLK, past)
-        logits = llm.head(hidden.flatten(0, 1)[bucket.answer_index_A])
-        for number in set(bucket.question_A.tolist()):
+        tables = rope_tables(llm.cfg, bucket.tokens.positions_RS)
+        hidden, _ = llm(llm.embed(bucket.tokens.ids_RS), *tables, bucket.bias_NLK, past)
+        trained = bucket.tokens.target_RS != IGNORED
+        logits, targets = llm.head(hidden[trained]), bucket.tokens.target_RS[trained]
+        for number in set(bucket.tokens.branch_RS[trained].tolist()):
             clip, branch = asked[number]
-            mine = bucket.question_A == number
-            expected = alone(llm, packer, clip, branch)
+            mine = bucket.tokens.branch_RS[trained] == number
+            expected = alone(llm, prompt, clip, branch)
             torch.testing.assert_close(logits[mine], expected, atol=1e-4, rtol=1e-4)
-            answer = packer.prompt.answer_ids(branch.answer)
-            assert bucket.target_A[mine].tolist() == answer.tolist()
+            answer = prompt.answer_ids(branch.answer)
+            assert targets[mine].tolist() == answer.tolist()
             met.add(number)
-    assert met == set(range(packed.num_questions)) == set(range(len(asked)))
+    assert met == set(range(len(asked)))
 
 
 def test_with_all_attention_vision_tokens_see_later_frames_and_text_does_not(
-    packer: Packer,
+    prompt: PromptFormat,
 ) -> None:
-    everywhere = Packer(packer.prompt, VisionAttention.ALL)
-    packed = everywhere.pack(COUNTS, TIMES, [BRANCHES, BRANCHES])
-    for ids, bias in zip(packed.ids_BP, packed.bias_BPP, strict=True):
-        vision = torch.from_numpy(packer.prompt.vision_mask(ids.numpy()))
+    tokens = packed(prompt, VisionAttention.ALL, BRANCHES, BRANCHES)
+    for ids, bias in zip(tokens.prefix.ids_RS, tokens.bias_BPP, strict=True):
+        vision = torch.from_numpy(prompt.vision_mask(ids.numpy()))
         assert (bias[vision][:, vision] == 0).all()
         later = torch.arange(len(ids))[None] > torch.arange(len(ids))[:, None]
         assert (bias[~vision][later[~vision]] < -1e3).all()
 
 
-def test_patch_tokens_stand_for_the_kept_cells(packer: Packer) -> None:
-    packed = packer.pack(COUNTS, TIMES, [BRANCHES, BRANCHES])
-    patches = (packed.ids_BP == packer.prompt.patch_id).sum(1)
+def test_patch_tokens_stand_for_the_kept_cells_and_ends_for_frames(prompt: PromptFormat) -> None:
+    tokens = packed(prompt, VisionAttention.FRAME, BRANCHES, BRANCHES).prefix
+    patches = (tokens.ids_RS == prompt.patch_id).sum(1)
     assert patches.tolist() == COUNTS.sum(1).tolist()
+    marker = int(prompt.frame_ids(0.0, 0, True)[-1])
+    assert tokens.ids_RS.flatten()[tokens.frame_ends(6)].tolist() == [marker] * 6

@@ -12,16 +12,16 @@ import torch
 
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import CheckpointError, DataError, RecordTooLong, VideoUnreadable
-from edge_vlm_training.data.batch import PackedBatch, PackedTokens
-from edge_vlm_training.data.mixture import Mixture, Share
+from edge_vlm_training.data.packing.batch import PackedBatch, PackedTokens
+from edge_vlm_training.data.packing.row_stream import PackingConfig
+from edge_vlm_training.data.packing.stream import PackedStream, merge_states
+from edge_vlm_training.data.packing.trees import TreeBuilder
 from edge_vlm_training.data.prefetch import Prefetch
-from edge_vlm_training.data.row_stream import PackingConfig
 from edge_vlm_training.data.sample import Pictures, Sample
-from edge_vlm_training.data.stream import PackedStream, merge_states
-from edge_vlm_training.data.trees import TreeBuilder
+from edge_vlm_training.data.sources.mixture import Mixture, Share
 from tests.training.data.trees import SMALL, Clips, clip, config, mixture, prompt
 
-MIXED = dataclasses.replace(SMALL, removed=(0.0, 0.5, 0.8), min_cells=(0, 2))
+MIXED = dataclasses.replace(SMALL, keep_ratio=(1.0, 0.5, 0.2), min_cells=(0, 2))
 
 
 def stream(
@@ -51,12 +51,16 @@ def stream(
 
 
 def take(batches: PackedStream | Prefetch, count: int) -> list[PackedBatch]:
-    return list(itertools.islice(iter(batches), count))
+    taken = []
+    for batch in itertools.islice(iter(batches), count):
+        assert isinstance(batch, PackedBatch)
+        taken.append(batch)
+    return taken
 
 
 def assert_same(one: PackedBatch, other: PackedBatch) -> None:
     assert one.clip_names == other.clip_names
-    assert (one.removed, one.min_cells) == (other.removed, other.min_cells)
+    assert (one.keep_ratio, one.min_cells) == (other.keep_ratio, other.min_cells)
     assert torch.equal(one.frames_FSS3, other.frames_FSS3)
     for field in dataclasses.fields(PackedTokens):
         assert torch.equal(getattr(one.tokens, field.name), getattr(other.tokens, field.name))
@@ -91,7 +95,7 @@ def test_two_processes_see_the_rows_of_one() -> None:
         rows = [take(lane, 1)[0] for lane in apart]
         names = [row.clip_names for row in rows]
         assert batch.clip_names == names[0] + names[1]
-        assert {row.removed for row in rows} == {batch.removed}
+        assert {row.keep_ratio for row in rows} == {batch.keep_ratio}
         for number, row in enumerate(rows):
             ids = row.tokens.ids_RS[0]
             assert torch.equal(batch.tokens.ids_RS[number, : len(ids)], ids)
@@ -108,11 +112,11 @@ def test_lanes_take_turns_inside_a_step() -> None:
     for batch in take(both, 2):
         parts = take(one, 2)
         assert batch.clip_names == parts[0].clip_names + parts[1].clip_names
-        assert {part.removed for part in parts} == {batch.removed}
+        assert {part.keep_ratio for part in parts} == {batch.keep_ratio}
 
 
 def test_every_branch_comes_exactly_once() -> None:
-    packing = dataclasses.replace(SMALL, removed=(0.0,), window=4)
+    packing = dataclasses.replace(SMALL, keep_ratio=(1.0,), window=4)
     batches = stream(packing=packing)
     met: Counter[str] = Counter()
     branches: Counter[str] = Counter()
@@ -267,8 +271,8 @@ def test_wrong_settings_are_refused() -> None:
         stream(lanes=(2,), num_lanes=2)
     with pytest.raises(ValueError, match="rows_per_batch"):
         stream(lanes=(0, 1), num_lanes=2, rows_per_batch=3)
-    with pytest.raises(ValueError, match="removed"):
-        PackingConfig(removed=(1.0,))
+    with pytest.raises(ValueError, match="keep_ratio"):
+        PackingConfig(keep_ratio=(0.0,))
     with pytest.raises(ValueError, match="weight of x"):
         Mixture([Share(Clips("x"), 0.0)], seed=0)
     with pytest.raises(ValueError, match="different names"):

@@ -15,9 +15,9 @@ from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.prompt import OWN_FRAME_END, OWN_FRAME_START, PLAIN, PromptFormat, PromptStyle
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_training.data.mixture import Mixture, Share
-from edge_vlm_training.data.row_stream import PackingConfig
+from edge_vlm_training.data.packing.row_stream import PackingConfig
 from edge_vlm_training.data.sample import LAST, Branch, Pictures, Sample
+from edge_vlm_training.data.sources.mixture import Mixture, Share
 from edge_vlm_training.world.vocabulary import build_tokenizer
 
 QUESTIONS = ("what is it?", "is it red?", "how many are there now?", "describe it.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from edge_vlm.config import ModelConfig, VisionConfig
-from edge_vlm_training.data.batch import (
+from edge_vlm_training.data.packing.batch import (
     IGNORED,
     NOWHERE,
     PADDING,
@@ -28,7 +28,7 @@ def make_batch(
     rows: tuple[tuple[int, ...], ...],
     seed: int,
     *,
-    removed: float = 0.5,
+    keep_ratio: float = 0.5,
     branches: int = 2,
 ) -> PackedBatch:
     """Rows of clips of so many frames each, every one with `branches` of random words."""
@@ -81,7 +81,7 @@ def make_batch(
         times_s_F=torch.cat([torch.arange(n) / 2 for n in counts]),
         frames_per_clip=counts,
         tokens=tokens,
-        removed=removed,
+        keep_ratio=keep_ratio,
         min_cells=1,
         clip_names=tuple(f"clip {seed}.{i}" for i in range(len(counts))),
         branch_kinds=("word",) * branch,

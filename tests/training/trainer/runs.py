@@ -5,10 +5,10 @@ torchrun --nproc-per-node 2 -m tests.training.trainer.runs FOLDER [resume]
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,56 +16,54 @@ from edge_vlm.config import tiny
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_training.recipes.base import StepRecipe, stts_smoke
-from edge_vlm_training.trainer.distributed import Ranks, join_world
+from edge_vlm_training.recipes.base import Recipe
+from edge_vlm_training.recipes.molmo2 import stts_smoke
+from edge_vlm_training.recipes.overrides import override
+from edge_vlm_training.trainer.distributed import Ranks, join_ranks
 from edge_vlm_training.trainer.loop import Run
 from edge_vlm_training.trainer.progress import LOG, Reporter
 from edge_vlm_training.world.vocabulary import build_tokenizer
 from tests.training.trainer.batches import HandStream
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-RECIPE = dataclasses.replace(
+RECIPE = override(
     stts_smoke(),
-    model="tiny",
-    steps=4,
-    batch=2,
-    device_batch=1,
-    save_every=2,
-    sample_every=2,
-    sample_tokens=2,
-    peak_tflops=1.0,
+    [
+        *("model=tiny", "steps=4", "batch=2", "device_batch=1", "save_every=2"),
+        *("sample_every=2", "sample_tokens=2", "peak_tflops=1"),
+    ],
 )
 
 
-def make_run(folder: Path, recipe: StepRecipe = RECIPE, world: Ranks = ALONE) -> Run:
+def make_run(folder: Path, recipe: Recipe = RECIPE, ranks: Ranks = ALONE) -> Run:
     folder.mkdir(exist_ok=True)
-    if world.leads:
+    if ranks.leads:
         build_tokenizer(["a few words"], folder / "tokenizer.json")
-    world.wait()
+    ranks.wait()
     cfg = tiny()
     model = VideoLM(cfg).init_weights(torch.Generator().manual_seed(recipe.seed))
     prompt = PromptFormat(Tokenizer.from_file(folder / "tokenizer.json"))
-    stream = HandStream(cfg, world.rank, world.size)
-    return Run(recipe, cfg, model, stream, world, folder, prompt)
+    stream = HandStream(cfg, ranks.rank, ranks.size)
+    return Run(recipe, cfg, model, lambda at, mix: stream, ranks, folder, prompt)
 
 
-def go(run: Run) -> list[dict[str, float]]:
+def go(run: Run) -> list[dict[str, Any]]:
     """Trains to the end; the reports of all steps."""
     reporter = None
-    if run.world.leads:
-        reporter = Reporter(run.folder, run.recipe.steps, run.step, console=None)
+    if run.ranks.leads:
+        reporter = Reporter(run.folder, run.at.step, console=None)
     run.go(reporter)
     return reports(run.folder)
 
 
-def reports(folder: Path) -> list[dict[str, float]]:
+def reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
 def main(folder: str, *options: str) -> None:
-    recipe = dataclasses.replace(RECIPE, activation_checkpointing=True)
-    with join_world("cpu") as world:
-        run = make_run(Path(folder), recipe, world)
+    recipe = override(RECIPE, ["activation_checkpointing=true"])
+    with join_ranks("cpu") as ranks:
+        run = make_run(Path(folder), recipe, ranks)
         if "resume" in options:
             run.resume()
         go(run)

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm_training.trainer import checkpoints
+from edge_vlm_training.trainer.checkpoints import Progress
 from tests.training.trainer.runs import RECIPE, make_run
 
 NAME = "exp_avg/scorer.fc1.weight"
@@ -54,7 +56,7 @@ def test_missing_misshapen_and_unknown_entries_are_named(folder: Path) -> None:
     del tensors[NAME]
     tensors["weight/scorer.fc3.bias"] = torch.zeros(7)
     tensors["weight/gone"] = torch.zeros(1)
-    dcp.save(tensors, checkpoint_id=path, no_dist=True)
+    save(tensors, checkpoint_id=path, no_dist=True)
     with pytest.raises(WeightNamesError, match=f"lacks {NAME}.*unknown weight/gone") as caught:
         make_run(folder).resume()
     assert caught.value.missing == (NAME,)
@@ -80,12 +82,12 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
 ) -> None:
     before = {p.name: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
     run = make_run(folder)
-    run.step = 5
+    run.at = Progress(step=5)
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(checkpoints, "save_sharded", full)
     with pytest.raises(NoSpaceLeft, match=r"step-00000005.*one before is intact"):
         run.save()
     latest = checkpoints.latest(folder)
@@ -98,7 +100,8 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
 
 def test_only_the_newest_checkpoints_stay(folder: Path) -> None:
     run = make_run(folder)
-    for run.step in (10, 20, 30):
+    for step in (10, 20, 30):
+        run.at = Progress(step=step)
         run.save()
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == ["step-00000020", "step-00000030"]
@@ -120,7 +123,7 @@ def test_the_whole_checkpoint_is_replaced_as_a_whole(folder: Path) -> None:
 def test_moments_and_random_numbers_are_stored(folder: Path) -> None:
     path = checkpoints.latest(folder)
     assert path is not None
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     count = len(make_run(folder).weights())
     assert len(stored) == 3 * count
     assert all(isinstance(item, TensorStorageMetadata) for item in stored.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 
 from edge_vlm.config import molmo2_4b, tiny
 from edge_vlm.errors import RecipeTooLarge
-from edge_vlm_training.recipes.base import StepRecipe, molmo2_4b_stts_50, stts_smoke
+from edge_vlm_training.recipes.base import Recipe
+from edge_vlm_training.recipes.molmo2 import molmo2_4b_stts_50, stts_smoke
 from edge_vlm_training.recipes.overrides import override
 from edge_vlm_training.trainer.distributed import Ranks
 from edge_vlm_training.trainer.memory import GIB, check_fits, estimate
@@ -20,7 +20,7 @@ CFG = molmo2_4b()
 PARAMETERS = 4_884_635_969  # published, with the scorer's 33,766,769
 
 
-def gib(recipe: StepRecipe, processes: int) -> float:
+def gib(recipe: Recipe, processes: int) -> float:
     return estimate(recipe, CFG, processes, cuda=True).total / GIB
 
 
@@ -32,7 +32,7 @@ def test_weights_gradients_and_moments_are_four_float32_each() -> None:
 def test_what_saves_memory_lowers_the_estimate() -> None:
     recipe = molmo2_4b_stts_50()
     assert gib(recipe, 64) < gib(recipe, 8) < gib(recipe, 1)
-    for change in ("device_batch=1", "sequence_length=5000", "removed=0.8", "batch=64"):
+    for change in ("device_batch=1", "sequence_length=5000", "keep_ratio=0.2", "batch=64"):
         assert gib(override(recipe, [change]), 8) <= gib(recipe, 8), change
     assert gib(override(recipe, ["activation_checkpointing=false"]), 8) > 2 * gib(recipe, 8)
 
@@ -61,6 +61,6 @@ def test_a_recipe_too_large_is_refused_with_numbers_and_a_remedy_that_fits() -> 
 
 
 def test_a_small_recipe_fits(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(stts_smoke(), model="tiny", memory_gib=2.0)
+    recipe = override(stts_smoke(), ["model=tiny", "memory_gib=2"])
     assert check_fits(recipe, tiny(), Ranks(0, 1, torch.device("cpu"))).total < 2 * GIB
     assert "GiB" in str(estimate(recipe, tiny(), 1, cuda=False))

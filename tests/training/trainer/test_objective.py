@@ -11,11 +11,17 @@ import torch.nn.functional as F
 
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_training.data.batch import IGNORED, NOWHERE, PackedBatch
+from edge_vlm_training.data.packing.batch import IGNORED, NOWHERE, PackedBatch
 from edge_vlm_training.objective.losses import answer_sums, similarity_errors
-from edge_vlm_training.objective.objective import Objective, Totals, totals_of
-from edge_vlm_training.objective.step import to_pixel_values
-from edge_vlm_training.objective.vision import aux_count, first_frames, see_clips
+from edge_vlm_training.objective.objective import Objective, totals_of
+from edge_vlm_training.objective.terms import Totals
+from edge_vlm_training.objective.vision import (
+    aux_count,
+    first_frames,
+    see_clips,
+    to_pixel_values,
+)
+from edge_vlm_training.recipes.base import Answers, Similarity
 from tests.golden.compare import below, build, read
 from tests.training.trainer.batches import make_batch
 
@@ -32,7 +38,7 @@ def model_of(rescale: Rescale, attention: VisionAttention) -> VideoLM:
 
 
 def objective_of(model: VideoLM) -> Objective:
-    return Objective(model, z_loss=Z_LOSS, aux_weight=AUX)
+    return Objective(model, (Answers(z_loss=Z_LOSS), Similarity(AUX)))
 
 
 def totals(cfg: ModelConfig, batches: list[PackedBatch]) -> Totals:
@@ -171,7 +177,7 @@ def test_the_language_loss_reaches_the_scorer_by_the_bias_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_of(Rescale.FRAME, VisionAttention.FRAME)
-    objective = Objective(model, z_loss=0.0, aux_weight=0.0)
+    objective = Objective(model, (Answers(),))
     batch = make_batch(model.cfg.vision, ((4,),), 2)
     _, gradients = run(objective, [batch])
     assert float(gradients["scorer.fc3.weight"].abs().max()) > 0
@@ -197,7 +203,7 @@ def test_the_recorded_training_step_is_met() -> None:
     pixels = tensors["input.images"][0]
     model = build(below(tensors, "weight."), pixels.shape[1])
     counts = (len(pixels),)
-    seen = see_clips(model, pixels, counts, float(metadata["topk"]), 0, torch.float32)
+    seen = see_clips(model, pixels, counts, 1 - float(metadata["topk"]), 0, torch.float32)
     aux = seen.aux_sum / aux_count(counts, model.cfg.vision.num_cells)
     recorded = tensors["output.aux_loss"]
     torch.testing.assert_close(AUX * aux, recorded.reshape(()), rtol=1e-4, atol=1e-5)

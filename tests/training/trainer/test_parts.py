@@ -15,12 +15,15 @@ from edge_vlm.flops import language_flops, vision_flops
 from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_training.data.batch import IGNORED, NOWHERE
-from edge_vlm_training.objective.objective import Objective, Totals, totals_of
-from edge_vlm_training.recipes.base import PARTS, StepRecipe, molmo2_4b_stts_50, stts_smoke
-from edge_vlm_training.trainer.distributed import join_world
+from edge_vlm_training.data.packing.batch import IGNORED, NOWHERE
+from edge_vlm_training.objective.objective import Objective, totals_of
+from edge_vlm_training.objective.terms import Totals
+from edge_vlm_training.recipes.base import PARTS, Answers, Similarity
+from edge_vlm_training.recipes.molmo2 import molmo2_4b_stts_50, stts_smoke
+from edge_vlm_training.recipes.overrides import override
+from edge_vlm_training.trainer.distributed import join_ranks
 from edge_vlm_training.trainer.model_factory import build_model, model_config, prepare_tokenizer
-from edge_vlm_training.trainer.optimizer import Updater, parts_of
+from edge_vlm_training.trainer.optimizer import Masters, Updater, named_weights, parts_of
 from edge_vlm_training.trainer.samples import sample_answers
 from edge_vlm_training.trainer.speed import peak_tflops, training_flops
 from tests.training.trainer.batches import make_batch
@@ -31,28 +34,24 @@ def small_model(seed: int = 0, cfg: ModelConfig | None = None) -> VideoLM:
 
 
 def test_parts_share_out_every_weight() -> None:
-    model = small_model()
-    parts = parts_of(model)
-    assert tuple(parts) == PARTS
-    names = [name for named in parts.values() for name in named]
-    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    weights = dict(small_model().named_parameters())
+    parts = parts_of(stts_smoke().stages[0], weights)
+    assert set(parts) == set(PARTS)
+    assert sorted(n for part in parts.values() for n in part.names) == sorted(weights)
 
 
 def test_an_update_is_adamw_with_each_part_clipped_on_its_own() -> None:
-    recipe = dataclasses.replace(
-        stts_smoke(),
-        warmup_steps=0,
-        lr_llm=1e-2,
-        lr_vit=2e-2,
-        lr_connector=3e-2,
-        lr_scorer=4e-2,
-    )
+    rates = ["lr_llm=1e-2", "lr_vit=2e-2", "lr_connector=3e-2", "lr_scorer=4e-2"]
+    recipe = override(stts_smoke(), ["warmup_steps=0", *rates])
+    (stage,) = recipe.stages
     ours, plain = small_model(), small_model()
-    updater = Updater(ours, recipe)
-    groups = [
-        {"params": list(named.values()), "lr": recipe.learning_rates()[part]}
-        for part, named in parts_of(plain).items()
-    ]
+    updater = Updater(Masters(named_weights(Objective(ours, stage.terms))), stage, recipe)
+    weights = dict(plain.named_parameters())
+    parts = {
+        key: (part.rate, [weights[name] for name in part.names])
+        for key, part in parts_of(stage, weights).items()
+    }
+    groups = [{"params": tensors, "lr": rate} for rate, tensors in parts.values()]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
@@ -60,13 +59,14 @@ def test_an_update_is_adamw_with_each_part_clipped_on_its_own() -> None:
             a.grad = torch.randn(a.shape, generator=generator)
             b.grad = a.grad.clone()
         expected = {
-            part: float(torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0))
-            for part, named in parts_of(plain).items()
+            key: float(torch.nn.utils.clip_grad_norm_(tensors, 1.0))
+            for key, (_, tensors) in parts.items()
         }
-        for group, part in zip(adamw.param_groups, parts_of(plain), strict=True):
-            group["lr"] = recipe.learning_rates()[part] * recipe.rate_at(step)
+        factor = stage.rate_at(step, step / 6)
+        for group, (rate, _) in zip(adamw.param_groups, parts.values(), strict=True):
+            group["lr"] = rate * factor
         adamw.step()
-        assert updater.apply(step) == pytest.approx(expected, rel=1e-5)
+        assert updater.apply(factor) == pytest.approx(expected, rel=1e-5)
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -76,7 +76,7 @@ def test_samples_are_what_the_model_would_say(tmp_path: Path) -> None:
     recipe = stts_smoke()
     tokenizer = Tokenizer.from_file(prepare_tokenizer(recipe, tmp_path))
     model = small_model(2, tiny(base_vocab=90))
-    objective = Objective(model, z_loss=0.0, aux_weight=0.0, residual_dropout=0.5)
+    objective = Objective(model, (Answers(),), residual_dropout=0.5)
     batch = make_batch(model.cfg.vision, ((2, 3),), 4)
     lines = sample_answers(objective, batch, tokenizer, 1, 2)
     assert objective.training  # as it was
@@ -102,14 +102,14 @@ def test_a_published_folder_without_a_scorer_gets_one(tmp_path: Path) -> None:
     published = small_model(3, bare)
     folder = tmp_path / "published"
     save_published(folder, published)
-    recipe = dataclasses.replace(stts_smoke(), init=folder, rescale=Rescale.ROW)
+    recipe = override(stts_smoke(), [f"init={folder}", "rescale=row"])
     with pytest.raises(CheckpointError, match=r"lacks tokenizer\.json.*--set tokenizer"):
         prepare_tokenizer(recipe, tmp_path / "run")
     cfg = model_config(recipe, tmp_path / "unused.json")
     assert cfg.scorer is not None
     assert cfg.scorer.rescale is Rescale.ROW
     assert cfg.attention is recipe.attention
-    model, again = build_model(recipe, cfg), build_model(recipe, cfg)
+    model, again = (build_model(recipe, cfg, folder) for _ in range(2))
     for name, tensor in published.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert model.scorer is not None
@@ -136,12 +136,12 @@ def test_the_step_s_operations_are_three_forward_passes() -> None:
 
 def test_a_recipe_for_a_gpu_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="wants a GPU"), join_world("cuda"):
+    with pytest.raises(ConfigError, match="wants a GPU"), join_ranks("cuda"):
         pass
-    with join_world() as world:
-        assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
-        assert world.leads
-        assert world.sum(torch.tensor(2.0)).item() == 2.0
+    with join_ranks() as ranks:
+        assert (ranks.rank, ranks.size, ranks.device.type) == (0, 1, "cpu")
+        assert ranks.leads
+        assert ranks.sum(torch.tensor(2.0)).item() == 2.0
 
 
 def test_bfloat16_products_come_near_float32(tmp_path: Path) -> None:
@@ -150,7 +150,9 @@ def test_bfloat16_products_come_near_float32(tmp_path: Path) -> None:
     totals = Totals(*totals_of([batch], model.cfg.vision.num_cells))
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
-        objective = Objective(model, z_loss=1e-4, aux_weight=0.5, dtype=dtype, autocast=True)
+        objective = Objective(
+            model, (Answers(z_loss=1e-4), Similarity(0.5)), dtype=dtype, autocast=True
+        )
         found = objective(batch, totals)
         assert found.loss.dtype is torch.float32
         losses[dtype] = found.loss.item()
@@ -159,8 +161,6 @@ def test_bfloat16_products_come_near_float32(tmp_path: Path) -> None:
 
 
 def test_rates_and_rules_are_those_of_the_recipe() -> None:
-    recipe = StepRecipe(
-        name="x", steps=10, batch=4, device_batch=2, sequence_length=99, warmup_steps=0
-    )
-    assert recipe.rate_at(0) == 1.0
-    assert math.isclose(recipe.rate_at(10), 0.1)
+    (stage,) = override(stts_smoke(), ["steps=10", "warmup_steps=0"]).stages
+    assert stage.rate_at(0, 0.0) == 1.0
+    assert math.isclose(stage.rate_at(10, 1.0), 0.1)

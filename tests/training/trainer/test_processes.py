@@ -57,7 +57,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     shutil.rmtree(checkpoints.latest(two) or two)
     again = make_run(two)
     again.resume()
-    assert again.step == 2
+    assert again.at.step == 2
     for mine, theirs in zip(go(again), shared, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
 

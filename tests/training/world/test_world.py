@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from edge_vlm_training.world.paths import DIRECTIONS, STILL
-from edge_vlm_training.world.scenes import Scenes, Split, WorldConfig, sample_scenes
-from edge_vlm_training.world.splits import allowed_pairs, pair_is_heldout, path_is_heldout
+from edge_vlm_training.world.scenes import Scenes, WorldConfig, sample_scenes
+from edge_vlm_training.world.splits import Split, allowed_pairs, pair_is_heldout, path_is_heldout
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 

@@ -16,11 +16,19 @@ from edge_vlm_training.world.questions import (
     Question,
     ask,
     ask_any,
-    ask_many,
     vocabulary,
 )
 from edge_vlm_training.world.scenes import COLOUR_NAMES, Scenes, WorldConfig, sample_scenes
 from edge_vlm_training.world.sprites import KINDS
+
+
+def ask_many(
+    scenes: Scenes, per_clip: int, rng: random.Random, weights: dict[str, float] | None = None
+) -> list[list[Question]]:
+    return [
+        [ask_any(scenes, clip, rng, weights) for _ in range(per_clip)]
+        for clip in range(len(scenes))
+    ]
 
 
 @pytest.fixture(scope="module")

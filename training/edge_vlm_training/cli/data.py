@@ -36,21 +36,24 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--row-frames", type=int, default=128, help="frames of a packed row (default: 128)"
     )
-    check.add_argument(
-        "--removed", type=float, default=0.5, help="share of cells removed (default: 0.5)"
+    share = check.add_mutually_exclusive_group()
+    share.add_argument(
+        "--keep-ratio", type=float, default=0.5, help="share of cells kept (default: 0.5)"
     )
+    share.add_argument("--removed", type=float, help="the same as the share removed")
     check.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _run(args: argparse.Namespace) -> int:
     from edge_vlm_training.data.check import Lengths, check_records, describe
-    from edge_vlm_training.data.row_stream import PackingConfig
+    from edge_vlm_training.data.packing.row_stream import PackingConfig
     from edge_vlm_training.data.sampling import FrameSampling
 
+    keep_ratio = args.keep_ratio if args.removed is None else 1 - args.removed
     try:
         sampling = FrameSampling(fps=args.fps, max_frames=args.max_frames)
         packing = PackingConfig(
-            max_tokens=args.max_tokens, max_frames=args.row_frames, removed=(args.removed,)
+            max_tokens=args.max_tokens, max_frames=args.row_frames, keep_ratio=(keep_ratio,)
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

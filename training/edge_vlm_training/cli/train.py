@@ -14,7 +14,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe",
         nargs="?",
         default="demo_cpu",
-        help="by the clock: demo_cpu (default), demo_larger, demo_present, smoke; by steps: "
+        help="measured in minutes: demo_cpu (default), demo_larger, demo_present, smoke; in steps: "
         "stts_demo_cpu, stts_demo_gpu, stts_smoke, molmo2_4b_stts_50, molmo2_4b_stts_30, "
         "molmo2_4b_stream",
     )
@@ -37,53 +37,22 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from edge_vlm_training.recipes.base import STEP_RECIPES
-    from edge_vlm_training.recipes.stages import RECIPES
-
-    if args.recipe not in {**RECIPES, **STEP_RECIPES}:
-        raise ConfigError(
-            f"unknown recipe {args.recipe!r}",
-            remedy=f"choose one of {', '.join([*RECIPES, *STEP_RECIPES])}",
-        )
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.recipe in RECIPES:
-        return _train_by_clock(args)
-    return _train_by_steps(args)
-
-
-def _train_by_clock(args: argparse.Namespace) -> int:
+    from edge_vlm_training.recipes.catalog import RECIPES
     from edge_vlm_training.recipes.overrides import override
-    from edge_vlm_training.recipes.stages import RECIPES
-    from edge_vlm_training.trainer.stages import STATE, Trainer
-
-    if (args.out / STATE).exists() and not args.resume:
-        raise ConfigError(
-            "the folder holds a run already",
-            where=args.out,
-            remedy="add --resume to go on with it, or name another folder",
-        )
-    recipe = override(RECIPES[args.recipe](), args.settings)
-    trainer = Trainer(recipe, args.out, init=args.init)
-    if args.resume:
-        trainer.resume()
-    print(f"checkpoint: {trainer.run()}")
-    return 0
-
-
-def _train_by_steps(args: argparse.Namespace) -> int:
-    from edge_vlm_training.recipes.base import STEP_RECIPES
-    from edge_vlm_training.recipes.overrides import override
-    from edge_vlm_training.trainer.distributed import join_world
+    from edge_vlm_training.trainer.distributed import join_ranks
     from edge_vlm_training.trainer.train import stored_recipe, train
 
     name = args.recipe
-    recipe = stored_recipe(args.out, name) if args.resume else STEP_RECIPES[name]()
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}", remedy=f"choose one of {', '.join(RECIPES)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = stored_recipe(args.out, name) if args.resume else RECIPES[name]()
     settings = [*args.settings, *([f"init={args.init}"] if args.init else [])]
     recipe = override(recipe, settings)
-    with join_world(recipe.device) as world:
-        checkpoint = train(recipe, args.out, world, resume=args.resume, watched=True)
-        if world.leads:
+    with join_ranks(recipe.device) as ranks:
+        checkpoint = train(recipe, args.out, ranks, resume=args.resume, watched=True)
+        if ranks.leads:
             print(f"checkpoint: {checkpoint}")
     return 0
 

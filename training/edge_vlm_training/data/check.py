@@ -14,12 +14,12 @@ from edge_vlm.errors import DataError, EdgeVlmError, VideoError
 from edge_vlm.formats.report import Report
 from edge_vlm.pruning.clip_budget import num_kept
 from edge_vlm.text.prompt import PromptFormat
-from edge_vlm_training.data.knapsack import fill_row
+from edge_vlm_training.data.packing.knapsack import fill_row
+from edge_vlm_training.data.packing.row_stream import PackingConfig
+from edge_vlm_training.data.packing.trees import Tree, TreeBuilder, split_tree
 from edge_vlm_training.data.records import scan_records
-from edge_vlm_training.data.row_stream import PackingConfig
 from edge_vlm_training.data.sample import Sample
 from edge_vlm_training.data.sampling import FrameSampling
-from edge_vlm_training.data.trees import Tree, TreeBuilder, split_tree
 from edge_vlm_training.data.video_source import record_sample
 
 _DECODED_SIDE = 14
@@ -36,8 +36,8 @@ class Lengths:
 
     def kept(self, num_frames: int) -> int:
         """Most cells that a clip keeps at any of the packing's shares."""
-        removed, floor = min(self.packing.removed), max(self.packing.min_cells)
-        return num_kept(num_frames, self.num_cells, 1 - removed, floor, variant="first_whole")
+        share, floor = max(self.packing.keep_ratio), max(self.packing.min_cells)
+        return num_kept(num_frames, self.num_cells, share, floor, variant="first_whole")
 
 
 @dataclasses.dataclass

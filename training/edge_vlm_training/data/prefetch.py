@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
+import collections
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from edge_vlm_training.data.batch import BatchStream, PackedBatch
-
-_Made = tuple[PackedBatch, dict[str, Any]]
-_POLL_S = 0.2
+from edge_vlm_training.data.packing.batch import Batch, BatchStream
 
 
 class Prefetch:
     """A `BatchStream` that makes up to `depth` batches of another ahead.
 
-    Its state is that behind the last batch handed out, whatever was made since. Errors of the
-    stream come out where its batch would have. Iterate once at a time; `close` it, or use it in a
-    `with`, to end the thread.
+    Its state is that after the last batch handed out, whatever was made since. Errors of the stream
+    come out where its batch would have. Iterate once at a time; `close` it, or use it in a `with`,
+    to end the thread.
     """
 
     def __init__(self, stream: BatchStream, depth: int = 2) -> None:
@@ -26,8 +23,7 @@ class Prefetch:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self._stream, self._depth = stream, depth
         self._state = stream.state_dict()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._batches: Generator[Batch, None, None] | None = None
 
     def __enter__(self) -> Prefetch:
         return self
@@ -35,25 +31,27 @@ class Prefetch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         self.close()
         self._stream.load_state_dict(self._state)
-        made: queue.Queue[_Made | BaseException] = queue.Queue(self._depth)
-        stop = self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=_make, args=(self._stream, made, stop), name="prefetch", daemon=True
-        )
-        self._thread.start()
-        while not stop.is_set():
-            try:
-                item = made.get(timeout=_POLL_S)
-            except queue.Empty:
-                continue
-            if isinstance(item, BaseException):
-                self.close()
-                raise item
-            batch, self._state = item
-            yield batch
+        self._batches = self._made()
+        return self._batches
+
+    def _made(self) -> Generator[Batch, None, None]:
+        batches = iter(self._stream)
+
+        def make() -> tuple[Batch, dict[str, Any]]:
+            return next(batches), self._stream.state_dict()
+
+        pool = ThreadPoolExecutor(1, "prefetch")
+        try:
+            waiting = collections.deque(pool.submit(make) for _ in range(self._depth))
+            while True:
+                batch, self._state = waiting.popleft().result()
+                waiting.append(pool.submit(make))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
         return self._state
@@ -65,27 +63,6 @@ class Prefetch:
 
     def close(self) -> None:
         """Ends the thread; what it has made ahead is made again when iteration goes on."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-
-def _make(
-    stream: BatchStream, made: queue.Queue[_Made | BaseException], stop: threading.Event
-) -> None:
-    item: _Made | BaseException
-    batches = iter(stream)
-    while not stop.is_set():
-        try:
-            item = (next(batches), stream.state_dict())
-        except BaseException as error:
-            item = error
-        while not stop.is_set():
-            try:
-                made.put(item, timeout=_POLL_S)
-                break
-            except queue.Full:
-                continue
-        if isinstance(item, BaseException):
-            return
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None

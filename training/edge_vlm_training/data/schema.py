@@ -1,7 +1,7 @@
 """One record of training data: a video and its annotations, as a line of JSON.
 
-The form is documented in docs/training-data.md. msgspec is imported here and nowhere else in this
-package. Whatever is wrong is a RecordInvalid that names the place of the record and the field.
+The form is documented in docs/training-data.md. Whatever is wrong is a RecordInvalid that names the
+place of the record and the field.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from typing import Annotated, NoReturn
 
-from edge_vlm.errors import MissingExtraError, RecordInvalid
+from edge_vlm.errors import RecordInvalid
 from edge_vlm.text.prompt import (
     COLUMN,
     FRAME_END,
@@ -25,12 +25,8 @@ from edge_vlm.text.prompt import (
     PATCH,
     UNUSED_PATCH,
 )
+from edge_vlm_training.config import msgspec
 from edge_vlm_training.data.answers import Place, count_text, points_text
-
-try:
-    import msgspec
-except ImportError as error:
-    raise MissingExtraError.for_library("msgspec", "train") from error
 
 REMEDY = "see docs/training-data.md for the fields of a record"
 CAPTION_QUESTION = "Describe this video in detail."
@@ -67,7 +63,7 @@ class Annotation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_f
 
     style: Text | None = None
     at_s: Seconds | None = None
-    history: list[tuple[Text, Text]] = []
+    history: list[tuple[Text, Text]] = msgspec.field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -102,7 +98,7 @@ class CountObjects(Annotation, tag="count"):
     question: Text
     count: Count
     label: Text = "objects"
-    points: list[Point] = []
+    points: list[Point] = msgspec.field(default_factory=list)
 
     @property
     def kind(self) -> str:

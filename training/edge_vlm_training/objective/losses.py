@@ -20,24 +20,14 @@ def neighbour_similarity(patches_FC9D: Tensor) -> Tensor:
     return F.pad((flat[1:] * flat[:-1]).sum(-1), (0, 0, 1, 0))
 
 
-def similarity_loss(
-    scores_FC: Tensor, patches_FC9D: Tensor, is_first_F: Tensor, *, detach_target: bool = True
-) -> Tensor:
-    """Mean squared distance of score and 1 - similarity, over frames that have a predecessor.
-
-    The reference lets the target's gradient reach the ViT, which can then lower the loss by
-    flattening its own features; `detach_target=False` reproduces that.
-    """
-    errors = similarity_errors(scores_FC, patches_FC9D, is_first_F, detach_target=detach_target)
-    return errors.mean() if len(errors) else scores_FC.sum() * 0.0
-
-
 def similarity_errors(
     scores_FC: Tensor, patches_FC9D: Tensor, is_first_F: Tensor, *, detach_target: bool = True
 ) -> Tensor:
-    """The squared distances that `similarity_loss` averages, fp32 [later frames, C].
+    """Squared distances of score and 1 - similarity, fp32 [later frames, C]: frames that have a
+    predecessor. The loss is their mean; sum and number add up over unequal batches and processes.
 
-    Their sum and number add up over batches and processes of unequal size, which means do not.
+    The reference lets the target's gradient reach the ViT, which can then lower the loss by
+    flattening its own features; `detach_target=False` reproduces that.
     """
     if detach_target:
         patches_FC9D = patches_FC9D.detach()
@@ -55,12 +45,6 @@ def feature_scale_loss(features_GE: Tensor, limit: float = 4.0) -> Tensor:
     """
     rms = features_GE.float().square().mean().sqrt()
     return (rms / limit).log().clamp(min=0).square()
-
-
-def answer_loss(logits_AV: Tensor, targets_A: Tensor, weights_A: Tensor) -> Tensor:
-    """Weighted mean cross-entropy of the answer tokens, in fp32."""
-    losses = F.cross_entropy(logits_AV.float(), targets_A, reduction="none")
-    return (losses * weights_A).sum() / weights_A.sum()
 
 
 def answer_sums(

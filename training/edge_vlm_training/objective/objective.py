@@ -1,42 +1,30 @@
-"""The loss of STTS training on a packed batch: sums that add up over batches and processes.
-
-Shape letters: R rows, S tokens of a row, G kept cells, E language width, A trained tokens, V
-vocabulary.
-"""
+"""The loss of a stage on a batch: weighted terms that add up over batches and processes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_training.data.batch import IGNORED, PADDING, PackedBatch, PackedTokens
-from edge_vlm_training.data.masks import additive_mask
-from edge_vlm_training.objective.losses import answer_sums
-from edge_vlm_training.objective.step import to_pixel_values
-from edge_vlm_training.objective.vision import SeenClips, aux_count, see_clips
+from edge_vlm_training.data.packing.batch import Batch, PackedBatch, PackedTokens
+from edge_vlm_training.objective.language import read, row_states
+from edge_vlm_training.objective.losses import exact_answers
+from edge_vlm_training.objective.terms import Forward, Totals, compute, reads
+from edge_vlm_training.objective.vision import SeenClips, aux_count, see_clips, to_pixel_values
+from edge_vlm_training.recipes.base import NEED_TRUTH, Term
 
 
-@dataclasses.dataclass(frozen=True)
-class Totals:
-    """What the sums of an update are divided by, over all its batches and processes."""
-
-    weight: Tensor
-    """Sum of the token weights, f32 scalar."""
-    aux_cells: Tensor
-    """Cells of the similarity loss, f32 scalar."""
-
-
-def totals_of(batches: list[PackedBatch], num_cells: int) -> Tensor:
-    """This process's part of `Totals`, f32 [2]: known before anything is computed."""
-    weight = sum((batch.tokens.weight_RS.sum() for batch in batches), torch.zeros(()))
+def totals_of(batches: Sequence[Batch], num_cells: int) -> Tensor:
+    """This process's part of `Totals`, f32 [3]: known before anything is computed."""
+    packed = [batch for batch in batches if isinstance(batch, PackedBatch)]
+    weight = sum(float(batch.tokens.weight_RS.sum()) for batch in packed)
     cells = sum(aux_count(batch.frames_per_clip, num_cells) for batch in batches)
-    return torch.stack([weight.float().cpu(), torch.tensor(float(cells))])
+    return torch.tensor([weight, float(cells), float(len(batches))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +34,22 @@ class BatchSums:
     loss: Tensor
     sums: Tensor
     """f32 [len(SUMS)], detached."""
+    numbers: dict[str, float]
+    """What probes got right in this batch."""
     kept_F: Tensor
     """int64: cells kept of each frame."""
     row_tokens_R: Tensor
-    """int64: tokens of each row behind the drop."""
+    """int64: tokens of each row after the drop; none where nothing was asked."""
+    right: Tensor
+    """bool for each branch of rendered clips: every token of its answer is the arg-max."""
 
 
-_ALIGNMENT = 8
-SUMS = ("answer", "z", "aux", "right", "trained", "kept", "cells", "tokens")
+SUMS = ("loss", "answer", "z", "aux", "right", "trained", "kept", "cells", "tokens")
 
 
 class Objective(nn.Module):
-    """The model and its loss; the module that is sharded, so that every use goes through it."""
+    """The model, its probes and its loss; the module that is sharded, so that every use goes
+    through it. `terms` may be set anew for each stage."""
 
     METHODS = ("see", "hidden_states", "logits")
     """Entry points besides `forward`."""
@@ -65,98 +57,99 @@ class Objective(nn.Module):
     def __init__(
         self,
         model: VideoLM,
+        terms: Sequence[Term],
+        probes: nn.ModuleDict | None = None,
         *,
-        z_loss: float,
-        aux_weight: float,
         residual_dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
         autocast: bool = False,
     ) -> None:
         """`dtype` is that of the products: by autocast, or because the weights are in it."""
         super().__init__()
-        self.model = model
-        self.z_loss, self.aux_weight = z_loss, aux_weight
+        self.model, self.probes = model, probes if probes is not None else nn.ModuleDict()
+        self.terms = tuple(terms)
+        self.vision_learns = True
         self.dtype, self.autocast = dtype, autocast and dtype is not torch.float32
         if residual_dropout:
             _drop_from_residuals(model, residual_dropout)
 
-    def forward(self, batch: PackedBatch, totals: Totals, world_size: int = 1) -> BatchSums:
-        """The loss is this batch's share of the whole update's, times `world_size`, because the
+    def forward(self, batch: Batch, totals: Totals, num_ranks: int = 1) -> BatchSums:
+        """The loss is this batch's share of the whole update's, times `num_ranks`, because the
         gradients of processes are averaged."""
+        depth = max(reads(term) for term in self.terms)
         with self._precision():
-            seen = self._see(batch)
-            tokens = _aligned(batch.pruned(seen.kept_FC))
-            hidden = self._hidden(tokens, seen.features_GE)
-            trained = (tokens.target_RS != IGNORED).flatten()
-            logits = self.model.llm.head(hidden.flatten(0, 1)[trained])
-        target, weight = tokens.target_RS.flatten()[trained], tokens.weight_RS.flatten()[trained]
-        answer, squares, right = answer_sums(logits, target, weight)
-        loss = (answer + self.z_loss * squares) / totals.weight
-        if seen.aux_sum.requires_grad:
-            loss = loss + self.aux_weight * seen.aux_sum / totals.aux_cells.clamp(min=1)
-        kept_F = seen.kept_FC.sum(1)
-        numbers = (
-            *(answer, squares, seen.aux_sum, right, trained.sum()),
-            *(kept_F.sum(), torch.tensor(seen.kept_FC.numel()), tokens.lengths_R.sum()),
-        )
-        sums = torch.stack([x.detach().float().to(loss.device) for x in numbers])
-        return BatchSums(loss * world_size, sums, kept_F, tokens.lengths_R)
+            pixels = to_pixel_values(batch.frames_FSS3, self.model.cfg.vision, self.dtype)
+            at = Forward(self.model, self.probes, batch, totals, pixels)
+            if depth:
+                at.seen = self._see(batch, pixels)
+            if depth > 1:
+                probed = any(isinstance(term, NEED_TRUTH) for term in self.terms)
+                at.answered = read(self.model, batch, at.clips, self.dtype, probed=probed)
+            loss = torch.zeros((), device=pixels.device)
+            for term in self.terms:
+                loss = loss + term.weight * compute(term, at)
+        return self._summed(loss, at, num_ranks)
 
-    def see(self, batch: PackedBatch) -> SeenClips:
+    def _summed(self, loss: Tensor, at: Forward, num_ranks: int) -> BatchSums:
+        none = torch.zeros(0, dtype=torch.int64)
+        kept_F, rows, right = none, none, none.bool()
+        rendered = at.batch.truth is not None
+        if at.seen is not None:
+            kept_F = at.seen.kept_FC.sum(1)
+            at.sums |= {"aux": at.seen.aux_sum, "kept": kept_F.sum()}
+            at.sums["cells"] = torch.tensor(at.seen.kept_FC.numel())
+            if rendered:
+                at.numbers["scale"] = float(
+                    at.seen.features_GE.detach().float().square().mean().sqrt()
+                )
+        if at.answered is not None:
+            rows = at.answered.row_tokens_R
+            logits, target, _, branch = at.answered.answers
+            if rendered:
+                right = exact_answers(logits.detach(), target, branch, len(at.batch.branch_kinds))
+            at.sums |= {"trained": torch.tensor(len(target)), "tokens": rows.sum()}
+        at.sums["loss"] = loss
+        zero = torch.zeros(())
+        sums = [at.sums.get(name, zero).detach().float().to(loss.device) for name in SUMS]
+        return BatchSums(loss * num_ranks, torch.stack(sums), at.numbers, kept_F, rows, right)
+
+    def see(self, batch: Batch) -> SeenClips:
         """Prunes and encodes the clips of a batch."""
         with self._precision():
-            return self._see(batch)
+            pixels = to_pixel_values(batch.frames_FSS3, self.model.cfg.vision, self.dtype)
+            return self._see(batch, pixels)
 
     def hidden_states(self, tokens: PackedTokens, features_GE: Tensor) -> Tensor:
-        """[R, S, D] behind the last norm; `features` are those of the patch tokens in order."""
+        """[R, S, D] after the last norm; `features` are those of the patch tokens in order."""
         with self._precision():
-            return self._hidden(tokens, features_GE)
+            return row_states(self.model, tokens, features_GE, self.dtype)
 
     def logits(self, hidden_AD: Tensor) -> Tensor:
         """[A, V]"""
         with self._precision():
-            return self.model.llm.head(hidden_AD)
+            logits: Tensor = self.model.llm.head(hidden_AD)
+            return logits
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         device = self.model.llm.norm.weight.device.type
         return torch.autocast(device, self.dtype, enabled=self.autocast)
 
-    def _see(self, batch: PackedBatch) -> SeenClips:
-        pixels = to_pixel_values(batch.frames_FSS3, self.model.cfg.vision, self.dtype)
-        return see_clips(
-            self.model,
-            pixels,
-            batch.frames_per_clip,
-            batch.removed,
-            batch.min_cells,
-            self.dtype,
-        )
-
-    def _hidden(self, tokens: PackedTokens, features_GE: Tensor) -> Tensor:
-        llm = self.model.llm
-        embeds = llm.embed(tokens.ids_RS)
-        flat = embeds.flatten(0, 1)
-        flat = flat.index_add(0, tokens.patch_places(), features_GE.to(flat.dtype))
-        cos, sin = rope_tables(llm.cfg, tokens.positions_RS)
-        tables = [(cos, sin)]
-        if llm.cfg.num_rope_tables > 1:
-            tables = list(zip(cos.chunk(2, -1), sin.chunk(2, -1), strict=True))
-        bias = additive_mask(tokens, self.model.cfg.attention, self.dtype)
-        x = flat.view_as(embeds)
-        # As `LanguageModel.forward`, without holding every block's keys and values.
-        for i, block in enumerate(llm.blocks):
-            x, _ = block(x, *tables[llm.cfg.rope_table_of(i)], bias, None)
-        return llm.norm(x)
+    def _see(self, batch: Batch, pixels_FNP: Tensor) -> SeenClips:
+        # A frozen side takes the faster attention of inference.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_learns):
+            return see_clips(
+                self.model,
+                pixels_FNP,
+                batch.frames_per_clip,
+                batch.keep_ratio,
+                batch.min_cells,
+                self.dtype,
+                selection=batch.selection,
+                seed=batch.seed,
+            )
 
 
-def _aligned(tokens: PackedTokens) -> PackedTokens:
-    """Rows of a length that fused attention takes a mask of without copying it."""
-    short = -tokens.ids_RS.shape[1] % _ALIGNMENT
-    columns = {
-        f.name: F.pad(getattr(tokens, f.name), (0, short), value=PADDING.get(f.name, 0))
-        for f in dataclasses.fields(tokens)
-    }
-    return PackedTokens(**columns)
+Outputs = tuple[Tensor, ...]
 
 
 def _drop_from_residuals(model: VideoLM, share: float) -> None:
@@ -165,7 +158,9 @@ def _drop_from_residuals(model: VideoLM, share: float) -> None:
     def dropped(module: nn.Module, _arguments: object, output: Tensor) -> Tensor:
         return F.dropout(output, share, module.training)
 
-    def dropped_first(module: nn.Module, _arguments: object, output: tuple) -> tuple:
+    def dropped_first(
+        module: nn.Module, _arguments: object, output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         return (F.dropout(output[0], share, module.training), *output[1:])
 
     for block in model.llm.blocks:

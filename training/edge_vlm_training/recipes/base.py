@@ -1,294 +1,308 @@
-"""Recipes measured in steps: everything a run needs to know, as functions returning a dataclass."""
+"""What a training run is: stages, each with its length, data, loss terms and learning rates.
+
+Recipes are functions that return a `Recipe` (`demo`, `molmo2`); `catalog` knows them by name.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from edge_vlm.config import Rescale, VisionAttention
-
-ModelName = Literal["demo", "tiny", "molmo2_4b", "molmo2_8b", "molmo2_o_7b"]
-Precision = Literal["float32", "bfloat16"]
-Device = Literal["auto", "cpu", "cuda"]
+from edge_vlm_training.config import (
+    Config,
+    Kept,
+    Number,
+    Positive,
+    PositiveFloat,
+    Share,
+    Weight,
+    msgspec,
+)
 
 WORLD = "world"
 """The source of rendered clips."""
 PARTS = ("llm", "vit", "connector", "scorer")
-"""Parts of the model with a learning rate of their own, by the first word of a weight's name."""
+"""Parts of the model, by the first word of a weight's name."""
+PROBES = "probes"
+"""The linear read-outs that a stage's terms train beside the model; not part of a checkpoint."""
+
+Form = Literal["prefix", "rows"]
+"""How questions see their clip: as the past of each (faster on a CPU, one process), or all in one
+packed row under a mask. Both give the same loss and gradients."""
+Selection = Literal["clip", "published", "stream", "frame_topk", "random"]
+"""How cells are chosen. `clip`: the best of the whole clip. `published`: the same, but with
+`Rescale.ROW` the published computation to the letter. The others are policies of
+`edge_vlm.pruning`."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepRecipe:
-    """A run of `steps` updates; the defaults are those of STTS fine-tuning (arXiv 2603.18004)."""
+class Steps(Config, frozen=True, tag="steps"):
+    """So many updates."""
 
-    name: str
-    steps: int
-    batch: int
+    steps: Positive
+
+    def progress(self, steps: int, seconds: float) -> float:
+        """The share that is done."""
+        return steps / self.steps
+
+    def seconds_left(self, steps: int, seconds: float, a_step_s: float) -> float:
+        return max(0.0, (self.steps - steps) * a_step_s)
+
+
+class Minutes(Config, frozen=True, tag="minutes"):
+    """So much wall-clock time, over all starts of a run: shared CPUs drift in speed."""
+
+    minutes: PositiveFloat
+
+    def progress(self, steps: int, seconds: float) -> float:
+        """The share that is done; one step is made in any case."""
+        return seconds / (60 * self.minutes) if steps else 0.0
+
+    def seconds_left(self, steps: int, seconds: float, a_step_s: float) -> float:
+        return max(0.0, 60 * self.minutes - seconds)
+
+
+class Clips(Config, frozen=True, kw_only=True, tag="clips"):
+    """Clips rendered for each step, all as long, with the truth that probes need.
+
+    More is asked of the kinds of question that are still answered wrong.
+    """
+
+    batch: Positive
+    num_frames: Positive = 1
+    shorter: tuple[Positive, ...] = ()
+    """Half of the steps take clips of one of these lengths instead, more at the same cost."""
+    branches: Number = 12
+    """Questions about each clip; 0: pictures alone."""
+    keep_ratio: Annotated[tuple[Kept, ...], msgspec.Meta(min_length=1)] = (1.0,)
+    """Share of cells kept, one of these drawn for each step."""
+    selection: Annotated[tuple[Selection, ...], msgspec.Meta(min_length=1)] = ("clip", "stream")
+    """How cells are chosen, drawn anew each step: the rule over the whole clip, which spends more
+    where more happens, and the policy that a session can have."""
+    min_cells: Number = 2
+    """Up to this many cells of every later frame are kept whatever their rank."""
+    crowded: Share = 0.5
+    """Share of clips that are as full as they can be: with one thing a clip, any event is its."""
+    history_share: Share = 0.15
+    """Share of questions that stand behind earlier turns of dialogue."""
+    forgetful_share: Share = 0.0
+    """Share of steps whose clips miss a stretch after the first frame, as a full memory does."""
+    form: Form = "prefix"
+
+    @property
+    def device_batch(self) -> int:
+        """Rows that are computed at once."""
+        return self.batch
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """About how many tokens and frames a row has before the drop, the most of all steps."""
+        return self.num_frames * _CLIP_FRAME_TOKENS + 24 * self.branches, self.num_frames
+
+
+_CLIP_FRAME_TOKENS = 24
+"""Of the demo model: its cells, stamp and markers."""
+
+
+class Rows(Config, frozen=True, kw_only=True, tag="rows"):
+    """Clips of any length packed into rows; the same rows however many processes share them."""
+
+    batch: Positive
     """Packed rows of an update, over all processes and over what they accumulate."""
-    device_batch: int
+    device_batch: Positive
     """Packed rows that a process computes at once; divides `batch` by the number of processes."""
-    sequence_length: int
+    sequence_length: Positive
     """Most tokens of a packed row, after the drop."""
-
-    model: ModelName = "demo"
-    init: Path | None = None
-    """Checkpoint folder to start from, ours or a published one; without it weights are random."""
-    tokenizer: Path | None = None
-    """tokenizer.json; by default that of `init`, or for the demo model the rendered world's."""
-    data: tuple[str, ...] = (WORLD,)
+    sources: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = (WORLD,)
     """`world` (rendered clips) or the paths of JSONL files or folders of records, each with
-    `@WEIGHT` behind it if they are several in other than equal parts."""
-    max_frames: int = 64
+    `@WEIGHT` after it if they are several in other than equal parts."""
+    max_frames: Positive = 64
     """Of a clip."""
-    row_frames: int = 128
+    row_frames: Positive = 128
     """Of a packed row."""
-    fps: float = 2.0
-    token_weight: float = 4.0
+    fps: PositiveFloat = 2.0
+    token_weight: PositiveFloat = 4.0
     """An answer of n tokens weighs this times sqrt(n); captions 0.1, points 0.2 a token."""
-    world_questions: int = 8
+    world_questions: Positive = 8
     """About each rendered clip."""
     skip_bad: bool = False
     """Leave records out that cannot be read, instead of stopping."""
-    decode_threads: int = 0
-    frame_markers: bool = False
-    """Frames stand between `<frame_start>` and `<frame_end>` instead of the image markers."""
-
-    removed: tuple[float, ...] = (0.5,)
-    """Share of cells removed, one of these drawn for each batch."""
-    min_cells: int = 2
+    decode_threads: Number = 0
+    keep_ratio: Annotated[tuple[Kept, ...], msgspec.Meta(min_length=1)] = (0.5,)
+    """Share of cells kept, one of these drawn for each batch."""
+    min_cells: Number = 2
     """Cells that every later frame keeps in any case; not in `rescale = row` (published rule)."""
-    rescale: Rescale = Rescale.FRAME
-    """`row` trains by the published computation to the letter, with the similarity's gradient
-    reaching the features; the others by ours, with that target detached."""
-    attention: VisionAttention = VisionAttention.FRAME
-
-    lr_llm: float = 1e-5
-    lr_vit: float = 5e-6
-    lr_connector: float = 5e-6
-    lr_scorer: float = 1e-4
-    warmup_steps: int = 200
-    final_rate: float = 0.1
-    """Share of the peak learning rates at which the cosine ends."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-6
-    weight_decay: float = 0.0
-    """Neither paper states one."""
-    clip_norm: float = 1.0
-    """Largest gradient norm, of each part on its own."""
-    z_loss: float = 1e-4
-    aux_weight: float = 0.5
-    """Weight of the temporal similarity loss (0.5 in the published code)."""
-    residual_dropout: float = 0.0
-
-    precision: Precision = "bfloat16"
-    """Of the products; weights, moments and the losses are float32."""
-    activation_checkpointing: bool = False
-    """Compute each block's inner activations anew in the backward pass instead of keeping them."""
-    device: Device = "auto"
-    memory_gib: float = 0.0
-    """Memory a process may use; 0: what the device has free at the start."""
-    seed: int = 0
-
-    log_every: int = 10
-    save_every: int = 500
-    keep_last: int = 2
-    """How many sharded checkpoints stay."""
-    whole_every: int = 0
-    """Steps between checkpoints that other commands read; 0: at the end only."""
-    sample_every: int = 500
-    """Steps between samples of answers; 0: none."""
-    sample_tokens: int = 16
-    peak_tflops: float = 0.0
-    """What MFU is measured against, per process; 0: known for the GPU, or measured at the start."""
+    form: Form = "rows"
 
     def __post_init__(self) -> None:
-        for field, kind in (("rescale", Rescale), ("attention", VisionAttention)):
-            object.__setattr__(self, field, kind(getattr(self, field)))
-        for field in ("init", "tokenizer"):
-            value = getattr(self, field)
-            object.__setattr__(self, field, None if value is None else Path(value))
-        for field in ("removed", "betas", "data"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field in (
-            *("steps", "batch", "device_batch", "sequence_length", "max_frames", "fps", "eps"),
-            *(
-                "clip_norm",
-                "token_weight",
-                "world_questions",
-                "row_frames",
-                "log_every",
-                "save_every",
-                "keep_last",
-                "sample_tokens",
-            ),
-        ):
-            self._check(field, getattr(self, field) > 0, "must be positive")
-        for field in (
-            *("warmup_steps", "lr_llm", "lr_vit", "lr_connector", "lr_scorer", "weight_decay"),
-            *(
-                "z_loss",
-                "aux_weight",
-                "sample_every",
-                "whole_every",
-                "min_cells",
-                "memory_gib",
-                "peak_tflops",
-            ),
-            "decode_threads",
-        ):
-            self._check(field, getattr(self, field) >= 0, "must not be negative")
-        for field in ("final_rate", "residual_dropout"):
-            self._check(field, 0 <= getattr(self, field) < 1, "must lie in [0, 1)")
-        shares = self.removed
-        self._check("removed", len(shares) > 0, "needs one share or more")
-        self._check("removed", all(0 <= s < 1 for s in shares), "shares must lie in [0, 1)")
-        self._check("betas", len(self.betas) == 2, "needs two numbers")
-        self._check("betas", all(0 <= b < 1 for b in self.betas), "must lie in [0, 1)")
+        super().__post_init__()
         fits = self.batch % self.device_batch == 0
         self._check("batch", fits, f"must be a multiple of device_batch = {self.device_batch}")
 
-    def _check(self, field: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"{field} = {getattr(self, field)!r}: {rule}")
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """Most tokens and frames of a row."""
+        return self.sequence_length, self.row_frames
 
-    def learning_rates(self) -> dict[str, float]:
-        """Peak learning rate of each part."""
-        return {part: getattr(self, f"lr_{part}") for part in PARTS}
 
-    def rate_at(self, step: int) -> float:
-        """Factor on the learning rates at `step` (from 0): linear warm-up, cosine to the end."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        share = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-        return self.final_rate + (1 - self.final_rate) * cosine
+class Answers(Config, frozen=True, tag="answers"):
+    """Cross-entropy of the answers' tokens; `z_loss` weighs the squared log-partition beside it."""
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain JSON types; `StepRecipe(**data)` is the inverse."""
-        data = dataclasses.asdict(self)
-        for key, value in data.items():
-            if isinstance(value, Path):
-                data[key] = str(value)
-            elif isinstance(value, (Rescale, VisionAttention)):
-                data[key] = value.value
-            elif isinstance(value, tuple):
-                data[key] = list(value)
-        return data
+    weight: Weight = 1.0
+    z_loss: Weight = 0.0
+
+
+class Similarity(Config, frozen=True, tag="similarity"):
+    """Scores follow how little a cell resembles the frame before (0.5 in the published code)."""
+
+    weight: Weight = 0.5
+
+
+class FeatureScale(Config, frozen=True, tag="feature_scale"):
+    """Bounds the scale of the vision features."""
+
+    weight: Weight = 0.1
+
+
+class DenseProbe(Config, frozen=True, tag="dense"):
+    """Each place names what covers it: kept cells by their features, or all patches of the ViT."""
+
+    weight: Weight = 1.0
+    on: Literal["features", "patches"] = "features"
+
+
+class TimelineProbe(Config, frozen=True, tag="timeline"):
+    """The language model's vision tokens tell motion and time of their thing."""
+
+    weight: Weight = 0.1
+
+
+class PresenceProbe(Config, frozen=True, tag="presence"):
+    """What is there now, read from frame ends and bare places."""
+
+    weight: Weight = 0.1
+
+
+Term = Answers | Similarity | FeatureScale | DenseProbe | TimelineProbe | PresenceProbe
+NEED_TRUTH = (DenseProbe, TimelineProbe, PresenceProbe)
+
+
+class Stage(Config, frozen=True, kw_only=True):
+    """One stretch of training; it begins with fresh moments and a warm-up."""
+
+    name: str
+    length: Steps | Minutes
+    data: Clips | Rows
+    terms: tuple[Term, ...]
+    """The loss is their weighted sum."""
+    train: dict[str, Weight]
+    """Peak learning rate of each part that learns: one of `PARTS`, `probes`, or several as
+    `llm+scorer`, whose gradients are then limited together. What is not named does not change."""
+    rate: tuple[Weight, Weight] = (1.0, 1.0)
+    """Factor on the learning rates at the start and at the end."""
+    decay_from: Share | None = None
+    """Share of the stage after which the factor begins to move; by default after the warm-up."""
+    cosine: bool = False
+    """The factor moves by half a cosine instead of linearly."""
+    warmup_steps: Number = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = [part for group in self.train for part in group.split("+")]
+        known = len(set(named)) == len(named) > 0 and set(named) <= {*PARTS, PROBES}
+        self._check("train", known, f"names parts of {', '.join(PARTS)}, {PROBES}, each once")
+        self._check("terms", len(self.terms) > 0, "needs one term or more")
+        asked = isinstance(self.data, Rows) or self.data.branches > 0
+        for term in self.terms:
+            shown = asked or (isinstance(term, DenseProbe) and term.on == "patches")
+            self._check("terms", shown, f"{type(term).__name__} needs data with questions")
+            truth = isinstance(self.data, Clips) or not isinstance(term, NEED_TRUTH)
+            self._check("terms", truth, f"{type(term).__name__} needs rendered clips as data")
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Those that learn."""
+        return frozenset(part for group in self.train for part in group.split("+"))
+
+    def rate_at(self, step: int, progress: float) -> float:
+        """Factor on the learning rates of the stage's update number `step` (from 0)."""
+        start, end = self.rate
+        begin = self.decay_from
+        if begin is None:
+            steps = isinstance(self.length, Steps) and self.length.steps
+            begin = self.warmup_steps / steps if steps else 0.0
+        moved = min(1.0, max(0.0, progress - begin) / max(1e-9, 1 - begin))
+        if self.cosine:
+            moved = (1 - math.cos(math.pi * moved)) / 2
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return warm * (start + (end - start) * moved)
+
+
+class Recipe(Config, frozen=True, kw_only=True):
+    """Stages in order and what they share."""
+
+    name: str
+    stages: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
+
+    model: Literal["demo", "tiny", "molmo2_4b", "molmo2_8b", "molmo2_o_7b"] = "demo"
+    init: Path | None = None
+    """Checkpoint folder to start from, ours or a published one, or a run, whose probes then go on;
+    without it weights are random."""
+    tokenizer: Path | None = None
+    """tokenizer.json; by default that of `init`, or for the demo model the rendered world's."""
+    world_words: bool = False
+    """The vocabulary is the rendered world's in any case; embeddings of words that `init` knows
+    are taken over."""
+    new_scorer: bool = False
+    """The scorer of `init` is thrown away."""
+    frame_markers: bool = False
+    """Frames stand between `<frame_start>` and `<frame_end>` instead of the image markers."""
+    rescale: Rescale = Rescale.FRAME
+    """`row` trains by the published computation to the letter where cells are chosen as published,
+    with the similarity's gradient reaching the features; elsewhere that target is detached."""
+    attention: VisionAttention = VisionAttention.FRAME
+
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-6
+    weight_decay: Weight = 0.0
+    """Neither paper states one."""
+    clip_norm: PositiveFloat = 1.0
+    """Largest gradient norm, of each trained part (each key of `train`) and probe on its own."""
+    residual_dropout: Share = 0.0
+
+    precision: Literal["float32", "bfloat16", "bfloat16_weights"] = "bfloat16"
+    """Of the products, by autocast; masters, moments and losses are float32. `bfloat16_weights`
+    computes with bfloat16 copies of float32 masters: faster on a CPU, where autocast would cast
+    each weight anew at each use."""
+    activation_checkpointing: bool = False
+    """Compute each block's inner activations anew in the backward pass instead of keeping them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory_gib: Weight = 0.0
+    """Memory a process may use; 0: what the device has free at the start."""
+    seed: int = 0
+
+    log_every: Number = 10
+    """Steps; a report is due after these or after `log_every_s`, whichever is set and comes."""
+    log_every_s: Weight = 0.0
+    save_every: Number = 500
+    save_every_s: Weight = 0.0
+    keep_last: Positive = 2
+    """How many sharded checkpoints stay."""
+    whole_every: Number = 0
+    """Steps between checkpoints that other commands read; 0: at the end only."""
+    sample_every: Number = 500
+    """Steps between samples of answers; 0: none."""
+    sample_tokens: Positive = 16
+    peak_tflops: Weight = 0.0
+    """What MFU is measured against, per process; 0: known for the GPU, or measured at the start."""
 
 
 OPERATIONAL = frozenset(
     {
-        *("log_every", "save_every", "keep_last", "sample_every", "sample_tokens", "whole_every"),
-        *("memory_gib", "peak_tflops", "activation_checkpointing"),
-        *("skip_bad", "decode_threads", "device_batch"),
+        *("log_every", "log_every_s", "save_every", "save_every_s", "keep_last", "whole_every"),
+        *("sample_every", "sample_tokens", "memory_gib", "peak_tflops"),
+        *("activation_checkpointing", "skip_bad", "decode_threads", "device_batch"),
     }
 )
 """Fields that a resumed run may change: they do not change what it learns."""
-
-
-def molmo2_4b_stts_50() -> StepRecipe:
-    """Molmo2-4B with half of the cells removed, as published.
-
-    6,250 updates of 64 packed rows of 9,686 tokens, two on each GPU at a time (sample command: one
-    node of eight GPUs). `--init` names the folder of the captioner it starts from.
-    """
-    return StepRecipe(
-        name="molmo2_4b_stts_50",
-        model="molmo2_4b",
-        steps=6250,
-        batch=64,
-        device_batch=2,
-        sequence_length=9686,
-        frame_markers=True,
-        removed=(0.5,),
-        rescale=Rescale.ROW,
-        attention=VisionAttention.ALL,
-        residual_dropout=0.1,
-        activation_checkpointing=True,
-    )
-
-
-def molmo2_4b_stts_30() -> StepRecipe:
-    """As `molmo2_4b_stts_50` with 30 % of the cells removed."""
-    return dataclasses.replace(molmo2_4b_stts_50(), name="molmo2_4b_stts_30", removed=(0.3,))
-
-
-def molmo2_4b_stream() -> StepRecipe:
-    """The published schedule for a live model: one checkpoint for every budget.
-
-    Scores are stretched over a frame, past frames never change, and the share removed is drawn
-    anew for each batch, because a model trained at one share breaks at others.
-    """
-    return dataclasses.replace(
-        molmo2_4b_stts_50(),
-        name="molmo2_4b_stream",
-        removed=(0.0, 0.3, 0.5, 0.5, 0.65, 0.8),
-        rescale=Rescale.FRAME,
-        attention=VisionAttention.FRAME,
-    )
-
-
-def stts_demo_cpu() -> StepRecipe:
-    """The demo model by steps on a CPU: its published schedule at small size, rendered clips."""
-    return StepRecipe(
-        name="stts_demo_cpu",
-        steps=2000,
-        batch=8,
-        device_batch=4,
-        sequence_length=480,
-        max_frames=8,
-        removed=(0.0, 0.3, 0.5, 0.5, 0.65),
-        rescale=Rescale.ABSOLUTE,
-        lr_llm=6e-4,
-        lr_vit=1e-4,
-        lr_connector=1e-4,
-        lr_scorer=6e-4,
-        warmup_steps=50,
-        device="cpu",
-        save_every=200,
-        sample_every=200,
-    )
-
-
-def stts_demo_gpu() -> StepRecipe:
-    """As `stts_demo_cpu` in batches for one GPU."""
-    return dataclasses.replace(
-        stts_demo_cpu(),
-        name="stts_demo_gpu",
-        steps=20_000,
-        batch=64,
-        device_batch=64,
-        device="cuda",
-        save_every=1000,
-        sample_every=1000,
-    )
-
-
-def stts_smoke() -> StepRecipe:
-    """Six steps of a tiny batch, for tests and first tries."""
-    return dataclasses.replace(
-        stts_demo_cpu(),
-        name="stts_smoke",
-        steps=6,
-        batch=2,
-        device_batch=1,
-        max_frames=3,
-        sequence_length=240,
-        removed=(0.5,),
-        precision="float32",
-        warmup_steps=2,
-        log_every=1,
-        save_every=3,
-        sample_every=3,
-    )
-
-
-STEP_RECIPES = {
-    recipe.__name__: recipe
-    for recipe in (
-        *(stts_demo_cpu, stts_demo_gpu, stts_smoke),
-        *(molmo2_4b_stts_50, molmo2_4b_stts_30, molmo2_4b_stream),
-    )
-}

@@ -2,110 +2,147 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import enum
-import types
-import typing
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from edge_vlm.errors import ConfigError
+from edge_vlm_training.config import from_plain, msgspec, plain
+from edge_vlm_training.recipes.base import Recipe
 
-Recipe = TypeVar("Recipe")
+Path_ = tuple[str, ...]
+_WORDS = {"none": None, "yes": True, "no": False}
 
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+def _removed(text: str) -> str:
+    return ",".join(f"{1 - float(share):g}" for share in text.split(","))
+
+
+RENAMED: dict[str, tuple[str, Callable[[str], str]]] = {
+    "data": ("sources", str),
+    "removed": ("keep_ratio", _removed),
+    "final_rate": ("rate", "1,{}".format),
+    "lr": ("train.llm train.scorer train.probes", str),
+    "lr_vision": ("train.vit", str),
+    **{f"lr_{part}": (f"train.{part}", str) for part in ("llm", "vit", "connector", "scorer")},
+    "aux_weight": ("similarity.weight", str),
+    "scale_weight": ("feature_scale.weight", str),
+    "dense_weight": ("dense.weight", str),
+    "timeline_weight": ("timeline.weight", str),
+    "present_weight": ("presence.weight", str),
+}
+"""Short keys: what they stand for, and how their values are read."""
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """The dataclass `recipe` with every `key=value` applied, the whole checked once.
+    """The recipe with every `key=value` applied, the whole checked once.
 
-    A key goes down into parts: `stages.2.minutes`. A tuple is written with commas, an absent path
-    as `none`. Raises ConfigError: no `=`, an unknown key (all valid ones are listed), a value that
-    is not of the field's type or that the recipe refuses.
+    A key is a path (`stages.2.length.minutes`) or its last word, which then is set wherever it
+    stands, in all stages or in one (`minutes`, `stages.2.minutes`). A tuple is written with commas,
+    an absent value as `none`. Raises ConfigError: no `=`, an unknown key (all valid ones are
+    listed), a value that is not of the field's type or that the recipe refuses.
     """
-    valid = valid_keys(recipe)
-    changes: dict[str, Any] = {}
+    data = plain(recipe)
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {setting!r} is not key=value", remedy="write --set steps=100")
-        name, *path = key.split(".")
-        if ".".join("N" if part.isdigit() else part for part in (name, *path)) not in valid:
-            near = difflib.get_close_matches(key, valid, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            remedy = f"{hint}valid keys: {', '.join(valid)}"
-            raise ConfigError(f"--set: unknown key {key!r}", remedy=remedy)
-        before = changes.get(name, getattr(recipe, name))
-        changes[name] = _changed(type(recipe), name, before, path, text, key)
+        try:
+            if not _set(data, key, text):
+                raise _unknown(data, key)
+        except ValueError as error:
+            raise ConfigError(f"--set {setting}: {error}") from error
     try:
-        return dataclasses.replace(recipe, **changes)  # type: ignore[type-var]
-    except ValueError as error:
+        return from_plain(data, Recipe)
+    except msgspec.ValidationError as error:
         raise ConfigError(f"--set {' '.join(settings)}: {error}") from error
 
 
-def valid_keys(recipe: object, prefix: str = "") -> list[str]:
-    """Every key of `override`; parts that repeat are listed once, with N for their number."""
-    keys = []
-    for field in dataclasses.fields(recipe):  # type: ignore[arg-type]
-        value = getattr(recipe, field.name)
-        if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            keys += valid_keys(value[0], f"{prefix}{field.name}.N.")
-        elif field.name != "name" or prefix:
-            keys.append(prefix + field.name)
-    return keys
+def leaves(data: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any, str | int]]:
+    """Every value that can be set: its path, and where it lies as container and key.
+
+    Stages and terms are found by number; a term also by its kind, a trained part by its name.
+    """
+    items = enumerate(data) if isinstance(data, list | tuple) else data.items()
+    for key, value in items:
+        below = (*path, str(key))
+        if key in ("type", "name"):
+            continue
+        if isinstance(value, dict) or (isinstance(value, list | tuple) and _of_dicts(value)):
+            yield from leaves(value, below)
+        else:
+            yield below, data, key
 
 
-def _changed(owner: type, name: str, before: Any, path: list[str], text: str, key: str) -> Any:
-    """The new value of field `name`: read from `text`, or a tuple with one part changed."""
-    if not path:
-        return _read(typing.get_type_hints(owner)[name], text, key)
-    number = int(path[0])
-    if number >= len(before):
-        raise ConfigError(f"--set: {key}: {name} are numbered 0 to {len(before) - 1}")
-    part = before[number]
-    value = _read(typing.get_type_hints(type(part))[path[1]], text, key)
-    try:
-        part = dataclasses.replace(part, **{path[1]: value})
-    except ValueError as error:
-        raise ConfigError(f"--set {key}={text}: {error}") from error
-    return (*before[:number], part, *before[number + 1 :])
+def valid_keys(recipe: Recipe) -> list[str]:
+    """Every short key that `override` finds something for."""
+    data = plain(recipe)
+    names = {path[-1] for path, _, _ in leaves(data) if path[-2:-1] != ("train",)} - {"weight"}
+    return sorted({*names, *(k for k in RENAMED if _places(data, [], k)), "steps", "minutes"})
 
 
-def _read(kind: Any, text: str, key: str) -> Any:
-    """`text` as a value of the annotation `kind`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        if text.lower() in ("none", ""):
-            return None
-        return _read(next(a for a in arguments if a is not type(None)), text, key)
-    if origin is Literal:
-        if text not in arguments:
-            raise _wrong(key, text, f"one of {', '.join(map(str, arguments))}")
-        return text
-    if origin is tuple:
-        pieces = [piece.strip() for piece in text.strip("()[]").split(",") if piece.strip()]
-        return tuple(_read(arguments[0], piece, key) for piece in pieces)
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        try:
-            return kind(text)
-        except ValueError:
-            raise _wrong(key, text, f"one of {', '.join(str(m.value) for m in kind)}") from None
-    if kind is bool:
-        if text.lower() not in _BOOLEANS:
-            raise _wrong(key, text, "true or false")
-        return _BOOLEANS[text.lower()]
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise _wrong(key, text, what) from None
-    if kind is Path:
-        return Path(text)
-    return text
+def _of_dicts(value: Sequence[Any]) -> bool:
+    return bool(value) and isinstance(value[0], dict)
 
 
-def _wrong(key: str, text: str, expected: str) -> ConfigError:
-    return ConfigError(f"--set {key}={text!r}: expected {expected}")
+def _set(data: Any, key: str, text: str) -> bool:
+    """Whether there was something to set."""
+    *prefix, name = key.split(".")
+    if name in ("steps", "minutes"):
+        return _set_length(data, [part for part in prefix if part != "length"], name, text)
+    _, read = RENAMED.get(name, (name, str))
+    value = read(text)
+    places = _places(data, prefix, name)
+    for container, place in places:
+        container[place] = _value(container[place], value)
+    return bool(places)
+
+
+def _places(data: Any, prefix: list[str], name: str) -> list[tuple[Any, str | int]]:
+    """Where the values lie that a key sets."""
+    targets, _ = RENAMED.get(name, (name, str))
+    return [
+        (container, place)
+        for path, container, place in leaves(data)
+        if path[: len(prefix)] == tuple(prefix)
+        and any(_named(path, container, target) for target in targets.split())
+    ]
+
+
+def _named(path: Path_, container: Any, target: str) -> bool:
+    kind, _, name = target.rpartition(".")
+    if kind == "train":
+        return path[-2:-1] == ("train",) and name in path[-1].split("+")
+    if kind:
+        return container.get("type") == kind and path[-1] == name
+    return path[-1] == name
+
+
+def _set_length(data: Any, prefix: list[str], name: str, text: str) -> bool:
+    """A stage that is measured in the other unit changes it."""
+    if len(prefix) not in (0, 2) or prefix[:1] not in ([], ["stages"]):
+        return False
+    stages = [s for number, s in enumerate(data["stages"]) if prefix[1:] in ([], [str(number)])]
+    for stage in stages:
+        stage["length"] = {"type": name, name: text}
+    return bool(stages)
+
+
+def _value(before: Any, text: str) -> Any:
+    """`text` as a plain value in the form of the one before; its type is checked later."""
+    if isinstance(before, list | tuple):
+        return [piece.strip() for piece in text.strip("()[]").split(",") if piece.strip()]
+    return _WORDS.get(text.lower(), text)
+
+
+def _unknown(data: Any, key: str) -> ConfigError:
+    *prefix, _ = key.split(".")
+    last = len(data["stages"]) - 1
+    if prefix[:1] == ["stages"] and prefix[1:] and prefix[1] not in map(str, range(last + 1)):
+        return ConfigError(f"--set: {key}: stages are numbered 0 to {last}")
+    valid = valid_keys(from_plain(data, Recipe))
+    near = difflib.get_close_matches(key.rpartition(".")[2], valid, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    listed = ", ".join(valid)
+    remedy = f"{hint}valid keys: {listed}; or one stage's: stages.N.minutes"
+    return ConfigError(f"--set: unknown key {key!r}", remedy=remedy)

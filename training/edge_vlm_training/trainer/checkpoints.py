@@ -27,16 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
 from edge_vlm.formats.usage import Usage
 from edge_vlm.model.checkpoint import save_checkpoint
-from edge_vlm_training.data.stream import merge_states
+from edge_vlm_training.data.packing.stream import merge_states
 from edge_vlm_training.trainer.distributed import Ranks, whole
 from edge_vlm_training.trainer.optimizer import Updater
 
@@ -46,14 +48,30 @@ _WEIGHT = "weight/"
 
 
 @dataclasses.dataclass(frozen=True)
-class Progressed:
-    """How far a checkpoint's run had come."""
+class Progress:
+    """How far a run has come, over all its starts."""
 
-    step: int
-    seconds: float
-    """Of training, over all its processes' starts."""
+    step: int = 0
+    seconds: float = 0.0
+    """Of training."""
+    stage: int = 0
+    """Number of the stage that it is in."""
+    stage_step: int = 0
+    stage_s: float = 0.0
+
+    def after(self, seconds: float) -> Progress:
+        """One step later."""
+        total, own = self.seconds + seconds, self.stage_s + seconds
+        return Progress(self.step + 1, total, self.stage, self.stage_step + 1, own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """State of what a run draws from."""
+
     stream: dict[str, Any]
-    """State of the data: when saving that of this process, when loaded that of all."""
+    """Of the data: when saving that of this process, when loaded that of all."""
+    curriculum: dict[str, Any]
 
 
 def latest(folder: Path) -> Path | None:
@@ -65,10 +83,11 @@ def latest(folder: Path) -> Path | None:
 
 def save(
     folder: Path,
-    world: Ranks,
+    ranks: Ranks,
     weights: dict[str, Tensor],
     updater: Updater,
-    progressed: Progressed,
+    progress: Progress,
+    sources: Sources,
     keep_last: int,
 ) -> Path:
     """Writes a sharded checkpoint and removes all but the newest `keep_last`.
@@ -77,32 +96,32 @@ def save(
     the one before is intact then.
     """
     root = folder / CHECKPOINTS
-    final = root / f"step-{progressed.step:08}"
+    final = root / f"step-{progress.step:08}"
     partial = final.with_suffix(".partial")
     try:
-        if world.leads:
+        if ranks.leads:
             root.mkdir(parents=True, exist_ok=True)
             for left_over in root.glob("*.partial"):
                 shutil.rmtree(left_over)
             partial.mkdir()
-        world.wait()
-        tensors = _tensors(weights, updater, progressed.step)
+        ranks.wait()
+        tensors = _tensors(weights, updater, progress.stage_step)
         with _without_advice():
-            dcp.save(tensors, checkpoint_id=partial, no_dist=world.size == 1)
-        own = {"stream": progressed.stream, "random": _random_state(world)}
-        (partial / _process_file(world.rank)).write_text(json.dumps(own))
-        if world.leads:
-            run = {"step": progressed.step, "seconds": progressed.seconds, "processes": world.size}
+            save_sharded(tensors, checkpoint_id=partial, no_dist=ranks.size == 1)
+        own = {**dataclasses.asdict(sources), "random": _random_state(ranks)}
+        (partial / _process_file(ranks.rank)).write_text(json.dumps(own))
+        if ranks.leads:
+            run = {**dataclasses.asdict(progress), "processes": ranks.size}
             (partial / RUN).write_text(json.dumps(run))
-        world.wait()
-        if world.leads:
+        ranks.wait()
+        if ranks.leads:
             if final.exists():
                 shutil.rmtree(final)
             os.replace(partial, final)
             finished = sorted(p for p in root.iterdir() if _STEP.fullmatch(p.name))
             for old in finished[:-keep_last]:
                 shutil.rmtree(old)
-        world.wait()
+        ranks.wait()
     except (OSError, CheckpointException) as error:
         causes = _causes(error)
         full = any(isinstance(c, OSError) and c.errno == errno.ENOSPC for c in causes)
@@ -115,36 +134,64 @@ def save(
     return final
 
 
-def load(path: Path, world: Ranks, weights: dict[str, Tensor], updater: Updater) -> Progressed:
-    """Fills weights and moments in place, sets the random numbers, and says how far the run was.
+def progress_of(path: Path) -> Progress:
+    """How far the run of a checkpoint was. Raises CheckpointError if it cannot be read."""
+    run = _read_json(path / RUN)
+    try:
+        return Progress(**{name: run[name] for name in Progress.__dataclass_fields__})
+    except KeyError as error:
+        raise CheckpointError(f"its {RUN} lacks {error}", where=path) from error
 
-    The number of processes may differ from that which wrote it; dropout then draws other numbers.
+
+def load(path: Path, ranks: Ranks, weights: dict[str, Tensor], updater: Updater) -> Sources:
+    """Fills weights and moments in place, sets the random numbers, and gives the data's state.
+
+    `updater` is that of the stage that the run was in. The number of processes may differ from that
+    which wrote it; dropout then draws other numbers.
 
     Raises WeightNamesError listing what the checkpoint lacks, holds beyond the model or has in
     another shape; CheckpointError if it cannot be read.
     """
     run = _read_json(path / RUN)
     states = [_read_json(path / _process_file(rank)) for rank in range(run["processes"])]
-    tensors = _tensors(weights, updater, run["step"])
+    tensors = _tensors(weights, updater, run["stage_step"])
     _check_names(path, tensors)
     try:
         with _without_advice():
-            dcp.load(tensors, checkpoint_id=path, no_dist=world.size == 1)
-    except (Exception, CheckpointException) as error:  # whatever a damaged file provokes
+            load_sharded(tensors, checkpoint_id=path, no_dist=ranks.size == 1)
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"the checkpoint cannot be read: {_causes(error)[0]}",
             where=path,
             remedy=f"remove it to resume from the one before in {path.parent}",
         ) from error
-    if run["processes"] == world.size:
-        _set_random_state(states[world.rank]["random"], world)
-    stream = merge_states([state["stream"] for state in states])
-    return Progressed(run["step"], run["seconds"], stream)
+    if run["processes"] == ranks.size:
+        _set_random_state(states[ranks.rank]["random"], ranks)
+    return Sources(merge_states([s["stream"] for s in states]), states[0]["curriculum"])
+
+
+def stored_weights(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Weights of a run's newest checkpoint whose names begin so, without the prefix; none if the
+    folder holds no run. Raises CheckpointError if it cannot be read."""
+    path = latest(folder)
+    if path is None:
+        return {}
+    key = f"{_WEIGHT}{prefix}"
+    stored = {n: m for n, m in _stored(path).items() if n.startswith(key)}
+    tensors = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in stored.items()
+        if isinstance(meta, TensorStorageMetadata)
+    }
+    if tensors:
+        with _without_advice():
+            load_sharded(tensors, checkpoint_id=path, no_dist=True)
+    return {name.removeprefix(key): tensor for name, tensor in tensors.items()}
 
 
 def save_whole(
     folder: Path,
-    world: Ranks,
+    ranks: Ranks,
     config: ModelConfig,
     weights: dict[str, Tensor],
     tokenizer: Path,
@@ -155,9 +202,9 @@ def save_whole(
     gathered: dict[str, Tensor] = {}
     for name, tensor in weights.items():  # one at a time: only one process keeps them
         full = whole(tensor.detach())
-        if world.leads:
+        if ranks.leads:
             gathered[name] = full.float().cpu()
-    if world.leads:
+    if ranks.leads:
         partial, before = folder / f"{WHOLE}.partial", folder / f"{WHOLE}.before"
         for left_over in (partial, before):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -166,7 +213,7 @@ def save_whole(
             os.replace(final, before)
         os.replace(partial, final)
         shutil.rmtree(before, ignore_errors=True)
-    world.wait()
+    ranks.wait()
     return final
 
 
@@ -175,15 +222,20 @@ def _tensors(weights: dict[str, Tensor], updater: Updater, step: int) -> dict[st
     return named | updater.moments(step)
 
 
-def _check_names(path: Path, expected: dict[str, Tensor]) -> None:
+def _stored(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, by name."""
     try:
-        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as error:  # absent, cut off, or not such a file at all
+        return dict(FileSystemReader(path).read_metadata().state_dict_metadata)
+    except Exception as error:
         raise CheckpointError(
             f"the checkpoint's index cannot be read: {error}",
             where=path,
             remedy=f"remove it to resume from the one before in {path.parent}",
         ) from error
+
+
+def _check_names(path: Path, expected: dict[str, Tensor]) -> None:
+    stored = _stored(path)
     missing = tuple(sorted(expected.keys() - stored.keys()))
     unknown = tuple(sorted(stored.keys() - expected.keys()))
     shapes = {n: tuple(m.size) for n, m in stored.items() if isinstance(m, TensorStorageMetadata)}
@@ -238,17 +290,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _random_state(world: Ranks) -> dict[str, str]:
+def _random_state(ranks: Ranks) -> dict[str, str]:
     states = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    if ranks.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(ranks.device)
     return {k: base64.b64encode(bytes(v.tolist())).decode() for k, v in states.items()}
 
 
-def _set_random_state(states: dict[str, str], world: Ranks) -> None:
+def _set_random_state(states: dict[str, str], ranks: Ranks) -> None:
     read = {
         k: torch.tensor(list(base64.b64decode(v)), dtype=torch.uint8) for k, v in states.items()
     }
     torch.set_rng_state(read["cpu"])
-    if world.device.type == "cuda" and "cuda" in read:
-        torch.cuda.set_rng_state(read["cuda"], world.device)
+    if ranks.device.type == "cuda" and "cuda" in read:
+        torch.cuda.set_rng_state(read["cuda"], ranks.device)

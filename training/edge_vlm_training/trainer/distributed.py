@@ -31,7 +31,7 @@ from edge_vlm.model.video_lm import VideoLM
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among all; one process is a world of its own."""
+    """This process among all; one process may be all there is."""
 
     rank: int
     size: int
@@ -56,7 +56,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join_world(device: str = "auto") -> Iterator[Ranks]:
+def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     """The processes that `torchrun` started, or this one alone.
 
     `device` is auto, cpu or cuda. Raises ConfigError for cuda where there is none.
@@ -96,7 +96,7 @@ def recompute_activations(model: VideoLM) -> None:
 
 
 def shard(
-    root: nn.Module, model: VideoLM, world: Ranks, dtype: torch.dtype, methods: tuple[str, ...]
+    root: nn.Module, model: VideoLM, ranks: Ranks, dtype: torch.dtype, methods: tuple[str, ...]
 ) -> None:
     """Shards `model` inside `root` over all processes and moves it to their devices.
 
@@ -106,7 +106,7 @@ def shard(
     """
     # A block also returns its values, which are a view; nothing here changes anything in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
     )

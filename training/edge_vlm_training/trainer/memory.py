@@ -16,7 +16,8 @@ import torch
 from edge_vlm.config import CELL, ModelConfig
 from edge_vlm.errors import RecipeTooLarge
 from edge_vlm.model.published.mapping import shapes
-from edge_vlm_training.recipes.base import StepRecipe
+from edge_vlm_training.recipes.base import Clips, Recipe, Rows
+from edge_vlm_training.recipes.overrides import override
 from edge_vlm_training.trainer.distributed import Ranks
 
 GIB = 2**30
@@ -42,14 +43,14 @@ class Estimate:
         return f"{self.total / GIB:.1f} GiB ({named}, margin {_MARGIN - 1:.0%})"
 
 
-def estimate(recipe: StepRecipe, cfg: ModelConfig, processes: int, *, cuda: bool) -> Estimate:
+def estimate(recipe: Recipe, cfg: ModelConfig, processes: int, *, cuda: bool) -> Estimate:
     """The peak of one of `processes` processes."""
     sizes = {name: math.prod(shape) for name, shape in shapes(cfg).items()}
     count = sum(sizes.values())
     width = 4 if recipe.precision == "float32" else 2
     state = 16 * count / processes  # weight, gradient, two moments: float32 each
     if processes == 1:
-        computed = float(width * count if width < 4 else 0)  # autocast's copies
+        computed = float(width * count if width < 4 else 0)  # copies to compute with
     else:
         groups: dict[str, int] = {}
         for name, size in sizes.items():
@@ -66,21 +67,27 @@ def estimate(recipe: StepRecipe, cfg: ModelConfig, processes: int, *, cuda: bool
         {
             "weights, gradients and moments": state,
             "copies to compute with": computed,
-            "activations": _activations(recipe, cfg, width, processes, cuda=cuda),
+            "activations": max(
+                _activations(recipe, stage.data, cfg, width, processes, cuda=cuda)
+                for stage in recipe.stages
+            ),
         }
     )
 
 
 def _activations(
-    recipe: StepRecipe, cfg: ModelConfig, width: int, processes: int, *, cuda: bool
+    recipe: Recipe, data: Clips | Rows, cfg: ModelConfig, width: int, processes: int, *, cuda: bool
 ) -> float:
     vision, language = cfg.vision, cfg.language
-    kept = 1 - min(recipe.removed) if cfg.scorer is not None else 1.0
-    tokens = recipe.device_batch * recipe.sequence_length
+    kept = max(data.keep_ratio) if cfg.scorer is not None else 1.0
+    row_tokens, row_frames = data.row_shape
+    tokens = data.device_batch * row_tokens
     per_frame = kept * vision.num_cells + _TEXT_PER_FRAME
     frames = max(1.0, (1 - _TEXT_SHARE) * tokens / per_frame)
-    frames = min(frames, recipe.device_batch * recipe.row_frames)
-    residual = 4 if processes == 1 else width  # autocast leaves the residual stream in float32
+    frames = min(frames, data.device_batch * row_frames)
+    residual = (
+        4 if recipe.precision == "bfloat16" and processes == 1 else width
+    )  # autocast leaves the residual stream in float32
 
     stem_blocks = 0 if cfg.scorer is None else cfg.scorer.prune_at + 2
     trunk_blocks = vision.num_layers - stem_blocks
@@ -96,7 +103,7 @@ def _activations(
     token_block = (
         residual * 4 * language.width
         + width * (3 * language.width + 6 * queries + 4 * keys + 4 * language.mlp_width)
-        + (0 if cuda else 2 * width * language.num_heads * recipe.sequence_length)
+        + (0 if cuda else 2 * width * language.num_heads * row_tokens)
     )
     if recipe.activation_checkpointing:
         held = residual * vision.width * (patches * stem_blocks + trunk_patches * trunk_blocks)
@@ -109,15 +116,15 @@ def _activations(
     scorer = patches * vision.width * (4 * 3 + 3 * width) if cfg.scorer is not None else 0
     connector = frames * kept * vision.num_cells * cfg.connector.mlp_width * 4 * width
     pictures = patches * vision.patch_dim * (1 + 2 * width)
-    mask = recipe.device_batch * recipe.sequence_length**2 * (width + 4)
+    mask = data.device_batch * row_tokens**2 * (width + 4)
     logits = _TEXT_SHARE * tokens * language.base_vocab * (width + 12)
     return held + taps + scorer + connector + pictures + mask + logits
 
 
-def available(world: Ranks) -> float | None:
+def available(ranks: Ranks) -> float | None:
     """Bytes that this process may still take; None where the system does not say."""
-    if world.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(world.device)[0])
+    if ranks.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(ranks.device)[0])
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -130,33 +137,34 @@ def available(world: Ranks) -> float | None:
         free += [] if limit == "max" else [float(limit) - used]
     except OSError:
         pass  # no such group: the machine's own figure stands
-    return min(free) / world.size if free else None
+    return min(free) / ranks.size if free else None
 
 
-def check_fits(recipe: StepRecipe, cfg: ModelConfig, world: Ranks) -> Estimate:
-    """The estimate for this world. Raises RecipeTooLarge with numbers and what would fit."""
-    cuda = world.device.type == "cuda"
-    need = estimate(recipe, cfg, world.size, cuda=cuda)
-    limit = recipe.memory_gib * GIB if recipe.memory_gib else available(world)
+def check_fits(recipe: Recipe, cfg: ModelConfig, ranks: Ranks) -> Estimate:
+    """The estimate for these processes. Raises RecipeTooLarge with numbers and what would fit."""
+    cuda = ranks.device.type == "cuda"
+    need = estimate(recipe, cfg, ranks.size, cuda=cuda)
+    limit = recipe.memory_gib * GIB if recipe.memory_gib else available(ranks)
     if limit is not None and need.total > limit:
         raise RecipeTooLarge(
             f"the recipe needs about {need} in each process, and there are {limit / GIB:.1f} GiB",
             where=recipe.name,
-            remedy=_remedy(recipe, cfg, world, limit, cuda=cuda),
+            remedy=_remedy(recipe, cfg, ranks, limit, cuda=cuda),
         )
     return need
 
 
-def _remedy(recipe: StepRecipe, cfg: ModelConfig, world: Ranks, limit: float, *, cuda: bool) -> str:
+def _remedy(recipe: Recipe, cfg: ModelConfig, ranks: Ranks, limit: float, *, cuda: bool) -> str:
     """The first change that makes it fit: recompute, smaller batches, more processes."""
     changes: dict[str, str] = {}
     if not recipe.activation_checkpointing:
-        recipe = dataclasses.replace(recipe, activation_checkpointing=True)
         changes["activation_checkpointing"] = "true"
-    processes = world.size
+        recipe = override(recipe, ["activation_checkpointing=true"])
+    processes = ranks.size
     while (need := estimate(recipe, cfg, processes, cuda=cuda)).total > limit:
-        if recipe.device_batch > 1:
-            recipe = dataclasses.replace(recipe, device_batch=1)
+        rows = [stage.data for stage in recipe.stages if isinstance(stage.data, Rows)]
+        if any(data.device_batch > 1 for data in rows):
+            recipe = override(recipe, ["device_batch=1"])
             changes["device_batch"] = "1"
         elif processes < 1024:
             processes *= 2
@@ -166,7 +174,7 @@ def _remedy(recipe: StepRecipe, cfg: ModelConfig, world: Ranks, limit: float, *,
             )
     settings = " ".join(f"--set {key}={value}" for key, value in changes.items())
     started = (
-        f"torchrun with {processes} processes of that memory" if processes > world.size else ""
+        f"torchrun with {processes} processes of that memory" if processes > ranks.size else ""
     )
     wanted = " and ".join(filter(None, [settings, started]))
     return f"with {wanted} it needs {need.total / GIB:.1f} GiB"

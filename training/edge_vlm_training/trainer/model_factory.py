@@ -12,28 +12,32 @@ from torch import nn
 
 from edge_vlm.config import ModelConfig, ScorerConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm.config import demo as demo_config
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.formats.usage import FrameRule, Usage
 from edge_vlm.model.checkpoint import TOKENIZER
 from edge_vlm.model.published.files import read_json
 from edge_vlm.model.published.folder import ModelFolder, open_folder, stts_scorer
 from edge_vlm.model.scorer import TokenScorer
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_training.recipes.base import StepRecipe
+from edge_vlm_training.recipes.base import Recipe, Rows
+from edge_vlm_training.trainer.checkpoints import WHOLE, latest
+from edge_vlm_training.world.more_words import vocabulary_of, with_more_words
 from edge_vlm_training.world.questions import vocabulary
 from edge_vlm_training.world.vocabulary import READ_ONLY, build_tokenizer
 
 _PUBLISHED = {"molmo2_4b": molmo2_4b, "molmo2_8b": molmo2_8b, "molmo2_o_7b": molmo2_o_7b}
 
 
-def prepare_tokenizer(recipe: StepRecipe, folder: Path) -> Path:
+def prepare_tokenizer(recipe: Recipe, folder: Path) -> Path:
     """Puts the run's tokenizer.json into its folder; the folder is made if need be.
 
     Raises ConfigError if the recipe names none for a published vocabulary.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TOKENIZER
-    if (init := open_init(recipe)) is not None:
+    if recipe.tokenizer is None and recipe.world_words:
+        build_tokenizer(vocabulary(), path)
+    elif (init := open_init(recipe)) is not None:
         shutil.copyfile(init.require_tokenizer(), path)
     elif recipe.tokenizer is not None:
         if not recipe.tokenizer.is_file():
@@ -53,12 +57,12 @@ def prepare_tokenizer(recipe: StepRecipe, folder: Path) -> Path:
     return path
 
 
-def model_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
+def model_config(recipe: Recipe, tokenizer: Path) -> ModelConfig:
     """The shape that will be trained: that of `init` with a scorer, in the recipe's mode.
 
     Reads headers only. Raises CheckpointError or ConfigError for an unusable `init`.
     """
-    init = open_init(recipe)
+    init = None if recipe.world_words else open_init(recipe)
     cfg = _named_config(recipe, tokenizer) if init is None else init.config
     scorer = cfg.scorer or stts_scorer(cfg, cfg.vision.mlp_width)
     scorer = dataclasses.replace(scorer, rescale=recipe.rescale)
@@ -68,7 +72,7 @@ def model_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
         raise ConfigError(f"no room for the scorer: {error}", where=recipe.init) from error
 
 
-def _named_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
+def _named_config(recipe: Recipe, tokenizer: Path) -> ModelConfig:
     if recipe.model in _PUBLISHED:
         return _PUBLISHED[recipe.model]()
     try:
@@ -80,12 +84,18 @@ def _named_config(recipe: StepRecipe, tokenizer: Path) -> ModelConfig:
     return make(words - len(READ_ONLY), len(READ_ONLY))
 
 
-def open_init(recipe: StepRecipe) -> ModelFolder | None:
-    """The folder a recipe starts from. Raises as `open_folder`."""
-    return None if recipe.init is None else open_folder(recipe.init, recipe.tokenizer)
+def open_init(recipe: Recipe) -> ModelFolder | None:
+    """The folder a recipe starts from, or the checkpoint in that of a run.
+
+    Raises as `open_folder`.
+    """
+    if recipe.init is None:
+        return None
+    in_run = latest(recipe.init) is not None
+    return open_folder(recipe.init / WHOLE if in_run else recipe.init, recipe.tokenizer)
 
 
-def init_notes(recipe: StepRecipe) -> list[str]:
+def init_notes(recipe: Recipe) -> list[str]:
     """What to know about the weights a recipe starts from, one line each."""
     init = open_init(recipe)
     if init is None:
@@ -94,36 +104,43 @@ def init_notes(recipe: StepRecipe) -> list[str]:
     return [*init.notes, *fresh]
 
 
-def trained_usage(recipe: StepRecipe) -> Usage:
-    """What the trained model will want: as `init`, with the recipe's markers, frames and share.
+def trained_usage(recipe: Recipe) -> Usage | None:
+    """What the trained model will want: as `init`, with the recipe's markers, and the frames and
+    share of its last stage; None for a model of rendered clips alone.
 
     Of several shares it is served at the middle one.
     """
+    data = recipe.stages[-1].data
+    if not isinstance(data, Rows):
+        return None
     init = open_init(recipe)
     before = Usage() if init is None else init.usage
     return dataclasses.replace(
         before,
         style=dataclasses.replace(before.style, own_frame_markers=recipe.frame_markers),
-        frames=FrameRule(num_frames=recipe.max_frames, max_fps=recipe.fps),
-        defaults={
-            **before.defaults,
-            "keep_ratio": round(1 - statistics.median_low(recipe.removed), 6),
-        },
+        frames=FrameRule(num_frames=data.max_frames, max_fps=data.fps),
+        defaults={**before.defaults, "keep_ratio": statistics.median_high(data.keep_ratio)},
     )
 
 
-def build_model(recipe: StepRecipe, cfg: ModelConfig) -> VideoLM:
+def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
     """The model on the CPU in float32, with the weights of `init` or random ones by the seed.
 
-    A scorer that `init` lacks is random. Every process builds the same. Raises as the loaders do.
+    A scorer that `init` lacks, or that is not wanted, is random. Every process builds the same.
+    Raises as the loaders do, and CheckpointError for an `init` that is not of the shape that
+    `world_words` asks for.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     init = open_init(recipe)
     if init is None:
         return VideoLM(cfg).init_weights(generator)
-    model = init.load()
+    if recipe.world_words:
+        model = VideoLM(cfg).init_weights(generator)
+        _take_over(model, init, tokenizer)
+    else:
+        model = init.load()
     assert cfg.scorer is not None
-    if model.scorer is None:
+    if model.scorer is None or recipe.new_scorer:
         model.scorer = _random_scorer(cfg.scorer, cfg.vision.width, generator)
     model.cfg, model.scorer.cfg = cfg, cfg.scorer
     for parameter in model.parameters():
@@ -131,6 +148,21 @@ def build_model(recipe: StepRecipe, cfg: ModelConfig) -> VideoLM:
         parameter.data = parameter.data.clone()
         parameter.requires_grad_(True)
     return model
+
+
+def _take_over(model: VideoLM, init: ModelFolder, tokenizer: Path) -> None:
+    """The weights of `init`, embeddings by their words, into a model that may know more words."""
+    weights = init.load().state_dict()
+    try:
+        known, wanted = vocabulary_of(init.require_tokenizer()), vocabulary_of(tokenizer)
+        weights = with_more_words(weights, known, wanted, model.cfg.language.base_vocab)
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint is not one of this recipe's models: {error}",
+            where=init.path,
+            remedy="start without --init, or from a checkpoint of this shape and world",
+        ) from error
 
 
 def _random_scorer(cfg: ScorerConfig, width: int, generator: torch.Generator) -> TokenScorer:

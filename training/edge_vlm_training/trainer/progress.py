@@ -9,15 +9,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from edge_vlm.errors import MissingExtraError
@@ -25,11 +25,20 @@ from edge_vlm.errors import MissingExtraError
 LOG, BOARD = "log.jsonl", "tensorboard"
 
 
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "tokens_per_s": "{:,.0f} tok/s",
+    "mfu": "MFU {:.1%}",
+    "kept": "kept {:.1%}",
+    "eta_s": "ETA {:.0f} s",
+}
+
+
 class Reporter:
     """Takes numbers by step; use it as a context manager."""
 
-    def __init__(self, folder: Path, total: int, start: int, *, console: Console | None) -> None:
-        """Reports behind step `start` that an earlier, killed run left are taken back.
+    def __init__(self, folder: Path, start: int, *, console: Console | None) -> None:
+        """Reports after step `start` that an earlier, killed run left are taken back.
 
         Raises MissingExtraError if TensorBoard is not installed.
         """
@@ -46,13 +55,12 @@ class Reporter:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                TaskProgressColumn(),
                 TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[numbers]}"),
                 console=console,
             )
-            self._task = self._bar.add_task("starting", total=total, completed=start)
+            self._task = self._bar.add_task("starting", total=1.0, numbers="")
 
     def __enter__(self) -> Reporter:
         if self._bar is not None:
@@ -64,26 +72,31 @@ class Reporter:
             self._bar.stop()
         self._board.close()
 
-    def advance(self, step: int) -> None:
-        """One more step is done; `step` counts them."""
+    def advance(self, step: int, share: float, stage: str) -> None:
+        """One more step is done; `step` counts them, `share` is that of the stage."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=share, description=f"{stage} step {step}")
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """One report: into the log, to TensorBoard and beside the bar."""
-        line = {"step": step, **{name: float(f"{v:.6g}") for name, v in values.items()}}
+    def numbers(self, step: int, values: Mapping[str, Any]) -> None:
+        """One report: into the log, to TensorBoard and beside the bar.
+
+        A value is a number, a text or a mapping of numbers.
+        """
         with open(self._log, "a") as log:
-            log.write(json.dumps(line) + "\n")
+            log.write(json.dumps({"step": step, **_rounded(values)}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        if self._bar is not None:
-            shown = (
-                f"loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tok/s  "
-                f"MFU {values['mfu']:.1%}  kept {values['kept']:.1%}"
+            if isinstance(value, Mapping):
+                for key, number in value.items():
+                    self._board.add_scalar(f"{name}/{key}", number, step)
+            elif not isinstance(value, str):
+                self._board.add_scalar(name, value, step)
+        if self._bar is not None and self._console is not None:
+            shown = "  ".join(
+                text.format(values[name]) for name, text in _SHOWN.items() if name in values
             )
-            self._bar.update(self._task, description=shown)
-            if self._console is not None and not self._console.is_terminal:
-                self._console.print(f"step {step}  {shown}  ETA {values['eta_s']:.0f} s")
+            self._bar.update(self._task, numbers=shown)
+            if not self._console.is_terminal:
+                self._console.print(f"{values['stage']} step {step}  {shown}")
 
     def text(self, step: int, name: str, lines: list[str]) -> None:
         """Samples of answers."""
@@ -109,6 +122,16 @@ class Reporter:
         partial = self._log.with_suffix(".partial")
         partial.write_text("".join(kept))
         os.replace(partial, self._log)
+
+
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found[name] = _rounded(value)
+        else:
+            found[name] = value if isinstance(value, str) else float(f"{value:.6g}")
+    return found
 
 
 def terminal() -> Console:

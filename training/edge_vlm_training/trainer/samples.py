@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_training.data.batch import IGNORED, NOWHERE, PackedBatch, PackedTokens
+from edge_vlm_training.data.packing.batch import (
+    IGNORED,
+    NOWHERE,
+    Batch,
+    PackedBatch,
+    PackedTokens,
+)
 from edge_vlm_training.objective.objective import Objective
 
 NUM_QUESTIONS = 2
@@ -16,12 +22,15 @@ NUM_QUESTIONS = 2
 
 @torch.no_grad()
 def sample_answers(
-    objective: Objective, batch: PackedBatch, tokenizer: Tokenizer, eos_id: int, num_tokens: int
+    objective: Objective, batch: Batch, tokenizer: Tokenizer, eos_id: int, num_tokens: int
 ) -> list[str]:
     """Greedy answers to the first branches of a batch, as `question | answer | wanted` lines.
 
     Every process makes the same number of calls, whatever its answers are, as sharded weights need.
+    A batch without questions gives none.
     """
+    if not isinstance(batch, PackedBatch):
+        return []
     was_training = objective.training
     objective.eval()
     try:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.model.checkpoint import TOKENIZER
-from edge_vlm.text.prompt import PromptFormat
+from edge_vlm.text.prompt import PromptFormat, PromptStyle
 from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm_training.config import plain, read_json
+from edge_vlm_training.data.packing.batch import BatchStream
+from edge_vlm_training.data.packing.stream import PackedStream
 from edge_vlm_training.data.prefetch import Prefetch
-from edge_vlm_training.recipes.base import OPERATIONAL, StepRecipe
+from edge_vlm_training.data.sources.open import open_mixture
+from edge_vlm_training.data.sources.world_clips import WorldClips
+from edge_vlm_training.recipes.base import OPERATIONAL, Clips, Recipe
+from edge_vlm_training.recipes.overrides import leaves
 from edge_vlm_training.trainer import checkpoints
+from edge_vlm_training.trainer.checkpoints import Progress
 from edge_vlm_training.trainer.distributed import Ranks
 from edge_vlm_training.trainer.loop import Run
 from edge_vlm_training.trainer.memory import check_fits
@@ -25,12 +32,12 @@ from edge_vlm_training.trainer.model_factory import (
     trained_usage,
 )
 from edge_vlm_training.trainer.progress import Reporter, terminal
-from edge_vlm_training.trainer.sources import open_stream
+from edge_vlm_training.world.curriculum import QuestionMix
 
 RECIPE = "recipe.json"
 
 
-def stored_recipe(folder: Path, name: str) -> StepRecipe:
+def stored_recipe(folder: Path, name: str) -> Recipe:
     """The recipe a run's folder was started with, for `--resume`.
 
     Raises CheckpointError if there is none, ConfigError if it is not the one called `name` or its
@@ -41,10 +48,7 @@ def stored_recipe(folder: Path, name: str) -> StepRecipe:
         raise CheckpointError(
             "nothing to resume", where=folder, remedy="leave out --resume to start a new run"
         )
-    try:
-        recipe = StepRecipe(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"not a recipe: {error}", where=path) from error
+    recipe = read_json(path, Recipe)
     if recipe.name != name:
         raise ConfigError(
             f"the run was started with the recipe {recipe.name}",
@@ -54,7 +58,7 @@ def stored_recipe(folder: Path, name: str) -> StepRecipe:
     return recipe
 
 
-def begin(recipe: StepRecipe, folder: Path, world: Ranks, *, resume: bool) -> None:
+def begin(recipe: Recipe, folder: Path, ranks: Ranks, *, resume: bool) -> None:
     """Claims the run's folder, or checks that it is this recipe's. Every process has to call this.
 
     Raises ConfigError: the folder holds a run already, or (resuming) one whose recipe differs in a
@@ -62,17 +66,17 @@ def begin(recipe: StepRecipe, folder: Path, world: Ranks, *, resume: bool) -> No
     """
     path = folder / RECIPE
     # All look before one writes; all fail alike.
-    stored = path.read_text() if path.exists() else None
-    world.wait()
+    stored = read_json(path, Recipe) if resume and path.exists() else None
+    ranks.wait()
     if resume:
         if stored is None or checkpoints.latest(folder) is None:
             raise CheckpointError(
                 "nothing to resume", where=folder, remedy="leave out --resume to start a new run"
             )
-        before, now = json.loads(stored), json.loads(json.dumps(recipe.to_dict()))
-        changed = [k for k in now if k not in OPERATIONAL and now[k] != before.get(k)]
-        if changed:
-            told = ", ".join(f"{k} ({before.get(k)!r} before, now {now[k]!r})" for k in changed)
+        before, now = _values(stored), _values(recipe)
+        changed = [k for k in before | now if before.get(k) != now.get(k)]
+        if changed := [k for k in changed if k.rpartition(".")[2] not in OPERATIONAL]:
+            told = ", ".join(f"{k} ({before.get(k)!r} before, now {now.get(k)!r})" for k in changed)
             raise ConfigError(
                 f"the run was started with another recipe: {told}",
                 where=path,
@@ -84,18 +88,23 @@ def begin(recipe: StepRecipe, folder: Path, world: Ranks, *, resume: bool) -> No
             where=folder,
             remedy="add --resume to go on with it, or name another folder",
         )
-    if world.leads:
+    if ranks.leads:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
+        partial.write_text(json.dumps(plain(recipe), indent=1) + "\n")
         os.replace(partial, path)
-    world.wait()
+    ranks.wait()
+
+
+def _values(recipe: Recipe) -> dict[str, object]:
+    """Everything that can be set, by its path."""
+    return {".".join(path): holder[key] for path, holder, key in leaves(plain(recipe))}
 
 
 def train(
-    recipe: StepRecipe,
+    recipe: Recipe,
     folder: Path,
-    world: Ranks,
+    ranks: Ranks,
     *,
     resume: bool = False,
     watched: bool = False,
@@ -107,42 +116,51 @@ def train(
     Raises what `begin`, the data and the loaders raise, RecipeTooLarge before anything is loaded,
     and NonFinite if the loss is no number any more. The last checkpoint is intact in any case.
     """
-    begin(recipe, folder, world, resume=resume)
-    if world.leads:
+    begin(recipe, folder, ranks, resume=resume)
+    if ranks.leads:
         prepare_tokenizer(recipe, folder)
-    world.wait()
+    ranks.wait()
     tokenizer_path = folder / TOKENIZER
     cfg = model_config(recipe, tokenizer_path)
-    need = check_fits(recipe, cfg, world)
+    need = check_fits(recipe, cfg, ranks)
     usage = trained_usage(recipe)
+    style = PromptStyle(own_frame_markers=recipe.frame_markers) if usage is None else usage.style
     try:
-        prompt = PromptFormat(Tokenizer.from_file(tokenizer_path), usage.style)
+        prompt = PromptFormat(Tokenizer.from_file(tokenizer_path), style)
     except KeyError as error:
         raise ConfigError(
             f"{error.args[0]}, which the recipe's prompts need",
             where=tokenizer_path,
             remedy="take the tokenizer of a Molmo2 checkpoint, or --set frame_markers=false",
         ) from error
-    stream = open_stream(recipe, cfg, prompt, world)
-    # With threads of its own, decoding goes on while a step is computed.
-    ahead = Prefetch(stream) if recipe.decode_threads else None
-    with ahead or contextlib.nullcontext():
-        model = build_model(recipe, cfg)
-        run = Run(recipe, cfg, model, ahead or stream, world, folder, prompt, usage)
-        if resume:
-            run.resume()
-        reporter = None
-        if world.leads:
-            reporter = Reporter(
-                folder, recipe.steps, run.step, console=terminal() if watched else None
-            )
-            reporter.say(f"{recipe.name} on {world.size} x {world.device}: about {need}")
-            for note in init_notes(recipe):
-                reporter.say(note)
-        run.go(reporter)
-    if stream.skipped:
-        met = sum(stream.skipped.values())
-        print(
-            f"process {world.rank} left {len(stream.skipped)} bad records out, {met} times in all"
-        )
+    opened: dict[int, PackedStream] = {}
+
+    def open_stream(at: Progress, mix: QuestionMix) -> BatchStream:
+        data = recipe.stages[at.stage].data
+        if isinstance(data, Clips):
+            # Other clips in every stage, whatever its number of steps was.
+            seed = hash((recipe.seed, at.stage, at.step)) % 2**31
+            mix.rng.seed(seed + 1)
+            return WorldClips(data, cfg, prompt, mix, seed)
+        share = {"rank": ranks.rank, "num_ranks": ranks.size}
+        stream = open_mixture(data, cfg, prompt, seed=recipe.seed + at.stage, **share)
+        opened[at.stage] = stream
+        # With threads of its own, decoding goes on while a step is computed.
+        return Prefetch(stream) if data.decode_threads else stream
+
+    model = build_model(recipe, cfg, tokenizer_path)
+    run = Run(recipe, cfg, model, open_stream, ranks, folder, prompt, usage)
+    if resume:
+        run.resume()
+    reporter = None
+    if ranks.leads:
+        reporter = Reporter(folder, run.at.step, console=terminal() if watched else None)
+        reporter.say(f"{recipe.name} on {ranks.size} x {ranks.device}: about {need}")
+        for note in init_notes(recipe):
+            reporter.say(note)
+    run.go(reporter)
+    skipped = sum((Counter(stream.skipped) for stream in opened.values()), Counter[str]())
+    if skipped:
+        met = skipped.total()
+        print(f"process {ranks.rank} left {len(skipped)} bad records out, {met} times in all")
     return run.save_whole()

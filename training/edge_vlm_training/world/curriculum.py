@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
-from edge_vlm_training.data.prefix_packing import Branch
+from edge_vlm_training.data.sample import Branch
 from edge_vlm_training.world.questions import QUESTION_KINDS, ask_any
 from edge_vlm_training.world.scenes import Scenes
 
@@ -25,6 +26,13 @@ class QuestionMix:
         self.rng = random.Random(seed)
         self.accuracy = dict.fromkeys(QUESTION_KINDS, 0.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": stored_random(self.rng), "accuracy": dict(self.accuracy)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        restore_random(self.rng, state["random"])
+        self.accuracy.update(state["accuracy"])
+
     def weights(self) -> dict[str, float]:
         weights = {kind: 1 - right + _FLOOR for kind, right in self.accuracy.items()}
         return {kind: weight * _EMPHASIS.get(kind, 1.0) for kind, weight in weights.items()}
@@ -41,13 +49,13 @@ class QuestionMix:
         history_share: float,
         forgotten: int = 0,
         at_end: bool = False,
-    ) -> tuple[list[Branch], list[str]]:
+    ) -> list[Branch]:
         """`count` questions about one clip after random frames, or all after the last (`at_end`).
 
-        Frames 1 to `forgotten` are not shown to the language model: questions come behind them, ask
+        Frames 1 to `forgotten` are not shown to the language model: questions come after them, ask
         about now only, and count frames without them.
         """
-        branches, kinds = [], []
+        branches = []
         weights = self.weights()
         if forgotten:
             weights = {kind: weights[kind] for kind in NOW_KINDS}
@@ -66,6 +74,25 @@ class QuestionMix:
                 turns = (ask_any(scenes, clip, self.rng, None, moment) for moment in earlier)
                 history = [(turn.text, turn.answer) for turn in turns]
             frame = question.frame - forgotten
-            branches.append(Branch(frame, question.text, question.answer, tuple(history)))
-            kinds.append(question.kind)
-        return branches, kinds
+            branches.append(
+                Branch(
+                    kind=question.kind,
+                    question=question.text,
+                    answer=question.answer,
+                    frame=frame,
+                    history=tuple(history),
+                )
+            )
+        return branches
+
+
+def stored_random(rng: random.Random) -> list[Any]:
+    """The generator's state as plain JSON types."""
+    version, numbers, gauss = rng.getstate()
+    return [version, list(numbers), gauss]
+
+
+def restore_random(rng: random.Random, state: list[Any]) -> None:
+    """Goes on from such a state."""
+    version, numbers, gauss = state
+    rng.setstate((version, tuple(numbers), gauss))

@@ -1,7 +1,7 @@
 """Questions about rendered scenes, each with its one exact answer at the moment it is asked.
 
 A question asked after frame t is answered from frames 0 .. t alone. Positions are those of the
-unshaken picture. ``ask`` makes one question; ``ask_many`` fills a training batch.
+unshaken picture.
 """
 
 from __future__ import annotations
@@ -252,19 +252,6 @@ def ask_any(
     the answers that the clip offers.
     """
     return _ask_any(_clip(scenes, b), rng, *_kinds_and_weights(weights), t)
-
-
-def ask_many(
-    scenes: Scenes,
-    per_clip: int,
-    rng: random.Random,
-    weights: Mapping[str, float] | None = None,
-    t: int | None = None,
-) -> list[list[Question]]:
-    """``per_clip`` questions about every clip, as ``ask_any``; one list per clip."""
-    kinds, shares = _kinds_and_weights(weights)
-    clips = (_clip(scenes, b) for b in range(len(scenes)))
-    return [[_ask_any(clip, rng, kinds, shares, t) for _ in range(per_clip)] for clip in clips]
 
 
 def _kinds_and_weights(

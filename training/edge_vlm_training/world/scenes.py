@@ -120,7 +120,7 @@ class Scenes:
 
     @property
     def num_frames(self) -> int:
-        return self.visible.shape[1]
+        return int(self.visible.shape[1])
 
     def times_s(self) -> FloatArray:
         """Time stamp of every frame, f32 [B, T] in seconds."""

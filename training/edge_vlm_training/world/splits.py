@@ -38,16 +38,21 @@ def _hash(value: npt.NDArray[np.integer], salt: int) -> npt.NDArray[np.uint64]:
         return z ^ (z >> np.uint64(31))
 
 
+def _is_drawn(hashed: npt.NDArray[np.uint64]) -> BoolArray:
+    drawn: BoolArray = hashed % np.uint64(HELDOUT_SHARE) == 0
+    return drawn
+
+
 def pair_is_heldout(kind: npt.ArrayLike, background: npt.ArrayLike) -> BoolArray:
     """Whether this kind on this background is shown in held-out clips only (arrays broadcast)."""
     page, place = np.divmod(np.asarray(kind, np.int64), _KINDS_A_PAGE)
     pair = (page << 20) + np.asarray(background, np.int64) * _KINDS_A_PAGE + place
-    return _hash(pair, _PAIR_SALT) % np.uint64(HELDOUT_SHARE) == 0
+    return _is_drawn(_hash(pair, _PAIR_SALT))
 
 
 def path_is_heldout(path_key: npt.ArrayLike) -> BoolArray:
     """Whether things follow this discretised path in held-out clips only."""
-    return _hash(np.asarray(path_key, np.int64), _PATH_SALT) % np.uint64(HELDOUT_SHARE) == 0
+    return _is_drawn(_hash(np.asarray(path_key, np.int64), _PATH_SALT))
 
 
 @lru_cache(maxsize=2)

@@ -2,7 +2,7 @@
 
 The language loss is a weak teacher for fresh vision weights (names stay at chance for minutes), so
 the ViT first learns kind, colour and centre of the thing under every patch of single frames. Later
-the same read-out on the connector's features keeps it from losing what the ViT knows: without it
+the same probe on the connector's features keeps it from losing what the ViT knows: without it
 the centre could be read from the ViT but hardly from the features (an error of 0.05 of the
 picture's side against 0.12), and questions about place and direction stood still.
 
@@ -71,22 +71,27 @@ def dense_labels(scenes: Scenes, owner: Tensor, grid: int, covered: float) -> De
     return DenseLabels(kind.flatten(), colour.flatten(), centre.flatten(0, 1))
 
 
+def from_zero(layer: nn.Linear) -> None:
+    """A fresh probe then pulls on trained features only as far as it has learned."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 class DenseHead(nn.Module):
-    """A linear read-out; thrown away after training."""
+    """A linear probe; thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.sizes = (len(KINDS) + 1, len(COLOUR_NAMES) + 1, 2)
         self.out = nn.Linear(width, sum(self.sizes))
-        # From zero a fresh read-out pulls on trained features only as far as it has learned.
-        nn.init.zeros_(self.out.weight)
+        from_zero(self.out)
 
     def forward(self, x_KD: Tensor) -> tuple[Tensor, ...]:
-        return self.out(x_KD).float().split(self.sizes, -1)
+        return torch.split(self.out(x_KD).float(), list(self.sizes), -1)
 
 
 class WordHead(nn.Module):
-    """A read-out whose classes are the language model's own words for kinds and colours.
+    """A probe whose classes are the language model's own words for kinds and colours.
 
     It pulls a thing's feature and the embedding of its name together, so that a question's word
     finds the vision tokens that it names by likeness. Only the rest is thrown away after training.
@@ -97,7 +102,7 @@ class WordHead(nn.Module):
         self.words = [list(kind_ids), list(colour_ids)]
         self.rest = nn.Linear(width, len(self.words) + 2)
         """No kind, no colour, and the centre."""
-        nn.init.zeros_(self.rest.weight)
+        from_zero(self.rest)
 
     def forward(self, x_KE: Tensor, embed_VE: Tensor) -> tuple[Tensor, ...]:
         x = F.rms_norm(x_KE, x_KE.shape[-1:])

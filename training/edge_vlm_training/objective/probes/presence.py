@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_vlm_training.objective.probes.dense import things_at
+from edge_vlm_training.objective.probes.dense import from_zero, things_at
 from edge_vlm_training.objective.probes.timeline import UNKNOWN
 from edge_vlm_training.world.scenes import COLOUR_NAMES, Scenes
 from edge_vlm_training.world.splits import MOST_THINGS
@@ -81,13 +81,13 @@ def present(
 
 
 class PresentHead(nn.Module):
-    """Normed linear read-outs of frame ends and of vision tokens; thrown away after training."""
+    """Normed linear probes of frame ends and of vision tokens; thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.frame, self.cell = (nn.Linear(width, sum(sizes)) for sizes in _SIZES)
         for out in (self.frame, self.cell):
-            nn.init.zeros_(out.weight)
+            from_zero(out)
 
     def forward(self, ends_FD: Tensor, tokens_KD: Tensor) -> tuple[Tensor, ...]:
         """Logits of count and colours there, of the colour last seen and whether it is gone."""

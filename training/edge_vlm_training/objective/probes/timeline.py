@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_vlm_training.objective.probes.dense import things_at
+from edge_vlm_training.objective.probes.dense import from_zero, things_at
 from edge_vlm_training.world.paths import DIRECTIONS
 from edge_vlm_training.world.scenes import Scenes
 
@@ -78,15 +78,16 @@ def timeline(scenes: Scenes, owner: Tensor, grid: int, covered: float, forgotten
 
 
 class TimelineHead(nn.Module):
-    """A normed linear read-out; thrown away after training."""
+    """A normed linear probe; thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.out = nn.Linear(width, sum(_SIZES) + 2)
-        nn.init.zeros_(self.out.weight)
+        from_zero(self.out)
 
     def forward(self, x_KD: Tensor) -> tuple[Tensor, ...]:
-        return self.out(F.rms_norm(x_KD, x_KD.shape[-1:])).float().split((*_SIZES, 2), -1)
+        told = self.out(F.rms_norm(x_KD, x_KD.shape[-1:]))
+        return torch.split(told.float(), [*_SIZES, 2], -1)
 
 
 def timeline_loss(outputs: tuple[Tensor, ...], truth: Timeline) -> tuple[Tensor, dict[str, float]]:

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from edge_vlm.errors import DataError, RecordTooLong, VideoError
-from edge_vlm_training.data.assemble import CellBudget
-from edge_vlm_training.data.knapsack import fill_row
-from edge_vlm_training.data.mixture import Mixture
+from edge_vlm_training.data.packing.budget import CellBudget
+from edge_vlm_training.data.packing.knapsack import fill_row
+from edge_vlm_training.data.packing.trees import Tree, TreeBuilder, split_tree
 from edge_vlm_training.data.sample import Pictures
-from edge_vlm_training.data.trees import Tree, TreeBuilder, split_tree
+from edge_vlm_training.data.sources.mixture import Mixture
 
 BadRecord = DataError | VideoError
 _MOST_BAD_IN_A_ROW = 100
@@ -30,17 +30,17 @@ class PackingConfig:
     """Of a clip in a row; more make the clip come again with the rest of them."""
     window: int = 48
     """Trees that a lane chooses from."""
-    removed: tuple[float, ...] = (0.5,)
-    """Shares of cells to remove; every step draws one."""
+    keep_ratio: tuple[float, ...] = (0.5,)
+    """Shares of cells to keep; every step draws one."""
     min_cells: tuple[int, ...] = (0,)
-    """As `removed`: what every later frame keeps."""
+    """As `keep_ratio`: what every later frame keeps."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_frames", "max_branches", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.removed or not all(0 <= share < 1 for share in self.removed):
-            raise ValueError(f"removed must be shares in [0, 1), got {list(self.removed)}")
+        if not self.keep_ratio or not all(0 < share <= 1 for share in self.keep_ratio):
+            raise ValueError(f"keep_ratio must be shares in (0, 1], got {list(self.keep_ratio)}")
         if not self.min_cells or min(self.min_cells) < 0:
             raise ValueError(f"min_cells must be counts, got {list(self.min_cells)}")
 
@@ -62,7 +62,7 @@ class Supply:
     """Raises, or lets the record be left out."""
 
     def trees(self, source: str, number: int) -> list[Tree]:
-        """A sample as trees that fit a row whatever share is removed.
+        """A sample as trees that fit a row whatever share is kept.
 
         Raises VideoError and DataError.
         """
@@ -156,10 +156,9 @@ class Lane:
 
     def _fill(self) -> None:
         window, size = self._window, self._supply.packing.window
-        taken, coming = self._taken.copy(), []
-        for draw in range(self._draws, self._draws + size - len(window)):
-            coming.append(self._drawn(draw, taken))
-        self._supply.open(coming)
+        taken = self._taken.copy()
+        coming = range(self._draws, self._draws + size - len(window))
+        self._supply.open([self._drawn(draw, taken) for draw in coming])
         while len(window) < size:
             window += self._draw()
 

@@ -1,15 +1,15 @@
-"""What the data side hands to a training loop: packed rows of clips with their branches.
+"""What the data side hands to the training loop: clips with their branches, here as packed rows.
 
-A row holds several clips; a clip is a prefix (begin token, stamped frames) and the branches behind
+A row holds several clips; a clip is a prefix (begin token, stamped frames) and the branches after
 it, one for each annotation. Nothing sees another clip, branches see their own prefix and nothing of
-each other (`masks`), and each begins at the position where the last frame it may see ends.
+each other (`masks`), and each begins at the position where the last frame it may see ends. `prefix`
+lays the same tokens out in the other form.
 
-A batch is built with every cell, for which cells a model keeps is known only behind its scorer;
+A batch is built with every cell, for which cells a model keeps is known only after its scorer;
 `PackedBatch.pruned` leaves the others' tokens out. A step therefore runs::
 
     pixels = to_pixel_values(batch.frames_FSS3, cfg.vision, dtype)
-    seen = encode_clips(model, pixels, batch.frames_per_clip, keep_ratio=1 - batch.removed,
-                        min_cells=batch.min_cells)
+    seen = see_clips(model, pixels, batch.frames_per_clip, batch.keep_ratio, batch.min_cells, dtype)
     tokens = batch.pruned(seen.kept_FC)
     embeds = llm.embed(tokens.ids_RS)
     flat = embeds.flatten(0, 1).index_add(0, tokens.patch_places(), seen.features_GE)
@@ -29,10 +29,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from edge_vlm_training.recipes.base import Form, Selection
+from edge_vlm_training.world.truth import Truth
+
+B = TypeVar("B", bound="Batch")
 
 IGNORED = -100
 """Target of a token whose successor is not trained on (torch's default `ignore_index`)."""
@@ -47,7 +52,7 @@ class PackedTokens:
     ids_RS: Tensor
     """int64, 0 where padded."""
     positions_RS: Tensor
-    """int64. From 0 in every clip; a branch's go on behind the last frame that it sees."""
+    """int64. From 0 in every clip; a branch's go on after the last frame that it sees."""
     target_RS: Tensor
     """int64: the next token where it is trained on, IGNORED elsewhere."""
     weight_RS: Tensor
@@ -70,6 +75,13 @@ class PackedTokens:
         """Where in the flattened [R * S] the features of the kept cells belong, in their order."""
         return (self.cell_RS != NOWHERE).flatten().nonzero().squeeze(1)
 
+    def frame_ends(self, num_frames: int) -> Tensor:
+        """Where in the flattened [R * S] each frame's end marker stands: its last prefix token."""
+        prefix = ((self.branch_RS == NOWHERE) & (self.clip_RS != NOWHERE)).flatten()
+        places = prefix.nonzero().squeeze(1)
+        last = torch.zeros(num_frames, dtype=torch.int64, device=places.device)
+        return last.scatter_reduce_(0, self.frame_RS.flatten()[places], places, "amax")
+
     @property
     def lengths_R(self) -> Tensor:
         """int64: tokens in each row, padding not counted."""
@@ -85,25 +97,47 @@ PADDING: dict[str, int] = {
 """What padding holds where it is not 0."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedBatch:
-    """Pictures and tokens of a training step; see the module's docstring."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Pictures of a training step; alone, without questions, for stages that only look."""
 
     frames_FSS3: Tensor
     """u8 at the model's input size, clips end to end in the order of the rows."""
     times_s_F: Tensor
     """f32: seconds from the start of its clip."""
     frames_per_clip: tuple[int, ...]
+    keep_ratio: float
+    """Share of the cells to keep; rows were packed to their length for this share."""
+    min_cells: int
+    """Cells that every later frame keeps in any case."""
+    selection: Selection = "published"
+    seed: int = 0
+    """Of a selection that draws."""
+    clip_names: tuple[str, ...] = ()
+    """Where each clip comes from, for messages."""
+    branch_kinds: tuple[str, ...] = ()
+    """Kind of each branch: its numbers are those of `branch_RS`."""
+    truth: Truth | None = None
+    """Of rendered clips, if a probe may want it."""
+
+    def to(self: B, device: torch.device | str, *, non_blocking: bool = False) -> B:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("frames_FSS3", "times_s_F")
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedBatch(Batch):
+    """Pictures and tokens in rows; see the module's docstring."""
+
     tokens: PackedTokens
     """With every cell."""
-    removed: float
-    """Share of the cells to remove; the rows were packed to their length for this share."""
-    min_cells: int
-    """Cells that every later frame keeps in any case (`encode_clips`)."""
-    clip_names: tuple[str, ...]
-    """Where each clip comes from, for messages."""
-    branch_kinds: tuple[str, ...]
-    """Kind of each branch: its numbers are those of `branch_RS`."""
+
+    form: Form = "rows"
+    """How the language model shall read them."""
 
     def pruned(self, kept_FC: Tensor, pad_to: int | None = None) -> PackedTokens:
         """The tokens without those of dropped cells; positions close up as in a live session.
@@ -133,20 +167,12 @@ class PackedBatch:
         return dataclasses.replace(tokens, positions_RS=positions)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
         tokens = {
-            f.name: move(getattr(self.tokens, f.name)) for f in dataclasses.fields(self.tokens)
+            f.name: getattr(self.tokens, f.name).to(device, non_blocking=non_blocking)
+            for f in dataclasses.fields(self.tokens)
         }
-        return dataclasses.replace(
-            self,
-            frames_FSS3=move(self.frames_FSS3),
-            times_s_F=move(self.times_s_F),
-            tokens=PackedTokens(**tokens),
-        )
+        moved = super().to(device, non_blocking=non_blocking)
+        return dataclasses.replace(moved, tokens=PackedTokens(**tokens))
 
 
 def positions_of(tokens: PackedTokens, frames_per_clip: tuple[int, ...]) -> Tensor:
@@ -163,8 +189,8 @@ def positions_of(tokens: PackedTokens, frames_per_clip: tuple[int, ...]) -> Tens
     until_F = per_frame.cumsum(0)
     before_clip_F = (until_F - per_frame)[first_F]
     inside = prefix.flatten().cumsum(0).view_as(prefix) - 1 - before_clip_F[tokens.frame_RS]
-    behind = (until_F - before_clip_F)[tokens.frame_RS] + tokens.offset_RS
-    return torch.where(prefix, inside, behind).masked_fill(tokens.clip_RS == NOWHERE, 0)
+    after = (until_F - before_clip_F)[tokens.frame_RS] + tokens.offset_RS
+    return torch.where(prefix, inside, after).masked_fill(tokens.clip_RS == NOWHERE, 0)
 
 
 class BatchStream(Protocol):
@@ -174,7 +200,7 @@ class BatchStream(Protocol):
     plain numbers, strings, lists and dicts only.
     """
 
-    def __iter__(self) -> Iterator[PackedBatch]: ...
+    def __iter__(self) -> Iterator[Batch]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -88,6 +88,10 @@ class TreeBuilder:
         self._unknown: int | None = None
         with contextlib.suppress(KeyError):  # byte-level vocabularies know every text
             self._unknown = prompt.tokenizer.id_of(UNKNOWN)
+        remembered = functools.lru_cache(100_000)
+        self._question = remembered(prompt.question_ids)
+        self._answer = remembered(prompt.answer_ids)
+        self._turn = remembered(prompt.turn_ids)
         self._stamp = functools.lru_cache(10_000)(
             lambda pts_s, first: prompt.frame_ids(pts_s, 0, first)
         )
@@ -107,9 +111,9 @@ class TreeBuilder:
                     where=sample.name,
                     remedy="ask at the clip's end, or train a model with attention 'frame'",
                 )
-            turns = [self.prompt.turn_ids(*turn) for turn in branch.history]
-            text = np.concatenate([*turns, self.prompt.question_ids(branch.question)])
-            answer = self.prompt.answer_ids(branch.answer)
+            turns = [self._turn(*turn) for turn in branch.history]
+            text = np.concatenate([*turns, self._question(branch.question)])
+            answer = self._answer(branch.answer)
             if self._unknown in text or self._unknown in answer:
                 raise DataError(
                     f"a word that the vocabulary lacks in {branch.question!r} or {branch.answer!r}",
@@ -131,7 +135,7 @@ def split_tree(
 ) -> Iterator[Tree]:
     """The tree, or if it is too long or wide several of the same clip: no branch is lost.
 
-    Raises RecordTooLong if a branch does not fit behind the clip even alone.
+    Raises RecordTooLong if a branch does not fit after the clip even alone.
     """
     room = max_tokens - tree.prefix_length(kept_cells)
     part: list[BranchTokens] = []

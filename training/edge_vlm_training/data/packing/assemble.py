@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_vlm.config import ModelConfig
-from edge_vlm.pruning.clip_budget import num_kept, variant_of
 from edge_vlm.text.prompt import PromptFormat
-from edge_vlm_training.data.batch import (
+from edge_vlm_training.data.packing.batch import (
     NOWHERE,
     PADDING,
     PackedBatch,
     PackedTokens,
     positions_of,
 )
+from edge_vlm_training.data.packing.budget import CellBudget
+from edge_vlm_training.data.packing.trees import TokenWeights, Tree
 from edge_vlm_training.data.sample import Pictures
-from edge_vlm_training.data.trees import TokenWeights, Tree
 
 Columns = dict[str, npt.NDArray[np.generic]]
 
 _DTYPES: dict[str, type[np.generic]] = {"weight_RS": np.float32, "vision_RS": np.bool_}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CellBudget:
-    """How many cells a clip keeps: known before the model chooses which (`encode_clips`)."""
-
-    cfg: ModelConfig
-    removed: float
-    min_cells: int
-
-    def kept(self, num_frames: int) -> int:
-        num_cells = self.cfg.vision.num_cells
-        return num_kept(
-            num_frames, num_cells, 1 - self.removed, self.min_cells, variant=variant_of(self.cfg)
-        )
 
 
 def assemble(
@@ -48,8 +33,10 @@ def assemble(
     prompt: PromptFormat,
     weights: TokenWeights,
     budget: CellBudget,
+    **fields: Any,
 ) -> PackedBatch:
-    """`pictures` u8 [T, S, S, 3] of each tree, in the order of the rows."""
+    """`pictures` u8 [T, S, S, 3] of each tree, in the order of the rows; `fields` are further ones
+    of `PackedBatch`."""
     num_cells = budget.cfg.vision.num_cells
     lines: list[Columns] = []
     clip = frame = branch = 0
@@ -69,10 +56,11 @@ def assemble(
         times_s_F=torch.from_numpy(np.concatenate([t.times_s for t in trees])).float(),
         frames_per_clip=frames_per_clip,
         tokens=dataclasses.replace(tokens, positions_RS=positions_of(tokens, frames_per_clip)),
-        removed=budget.removed,
+        keep_ratio=budget.keep_ratio,
         min_cells=budget.min_cells,
         clip_names=tuple(tree.name for tree in trees),
         branch_kinds=tuple(branch.kind for tree in trees for branch in tree.branches),
+        **fields,
     )
 
 
@@ -100,8 +88,9 @@ def _branches(
         # The token before an answer's token is the one that predicts it.
         predicts = slice(len(branch.text) - 1, None)
         columns["target_RS"][predicts] = branch.answer
-        each = weights.weight(branch.kind, len(branch.answer), len(tree.branches))
-        columns["weight_RS"][predicts] = each
+        columns["weight_RS"][predicts] = weights.weight(
+            *(branch.kind, len(branch.answer), len(tree.branches))
+        )
         columns["offset_RS"] = np.arange(len(ids))
         yield columns
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edge_vlm.config import VisionAttention
 from edge_vlm.model.layers import additive_bias
-from edge_vlm_training.data.batch import NOWHERE, PackedTokens
+from edge_vlm_training.data.packing.batch import NOWHERE, PackedTokens
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -17,12 +17,14 @@ from typing import Any
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError
 from edge_vlm.text.prompt import PromptFormat
-from edge_vlm_training.data.assemble import CellBudget, assemble
-from edge_vlm_training.data.batch import PackedBatch
-from edge_vlm_training.data.mixture import Mixture
-from edge_vlm_training.data.row_stream import BadRecord, Lane, PackingConfig, Supply
+from edge_vlm_training.data.packing.assemble import assemble
+from edge_vlm_training.data.packing.batch import PackedBatch
+from edge_vlm_training.data.packing.budget import CellBudget
+from edge_vlm_training.data.packing.row_stream import BadRecord, Lane, PackingConfig, Supply
+from edge_vlm_training.data.packing.trees import TokenWeights, TreeBuilder
 from edge_vlm_training.data.sample import seed_of
-from edge_vlm_training.data.trees import TokenWeights, TreeBuilder
+from edge_vlm_training.data.sources.mixture import Mixture
+from edge_vlm_training.recipes.base import Form
 
 
 class PackedStream:
@@ -42,6 +44,7 @@ class PackedStream:
         skip_bad: bool = False,
         report: Callable[[str], None] = print,
         threads: int = 0,
+        form: Form = "rows",
     ) -> None:
         """This process's `lanes` of `num_lanes`; a batch takes `rows_per_batch` of them in turn.
 
@@ -57,10 +60,10 @@ class PackedStream:
             raise ValueError(f"rows_per_batch = {rows} must divide {len(lanes)} lanes")
         self._seed, self._prompt = mixture.seed, prompt
         self._weights = weights or TokenWeights()
-        self._skip_bad, self._report = skip_bad, report
+        self._skip_bad, self._report, self._form = skip_bad, report, form
         self._budgets = [
-            CellBudget(cfg=cfg, removed=removed, min_cells=min_cells)
-            for removed in packing.removed
+            CellBudget(cfg=cfg, keep_ratio=keep_ratio, min_cells=min_cells)
+            for keep_ratio in packing.keep_ratio
             for min_cells in packing.min_cells
         ]
         self._supply = Supply(
@@ -96,15 +99,15 @@ class PackedStream:
         budget = random.Random(seed_of("step", self._seed, step)).choice(self._budgets)
         lanes = self._lanes[part * self._rows : (part + 1) * self._rows]
         rows = [lane.row(budget) for lane in lanes]
-        batch = assemble(
+        self._batches += 1
+        return assemble(
             [[tree for tree, _ in row] for row in rows],
             [pictures for row in rows for _, pictures in row],
             self._prompt,
             self._weights,
             budget,
+            form=self._form,
         )
-        self._batches += 1
-        return batch
 
     def _on_bad(self, error: BadRecord) -> None:
         if not self._skip_bad:
@@ -152,5 +155,5 @@ class PackedStream:
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The states of all processes of a step as one, from which any of them can go on."""
-    lanes = {number: lane for state in states for number, lane in state["lanes"].items()}
+    lanes = {number: lane for state in states for number, lane in state.get("lanes", {}).items()}
     return {**states[0], "lanes": lanes}
