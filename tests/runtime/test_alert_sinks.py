@@ -22,8 +22,8 @@ from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.alert_sinks import queue as queue_module
 from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
+from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
-from edge_vlm_runtime.alert_sinks.picture_limit import EvidenceSize
 from edge_vlm_runtime.alert_sinks.queue import SCHEMA, DeliveryQueue, QueuedAlert
 from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 from tests.runtime.live import TIMEOUT_S

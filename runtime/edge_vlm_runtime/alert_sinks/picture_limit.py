@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from enum import Enum
 
 from edge_vlm.errors import FrameDecodeError
 from edge_vlm.pixels.frames import shrink_jpeg
+from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 
 log = logging.getLogger(__name__)
 
 STEPS_BYTES = (64_000, 4_000)
 """Tried one after the other where the receiver does not say what it takes, then none. The first
 fits into what cloud brokers take (128 kB), also in base64."""
-
-
-class EvidenceSize(str, Enum):
-    """What receivers get of the picture that an alert rests on."""
-
-    NONE = "none"
-    SMALL = "small"
-    FULL = "full"
 
 
 CHOSEN_BYTES = {EvidenceSize.NONE: 0, EvidenceSize.SMALL: 16_000, EvidenceSize.FULL: None}

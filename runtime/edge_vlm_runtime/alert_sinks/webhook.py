@@ -8,7 +8,8 @@ import ssl
 from typing import Any
 
 from edge_vlm.errors import ConfigError, DeliveryError, DeliveryRefused, MissingExtraError
-from edge_vlm_runtime.alert_sinks.picture_limit import EvidenceSize, PictureLimit
+from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
+from edge_vlm_runtime.alert_sinks.picture_limit import PictureLimit
 from edge_vlm_runtime.alert_sinks.queue import QueuedAlert, receiver_key
 from edge_vlm_runtime.alert_sinks.tls_trouble import tls_trouble
 from edge_vlm_runtime.sources.container import mask_credentials
