@@ -6,9 +6,13 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from websockets.asyncio.client import connect
 
+from edge_vlm.pixels.video import read_video
+from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
+from edge_vlm_runtime.server.app import Server
 from tests.e2e.test_page import CHROMIUM, Page, browser, text
 from tests.runtime.live import open_server, run
 
@@ -113,3 +117,36 @@ def test_a_frozen_picture_is_not_sent_as_new(tmp_path: Path) -> None:
         await page.until(f"{text('notice')} === ''")
 
     visited(tmp_path, visit)
+
+
+def test_an_answer_shows_the_time_of_the_film(tmp_path: Path) -> None:
+    """The model's own stamps were moved: the demo's clip comes after its first picture has stood
+    for 12 s."""
+    pictures = [rgb for _, rgb in read_video(DEMO_FOLDER / "clip.mp4", 2.0)]
+    film = tmp_path / "film.webm"
+    with av.open(str(film), "w") as container:
+        track = container.add_stream("libvpx", rate=2, options={"crf": "4", "b": "4M"})
+        track.height, track.width = pictures[0].shape[:2]
+        for rgb in [pictures[0]] * 24 + pictures[:8]:
+            container.mux(track.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        container.mux(track.encode())
+
+    async def visit(debugger: str, url: str) -> None:
+        async with connect(debugger, max_size=None) as socket:
+            page = Page(socket)
+            await page.open(url)
+            await page.until("document.readyState === 'complete'")
+            await page.value(f"{VIDEO}.defaultPlaybackRate = 4")
+            await page.choose("#file", film)
+            await page.until(f"{VIDEO}.ended")
+            await page.value(
+                "document.getElementById('question').value = 'When did the mushroom appear?'"
+            )
+            await page.value("document.getElementById('ask').requestSubmit()")
+            await page.until("document.querySelector('#dialogue .times')?.textContent")
+            said = await page.value("document.querySelector('#dialogue .answer').textContent")
+            assert said in ("at 13.5 s", "at 14.0 s")  # a tick may come late
+
+    with Server.open(DEMO_BUNDLE, threads=1) as server, browser(tmp_path / "profile") as debugger:
+        server.start()
+        run(visit(debugger, server.page_url))
