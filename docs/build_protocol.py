@@ -27,7 +27,7 @@ INTRODUCTION = """\
 One websocket, `GET {path}`, is one session: one viewer, one stream, one conversation. Text
 messages are JSON objects with a `type`; names follow the OpenAI Realtime API where it has one.
 Binary messages are pictures. Compression is off; the server pings every 20 s. A page may connect
-only from the origin it was served by.
+only from the origin it was served by, or from an allowed one.
 
 The server begins with `session.created`: the model, the settings in force and the limits. Then the
 client sends frames and questions in any order, and video goes on while an answer is given. **Every

@@ -70,6 +70,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     asked.add_argument("--fps", type=_rate, default=2.0, help="frames a second of your own videos")
     asked.add_argument("--max-frames", type=_positive, default=64, help="of one of your videos")
+    asked.add_argument(
+        "--quiet-before",
+        type=_not_negative,
+        default=0.0,
+        metavar="SECONDS",
+        help="ask late in a stream: show the first picture of each clip for so long before it "
+        "(served only)",
+    )
     parser.add_argument(
         "-o",
         "--out",
@@ -131,6 +139,11 @@ def _run(args: argparse.Namespace) -> int:
 
     extra = [target for target in (args.bundle, args.url) if target]
     wanted = plan([*args.targets, *extra], args.through)
+    if args.quiet_before and set(wanted.targets) != {"served"}:
+        raise ConfigError(
+            "only a served bundle has a stream that a question can come late in",
+            remedy="--through served",
+        )
     runs = rows(args.runs, args.policy, args.keep_ratio, args.attention)
     options = EvaluatorOptions(
         threads=args.threads, api_key_file=args.api_key_file, tls_ca=args.tls_ca
@@ -169,13 +182,18 @@ def _evaluate(
     evaluators: Mapping[str, Evaluator],
     runs: Sequence[Run],
 ) -> int:
+    from edge_vlm.evaluation.late import after_quiet
     from edge_vlm.evaluation.log import AnswerLog
     from edge_vlm.evaluation.qa_jsonl import read_questions
     from edge_vlm.evaluation.table import overview, score, table, to_record, wrong_answers
 
     measured: dict[str, Any] = {"questions": _digest(questions, args)}
     measured |= {path: evaluator.identity for path, evaluator in evaluators.items()}
-    clips = islice(read_questions(questions, args.fps, args.max_frames), args.clips)
+    every = read_questions(questions, args.fps, args.max_frames)
+    clips: Iterator[ClipQuestions] = islice(every, args.clips)
+    if args.quiet_before:
+        measured["questions"] += f" after {args.quiet_before:g} quiet seconds"
+        clips = (after_quiet(clip, args.quiet_before) for clip in clips)
     log = AnswerLog(out / LOG if args.out else None, measured)
     try:
         asked = _ask(clips, evaluators, runs, log, args.minutes)

@@ -65,7 +65,7 @@ def read_questions(path: Path, fps: float = 2.0, max_frames: int = 64) -> Iterat
 def read_question_file(path: Path) -> list[FileQuestion]:
     """Every line. Raises ConfigError naming the first that is wrong, VideoNotFound."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the questions cannot be read: {error}", where=path) from error
     questions = []

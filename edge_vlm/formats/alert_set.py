@@ -87,7 +87,7 @@ def read_event_set(folder: Path) -> Iterator[Footage]:
             where=folder,
             remedy="make one with `edge-vlm world --events 40 --out FOLDER`",
         )
-    for number, line in enumerate(index.read_text().splitlines(), start=1):
+    for number, line in enumerate(index.read_text("utf-8-sig").splitlines(), start=1):
         try:
             data: dict[str, Any] = json.loads(line)
             name, times_s = str(data["name"]), [float(t) for t in data["times_s"]]

@@ -147,7 +147,7 @@ class EngineBundle:
 
 def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
     try:
-        data = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        data = json.loads((root / MANIFEST).read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise BundleSchemaError(f"{MANIFEST} is not JSON: {error}", where=root) from error
     version = data.get("schema_version") if isinstance(data, dict) else None

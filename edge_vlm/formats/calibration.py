@@ -111,7 +111,7 @@ class CalibrationTable:
     def read(cls, path: Path) -> CalibrationTable:
         """Raises ConfigError for a file that is missing, unreadable or not a table."""
         try:
-            text = path.read_text()
+            text = path.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the calibration: {error}", where=path) from error
         return cls.from_json(text, where=path)

@@ -55,6 +55,8 @@ class ClipQuestions:
     jpegs: Sequence[bytes] = field(repr=False)
     times_s: Sequence[float]
     questions: Sequence[AskedQuestion]
+    num_quiet: int = 0
+    """Pictures at the begin that only repeat the clip's first one; see `evaluation.late`."""
 
     def __post_init__(self) -> None:
         if len(self.jpegs) != len(self.times_s) or not self.jpegs:
@@ -93,7 +95,7 @@ def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
             where=folder,
             remedy="make one with `edge-vlm world --out FOLDER`",
         )
-    for number, line in enumerate(index.read_text().splitlines(), start=1):
+    for number, line in enumerate(index.read_text("utf-8-sig").splitlines(), start=1):
         try:
             data: dict[str, Any] = json.loads(line)
             name, times_s = str(data["name"]), [float(t) for t in data["times_s"]]

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 Rgb = npt.NDArray[np.uint8]
 """A picture, [H, W, 3]."""
 JPEG_MAGIC = b"\xff\xd8\xff"
+JPEG_END = b"\xff\xd9"
+MISSING_ROWS, MISSING_SHARE = 17, 0.1
+"""What may be missing of a picture without end marker: one row of blocks and the pixels above it
+that its colours reach, and no more than this share of the picture."""
+MADE_UP = bytes(range(1, 255)) * 4
 RAW_HEADER = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")
 """Of a binary PPM, https://netpbm.sourceforge.net/doc/ppm.html, in its plainest form."""
 MAX_PIXELS = 64_000_000
@@ -42,12 +47,17 @@ class Frame:
     seq: int
 
     def __post_init__(self) -> None:
-        if self.rgb.dtype != np.uint8 or self.rgb.ndim != 3 or self.rgb.shape[2] != 3:
-            raise ValueError(
-                f"rgb must be u8 [H, W, 3], got {self.rgb.dtype} {list(self.rgb.shape)}"
-            )
-        if self.rgb.shape[0] == 0 or self.rgb.shape[1] == 0:
-            raise ValueError("rgb must have at least one row and one column")
+        require_rgb(self.rgb)
+
+
+def require_rgb(rgb: np.ndarray) -> None:
+    """Raises ValueError saying what else it is than u8 [H, W, 3] with at least one pixel."""
+    if not isinstance(rgb, np.ndarray):
+        raise ValueError(f"rgb must be an array, u8 [H, W, 3], got {type(rgb).__name__}")
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+        raise ValueError(f"rgb must be u8 [H, W, 3], got {rgb.dtype} {list(rgb.shape)}")
+    if rgb.shape[0] == 0 or rgb.shape[1] == 0:
+        raise ValueError("rgb must have at least one row and one column")
 
 
 def _pillow_image() -> ModuleType:
@@ -61,7 +71,9 @@ def _pillow_image() -> ModuleType:
 def decode_jpeg(data: bytes) -> np.ndarray:
     """JPEG bytes -> rgb u8 [H, W, 3].
 
-    Raises FrameDecodeError when the bytes are not a whole JPEG, or claim more than MAX_PIXELS.
+    Many cameras leave the end marker out: such a picture is taken if nothing else is missing, or so
+    little that at most MISSING_ROWS rows at the bottom suffer. Raises FrameDecodeError when more
+    is, when the bytes are no JPEG, or claim more than MAX_PIXELS.
     """
     image_module = _pillow_image()
     if data[:3] != JPEG_MAGIC:
@@ -69,7 +81,8 @@ def decode_jpeg(data: bytes) -> np.ndarray:
             "the picture is not a JPEG", where=f"{len(data)} bytes, starting {data[:4].hex()!r}"
         )
     try:
-        with image_module.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        whole = _ended(data, image_module)
+        with image_module.open(io.BytesIO(whole), formats=["JPEG"]) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise FrameDecodeError(
@@ -81,6 +94,31 @@ def decode_jpeg(data: bytes) -> np.ndarray:
         raise FrameDecodeError(
             f"the JPEG is broken or cut off: {error}", where=f"{len(data)} bytes"
         ) from error
+
+
+def _ended(data: bytes, image_module: ModuleType) -> bytes:
+    """The JPEG with an end marker. Raises OSError when more than a little is missing before it.
+
+    A decoder makes up what is missing from whatever follows. So the picture is decoded with two
+    different endings: the rows that differ were not in the data.
+    """
+    if data.rstrip(b"\0").endswith(JPEG_END):
+        return data
+    data = data.removesuffix(JPEG_END[:1])  # half of one
+    planes = []
+    for made_up in (b"", MADE_UP):
+        with image_module.open(io.BytesIO(data + made_up + JPEG_END), formats=["JPEG"]) as image:
+            if image.size[0] * image.size[1] > MAX_PIXELS:
+                return data
+            if image.info.get("progressive"):
+                raise OSError("the end of a progressive one is missing")  # whole scans may be
+            image.draft("L", image.size)
+            planes.append(np.asarray(image.convert("L")))
+    height = len(planes[0])
+    missing = height - int((planes[0] == planes[1]).all(axis=1).cumprod().sum())
+    if missing > min(MISSING_ROWS, MISSING_SHARE * height):
+        raise OSError(f"{missing} of {height} rows are missing")
+    return data + JPEG_END
 
 
 def raw_picture(samples: bytes, width: int, height: int) -> bytes:
@@ -133,7 +171,7 @@ def shrink_jpeg(data: bytes, limit_bytes: int) -> bytes:
         return data
     smaller = data
     try:
-        with image_module.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        with image_module.open(io.BytesIO(_ended(data, image_module)), formats=["JPEG"]) as image:
             image.draft("RGB", (SHRINK_SIDES[0], SHRINK_SIDES[0]))  # decodes a large one at less
             picture = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:

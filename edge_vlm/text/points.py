@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Literal
 
 SCALE = 1000
@@ -74,3 +75,18 @@ def parse_points(text: str) -> list[Point]:
                     )
                 )
     return found
+
+
+def move_points(text: str, moved: Callable[[float], float]) -> str:
+    """The text with the times of all its points and tracks moved; numbers of pictures stay."""
+
+    def group(match: re.Match[str]) -> str:
+        if match[2] is None:
+            return match[0]
+        time = f"{match[1]}{match[2]}"
+        return match[0].replace(time, f"{moved(float(time)):.{len(match[2]) - 1}f}", 1)
+
+    def tag(match: re.Match[str]) -> str:
+        return match[0].replace(match[2], _GROUP.sub(group, match[2]), 1)
+
+    return _TAG.sub(tag, text)

@@ -223,6 +223,24 @@ def test_watch_tells_of_alerts_saves_their_pictures_and_sends_them(
     assert picture.read_bytes()[:3] == b"\xff\xd8\xff"
 
 
+@pytest.mark.parametrize("evidence", ["none", "small", "full"])
+def test_watch_sends_as_much_of_the_picture_as_was_chosen(
+    video: Path, tmp_path: Path, evidence: str
+) -> None:
+    """And saves the whole of it, if asked to."""
+    folder, queue = tmp_path / "pictures", tmp_path / "queue.db"
+    with WebServer() as web:
+        arguments = ["--webhook", web.url, "--evidence", evidence, "--evidence", str(folder)]
+        arguments += ["--alert-queue", str(queue)]
+        assert command_line(watch, watch_arguments(video, *arguments)) == 0
+    assert ("jpeg" in web.taken[0]["evidence"]) == (evidence != "none")
+    (picture,) = folder.iterdir()
+    assert picture.read_bytes()[:3] == b"\xff\xd8\xff"
+    written = b"".join(path.read_bytes() for path in tmp_path.glob("queue.db*"))
+    if evidence == "none":
+        assert picture.read_bytes()[100:200] not in written
+
+
 def test_watch_keeps_what_a_receiver_did_not_take_and_says_so(
     video: Path,
     tmp_path: Path,

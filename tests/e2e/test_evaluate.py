@@ -137,6 +137,28 @@ def test_ones_own_videos_on_a_running_server(
     assert "ball" in shown.out
 
 
+def test_questions_late_in_a_stream(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As well answered as early ones, and against answers that moved along."""
+    right = []
+    for quiet_s in (0, 20):
+        out = tmp_path / f"after {quiet_s}"
+        assert run(questions, "--run", "stream:0.5", "--quiet-before", quiet_s, "-o", out) == 0
+        rows = json.loads((out / RECORD).read_text())["rows"]
+        right.append(rows[0]["mean_percent"])
+        texts = [text for line in log_lines(out)[1:] for text in line["said"]]
+        times = [text for text in texts if text.startswith("at ")]
+        assert times
+        # What was there from the begin still is; all else came after the quiet time.
+        assert all(text == "at 0.0 s" or float(text.split()[1]) >= quiet_s for text in times)
+    assert right[1] >= 0.95 * right[0]
+    capsys.readouterr()
+    out = tmp_path / "after 20"
+    assert run(questions, "--run", "stream:0.5", "-o", out) == ConfigError.exit_code
+    assert "answers of another questions" in capsys.readouterr().err
+
+
 def test_a_clip_that_the_model_cannot_hold_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +216,7 @@ def test_what_is_named_is_told_apart_by_its_files(questions: Path) -> None:
         (["--attention", "some"], "cannot read the table's rows"),
         (["--policy", "best"], "policy must be one of"),
         (["--json", "nowhere/table.json"], "no such folder"),
+        (["--quiet-before", "5", "--through", "bundle"], "only a served bundle"),
     ],
 )
 def test_what_makes_no_sense_is_an_error_before_anything_is_opened(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from edge_vlm.errors import FrameDecodeError
 from edge_vlm.pixels.frames import decode_jpeg, encode_jpeg, shrink_jpeg
@@ -34,3 +37,46 @@ def test_what_cannot_be_decoded_cannot_be_shrunk() -> None:
     for data in (b"junk", b"\xff\xd8\xff" + bytes(100), noise(100, 100)[:3000]):
         with pytest.raises(FrameDecodeError):
             shrink_jpeg(data, 1)
+
+
+def chart(subsampling: int, progressive: bool = False) -> bytes:
+    """A picture with something in every row."""
+    rows, columns = np.mgrid[0:480, 0:640]
+    rgb = np.stack([rows % 256, columns % 256, (rows * columns) % 199], axis=2).astype(np.uint8)
+    data = io.BytesIO()
+    picture = Image.fromarray(rgb)
+    picture.save(data, "JPEG", quality=85, subsampling=subsampling, progressive=progressive)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_picture_without_its_end_marker_is_whole(subsampling: int, cut: int) -> None:
+    data = chart(subsampling)
+    assert data.endswith(b"\xff\xd9")
+    np.testing.assert_array_equal(decode_jpeg(data[:-cut]), decode_jpeg(data))
+    assert len(shrink_jpeg(data[:-cut], 5000)) <= 5000
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("cut", [10, 20, 100])
+def test_the_last_row_of_blocks_may_suffer(subsampling: int, cut: int) -> None:
+    data = chart(subsampling)
+    wrong = (decode_jpeg(data[:-cut]) != decode_jpeg(data)).any(axis=(1, 2))
+    assert wrong.any()
+    assert not wrong[:-17].any()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_picture_that_lacks_more_is_refused(share: float, progressive: bool) -> None:
+    data = chart(2, progressive)
+    with pytest.raises(FrameDecodeError, match="missing"):
+        decode_jpeg(data[: int(len(data) * (1 - share))])
+
+
+def test_in_a_small_picture_the_last_row_of_blocks_is_too_much() -> None:
+    data = noise(32, 32)
+    np.testing.assert_array_equal(decode_jpeg(data[:-2]), decode_jpeg(data))
+    with pytest.raises(FrameDecodeError, match="8 of 32 rows are missing"):
+        decode_jpeg(data[:-100])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ import pytest
 
 from edge_vlm.errors import ConfigError, VideoNotFound, VideoUnreadable
 from edge_vlm.evaluation.qa_jsonl import read_question_file, read_questions
+from edge_vlm.formats.qa_set import (
+    AskedQuestion,
+    ClipQuestions,
+    read_question_set,
+    write_question_set,
+)
 from tests.runtime.pictures import write_video
 
 GOOD: dict[str, Any] = {"video": "a.mp4", "question": "How many?", "answer": "2"}
@@ -37,6 +44,22 @@ def test_lines_about_one_video_are_one_clip(folder: Path) -> None:
     assert [question.kind for question in clip.questions] == ["question", "count", "question"]
     assert clip.questions[1].also == ("two",)
     assert clip.questions[2].boxes == ((0.5, 0.5, 0.2, 0.1),)
+
+
+def test_a_file_of_an_editor_that_writes_a_byte_order_mark(folder: Path) -> None:
+    path = write(folder, GOOD)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    (question,) = read_question_file(path)
+    assert question.text == GOOD["question"]
+
+
+def test_a_question_set_with_a_byte_order_mark(tmp_path: Path) -> None:
+    asked = AskedQuestion(kind="q", text="How many?", answer="2", frame=0)
+    clip = ClipQuestions(name="a", jpegs=[b"picture"], times_s=[0.0], questions=[asked])
+    write_question_set(tmp_path, [clip])
+    index = tmp_path / "clips.jsonl"
+    index.write_bytes(codecs.BOM_UTF8 + index.read_bytes())
+    assert list(read_question_set(tmp_path)) == [clip]
 
 
 def test_a_rate_of_ones_own(folder: Path) -> None:

@@ -91,6 +91,8 @@ class WebServer:
         scheme = "http" if tls is None else "https"
         self.url = f"{scheme}://127.0.0.1:{self.port}/alerts"
         self.status = 204
+        self.max_bytes = 1 << 30
+        """Of a body; 413 above it."""
         self.location: str | None = None
         """Of a redirect."""
         self.authorizations: list[str | None] = []
@@ -114,10 +116,13 @@ class WebServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.posts += 1
                 outer.authorizations.append(self.headers["Authorization"])
-                if 200 <= outer.status < 300:
+                status = outer.status
+                if int(self.headers["Content-Length"]) > outer.max_bytes:
+                    status = 413
+                if 200 <= status < 300:
                     assert self.headers["Idempotency-Key"] == body["id"]
                     outer.taken.append(body)
-                self.send_response(outer.status)
+                self.send_response(status)
                 if outer.location is not None:
                     self.send_header("Location", outer.location)
                 self.send_header("Content-Length", "0")
@@ -222,7 +227,9 @@ class Broker:
 
     USER, PASSWORD = "edge", "s e:cret"
 
-    def __init__(self, folder: Path, certificate: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, certificate: Path | None = None, max_packet_bytes: int | None = None
+    ) -> None:
         """With a certificate, its key beside it in `key.pem`, it speaks TLS."""
         assert MOSQUITTO is not None
         self.port = free_port()
@@ -241,6 +248,7 @@ class Broker:
             f"listener {self.port} 127.0.0.1\nallow_anonymous false\npassword_file {passwords}\n"
             f"persistence true\npersistence_location {folder}/\nuser {_user()}\n"
             + (f"certfile {certificate}\nkeyfile {folder}/key.pem\n" if certificate else "")
+            + (f"max_packet_size {max_packet_bytes}\n" if max_packet_bytes else "")
         )
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -280,6 +288,71 @@ def _user() -> str:
     import getpass
 
     return getpass.getuser()
+
+
+class OldBroker:
+    """Speaks MQTT 3.1.1 only, has never heard of a limit, and cuts the connection above its own."""
+
+    def __init__(self, max_packet_bytes: int, *, says_so: bool = True) -> None:
+        """Not `says_so`: a version that it does not know costs the connection without an answer."""
+        self.max_packet_bytes, self.says_so = max_packet_bytes, says_so
+        self.taken: list[tuple[str, bytes]] = []
+        self.refused_bytes: list[int] = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._server.getsockname()[1])
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                return
+            with connection, connection.makefile("rwb") as stream, suppress(OSError, EOFError):
+                self._serve(stream)
+
+    def _serve(self, stream: Any) -> None:
+        while True:
+            kind, packet = self._packet(stream)
+            if kind >> 4 == 1 and packet[6] != 4:  # CONNECT with another version
+                if self.says_so:
+                    stream.write(b"\x20\x02\x00\x01")
+                    stream.flush()
+                return
+            if kind >> 4 == 1:
+                stream.write(b"\x20\x02\x00\x00")
+            elif kind >> 4 == 3:  # PUBLISH with QoS 1
+                end = 2 + int.from_bytes(packet[:2], "big")
+                if len(packet) > self.max_packet_bytes:
+                    self.refused_bytes.append(len(packet))
+                    return
+                self.taken.append((packet[2:end].decode(), packet[end + 2 :]))
+                stream.write(b"\x40\x02" + packet[end : end + 2])
+            elif kind >> 4 == 14:  # DISCONNECT
+                return
+            stream.flush()
+
+    @staticmethod
+    def _packet(stream: Any) -> tuple[int, bytes]:
+        head = stream.read(1)
+        if not head:
+            raise EOFError
+        size = shift = 0
+        while True:
+            (digit,) = stream.read(1)
+            size |= (digit & 127) << shift
+            shift += 7
+            if digit < 128:
+                return head[0], stream.read(size)
+
+    def __enter__(self) -> OldBroker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._thread.join()
 
 
 class Subscriber:

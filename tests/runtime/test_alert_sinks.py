@@ -10,15 +10,19 @@ import logging
 import sqlite3
 import ssl
 from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge_vlm.errors import ConfigError, DeliveryError
+from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.alert_sinks import queue as queue_module
 from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
+from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
 from edge_vlm_runtime.alert_sinks.queue import SCHEMA, DeliveryQueue, QueuedAlert
 from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
@@ -28,6 +32,7 @@ from tests.runtime.receivers import (
     MOSQUITTO,
     Broker,
     Disk,
+    OldBroker,
     SilentServer,
     Subscriber,
     WebServer,
@@ -39,6 +44,7 @@ from tests.runtime.receivers import (
     wait_until,
 )
 
+LARGE = encode_jpeg(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8))
 QUICK: Any = {"first_back_off_s": 0.02}
 
 
@@ -217,6 +223,49 @@ def test_a_webhook_over_tls_is_believed_if_the_system_trusts_it(
             wait_until(lambda: "certificate" in caplog.text)
         outputs.close(grace_s=TIMEOUT_S if trusted else 0.0)
     assert web.posts == (1 if trusted else 0)
+
+
+def test_a_picture_too_large_for_a_receiver_costs_the_picture_only(
+    web: WebServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    web.max_bytes = 1000
+    with AlertDispatcher([WebhookSink(web.url)], **QUICK) as outputs:
+        for event in (triggered(1, LARGE), cleared(1), triggered(2, LARGE)):
+            outputs.put("s", event)
+    assert web.ids == [*expected_ids("s", 1, 1), "s/alert_1/2/alert.triggered"]
+    assert [body.get("evidence", {}).get("jpeg") for body in web.taken] == [None] * 3
+    assert web.taken[0]["evidence"]["frame_sequence"] == 1
+    assert outputs.lost == 0
+    assert web.posts == 3 + 3  # found out once: not whole, not 64 kB, not 4 kB
+    assert caplog.text.count("does not take pictures of") == 1
+
+
+def test_a_receiver_gets_as_much_of_a_picture_as_it_takes(
+    web: WebServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    web.max_bytes = 8000
+    with AlertDispatcher([WebhookSink(web.url)], **QUICK) as outputs:
+        outputs.put("s", triggered(1, LARGE))
+    assert 500 < len(base64.b64decode(web.taken[0]["evidence"]["jpeg"])) <= 4000
+    assert "they are sent smaller" in caplog.text
+
+
+@pytest.mark.parametrize("evidence", EvidenceSize)
+def test_how_much_of_the_picture_goes_out_can_be_chosen(
+    web: WebServer, caplog: pytest.LogCaptureFixture, evidence: EvidenceSize
+) -> None:
+    queue = DeliveryQueue()
+    sink = WebhookSink(web.url, evidence)
+    with_pictures = evidence is not EvidenceSize.NONE
+    with AlertDispatcher([sink], queue, with_pictures=with_pictures, **QUICK) as outputs:
+        outputs.put("s", triggered(1, LARGE))
+    picture = web.taken[0]["evidence"].get("jpeg")
+    size = 0 if picture is None else len(base64.b64decode(picture))
+    low, high = {"none": (0, 0), "small": (1000, 16_000), "full": (len(LARGE), len(LARGE))}[
+        evidence
+    ]
+    assert low <= size <= high
+    assert caplog.text == ""
 
 
 # ---- the queue -------------------------------------------------------------------------------
@@ -575,6 +624,109 @@ def test_a_broker_that_refuses_says_why(tmp_path: Path, caplog: pytest.LogCaptur
         outputs.close(grace_s=0.0)
     assert "Not authorized" in caplog.text
     assert outputs.undelivered == {sink.name: 1}
+
+
+@needs_broker
+def test_a_broker_that_takes_small_packets_gets_every_alert(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic = "home/alerts"
+    with Broker(tmp_path, max_packet_bytes=5000) as broker:
+        subscriber = Subscriber(broker, topic)
+        with AlertDispatcher([MqttSink(mqtt_url(broker.port))]) as outputs:
+            for event in (triggered(1, LARGE), cleared(1), triggered(2, LARGE)):
+                outputs.put("s", event)
+        assert outputs.delivered == 3
+        wait_until(lambda: len(subscriber.messages) == 5)
+        subscriber.close()
+    names = [name for name, _ in subscriber.messages]
+    assert names == [topic, f"{topic}/evidence", topic, topic, f"{topic}/evidence"]
+    assert [body["id"] for body in subscriber.bodies(topic)] == [
+        *expected_ids("s", 1, 1),
+        "s/alert_1/2/alert.triggered",
+    ]
+    pictures = [payload for name, payload in subscriber.messages if name != topic]
+    assert all(500 < len(picture) < 5000 for picture in pictures)
+    assert outputs.lost == 0
+    assert caplog.text.count("they are sent smaller") == 1
+    assert "does not take alerts" not in caplog.text  # it was known beforehand
+
+
+@pytest.mark.parametrize(("most", "size"), [(6000, 4000), (700, 0)])
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_broker_that_cuts_the_connection_for_a_picture_gets_every_alert(
+    caplog: pytest.LogCaptureFixture, says_so: bool, most: int, size: int
+) -> None:
+    with (
+        OldBroker(most, says_so=says_so) as broker,
+        AlertDispatcher([MqttSink(mqtt_url(broker.port))], **QUICK) as outputs,
+    ):
+        for event in (triggered(1, LARGE), cleared(1), triggered(2, LARGE)):
+            outputs.put("s", event)
+        wait_until(lambda: outputs.delivered == 3)
+    bodies = [json.loads(payload) for name, payload in broker.taken if name == "home/alerts"]
+    assert [body["id"] for body in bodies] == [  # none twice, though the connection broke
+        *expected_ids("s", 1, 1),
+        "s/alert_1/2/alert.triggered",
+    ]
+    pictures = [payload for name, payload in broker.taken if name != "home/alerts"]
+    assert len(pictures) == (2 if size else 0)
+    assert all(len(picture) <= size for picture in pictures)
+    refused = len(broker.refused_bytes)
+    assert "never retrieved" not in caplog.text
+    assert refused == (4 if size else 6)  # twice each: whole, 64 kB, 4 kB; later ones never
+    assert caplog.text.count("does not take pictures of") == 1
+
+
+@pytest.mark.parametrize("kind", ["webhook", "mqtt"])
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket")  # paho's, of a failed handshake
+def test_a_certificate_that_is_not_trusted_is_said_with_the_way_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    if kind == "mqtt" and MOSQUITTO is None:
+        pytest.skip("no MQTT broker here")
+    certificate = make_certificate(tmp_path)
+    with ExitStack() as stack:
+        sink: MqttSink | WebhookSink
+        if kind == "mqtt":
+            broker = stack.enter_context(Broker(tmp_path, certificate))
+            sink = MqttSink(mqtt_url(broker.port).replace("mqtt://", "mqtts://"))
+        else:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, tmp_path / "key.pem")
+            sink = WebhookSink(stack.enter_context(WebServer(context)).url)
+        outputs = AlertDispatcher([sink], **QUICK)
+        outputs.start()
+        outputs.put("s", triggered(1))
+        wait_until(lambda: "does not take alerts" in caplog.text)
+        outputs.close(grace_s=0.0)
+    assert "certificate is not trusted: self" in caplog.text
+    assert "SSL_CERT_FILE" in caplog.text
+    with pytest.raises(DeliveryError, match=r"not trusted: self.*SSL_CERT_FILE"):
+        outputs.raise_undelivered()
+    gc.collect()
+
+
+@needs_broker
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket")  # paho's, of a failed handshake
+def test_tls_where_there_is_none_and_none_where_there_is_tls(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "plain").mkdir()
+    certificate = make_certificate(tmp_path)
+    with Broker(tmp_path, certificate) as secure, Broker(tmp_path / "plain") as plain:
+        sinks = [
+            MqttSink(mqtt_url(secure.port)),
+            MqttSink(mqtt_url(plain.port).replace("mqtt://", "mqtts://")),
+        ]
+        outputs = AlertDispatcher(sinks, **QUICK)
+        outputs.start()
+        outputs.put("s", triggered(1))
+        wait_until(lambda: caplog.text.count("does not take alerts") == 2)
+        outputs.close(grace_s=0.0)
+    assert "for a port with TLS write mqtts://" in caplog.text
+    assert "does it speak TLS on this port?" in caplog.text
+    gc.collect()
 
 
 def test_a_broker_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:

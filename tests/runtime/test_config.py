@@ -221,6 +221,8 @@ def test_a_variable_that_is_no_option_is_named_once_and_ignored() -> None:
         ([], {"EDGE_VLM_ATTENTION": "x"}, "only one of frame, exact, last_n (EDGE_VLM_ATTENTION)"),
         ([], {"EDGE_VLM_FPS": "nan"}, "fps must be a number, got 'nan' (EDGE_VLM_FPS)"),
         (["--allowed-host", "http://x"], {}, "not the name of a host: 'http://x'"),
+        (["--allow-origin", "camera"], {}, "not an origin: 'camera'"),
+        ([], {"EDGE_VLM_ALLOW_ORIGIN": "http://a b"}, "not an origin: 'b'"),
         (["--window-tokens", "1"], {}, "window_tokens"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import FrameDecodeError
-from edge_vlm.pixels.frames import decode_jpeg, decode_picture, raw_picture, shrink_jpeg
+from edge_vlm.pixels.frames import (
+    Rgb,
+    decode_jpeg,
+    decode_picture,
+    encode_jpeg,
+    raw_picture,
+    shrink_jpeg,
+)
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server.app import Server
@@ -116,17 +124,71 @@ def test_a_raw_stream_gives_what_the_same_pictures_as_jpeg_give(server: Server) 
 
 
 def test_over_the_wire_each_wrong_one_gets_its_outcome(server: Server) -> None:
+    async def send_raw(client: Client, number: int, rgb: Rgb) -> None:
+        """As a client of somebody else's might."""
+        client._unacknowledged.add(number)
+        message = protocol.raw_frame_message(number, number * 500_000, rgb)
+        await client._send(message.encode(), f"frame {number}")
+
     async def session() -> None:
         seen = Seen()
         async with await Client.connect(server.url, SETTINGS, on_event=seen) as client:
-            await client.send_frame(noise(8, 8), 0)
+            await send_raw(client, 1, noise(8, 8))
             await client.wait_processed()
             assert seen.dropped[1].reason == "decode_error"
             await client.update({"raw_frames": True})
-            await client.send_frame(noise(8, 8), 500_000)
-            await client.send_frame(noise(8, 0), 1_000_000)
+            await send_raw(client, 2, noise(8, 8))
+            await send_raw(client, 3, noise(8, 0))
             await client.wait_processed()
             assert set(seen.accepted) == {2}
             assert seen.dropped[3].code == "E-FRAME-DECODE"
+
+    run(session())
+
+
+def test_pixels_go_as_the_session_takes_them(server: Server) -> None:
+    async def session() -> list[bool]:
+        seen, sizes = Seen(), []
+        rgb = noise(64, 48)
+        async with await Client.connect(server.url, SETTINGS, on_event=seen) as client:
+            send = client._send
+
+            async def weigh(data: str | bytes, key: str) -> None:
+                sizes.append(len(data))
+                await send(data, key)
+
+            client._send = weigh  # type: ignore[method-assign]
+            await client.send_frame(rgb, 0)
+            await client.update({"raw_frames": True})
+            await client.send_frame(rgb, 500_000)
+            await client.send_frame(encode_jpeg(rgb), 1_000_000)
+            await client.wait_processed()
+            assert set(seen.accepted) | set(seen.dropped) == {1, 2, 3}
+            assert all(event.reason == "duplicate" for event in seen.dropped.values())
+        return [size > rgb.nbytes for size in sizes if size > 500]  # not those of the update
+
+    assert run(session()) == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (np.zeros((8, 8, 3), np.float32), r"u8 \[H, W, 3\], got float32 \[8, 8, 3\]"),
+        (np.zeros((8, 8), np.uint8), r"got uint8 \[8, 8\]"),
+        (np.zeros((8, 8, 4), np.uint8), r"got uint8 \[8, 8, 4\]"),
+        (np.zeros((8, 0, 3), np.uint8), "at least one row"),
+        ("clip.jpg", "must be an array, u8 .*, got str"),
+    ],
+)
+def test_what_is_no_picture_is_refused_before_it_is_sent(
+    server: Server, picture: Any, words: str
+) -> None:
+    async def session() -> None:
+        async with await Client.connect(server.url, SETTINGS) as client:
+            with pytest.raises(ValueError, match=words):
+                await client.send_frame(picture, 0)
+            await client.send_frame(jpeg(1), 0)  # no number was used up
+            await client.wait_processed()
+            assert client.frames.processed == 1
 
     run(session())

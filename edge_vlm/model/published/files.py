@@ -95,7 +95,7 @@ def read_layout(folder: Path) -> dict[str, StoredTensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises CheckpointError if there is no such file or no JSON object in it."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no {path.name}", where=path.parent, remedy="point to a model's folder"

@@ -127,7 +127,7 @@ def _style(section: Section) -> PromptStyle:
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         return None
     except ValueError as error:

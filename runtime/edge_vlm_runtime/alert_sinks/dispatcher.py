@@ -65,14 +65,19 @@ class AlertDispatcher:
         sinks: Sequence[Sink],
         queue: DeliveryQueue | None = None,
         *,
+        with_pictures: bool = True,
         first_back_off_s: float = FIRST_BACK_OFF_S,
         attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raises ConfigError if the queue's file cannot be read."""
+        """Without pictures, none is kept in the queue either.
+
+        Raises ConfigError if the queue's file cannot be read.
+        """
         self._sinks = list(sinks)
         self._queue = queue or DeliveryQueue()
         self._queue.load({sink.key: sink.name for sink in self._sinks})
+        self._with_pictures = with_pictures
         self._first_back_off_s = first_back_off_s
         self._attempt_timeout_s = attempt_timeout_s
         self._wall_clock = wall_clock
@@ -89,6 +94,8 @@ class AlertDispatcher:
         """Events that a receiver refused, or that a full queue had no room for."""
         self.undelivered: dict[str, int] = {}
         """By receiver, when closed: events that it has not taken."""
+        self._why: dict[str, str] = {}
+        """By receiver: what was wrong when it last did not take one."""
 
     # ---- called from other threads -----------------------------------------------------------
 
@@ -105,6 +112,7 @@ class AlertDispatcher:
                 self._lose(len(self._sinks), "the outputs are closed")
                 return
             body, jpeg = _body(session_id, event, self._wall_clock())
+            jpeg = jpeg if self._with_pictures else None
             for sink in self._sinks:
                 if lost := self._queue.put(sink.key, body, jpeg):
                     self._lose(lost, f"{sink.name} has not taken the events before it")
@@ -124,7 +132,10 @@ class AlertDispatcher:
         """After `close`: raises DeliveryError if a receiver did not take everything."""
         if not self.undelivered:
             return
-        numbers = ", ".join(f"{count} for {name}" for name, count in self.undelivered.items())
+        numbers = ", ".join(
+            f"{count} for {name}" + (f" ({self._why[name]})" if name in self._why else "")
+            for name, count in self.undelivered.items()
+        )
         remedy = "keep them in a file with --alert-queue FILE"
         if self._queue.path is not None:
             remedy = f"{self._queue.path} did not take all of them either: look at its disk"
@@ -203,11 +214,13 @@ class AlertDispatcher:
                     continue
                 failure = await self._attempt(sink, delivery)
                 if failure is None:
+                    self._why.pop(sink.name, None)
                     self._queue.remove(sink.key, delivery.number)
                     if is_away:
                         log.warning("%s is back", sink.name)
                     back_off_s, is_away = self._first_back_off_s, False
                     continue
+                self._why[sink.name] = str(failure)
                 if not is_away:
                     bug = None if isinstance(failure, DeliveryError) else failure
                     text = "%s does not take alerts, they wait for it: %s"

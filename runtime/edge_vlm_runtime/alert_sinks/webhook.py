@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import ssl
+from typing import Any
 
 from edge_vlm.errors import ConfigError, DeliveryError, DeliveryRefused, MissingExtraError
+from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
+from edge_vlm_runtime.alert_sinks.picture_limit import PictureLimit
 from edge_vlm_runtime.alert_sinks.queue import QueuedAlert, receiver_key
+from edge_vlm_runtime.alert_sinks.tls_trouble import tls_trouble
 from edge_vlm_runtime.sources.container import mask_credentials
 
 try:
@@ -15,7 +19,8 @@ try:
 except ImportError as error:
     raise MissingExtraError.for_library("httpx", "alerts") from error
 
-REFUSALS = {400, 413, 415, 422}
+TOO_LARGE = 413
+REFUSALS = {400, TOO_LARGE, 415, 422}
 """RFC 9110, 15.5: something is wrong with this very request, so that sending it again is no use.
 Every other failure (404 behind a proxy that starts, 401 until a key is renewed) may pass."""
 
@@ -23,12 +28,13 @@ Every other failure (404 behind a proxy that starts, 401 until a key is renewed)
 class WebhookSink:
     """Posts each event as a JSON object, its picture in base64 as `evidence.jpeg`.
 
-    Any 2xx answer means that it has arrived. Redirects are not followed.
+    A picture that is too large for the receiver is sent smaller, then left out. Any 2xx answer
+    means that it has arrived. Redirects are not followed.
     """
 
     trouble = "it does not answer"
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, evidence: EvidenceSize = EvidenceSize.FULL) -> None:
         """`http://` or `https://`, with user and password if need be. Raises ConfigError."""
         masked = mask_credentials(url)
         try:
@@ -43,6 +49,7 @@ class WebhookSink:
         self.key = receiver_key(self.name, url)
         # The library logs every URL, so this one goes without credentials.
         self._url = parts.copy_with(userinfo=b"")
+        self._pictures = PictureLimit(self.name, evidence)
         self._client = httpx.AsyncClient(
             auth=(parts.username, parts.password) if parts.userinfo else None,
             verify=ssl.create_default_context(),  # what the system trusts
@@ -52,19 +59,32 @@ class WebhookSink:
 
     async def send(self, delivery: QueuedAlert) -> None:
         body = json.loads(delivery.body)
-        if delivery.jpeg is not None:
-            body["evidence"]["jpeg"] = base64.b64encode(delivery.jpeg).decode()
-        headers = {"Idempotency-Key": body["id"]}
-        post = self._client.stream("POST", self._url, json=body, headers=headers)
-        try:
-            async with post as response:
-                status = response.status_code  # the answer's text is left unread
-        except (httpx.HTTPError, OSError) as error:
-            raise DeliveryError(mask_credentials(str(error) or repr(error))) from error
+        while True:
+            picture = await self._pictures.fit(delivery.jpeg)
+            if picture is not None:
+                body["evidence"]["jpeg"] = base64.b64encode(picture).decode()
+            status = await self._post(body)
+            if status != TOO_LARGE or picture is None:
+                break
+            self._pictures.refused(len(picture))
+            del body["evidence"]["jpeg"]
         if status in REFUSALS:
             raise DeliveryRefused(f"HTTP status {status}")
         if not 200 <= status < 300:
             raise DeliveryError(f"HTTP status {status}")
+        self._pictures.delivered(delivery.jpeg, picture)
+
+    async def _post(self, body: dict[str, Any]) -> int:
+        """The status of the answer. Raises DeliveryError."""
+        headers = {"Idempotency-Key": body["id"]}
+        post = self._client.stream("POST", self._url, json=body, headers=headers)
+        try:
+            async with post as response:
+                return response.status_code  # the answer's text is left unread
+        except (httpx.HTTPError, OSError) as error:
+            is_tls = self._url.scheme == "https" and isinstance(error, httpx.ConnectError)
+            cause = tls_trouble(error) if is_tls else None
+            raise DeliveryError(cause or mask_credentials(str(error) or repr(error))) from error
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.options import About
+from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.cli.arguments import Option, given, options_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class OutputOptions:
     """Publish alerts there, mqtt://[USER:PASSWORD@]HOST[:PORT]/TOPIC; may be repeated."""
     alert_queue: Path | None = None
     """Keep alerts that wait for a receiver in this file, for the next start too."""
+    evidence: EvidenceSize = EvidenceSize.FULL
+    """How much of an alert's picture goes to webhooks and brokers."""
 
 
 def add_alert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +57,31 @@ def add_alert_arguments(parser: argparse.ArgumentParser) -> None:
         dest="alerts",
         help='a yes/no question to watch for, such as "Is there a cat now?"; may be repeated',
     )
-    group.add_argument(
-        "--evidence", type=Path, metavar="FOLDER", help="save the picture of each begin there"
-    )
     for option in [*rule_options(), *options_of(OutputOptions)]:
-        option.add_to(group, default=option.default, is_checked=False)
+        if option.key != "evidence":
+            option.add_to(group, default=option.default, is_checked=False)
+    group.add_argument(
+        "--evidence",
+        action=_Evidence,
+        default=EvidenceSize.FULL.value,
+        metavar="{none,small,full}|FOLDER",
+        help="how much of an alert's picture goes to webhooks and brokers (default: full), or "
+        "a folder to save the picture of each begin in; may be repeated",
+    )
+    parser.set_defaults(evidence_folder=None)
+
+
+class _Evidence(argparse.Action):
+    """A folder, unless it is the word for a size; `./none` is a folder."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: object, option: object = None
+    ) -> None:
+        text = str(values)
+        if text in {size.value for size in EvidenceSize}:
+            namespace.evidence = text
+        else:
+            namespace.evidence_folder = Path(text)
 
 
 def rule_options() -> list[Option]:
@@ -80,16 +103,19 @@ def alert_outputs(args: argparse.Namespace) -> Iterator[AlertDispatcher | None]:
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
     from edge_vlm_runtime.alert_sinks.queue import DeliveryQueue
 
+    evidence = EvidenceSize(args.evidence)
     sinks: list[Sink] = []
     if args.webhook:
         from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 
-        sinks += [WebhookSink(url) for url in dict.fromkeys(args.webhook)]
+        sinks += [WebhookSink(url, evidence) for url in dict.fromkeys(args.webhook)]
     if args.mqtt:
         from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
 
-        sinks += [MqttSink(url) for url in dict.fromkeys(args.mqtt)]
-    with AlertDispatcher(sinks, DeliveryQueue(args.alert_queue)) as outputs:
+        sinks += [MqttSink(url, evidence) for url in dict.fromkeys(args.mqtt)]
+    with_pictures = evidence is not EvidenceSize.NONE
+    queue = DeliveryQueue(args.alert_queue)
+    with AlertDispatcher(sinks, queue, with_pictures=with_pictures) as outputs:
         yield outputs
     outputs.raise_undelivered()
 
@@ -110,8 +136,8 @@ def alert_handlers(
     handlers: list[OnEvent] = []
     if outputs is not None:
         handlers.append(lambda event: outputs.put(session_id, event))
-    if args.evidence is not None:
-        folder: Path = args.evidence
+    if args.evidence_folder is not None:
+        folder: Path = args.evidence_folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

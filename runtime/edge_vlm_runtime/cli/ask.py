@@ -63,7 +63,7 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
         question = PlannedQuestion(text=args.question, detail=args.detail)
         outcome = await stream(source, client, [question], real_time=False, observer=Kept())
     for answer in answers:
-        print("\n".join([answer.text, *point_lines(answer)]))
+        print("\n".join([answer.shown_text, *point_lines(answer)]))
         print(
             f"{outcome.frames_processed} frames, {outcome.cells_kept} of {outcome.cells_seen} "
             f"cells kept{answer_times(answer)}{snapshot_text(answer)}",

@@ -176,7 +176,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise MissingExtraError.for_library("tomli", "serve") from error
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=file) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -60,6 +60,9 @@ class ServeOptions:
     allowed_host: Annotated[list[str], About(metavar="NAME")] = field(default_factory=list)
     """A name that the server answers to, besides addresses, localhost and this machine's own name;
     may be repeated."""
+    allow_origin: Annotated[list[str], About(metavar="ORIGIN")] = field(default_factory=list)
+    """A page that may connect besides the server's own, for a proxy that changes Host: its origin,
+    such as https://camera.example.org; may be repeated."""
     tls: bool = False
     """Serve https and wss with a certificate made on the first start (browsers give the camera only
     to https pages and to localhost)."""
@@ -155,6 +158,7 @@ def server_options(args: argparse.Namespace) -> dict[str, Any]:
         "host": args.host,
         "port": args.port,
         "hosts": args.allowed_host,
+        "origins": args.allow_origin,
         "limits": build(ServerLimits, args),
         "settings": given(settings, args),
         "record_to": args.record,

@@ -2,9 +2,9 @@
 
 async with await Client.connect(url, {"delivery": "wait"}) as client:
     for seconds, rgb in pictures:
-        await client.send_frame(encode_jpeg(rgb), int(seconds * 1e6))
+        await client.send_frame(rgb, int(seconds * 1e6))
     await client.wait_processed()
-    print((await client.ask("what is there?")).text)
+    print((await client.ask("what is there?")).shown_text)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_vlm.errors import EdgeVlmError
+from edge_vlm.pixels.frames import encode_jpeg, require_rgb
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.answers import Answer as Answer
 from edge_vlm_runtime.client.answers import AnswerStream as AnswerStream
@@ -111,11 +112,14 @@ class Client(Exchange):
         await self._request(messages.AlertDeleted, "alert.delete", alert_id=alert_id)
 
     async def send_frame(self, picture: bytes | np.ndarray, pts_us: int) -> int:
-        """Sends one picture and returns its number: a JPEG, or rgb u8 [H, W, 3] as it is, if the
-        session has `raw_frames`.
+        """Sends one picture and returns its number: a JPEG, or rgb u8 [H, W, 3], which goes as it
+        is if the session has `raw_frames` and as a JPEG if not.
 
-        Waits while as many frames as the server allows are unacknowledged.
+        Waits while as many frames as the server allows are unacknowledged. Raises ValueError for
+        what is neither.
         """
+        if not isinstance(picture, bytes):
+            require_rgb(picture)
         allowed = self.created.limits.max_unacknowledged_frames
         await self._until(lambda: len(self._unacknowledged) < allowed)
         self._last_sequence += 1
@@ -123,8 +127,10 @@ class Client(Exchange):
         self._unacknowledged.add(sequence)
         if isinstance(picture, bytes):
             message = protocol.frame_message(sequence, pts_us, picture)
-        else:
+        elif self.settings.raw_frames:
             message = protocol.raw_frame_message(sequence, pts_us, picture)
+        else:
+            message = protocol.frame_message(sequence, pts_us, encode_jpeg(picture))
         await self._send(message.encode(), frame_key(sequence))
         return sequence
 

@@ -58,6 +58,8 @@ class Exchange:
         self._by_response_id: dict[str, AnswerStream] = {}
         self._replies: dict[str, asyncio.Future[protocol.ServerEvent]] = {}
         self.created = line.opening
+        self.settings = line.opening.settings
+        """In force now."""
         if isinstance(line.opening, protocol.SessionResumed):
             self._last_sequence = line.opening.newest_frame_sequence or 0
         self.frames = FrameCounts()
@@ -194,6 +196,8 @@ class Exchange:
             if stream is not None:
                 stream.finish(event)
         elif isinstance(event, REPLIES):
+            if isinstance(event, protocol.SessionUpdated):
+                self.settings = event.settings
             future = self._replies.pop(event.event_id or "", None)
             if future is not None and not future.done():
                 future.set_result(event)

@@ -54,7 +54,7 @@ def alert_line(event: AlertTriggered | AlertCleared) -> str:
 def answer_line(result: Answer | EdgeVlmError) -> str:
     if isinstance(result, EdgeVlmError):
         return f"no answer: {result.code}: {result}"
-    return f"{result.text or '(nothing)'}{answer_times(result)}{snapshot_text(result)}"
+    return f"{result.shown_text or '(nothing)'}{answer_times(result)}{snapshot_text(result)}"
 
 
 def snapshot_text(answer: Answer) -> str:
@@ -89,8 +89,6 @@ def answer_times(answer: Answer) -> str:
         times += f", {answer.tokens_per_s:.0f} tokens/s"
     if not times:
         return ""
-    if answer.time_offset_s:
-        times += f", its times count from {answer.time_offset_s:.1f} s"
     return f"{times}, seen until {answer.newest_frame.time_s:.1f} s]"
 
 

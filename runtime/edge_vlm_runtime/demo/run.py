@@ -90,7 +90,9 @@ class DemoView(LineOutput):
     def answered(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
         truth = self._truths[question]
         if isinstance(result, Answer):
-            right = result.text.strip() == truth.strip()
+            if result.text_in_stream_time is not None:  # typed were the model's times
+                print(f"  ({result.shown_text})", end="", file=self._out)
+            right = result.shown_text.strip() == truth.strip()
             self.right += right
             mark = "right" if right else "wrong"
             self.line(f"   ({mark}, truth: {truth}){answer_times(result)}\n")

@@ -7,6 +7,7 @@ asked when the frames up to its own have been processed, and what comes back is 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,8 +27,11 @@ from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.connection import Access
+from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import Attention
 from edge_vlm_runtime.session.budget import SCORED_POLICIES
+
+DUPLICATE = DropReason.DUPLICATE.value
 
 
 def settings_of(run: Run, clip: ClipQuestions) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def settings_of(run: Run, clip: ClipQuestions) -> dict[str, Any]:
         "policy_seed": seed_of(clip),
         "min_cells": MIN_CELLS,
         "attention": (Attention.LAST_N if run.policy == LAST_N else attention).value,
-        "last_n": run.frames_kept(len(clip.jpegs)),
+        "last_n": run.frames_kept(len(clip.jpegs) - clip.num_quiet),
         "max_answer_tokens": MAX_ANSWER_TOKENS,
         "history_turns": 0,
         "window_tokens": 0,  # as many as fit: a default may be smaller than the clip
@@ -51,18 +55,22 @@ def settings_of(run: Run, clip: ClipQuestions) -> dict[str, Any]:
 async def ask_clip(
     url: str, clip: ClipQuestions, run: Run, access: Access | None = None
 ) -> ClipAnswers:
-    """One session: all pictures, and every question at its moment.
+    """One session: all pictures, and every question at its moment. Of a quiet time most pictures
+    are dropped as duplicates, as of any stream.
 
     Raises what the client raises, and SessionError for a frame that the server did not take,
     because the answers behind it would be about something else.
     """
     async with await Client.connect(url, settings_of(run, clip), access=access) as client:
         texts = [""] * len(clip.questions)
+        repeats: Counter[str] = Counter()
         for i, (jpeg, time_s) in enumerate(zip(clip.jpegs, clip.times_s, strict=True)):
             if run.policy != FEWER_FRAMES or run.shows_frame(i):
                 await client.send_frame(jpeg, round(time_s * 1e6))
                 await client.wait_processed()
-            for reason in client.frames.dropped:
+            if i <= clip.num_quiet:
+                repeats[DUPLICATE] = client.frames.dropped[DUPLICATE]
+            for reason in client.frames.dropped - repeats:
                 raise SessionError(
                     f"frame {i} was dropped ({reason})",
                     where=f"clip {clip.name}, run {run.name}",
@@ -70,12 +78,13 @@ async def ask_clip(
                 )
             for number, question in enumerate(clip.questions):
                 if question.frame == i:
-                    texts[number] = (await client.ask(question.text)).text
+                    texts[number] = (await client.ask(question.text)).shown_text
         num_cells = client.created.model.limits.num_cells
         kept = client.frames.cells_kept
         if run.policy == LAST_N:
             kept = num_cells * min(run.frames_kept(len(clip.jpegs)), len(clip.jpegs))
-    return ClipAnswers(texts, num_cells * len(clip.jpegs), kept)
+        seen = client.frames.cells_seen if clip.num_quiet else num_cells * len(clip.jpegs)
+    return ClipAnswers(texts, seen, kept)
 
 
 class ServedEvaluator:

@@ -280,7 +280,8 @@ class Usage(Part, kw_only=True):
 class ResponseDone(ServerEvent, tag="response.done"):
     """`status` is completed, cancelled or failed; `finish_reason` is stop, length or null.
 
-    `time_offset_s`: what to add to times that the answer names, see `memory.rebased`.
+    `text`, like its deltas, is what the model wrote: its times count from `time_offset_s`, see
+    `memory.rebased`, except for 0.0, the stream's first frame. Show `text_in_stream_time`.
     """
 
     response_id: str
@@ -299,6 +300,13 @@ class ResponseDone(ServerEvent, tag="response.done"):
     points: tuple[PointedAt, ...] = ()
     """Points and tracks in `text`, in its order, with capture times."""
     error_code: str | None = None
+    text_in_stream_time: str | None = None
+    """`text` with times in seconds since the stream's first frame; null where they are already."""
+
+    @property
+    def shown_text(self) -> str:
+        """What to read: with the times of the stream."""
+        return self.text if self.text_in_stream_time is None else self.text_in_stream_time
 
 
 class MemoryEvicted(ServerEvent, tag="memory.evicted"):

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 import edge_vlm
 from edge_vlm.errors import (
@@ -37,6 +36,7 @@ from edge_vlm_runtime.server.auth import SUBPROTOCOL, require_key
 from edge_vlm_runtime.server.connection import Connection, refuse
 from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
 from edge_vlm_runtime.server.metrics import CONTENT_TYPE
+from edge_vlm_runtime.server.origins import Origins
 from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
 from edge_vlm_runtime.server.tls import Tls
 from edge_vlm_runtime.session.budget import default_settings, video_window
@@ -86,16 +86,19 @@ class Server:
         api_key: str | None = None,
         tls: Tls | None = None,
         hosts: Iterable[str] = (),
+        origins: Iterable[str] = (),
     ) -> None:
         """Port 0 takes a free one; `on_event` gets a session's name and every event of it, on the
         server's loop; with `api_key` a client must have it, see `auth`; `hosts`: names the server
-        answers to besides its own, see `allowed_hosts`. Raises ConfigError when host and port
-        cannot be listened on, or the settings do not fit the model."""
+        answers to besides its own, see `allowed_hosts`; `origins`: of pages that may connect
+        besides its own. Raises ConfigError when host and port cannot be listened on, or the
+        settings do not fit the model."""
         self.limits = limits or ServerLimits()
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
         video_window(self.settings, self.model, self.limits)  # raises if it cannot be held to
-        self._allowed_hosts = allowed_hosts(host, hosts)
+        self._origins = Origins(origins)
+        self._allowed_hosts = allowed_hosts(host, [*hosts, *self._origins.hosts])
         self._engines = engines
         self._recorder = recorder
         self._worker = EngineWorker(engines, self.limits)
@@ -145,6 +148,7 @@ class Server:
         api_key: str | None = None,
         tls: Tls | None = None,
         hosts: Iterable[str] = (),
+        origins: Iterable[str] = (),
     ) -> Server:
         """Checks and loads the bundle. `engines`: see `open_graphs`; `settings`: fields of
         SessionSettings in which new sessions differ from what the bundle was made for; `record_to`:
@@ -168,6 +172,7 @@ class Server:
                 api_key=api_key,
                 tls=tls,
                 hosts=hosts,
+                origins=origins,
             )
         except BaseException:
             opened.close()
@@ -317,7 +322,8 @@ class Server:
         return Response(self._table.metrics.render(), media_type=CONTENT_TYPE)
 
     async def _realtime(self, websocket: WebSocket) -> None:
-        if not _same_origin(websocket.headers.get("origin"), websocket.headers.get("host")):
+        headers = websocket.headers
+        if not self._origins.allows(headers.get("origin"), headers.get("host")):
             await websocket.close(1008, "a page from elsewhere may not connect")
             return
         offered = websocket.scope.get("subprotocols", ())
@@ -407,8 +413,3 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {reason}", remedy="choose another --port"
         ) from error
     return listener
-
-
-def _same_origin(origin: str | None, host: str | None) -> bool:
-    """Browsers name the page's origin; a page from elsewhere must not reach a local server."""
-    return origin is None or urlsplit(origin).netloc == host

@@ -32,7 +32,7 @@ def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ)
     if file is None:
         return environment.get(VARIABLE) or None
     try:
-        key = file.read_text(encoding="utf-8").strip()
+        key = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the API key cannot be read: {error}", where=file) from error
     if not key or not key.isprintable() or not key.isascii():

@@ -30,6 +30,8 @@ def allowed_hosts(bound: str, names: Iterable[str] = ()) -> frozenset[str]:
     own = socket.gethostname()
     known = {"localhost", bound, own, own.partition(".")[0], f"{own.partition('.')[0]}.local"}
     for name in names:
+        if _is_address(name):
+            continue  # always answered to
         if not name or not name.isascii() or set(name) & set("/:@ "):
             raise ConfigError(
                 f"not the name of a host: {name!r}",

@@ -15,6 +15,7 @@ from edge_vlm_runtime.inference.generate import generate
 from edge_vlm_runtime.inference.sampling import Sampling
 from edge_vlm_runtime.session.pointing import pointed_at
 from edge_vlm_runtime.session.prompt_view import Detail, PromptView
+from edge_vlm_runtime.session.stream_times import in_stream_time
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.bundle_model import LoadedBundle
@@ -122,6 +123,7 @@ class Answer:
             status=status,
             finish_reason=self.finish_reason,
             text=self.text,
+            text_in_stream_time=in_stream_time(self.text, view.frames),
             usage=protocol.Usage(
                 vision_tokens=view.vision_tokens,
                 text_tokens=self._text_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def test_every_kind_of_annotation_becomes_a_question_and_an_answer() -> None:
         ("Point to the cat.", '<points coords="0.5 1 250 031">cat</points>'),
     ]
     assert {annotation.kind for annotation in parsed.annotations} == set(KINDS)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path: Path) -> None:
+    for name, text in {"a.jsonl": record() + "\n" + record(), "b.json": record()}.items():
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + text.encode())
+    assert len(read_records(tmp_path / "a.jsonl")) == 2
+    assert len(read_records(tmp_path)) == 1  # b.json
 
 
 def without(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -19,10 +19,16 @@ from edge_vlm_training.data.packing.batch import IGNORED, NOWHERE
 from edge_vlm_training.objective.objective import Objective, totals_of
 from edge_vlm_training.objective.terms import Totals
 from edge_vlm_training.recipes.base import PARTS, Answers, Similarity
+from edge_vlm_training.recipes.demo import demo_larger
 from edge_vlm_training.recipes.molmo2 import molmo2_4b_stts_50, stts_smoke
 from edge_vlm_training.recipes.overrides import override
 from edge_vlm_training.trainer.distributed import join_ranks
-from edge_vlm_training.trainer.model_factory import build_model, model_config, prepare_tokenizer
+from edge_vlm_training.trainer.model_factory import (
+    build_model,
+    model_config,
+    prepare_tokenizer,
+    trained_usage,
+)
 from edge_vlm_training.trainer.optimizer import Masters, Updater, named_weights, parts_of
 from edge_vlm_training.trainer.samples import sample_answers
 from edge_vlm_training.trainer.speed import peak_tflops, training_flops
@@ -164,3 +170,9 @@ def test_rates_and_rules_are_those_of_the_recipe() -> None:
     (stage,) = override(stts_smoke(), ["steps=10", "warmup_steps=0"]).stages
     assert stage.rate_at(0, 0.0) == 1.0
     assert math.isclose(stage.rate_at(10, 1.0), 0.1)
+
+
+def test_a_model_of_rendered_clips_says_how_late_it_can_tell_the_time() -> None:
+    """The longest clip of its stages: sixteen pictures, two a second."""
+    usage = trained_usage(demo_larger())
+    assert usage.defaults == {"max_time_s": 8.0}

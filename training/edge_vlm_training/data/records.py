@@ -6,6 +6,7 @@ record of the video `NAME.*` beside it, and may leave out `video`.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ def scan_records(path: Path) -> Iterator[Located | RecordInvalid]:
 
 def _lines(index: Path) -> Iterator[Located | RecordInvalid]:
     # As bytes: a line that is not UTF-8 is that record's fault, not the file's.
-    for number, line in enumerate(index.read_bytes().splitlines(), start=1):
+    data = index.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(data.splitlines(), start=1):
         if line.strip():
             yield _parsed(line, f"{index}:{number}", index.parent)
 

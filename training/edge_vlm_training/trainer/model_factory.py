@@ -19,10 +19,12 @@ from edge_vlm.model.published.files import read_json
 from edge_vlm.model.published.folder import ModelFolder, open_folder, stts_scorer
 from edge_vlm.model.scorer import TokenScorer
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_training.recipes.base import Recipe, Rows
+from edge_vlm.text.prompt import PromptStyle
+from edge_vlm_training.recipes.base import Clips, Recipe, Rows
 from edge_vlm_training.trainer.checkpoints import WHOLE, latest
 from edge_vlm_training.world.more_words import vocabulary_of, with_more_words
 from edge_vlm_training.world.questions import vocabulary
+from edge_vlm_training.world.scenes import WorldConfig
 from edge_vlm_training.world.vocabulary import READ_ONLY, build_tokenizer
 
 _PUBLISHED = {"molmo2_4b": molmo2_4b, "molmo2_8b": molmo2_8b, "molmo2_o_7b": molmo2_o_7b}
@@ -104,15 +106,18 @@ def init_notes(recipe: Recipe) -> list[str]:
     return [*init.notes, *fresh]
 
 
-def trained_usage(recipe: Recipe) -> Usage | None:
+def trained_usage(recipe: Recipe) -> Usage:
     """What the trained model will want: as `init`, with the recipe's markers, and the frames and
-    share of its last stage; None for a model of rendered clips alone.
+    share of its last stage. Of several shares it is served at the middle one.
 
-    Of several shares it is served at the middle one.
+    A model of rendered clips alone knows times up to the length of the longest; a session stays
+    inside.
     """
     data = recipe.stages[-1].data
     if not isinstance(data, Rows):
-        return None
+        clips = [stage.data.num_frames for stage in recipe.stages if isinstance(stage.data, Clips)]
+        style = PromptStyle(own_frame_markers=recipe.frame_markers)
+        return Usage(style=style, defaults={"max_time_s": max(clips) / WorldConfig().fps})
     init = open_init(recipe)
     before = Usage() if init is None else init.usage
     return dataclasses.replace(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.model.checkpoint import TOKENIZER
-from edge_vlm.text.prompt import PromptFormat, PromptStyle
+from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.config import plain, read_json
 from edge_vlm_training.data.packing.batch import BatchStream
@@ -124,9 +124,8 @@ def train(
     cfg = model_config(recipe, tokenizer_path)
     need = check_fits(recipe, cfg, ranks)
     usage = trained_usage(recipe)
-    style = PromptStyle(own_frame_markers=recipe.frame_markers) if usage is None else usage.style
     try:
-        prompt = PromptFormat(Tokenizer.from_file(tokenizer_path), style)
+        prompt = PromptFormat(Tokenizer.from_file(tokenizer_path), usage.style)
     except KeyError as error:
         raise ConfigError(
             f"{error.args[0]}, which the recipe's prompts need",

@@ -2,6 +2,7 @@
 // docs/protocol.md describes the messages. A server with an API key wants the page's address to end
 // in #key=..., which the browser keeps to itself.
 
+import { FreshPictures } from "./fresh.js";
 import { Line } from "./line.js";
 import { SentPictures, pointedPictures } from "./points.js";
 
@@ -10,15 +11,17 @@ const HEADER_BYTES = 24;
 const MAX_SIDE = 1280; // larger pictures are scaled down before they are sent
 const MAX_BUFFERED_BYTES = 1 << 20;
 const JPEG_QUALITY = 0.92;
+const STALLED_MS = 3000; // a camera that shows nothing new for this long is said to
 
 const video = $("video");
+const fresh = new FreshPictures(video);
 const overlay = $("overlay");
 const scratch = document.createElement("canvas");
 
 const apiKey = new URLSearchParams(location.hash.slice(1)).get("key");
 let line = null;
 let created = null; // the session.created event
-let source = null; // {kind: "camera" | "file", stream?, url?}
+let source = null; // {kind: "camera" | "file", stream?, url?, trouble?: why nothing is sent}
 let sequence = 0;
 let unacknowledged = 0;
 let timer = null;
@@ -33,7 +36,9 @@ const open = new Map(); // event_id or response_id -> {item, answer, times}
 // ---- connection ---------------------------------------------------------------------------
 
 function connect() {
-  const url = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/realtime`;
+  const url = new URL("v1/realtime", document.baseURI); // behind a proxy there may be a path
+  url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
+  url.hash = url.search = "";
   created = null;
   sequence = 0;
   unacknowledged = 0;
@@ -42,7 +47,7 @@ function connect() {
   heat = [];
   pictures.clear();
   status("connecting", "");
-  const current = new Line(url, protocols(), {
+  const current = new Line(url.href, protocols(), {
     event(event) {
       if (line === current) take(event);
     },
@@ -55,10 +60,20 @@ function connect() {
       stopTimer();
       status("not connected", "off");
       for (const entry of new Set(open.values())) finish(entry, "no answer: the connection ended");
-      if (closed.code !== 1000) notice(`The session ended (${closed.code}) ${closed.reason}`);
+      if (created === null && closed.code === 1006) explainRefusal();
+      else if (closed.code !== 1000) notice(`The session ended (${closed.code}) ${closed.reason}`);
     },
   });
   line = current;
+}
+
+// The browser does not tell a page why a websocket was not opened.
+async function explainRefusal() {
+  const answers = await fetch("healthz").then((reply) => reply.ok, () => false);
+  if (!answers) notice("The server does not answer.");
+  else notice("The server answers, but takes no websocket from this page. Behind a proxy: it must " +
+    "pass websockets on (Upgrade and Connection), and if it changes Host, start the server with " +
+    `--allow-origin ${location.origin}`);
 }
 
 function protocols() {
@@ -90,12 +105,12 @@ const handlers = {
     $("detail").disabled = !canRead;
     $("detail-label").title = canRead ? "Look at the newest picture alone, in full detail"
       : "This model reads video only";
-    status("connected", "on");
+    showConnected();
     send("session.update", { session: { delivery: source?.kind === "file" ? "wait" : "live" } });
     startTimer();
   },
   "session.resumed"() {
-    status("connected", "on");
+    showConnected();
     resumeFile();
   },
   "frame.accepted"(event) {
@@ -142,6 +157,8 @@ const handlers = {
       const pieces = `${crops} ${crops === 1 ? "piece" : "pieces"}`;
       parts.push(`full detail of frame ${frame_sequence}: ${width}x${height} in ${pieces}`);
     }
+    // The pieces that came had the model's times.
+    entry.answer.textContent = event.text_in_stream_time ?? event.text;
     if (!event.text) entry.answer.textContent = "(nothing)";
     finish(entry, parts.join(", "));
     pointedPictures(event.points, pictures).then((figures) => {
@@ -184,13 +201,55 @@ async function startCamera() {
     const stream = await navigator.mediaDevices.getUserMedia({
       video: { width: { ideal: 1280 }, height: { ideal: 720 } }, audio: false,
     });
-    stopSource();
-    source = { kind: "camera", stream };
+    if (source?.kind === "camera" && line !== null) { // the session and what it has seen stay
+      stopTracks();
+    } else {
+      stopSource();
+    }
+    const goesOn = source !== null;
+    source = { kind: "camera", stream, trouble: null };
+    notice("");
+    watchCamera(source);
     video.srcObject = stream;
-    await startVideo();
+    await startVideo(goesOn);
   } catch (error) {
     notice(`No camera: ${error.message}`);
   }
+}
+
+// A camera may be unplugged, covered, taken by another program or forbidden at any moment; the
+// element then shows its last picture for ever.
+function watchCamera(camera) {
+  const [track] = camera.stream.getVideoTracks();
+  const gone = "The camera is gone: unplugged, or no longer allowed. Nothing is sent any more.";
+  const muted = "The camera gives no pictures: covered, or used by another program. Nothing is sent.";
+  track.onended = () => cameraTrouble(camera, gone);
+  track.onmute = () => cameraTrouble(camera, muted);
+  track.onunmute = () => cameraTrouble(camera, null);
+  if (track.muted) cameraTrouble(camera, muted);
+}
+
+function cameraTrouble(camera, text, isStalled = false) {
+  if (source !== camera || camera.trouble === text) return;
+  Object.assign(camera, { trouble: text, isStalled });
+  notice("");
+  if (created && line?.isUp) showConnected();
+}
+
+function lookForStall() {
+  const isStalled = fresh.age > STALLED_MS;
+  if (isStalled && !source.trouble) {
+    cameraTrouble(source, document.hidden
+      ? "While this page was hidden it got no pictures from the browser. Nothing was sent."
+      : "The camera gives no new pictures. Nothing is sent.", true);
+  } else if (!isStalled && source.isStalled) {
+    cameraTrouble(source, null);
+  }
+}
+
+function showConnected() {
+  if (source?.trouble) status("connected, no pictures", "off");
+  else status("connected", "on");
 }
 
 async function startFile(file) {
@@ -201,28 +260,38 @@ async function startFile(file) {
   try {
     await startVideo();
   } catch (error) {
-    notice(`The browser cannot play ${file.name}: ${error.message}`);
     stopSource();
+    notice(`The browser cannot play ${file.name}: ${error.message}`);
   }
 }
 
-async function startVideo() {
+async function startVideo(goesOn = false) {
+  fresh.reset();
   await video.play();
   const aspect = video.videoWidth / video.videoHeight;
   $("stage").style.aspectRatio = aspect;
   $("stage").style.width = `min(100%, ${60 * aspect}vh)`;
   $("hint").hidden = true;
   $("stop").disabled = false;
-  connect();
+  if (!goesOn) connect();
+  else if (created && line?.isUp) showConnected();
+}
+
+function stopTracks() {
+  source?.stream?.getTracks().forEach((track) => {
+    track.onended = track.onmute = track.onunmute = null;
+    track.stop();
+  });
 }
 
 function stopSource() {
   stopTimer();
   closeSession();
   status("not connected", "");
-  source?.stream?.getTracks().forEach((track) => track.stop());
+  stopTracks();
   if (source?.url) URL.revokeObjectURL(source.url);
   source = null;
+  notice("");
   video.srcObject = null;
   video.removeAttribute("src");
   video.load();
@@ -253,6 +322,9 @@ function capture() {
     if (source.kind === "file") video.pause();
     return;
   }
+  if (source.kind === "camera") lookForStall();
+  if (source.trouble) return;
+  if (!fresh.isFresh) return; // what is on screen was sent: a held or a frozen picture
   if (line.bufferedAmount > MAX_BUFFERED_BYTES) return; // the network is the bottleneck
   const fps = created.settings.fps_cap;
   let now_s = performance.now() / 1000;
@@ -266,6 +338,7 @@ function capture() {
   const tick = Math.floor(now_s * fps + 1e-3);
   if (tick <= lastTick) return;
   lastTick = tick;
+  fresh.take();
   const time_us = Math.round((tick / fps) * 1e6); // when it was due: what is on screen then
   const scale = Math.min(1, MAX_SIDE / Math.max(video.videoWidth, video.videoHeight));
   scratch.width = Math.round(video.videoWidth * scale);
@@ -299,7 +372,7 @@ function sendFrame(current, blob, jpeg, time_us) {
 }
 
 function resumeFile() {
-  if (source?.kind === "file" && video.paused && !video.ended) video.play();
+  if (source?.kind === "file" && video.paused && !video.ended && !document.hidden) video.play();
 }
 
 // ---- the picture --------------------------------------------------------------------------
@@ -373,8 +446,10 @@ function status(text, kind) {
   $("status").className = `pill ${kind}`;
 }
 
+// What is wrong with the camera stands there for as long as it is.
 function notice(text) {
-  $("notice").textContent = text;
+  $("notice").textContent = text || source?.trouble || "";
+  $("again").hidden = !source?.trouble;
 }
 
 function showKeep() {
@@ -384,6 +459,7 @@ function showKeep() {
 // ---- controls -----------------------------------------------------------------------------
 
 $("camera").onclick = startCamera;
+$("again").onclick = startCamera;
 $("stop").onclick = stopSource;
 $("file").onchange = (event) => {
   const [file] = event.target.files;
@@ -407,5 +483,9 @@ video.onseeked = () => {
     closeSession();
     connect();
   }
+};
+document.onvisibilitychange = () => { // a hidden page is shown no pictures: a file waits
+  if (!document.hidden) resumeFile();
+  else if (source?.kind === "file") video.pause();
 };
 new ResizeObserver(draw).observe(overlay);

@@ -1,0 +1,112 @@
+"""The browser page behind a real reverse proxy. Skipped without a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from edge_vlm.errors import ConfigError
+from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.server.origins import Origins
+from tests.e2e.test_page import CHROMIUM, Page, browser, text
+from tests.runtime.live import open_server, run
+from tests.runtime.reverse_proxy import ReverseProxy
+from tests.tiny import tiny_bundle
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+CAMERA = "document.getElementById('camera').click()"
+
+
+async def open_page(page: Page, proxy: ReverseProxy) -> None:
+    await page.open(f"{proxy.origin}/vlm/")
+    await page.until("document.readyState === 'complete'")
+    await page.value(CAMERA)
+
+
+@needs_browser
+@pytest.mark.parametrize("keeps_host", [True, False])
+def test_the_page_works_below_a_path_and_with_another_host(
+    tmp_path: Path, keeps_host: bool
+) -> None:
+    async def visit(debugger: str) -> None:
+        with open_server() as probe:
+            port = probe.port  # free again below
+        async with ReverseProxy(port, prefix="/vlm", keeps_host=keeps_host) as proxy:
+            origins = [] if keeps_host else [proxy.origin]
+            with Server.open(tiny_bundle(), threads=1, port=port, origins=origins) as server:
+                server.start()
+                async with connect(debugger, max_size=None) as socket:
+                    page = Page(socket)
+                    await open_page(page, proxy)
+                    await page.until(f"parseInt({text('g-frame')}) >= 2")
+                    assert await page.value(text("status")) == "connected"
+                    assert page.console == []
+            assert proxy.not_found == []
+
+    with browser(tmp_path / "profile") as debugger:
+        run(visit(debugger))
+
+
+@needs_browser
+def test_a_page_that_is_refused_says_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def visit(debugger: str, server: Server) -> None:
+        async with ReverseProxy(server.port, prefix="/vlm") as proxy:
+            async with connect(debugger, max_size=None) as socket:
+                page = Page(socket)
+                await open_page(page, proxy)
+                notice = await page.until(text("notice"))
+                assert f"--allow-origin {proxy.origin}" in notice
+                assert await page.value(text("status")) == "not connected"
+            (line,) = [record.getMessage() for record in caplog.records]
+            assert f"Origin is '{proxy.origin}'" in line
+            assert f"'localhost:{server.port}'" in line
+            assert f"--allow-origin {proxy.origin}" in line
+
+    with open_server() as server, browser(tmp_path / "profile") as debugger:
+        server.start()
+        run(visit(debugger, server))
+
+
+def test_an_allowed_page_may_connect_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    origins = ["https://Camera.example.org:443/", "http://[::1]:8080"]
+
+    async def session(server: Server, origin: str) -> None:
+        async with connect(server.url, additional_headers={"Origin": origin}) as raw:
+            await raw.recv()
+
+    with Server.open(tiny_bundle(), threads=1, origins=origins) as server:
+        server.start()
+        run(session(server, "https://camera.example.org"))
+        run(session(server, "http://[::1]:8080"))
+        for _ in range(3):
+            with pytest.raises(InvalidStatus, match="403"):
+                run(session(server, "https://elsewhere.example"))
+        with pytest.raises(InvalidStatus, match="403"):
+            run(session(server, "http://camera.example.org"))  # not encrypted
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2  # each once
+    assert "'https://elsewhere.example'" in lines[0]
+
+
+def test_pages_that_try_again_and_again_do_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    origins = Origins()
+    for number in range(1000):
+        assert not origins.allows(f"http://page{number}.example\n", "camera")
+    assert len(caplog.records) == 100
+    assert "\n" not in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["", "*", "null", "camera.example.org", "https://a/b", "https://a:99999", "ftp://a", "http://"],
+)
+def test_what_is_no_origin(origin: str) -> None:
+    with pytest.raises(ConfigError, match="not an origin"):
+        Origins([origin])
