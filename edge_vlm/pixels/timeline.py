@@ -31,6 +31,8 @@ class Timeline:
         """The same before the last jump, until the time after it is placed."""
         self._last_s = 0.0
         self._usual_s = usual_s
+        self._gap_s = 0.0
+        """From one time to the next, where neither a jump nor a pause is between."""
 
     @property
     def start_s(self) -> float:
@@ -44,8 +46,9 @@ class Timeline:
         """
         jumps, last_s = self.jumps, self._last_s
         time_s = self._placed(clock_s)
-        if length_s is None and jumps == self.jumps and 0.0 < time_s - last_s < _LONGEST_USUAL_S:
-            self._usual_s = time_s - last_s
+        if jumps == self.jumps and 0.0 < time_s - last_s < _LONGEST_USUAL_S:
+            self._gap_s = time_s - last_s
+            self._usual_s = self._gap_s if length_s is None else self._usual_s
         if length_s is None or not 0.0 < length_s <= LONGEST_GAP_S:
             length_s = self._usual_s
         self._usual_s = length_s
@@ -67,8 +70,9 @@ class Timeline:
         if before_s is not None and self._continues(clock_s - before_s):
             self._offset_s = before_s
             return max(clock_s - before_s, self._last_s)
-        self._before_s, self._offset_s = self._offset_s, clock_s - self.end_s
-        return self.end_s
+        resumed_s = max(self.end_s, self._last_s + self._gap_s)
+        self._before_s, self._offset_s = self._offset_s, clock_s - resumed_s
+        return resumed_s
 
     def _continues(self, time_s: float) -> bool:
         return self._last_s - _BACK_S <= time_s <= self.end_s + _RETURN_S

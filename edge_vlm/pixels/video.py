@@ -49,6 +49,8 @@ MOST_DAMAGED = 30
 """Packets in a row that cannot be decoded: more are a broken source, not a damaged picture."""
 DECODE_ERROR, BEHIND, CLOCK_JUMP = "decode_error", "behind", "clock_jump"
 """Kinds of `Video.counts`."""
+_NO_TIMES = 0x0080
+"""`AVFMT_NOTIMESTAMPS`: of formats that are pictures one after the other, and no more."""
 CODECS_WITH_EXIF = {"mjpeg", "png", "apng", "webp"}
 _RAW_FPS = 25.0
 """Of a stream that carries neither times nor a rate."""
@@ -129,6 +131,8 @@ class Video:
             raise
         rate = self._stream.average_rate or self._stream.guessed_rate
         self._usual_s = 1 / (float(rate or 0) or _RAW_FPS)
+        no_times = int(self._container.format.flags) & _NO_TIMES
+        self._assumes_rate = bool(no_times) and not is_live
         self._timeline = Timeline(self._usual_s)
         self._pace = Pace() if is_live else None
         self.is_heard = True
@@ -246,8 +250,9 @@ class Video:
         )
 
     def _place(self, clock_s: float | None, length_s: float | None) -> float:
-        if clock_s is None and self._timeline.end_s == 0.0 and self._pace is None:
-            self._say("there are no times in it: %g pictures a second are assumed", 1 / self._usual_s)
+        if self._assumes_rate:
+            self._assumes_rate = False
+            self._say("no times in it: %g pictures a second are assumed", 1 / self._usual_s)
         time_s = self._timeline.place(clock_s, length_s)
         if clock_s is not None:
             clock_end_s = clock_s + self._timeline.end_s - time_s
