@@ -39,7 +39,7 @@ def picture_rgb(picture: Any, max_side: int | None = None) -> Rgb:
     Raises PyAV's errors, ValueError.
     """
     size = _size_within(picture.width, picture.height, max_side)
-    curve = getattr(picture, "color_trc", None)
+    curve = int(getattr(picture, "color_trc", _UNNAMED))
     is_hdr = curve in (_PQ, _HLG)
     converted = picture.reformat(
         width=size[0],
@@ -87,12 +87,12 @@ def _light_of(curve: int) -> npt.NDArray[np.float32]:
         def scene(value: Any) -> Any:
             return np.where(value <= 0.5, value**2 / 3, (np.exp((value - c) / a) + b) / 12)
 
-        return (scene(value) / scene(np.float64(0.75))).astype(np.float32)
+        return np.asarray(scene(value) / scene(np.float64(0.75)), np.float32)
     m1, m2 = 2610 / 16384, 2523 / 4096 * 128
     c1, c2, c3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
     power = value ** (1 / m2)
     nits = 10000.0 * (np.maximum(power - c1, 0.0) / (c2 - c3 * power)) ** (1 / m1)
-    return (nits / _WHITE_NITS).astype(np.float32)
+    return np.asarray(nits / _WHITE_NITS, np.float32)
 
 
 @functools.lru_cache(maxsize=1)

@@ -78,12 +78,14 @@ def _accelerated(file: Any, hwaccel: str, options: dict[str, Any]) -> Any:
     reasons = []
     for device in wanted:
         try:
-            # Opened without a fallback of PyAV's own: it would be silent.
-            container = av().open(
-                file, hwaccel=HWAccel(device, allow_software_fallback=False), **options
-            )
+            container = av().open(file, hwaccel=HWAccel(device), **options)
         except (PermissionError, NotImplementedError, RuntimeError) as error:
             reasons.append(f"{device}: {reason_of(error)}")
+            continue
+        contexts = [stream.codec_context for stream in container.streams.video]
+        if not any(context is not None and context.is_hwaccel for context in contexts):
+            container.close()
+            reasons.append(f"{device}: not for this codec, or not on this machine")
             continue
         log.info("%s decodes", device)
         return container

@@ -63,11 +63,11 @@ class Timeline:
             return 0.0
         before_s, self._before_s = self._before_s, None
         time_s = clock_s - self._offset_s
-        if self._last_s - _BACK_S <= time_s <= self.end_s + LONGEST_GAP_S:
-            if before_s is None or not self._continues(clock_s - before_s):
-                return max(time_s, self._last_s)
+        returns = before_s is not None and self._continues(clock_s - before_s)
+        if self._last_s - _BACK_S <= time_s <= self.end_s + LONGEST_GAP_S and not returns:
+            return max(time_s, self._last_s)
         self.jumps += 1
-        if before_s is not None and self._continues(clock_s - before_s):
+        if before_s is not None and returns:
             self._offset_s = before_s
             return max(clock_s - before_s, self._last_s)
         resumed_s = max(self.end_s, self._last_s + self._gap_s)

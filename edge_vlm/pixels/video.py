@@ -170,7 +170,7 @@ class Video:
             try:
                 yield from self._container.demux(self._stream)
                 return
-            except av().error.InvalidDataError as error:
+            except av().error.InvalidDataError as error:  # noqa: PERF203 (a few times at most)
                 failed = error
                 self.counts[DECODE_ERROR] += 1
             except decoding_errors() as error:
@@ -212,6 +212,20 @@ class Video:
             raise
         damage.require_a_picture()
 
+    def raw_rgb(self) -> Iterator[TimedFrame]:
+        """Every frame of a stream of raw rgb whose rows are padded, as GStreamer's: decoders take
+        them for tight. Raises VideoUnreadable."""
+        context = self._stream.codec_context
+        width, height = context.width, context.height
+        for packet in self._packets():
+            if packet.size:
+                rows = np.frombuffer(packet, np.uint8, packet.size // height * height)
+                rgb = np.ascontiguousarray(rows.reshape(height, -1)[:, : 3 * width])
+                picture = av().VideoFrame.from_ndarray(
+                    rgb.reshape(height, width, 3), format="rgb24"
+                )
+                yield TimedFrame(0.0, 0.0, picture, self.name)
+
     def _rest(self, orientation: Orientation) -> Iterator[TimedFrame]:
         """What the decoder still holds when a file breaks off."""
         try:
@@ -245,9 +259,7 @@ class Video:
         if self._pace is not None and clock_s is not None:
             captured_s = self._pace.captured_s(clock_s)
         orientation = _orientation_of(picture, exif)
-        return TimedFrame(
-            time_s, self._timeline.end_s, picture, self.name, orientation, captured_s
-        )
+        return TimedFrame(time_s, self._timeline.end_s, picture, self.name, orientation, captured_s)
 
     def _place(self, clock_s: float | None, length_s: float | None) -> float:
         if self._assumes_rate:
