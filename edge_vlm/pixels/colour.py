@@ -15,6 +15,8 @@ from edge_vlm.pixels.frames import Rgb
 
 HD_WIDTH, HD_HEIGHT = 1280, 720
 """From here on a picture that names no matrix is BT.709, below BT.601: the rule of players."""
+AVCOL_SPC_SMPTE170M = 6
+"""BT.601, in a file."""
 _UNNAMED = 2
 """`AVCOL_SPC_UNSPECIFIED`."""
 _BT709, _BT601, _BT2020 = 1, 5, 9
@@ -58,7 +60,12 @@ def _matrix_of(picture: Any, is_hdr: bool) -> int | None:
         return None
     if is_hdr:
         return _BT2020
-    return _BT709 if picture.width >= HD_WIDTH or picture.height >= HD_HEIGHT else _BT601
+    return _BT709 if is_hd(picture.width, picture.height) else _BT601
+
+
+def is_hd(width: int, height: int) -> bool:
+    """Whether a picture that names no matrix is BT.709."""
+    return width >= HD_WIDTH or height >= HD_HEIGHT
 
 
 def _size_within(width: int, height: int, max_side: int | None) -> tuple[int, int]:

@@ -103,6 +103,8 @@ def exif_orientation(data: Any) -> Orientation:
 
 
 def _orientation_of(image: Any) -> Orientation:
+    if "exif" not in image.info:
+        return Orientation.UPRIGHT
     try:
         return Orientation.of_exif(image.getexif().get(ORIENTATION_TAG))
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):

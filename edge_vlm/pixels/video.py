@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import VideoEmpty, VideoError, VideoNotFound, VideoUnreadable
-from edge_vlm.pixels.colour import picture_rgb
+from edge_vlm.pixels.colour import AVCOL_SPC_SMPTE170M, is_hd, picture_rgb
 from edge_vlm.pixels.frames import Rgb, exif_orientation
 from edge_vlm.pixels.opening import (
     announced_duration_s,
@@ -597,6 +597,8 @@ def write_video(path: Path, frames: Rgb, fps: float) -> None:
     with library.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=int(fps), options={"crf": "14"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        if is_hd(stream.width, stream.height):  # where another matrix is the rule
+            stream.codec_context.colorspace = AVCOL_SPC_SMPTE170M
         for picture in frames:
             container.mux(stream.encode(library.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())

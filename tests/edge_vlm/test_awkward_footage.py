@@ -28,6 +28,7 @@ from edge_vlm.pixels.video import (
     probe_video,
     read_moments,
     read_video,
+    write_video,
 )
 
 PATCHES = np.array(
@@ -88,7 +89,8 @@ def photo(number: int, kind: str = "JPEG") -> bytes:
 
 @pytest.mark.parametrize("number", range(1, 9))
 def test_a_jpeg_is_turned_as_its_exif_says(number: int) -> None:
-    data = photo(number)
+    plain = photo(number)
+    data = plain[:2] + b"\xff\xfe\x40\x02" + bytes(0x4000) + plain[2:]  # a long comment
     assert furthest(decode_jpeg(data)) <= 6
     small = decode_jpeg(shrink_jpeg(data, len(data) - 1))  # evidence of an alert
     assert small.shape == CHART.shape
@@ -107,6 +109,7 @@ def test_a_photo_file_is_turned_as_its_exif_says(tmp_path: Path, number: int, ki
     assert np.array_equal(moment, rgb)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"])
 def test_damaged_exif_says_nothing(exif: bytes) -> None:
     plain = encode_jpeg(CHART)
@@ -179,7 +182,7 @@ SPACES = {"601": 6, "709": 1, "2020": 9, None: 2}
 
 
 def yuv_of(rgb: np.ndarray, matrix: str, is_full: bool, depth: int) -> list[np.ndarray]:
-    """By the standards' own formulas: rgb f64 [H, W, 3] in 0..1 -> three planes of whole numbers."""
+    """By the standards' own formulas: rgb f64 [H, W, 3] in 0..1 -> three planes."""
     red, blue = TO_YUV[matrix]
     luma = rgb @ [red, 1 - red - blue, blue]
     cb = (rgb[..., 2] - luma) / (2 - 2 * blue)
@@ -288,7 +291,8 @@ def test_hdr_is_shown_as_a_usual_screen_does(tmp_path: Path, curve: int) -> None
 
 
 def test_a_large_picture_is_scaled_where_it_is_decoded(tmp_path: Path) -> None:
-    path = film(tmp_path / "a.mp4", [CHART.repeat(10, axis=0).repeat(10, axis=1)])
+    path = tmp_path / "a.mp4"
+    write_video(path, CHART.repeat(10, axis=0).repeat(10, axis=1)[None], 2)
     video = open_video(path)
     (frame,) = video.frames()
     assert frame.rgb(640).shape == (320, 640, 3)
@@ -379,7 +383,7 @@ def test_the_default_track_is_watched_and_then_the_largest(
 
 def test_a_cover_is_no_film(tmp_path: Path) -> None:
     path = tmp_path / "song.m4a"
-    with av.open(str(path), "w", format="ipod") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         sound = container.add_stream("aac", rate=44100)
         cover = container.add_stream("mjpeg", rate=1)
         cover.width = cover.height = 64
@@ -463,7 +467,7 @@ def test_a_clock_that_jumps_goes_on_from_its_last_end(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = CLOCKS[name](tmp_path)
-    assert levels(read_video(path, 2.0)) == pytest.approx(WHOLE)
+    assert levels(read_video(path, 2.0)) == WHOLE
     said = [record for record in caplog.records if "clock jumps" in record.message]
     assert len(said) == 1
     probed = probe_video(path)
@@ -553,8 +557,10 @@ def test_sound_may_outlast_the_film(tmp_path: Path, suffix: str) -> None:
 
 
 def test_the_last_picture_of_a_file_that_is_cut_off_is_shown(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(16)]
     options = {"g": "4", "bf": "2", "crf": "4"}
-    whole = film(tmp_path / "a.mkv", greys(16), options=options).read_bytes()
+    whole = film(tmp_path / "a.mkv", noise, options=options).read_bytes()
     path = tmp_path / "b.mkv"
     path.write_bytes(whole[: len(whole) * 5 // 8])
     seen = []
