@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import FrameDecodeError, MissingExtraError
+from edge_vlm.pixels.orientation import Orientation
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,6 +33,9 @@ RAW_HEADER = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")
 """Of a binary PPM, https://netpbm.sourceforge.net/doc/ppm.html, in its plainest form."""
 MAX_PIXELS = 64_000_000
 """A larger picture is refused before it is decompressed (a small file can claim any size)."""
+ORIENTATION_TAG = 274
+EXIF_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF")
+"""Of JPEG, PNG and WebP."""
 SHRINK_SIDES = (1920, 1280, 960, 640, 480, 320, 160, 64)
 
 
@@ -69,7 +74,7 @@ def _pillow_image() -> ModuleType:
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
-    """JPEG bytes -> rgb u8 [H, W, 3].
+    """JPEG bytes -> rgb u8 [H, W, 3], turned as its EXIF says.
 
     Many cameras leave the end marker out: such a picture is taken if nothing else is missing, or so
     little that at most MISSING_ROWS rows at the bottom suffer. Raises FrameDecodeError when more
@@ -89,7 +94,8 @@ def decode_jpeg(data: bytes) -> np.ndarray:
                     f"the picture is too large: {width}x{height}",
                     remedy=f"send at most {MAX_PIXELS} pixels",
                 )
-            return np.asarray(image.convert("RGB"), dtype=np.uint8)
+            orientation = _orientation_of(image)
+            return orientation.turn(np.asarray(image.convert("RGB"), dtype=np.uint8))
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise FrameDecodeError(
             f"the JPEG is broken or cut off: {error}", where=f"{len(data)} bytes"
@@ -119,6 +125,28 @@ def _ended(data: bytes, image_module: ModuleType) -> bytes:
     if missing > min(MISSING_ROWS, MISSING_SHARE * height):
         raise OSError(f"{missing} of {height} rows are missing")
     return data + JPEG_END
+
+
+def exif_orientation(data: Any) -> Orientation:
+    """What a compressed picture (JPEG, PNG, WebP), as bytes or a buffer, says about itself."""
+    data = bytes(data)
+    if not any(mark in data for mark in EXIF_MARKS):
+        return Orientation.UPRIGHT
+    image_module = _pillow_image()
+    try:
+        with image_module.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as image:
+            return _orientation_of(image)
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError):
+        return Orientation.UPRIGHT  # not one of these: whoever decodes it says so
+
+
+def _orientation_of(image: Any) -> Orientation:
+    if "exif" not in image.info:
+        return Orientation.UPRIGHT
+    try:
+        return Orientation.of_exif(image.getexif().get(ORIENTATION_TAG))
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return Orientation.UPRIGHT  # EXIF that is damaged says nothing
 
 
 def raw_picture(samples: bytes, width: int, height: int) -> bytes:
@@ -173,7 +201,9 @@ def shrink_jpeg(data: bytes, limit_bytes: int) -> bytes:
     try:
         with image_module.open(io.BytesIO(_ended(data, image_module)), formats=["JPEG"]) as image:
             image.draft("RGB", (SHRINK_SIDES[0], SHRINK_SIDES[0]))  # decodes a large one at less
-            picture = image.convert("RGB")
+            picture = image_module.fromarray(
+                _orientation_of(image).turn(np.asarray(image.convert("RGB")))
+            )
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise FrameDecodeError(
             f"the JPEG is broken or cut off: {error}", where=f"{len(data)} bytes"

@@ -2,17 +2,17 @@
 
 `Video` opens a container, picks its track and gives `TimedFrame`s; `due_frames` and `read_moments`
 choose among them by one rule: a frame is on screen from its own time until the next one's. Times
-are the file's own, in seconds from its first frame. rgb is always u8 [H, W, 3].
-
-PyAV is imported here and nowhere else in this package.
+are the file's own, in seconds from its first frame. rgb is always u8 [H, W, 3], upright.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import logging
 import math
-import re
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,21 +23,35 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.errors import (
-    MissingExtraError,
-    VideoEmpty,
-    VideoError,
-    VideoNotFound,
-    VideoUnreadable,
+from edge_vlm.errors import VideoEmpty, VideoError, VideoNotFound, VideoUnreadable
+from edge_vlm.pixels.colour import AVCOL_SPC_SMPTE170M, is_hd, picture_rgb
+from edge_vlm.pixels.frames import Rgb, exif_orientation
+from edge_vlm.pixels.opening import (
+    announced_duration_s,
+    av,
+    decoding_errors,
+    local_file,
+    open_container,
+    reason_of,
+    track_of,
 )
-from edge_vlm.pixels.frames import Rgb
+from edge_vlm.pixels.orientation import Orientation
+from edge_vlm.pixels.pace import Pace, Skip
+from edge_vlm.pixels.timeline import LONGEST_GAP_S, Timeline
+
+log = logging.getLogger(__name__)
 
 EPSILON_S = 1e-4
 """How much before its time a frame counts as shown."""
 MILLISECONDS_EPSILON_S = 6e-4
 """The same where a container rounds times to milliseconds, as Matroska does."""
-TEXT_FORMATS = {"tty", "bin", "idf", "adf", "xbin"}
-"""Demuxers that render any text as moving pictures."""
+MOST_DAMAGED = 30
+"""Packets in a row that cannot be decoded: more are a broken source, not a damaged picture."""
+DECODE_ERROR, BEHIND, CLOCK_JUMP = "decode_error", "behind", "clock_jump"
+"""Kinds of `Video.counts`."""
+_NO_TIMES = 0x0080
+"""`AVFMT_NOTIMESTAMPS`: of formats that are pictures one after the other, and no more."""
+CODECS_WITH_EXIF = {"mjpeg", "png", "apng", "webp"}
 _RAW_FPS = 25.0
 """Of a stream that carries neither times nor a rate."""
 _CUT_OFF_SHARE, _CUT_OFF_S = 0.1, 0.5
@@ -46,7 +60,9 @@ _JUMP_S = 1.0
 """A keyframe nearer than this is reached by decoding on."""
 _LOST_S = 0.25
 """How much of what the packets promise may be missing at the end, beyond one frame."""
-_MATROSKA_DURATION = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
+_REORDERED = 17
+"""Frames that may lie between a frame's place in a file and its place on the screen."""
+_BACK_S = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +72,32 @@ class TimedFrame:
     time_s: float
     end_s: float
     picture: Any
-    """PyAV's."""
+    """PyAV's, as it is stored."""
     name: str
     """Of the video, for errors."""
+    orientation: Orientation = Orientation.UPRIGHT
+    captured_s: float | None = None
+    """Of a camera that says so: when, on `time.monotonic`."""
 
-    def rgb(self) -> Rgb:
-        """u8 [H, W, 3]. Raises VideoUnreadable."""
+    def rgb(self, max_side: int | None = None) -> Rgb:
+        """u8 [H, W, 3], upright, its longer side at most `max_side`. Raises VideoUnreadable."""
         try:
-            return np.ascontiguousarray(self.picture.to_ndarray(format="rgb24"))
-        except (_av().FFmpegError, ValueError) as error:
+            return self.orientation.turn(picture_rgb(self.picture, max_side))
+        except decoding_errors() as error:
             raise VideoUnreadable(
                 f"a frame cannot be converted ({error})", where=self.name
             ) from error
+
+
+@dataclass(frozen=True)
+class FramePacket:
+    """One undecoded frame."""
+
+    time_s: float | None
+    """On the file's own clock; None in a raw stream."""
+    length_s: float | None
+    is_key: bool
+    """Decoding can begin with it."""
 
 
 class Video:
@@ -79,25 +109,36 @@ class Video:
         name: str,
         *,
         refused: str = "not a video, or cut off at its beginning",
+        is_live: bool = False,
         **options: Any,
     ) -> None:
-        """`file`, `options`: as for `av.open`. `name`: for errors, so without passwords.
+        """`file`, `options`: as for `open_container`. `name`: for errors, so without passwords.
 
         Raises VideoUnreadable (`refused` says what it means that it does not open; or there is no
         video in it), MissingExtraError.
         """
-        av = _av()
         self.name = name
+        self.counts: Counter[str] = Counter()
+        """Packets that were no picture, pictures left out to keep up, jumps of the clock."""
         try:
-            self._container = av.open(file, **options)
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise VideoUnreadable(f"{refused} ({_reason_of(error)})", where=name) from error
+            self._container = open_container(file, **options)
+        except decoding_errors() as error:
+            raise VideoUnreadable(f"{refused} ({reason_of(error)})", where=name) from error
         try:
-            self._stream = _track_of(self._container, name)
+            self._stream = track_of(self._container, name)
         except BaseException:
             self._container.close()
             raise
-        self._start_s: float | None = None
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        self._usual_s = 1 / (float(rate or 0) or _RAW_FPS)
+        no_times = int(self._container.format.flags) & _NO_TIMES
+        self._assumes_rate = bool(no_times) and not is_live
+        self._timeline = Timeline(self._usual_s)
+        self._pace = Pace() if is_live else None
+        self.is_heard = True
+        """Whether it logs what is odd; for whoever opens a file twice."""
+        self._clock_end_s: float | None = None
+        """On the file's own clock: when the last packet ends."""
 
     def close(self) -> None:
         """Twice does no harm."""
@@ -106,23 +147,12 @@ class Video:
     @property
     def duration_s(self) -> float | None:
         """Of the track, as the file announces it; None where it does not."""
-        stream, container = self._stream, self._container
-        if stream.duration is not None:
-            return float(stream.duration * stream.time_base)
-        is_matroska = "matroska" in container.format.name
-        # Matroska announces when it ends, which counts from 0 even if it begins later.
-        begin_s = float((stream.start_time or 0) * stream.time_base) if is_matroska else 0.0
-        tag = _MATROSKA_DURATION.match(stream.metadata.get("DURATION", ""))
-        if tag is not None:
-            return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - begin_s
-        if container.duration is None or len(container.streams) > 1:  # sound may be longer
-            return None
-        return float(container.duration) / float(_av().time_base) - begin_s
+        return announced_duration_s(self._container, self._stream)
 
-    def _length_s(self, shown: Any) -> float:
-        """Of a frame or a packet of one."""
-        length_s = float((shown.duration or 0) * (shown.time_base or 0))
-        return length_s or 1 / (float(self._stream.average_rate or 0) or _RAW_FPS)
+    @staticmethod
+    def _length_s(shown: Any) -> float | None:
+        """Of a frame or a packet of one, where the file says so."""
+        return float((shown.duration or 0) * (shown.time_base or 0)) or None
 
     @property
     def epsilon_s(self) -> float:
@@ -130,87 +160,292 @@ class Video:
         in_milliseconds = self._stream.time_base == Fraction(1, 1000)
         return MILLISECONDS_EPSILON_S if in_milliseconds else EPSILON_S
 
+    def _broken(self, why: str, error: BaseException) -> VideoUnreadable:
+        return VideoUnreadable(f"{why} ({reason_of(error)})", where=self.name)
+
+    def _packets(self) -> Iterator[Any]:
+        """PyAV's, the last one empty. A damaged one is passed over. Raises VideoUnreadable."""
+        failed: BaseException | None = None
+        for _ in range(MOST_DAMAGED):
+            try:
+                yield from self._container.demux(self._stream)
+                return
+            except av().error.InvalidDataError as error:  # noqa: PERF203 (a few times at most)
+                failed = error
+                self.counts[DECODE_ERROR] += 1
+            except decoding_errors() as error:
+                failed = error
+                break
+        assert failed is not None
+        after_s = self._timeline.end_s
+        raise self._broken(f"the video is broken or cut off after {after_s:.1f} s", failed)
+
     def decoded(self) -> Iterator[TimedFrame]:
-        """Every frame from here on. Raises VideoUnreadable where the video is broken."""
-        end_s = 0.0
+        """Every frame from here on. A damaged packet is counted and passed over.
+
+        Raises VideoUnreadable where the video is broken.
+        """
+        damage = _Damage(self)
+        orientation = Orientation.UPRIGHT
+        has_exif = self._stream.codec_context.name in CODECS_WITH_EXIF
+        began_s = time.monotonic()
         try:
-            for picture in self._container.decode(self._stream):
-                time_s = end_s  # of a raw stream, which has no times
-                if picture.time is not None:
-                    if self._start_s is None:
-                        self._start_s = float(picture.time)
-                    time_s = float(picture.time) - self._start_s
-                end_s = time_s + self._length_s(picture)
-                yield TimedFrame(time_s, end_s, picture, self.name)
-        except (_av().FFmpegError, OSError, ValueError) as error:
-            raise VideoUnreadable(
-                f"the video is broken or cut off after {end_s:.1f} s ({_reason_of(error)})",
-                where=self.name,
-            ) from error
+            for packet in self._packets():
+                now_s = time.monotonic()
+                if packet.size and not self._is_taken(packet, now_s, now_s - began_s):
+                    began_s = time.monotonic()
+                    continue
+                if packet.size and has_exif:
+                    orientation = exif_orientation(packet)
+                try:
+                    pictures = packet.decode()
+                except decoding_errors() as error:
+                    damage.found(packet, error)
+                    pictures = []
+                else:
+                    damage.none_in(packet, len(pictures))
+                for picture in pictures:
+                    yield self._placed(picture, orientation)
+                began_s = time.monotonic()
+        except VideoUnreadable:
+            yield from self._rest(orientation)
+            raise
+        damage.require_a_picture()
+
+    def raw_rgb(self) -> Iterator[TimedFrame]:
+        """Every frame of a stream of raw rgb whose rows are padded, as GStreamer's: decoders take
+        them for tight. Raises VideoUnreadable."""
+        context = self._stream.codec_context
+        width, height = context.width, context.height
+        for packet in self._packets():
+            if packet.size:
+                rows = np.frombuffer(packet, np.uint8, packet.size // height * height)
+                rgb = np.ascontiguousarray(rows.reshape(height, -1)[:, : 3 * width])
+                picture = av().VideoFrame.from_ndarray(
+                    rgb.reshape(height, width, 3), format="rgb24"
+                )
+                yield TimedFrame(0.0, 0.0, picture, self.name)
+
+    def _rest(self, orientation: Orientation) -> Iterator[TimedFrame]:
+        """What the decoder still holds when a file breaks off."""
+        try:
+            pictures = self._stream.codec_context.decode(None)
+        except decoding_errors():
+            return
+        for picture in pictures:
+            yield self._placed(picture, orientation)
+
+    def _is_taken(self, packet: Any, now_s: float, waited_s: float) -> bool:
+        stamp = packet.pts if packet.dts is None else packet.dts
+        if self._pace is None or stamp is None:
+            return True
+        camera_s = float(stamp * packet.time_base)
+        before = self._pace.skip
+        is_taken = self._pace.takes(camera_s, bool(packet.is_keyframe), now_s, waited_s)
+        if self._pace.skip is not before:
+            if self._pace.skip is Skip.TO_KEY:
+                self._stream.codec_context.flush_buffers()
+            lenient = self._pace.skip is Skip.NOTHING
+            self._stream.codec_context.skip_frame = "DEFAULT" if lenient else "NONREF"
+            if not lenient and not self.counts[BEHIND]:
+                self._say("decoding is slower than the camera, so pictures are skipped")
+        self.counts[BEHIND] += not is_taken
+        return is_taken
+
+    def _placed(self, picture: Any, exif: Orientation) -> TimedFrame:
+        clock_s = None if picture.time is None else float(picture.time)
+        time_s = self._place(clock_s, self._length_s(picture))
+        captured_s = None
+        if self._pace is not None and clock_s is not None:
+            captured_s = self._pace.captured_s(clock_s)
+        orientation = _orientation_of(picture, exif)
+        return TimedFrame(time_s, self._timeline.end_s, picture, self.name, orientation, captured_s)
+
+    def _place(self, clock_s: float | None, length_s: float | None) -> float:
+        if self._assumes_rate:
+            self._assumes_rate = False
+            self._say("no times in it: %g pictures a second are assumed", 1 / self._usual_s)
+        time_s = self._timeline.place(clock_s, length_s)
+        if clock_s is not None:
+            clock_end_s = clock_s + self._timeline.end_s - time_s
+            self._clock_end_s = max(clock_end_s, self._clock_end_s or -math.inf)
+        if self._timeline.jumps > self.counts[CLOCK_JUMP]:
+            if self.counts[CLOCK_JUMP] == 0:
+                self._say("its clock jumps at %.1f s: it goes on from there", time_s)
+            self.counts[CLOCK_JUMP] = self._timeline.jumps
+        return time_s
+
+    def _say(self, text: str, *values: float) -> None:
+        if self.is_heard:
+            log.warning(f"%s: {text}", self.name, *values)
 
     def frames(self) -> Iterator[TimedFrame]:
         """Every frame of the file. Raises VideoUnreadable where it is broken or cut off, VideoEmpty
         when it holds no frame."""
-        end_s: float | None = None
+        is_empty = True
         for frame in self.decoded():
-            end_s = frame.end_s
+            is_empty = False
             yield frame
-        self.require_whole(end_s)
-
-    def require_whole(self, end_s: float | None) -> None:
-        """Raises VideoUnreadable if the last frame's end is clearly before the announced one,
-        VideoEmpty if there was no frame (None)."""
-        if end_s is None:
+        if is_empty:
             raise VideoEmpty("there is no frame in it", where=self.name)
+        if not self._timeline.jumps:
+            self._require_whole(self._timeline.end_s, self._clock_end_s)
+
+    def _require_whole(self, end_s: float, clock_end_s: float | None) -> None:
+        """Raises VideoUnreadable if the last frame's end is clearly before the announced one."""
         announced_s = self.duration_s
-        if announced_s is not None and end_s < (1 - _CUT_OFF_SHARE) * announced_s - _CUT_OFF_S:
+        start = self._stream.start_time
+        reached_s = end_s
+        if clock_end_s is not None and start is not None:  # what comes first may be undecodable
+            reached_s = max(end_s, clock_end_s - float(start * self._stream.time_base))
+        if announced_s is not None and reached_s < (1 - _CUT_OFF_SHARE) * announced_s - _CUT_OFF_S:
             raise VideoUnreadable(
-                f"the video is cut off: it ends after {end_s:.1f} of {announced_s:.1f} s",
+                f"the video is cut off: it ends after {reached_s:.1f} of {announced_s:.1f} s",
                 where=self.name,
             )
 
     def seek(self, time_s: float) -> None:
         """`decoded` then begins with the keyframe at `time_s`, or one before. Only after a first
-        frame has been decoded."""
-        place = round((time_s + (self._start_s or 0.0)) / self._stream.time_base)
+        frame has been decoded, and where the clock does not jump."""
+        place = round((time_s + self._timeline.start_s) / self._stream.time_base)
         self._container.seek(place, stream=self._stream, backward=True)
 
-    def packets(self) -> Iterator[tuple[float | None, float, bool]]:
-        """Of each frame, in the file's order and undecoded: its time on the file's own clock (None
-        in a raw stream), its length, and whether decoding can begin with it. Raises as `decoded`.
+    def packets(self) -> Iterator[FramePacket]:
+        """Of each frame that is shown, in that order and undecoded. Raises as `decoded`.
+
+        Only what stands between two jumps of the clock is held in memory.
         """
-        try:
-            for packet in self._container.demux(self._stream):
-                if packet.size and not packet.is_discard:
-                    time_s = None if packet.pts is None else float(packet.pts * packet.time_base)
-                    yield time_s, self._length_s(packet), bool(packet.is_keyframe)
-        except (_av().FFmpegError, OSError, ValueError) as error:
-            raise VideoUnreadable(
-                f"the video is broken ({_reason_of(error)})", where=self.name
+        piece: list[FramePacket] = []
+        last_s = highest_s = -math.inf
+        has_key = was_without = False
+        for packet in self._packets():
+            if not packet.size:
+                continue
+            first_key = bool(packet.is_keyframe) and not has_key
+            has_key = has_key or bool(packet.is_keyframe)
+            if packet.is_discard:
+                continue
+            length_s = self._length_s(packet)
+            time_s, decoded_s = (
+                None if stamp is None else float(stamp * packet.time_base)
+                for stamp in (packet.pts, packet.dts)
+            )
+            if first_key and piece:  # nothing before it can be decoded
+                piece, was_without = [], True
+            if time_s is not None:
+                usual_s = length_s or self._usual_s
+                if _jumps(time_s, decoded_s, last_s, highest_s, usual_s):
+                    yield from _as_shown(piece, was_without)
+                    piece, highest_s, was_without = [], -math.inf, False
+                last_s = last_s if decoded_s is None else decoded_s
+                highest_s = max(highest_s, time_s)
+            piece.append(FramePacket(time_s, length_s, bool(packet.is_keyframe)))
+        yield from _as_shown(piece, was_without)
+
+    def times(self) -> VideoTimes:
+        """Of all frames, from the packets alone. Raises VideoUnreadable, VideoEmpty."""
+        starts, keys = [], []
+        for packet in self.packets():
+            starts.append(self._place(packet.time_s, packet.length_s))
+            if packet.is_key and packet.time_s is not None:
+                keys.append(starts[-1])
+        if not starts:
+            raise VideoEmpty("there is no frame in it", where=self.name)
+        if self._timeline.jumps:
+            keys = []  # a place on this clock would be several
+        else:
+            self._require_whole(self._timeline.end_s, self._clock_end_s)
+        return VideoTimes(np.array(starts), tuple(keys), self.epsilon_s)
+
+
+class _Damage:
+    """Counts the packets of a video that are no picture."""
+
+    def __init__(self, video: Video) -> None:
+        self._video = video
+        self._in_a_row = 0
+        self._pictures = 0
+        self._has_key = False
+        self._last: BaseException | None = None
+
+    def found(self, packet: Any, error: BaseException) -> None:
+        """Raises VideoUnreadable when there is nothing else any more."""
+        video = self._video
+        self._has_key = self._has_key or bool(packet.is_keyframe)
+        self._last = error
+        if not self._has_key and not self._pictures:
+            return  # a stream that is joined in its middle
+        video.counts[DECODE_ERROR] += 1
+        self._in_a_row += 1
+        if packet.pts is not None and not self._pictures:
+            video._place(float(packet.pts * packet.time_base), video._length_s(packet))
+        if self._in_a_row >= MOST_DAMAGED:
+            after_s = video._timeline.end_s
+            raise video._broken(
+                f"the video is broken after {after_s:.1f} s: {MOST_DAMAGED} pictures in a row "
+                "cannot be decoded",
+                error,
             ) from error
 
+    def none_in(self, packet: Any, num_pictures: int) -> None:
+        if packet.size:
+            self._has_key = self._has_key or bool(packet.is_keyframe)
+        if num_pictures:
+            self._in_a_row = 0
+            self._pictures += num_pictures
 
-def _track_of(container: Any, name: str) -> Any:
-    """The video stream that is watched."""
-    if set(container.format.name.split(",")) & TEXT_FORMATS:
-        raise VideoUnreadable("not a video but text", where=name)
-    if not container.streams.video:
-        raise VideoUnreadable("there is no video in it", where=name)
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        raise VideoUnreadable("nothing here decodes the video in it", where=name)
-    return stream
+    def require_a_picture(self) -> None:
+        """Raises VideoUnreadable if there was only damage."""
+        if self._last is not None and not self._pictures:
+            codec = self._video._stream.codec_context.name
+            raise self._video._broken(
+                f"none of its pictures can be decoded, as {codec}", self._last
+            ) from self._last
 
 
-def _reason_of(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or error)  # without the URL, which has the password
+def _jumps(
+    time_s: float, decoded_s: float | None, last_s: float, highest_s: float, length_s: float
+) -> bool:
+    """Whether another clock begins, in the order in which frames are decoded."""
+    if highest_s == -math.inf:
+        return False
+    if decoded_s is not None and last_s > -math.inf:
+        return not last_s - _BACK_S <= decoded_s <= last_s + LONGEST_GAP_S + length_s
+    reordered_s = max(_BACK_S, _REORDERED * length_s)
+    return not highest_s - reordered_s <= time_s <= highest_s + LONGEST_GAP_S + length_s
+
+
+def _as_shown(piece: list[FramePacket], was_without: bool) -> list[FramePacket]:
+    """In the order of the screen. `was_without`: what came before its keyframe is gone, and with
+    it what is shown before that."""
+    if any(packet.time_s is None for packet in piece):
+        return piece
+    shown = sorted(piece, key=lambda packet: packet.time_s or 0.0)
+    if was_without:
+        first = next(i for i, packet in enumerate(shown) if packet.is_key)
+        shown = shown[first:]
+    return shown
+
+
+def _orientation_of(picture: Any, exif: Orientation) -> Orientation:
+    """`exif`: what the packet says, where FFmpeg's word cannot be read."""
+    try:
+        found = picture.side_data.get("DISPLAYMATRIX")
+    except KeyError:
+        found = None
+    except ValueError:  # PyAV fails at kinds of side data that it does not know
+        turned = Orientation.of_rotation(getattr(picture, "rotation", 0))
+        return turned if exif is Orientation.UPRIGHT else exif
+    if found is None:
+        return exif
+    return Orientation.of_matrix(np.frombuffer(bytes(found), np.int32).tolist())
 
 
 def open_video(path: Path) -> Video:
     """A file. Raises VideoNotFound, VideoUnreadable, MissingExtraError."""
     if not path.exists():
         raise VideoNotFound("no such file", where=path)
-    video = Video(str(path), str(path))
+    video = Video(local_file(path), str(path))
     video._stream.thread_type = "AUTO"
     return video
 
@@ -294,19 +529,8 @@ def probe_video(path: Path) -> VideoTimes:
 
     Raises VideoNotFound, VideoUnreadable (not a video, or cut off), VideoEmpty, MissingExtraError.
     """
-    starts: list[float] = []
-    keys: list[float] = []
-    end_s = 0.0
     with closing(open_video(path)) as video:
-        for time_s, length_s, is_key in video.packets():
-            starts.append(end_s if time_s is None else time_s)
-            end_s = starts[-1] + length_s
-            if is_key and time_s is not None:
-                keys.append(time_s)
-        starts.sort()
-        video.require_whole(max(end_s, starts[-1]) - starts[0] if starts else None)
-        keys_s = tuple(sorted(key - starts[0] for key in keys))
-        return VideoTimes(np.array(starts) - starts[0], keys_s, video.epsilon_s)
+        return video.times()
 
 
 def read_moments(path: Path, times_s: Sequence[float]) -> Iterator[Rgb]:
@@ -339,6 +563,7 @@ def _moments(
     shown: TimedFrame | None = None
     jumped = False
     with closing(open_video(path)) as video:
+        video.is_heard = False  # `probe_video` was
         frames = video.decoded()
         while (following := next(frames, None)) is not None:
             if jumped and following.time_s > wanted[served] + probed.epsilon_s:
@@ -368,18 +593,12 @@ def _moments(
 
 def write_video(path: Path, frames: Rgb, fps: float) -> None:
     """Writes u8 [T, H, W, 3] as H.264 at `fps` (a whole number). Raises MissingExtraError."""
-    av = _av()
-    with av.open(str(path), "w") as container:
+    library = av()
+    with library.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=int(fps), options={"crf": "14"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        if is_hd(stream.width, stream.height):  # where another matrix is the rule
+            stream.codec_context.colorspace = AVCOL_SPC_SMPTE170M
         for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(library.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise MissingExtraError.for_library("av", "client") from error
-    return av

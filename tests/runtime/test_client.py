@@ -7,6 +7,7 @@ import gc
 import logging
 import threading
 import tracemalloc
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -295,9 +296,11 @@ class Pictures:
     """A source of small pictures; silent for ever after the last one if it is live."""
 
     name = "pictures"
+    max_side: int | None = None
 
     def __init__(self, count: int, is_live: bool = False) -> None:
         self.is_live = is_live
+        self.counts: Counter[str] = Counter()
         self._count = count
         self._closed = threading.Event()
 

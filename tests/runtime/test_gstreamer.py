@@ -10,7 +10,6 @@ import pytest
 
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
 from edge_vlm_runtime.sources import gstreamer as gst_pipe
-from edge_vlm_runtime.sources import live as sources
 from edge_vlm_runtime.sources.gstreamer import GstPipe, csi_pipeline, launch_arguments
 from edge_vlm_runtime.sources.live import LiveSource
 from edge_vlm_runtime.sources.open import open_source
@@ -95,7 +94,7 @@ def test_what_is_wrong_with_a_pipeline_is_said_without_secrets(
 def test_a_pipeline_that_falls_silent_is_noticed_and_killed(
     gstreamer: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(gst_pipe, "READ_TIMEOUT_S", 0.5)
     with pytest.raises(VideoUnreadable, match=r"no picture for 0\.5 s"):
         open_source("gst:appsrc", 2.0)
     pipe = GstPipe("appsrc", 2.0, timeout_s=0.1)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from edge_vlm.errors import VideoUnreadable
-from edge_vlm_runtime.sources import live as sources
+from edge_vlm_runtime.sources import addresses as sources
 from edge_vlm_runtime.sources.container import Picture
 from edge_vlm_runtime.sources.live import LiveSource
 from edge_vlm_runtime.sources.open import open_source

@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
 from edge_vlm.pixels.video import TimedFrame
 from edge_vlm_runtime.sources.container import mask_credentials
-from edge_vlm_runtime.sources.live import LiveSource, open_camera
+from edge_vlm_runtime.sources.addresses import open_camera
+from edge_vlm_runtime.sources.live import LiveSource
 from edge_vlm_runtime.sources.open import open_source
 from edge_vlm_runtime.sources.video_file import FileSource
 from tests.runtime.pictures import write_video
@@ -78,6 +80,7 @@ class FakeCamera:
     def __init__(self, frames: int, end: BaseException | None = None) -> None:
         self._frames = frames
         self._end = end or VideoUnreadable("unplugged: rtsp://user:secret@cam/1")
+        self.counts: Counter[str] = Counter()
 
     def decoded(self) -> Iterator[TimedFrame]:
         for index in range(self._frames):

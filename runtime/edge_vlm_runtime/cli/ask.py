@@ -24,7 +24,7 @@ from edge_vlm_runtime.cli.shared import (
 
 
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", help="a video file")
+    parser.add_argument("video", help="a video file or a photo; - for standard input")
     parser.add_argument("question")
     parser.add_argument(
         "--detail",
@@ -48,7 +48,7 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
     from edge_vlm_runtime.client.client import Answer, Client
     from edge_vlm_runtime.client.run import Observer, PlannedQuestion, stream
     from edge_vlm_runtime.client.terminal import answer_times, point_lines, snapshot_text
-    from edge_vlm_runtime.sources.video_file import FileSource
+    from edge_vlm_runtime.sources.open import open_file
 
     answers: list[Answer] = []
 
@@ -59,7 +59,7 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
 
     settings = {**settings_of(args), "delivery": "wait"}
     async with await Client.connect(url, settings, access=access_of(args)) as client:
-        source = await open_for(FileSource, args.video, args.fps, client)
+        source = await open_for(open_file, args.video, args.fps, client)
         question = PlannedQuestion(text=args.question, detail=args.detail)
         outcome = await stream(source, client, [question], real_time=False, observer=Kept())
     for answer in answers:

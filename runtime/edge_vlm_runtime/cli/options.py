@@ -77,6 +77,20 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How pictures are read."""
+
+    hwaccel: Annotated[
+        str,
+        About(
+            "What decodes: a device if there is one (auto), the CPU (none), or a device by name, "
+            "such as cuda or vaapi",
+            metavar="auto|none|NAME",
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class AccessOptions:
     """For commands that may connect to a server elsewhere."""
 
@@ -135,6 +149,10 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_access_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, {"access to a server": options_of(AccessOptions)})
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, {"": options_of(SourceOptions)})
 
 
 def add_record_argument(parser: Any, metavar: str, help: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
@@ -22,6 +23,7 @@ from edge_vlm_runtime.cli.options import (
     add_access_arguments,
     add_record_argument,
     add_settings_arguments,
+    add_source_arguments,
     bundle_options,
     serve_options,
     settings_of,
@@ -45,8 +47,10 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         required=True,
         metavar="SOURCE",
-        help="a video file, webcam, webcam:1, rtsp://..., csi or gst:PIPELINE",
+        help="a video file, - for standard input, webcam, webcam:1, /dev/..., rtsp://..., "
+        "http://... and other addresses, csi or gst:PIPELINE",
     )
+    add_source_arguments(parser)
     parser.add_argument(
         "--ask",
         action="append",
@@ -89,7 +93,7 @@ async def _watch_session(
     from edge_vlm_runtime.client.live_table import make_view
     from edge_vlm_runtime.client.run import Outcome, parse_question, stream
     from edge_vlm_runtime.client.terminal import summary_line
-    from edge_vlm_runtime.sources.container import mask_credentials
+    from edge_vlm_runtime.sources.masking import mask_credentials
     from edge_vlm_runtime.sources.open import open_source
 
     questions = [parse_question(text, args.every) for text in args.ask]
@@ -97,7 +101,8 @@ async def _watch_session(
     outcome = Outcome()
     access = access_of(args)
     async with await Client.connect(url, settings_of(args), access=access) as client:
-        source = await open_for(open_source, args.source, args.fps, client)
+        open_it = functools.partial(open_source, hwaccel=args.hwaccel)
+        source = await open_for(open_it, args.source, args.fps, client)
         await client.update({"delivery": "live" if source.is_live else "wait"})
         title = f"{mask_credentials(args.source)} on {client.created.model.bundle}"
         with make_view(client.created.model.limits.cell_grid, title) as view:

@@ -48,14 +48,17 @@ class LiveGauges:
         self._accepted: deque[protocol.FrameAccepted] = deque(maxlen=HISTORY)
         self._accepted_s = 0.0
         self._num_sent = 0
+        self._source_age_s = 0.0
+        """Of the last picture when it was sent."""
         self._num_accepted = 0
         self._dropped: Counter[str] = Counter()
         self._stats: protocol.SessionStats | None = None
         self._done: protocol.ResponseDone | None = None
 
-    def sent(self) -> None:
-        """A picture was sent."""
+    def sent(self, age_s: float = 0.0) -> None:
+        """A picture was sent, which the camera saw `age_s` before."""
         self._num_sent += 1
+        self._source_age_s = age_s
         self._sent_s.append(self._clock_s())
 
     def event(self, event: protocol.ServerEvent) -> None:
@@ -112,10 +115,12 @@ class LiveGauges:
         return f"{kept / seen:.0%} of the last {len(self._accepted)}" if seen else NOTHING
 
     def _age(self) -> str:
-        """Of what the model knows: since the newest frame arrived, as long as no newer one does."""
+        """Of what the model knows: since the camera saw the newest frame, as long as there is no
+        newer one."""
         if not self._accepted:
             return NOTHING
         age_s = self._accepted[-1].age_ms * 1e-3 + self._clock_s() - self._accepted_s
+        age_s += self._source_age_s
         return f"{age_s * 1e3:.0f} ms" if age_s < 1.0 else f"{age_s:.1f} s"
 
     def _of_answer(self, show: Callable[[protocol.ResponseDone], str]) -> str:
@@ -174,7 +179,7 @@ class LiveTable(LineOutput):
             self._live.refresh()
 
     def sent(self, sequence: int, picture: Picture) -> None:
-        self._gauges.sent()
+        self._gauges.sent(picture.age_s)
 
     def event(self, event: protocol.ServerEvent) -> None:
         self._gauges.event(event)

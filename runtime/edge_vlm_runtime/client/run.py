@@ -9,9 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from edge_vlm.errors import EdgeVlmError, NoFrameYet, VideoError
-from edge_vlm.pixels.frames import encode_jpeg
+from edge_vlm.pixels.frames import Rgb, encode_jpeg, shrink_jpeg
+from edge_vlm.pixels.video import BEHIND, CLOCK_JUMP, DECODE_ERROR
 from edge_vlm_runtime.client.client import Answer, AnswerStream, Client, Detail
+from edge_vlm_runtime.protocol.settings import ModelLimits
 from edge_vlm_runtime.sources.container import Picture, Source
+
+VIDEO_SIDE, SNAPSHOT_SIDE = 1280, 4096
+"""Pixels of a picture's longer side that are sent at most, to models that see less anyway."""
+MESSAGE_HEAD_BYTES = 1024
+"""Room for what a message says about its picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,9 @@ class Outcome:
     cells_seen: int = 0
     cells_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    """By the server, and by the source: what could not be decoded or came too fast."""
+    clock_jumps: int = 0
+    """How often the source's clock jumped; its time went on."""
     elapsed_s: float = 0.0
     questions: int = 0
     answers: int = 0
@@ -107,6 +117,8 @@ class _Run:
         self.observer = observer
         self.outcome = outcome
         self.loop = asyncio.get_running_loop()
+        self._most_bytes = client.created.limits.max_message_bytes - MESSAGE_HEAD_BYTES
+        source.max_side = useful_side(client.created.model.limits)
         self._answers: set[asyncio.Task[None]] = set()
         """Of questions that wait for the rest of their answer."""
 
@@ -116,7 +128,12 @@ class _Run:
         outcome.elapsed_s = elapsed_s
         outcome.frames_processed = frames.processed
         outcome.cells_seen, outcome.cells_kept = frames.cells_seen, frames.cells_kept
+        at_source = self.source.counts
+        outcome.clock_jumps = at_source[CLOCK_JUMP]
         outcome.dropped = Counter(frames.dropped)
+        for reason in (DECODE_ERROR, BEHIND):
+            if at_source[reason]:
+                outcome.dropped[reason] += at_source[reason]
 
     async def send_pictures(self, questions: list[PlannedQuestion], paced: bool) -> None:
         waiting = [question for question in questions if question.at_s is not None]
@@ -136,7 +153,7 @@ class _Run:
                     begin_s = self.loop.time() - picture.time_s if begin_s is None else begin_s
                     await asyncio.sleep(max(0.0, begin_s + picture.time_s - self.loop.time()))
                 last_s = picture.time_s
-                jpeg = await asyncio.to_thread(encode_jpeg, picture.rgb)
+                jpeg = await asyncio.to_thread(self._encoded, picture.rgb)
                 sequence = await self.client.send_frame(jpeg, round(last_s * 1e6))
                 self.outcome.frames_sent += 1
                 self.observer.sent(sequence, picture)
@@ -150,6 +167,11 @@ class _Run:
             for task in self._answers:
                 task.cancel()
             await asyncio.gather(*self._answers, return_exceptions=True)
+
+    def _encoded(self, rgb: Rgb) -> bytes:
+        """As a JPEG that the server takes."""
+        jpeg = encode_jpeg(rgb)
+        return jpeg if len(jpeg) <= self._most_bytes else shrink_jpeg(jpeg, self._most_bytes)
 
     async def _next(self, pictures: Iterator[Picture]) -> Picture | None:
         """A camera may be silent for long: what ends the client does not wait for it."""
@@ -200,6 +222,12 @@ class _Run:
     def _note(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
         self.outcome.note(result)
         self.observer.answered(question, result)
+
+
+def useful_side(limits: ModelLimits) -> int:
+    """Pixels of a picture's longer side that are worth sending."""
+    least = SNAPSHOT_SIDE if limits.snapshot_tokens else VIDEO_SIDE
+    return max(least, 2 * limits.image_size)
 
 
 def parse_question(text: str, every_s: float | None, detail: Detail = "video") -> PlannedQuestion:

@@ -96,11 +96,12 @@ def summary_line(outcome: Outcome) -> str:
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.dropped.items()))
     share = outcome.cells_kept / outcome.cells_seen if outcome.cells_seen else 0.0
     rate = outcome.frames_processed / outcome.elapsed_s if outcome.elapsed_s > 0 else 0.0
+    jumps = f"; the clock jumped {outcome.clock_jumps} times" if outcome.clock_jumps else ""
     return (
         f"{outcome.frames_sent} frames sent, {outcome.frames_processed} processed, "
         f"dropped: {dropped or 'none'}; {share:.0%} of the cells kept; "
         f"{outcome.answers} of {outcome.questions} questions answered; "
-        f"{outcome.elapsed_s:.1f} s ({rate:.1f} frames/s)"
+        f"{outcome.elapsed_s:.1f} s ({rate:.1f} frames/s){jumps}"
     )
 
 

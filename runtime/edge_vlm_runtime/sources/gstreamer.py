@@ -2,7 +2,8 @@
 
 For cameras that only GStreamer reaches, such as the CSI cameras of a Jetson. `gst-launch-1.0` is
 the whole interface: no Python bindings, nothing to install but Debian's or JetPack's own packages.
-Pictures travel as YUV4MPEG2, a raw format that states its own size, so nothing is lost on the way.
+Pictures travel as RGB in a Matroska stream: converted where matrix, range and orientation are
+known, with their own times.
 """
 
 from __future__ import annotations
@@ -14,12 +15,20 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
+from edge_vlm.pixels.video import TimedFrame, Video
+from edge_vlm_runtime.sources.addresses import READ_TIMEOUT_S
+from edge_vlm_runtime.sources.masking import mask_credentials
 
 PROGRAM = "gst-launch-1.0"
 KILL_AFTER_S = 1.0
 MAX_LAST_WORDS = 300
+NO_PICTURE = "the pipeline gives no picture"
+PROBE = {"probesize": "32768", "analyzeduration": "0", "fpsprobesize": "0"}
+"""Raw pictures tell all there is to know in the header: the first one is not waited for."""
 
 
 def csi_pipeline(sensor: int) -> str:
@@ -37,7 +46,8 @@ def launch_arguments(pipeline: str, fps: float) -> list[str]:
     try:
         elements = shlex.split(pipeline)
     except ValueError as error:
-        raise VideoUnreadable(f"not a pipeline: {error}", where=pipeline) from error
+        where = mask_credentials(pipeline)
+        raise VideoUnreadable(f"not a pipeline: {error}", where=where) from error
     if not elements:
         raise VideoUnreadable("the pipeline is empty", remedy="gst:videotestsrc is-live=true")
     # Twice the rate: the newest picture is chosen on this side, and should be new.
@@ -45,8 +55,9 @@ def launch_arguments(pipeline: str, fps: float) -> list[str]:
     return [
         *(PROGRAM, "--quiet", *elements),
         *("!", "videorate", "drop-only=true", f"max-rate={most}"),
-        *("!", "videoconvert", "!", "video/x-raw,format=I420"),
-        *("!", "y4menc", "!", "fdsink", "fd=1"),
+        *("!", "videoconvert", "!", "videoflip", "method=automatic"),
+        *("!", "videoconvert", "!", "video/x-raw,format=RGB"),
+        *("!", "matroskamux", "streamable=true", "!", "fdsink", "fd=1"),
     ]
 
 
@@ -103,3 +114,35 @@ class GstPipe:
             process.stdout.close()
         self.last_words()
         self._errors.close()
+
+
+class GstCamera:
+    """A GStreamer pipeline in the place of a camera."""
+
+    def __init__(self, pipeline: str, name: str, fps: float) -> None:
+        """Raises VideoNotFound, VideoUnreadable."""
+        self._name = name
+        self._pipe = GstPipe(pipeline, fps, READ_TIMEOUT_S)
+        try:
+            self._video = Video(
+                self._pipe, name, refused=NO_PICTURE, format="matroska", options=PROBE
+            )
+        except VideoUnreadable as error:
+            self._pipe.close()
+            if why := mask_credentials(self._pipe.last_words()):
+                raise VideoUnreadable(f"{NO_PICTURE} ({why})", where=name) from error
+            raise
+
+    @property
+    def counts(self) -> Counter[str]:
+        return self._video.counts
+
+    def decoded(self) -> Iterator[TimedFrame]:
+        """Raises VideoUnreadable when the pipeline ends with an error."""
+        yield from self._video.raw_rgb()
+        if why := mask_credentials(self._pipe.last_words()):
+            raise VideoUnreadable(why, where=self._name)
+
+    def close(self) -> None:
+        self._video.close()
+        self._pipe.close()

@@ -5,26 +5,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from edge_vlm.errors import VideoError, VideoUnreadable
-from edge_vlm.pixels.video import TimedFrame, Video
-from edge_vlm_runtime.sources.container import Picture, mask_credentials
-from edge_vlm_runtime.sources.gstreamer import GstPipe
+from edge_vlm.pixels.video import TimedFrame
+from edge_vlm_runtime.sources.container import Picture
+from edge_vlm_runtime.sources.masking import mask_credentials
 
 log = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 10.0
-"""A camera silent for this long is opened again."""
 FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 10.0
-NO_PICTURE = "the pipeline gives no picture"
+LEAST_GAP_S = 1e-3
+"""Between two pictures, whatever the camera's clock says."""
 
 
 class Camera(Protocol):
     """An opened one."""
+
+    @property
+    def counts(self) -> Counter[str]:
+        """As of `pixels.video.Video`."""
 
     def decoded(self) -> Iterator[TimedFrame]:
         """Its frames, as they come. Ends or raises when the camera goes away."""
@@ -32,21 +35,11 @@ class Camera(Protocol):
     def close(self) -> None: ...
 
 
-def open_camera(url: str, **options: Any) -> Video:
-    """`options`: as for `av.open`. Raises VideoUnreadable."""
-    return Video(
-        url,
-        mask_credentials(url),
-        refused="the camera does not answer",
-        timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
-        **options,
-    )
-
-
 class LiveSource:
     """A camera: always the newest picture, reconnecting with a growing pause when it goes away.
 
-    Time is when a picture arrived, on this machine's monotonic clock.
+    Time is when the camera saw a picture, by its own clock held against this machine's monotonic
+    one; where it has none, when the picture arrived.
     """
 
     is_live = True
@@ -70,20 +63,30 @@ class LiveSource:
         self._newest: tuple[float, TimedFrame] | None = None
         self._died_of: BaseException | None = None
         self._camera = open_camera()
+        self._counted: Counter[str] = Counter()
+        """By cameras that went away."""
+        self.max_side: int | None = None
         self.reconnects = 0
         """How often the camera came back."""
         self._reader = threading.Thread(target=self._read, name="edge-vlm-camera", daemon=True)
         self._reader.start()
 
+    @property
+    def counts(self) -> Counter[str]:
+        return self._counted + self._camera.counts
+
     def pictures(self) -> Iterator[Picture]:
         """Raises VideoUnreadable when nothing reads the camera any more."""
         start_s: float | None = None
-        due_s = 0.0
+        due_s, time_s = 0.0, -LEAST_GAP_S
         while (newest := self._take(due_s)) is not None:
             arrived_s, frame = newest
-            start_s = arrived_s if start_s is None else start_s
             due_s = max(due_s + self._interval_s, arrived_s + 0.75 * self._interval_s)
-            yield Picture(rgb=frame.rgb(), time_s=arrived_s - start_s)
+            rgb = frame.rgb(self.max_side)
+            captured_s = arrived_s if frame.captured_s is None else frame.captured_s
+            start_s = captured_s if start_s is None else start_s
+            time_s = max(captured_s - start_s, time_s + LEAST_GAP_S)
+            yield Picture(rgb=rgb, time_s=time_s, age_s=time.monotonic() - captured_s)
 
     def close(self) -> None:
         self._closed.set()
@@ -139,7 +142,8 @@ class LiveSource:
             while not self._closed.wait(back_off_s):
                 back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
                 try:
-                    self._camera = self._open_camera()
+                    camera = self._open_camera()
+                    self._counted, self._camera = self.counts, camera
                 except Exception as error:  # noqa: BLE001 (logged; tried again)
                     log.warning("camera %s is still away: %s", self.name, _words_of(error))
                     continue
@@ -151,29 +155,3 @@ class LiveSource:
 def _words_of(error: BaseException) -> str:
     what = error.what if isinstance(error, VideoError) else f"{type(error).__name__}: {error}"
     return mask_credentials(what)
-
-
-class GstCamera:
-    """A GStreamer pipeline in the place of a camera."""
-
-    def __init__(self, pipeline: str, name: str, fps: float) -> None:
-        """Raises VideoNotFound, VideoUnreadable."""
-        self._name = name
-        self._pipe = GstPipe(pipeline, fps, READ_TIMEOUT_S)
-        try:
-            self._video = Video(self._pipe, name, refused=NO_PICTURE, format="yuv4mpegpipe")
-        except VideoUnreadable as error:
-            self._pipe.close()
-            if why := mask_credentials(self._pipe.last_words()):
-                raise VideoUnreadable(f"{NO_PICTURE} ({why})", where=name) from error
-            raise
-
-    def decoded(self) -> Iterator[TimedFrame]:
-        """Raises VideoUnreadable when the pipeline ends with an error."""
-        yield from self._video.decoded()
-        if why := self._pipe.last_words():
-            raise VideoUnreadable(why, where=self._name)
-
-    def close(self) -> None:
-        self._video.close()
-        self._pipe.close()

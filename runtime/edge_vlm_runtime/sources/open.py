@@ -8,36 +8,87 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from edge_vlm.errors import VideoNotFound
-from edge_vlm_runtime.sources.container import Source, mask_credentials
-from edge_vlm_runtime.sources.gstreamer import csi_pipeline
-from edge_vlm_runtime.sources.live import GstCamera, LiveSource, open_camera
+from edge_vlm.errors import VideoNotFound, VideoUnreadable
+from edge_vlm.pixels.opening import NO_ACCELERATION
+from edge_vlm.pixels.video import Video
+from edge_vlm_runtime.sources.addresses import (
+    LIVE_SCHEMES,
+    is_file_address,
+    open_camera,
+    scheme_of,
+)
+from edge_vlm_runtime.sources.container import Source
+from edge_vlm_runtime.sources.gstreamer import GstCamera, csi_pipeline
+from edge_vlm_runtime.sources.live import LiveSource
+from edge_vlm_runtime.sources.masking import mask_credentials
 from edge_vlm_runtime.sources.video_file import FileSource
 
-CSI = re.compile(r"csi(?::(\d+))?")
+CSI = re.compile(r"csi(?::(\d+))?", re.IGNORECASE)
 GST = "gst:"
-WEBCAM = re.compile(r"(?:webcam(?::(\d+))?|/dev/video(\d+))")
+WEBCAM = re.compile(r"(?:webcam(?::(\d+))?|/dev/video(\d+))", re.IGNORECASE)
+STANDARD_INPUT = "-"
+KINDS = "a video file, webcam, webcam:1, /dev/video1, rtsp://..., http://..., csi or gst:PIPELINE"
 
 
-def open_source(text: str, fps: float) -> Source:
-    """A file, `webcam`, `webcam:1`, `/dev/video1`, `rtsp://...`, `csi`, `csi:1`, or `gst:` and a
-    GStreamer pipeline that ends in raw video, at most `fps` pictures a second.
+def open_source(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Source:
+    """A file, `webcam`, `webcam:1`, `/dev/video1`, `rtsp://...` and other addresses, `csi`,
+    `csi:1`, `-` (standard input), or `gst:` and a GStreamer pipeline that ends in raw video, at
+    most `fps` pictures a second. `hwaccel`: as for `open_container`.
 
     Raises VideoNotFound, VideoUnreadable; VideoEmpty only when the pictures are read.
     """
+    name = mask_credentials(text)
     csi = CSI.fullmatch(text)
-    if csi is not None or text.startswith(GST):
+    if csi is not None or text[: len(GST)].lower() == GST:
         pipeline = text[len(GST) :] if csi is None else csi_pipeline(int(csi.group(1) or 0))
-        return LiveSource(text, fps, lambda: GstCamera(pipeline, mask_credentials(text), fps))
+        return LiveSource(text, fps, lambda: GstCamera(pipeline, name, fps))
     webcam = WEBCAM.fullmatch(text)
-    if webcam is not None:
-        device = f"/dev/video{webcam.group(1) or webcam.group(2) or 0}"
+    if webcam is not None or text.startswith("/dev/v4l/") or _is_device(text):
+        device = text
+        if webcam is not None:
+            device = f"/dev/video{webcam.group(1) or webcam.group(2) or 0}"
         if not Path(device).exists():
             raise VideoNotFound(
                 f"there is no camera {device}", remedy="plug one in or use the browser page"
             )
-        return LiveSource(device, fps, lambda: open_camera(device, format="v4l2"))
-    if text.startswith(("rtsp://", "rtsps://")):
-        return LiveSource(text, fps, lambda: open_camera(text, options={"rtsp_transport": "tcp"}))
-    return FileSource(text, fps)
+        return LiveSource(device, fps, lambda: open_camera(device, format="v4l2", hwaccel=hwaccel))
+    scheme = scheme_of(text)
+    if scheme in LIVE_SCHEMES and not is_file_address(text):
+        options: dict[str, Any] = {"hwaccel": hwaccel}
+        if scheme in ("rtsp", "rtsps"):
+            options["options"] = {"rtsp_transport": "tcp"}
+        return LiveSource(text, fps, lambda: open_camera(text, **options))
+    return open_file(text, fps, hwaccel=hwaccel)
+
+
+def open_file(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Source:
+    """A path, `file://...`, the http address of a file, or `-`.
+
+    Raises VideoNotFound, VideoUnreadable; VideoEmpty only when the pictures are read.
+    """
+    scheme = scheme_of(text)
+    if text == STANDARD_INPUT:
+        return FileSource(Video("pipe:0", "standard input", hwaccel=hwaccel), fps)
+    if is_file_address(text):
+        return FileSource(open_camera(text, is_live=False, hwaccel=hwaccel), fps)
+    if scheme == "file":
+        return FileSource(Path(unquote(urlsplit(text).path)), fps)
+    name = mask_credentials(text)
+    if scheme is not None and not Path(text).exists():
+        nearest = "watch it with `edge-vlm watch --source`" if scheme in LIVE_SCHEMES else KINDS
+        raise VideoUnreadable(f"{scheme}:// is not a file", where=name, remedy=nearest)
+    path = Path(text)
+    if not path.exists():
+        remedy = f"the camera of this number is webcam:{text}" if text.isdigit() else None
+        raise VideoNotFound("no such file", where=name, remedy=remedy)
+    return FileSource(path, fps)
+
+
+def _is_device(text: str) -> bool:
+    try:
+        return Path(text).is_char_device()
+    except (OSError, ValueError):
+        return False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import takewhile
 from pathlib import Path
 
-from edge_vlm.pixels.video import due_frames, open_video
+from edge_vlm.pixels.video import Video, due_frames, open_video
 from edge_vlm_runtime.sources.container import Picture
 
 
@@ -16,17 +17,22 @@ class FileSource:
 
     is_live = False
 
-    def __init__(self, path: str | Path, fps: float) -> None:
-        """Raises VideoNotFound, VideoUnreadable."""
-        self.name = str(path)
+    def __init__(self, file: str | Path | Video, fps: float) -> None:
+        """A path, or what has been opened already. Raises VideoNotFound, VideoUnreadable."""
         self._fps = fps
         self._closed = False
-        self._video = open_video(Path(path))
+        self.max_side: int | None = None
+        self._video = file if isinstance(file, Video) else open_video(Path(file))
+        self.name = self._video.name
 
     @property
     def duration_s(self) -> float | None:
         """As the file announces it."""
         return self._video.duration_s
+
+    @property
+    def counts(self) -> Counter[str]:
+        return self._video.counts
 
     def pictures(self) -> Iterator[Picture]:
         """Once. Raises VideoUnreadable where the file is broken or cut off, VideoEmpty."""
@@ -35,7 +41,7 @@ class FileSource:
             for time_s, frame in due_frames(frames, self._fps, self._video.epsilon_s):
                 if self._closed:
                     return
-                yield Picture(rgb=frame.rgb(), time_s=time_s)
+                yield Picture(rgb=frame.rgb(self.max_side), time_s=time_s)
 
     def close(self) -> None:
         self._closed = True

@@ -1,0 +1,154 @@
+"""What is in a file or behind an address: opening it, and which of its tracks is watched.
+
+PyAV is imported here and nowhere else in this package.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from edge_vlm.errors import MissingExtraError, VideoUnreadable
+
+log = logging.getLogger(__name__)
+
+TEXT_FORMATS = {"tty", "bin", "idf", "adf", "xbin"}
+"""Demuxers that render any text as moving pictures."""
+NO_ACCELERATION = "none"
+ANY_ACCELERATION = "auto"
+_NOT_WATCHED = 0x0400 | 0x0800
+"""`AV_DISPOSITION_ATTACHED_PIC`, `AV_DISPOSITION_TIMED_THUMBNAILS`: a cover, not a film."""
+_DEFAULT = 0x0001
+_MATROSKA_DURATION = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")
+_CODEC = re.compile(r"\(Video: (\S+?),? (?:\(([^)]*)\))?")
+
+
+def av() -> Any:
+    """PyAV. Raises MissingExtraError."""
+    try:
+        import av as library
+    except ImportError as error:
+        raise MissingExtraError.for_library("av", "client") from error
+    return library
+
+
+def decoding_errors() -> tuple[type[BaseException], ...]:
+    """What reading and decoding raise."""
+    return (av().FFmpegError, OSError, ValueError)
+
+
+def reason_of(error: BaseException) -> str:
+    """Without the address, which may hold a password."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def local_file(path: Path) -> str:
+    """As FFmpeg takes it, whatever its name is: `12:30.mp4` is no protocol."""
+    return f"file:{path}"
+
+
+def open_container(file: Any, *, hwaccel: str = NO_ACCELERATION, **options: Any) -> Any:
+    """`file`, `options`: as for `av.open`. `hwaccel`: `none`, `auto`, or a device that PyAV names;
+    where that does not work, the CPU decodes and a warning says so.
+
+    Raises `decoding_errors`, MissingExtraError.
+    """
+    library = av()
+    if hwaccel != NO_ACCELERATION:
+        try:
+            return _accelerated(file, hwaccel, options)
+        except NotImplementedError as error:
+            level = logging.INFO if hwaccel == ANY_ACCELERATION else logging.WARNING
+            log.log(level, "no hardware decoding (%s): the CPU decodes", error)
+    return library.open(file, **options)
+
+
+def _accelerated(file: Any, hwaccel: str, options: dict[str, Any]) -> Any:
+    """Raises NotImplementedError if the devices are not there, and what `av.open` raises."""
+    try:
+        from av.codec.hwaccel import HWAccel, hwdevices_available
+    except ImportError as error:
+        raise NotImplementedError("this PyAV has none") from error
+    offered = hwdevices_available()
+    wanted = offered if hwaccel == ANY_ACCELERATION else [hwaccel]
+    if hwaccel not in (*offered, ANY_ACCELERATION):
+        raise NotImplementedError(f"{hwaccel} is not among {', '.join(offered) or 'none'}")
+    reasons = []
+    for device in wanted:
+        try:
+            container = av().open(file, hwaccel=HWAccel(device), **options)
+        except (PermissionError, NotImplementedError, RuntimeError) as error:
+            reasons.append(f"{device}: {reason_of(error)}")
+            continue
+        contexts = [stream.codec_context for stream in container.streams.video]
+        if not any(context is not None and context.is_hwaccel for context in contexts):
+            container.close()
+            reasons.append(f"{device}: not for this codec, or not on this machine")
+            continue
+        log.info("%s decodes", device)
+        return container
+    raise NotImplementedError("; ".join(reasons) or "no device")
+
+
+def track_of(container: Any, name: str) -> Any:
+    """The video stream that is watched: never a cover; the file's default; the one with the most
+    pixels. Raises VideoUnreadable."""
+    if set(container.format.name.split(",")) & TEXT_FORMATS:
+        raise VideoUnreadable("not a video but text", where=name)
+    films = [s for s in container.streams.video if not int(s.disposition) & _NOT_WATCHED]
+    if not films:
+        raise VideoUnreadable("there is no video in it", where=name)
+
+    def rank(stream: Any) -> tuple[bool, int, int]:
+        context = stream.codec_context
+        pixels = 0 if context is None else (context.width or 0) * (context.height or 0)
+        return context is not None, int(stream.disposition) & _DEFAULT, pixels
+
+    stream = max(films, key=rank)  # of equal ones the first
+    if stream.codec_context is None:
+        codec = _codec_without_decoder(container.name)
+        raise VideoUnreadable(
+            f"nothing here decodes the video in it{f': its codec is {codec}' if codec else ''}",
+            where=name,
+            remedy="convert it, for example: ffmpeg -i IN -c:v libx264 OUT.mp4",
+        )
+    return stream
+
+
+def _codec_without_decoder(file: str) -> str | None:
+    """Its name, or its four letters in the file. Only FFmpeg's log tells."""
+    import av.logging
+
+    if not file or not Path(file.removeprefix("file:")).is_file():
+        return None
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.WARNING)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture() as lines:
+            av.open(file).close()
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skips)
+    for found in (_CODEC.search(line) for *_, line in lines):
+        if found is not None:
+            letters = (found[2] or "").partition(" /")[0]
+            return letters or None if found[1] == "none" else str(found[1])
+    return None
+
+
+def announced_duration_s(container: Any, stream: Any) -> float | None:
+    """Of the track, as the file says; None where it does not."""
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    is_matroska = "matroska" in container.format.name
+    # Matroska announces when it ends, which counts from 0 even if it begins later.
+    begin_s = float((stream.start_time or 0) * stream.time_base) if is_matroska else 0.0
+    tag = _MATROSKA_DURATION.match(stream.metadata.get("DURATION", ""))
+    if tag is not None:
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - begin_s
+    if container.duration is None or len(container.streams) > 1:  # sound may be longer
+        return None
+    return float(container.duration) / float(av().time_base) - begin_s
