@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.options import fields_of
+from edge_vlm.options import texts_of
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol import messages
 from edge_vlm_runtime.protocol.frames import DropReason
@@ -138,7 +137,7 @@ def render() -> str:
 
 
 def _drop_reasons() -> list[tuple[DropReason, str]]:
-    texts = _field_texts(DropReason)
+    texts = texts_of(DropReason)
     return [(reason, texts[reason.name]) for reason in DropReason]
 
 
@@ -150,7 +149,7 @@ def _section(kind: Any, hidden: set[str], title: str | None = None) -> str:
     title = title or f"### `{protocol.tag_of(kind)}`\n\n"
     text = f"{_doc(kind)}\n\n"
     rows = [
-        f"| `{name}` | {_type_text(rule)} | {_field_texts(kind).get(name, '')} |\n"
+        f"| `{name}` | {_type_text(rule)} | {texts_of(kind).get(name, '')} |\n"
         for name, rule in _properties(kind).items()
         if name not in hidden and name != "type"
     ]
@@ -172,7 +171,7 @@ def _settings() -> str:
 
 
 def _limits(title: str, kind: type) -> str:
-    texts = _field_texts(kind)
+    texts = texts_of(kind)
     rows = []
     for field in dataclasses.fields(kind):
         default = field.default
@@ -180,14 +179,6 @@ def _limits(title: str, kind: type) -> str:
         rows.append(f"| `{field.name}` | {shown} | {texts.get(field.name, '')} |\n")
     head = "| field | default | |\n| --- | --- | --- |\n"
     return f"### {title}\n\n{head}{''.join(rows)}\n"
-
-
-def _field_texts(kind: type) -> dict[str, str]:
-    """What each field of a class means: its About, or the string literal under it as one line."""
-    source = inspect.getsource(kind)
-    found = re.findall(r'\n    (\w+)(?::| =)[^\n]*\n    """(.*?)"""', source, flags=re.DOTALL)
-    texts = {name: " ".join(text.split()) for name, text in found}
-    return texts | {name: about.text for name, (_, about) in fields_of(kind).items()}
 
 
 def _properties(kind: Any) -> dict[str, Any]:

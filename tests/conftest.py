@@ -19,8 +19,12 @@ pytest_plugins = ["pytester"]
 # of a processor each. `make quick` leaves them out.
 SLOW = (
     *("benchmarks/", "e2e/", "golden/", "gpu/"),
-    *("edge_vlm/test_wheel.py",),
-    *(f"export/test_{name}.py" for name in ("bad_input", "footage", "image_encoder", "variants")),
+    *("edge_vlm/test_wheel.py", "model/test_images.py", "model/test_published_convert.py"),
+    *(f"export/test_{name}.py" for name in ("bad_input", "footage", "image_encoder")),
+    *(f"export/test_{name}.py" for name in ("scorerless", "trt_lint", "variants")),
+    *(f"runtime/test_{name}.py" for name in ("prompt_view", "resume", "schedules")),
+    *("runtime/test_token_budget.py", "training/data/test_train_on_records.py"),
+    *("training/trainer/test_checkpoints.py", "training/trainer/test_loop.py"),
 )
 
 

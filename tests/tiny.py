@@ -32,6 +32,8 @@ SOURCES = (
     "edge_vlm/text/**/*.py",
     "export/edge_vlm_export/**/*.py",
     "training/edge_vlm_training/world/vocabulary.py",
+    "tests/export/test_image_encoder.py",
+    "tests/export/test_scorerless.py",
     "tests/published_folder.py",
     "tests/tiny.py",
 )
@@ -90,7 +92,8 @@ def kept(name: str, make: Callable[[Path], object]) -> Path:
             if not target.exists():
                 partly = target.with_name(f"partly-{name}")
                 shutil.rmtree(partly, ignore_errors=True)
-                make(partly)
+                with traced_once():
+                    make(partly)
                 partly.rename(target)
     return target
 
@@ -130,8 +133,7 @@ def _export(wanted: dict[str, Any], target: Path) -> None:
         kv_form=KVForm(wanted.get("kv_form", "concat")),
         footage=(tiny_footage(),) if precision.needs_ranges else (),
     )
-    with traced_once():
-        export_bundle(tiny_checkpoint(), target, options)
+    export_bundle(tiny_checkpoint(), target, options)
 
 
 @contextmanager
@@ -142,7 +144,8 @@ def traced_once() -> Iterator[None]:
 
     def trace(export: Any) -> dict[str, Any]:
         options = export.options
-        key = (str(export.source.identity), options.variant, options.kv_form, options.limits)
+        source = str(export.source.identity), export.source.cfg
+        key = (source, options.variant, options.kv_form, options.limits)
         if key not in _traced:
             _traced[key] = traced(export)
         return {name: model.clone() for name, model in _traced[key].items()}

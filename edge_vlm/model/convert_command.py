@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +32,13 @@ def convert(
 ) -> list[str]:
     """Writes the weights of `source` into the new or empty folder `target`, a tensor at a time.
 
-    `to` is OURS or HUB, `dtype` what weights are stored in (by default as they are). Returns what
-    to know about the result, one line each. Raises as `open_folder` and its `require_tokenizer`,
-    before anything is written; CheckpointError if `target` is in the way; NoSpaceLeft.
+    The folder appears by one rename, when all of it is written. `to` is OURS or HUB, `dtype` what
+    weights are stored in (by default as they are). Returns what to know about the result, one line
+    each. Raises as `open_folder` and its `require_tokenizer`, before anything is written;
+    CheckpointError if `target` is in the way; NoSpaceLeft.
     """
-    from edge_vlm.model.checkpoint import save_checkpoint
     from edge_vlm.model.published.folder import open_folder
-    from edge_vlm.model.published.hub import config_of, hub_notes, write_hub
+    from edge_vlm.model.published.hub import hub_notes
 
     found = open_folder(source, tokenizer)
     words = found.require_tokenizer()
@@ -43,10 +46,31 @@ def convert(
         raise CheckpointError("is in the way", where=target, remedy="give a new or empty folder")
     dtype = dtype or _stored_type(found)
     _require_room(found, target, dtype)
-    notes = list(found.notes)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.partial-"
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.absolute().parent))
+    try:
+        _write(found, words, partial, to, dtype)
+        os.chmod(partial, 0o755)  # mkdtemp's 0700 would keep others out
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise NoSpaceLeft("the disk is full", where=target, remedy="make room") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [*found.notes, *(hub_notes(found.config) if to == HUB else [])]
+
+
+def _write(found: ModelFolder, words: Path, target: Path, to: str, dtype: torch.dtype) -> None:
+    from edge_vlm.model.checkpoint import save_checkpoint
+    from edge_vlm.model.published.hub import config_of, write_hub
+
     if to == OURS:
         save_checkpoint(target, found.config, found.weights, words, found.usage, dtype)
-        return notes
+        return
     from_hub = found.naming.name in ("hub", "transformers")
     write_hub(
         target,
@@ -56,7 +80,6 @@ def convert(
         companions=found.path if from_hub else words.parent,
         tokenizer=words,
     )
-    return notes + hub_notes(found.config)
 
 
 def _stored_type(found: ModelFolder) -> torch.dtype:

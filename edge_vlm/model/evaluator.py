@@ -168,7 +168,7 @@ class _Decoding:
         """Hidden states [S, D] of new tokens, whose keys and values join the past."""
         tables = rope_tables(self.llm.cfg, positions_S[None])
         embeds, bias = self.llm.embed(ids_S[None]), additive_bias(seen_SK)[None]
-        hidden, _ = self.llm(embeds, *tables, bias, self.past, self._attend)
+        hidden: Tensor = self.llm(embeds, *tables, bias, self.past, self._attend)[0]
         self.length += len(ids_S)
         first: Tensor = hidden[0]
         return first

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from edge_vlm.errors import RecordingError
 from edge_vlm_runtime.cli.replay import replay
 from edge_vlm_runtime.cli.watch import watch
 from edge_vlm_runtime.client.client import Client
@@ -134,6 +135,12 @@ def test_where_recordings_cannot_go(
     elsewhere = ["ws://127.0.0.1:9/v1/realtime", "--source", video, "--record", "a.evlm"]
     assert command_line(watch, elsewhere) == 2
     assert "edge-vlm serve" in capsys.readouterr().err
+
+
+def test_a_server_that_could_not_record_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(RecordingError, match="cannot be written"):
+        Server.open(tiny_bundle(), threads=1, record_to=tmp_path / "file" / "folder")
 
 
 def test_a_server_records_each_session(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

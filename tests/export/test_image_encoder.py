@@ -31,7 +31,7 @@ from edge_vlm_export.verify.compare import TOLERANCE
 from edge_vlm_export.verify.ort_runner import Graphs
 from edge_vlm_export.verify.verify import verify_bundle
 from tests.published_folder import CUT, LIMITS, image_bundle, published_folder, published_model
-from tests.tiny import tiny_bundle, tiny_footage
+from tests.tiny import kept, tiny_bundle, tiny_footage
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,7 @@ def test_its_weights_are_those_of_the_video_graphs(bundle: EngineBundle) -> None
 @pytest.mark.parametrize(
     ("precision", "variant"), [("fp16", Variant.ORT), ("edge", Variant.PORTABLE)]
 )
-def test_it_is_quantised_by_what_it_makes_of_the_footage(
-    precision: str, variant: Variant, tmp_path: Path
-) -> None:
+def test_it_is_quantised_by_what_it_makes_of_the_footage(precision: str, variant: Variant) -> None:
     """Its activations are not those of the video graphs: other pictures, other windows."""
     options = ExportOptions(
         limits=LIMITS,
@@ -100,7 +98,11 @@ def test_it_is_quantised_by_what_it_makes_of_the_footage(
         variant=variant,
         footage=(tiny_footage(),),
     )
-    bundle = export_bundle(published_folder(), tmp_path / "bundle", options)  # compares with torch
+    folder = kept(  # compares with torch
+        f"tiny-molmo2-{precision}-{variant.value}",
+        lambda to: export_bundle(published_folder(), to, options),
+    )
+    bundle = EngineBundle.open(folder)
     plan = PrecisionPlan.from_json((bundle.path / "precision_plan.json").read_text())
     nodes = plan.graphs["image_encoder"]
     assert any(node.dtype == "float16" for node in nodes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from edge_vlm_export.to_onnx import ExportOptions, export_source
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
 from edge_vlm_runtime.session.budget import default_settings, video_window
-from tests.tiny import TINY_LIMITS, tiny_checkpoint
+from tests.tiny import TINY_LIMITS, kept, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +28,10 @@ def source() -> WeightSource:
 
 
 @pytest.fixture(scope="module")
-def bundle(source: WeightSource, tmp_path_factory: pytest.TempPathFactory) -> EngineBundle:
-    folder: Path = tmp_path_factory.mktemp("scorerless") / "bundle"
-    return export_source(source, folder, ExportOptions(limits=GraphLimits(**TINY_LIMITS)))
+def bundle(source: WeightSource) -> EngineBundle:
+    options = ExportOptions(limits=GraphLimits(**TINY_LIMITS))
+    folder = kept("tiny-scorerless", lambda to: export_source(source, to, options))
+    return EngineBundle.open(folder)
 
 
 def test_its_stem_only_embeds(bundle: EngineBundle) -> None:

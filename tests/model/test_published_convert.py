@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,17 +18,20 @@ from safetensors import safe_open
 
 from edge_vlm.cli import main
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
-from edge_vlm.errors import CheckpointError, NoSpaceLeft
+from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightFilesError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.usage import FrameRule, Usage
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm.model.convert_command import HUB, OURS, convert
+from edge_vlm.model.evaluator import TorchEvaluator
 from edge_vlm.model.published.files import INDEX, SCORER
 from edge_vlm.model.published.folder import load_published, open_folder
 from edge_vlm.model.published.hub import save_published, write_hub
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import PAD, PromptStyle
+from edge_vlm_calibration.collect import calibrate
+from edge_vlm_export.graphs.weights import identity_of
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_training.world.questions import vocabulary as world_texts
 from tests.model.peers import load_peer, our_logits, peer_logits, video_prompt
@@ -40,6 +44,7 @@ from tests.published_training import (
     write_sharded,
     write_unsharded,
 )
+from tests.tiny import tiny_footage
 
 ROOT = Path(__file__).parents[2]
 USAGE = Usage(
@@ -216,6 +221,33 @@ def test_types_and_shards(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "none").exists()
 
 
+def test_a_folder_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    """A shard whose content is damaged is met in the middle."""
+    cfg = words_config()
+    weights = published_weights(VideoLM(cfg))
+    step = write_sharded(tmp_path / "in" / "step1", weights, training_config(cfg))
+    (data,) = (step / "model_and_optim").glob("*.distcp")
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 3] + bytes(len(whole) - len(whole) // 3))
+    for to in (OURS, HUB):
+        with pytest.raises(WeightFilesError, match="cut off or no such file"):
+            convert(step, tmp_path / "out", to, tokenizer=published_folder())
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_eval_and_calibrate_read_published_folders(hub: Path) -> None:
+    evaluator = TorchEvaluator(hub)
+    prompt = evaluator._model.prompt
+    assert prompt.style == USAGE.style
+    assert prompt.bos_id == prompt.tokenizer.id_of(PAD)
+    table = calibrate(hub, [tiny_footage()], max_frames=3)
+    assert table.num_frames == 3
+    assert table.num_scores
+    assert table.checkpoint_sha256 in identity_of(open_folder(hub))["sha256"].values()
+    with pytest.raises(CheckpointError, match="no token scorer"):
+        calibrate(published_folder(), [tiny_footage()])
+
+
 MEASURE = """
 import resource, sys
 from pathlib import Path
@@ -243,12 +275,12 @@ print(max(peaks) - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory figures")
 @pytest.mark.parametrize("to", [OURS, HUB])
 def test_a_model_is_never_held_as_a_whole(to: str, tmp_path: Path) -> None:
-    """A sharded folder of 64 MB: what is taken is a few tensors at a time."""
+    """What is taken is a few tensors at a time."""
     folders = {}
     for name, width in (("small", 64), ("large", 1536)):
         cfg = words_config()
         language = dataclasses.replace(
-            cfg.language, num_layers=4, mlp_width=width, width=width // 2
+            cfg.language, num_layers=8, mlp_width=width, width=width // 2
         )
         cfg = as_trained(dataclasses.replace(cfg, language=language))
         weights = published_weights(VideoLM(cfg))
@@ -259,8 +291,10 @@ def test_a_model_is_never_held_as_a_whole(to: str, tmp_path: Path) -> None:
     words = published_folder() / "tokenizer.json"
     sources = [str(folders["small"]), str(folders["large"])]
     command = [sys.executable, "-c", MEASURE, *sources, str(tmp_path / "out"), to, str(words)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert int(run.stdout) <= 4 * largest + 8e6 < size
+    # Freed memory is given back at once, so that what is counted is what is held.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+    assert int(run.stdout) <= 5 * largest + 8e6 < size / 2
 
 
 RECIPES = {

@@ -27,6 +27,7 @@ from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.published.torch_files import ShardedTensors
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig
+from tests.golden import compare
 from tests.model.peers import variant
 from tests.published_training import (
     HEAD,
@@ -40,6 +41,7 @@ from tests.published_training import (
     write_unsharded,
 )
 
+GOLDEN = sorted((Path(__file__).parents[1] / "data" / "golden").glob("*.safetensors"))
 SCORER = "vision_backbone.image_vit.transformer.temporal_token_scorer."
 
 
@@ -97,6 +99,35 @@ def test_weights_are_read_bit_for_bit(write: str, tied: bool, scored: bool, tmp_
     lazily = found.weights
     assert all(torch.equal(lazily[name], theirs[name]) for name in theirs)
     assert bool(found.usage.defaults.get("keep_ratio")) == scored
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda path: path.stem)
+def test_a_folder_of_recorded_weights_gives_the_recorded_outputs(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published code's own vision side, beside a language model of chance."""
+    build = compare.build
+
+    def through_a_folder(weights: dict[str, Any], num_patches: int) -> VideoLM:
+        model = build(weights, num_patches)
+        cfg = model.cfg
+        mlp_width = cfg.connector.mlp_width
+        language = dataclasses.replace(cfg.language, mlp_width=mlp_width, extra_vocab=10)
+        whole = VideoLM(dataclasses.replace(cfg, language=language))
+        vision = {n: t for n, t in model.state_dict().items() if not n.startswith("llm.")}
+        whole.load_state_dict(vision, strict=False)
+        published = published_weights(whole)
+        for name, tensor in weights.items():
+            assert torch.equal(published[f"vision_backbone.{name}"], tensor)
+        folder = write_sharded(tmp_path / "step6250", published, training_config(whole.cfg))
+        loaded = open_published(folder)
+        assert loaded.config == whole.cfg
+        return loaded.load()
+
+    monkeypatch.setattr(compare, "build", through_a_folder)
+    found = compare.differences(file)
+    assert {"scores", "features", "hidden.7"} <= found.keys()
+    assert all(difference <= compare.TOLERANCE for difference in found.values()), found
 
 
 @pytest.mark.parametrize("name", ["8b", "o-7b"])

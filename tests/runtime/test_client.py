@@ -258,9 +258,7 @@ def test_what_is_no_event_at_all_still_is_an_error(text: str) -> None:
 # ---- coming back -----------------------------------------------------------------------------
 
 
-def test_a_busy_server_is_tried_again_within_the_grace_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_busy_server_is_tried_again_within_the_grace_time() -> None:
     """It lets us in a moment later: the places were taken by connections about to end."""
     refusals = 3
 
@@ -276,13 +274,14 @@ def test_a_busy_server_is_tried_again_within_the_grace_time(
                 link._down.put_nowait(protocol.encode(error))
             return link
 
-        monkeypatch.setattr(client_connection, "_connect", connect)
-        async with await Client.connect(URL, WAIT) as client:
-            await client.send_frame(jpeg(1), 0)
-            await client.wait_processed()
-            made.links[0].cut()
-            assert (await client.ask("?")).status == "completed"
-            assert client.reconnects == 1
+        with pytest.MonkeyPatch.context() as patch:  # undone before `network` undoes its own
+            patch.setattr(client_connection, "_connect", connect)
+            async with await Client.connect(URL, WAIT) as client:
+                await client.send_frame(jpeg(1), 0)
+                await client.wait_processed()
+                made.links[0].cut()
+                assert (await client.ask("?")).status == "completed"
+                assert client.reconnects == 1
 
     with fake_table() as table, network(table, [Break(1 << 30, 1 << 30, True)]) as made:
         run(session())
@@ -372,6 +371,7 @@ def test_a_long_watch_has_flat_memory() -> None:
             servers[0].emit(protocol.Error(error=detail))
 
     async def session() -> int:
+        asyncio.get_running_loop().set_debug(False)  # it keeps a stack for every handle
         outcome = Outcome()
         async with await Client.connect(URL) as client:
             view = Soak(9, Nowhere())  # type: ignore[arg-type]

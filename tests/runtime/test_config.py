@@ -17,7 +17,8 @@ import pytest
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About, fields_of
+from edge_vlm.options import About, texts_of
+from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm_runtime.cli.alerts import rule_options
 from edge_vlm_runtime.cli.arguments import PREFIX, build, flat, given, options_of
 from edge_vlm_runtime.cli.ask import ask
@@ -241,7 +242,8 @@ def test_what_is_out_of_range_is_one_coded_line(
 
 def test_every_limit_and_setting_is_an_option_with_a_text(tmp_path: Path) -> None:
     for kind in (ServerLimits, SessionSettings):
-        assert set(fields_of(kind)) == {field.name for field in dataclasses.fields(kind)}
+        assert set(texts_of(kind)) == {field.name for field in dataclasses.fields(kind)}
+    assert all(name in texts_of(SessionSettings)["policy"] for name in POLICY_NAMES)
     changed_limits = {
         name: value + (1 << 20) for name, value in dataclasses.asdict(ServerLimits()).items()
     }
@@ -289,6 +291,9 @@ def test_defaults_stand_in_the_help_and_only_where_they_hold() -> None:
     for part in ("(default: 8765)", "(default: 4096)", "(default: 0.15)", "(default: 30)"):
         assert part in text
     assert "Share of cells kept, (0, 1] --" in text  # the bundle's own
+    parser = argparse.ArgumentParser()
+    watch.add_arguments(parser)
+    assert "before the alert begins (default: 0)" in " ".join(parser.format_help().split())
 
 
 def test_alerts_are_declared_by_their_rule() -> None:

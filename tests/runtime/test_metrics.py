@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ class FakeMachine:
     def __init__(self) -> None:
         self.result: MachineSample | Exception = SAMPLE
         self.threads: list[int] = []
+        self.on_read: Callable[[], object] = lambda: None
 
     def sample(self) -> MachineSample:
         self.threads.append(threading.get_ident())
+        self.on_read()
         if isinstance(self.result, Exception):
             raise self.result
         return self.result
@@ -116,8 +119,9 @@ def stats(metrics: ServerMetrics) -> tuple[int | None, float | None]:
 
 def test_the_machine_is_read_once_for_all_and_off_the_loop() -> None:
     async def follow() -> None:
-        machine = FakeMachine()
+        machine, loop, read = FakeMachine(), asyncio.get_running_loop(), asyncio.Event()
         metrics = make(machine)
+        machine.on_read = lambda: loop.call_soon_threadsafe(read.set)
         assert len(machine.threads) == 1
         for _ in range(5):
             assert stats(metrics) == (123456789, 9.5)
@@ -126,7 +130,8 @@ def test_the_machine_is_read_once_for_all_and_off_the_loop() -> None:
 
         async def until(wanted: tuple[int | None, float | None]) -> None:
             while stats(metrics) != wanted:
-                await asyncio.sleep(0)
+                read.clear()
+                await read.wait()
 
         following = asyncio.create_task(metrics.follow_machine(period_s=0))
         machine.result = MachineSample(resident_bytes=5, gpu_watts={"0": 1.0, "1": 2.0})

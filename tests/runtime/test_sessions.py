@@ -12,6 +12,7 @@ from edge_vlm.errors import ConfigError, InternalError, ServerBusy
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
+from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.connection import MAX_WAITING_CALLS
 from edge_vlm_runtime.server.sessions import ClientSession, SessionRegistry
 from tests.runtime.fake_engines import ANSWER, FakeBundle, FakeClock
@@ -194,6 +195,18 @@ def test_a_drain_waits_for_the_answer_and_not_for_one_that_a_bug_ended() -> None
     with_a_bug(engines)
     with fake_table(engines) as table, network(table) as made:
         run(case(made))
+
+
+def test_an_observer_that_fails_costs_the_viewer_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(session_id: str, event: protocol.ServerEvent) -> None:
+        raise RuntimeError("a bug of an observer")
+
+    session = ClientSession(ServerLimits(), fail)
+    session.send_all([protocol.Pong(event_id=str(number)) for number in range(3)])
+    assert session.log.newest == 3
+    assert "a bug of an observer" in caplog.text
 
 
 def with_a_bug(engines: FakeBundle) -> None:

@@ -33,22 +33,14 @@ RULE_FIELDS = (
 class OutputOptions:
     """Where alerts go."""
 
-    webhook: Annotated[
-        list[str],
-        About("Post alerts there as JSON; may be repeated", metavar="URL", is_secret=True),
-    ] = field(default_factory=list)
-    mqtt: Annotated[
-        list[str],
-        About(
-            "Publish alerts there, mqtt://[USER:PASSWORD@]HOST[:PORT]/TOPIC; may be repeated",
-            metavar="URL",
-            is_secret=True,
-        ),
-    ] = field(default_factory=list)
-    alert_queue: Annotated[
-        Path | None,
-        About("Keep alerts that wait for a receiver in this file, for the next start too"),
-    ] = None
+    webhook: Annotated[list[str], About(metavar="URL", is_secret=True)] = field(
+        default_factory=list
+    )
+    """Post alerts there as JSON; may be repeated."""
+    mqtt: Annotated[list[str], About(metavar="URL", is_secret=True)] = field(default_factory=list)
+    """Publish alerts there, mqtt://[USER:PASSWORD@]HOST[:PORT]/TOPIC; may be repeated."""
+    alert_queue: Path | None = None
+    """Keep alerts that wait for a receiver in this file, for the next start too."""
 
 
 def add_alert_arguments(parser: argparse.ArgumentParser) -> None:

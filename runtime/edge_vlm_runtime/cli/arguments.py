@@ -1,7 +1,7 @@
 """What a settings class says about its fields as arguments of a command.
 
-An option is a field that has an `About`; everything else derives from it: the field `max_sessions`
-is `--max-sessions`, `max_sessions` in a file and EDGE_VLM_MAX_SESSIONS in the environment. Light to
+An option is a field with a default; everything else derives from it: the field `max_sessions` is
+`--max-sessions`, `max_sessions` in a file and EDGE_VLM_MAX_SESSIONS in the environment. Light to
 import, and `doctor` uses it where nothing is installed: plain Python, no library.
 """
 
@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About, fields_of
+from edge_vlm.options import About, abouts_of
 
 PREFIX = "EDGE_VLM_"
 WORDS = {"1": True, "true": True, "yes": True, "on": True} | {
@@ -59,14 +61,16 @@ class Option:
 
     @property
     def example(self) -> str:
-        examples = {bool: "true", list: '["TEXT"]', str: '"TEXT"', Path: '"TEXT"'}
+        text = json.dumps(str(self.default or next(iter(self.choices), "TEXT")))
+        examples = {bool: "true", list: '["TEXT"]', str: text, Path: text}
         return f"{self.key} = {examples.get(self.kind, self.default or 1)}"
 
     def add_to(self, parser: Any, *, default: Any, is_checked: bool) -> None:
         """To a parser or a group of one."""
         flag = f"--{self.key.replace('_', '-')}"
         text = self.about.text.removesuffix(".").replace("%", "%%")
-        if self.about.shows_default and self.default not in (None, False, True, []):
+        has_default = self.kind is not bool and self.default not in (None, "", [])
+        if has_default and self.about.shows_default:
             number = isinstance(self.default, float)
             text += f" (default: {self.default:g})" if number else f" (default: {self.default})"
         arguments: dict[str, Any] = {"dest": self.key, "default": default, "help": text}
@@ -78,7 +82,7 @@ class Option:
                 metavar for unit, metavar in UNIT_METAVARS.items() if self.field.endswith(unit)
             )
             arguments["metavar"] = self.about.metavar or next(units, METAVARS[self.kind])
-            arguments["type"] = self._argument if not is_checked else self._checked_argument
+            arguments["type"] = partial(self._argument, is_checked)
         if self.kind is list:
             arguments["action"] = "append"
             arguments["type"] = str
@@ -87,16 +91,11 @@ class Option:
             arguments["choices"] = self.choices
         parser.add_argument(flag, **arguments)
 
-    def _argument(self, text: str) -> Any:
+    def _argument(self, is_checked: bool, text: str) -> Any:
         try:
-            return self.of_text(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    def _checked_argument(self, text: str) -> Any:
-        value = self._argument(text)
-        try:
-            self.check(value)
+            value = self.of_text(text)
+            if is_checked:
+                self.check(value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         return value
@@ -155,7 +154,7 @@ def options_of(
     means that something else decides, not the class."""
     defaults = {field.name: field for field in dataclasses.fields(owner)}
     found = []
-    for name, (hint, about) in fields_of(owner).items():
+    for name, (hint, about) in abouts_of(owner).items():
         if only is not None and name not in only:
             continue
         kind = _kind_of(hint)

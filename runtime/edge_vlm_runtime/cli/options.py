@@ -29,34 +29,20 @@ CLIENT_SETTINGS = (
     *("keep_ratio", "vision_tokens_per_s", "attention", "policy", "fps_cap"),
     *("max_answer_tokens", "instructions", "temperature", "top_p", "seed"),
 )
-KeyFile = Annotated[
-    Path | None,
-    About("File with the API key (default: the variable EDGE_VLM_API_KEY, or none)"),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleOptions:
     """What is opened, and what runs it."""
 
-    bundle: Annotated[
-        Path,
-        About(
-            "Exported model (default: the small demo model, which knows only its rendered world)",
-            metavar="FOLDER",
-            shows_default=False,
-        ),
-    ] = DEMO_BUNDLE
-    threads: Annotated[int, About("Threads of the engines")] = field(
-        default_factory=lambda: min(4, os.cpu_count() or 1)
-    )
-    backend: Annotated[
-        Backend, About("ONNX Runtime on the CPU or on a GPU (cuda), or engines of `build`")
-    ] = Backend.ORT
-    engines: Annotated[
-        Path | None,
-        About("Engines for --backend trt (default: BUNDLE/engines)", metavar="FOLDER"),
-    ] = None
+    bundle: Annotated[Path, About(metavar="FOLDER", shows_default=False)] = DEMO_BUNDLE
+    """Exported model (default: the small demo model, which knows only its rendered world)."""
+    threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
+    """Threads of the engines."""
+    backend: Backend = Backend.ORT
+    """ONNX Runtime on the CPU or on a GPU (cuda), or engines of `build`."""
+    engines: Annotated[Path | None, About(metavar="FOLDER")] = None
+    """Engines for --backend trt (default: BUNDLE/engines)."""
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -67,38 +53,34 @@ class BundleOptions:
 class ServeOptions:
     """Where a server listens, who may come, and what it writes."""
 
-    host: Annotated[str, About("Address to listen on", metavar="ADDRESS")] = "127.0.0.1"
-    port: Annotated[int, About("0 takes a free one")] = DEFAULT_PORT
-    allowed_host: Annotated[
-        list[str],
-        About(
-            "A name that the server answers to, besides addresses, localhost and this machine's "
-            "own name; may be repeated",
-            metavar="NAME",
-        ),
-    ] = field(default_factory=list)
-    tls: Annotated[
-        bool,
-        About(
-            "Serve https and wss with a certificate made on the first start (browsers give the "
-            "camera only to https pages and to localhost)"
-        ),
-    ] = False
-    tls_cert: Annotated[Path | None, About("A certificate of your own")] = None
-    tls_key: Annotated[Path | None, About("Its private key")] = None
-    api_key_file: KeyFile = None
-    record: Annotated[
-        Path | None,
-        About("Write a recording of each session into this folder; see `replay`", metavar="FOLDER"),
-    ] = None
+    host: Annotated[str, About(metavar="ADDRESS")] = "127.0.0.1"
+    """Address to listen on."""
+    port: int = DEFAULT_PORT
+    """0 takes a free one."""
+    allowed_host: Annotated[list[str], About(metavar="NAME")] = field(default_factory=list)
+    """A name that the server answers to, besides addresses, localhost and this machine's own name;
+    may be repeated."""
+    tls: bool = False
+    """Serve https and wss with a certificate made on the first start (browsers give the camera only
+    to https pages and to localhost)."""
+    tls_cert: Path | None = None
+    """A certificate of your own."""
+    tls_key: Path | None = None
+    """Its private key."""
+    api_key_file: Path | None = None
+    """File with the API key (default: the variable EDGE_VLM_API_KEY, or none)."""
+    record: Annotated[Path | None, About(metavar="FOLDER")] = None
+    """Write a recording of each session into this folder; see `replay`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AccessOptions:
     """For commands that may connect to a server elsewhere."""
 
-    api_key_file: KeyFile = None
-    tls_ca: Annotated[Path | None, About("Certificate to trust for wss://")] = None
+    api_key_file: Path | None = None
+    """File with the API key (default: the variable EDGE_VLM_API_KEY, or none)."""
+    tls_ca: Path | None = None
+    """Certificate to trust for wss://."""
 
 
 def bundle_options() -> Groups:

@@ -48,109 +48,54 @@ class SessionSettings:
     Raises ValueError naming field and value.
     """
 
-    keep_ratio: Annotated[float, About("Share of cells kept, (0, 1].", metavar="R")] = 0.5
-    vision_tokens_per_s: Annotated[
-        float,
-        About(
-            "Cells kept per second of video, instead of `keep_ratio`, at whatever rate frames "
-            "come; 0: `keep_ratio` holds.",
-            option="tokens_per_second",
-            metavar="N",
-        ),
-    ] = 0.0
-    policy: Annotated[
-        str,
-        About(f"How cells are chosen: {', '.join(POLICY_NAMES)}; see pruning.md.", metavar="NAME"),
-    ] = "stream"
-    policy_seed: Annotated[int, About("For the policy `random`.")] = 0
-    min_cells: Annotated[
-        int, About("Cells that every frame keeps, as far as keep_ratio allows.")
-    ] = 2
-    attention: Annotated[
-        Attention,
-        About(
-            "`frame`: each frame is appended once; `exact`: all remembered frames are prefilled "
-            "anew for each question, seeing each other both ways; `last_n`: so, with the last few"
-            " only."
-        ),
-    ] = Attention.FRAME
-    last_n: Annotated[int, About("Frames that `last_n` shows.")] = 4
-    window_tokens: Annotated[
-        int,
-        About(
-            "Tokens of video the session remembers, older frames are evicted whole; 0: as many as"
-            " fit."
-        ),
-    ] = 0
-    delivery: Annotated[
-        DropPolicy,
-        About("`live`: the newest frame wins; `wait`: none is dropped, the sender waits."),
-    ] = DropPolicy.LIVE
-    fps_cap: Annotated[
-        float,
-        About(
-            "Frames per second of capture time that a live session takes; the rest is dropped.",
-            option="fps",
-        ),
-    ] = 2.0
-    raw_frames: Annotated[
-        bool,
-        About(
-            "Binary messages may be raw pictures (type 2); send none before the `session.updated`"
-            " that says so, or it is dropped as `decode_error`."
-        ),
-    ] = False
-    drop_duplicates: Annotated[
-        bool, About("Live sessions drop frames that look like the last one encoded.")
-    ] = True
-    duplicate_threshold: Annotated[
-        float,
-        About(
-            "Largest change (0..255) of any point of a 32x32 thumbnail that still is the same "
-            "picture."
-        ),
-    ] = 6.0
-    heartbeat_s: Annotated[
-        float, About("A duplicate is encoded all the same if nothing was for this long.")
-    ] = 10.0
-    max_frame_age_s: Annotated[
-        float, About("A live frame that waited longer is dropped as stale.")
-    ] = 2.0
-    max_answer_tokens: Annotated[int, About("An answer is cut after so many tokens.")] = 48
-    history_turns: Annotated[
-        int, About("Earlier questions and answers shown with each question.")
-    ] = 0
-    instructions: Annotated[
-        str,
-        About(
-            'What holds for every answer, such as "Answer in one word.": it stands before each '
-            "question, at the begin of the user's turn, as the chat format has no other place for"
-            " it. With a question it has to fit into `max_question_tokens`, alone into half of "
-            "that. Alerts are asked without."
-        ),
-    ] = ""
-    temperature: Annotated[
-        float,
-        About(
-            "0: an answer takes the likeliest word each time; above, up to 10, words are drawn.",
-            metavar="T",
-        ),
-    ] = 0.0
-    top_p: Annotated[
-        float,
-        About(
-            "Draws are from the smallest set of likeliest words with this much probability, (0, "
-            "1].",
-            metavar="P",
-        ),
-    ] = 1.0
-    seed: Annotated[
-        int,
-        About(
-            "Of the draws. Every answer begins with it anew, so the same question about the same "
-            "frames gets the same answer, whatever other sessions do."
-        ),
-    ] = 0
+    keep_ratio: float = 0.5
+    """Share of cells kept, (0, 1]."""
+    vision_tokens_per_s: Annotated[float, About(option="tokens_per_second", metavar="N")] = 0.0
+    """Cells kept per second of video, instead of `keep_ratio`, at whatever rate frames come; 0:
+    `keep_ratio` holds."""
+    policy: str = "stream"
+    """How cells are chosen: stream, random, frame_topk, difference or keep_all; see pruning.md."""
+    policy_seed: int = 0
+    """For the policy `random`."""
+    min_cells: int = 2
+    """Cells that every frame keeps, as far as keep_ratio allows."""
+    attention: Attention = Attention.FRAME
+    """`frame`: each frame is appended once; `exact`: all remembered frames are prefilled anew for
+    each question, seeing each other both ways; `last_n`: so, with the last few only."""
+    last_n: int = 4
+    """Frames that `last_n` shows."""
+    window_tokens: int = 0
+    """Tokens of video the session remembers, older frames are evicted whole; 0: as many as fit."""
+    delivery: DropPolicy = DropPolicy.LIVE
+    """`live`: the newest frame wins; `wait`: none is dropped, the sender waits."""
+    fps_cap: Annotated[float, About(option="fps")] = 2.0
+    """Frames per second of capture time that a live session takes; the rest is dropped."""
+    raw_frames: bool = False
+    """Binary messages may be raw pictures (type 2); send none before the `session.updated` that
+    says so, or it is dropped as `decode_error`."""
+    drop_duplicates: bool = True
+    """Live sessions drop frames that look like the last one encoded."""
+    duplicate_threshold: float = 6.0
+    """Largest change (0..255) of any point of a 32x32 thumbnail that still is the same picture."""
+    heartbeat_s: float = 10.0
+    """A duplicate is encoded all the same if nothing was for this long."""
+    max_frame_age_s: float = 2.0
+    """A live frame that waited longer is dropped as stale."""
+    max_answer_tokens: int = 48
+    """An answer is cut after so many tokens."""
+    history_turns: int = 0
+    """Earlier questions and answers shown with each question."""
+    instructions: str = ""
+    """What holds for every answer, such as "Answer in one word.": it stands before each question,
+    at the begin of the user's turn, as the chat format has no other place for it. With a question
+    it has to fit into `max_question_tokens`, alone into half of that. Alerts are asked without."""
+    temperature: float = 0.0
+    """0: an answer takes the likeliest word each time; above, up to 10, words are drawn."""
+    top_p: float = 1.0
+    """Draws are from the smallest set of likeliest words with this much probability, (0, 1]."""
+    seed: int = 0
+    """Of the draws. Every answer begins with it anew, so the same question about the same frames
+    gets the same answer, whatever other sessions do."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", _member(Attention, "attention", self.attention))
@@ -252,45 +197,34 @@ def _snapshot_tokens(bundle: EngineBundle) -> int:
 class ServerLimits:
     """Bounds the server sets; announced in `session.created` and enforced."""
 
-    max_message_bytes: Annotated[int, About("Size of one message of a client.")] = 8 << 20
-    max_unacknowledged_frames: Annotated[
-        int, About("Frames of a `wait` session that may be under way at once.")
-    ] = 4
-    max_sessions: Annotated[int, About("Viewers at the same time.")] = 4
-    max_queued_questions: Annotated[
-        int, About("Questions of one session that wait for their answer.")
-    ] = 8
-    max_question_tokens: Annotated[int, About("Length of one question.")] = 256
-    kv_capacity_tokens: Annotated[
-        int, About("Largest cache of one session; the model's last position bounds it too.")
-    ] = 8192
+    max_message_bytes: int = 8 << 20
+    """Size of one message of a client."""
+    max_unacknowledged_frames: int = 4
+    """Frames of a `wait` session that may be under way at once."""
+    max_sessions: int = 4
+    """Viewers at the same time."""
+    max_queued_questions: int = 8
+    """Questions of one session that wait for their answer."""
+    max_question_tokens: int = 256
+    """Length of one question."""
+    kv_capacity_tokens: int = 8192
+    """Largest cache of one session; the model's last position bounds it too."""
     max_session_bytes: Annotated[
-        int,
-        About(
-            "Memory for what one session remembers; bounds the cache too.",
-            option="session_memory",
-            metavar="MIB",
-            unit=1 << 20,
-        ),
+        int, About(option="session_memory", metavar="MIB", unit=1 << 20)
     ] = 4 << 30
-    resume_grace_s: Annotated[
-        float, About("A session whose connection broke is kept this long; 0: not at all.")
-    ] = 30.0
-    max_replay_events: Annotated[
-        int, About("Newest events kept for a client that comes back, or reads slowly.")
-    ] = 2000
-    max_replay_bytes: Annotated[int, About("Size of these events.")] = 8 << 20
-    max_alerts: Annotated[int, About("Alerts of one session.")] = 16
-    max_evidence_bytes: Annotated[
-        int, About("Size of the picture in `alert.triggered`; a larger one is sent smaller.")
-    ] = 256 << 10
-    max_answer_slowdown: Annotated[
-        float,
-        About(
-            "Time that video may take while answers are decoded, as a share of the answers' own.",
-            metavar="SHARE",
-        ),
-    ] = 0.15
+    """Memory for what one session remembers; bounds the cache too."""
+    resume_grace_s: float = 30.0
+    """A session whose connection broke is kept this long; 0: not at all."""
+    max_replay_events: int = 2000
+    """Newest events kept for a client that comes back, or reads slowly."""
+    max_replay_bytes: int = 8 << 20
+    """Size of these events."""
+    max_alerts: int = 16
+    """Alerts of one session."""
+    max_evidence_bytes: int = 256 << 10
+    """Size of the picture in `alert.triggered`; a larger one is sent smaller."""
+    max_answer_slowdown: float = 0.15
+    """Time that video may take while answers are decoded, as a share of the answers' own."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

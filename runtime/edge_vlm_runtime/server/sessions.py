@@ -82,8 +82,7 @@ class ClientSession:
         """The next event. While nobody is connected, gauges are not worth keeping."""
         if self.ending is not None:
             return
-        if self._on_event is not None:
-            self._on_event(self.session_id, event)
+        self._observe(event)
         if self.viewer is None and isinstance(event, protocol.SessionStats):
             return
         if isinstance(event, (protocol.SessionCreated, protocol.SessionUpdated)):
@@ -91,6 +90,14 @@ class ClientSession:
         self.log.append(event)
         if self.viewer is not None:
             self.viewer.wake()
+
+    def _observe(self, event: protocol.ServerEvent) -> None:
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(self.session_id, event)
+        except Exception:  # the viewer gets the event all the same, and those after it
+            log.exception("an observer of the events failed")
 
     def end(self, code: int, reason: str) -> None:
         """No more events: the connection is closed when it has sent those there are."""
