@@ -170,7 +170,7 @@ class Video:
             try:
                 yield from self._container.demux(self._stream)
                 return
-            except av().error.InvalidDataError as error:  # noqa: PERF203 (a few times at most)
+            except av().error.InvalidDataError as error:
                 failed = error
                 self.counts[DECODE_ERROR] += 1
             except decoding_errors() as error:

@@ -14,8 +14,8 @@ import pytest
 
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
 from edge_vlm.pixels.video import TimedFrame
-from edge_vlm_runtime.sources.container import mask_credentials
 from edge_vlm_runtime.sources.addresses import open_camera
+from edge_vlm_runtime.sources.container import mask_credentials
 from edge_vlm_runtime.sources.live import LiveSource
 from edge_vlm_runtime.sources.open import open_source
 from edge_vlm_runtime.sources.video_file import FileSource

@@ -51,8 +51,11 @@ def stream(
 
 
 def take(batches: PackedStream | Prefetch, count: int) -> list[PackedBatch]:
-    taken = itertools.islice(batches, count)
-    return [batch for batch in taken if isinstance(batch, PackedBatch)]
+    taken = []
+    for batch in itertools.islice(iter(batches), count):
+        assert isinstance(batch, PackedBatch)
+        taken.append(batch)
+    return taken
 
 
 def assert_same(one: PackedBatch, other: PackedBatch) -> None:

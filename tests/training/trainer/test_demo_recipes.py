@@ -71,22 +71,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step_is_that_of_the_demo_s_former_loop(tmp_path: Path) -> None:
     """The same seeds, data and weights: losses and read-outs, six steps deep in every stage."""
     frozen = json.loads(FROZEN.read_text())
-    single = Clips(batch=3, branches=4, history_share=0.3, forgetful_share=0.5)
-    longer = {"batch": 2, "num_frames": 5, "shorter": (2,), "keep_ratio": (1.0, 0.5, 0.25)}
-    data = replace(single, **longer)
-    half = 0.1 * 0.4
+    shares: dict[str, Any] = {"history_share": 0.3, "forgetful_share": 0.5}
+    data = Clips(
+        batch=2, num_frames=5, branches=4, keep_ratio=(1.0, 0.5, 0.25), shorter=(2,), **shares
+    )
+    half = {"timeline": 0.1 * 0.4, "presence": 0.1 * 0.4}
     recipe = demo_recipe(
         "reference",
         replace(pictures("dense", Steps(4), 3), decay_from=0.5),
-        questions("one", Steps(4), single, vision=2e-4),
+        questions("one", Steps(4), Clips(batch=3, branches=4, **shares), vision=2e-4),
         questions("clips", Steps(6), data, connector=3e-5, rate=(0.9, 0.9)),
-        questions(
-            *("frozen", Steps(6), data, None),
-            timeline=half,
-            presence=half,
-            rate=(0.8, 0.01),
-            decay_from=0.2,
-        ),
+        questions("frozen", Steps(6), data, vision=None, rate=(0.8, 0.01), decay_from=0.2, **half),
         seed=3,
     )
     settings = ["warmup_steps=2", "precision=float32", "log_every=1", "save_every=0"]
@@ -181,7 +176,7 @@ def test_minutes_are_those_of_all_starts_together(
     assert whole[-1]["minutes"] >= 0.2 > whole[-2]["minutes"]
 
     save = Run.save
-    stopped: list[float] = []
+    stopped: list[Any] = []
 
     def stop(run: Run) -> Path:
         path = save(run)

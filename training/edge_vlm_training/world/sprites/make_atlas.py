@@ -30,8 +30,6 @@ MEAN_LUMINANCE = 0.68  # every sprite is brought to it, so that dark things keep
 SUPERSAMPLING = 8
 
 Plane = npt.NDArray[np.floating]
-Picture = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.bool_]
 
 
 def _inside(name: str, x: Plane, y: Plane) -> npt.NDArray[np.bool_]:
@@ -48,12 +46,12 @@ def _inside(name: str, x: Plane, y: Plane) -> npt.NDArray[np.bool_]:
         inner, step = 0.42, np.pi / 5
         # the straight edge between an outer corner (radius 1) and an inner corner, in polar form
         edge = inner * np.sin(step) / (inner * np.sin(step - abs(turn)) + np.sin(abs(turn)))
-        inside: Mask = radius <= edge
+        inside: npt.NDArray[np.bool_] = radius <= edge
         return inside
     if name == "heart":
         u, v = x * 1.18, 0.12 - y * 1.12
-        inside = (u * u + v * v - 1) ** 3 - u * u * v**3 <= 0
-        return inside
+        heart: npt.NDArray[np.bool_] = (u * u + v * v - 1) ** 3 - u * u * v**3 <= 0
+        return heart
     if name == "ring":
         return (radius <= 1.0) & (radius >= 0.56)
     if name == "cross":
@@ -77,7 +75,7 @@ def draw_shape(name: str) -> npt.NDArray[np.uint8]:
     blocks = (SPRITE_SIDE, SUPERSAMPLING, SPRITE_SIDE, SUPERSAMPLING)
     alpha = solid.reshape(blocks).mean((1, 3))
     light = luminance.reshape(blocks).mean((1, 3)) / np.maximum(alpha, 1e-6)
-    sprite: Picture = np.rint(np.stack([light, alpha], -1) * 255).astype(np.uint8)
+    sprite: npt.NDArray[np.uint8] = np.rint(np.stack([light, alpha], -1) * 255).astype(np.uint8)
     return sprite
 
 
@@ -106,7 +104,7 @@ def draw_thing(name: str, font_path: str) -> npt.NDArray[np.uint8]:
         mean = float((light[solid] ** gamma).mean())
         gamma *= 1 + (mean - MEAN_LUMINANCE)
     light = np.where(alpha > 0, light**gamma, 0)
-    sprite: Picture = np.rint(np.stack([light, alpha], -1) * 255).astype(np.uint8)
+    sprite: npt.NDArray[np.uint8] = np.rint(np.stack([light, alpha], -1) * 255).astype(np.uint8)
     return sprite
 
 
