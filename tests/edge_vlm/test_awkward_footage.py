@@ -22,17 +22,8 @@ from edge_vlm.pixels.frames import Rgb, decode_jpeg, encode_jpeg, exif_orientati
 from edge_vlm.pixels.orientation import Orientation
 from edge_vlm.pixels.pace import Pace, Skip
 from edge_vlm.pixels.timeline import LONGEST_GAP_S, Timeline
-from edge_vlm.pixels.video import (
-    BEHIND,
-    DECODE_ERROR,
-    MOST_DAMAGED,
-    Video,
-    open_video,
-    probe_video,
-    read_moments,
-    read_video,
-    write_video,
-)
+from edge_vlm.pixels.reading import BEHIND, DECODE_ERROR, MOST_DAMAGED, Video, open_video
+from edge_vlm.pixels.video import probe_video, read_moments, read_video, write_video
 
 PATCHES = np.array(
     [
@@ -281,10 +272,10 @@ def hdr(curve: int) -> np.ndarray:
         b, c = 1 - 4 * a, 0.5 - a * np.log(4 * a)
         scene = light * (np.exp((0.75 - c) / a) + b) / 12
         low, high = np.sqrt(3 * scene.clip(0)), a * np.log((12 * scene - b).clip(1e-9)) + c
-        return np.where(scene <= 1 / 12, low, high)
+        return np.asarray(np.where(scene <= 1 / 12, low, high))
     power = (light.clip(0) * 203 / 10000) ** (2610 / 16384)
     c1, c2, c3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
-    return ((c1 + c2 * power) / (1 + c3 * power)) ** (2523 / 4096 * 128)
+    return np.asarray(((c1 + c2 * power) / (1 + c3 * power)) ** (2523 / 4096 * 128))
 
 
 @pytest.mark.parametrize("curve", [16, 18], ids=["PQ", "HLG"])

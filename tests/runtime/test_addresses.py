@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,12 +21,16 @@ from hypothesis import strategies as st
 
 from edge_vlm.errors import VideoError, VideoUnreadable
 from edge_vlm.pixels.frames import encode_jpeg
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.client.run import Outcome, stream
 from edge_vlm_runtime.sources import addresses
 from edge_vlm_runtime.sources.addresses import open_camera
+from edge_vlm_runtime.sources.container import Picture
 from edge_vlm_runtime.sources.live import LiveSource
 from edge_vlm_runtime.sources.masking import HIDDEN, mask_credentials
 from edge_vlm_runtime.sources.open import open_file, open_source
 from edge_vlm_runtime.sources.video_file import FileSource
+from tests.runtime.live import open_server, run
 from tests.runtime.pictures import write_video
 
 # ---- what may be printed ---------------------------------------------------------------------
@@ -187,6 +192,33 @@ def test_a_film_from_standard_input(tmp_path: Path) -> None:
             [sys.executable, "-c", script], stdin=film, capture_output=True, text=True
         )
     assert done.stdout.strip() == "4", done.stderr
+
+
+def test_a_large_picture_does_not_end_a_run() -> None:
+    """It is made as large as the model can use, and then as small as a message may be."""
+
+    class Noise:
+        name, is_live = "noise", False
+        max_side: int | None = None
+        counts: Counter[str] = Counter()
+
+        def pictures(self) -> Iterator[Picture]:
+            assert self.max_side is not None
+            side = min(4000, self.max_side)
+            rgb = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+            yield Picture(rgb=rgb, time_s=0.0)
+
+        def close(self) -> None: ...
+
+    async def session(url: str) -> Outcome:
+        async with await Client.connect(url) as client:
+            return await stream(Noise(), client, [], real_time=False)
+
+    with open_server(max_message_bytes=1 << 16) as server:
+        server.start()
+        outcome = run(session(server.url))
+    assert outcome.first_error is None
+    assert outcome.frames_processed == 1
 
 
 # ---- web cameras -----------------------------------------------------------------------------

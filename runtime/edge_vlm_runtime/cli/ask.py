@@ -70,8 +70,8 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
     for answer in answers:
         print("\n".join([answer.text, *point_lines(answer)]))
         print(
-            f"{outcome.frames_processed} frames{dropped_text(outcome)}, {outcome.cells_kept} of {outcome.cells_seen} "
-            f"cells kept{answer_times(answer)}{snapshot_text(answer)}",
+            f"{outcome.frames_processed} frames{dropped_text(outcome)}, "
+            f"{outcome.cells_kept} of {outcome.cells_seen} cells kept{answer_times(answer)}{snapshot_text(answer)}",
             file=sys.stderr,
         )
     return finish(outcome)
