@@ -20,16 +20,10 @@ from PIL import Image
 from edge_vlm.errors import VideoUnreadable
 from edge_vlm.pixels.frames import Rgb, decode_jpeg, encode_jpeg, exif_orientation, shrink_jpeg
 from edge_vlm.pixels.orientation import Orientation
+from edge_vlm.pixels.pace import Pace, Skip
+from edge_vlm.pixels.reading import BEHIND, DECODE_ERROR, MOST_DAMAGED, Video, open_video
 from edge_vlm.pixels.timeline import LONGEST_GAP_S, Timeline
-from edge_vlm.pixels.video import (
-    DECODE_ERROR,
-    MOST_DAMAGED,
-    open_video,
-    probe_video,
-    read_moments,
-    read_video,
-    write_video,
-)
+from edge_vlm.pixels.video import probe_video, read_moments, read_video, write_video
 
 PATCHES = np.array(
     [
@@ -278,10 +272,10 @@ def hdr(curve: int) -> np.ndarray:
         b, c = 1 - 4 * a, 0.5 - a * np.log(4 * a)
         scene = light * (np.exp((0.75 - c) / a) + b) / 12
         low, high = np.sqrt(3 * scene.clip(0)), a * np.log((12 * scene - b).clip(1e-9)) + c
-        return np.where(scene <= 1 / 12, low, high)
+        return np.asarray(np.where(scene <= 1 / 12, low, high))
     power = (light.clip(0) * 203 / 10000) ** (2610 / 16384)
     c1, c2, c3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
-    return ((c1 + c2 * power) / (1 + c3 * power)) ** (2523 / 4096 * 128)
+    return np.asarray(((c1 + c2 * power) / (1 + c3 * power)) ** (2523 / 4096 * 128))
 
 
 @pytest.mark.parametrize("curve", [16, 18], ids=["PQ", "HLG"])
@@ -639,6 +633,30 @@ def test_a_codec_that_nobody_decodes_is_named(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(VideoUnreadable, match="its codec is zzz9"):
             open_video(path)
+
+
+def test_what_is_skipped_is_counted_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Decoding goes on with a key picture, and nothing shown builds upon what was left out."""
+    options = {"g": "8", "bf": "0", "crf": "4"}
+    path = film(tmp_path / "a.mkv", greys(24)[:22], options=options)
+
+    def takes(self: Pace, camera_s: float, is_key: bool, now_s: float, waited_s: float) -> bool:
+        number = round(camera_s * 2)
+        self.skip = Skip.TO_KEY if number in (3, 4, 12) else Skip.NOTHING
+        self._promptest_s = 1000.0
+        return self._is_taken(camera_s, is_key)
+
+    monkeypatch.setattr(Pace, "takes", takes)
+    video = Video(str(path), "cam", is_live=True)
+    frames = list(video.decoded())
+    video.close()
+    shown = [0, 1, 2, 8, 9, 10, 11, 16, 17, 18, 19, 20, 21]
+    assert [number for _, number in levels((f.time_s, f.rgb()) for f in frames)] == shown
+    assert [frame.captured_s for frame in frames] == [1000.0 + n / 2 for n in shown]
+    assert video.counts[BEHIND] == 22 - len(shown)
+    assert caplog.text.count("decoding is slower than the camera") == 1
 
 
 # ---- names -----------------------------------------------------------------------------------

@@ -141,7 +141,8 @@ def test_every_stage_sees_the_same_frames(tmp_path: Path, name: str, fps: float)
 
 def footage(name: str) -> Path:
     """A file of the collection of awkward footage, where one lies beside the checkout."""
-    found = [folder / FOOTAGE / name for folder in Path(__file__).parents]
+    found = [Path(__file__).parents[1] / "data" / "footage" / name]
+    found += [folder / FOOTAGE / name for folder in Path(__file__).parents]
     for path in found:
         if path.exists():
             return path
@@ -274,6 +275,13 @@ def test_a_file_that_begins_late_or_has_longer_sound_is_whole(name: str) -> None
     path = footage(name)
     assert [t for t, _ in read_video(path, 2.0)] == [0.5 * i for i in range(16)]
     assert probe_video(path).end_s == pytest.approx(7.5)
+
+
+def test_what_an_edit_list_hides_is_not_shown() -> None:
+    path = footage("13_edit_list_cut_at_5s.mp4")
+    assert [t for t, _ in read_video(path, 2.0)] == [0.5 * i for i in range(6)]
+    assert probe_video(path).end_s == pytest.approx(2.8)
+    assert len(list(read_moments(path, [0.0, 1.0, 2.5]))) == 3
 
 
 def test_a_file_whose_first_time_is_late_is_whole(tmp_path: Path) -> None:

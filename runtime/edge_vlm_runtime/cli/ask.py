@@ -47,7 +47,12 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
     from edge_vlm.errors import EdgeVlmError
     from edge_vlm_runtime.client.client import Answer, Client
     from edge_vlm_runtime.client.run import Observer, PlannedQuestion, stream
-    from edge_vlm_runtime.client.terminal import answer_times, point_lines, snapshot_text
+    from edge_vlm_runtime.client.terminal import (
+        answer_times,
+        dropped_text,
+        point_lines,
+        snapshot_text,
+    )
     from edge_vlm_runtime.sources.open import open_file
 
     answers: list[Answer] = []
@@ -65,8 +70,9 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
     for answer in answers:
         print("\n".join([answer.shown_text, *point_lines(answer)]))
         print(
-            f"{outcome.frames_processed} frames, {outcome.cells_kept} of {outcome.cells_seen} "
-            f"cells kept{answer_times(answer)}{snapshot_text(answer)}",
+            f"{outcome.frames_processed} frames{dropped_text(outcome)}, "
+            f"{outcome.cells_kept} of {outcome.cells_seen} cells kept"
+            f"{answer_times(answer)}{snapshot_text(answer)}",
             file=sys.stderr,
         )
     return finish(outcome)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from edge_vlm.errors import EdgeVlmError, NoFrameYet, VideoError
 from edge_vlm.pixels.frames import Rgb, encode_jpeg, shrink_jpeg
-from edge_vlm.pixels.video import BEHIND, CLOCK_JUMP, DECODE_ERROR
+from edge_vlm.pixels.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
 from edge_vlm_runtime.client.client import Answer, AnswerStream, Client, Detail
 from edge_vlm_runtime.protocol.settings import ModelLimits
 from edge_vlm_runtime.sources.container import Picture, Source

@@ -92,11 +92,17 @@ def answer_times(answer: Answer) -> str:
     return f"{times}, seen until {answer.newest_frame.time_s:.1f} s]"
 
 
+def dropped_text(outcome: Outcome) -> str:
+    """What was dropped, to stand in brackets; empty if nothing was."""
+    counted = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.dropped.items()))
+    return f" (dropped: {counted})" if counted else ""
+
+
 def summary_line(outcome: Outcome) -> str:
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.dropped.items()))
     share = outcome.cells_kept / outcome.cells_seen if outcome.cells_seen else 0.0
     rate = outcome.frames_processed / outcome.elapsed_s if outcome.elapsed_s > 0 else 0.0
-    jumps = f"; the clock jumped {outcome.clock_jumps} times" if outcome.clock_jumps else ""
+    jumps = f"; jumps of the clock: {outcome.clock_jumps}" if outcome.clock_jumps else ""
     return (
         f"{outcome.frames_sent} frames sent, {outcome.frames_processed} processed, "
         f"dropped: {dropped or 'none'}; {share:.0%} of the cells kept; "

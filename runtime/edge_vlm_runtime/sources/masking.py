@@ -72,7 +72,7 @@ def _userinfo(text: str, run: str) -> int:
     if _PORT.fullmatch(authority):
         return 0
     # No @ where it should be: a blank, a quote or an ! in the password, or the text is cut off.
-    later = re.match(r"[^@]{0,200}@", text)
+    later = re.match(r"[^@]{0,200}@(?:[^\s\"'<>]*@)?", text)
     if later is not None and "://" not in later[0]:
         return later.end() - 1
     return len(run)
