@@ -117,6 +117,18 @@ def test_no_exception_of_on_event_leaves_anybody_waiting(
     assert servers[0].is_closed
 
 
+def test_an_answer_may_be_iterated_by_two_and_again() -> None:
+    async def session() -> None:
+        async with await Client.connect(URL) as client:
+            answer = await client.start_answer("?")
+            both = await asyncio.gather(deltas(answer), deltas(answer))
+            assert "".join(sorted("".join(both))) == "".join(sorted((await answer.answer()).text))
+            assert await deltas(answer) == ""  # each piece comes once
+
+    with scripted():
+        run(session())
+
+
 def test_whoever_waits_for_room_to_send_or_for_an_outcome_is_woken() -> None:
     release = threading.Event()
 
