@@ -125,6 +125,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, said: list[
     ("variable", "value", "said"),
     [
         ("EDGE_VLM_PORT", "x", ["port must be a number", "EDGE_VLM_PORT"]),
+        ("EDGE_VLM_HOST", "", ["host must be an address", "EDGE_VLM_HOST"]),
         ("EDGE_VLM_TLS", "maybe", ["tls must be true or false", "EDGE_VLM_TLS"]),
         ("EDGE_VLM_BACKEND", "tpu", ["backend cannot be 'tpu'", "EDGE_VLM_BACKEND"]),
         ("EDGE_VLM_CONFIG", "/nowhere.toml", ["cannot be read", "/nowhere.toml"]),

@@ -9,6 +9,7 @@ import pytest
 
 from edge_vlm.errors import NonFinite
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.protocol import alerts
 from edge_vlm_runtime.protocol.settings import Attention
 from tests.runtime.fake_engines import FakeBundle, FakeClock
 from tests.runtime.pictures import jpeg
@@ -217,6 +218,65 @@ def test_an_update_announced_during_an_answer_holds_though_the_memory_is_lost() 
     viewer.show(3)
     assert viewer.context.frame_numbers() == [3]
     assert viewer.context.kv_tokens == viewer.context.video_tokens
+
+
+def lose_the_memory(viewer: Viewer) -> None:
+    """By a change of mode while an answer is decoded that the engines then fail on."""
+    viewer.ask()
+    viewer.step()
+    viewer.update(attention="frame")
+    fail_next_prefill(viewer)
+    viewer.run()
+    assert viewer.context.num_frames == 0
+
+
+def test_a_still_scene_is_seen_again_when_the_memory_is_lost() -> None:
+    viewer = Viewer(delivery="live", fps_cap=30.0, heartbeat_s=60.0, attention="exact")
+    for number in (1, 2):
+        viewer.put(number, jpeg(number))
+        viewer.run()
+    lose_the_memory(viewer)
+    for number in (3, 4):
+        viewer.put(number, jpeg(2))
+        viewer.run()
+    assert viewer.drop_reasons() == {4: "duplicate"}
+    assert viewer.context.frame_numbers() == [3]
+    accepted = viewer.of(protocol.FrameAccepted)[-1]
+    assert accepted.cells_kept == accepted.cells_seen
+
+
+def test_the_frame_after_a_lost_one_is_whole() -> None:
+    """What changed with the lost one would be pruned from it as known."""
+    viewer = Viewer()
+    viewer.show(1, 2)
+    fail_next_prefill(viewer)
+    viewer.show(3, 4, 5)
+    assert viewer.drop_reasons() == {3: "engine_error"}
+    kept = {e.frame_sequence: e.cells_kept for e in viewer.of(protocol.FrameAccepted)}
+    assert kept[1] == kept[4] == 9
+    assert max(kept[2], kept[5]) < 9
+
+
+def test_no_alert_is_checked_on_a_memory_that_was_lost() -> None:
+    viewer = Viewer(attention="exact")
+    viewer.show(1, 2)
+    language = viewer.engines.language
+    language.yes = 0.9
+    viewer.ask()
+    viewer.step()
+    viewer.take(alerts.AlertCreate(question="is there a red ball ?"))
+    viewer.update(attention="frame")
+    fail_next_prefill(viewer)
+    viewer.take(alerts.AlertList())
+    viewer.run()
+    assert viewer.context.num_frames == 0
+    assert language.measured == []
+    assert [event.error.code for event in viewer.of(protocol.Error)] == ["E-NONFINITE"]
+    (listed,) = viewer.of(alerts.AlertListed)
+    assert listed.alerts[0].probability is None
+    viewer.show(3)
+    assert language.measured == [1]
+    assert viewer.of(alerts.AlertTriggered)[0].frame_sequence == 3
 
 
 def test_a_question_whose_prefill_fails_gives_the_arena_back() -> None:

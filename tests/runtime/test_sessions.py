@@ -11,6 +11,7 @@ import pytest
 from edge_vlm.errors import ConfigError, InternalError, ServerBusy
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.engine_thread import worker
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.connection import MAX_WAITING_CALLS
@@ -81,6 +82,33 @@ def test_a_session_that_cannot_be_made_gives_its_place_back(
     with fake_table(engines, max_sessions=1) as table, network(table) as made:
         run(session(made))
     assert str(error) in caplog.text  # the log says more than the viewer is told
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (worker, "SessionHandle"),
+        (EngineWorker, "open_session"),
+        (SessionRegistry, "_model_part"),  # of the greeting
+    ],
+)
+def test_a_place_comes_back_wherever_the_opening_fails(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    async def session(made: Network) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(InternalError, match="could not be opened"):
+                await Client.connect(URL)
+        assert made._table.num_sessions == 0
+        async with await Client.connect(URL):
+            pass
+
+    with fake_table(max_sessions=1) as table, network(table) as made:
+        run(session(made))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -75,6 +75,10 @@ class ServeOptions:
     record: Annotated[Path | None, About(metavar="FOLDER")] = None
     """Write a recording of each session into this folder; see `replay`."""
 
+    def __post_init__(self) -> None:
+        if not self.host:  # would listen on every address
+            raise ValueError("host must be an address")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:

@@ -55,6 +55,7 @@ class AnswerStream:
     async def __aiter__(self) -> AsyncIterator[str]:
         while (delta := await self._deltas.get()) is not None:
             yield delta
+        self.push(None)  # for whoever iterates again, or too
         await self.answer()
 
     async def answer(self) -> Answer:

@@ -173,7 +173,8 @@ class Client(Exchange):
 
         Raises what `on_event` raised if no other call has."""
         await self._shut()
-        if not self._is_raised and not isinstance(self._failure, EdgeVlmError):
+        is_end = isinstance(self._failure, EdgeVlmError) and self._failure is not self._bug
+        if not self._is_raised and not is_end:
             self._raise_failure()
 
     async def __aenter__(self) -> Client:

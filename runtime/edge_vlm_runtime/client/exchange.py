@@ -50,6 +50,8 @@ class Exchange:
         self._failure: Exception | None = None
         self._is_raised = False
         """Somebody has been given the failure."""
+        self._bug: Exception | None = None
+        """What `on_event` raised."""
         self._unacknowledged: set[int] = set()
         self._last_sequence = 0
         self._next_event_id = 0
@@ -175,8 +177,16 @@ class Exchange:
         self._changed.clear()
 
     def _report(self, event: protocol.ServerEvent) -> None:
-        if self.on_event is not None:
+        if self.on_event is None:
+            return
+        try:
             self.on_event(event)
+        except asyncio.CancelledError as error:  # nobody has cancelled the task that calls it
+            self._bug = RuntimeError("on_event raised CancelledError")
+            raise self._bug from error
+        except Exception as error:
+            self._bug = error
+            raise
 
     def _take(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):

@@ -107,6 +107,16 @@ class EngineWorker:
                     now_ns=now_ns,
                     stopwatch_ns=self.clock_ns,
                 )
+                handle = SessionHandle(
+                    session,
+                    self._limits,
+                    clock_ns=self.clock_ns,
+                    send=send,
+                    wake=self.wake,
+                    on_failure=on_failure,
+                    call_log=call_log,
+                )
+                self._scheduler.add(handle)
             except EdgeVlmError as error:
                 refuse(error)
                 return
@@ -115,16 +125,6 @@ class EngineWorker:
                 remedy = "see the server's log"
                 refuse(InternalError("the session could not be opened", remedy=remedy))
                 return
-            handle = SessionHandle(
-                session,
-                self._limits,
-                clock_ns=self.clock_ns,
-                send=send,
-                wake=self.wake,
-                on_failure=on_failure,
-                call_log=call_log,
-            )
-            self._scheduler.add(handle)
             on_open(handle)
 
         try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import edge_vlm
-from edge_vlm.errors import EdgeVlmError, ServerBusy, SessionGone
+from edge_vlm.errors import EdgeVlmError, InternalError, ServerBusy, SessionGone
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
@@ -180,14 +180,22 @@ class SessionRegistry:
 
     async def _open(self, session: ClientSession, given_up: ClientSession | None) -> None:
         try:
-            if given_up is not None:
-                await self.end(given_up)
-            session.handle = await self._open_engines_side(session)
-            if self.draining:  # it began to stop meanwhile
-                raise ServerBusy("the server is stopping", remedy="connect again later")
-        except BaseException:
+            await self._begin(session, given_up)
+        except BaseException as error:
             await self.end(session)
-            raise
+            if isinstance(error, EdgeVlmError) or not isinstance(error, Exception):
+                raise
+            log.exception("a session could not be opened")
+            raise InternalError(
+                "the session could not be opened", remedy="see the server's log"
+            ) from error
+
+    async def _begin(self, session: ClientSession, given_up: ClientSession | None) -> None:
+        if given_up is not None:
+            await self.end(given_up)
+        session.handle = await self._open_engines_side(session)
+        if self.draining:  # it began to stop meanwhile
+            raise ServerBusy("the server is stopping", remedy="connect again later")
         session.send(
             protocol.SessionCreated(
                 session_id=session.session_id,

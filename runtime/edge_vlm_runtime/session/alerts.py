@@ -147,6 +147,11 @@ class AlertMonitor:
         due = self._registry.due()
         if not due:
             return False
+        if self._context.newest is None:  # what was to be checked has been lost, with an error
+            for alert in due:
+                self._registry.failed(alert)
+            self._answer_lists()
+            return True
         branches = self._branches(due)
         due = [alert for alert in due if alert.rule.question in branches]
         try:

@@ -182,6 +182,8 @@ class FrameIngest:
     def report_changes(self) -> None:
         """Tells what the memory forgot and whether it counts anew."""
         changes = self._context.changes()
+        if changes and self._context.newest is None:
+            self._begin_anew()
         evictions = [change for change in changes if isinstance(change, Evicted)]
         if evictions:
             self._outbox.add(
@@ -269,11 +271,17 @@ class FrameIngest:
         try:
             self._context.add(pending)
         except BaseException:
-            self._duplicates.reset()
+            self._begin_anew()
             raise
         finally:
             self.report_changes()
         return (self._stopwatch_ns() - begin_ns) * 1e-6
+
+    def _begin_anew(self) -> None:
+        """Pictures that were encoded are not remembered: the next one is no duplicate of them, and
+        its cells are new, too."""
+        self._duplicates.reset()
+        self._policy.reset()
 
     # ---- outcomes ----------------------------------------------------------------------------
 
