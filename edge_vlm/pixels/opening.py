@@ -119,19 +119,18 @@ def track_of(container: Any, name: str) -> Any:
 
 def _codec_without_decoder(file: str) -> str | None:
     """Its name, or its four letters in the file. Only FFmpeg's log tells."""
-    import av.logging
-
+    logging_of = av().logging
     if not file or not Path(file.removeprefix("file:")).is_file():
         return None
-    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
-    av.logging.set_level(av.logging.WARNING)
-    av.logging.set_skip_repeated(False)
+    level, skips = logging_of.get_level(), logging_of.get_skip_repeated()
+    logging_of.set_level(logging_of.WARNING)
+    logging_of.set_skip_repeated(False)
     try:
-        with av.logging.Capture() as lines:
-            av.open(file).close()
+        with logging_of.Capture() as lines:
+            av().open(file).close()
     finally:
-        av.logging.set_level(level)
-        av.logging.set_skip_repeated(skips)
+        logging_of.set_level(level)
+        logging_of.set_skip_repeated(skips)
     for found in (_CODEC.search(line) for *_, line in lines):
         if found is not None:
             letters = (found[2] or "").partition(" /")[0]
