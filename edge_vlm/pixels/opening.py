@@ -5,6 +5,7 @@ PyAV is imported here and nowhere else in this package.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from pathlib import Path
@@ -56,40 +57,54 @@ def open_container(file: Any, *, hwaccel: str = NO_ACCELERATION, **options: Any)
     Raises `decoding_errors`, MissingExtraError.
     """
     library = av()
-    if hwaccel != NO_ACCELERATION:
-        try:
-            return _accelerated(file, hwaccel, options)
-        except NotImplementedError as error:
-            level = logging.INFO if hwaccel == ANY_ACCELERATION else logging.WARNING
-            log.log(level, "no hardware decoding (%s): the CPU decodes", error)
-    return library.open(file, **options)
+    device = _device_of(hwaccel)
+    if device is None:
+        return library.open(file, **options)
+    container = library.open(file, hwaccel=device, **options)
+    contexts = [stream.codec_context for stream in container.streams.video]
+    if not any(context is not None and context.is_hwaccel for context in contexts):
+        _say_cpu(hwaccel, "not for this codec")
+    return container
 
 
-def _accelerated(file: Any, hwaccel: str, options: dict[str, Any]) -> Any:
-    """Raises NotImplementedError if the devices are not there, and what `av.open` raises."""
-    try:
-        from av.codec.hwaccel import HWAccel, hwdevices_available
-    except ImportError as error:
-        raise NotImplementedError("this PyAV has none") from error
-    offered = hwdevices_available()
-    wanted = offered if hwaccel == ANY_ACCELERATION else [hwaccel]
+def _device_of(hwaccel: str) -> Any:
+    """PyAV's `HWAccel`, or None where the CPU decodes. Nothing is opened for finding out: that
+    would be one connection more to a camera."""
+    if hwaccel == NO_ACCELERATION:
+        return None
+    library = getattr(av().codec, "hwaccel", None)
+    if library is None:
+        _say_cpu(hwaccel, "this PyAV has none")
+        return None
+    offered = library.hwdevices_available()
     if hwaccel not in (*offered, ANY_ACCELERATION):
-        raise NotImplementedError(f"{hwaccel} is not among {', '.join(offered) or 'none'}")
-    reasons = []
-    for device in wanted:
-        try:
-            container = av().open(file, hwaccel=HWAccel(device), **options)
-        except (PermissionError, NotImplementedError, RuntimeError) as error:
-            reasons.append(f"{device}: {reason_of(error)}")
-            continue
-        contexts = [stream.codec_context for stream in container.streams.video]
-        if not any(context is not None and context.is_hwaccel for context in contexts):
-            container.close()
-            reasons.append(f"{device}: not for this codec, or not on this machine")
-            continue
-        log.info("%s decodes", device)
-        return container
-    raise NotImplementedError("; ".join(reasons) or "no device")
+        _say_cpu(hwaccel, f"{hwaccel} is not among {', '.join(offered) or 'none'}")
+        return None
+    for device in offered if hwaccel == ANY_ACCELERATION else [hwaccel]:
+        if (why := _absence_of(device)) is None:
+            log.info("%s decodes where it can", device)
+            return library.HWAccel(device)
+        _say_cpu(hwaccel, f"{device}: {why}")
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def _absence_of(device: str) -> str | None:
+    """Why it does not work on this machine; None if it does."""
+    library = av()
+    try:
+        accelerated = library.codec.hwaccel.HWAccel(device, allow_software_fallback=False)
+        context = library.CodecContext.create("h264", "r", hwaccel=accelerated)
+        if not context.is_hwaccel:
+            return "there is none for usual video"
+    except (library.FFmpegError, OSError, NotImplementedError, RuntimeError, TypeError) as error:
+        return reason_of(error)
+    return None
+
+
+def _say_cpu(hwaccel: str, why: str) -> None:
+    level = logging.INFO if hwaccel == ANY_ACCELERATION else logging.WARNING
+    log.log(level, "no hardware decoding (%s): the CPU decodes", why)
 
 
 def track_of(container: Any, name: str) -> Any:
@@ -119,19 +134,18 @@ def track_of(container: Any, name: str) -> Any:
 
 def _codec_without_decoder(file: str) -> str | None:
     """Its name, or its four letters in the file. Only FFmpeg's log tells."""
-    import av.logging
-
+    logging_of = av().logging
     if not file or not Path(file.removeprefix("file:")).is_file():
         return None
-    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
-    av.logging.set_level(av.logging.WARNING)
-    av.logging.set_skip_repeated(False)
+    level, skips = logging_of.get_level(), logging_of.get_skip_repeated()
+    logging_of.set_level(logging_of.WARNING)
+    logging_of.set_skip_repeated(False)
     try:
-        with av.logging.Capture() as lines:
-            av.open(file).close()
+        with logging_of.Capture() as lines:
+            av().open(file).close()
     finally:
-        av.logging.set_level(level)
-        av.logging.set_skip_repeated(skips)
+        logging_of.set_level(level)
+        logging_of.set_skip_repeated(skips)
     for found in (_CODEC.search(line) for *_, line in lines):
         if found is not None:
             letters = (found[2] or "").partition(" /")[0]

@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -33,7 +34,8 @@ from edge_vlm.pixels.opening import (
 )
 from edge_vlm.pixels.orientation import Orientation
 from edge_vlm.pixels.pace import Pace, Skip
-from edge_vlm.pixels.timeline import LONGEST_GAP_S, Timeline
+from edge_vlm.pixels.packets import FramePacket, as_shown, clock_jumps
+from edge_vlm.pixels.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +54,6 @@ _RAW_FPS = 25.0
 """Of a stream that carries neither times nor a rate."""
 _CUT_OFF_SHARE, _CUT_OFF_S = 0.1, 0.5
 """How much may be missing of the announced length: headers are not exact."""
-_REORDERED = 17
-"""Frames that may lie between a frame's place in a file and its place on the screen."""
-_BACK_S = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +108,6 @@ class VideoTimes:
         return np.diff(shown, prepend=-1) > 0
 
 
-@dataclass(frozen=True)
-class FramePacket:
-    """One undecoded frame."""
-
-    time_s: float | None
-    """On the file's own clock; None in a raw stream."""
-    length_s: float | None
-    is_key: bool
-    """Decoding can begin with it."""
-
-
 class Video:
     """An opened container and the track that is watched."""
 
@@ -153,10 +141,15 @@ class Video:
         self._usual_s = 1 / (float(rate or 0) or _RAW_FPS)
         no_times = int(self._container.format.flags) & _NO_TIMES
         self._assumes_rate = bool(no_times) and not is_live
+        self.is_live = is_live
         self._timeline = Timeline(self._usual_s)
         self._pace = Pace() if is_live else None
         self.is_heard = True
         """Whether it logs what is odd; for whoever opens a file twice."""
+        self.path: Path | None = None
+        """Of a file that can be opened again."""
+        self._last_clock_s: float | None = None
+        """Of the last picture, on the file's own clock."""
         self._clock_end_s: float | None = None
         """On the file's own clock: when the last packet ends."""
 
@@ -224,13 +217,45 @@ class Video:
                     pictures = []
                 else:
                     damage.none_in(packet, len(pictures))
+                self._has_read(packet)
                 for picture in pictures:
                     yield self._placed(picture, orientation)
                 began_s = time.monotonic()
         except VideoUnreadable:
             yield from self._rest(orientation)
             raise
+        if damage.lost > 0:
+            yield from self._tail(orientation)
         damage.require_a_picture()
+
+    def _has_read(self, packet: Any) -> None:
+        """Keeps how far a file goes, whether or not that can be decoded."""
+        if packet.size and packet.pts is not None:
+            clock_s = float(packet.pts * packet.time_base)
+            end_s = clock_s + (self._length_s(packet) or self._usual_s)
+            self._clock_end_s = max(end_s, self._clock_end_s or -math.inf)
+
+    def _tail(self, exif: Orientation) -> Iterator[TimedFrame]:
+        """The last pictures of a file anew, in one thread: where several decode, damage near the
+        end takes its whole neighbours along."""
+        last_s = self._last_clock_s
+        if self.path is None or last_s is None or self._timeline.jumps:
+            return
+        with closing(Video(local_file(self.path), self.name)) as again:
+            bad = 0
+            again._stream.thread_type = "SLICE"
+            place = round(last_s / again._stream.time_base)
+            again._container.seek(place, stream=again._stream, backward=True)
+            for packet in again._packets():
+                try:
+                    pictures = packet.decode()
+                except decoding_errors():
+                    bad += 1
+                    continue
+                for picture in pictures:
+                    if picture.time is not None and picture.time > last_s:
+                        yield self._placed(picture, exif)
+        self.counts[DECODE_ERROR] = max(self.counts[DECODE_ERROR], bad)
 
     def raw_rgb(self) -> Iterator[TimedFrame]:
         """Every frame of a stream of raw rgb whose rows are padded, as GStreamer's: decoders take
@@ -275,6 +300,7 @@ class Video:
     def _placed(self, picture: Any, exif: Orientation) -> TimedFrame:
         clock_s = None if picture.time is None else float(picture.time)
         time_s = self._place(clock_s, self._length_s(picture))
+        self._last_clock_s = clock_s
         captured_s = None
         if self._pace is not None and clock_s is not None:
             captured_s = self._pace.captured_s(clock_s)
@@ -354,13 +380,13 @@ class Video:
                 piece, was_without = [], True
             if time_s is not None:
                 usual_s = length_s or self._usual_s
-                if _jumps(time_s, decoded_s, last_s, highest_s, usual_s):
-                    yield from _as_shown(piece, was_without)
+                if clock_jumps(time_s, decoded_s, last_s, highest_s, usual_s):
+                    yield from as_shown(piece, was_without)
                     piece, highest_s, was_without = [], -math.inf, False
                 last_s = last_s if decoded_s is None else decoded_s
                 highest_s = max(highest_s, time_s)
             piece.append(FramePacket(time_s, length_s, bool(packet.is_keyframe)))
-        yield from _as_shown(piece, was_without)
+        yield from as_shown(piece, was_without)
 
     def times(self) -> VideoTimes:
         """Of all frames, from the packets alone. Raises VideoUnreadable, VideoEmpty."""
@@ -387,6 +413,13 @@ class _Damage:
         self._pictures = 0
         self._has_key = False
         self._last: BaseException | None = None
+        self._sound = 0
+        """Packets that the decoder took."""
+
+    @property
+    def lost(self) -> int:
+        """Pictures that never came, though only their neighbours were damaged."""
+        return self._sound - self._pictures if self._pictures and not self._video.is_live else 0
 
     def found(self, packet: Any, error: BaseException) -> None:
         """Raises VideoUnreadable when there is nothing else any more."""
@@ -409,6 +442,7 @@ class _Damage:
 
     def none_in(self, packet: Any, num_pictures: int) -> None:
         if packet.size:
+            self._sound += 1
             self._has_key = self._has_key or bool(packet.is_keyframe)
         if num_pictures:
             self._in_a_row = 0
@@ -421,30 +455,6 @@ class _Damage:
             raise self._video._broken(
                 f"none of its pictures can be decoded, as {codec}", self._last
             ) from self._last
-
-
-def _jumps(
-    time_s: float, decoded_s: float | None, last_s: float, highest_s: float, length_s: float
-) -> bool:
-    """Whether another clock begins, in the order in which frames are decoded."""
-    if highest_s == -math.inf:
-        return False
-    if decoded_s is not None and last_s > -math.inf:
-        return not last_s - _BACK_S <= decoded_s <= last_s + LONGEST_GAP_S + length_s
-    reordered_s = max(_BACK_S, _REORDERED * length_s)
-    return not highest_s - reordered_s <= time_s <= highest_s + LONGEST_GAP_S + length_s
-
-
-def _as_shown(piece: list[FramePacket], was_without: bool) -> list[FramePacket]:
-    """In the order of the screen. `was_without`: what came before its keyframe is gone, and with
-    it what is shown before that."""
-    if any(packet.time_s is None for packet in piece):
-        return piece
-    shown = sorted(piece, key=lambda packet: packet.time_s or 0.0)
-    if was_without:
-        first = next(i for i, packet in enumerate(shown) if packet.is_key)
-        shown = shown[first:]
-    return shown
 
 
 def _orientation_of(picture: Any, exif: Orientation) -> Orientation:
@@ -466,5 +476,6 @@ def open_video(path: Path) -> Video:
     if not path.exists():
         raise VideoNotFound("no such file", where=path)
     video = Video(local_file(path), str(path))
+    video.path = path
     video._stream.thread_type = "AUTO"
     return video

@@ -83,7 +83,7 @@ def test_for_a_server_of_its_own_it_is_told_of_all_that_takes(name: str, tmp_pat
     [
         ("websockets", "import edge_vlm_runtime.client.connection", "client"),
         ("msgspec", "import edge_vlm_runtime.protocol.base", "client"),
-        ("av", "from edge_vlm.pixels.video import _av; _av()", "client"),
+        ("av", "from edge_vlm.pixels.opening import av; av()", "client"),
         ("rich", "import edge_vlm_runtime.client.live_table", "client"),
         ("PIL", "from edge_vlm.pixels.frames import decode_jpeg; decode_jpeg(b'')", "client"),
         ("starlette", "import edge_vlm_runtime.server.app", "serve"),

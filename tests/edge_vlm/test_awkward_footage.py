@@ -577,10 +577,17 @@ def test_a_stream_without_times_says_that_it_assumes_a_rate(
 # ---- damage ----------------------------------------------------------------------------------
 
 
-def damaged(tmp_path: Path, suffix: str, codec: str, bad: set[int], count: int = 16) -> Path:
-    """A film of key pictures, some of whose packets are zeros."""
+def damaged(
+    tmp_path: Path,
+    suffix: str,
+    codec: str,
+    bad: set[int],
+    count: int = 16,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """A film, of key pictures without `options`, some of whose packets are zeros."""
     pictures = [grey(20 + 10 * (i % 20)) for i in range(count)]
-    options = {"g": "1", "crf": "4"} if codec == "libx264" else {}
+    options = options or {}
     whole = film(tmp_path / f"whole.{suffix}", pictures, codec=codec, options=options)
     path = tmp_path / f"damaged.{suffix}"
     with av.open(str(whole)) as source, av.open(str(path), "w") as target:
@@ -591,7 +598,7 @@ def damaged(tmp_path: Path, suffix: str, codec: str, bad: set[int], count: int =
             if number in bad:
                 given = av.Packet(bytes(packet.size))
                 given.pts, given.dts, given.time_base = packet.pts, packet.dts, packet.time_base
-                given.duration, given.is_keyframe = packet.duration, True
+                given.duration, given.is_keyframe = packet.duration, packet.is_keyframe
             given.stream = stream
             target.mux(given)
     return path
@@ -610,6 +617,19 @@ def test_a_damaged_picture_is_counted_and_passed_over(
     video.close()
     assert len(probe_video(path).starts_s) == 16  # `data check` takes it, too
     assert len(list(read_moments(path, [0.5 * i for i in range(16)]))) == 16
+
+
+@pytest.mark.parametrize("bad", [{15}, {14}, {13, 15}, {9}])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_damage_takes_no_neighbours_along(tmp_path: Path, suffix: str, bad: set[int]) -> None:
+    """Where several threads decode, an error near the end hides pictures that are whole."""
+    options = {"g": "100", "bf": "0", "crf": "4"}
+    path = damaged(tmp_path, suffix, "libx264", bad, options=options)
+    video = open_video(path)
+    frames = list(video.frames())
+    assert [round(frame.time_s * 2) for frame in frames] == sorted(set(range(16)) - bad)
+    assert video.counts[DECODE_ERROR] == len(bad)
+    video.close()
 
 
 def test_many_damaged_pictures_in_a_row_are_a_broken_video(tmp_path: Path) -> None:
