@@ -17,6 +17,7 @@ from edge_vlm.errors import ExportError, MissingExtraError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
+from edge_vlm.telemetry import refuse_telemetry
 from edge_vlm_export.verify.pipeline import Arrays, RunGraph
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class OrtRunner:
     def __init__(
         self, path: Path, spec: GraphSpec, *, threads: int = 1, as_written: bool = False
     ) -> None:
+        refuse_telemetry()
         try:
             import onnxruntime
         except ModuleNotFoundError as error:

@@ -12,6 +12,7 @@ import numpy as np
 from edge_vlm.errors import CudaError, EngineError, MissingExtraError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import TensorSpec
+from edge_vlm.telemetry import refuse_telemetry
 from edge_vlm_runtime.engines.base import Engine, Shape
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -28,6 +29,7 @@ class OrtEngine(Engine):
     def __init__(
         self, bundle: EngineBundle, name: str, *, threads: int, provider: str = CPU
     ) -> None:
+        refuse_telemetry()
         try:
             import onnxruntime
         except ImportError as error:
@@ -90,6 +92,7 @@ class OrtEngine(Engine):
 
 def ort_library() -> tuple[str, tuple[str, ...]]:
     """Version and execution providers. Raises MissingExtraError, EngineError if it cannot load."""
+    refuse_telemetry()
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
