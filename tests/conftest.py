@@ -19,12 +19,15 @@ pytest_plugins = ["pytester"]
 # of a processor each. `make quick` leaves them out.
 SLOW = (
     *("benchmarks/", "e2e/", "golden/", "gpu/"),
-    *("edge_vlm/test_wheel.py", "model/test_images.py", "model/test_published_convert.py"),
+    *("edge_vlm/test_wheel.py", "edge_vlm/test_telemetry.py", "model/test_images.py"),
+    *("edge_vlm/test_awkward_footage.py", "edge_vlm/test_output.py", "model/test_published"),
     *(f"export/test_{name}.py" for name in ("bad_input", "footage", "image_encoder")),
     *(f"export/test_{name}.py" for name in ("scorerless", "trt_lint", "variants")),
     *(f"runtime/test_{name}.py" for name in ("prompt_view", "resume", "schedules")),
     *("runtime/test_token_budget.py", "training/data/test_train_on_records.py"),
-    *("training/trainer/test_checkpoints.py", "training/trainer/test_loop.py"),
+    *(f"runtime/test_{name}.py" for name in ("alert_sinks", "backends", "client", "hostile_input")),
+    *(f"runtime/test_{name}.py" for name in ("addresses", "interleaved", "rtsp_server", "sources")),
+    *("training/data/test_forms.py", "training/data/test_world_source.py", "training/trainer/"),
 )
 
 
