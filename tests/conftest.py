@@ -19,6 +19,8 @@ pytest_plugins = ["pytester"]
 # of a processor each. `make quick` leaves them out.
 SLOW = (
     *("benchmarks/", "e2e/", "golden/", "gpu/"),
+    *("edge_vlm/test_points.py", "edge_vlm/test_video.py", "export/test_export.py"),
+    *("runtime/test_recording.py", "runtime/test_stream_times.py"),
     *("edge_vlm/test_wheel.py", "edge_vlm/test_telemetry.py", "model/test_images.py"),
     *("edge_vlm/test_awkward_footage.py", "edge_vlm/test_output.py", "model/test_published.py"),
     *(f"model/test_published_{name}.py" for name in ("convert", "tokens", "training")),
