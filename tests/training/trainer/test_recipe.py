@@ -77,7 +77,7 @@ def test_a_recipe_is_called_what_its_function_is_and_comes_back_from_json(name: 
 
 def test_set_reads_each_field_by_its_type() -> None:
     settings = ["steps=9", "lr_scorer=2e-3", "activation_checkpointing=true", "removed=0,0.3,0.5"]
-    settings += ["rescale=row", "init=/tmp/there", "data=world@1,clips.jsonl@3"]
+    settings += ["rescale=row", "init=/elsewhere", "data=world@1,clips.jsonl@3"]
     settings += ["precision=float32", "final_rate=0.2", "aux_weight=0.25", "z_loss=0"]
     recipe = override(stts_smoke(), settings)
     (stage,) = recipe.stages
@@ -87,7 +87,7 @@ def test_set_reads_each_field_by_its_type() -> None:
     assert recipe.activation_checkpointing is True
     assert stage.data.keep_ratio == (1.0, 0.7, 0.5)
     assert recipe.rescale is Rescale.ROW
-    assert recipe.init == Path("/tmp/there")
+    assert recipe.init == Path("/elsewhere")
     assert stage.data.sources == ("world@1", "clips.jsonl@3")
     assert recipe.precision == "float32"
     assert stage.rate == (1.0, 0.2)
