@@ -206,7 +206,7 @@ class FrameDropped(ServerEvent, tag="frame.dropped"):
 
 
 class NewestFrame(Part, kw_only=True):
-    """The newest frame an answer rests on."""
+    """The newest frame an answer rests on; all 0 if it rests on none (`detail` `text`)."""
 
     frame_sequence: int
     time_s: float
