@@ -54,6 +54,7 @@ from edge_vlm_runtime.protocol.messages import (
     decode_client_message,
     decode_server_event,
     error_event,
+    error_from_detail,
 )
 from edge_vlm_runtime.protocol.questions import (
     ConversationItemCreate,
@@ -110,6 +111,7 @@ __all__ = [
     "decode_server_event",
     "encode",
     "error_event",
+    "error_from_detail",
     "event_id_of",
     "frame_message",
     "json_object",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError
+from edge_vlm.errors import EdgeVlmError, ProtocolError, RequestError, SessionError
 from edge_vlm_runtime.protocol import alerts as alert_messages
 from edge_vlm_runtime.protocol import questions as question_messages
 from edge_vlm_runtime.protocol.base import MAX_CAPTURE_TIME_US as MAX_CAPTURE_TIME_US
@@ -437,10 +437,24 @@ def decode_server_event(text: str | bytes) -> ServerEvent:
     return decode(text, _SERVER_TYPES)
 
 
+def error_from_detail(detail: ErrorDetail) -> EdgeVlmError:
+    """The error of our tree with the code that the server sent."""
+    classes = [EdgeVlmError]
+    for kind in classes:
+        classes.extend(kind.__subclasses__())
+    for kind in classes:
+        if kind.code == detail.code:
+            return kind(detail.message)
+    return EdgeVlmError(f"{detail.code}: {detail.message}")
+
+
 def error_event(error: EdgeVlmError, *, event_id: str | None = None) -> Error:
     if isinstance(error, ProtocolError):
         kind = "invalid_request_error"
     else:
         kind = "session_error" if isinstance(error, SessionError) else "server_error"
     text = str(error)[:MAX_ERROR_TEXT]
-    return Error(error=ErrorDetail(type=kind, code=error.code, message=text, event_id=event_id))
+    detail = ErrorDetail(type=kind, code=error.code, message=text, event_id=event_id)
+    if isinstance(error, RequestError):
+        detail.param = error.param
+    return Error(error=detail)

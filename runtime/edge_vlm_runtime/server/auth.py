@@ -20,7 +20,7 @@ from edge_vlm.errors import ConfigError, Unauthorized
 VARIABLE = "EDGE_VLM_API_KEY"
 SUBPROTOCOL = "edge-vlm"
 KEY_SUBPROTOCOL = "edge-vlm-key."
-GUARDED = ("/v1/", "/metrics")
+GUARDED = ("/v1/", "/v1", "/metrics")
 REMEDY = f"set {VARIABLE}, or open the page with #key=KEY behind its address"
 
 

@@ -64,6 +64,8 @@ class ClientSession:
         self.viewer: Subscriber | None = None
         self.progress = asyncio.Event()
         """Set whenever the engines have done something, and at the end."""
+        self.listeners: set[Callable[[protocol.ServerEvent | None], None]] = set()
+        """Get every event as well, and None at the end."""
         self.settings: SessionSettings | None = None
         """Those last announced."""
         self.messages_received = 0
@@ -83,6 +85,8 @@ class ClientSession:
         if self.ending is not None:
             return
         self._observe(event)
+        for listener in tuple(self.listeners):
+            listener(event)
         if self.viewer is None and isinstance(event, protocol.SessionStats):
             return
         if isinstance(event, (protocol.SessionCreated, protocol.SessionUpdated)):
@@ -104,6 +108,8 @@ class ClientSession:
         if self.ending is None:
             self.ending = CloseReason(code, reason)
             self.progress.set()
+            for listener in tuple(self.listeners):
+                listener(None)
             if self.viewer is not None:
                 self.viewer.wake()
 
@@ -246,6 +252,16 @@ class SessionRegistry:
         log.info("a session whose viewer is away makes room for a new one")
         longest = min(away, key=lambda session: session.left_at_s)
         return self._sessions.pop(longest.session_id)
+
+    def listen(
+        self, session_id: str, tell: Callable[[protocol.ServerEvent | None], None]
+    ) -> tuple[SessionHandle, Callable[[], None]]:
+        """See `openai.live.LiveSessions`."""
+        session = self._sessions.get(session_id)
+        if session is None or session.handle is None or session.ending is not None:
+            raise SessionGone("there is no such live session", remedy="start one, or ask another")
+        session.listeners.add(tell)
+        return session.handle, lambda: session.listeners.discard(tell)
 
     def find(self, wanted: protocol.SessionResume) -> ClientSession:
         """The session to go on with. Raises SessionGone, ReplayLost, ProtocolError."""

@@ -109,7 +109,7 @@ class PromptBuilder:
                 self._prefill_alone(arena, begin, segment)
             return PromptView(
                 arena=arena,
-                vision_tokens=arena.length,
+                vision_tokens=0 if detail == "text" else arena.length,
                 frames=frames,
                 snapshot=snapshot,
                 lent=lent.pop_all(),

@@ -213,9 +213,7 @@ class Session:
             )
         self._unasked_text = text
 
-    def _enqueue(
-        self, message: protocol.ResponseCreate, came_ns: int, frames_waiting: int
-    ) -> None:
+    def _enqueue(self, message: protocol.ResponseCreate, came_ns: int, frames_waiting: int) -> None:
         """Raises NoQuestion, SnapshotsUnsupported, NoFrameYet, QuestionTooLong, TooManyQuestions,
         and what `plan_question` raises."""
         unasked = self._unasked_text
