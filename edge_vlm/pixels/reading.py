@@ -483,8 +483,8 @@ def open_video(path: Path, *, name: str | None = None, is_foreign: bool = False)
     Raises VideoNotFound, VideoUnreadable, MissingExtraError."""
     if not path.exists():
         raise VideoNotFound("no such file", where=name or path)
-    options = {"options": FOREIGN_OPTIONS} if is_foreign else {}
-    video = Video(local_file(path), name or str(path), **options)
+    options = FOREIGN_OPTIONS if is_foreign else {}
+    video = Video(local_file(path), name or str(path), options=options)
     video.path = path
     if is_foreign:
         context = video._stream.codec_context

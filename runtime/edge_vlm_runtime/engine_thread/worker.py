@@ -91,9 +91,9 @@ class EngineWorker:
         limits: ServerLimits | None = None,
         is_background: bool = False,
     ) -> None:
-        """Makes a session that begins at `now_ns`, under other `limits` if they are given; `on_open` gets its handle or the error, on the
-        engine thread. For the rest see `SessionHandle`. Raises ServerBusy when the thread has
-        ended."""
+        """Makes a session that begins at `now_ns`, under other `limits` if given; `on_open` gets
+        its handle or the error, on the engine thread. For the rest see `SessionHandle`. Raises
+        ServerBusy when the thread has ended."""
 
         def refuse(error: EdgeVlmError) -> None:
             if call_log is not None:

@@ -9,8 +9,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import aclosing
 from typing import Any
 
 from edge_vlm.errors import (
@@ -20,7 +20,6 @@ from edge_vlm.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NoSuchPath,
-    RequestError,
     ServerBusy,
 )
 from edge_vlm_runtime import protocol
@@ -173,7 +172,11 @@ class OpenAiApi:
             await self._tell(request, self._one_shots.run(request, plan), timing, reply)
 
     async def _tell(
-        self, request: ChatRequest, events: Any, timing: Timing, reply: _Sender
+        self,
+        request: ChatRequest,
+        events: AsyncGenerator[protocol.ServerEvent, None],
+        timing: Timing,
+        reply: _Sender,
     ) -> None:
         """What a session says, as chunks or as one object. Once chunks have gone out, what goes
         wrong is the last of them."""

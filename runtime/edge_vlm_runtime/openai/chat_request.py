@@ -82,7 +82,7 @@ def read_chat_request(body: bytes) -> ChatRequest:
         raise RequestError(f"the body is not JSON: {error}") from error
     fields = Fields(value, "")
     model = fields.text("model")
-    conversation = read_messages(fields.list("messages"))
+    conversation = read_messages(fields.items("messages"))
     ignored = [name for name in IGNORED if fields.has(name)]
     for name in IGNORED:
         fields.any(name)
@@ -119,7 +119,7 @@ def read_chat_request(body: bytes) -> ChatRequest:
         keep_ratio=_positive(own.number("keep_ratio", 0, 1), "edge_vlm.keep_ratio"),
         policy=own.one_of("policy", POLICY_NAMES, "") if own.has("policy") else None,
         detail=own.one_of("detail", DETAILS, "") if own.has("detail") else None,
-        frame_times=_read_times(own.list("frame_times"), len(conversation.pictures)),
+        frame_times=_read_times(own.items("frame_times"), len(conversation.pictures)),
         num_frames=_num_frames(video),
         fps=_positive(video.number("fps", -1, 240), "media_io_kwargs.video.fps", least=-1),
         ignored=(*ignored, *(f"media_io_kwargs.video.{name}" for name in video.rest())),

@@ -67,7 +67,7 @@ class Fields:
         value = self._values.pop(name, None)
         return None if value is None else as_number(value, self._at(name), least, most)
 
-    def list(self, name: str) -> list[Any]:
+    def items(self, name: str) -> list[Any]:
         """An empty one if it is absent."""
         value = self._values.pop(name, [])
         if not isinstance(value, list):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from edge_vlm.errors import SessionGone
@@ -29,7 +29,7 @@ class LiveSessions(Protocol):
 
 async def ask_live(
     request: ChatRequest, sessions: LiveSessions, one_shots: OneShots
-) -> AsyncIterator[protocol.ServerEvent]:
+) -> AsyncGenerator[protocol.ServerEvent, None]:
     """What the session says about this question, up to `response.done`; its viewer sees it, too.
 
     Raises SessionGone, and what the question is refused with. Leaving early cancels the answer.
@@ -57,7 +57,6 @@ async def ask_live(
                 yield event
     finally:
         stop()
-        if not is_done:
-            # A question that waits yet cannot be withdrawn alone; it is answered to its viewer.
-            if response_id is not None:
-                handle.take(protocol.ResponseCancel(response_id=response_id))
+        # A question that waits yet cannot be withdrawn alone; it is answered to its viewer.
+        if not is_done and response_id is not None:
+            handle.take(protocol.ResponseCancel(response_id=response_id))

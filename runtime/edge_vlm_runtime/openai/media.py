@@ -48,6 +48,14 @@ def read_picture(media: Media, rules: MediaRules) -> bytes:
     return data
 
 
+def inline_picture(url: str, param: str) -> bytes:
+    """Of a data URI, and of nothing else. Raises MediaRefused."""
+    media = Media(kind="picture", url=url, param=param)
+    if _scheme(url) != "data":
+        raise _refused(media, "a picture comes as a data URI", "data:image/jpeg;base64,...")
+    return read_picture(media, MediaRules())
+
+
 @contextmanager
 def video_file(media: Media, rules: MediaRules) -> Iterator[Path]:
     """A video as a file with a name that is new each time, gone afterwards. Raises MediaRefused."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -196,7 +196,9 @@ class OneShots:
 
     # ---- a session of its own ----------------------------------------------------------------
 
-    async def run(self, request: ChatRequest, plan: Plan) -> AsyncIterator[protocol.ServerEvent]:
+    async def run(
+        self, request: ChatRequest, plan: Plan
+    ) -> AsyncGenerator[protocol.ServerEvent, None]:
         """What a session says about the answer, up to `response.done`. Raises what it is refused
         with. Leaving early cancels all of it."""
         events: asyncio.Queue[protocol.ServerEvent | None] = asyncio.Queue()
@@ -266,7 +268,7 @@ class OneShots:
         plan: Plan,
         handle: SessionHandle,
         events: asyncio.Queue[protocol.ServerEvent | None],
-    ) -> AsyncIterator[protocol.ServerEvent]:
+    ) -> AsyncGenerator[protocol.ServerEvent, None]:
         """Hands over the frames as fast as the engines take them. Raises what a frame is refused
         with."""
         shots = shots_of(request, self._rules, fps=plan.fps, most=plan.most_frames)

@@ -59,7 +59,7 @@ class ConversationItemCreate(ClientMessage, tag="conversation.item.create"):
     uses it up even if the question is refused."""
 
     item: UserMessage
-    previous_item_id: str | None | UnsetType = UNSET
+    previous_item_id: str | UnsetType | None = UNSET
     """Taken and left aside: messages stand in the order in which they come."""
 
 
@@ -95,9 +95,11 @@ class ResponseCancel(ClientMessage, tag="response.cancel"):
 
 
 class ConversationItemCreated(ServerEvent, tag="conversation.item.created"):
-    """The message waits for `response.create`."""
+    """The message waits for `response.create`. Only for clients of version 1 of this protocol; read
+    `conversation.item.added`."""
 
     item: UserMessage
+    previous_item_id: str | UnsetType | None = UNSET
     event_id: str | None = None
 
 

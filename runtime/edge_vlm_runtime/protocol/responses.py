@@ -77,16 +77,16 @@ class ResponseOptions(Part, forbid_unknown_fields=True, kw_only=True):
 
     instructions: Text | UnsetType = UNSET
     """Instead of the session's."""
-    max_output_tokens: int | Literal["inf"] | None | UnsetType = UNSET
+    max_output_tokens: int | Literal["inf"] | UnsetType | None = UNSET
     """Fewer than the session's `max_answer_tokens`; more has no effect."""
     input: list[DialogueItem] | UnsetType = UNSET
     """The dialogue to answer, instead of what was said and of earlier turns. The last item is the
     question."""
     conversation: Literal["auto", "none"] | UnsetType = UNSET
     """`none`: later questions are not shown this one."""
-    metadata: dict[str, str] | None | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType | None = UNSET
     """Repeated in `response.created` and `response.done`."""
-    temperature: float | None | UnsetType = UNSET
+    temperature: float | UnsetType | None = UNSET
     edge_vlm: OwnResponseOptions | UnsetType = UNSET
     output_modalities: Ignored = UNSET
     modalities: Ignored = UNSET

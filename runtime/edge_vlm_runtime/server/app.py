@@ -22,6 +22,7 @@ from edge_vlm.errors import (
     ConfigError,
     HostNotAllowed,
     MissingExtraError,
+    ModelNotFound,
     ServerBusy,
     Unauthorized,
 )
@@ -29,7 +30,7 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
-from edge_vlm_runtime.openai.asgi import OpenAiApi
+from edge_vlm_runtime.openai.asgi import OpenAiApi, require_model
 from edge_vlm_runtime.openai.envelope import envelope, headers_of, status_of
 from edge_vlm_runtime.openai.media import MediaRules
 from edge_vlm_runtime.openai.one_shot import OneShots
@@ -37,7 +38,7 @@ from edge_vlm_runtime.openai.request_queue import RequestQueue
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.asgi_server import AsgiServer
-from edge_vlm_runtime.server.auth import SUBPROTOCOL, require_key
+from edge_vlm_runtime.server.auth import SUBPROTOCOLS, require_key
 from edge_vlm_runtime.server.connection import Connection, refuse
 from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
 from edge_vlm_runtime.server.metrics import CONTENT_TYPE
@@ -97,8 +98,8 @@ class Server:
         """Port 0 takes a free one; `on_event` gets a session's name and every event of it, on the
         server's loop; with `api_key` a client must have it, see `auth`; `hosts`: names the server
         answers to besides its own, see `allowed_hosts`; `origins`: of pages that may connect
-        besides its own; `media`: what HTTP requests may name besides data URIs. Raises ConfigError when host and port cannot be listened on, or the
-        settings do not fit the model."""
+        besides its own; `media`: what HTTP requests may name besides data URIs. Raises ConfigError
+        when host and port cannot be listened on, or the settings do not fit the model."""
         self.limits = limits or ServerLimits()
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
@@ -353,10 +354,14 @@ class Server:
             await websocket.close(1008, "a page from elsewhere may not connect")
             return
         offered = websocket.scope.get("subprotocols", ())
-        await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        known = [name for name in SUBPROTOCOLS if name in offered]
+        await websocket.accept(known[0] if known else None)
         try:
             require_key(self._api_key, websocket.scope)
-        except Unauthorized as error:
+            wanted = websocket.query_params.get("model")
+            if wanted is not None:
+                require_model(self._engines.bundle.name, wanted, "model")
+        except (Unauthorized, ModelNotFound) as error:
             await refuse(websocket, error)
             return
         if len(self._connections) >= CONNECTIONS_PER_SESSION * self.limits.max_sessions:

@@ -1,4 +1,4 @@
-"""What a question is shown: the video in memory, the newest picture at full detail, both, or nothing.
+"""What a question is shown: the video in memory, the newest picture at full detail, both, or none.
 
 The picture alone is what published checkpoints know: a prompt about one image. It is written into
 an arena aside of the stream's. After the video it is one more block of vision tokens, which is cut

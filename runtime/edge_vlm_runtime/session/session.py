@@ -180,7 +180,11 @@ class Session:
     def _update(self, message: protocol.SessionUpdate) -> None:
         """Applies new settings from the next frame and question on. Raises ConfigError, or what the
         engines raise on a memory in another mode; the old settings then stay in force."""
-        settings = self.settings.changed(message.session.fields())
+        changes = message.session.fields()
+        if message.session.max_output is not None:
+            most = max(1, cache_capacity(self._model, self._limits) // 4)
+            changes.setdefault("max_answer_tokens", min(message.session.max_output, most))
+        settings = self.settings.changed(changes)
         plan = plan_memory(settings, self._model, self._limits)
         self._require_room_for(settings.instructions)
         if self._answer is None:
