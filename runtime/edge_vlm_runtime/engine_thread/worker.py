@@ -90,9 +90,11 @@ class EngineWorker:
         call_log: CallLog | None = None,
         limits: ServerLimits | None = None,
         is_background: bool = False,
+        origin_us: int | None = None,
     ) -> None:
         """Makes a session that begins at `now_ns`, under other `limits` if given; `on_open` gets
-        its handle or the error, on the engine thread. For the rest see `SessionHandle`. Raises
+        its handle or the error, on the engine thread. For the rest see `SessionHandle` and
+        `Session`. Raises
         ServerBusy when the thread has ended."""
 
         def refuse(error: EdgeVlmError) -> None:
@@ -108,6 +110,7 @@ class EngineWorker:
                     limits=limits or self._limits,
                     now_ns=now_ns,
                     stopwatch_ns=self.clock_ns,
+                    origin_us=origin_us,
                 )
                 handle = SessionHandle(
                     session,

@@ -241,6 +241,7 @@ class OneShots:
             on_failure=lambda: _on_loop(loop, events.put_nowait, None),
             limits=plan.limits,
             is_background=True,
+            origin_us=0,
         )
         result = await opened
         if isinstance(result, EdgeVlmError):

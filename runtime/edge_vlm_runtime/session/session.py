@@ -72,8 +72,10 @@ class Session:
         limits: ServerLimits,
         now_ns: int,
         stopwatch_ns: Callable[[], int],
+        origin_us: int | None = None,
     ) -> None:
-        """`stopwatch_ns`: for durations inside a unit of work. Raises ConfigError when the model
+        """`stopwatch_ns`: for durations inside a unit of work; `origin_us`: capture time at which
+        the stream begins, if that is not its first frame's. Raises ConfigError when the model
         cannot hold to the settings, and what making the arena raises."""
         self.settings = settings
         self._engines = engines
@@ -83,7 +85,7 @@ class Session:
         self._require_room_for(settings.instructions)
         self._outbox = Outbox()
         self._stats = SessionStatsCounter(now_ns)
-        clock = StreamClock()
+        clock = StreamClock(origin_us)
         self._context = StreamContext(
             language=engines.language,
             prompt=engines.prompt,
