@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -112,7 +112,7 @@ def test_a_video_is_sampled_as_it_is_played(client: openai.OpenAI) -> None:
         user("Is there a mushroom?", video_part(CLIP.read_bytes())),
         extra_body={"media_io_kwargs": {"video": {"num_frames": 4}}},
     )
-    assert 0 < few.usage.prompt_tokens_details.image_tokens
+    assert few.usage.prompt_tokens_details.image_tokens > 0
     assert (
         few.usage.prompt_tokens_details.image_tokens
         < whole.usage.prompt_tokens_details.image_tokens / 2
@@ -187,7 +187,8 @@ def test_stop_texts_end_an_answer_before_them(client: openai.OpenAI) -> None:
 def test_an_answer_that_is_cut_says_so(client: openai.OpenAI) -> None:
     messages = user(NOW, *map(picture_part, first_frames()))
     for name in ("max_tokens", "max_completion_tokens"):
-        done = ask(client, messages, **{name: 2})
+        limit: dict[str, Any] = {name: 2}
+        done = ask(client, messages, **limit)
         assert (done.usage.completion_tokens, done.choices[0].finish_reason) == (2, "length")
     roomy = ask(client, messages, max_tokens=100_000)
     assert text_of(roomy) == TRUTH
@@ -219,7 +220,7 @@ def test_what_is_left_aside_is_said(server: Server, client: openai.OpenAI) -> No
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     raw = client.chat.completions.with_raw_response.create(
         model="demo",
-        messages=user(NOW),  # type: ignore[arg-type]
+        messages=cast(Any, user(NOW)),
         tools=tools,
         tool_choice="auto",
         frequency_penalty=0.5,
@@ -257,7 +258,7 @@ def test_an_answer_keeps_to_a_schema(letters: openai.OpenAI, seed: int | None) -
     """The likeliest tokens, and those drawn at random, of a model that knows nothing of JSON."""
     done = letters.chat.completions.create(
         model="letters",
-        messages=user("?"),  # type: ignore[arg-type]
+        messages=cast(Any, user("?")),
         max_tokens=120,
         temperature=0 if seed is None else 1.5,
         seed=seed,

@@ -26,9 +26,6 @@ from edge_vlm_runtime.protocol.responses import (
 )
 from edge_vlm_runtime.protocol.settings import SessionSettings
 
-PLACE: dict[str, int] = {"output_index": 0, "content_index": 0}
-"""An answer is one item of one part."""
-
 
 class RealtimeShape:
     """Of one session. Gets all of its events, in order."""
@@ -115,12 +112,7 @@ class RealtimeShape:
             *self._in_conversation(
                 options, ga.ConversationItemAdded(item=item, previous_item_id=before)
             ),
-            ga.ResponseContentPartAdded(
-                response_id=event.response_id,
-                item_id=item.id,
-                part=ga.ContentPart(text=""),
-                **PLACE,
-            ),
+            ga.ResponseContentPartAdded(**_place(event.response_id), part=ga.ContentPart(text="")),
         ]
 
     def _in_conversation(
@@ -145,10 +137,10 @@ class RealtimeShape:
         event.response = self._response(event.response_id, options, status, [item])
         event.response.status_details = details
         event.response.usage = _usage(event.usage)
-        named = {"response_id": event.response_id, "item_id": item.id}
+        place = _place(event.response_id)
         return [
-            ga.ResponseOutputTextDone(**named, **PLACE, text=event.text),
-            ga.ResponseContentPartDone(**named, **PLACE, part=ga.ContentPart(text=event.text)),
+            ga.ResponseOutputTextDone(**place, text=event.text),
+            ga.ResponseContentPartDone(**place, part=ga.ContentPart(text=event.text)),
             ga.ResponseOutputItemDone(response_id=event.response_id, output_index=0, item=item),
             *self._in_conversation(options, ga.ConversationItemDone(item=item)),
             event,
@@ -187,6 +179,16 @@ def without_pictures(item: UserMessage) -> UserMessage:
 
 def _item_id(response_id: str) -> str:
     return f"item_{response_id}"
+
+
+def _place(response_id: str) -> dict[str, Any]:
+    """Of a text in its answer, which is one item of one part."""
+    return {
+        "response_id": response_id,
+        "item_id": _item_id(response_id),
+        "output_index": 0,
+        "content_index": 0,
+    }
 
 
 def _answer_item(
