@@ -123,7 +123,8 @@ def render() -> str:
         "`event_id` (string, optional) may stand in every message.\n\n",
         _settings(),
         "## From the server\n\n",
-        "`sequence` (integer) stands in every event and rises by one with each.\n\n",
+        "`sequence` (integer) stands in every event and rises by one with each. So does `event_id` "
+        "(string): that of the message which the event answers, else one of the server's own.\n\n",
         *(_section(kind, {"sequence"}) for kind in messages.SERVER_EVENTS),
         "### Parts of these\n\n",
         *(_part(kind) for kind in messages.PARTS),
@@ -196,7 +197,7 @@ def _type_text(rule: dict[str, Any]) -> str:
     if "$ref" in rule:
         return f"`{rule['$ref'].rpartition('/')[2]}`"
     if rule.get("type") == "array":
-        return f"list of {_type_text(rule['items'])}"
+        return f"list of {_type_text(rule.get('items', {}))}"
     if rule.get("type") == "object" and "additionalProperties" in rule:
         return f"object of {_type_text(rule['additionalProperties'])}"
     if rule.get("contentEncoding") == "base64":

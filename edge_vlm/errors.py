@@ -18,9 +18,17 @@
     |-- FrameDecodeError        6  E-FRAME-DECODE       one picture that is not a JPEG we can read
     |-- ProtocolError           7  E-PROTOCOL           the other side broke the wire protocol
     |   |-- MessageTooLarge     7  E-MESSAGE-TOO-LARGE
-    |   `-- UnknownMessageType  7  E-UNKNOWN-TYPE
+    |   |-- UnknownMessageType  7  E-UNKNOWN-TYPE
+    |   `-- RequestError        7  E-REQUEST            an HTTP request is wrong; names the field
+    |       |-- Unsupported     7  E-UNSUPPORTED        what the model or this server cannot do
+    |       |-- ModelNotFound   7  E-MODEL              another model than the one that is served
+    |       |-- MediaRefused    7  E-MEDIA              a picture or video that may not be read
+    |       |-- AnswerFormError 7  E-ANSWER-FORM        a form that an answer cannot be given
+    |       |-- NoSuchPath      7  E-NOT-FOUND          nothing is served there
+    |       `-- MethodNotAllowed 7 E-METHOD             not with this method
     |-- ServerUnreachable       8  E-SERVER-UNREACHABLE
     |   |-- ServerBusy          8  E-SERVER-BUSY        no free session, or it is stopping
+    |   |   `-- TooManyRequests  8  E-TOO-MANY-REQUESTS  as many wait as may; says when to come back
     |   |-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
     |   `-- HostNotAllowed      8  E-HOST               it does not go by the name it was called
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
@@ -211,6 +219,48 @@ class UnknownMessageType(ProtocolError):
     code = "E-UNKNOWN-TYPE"
 
 
+class RequestError(ProtocolError):
+    """`param`: path of the field that is wrong, as `messages[0].content[1]`; None for all of it."""
+
+    code = "E-REQUEST"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        remedy: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.param = param
+
+
+class Unsupported(RequestError):
+    code = "E-UNSUPPORTED"
+
+
+class ModelNotFound(RequestError):
+    code = "E-MODEL"
+    close_code = 1008
+
+
+class MediaRefused(RequestError):
+    code = "E-MEDIA"
+
+
+class AnswerFormError(RequestError):
+    code = "E-ANSWER-FORM"
+
+
+class NoSuchPath(RequestError):
+    code = "E-NOT-FOUND"
+
+
+class MethodNotAllowed(RequestError):
+    code = "E-METHOD"
+
+
 class ServerUnreachable(EdgeVlmError):
     code = "E-SERVER-UNREACHABLE"
     exit_code = 8
@@ -218,6 +268,16 @@ class ServerUnreachable(EdgeVlmError):
 
 class ServerBusy(ServerUnreachable):
     code = "E-SERVER-BUSY"
+
+
+class TooManyRequests(ServerBusy):
+    """`retry_after_s`: when it is worth while to come back."""
+
+    code = "E-TOO-MANY-REQUESTS"
+
+    def __init__(self, what: str, *, retry_after_s: int = 1, remedy: str | None = None) -> None:
+        super().__init__(what, remedy=remedy)
+        self.retry_after_s = retry_after_s
 
 
 class Unauthorized(ServerUnreachable):

@@ -30,7 +30,7 @@ STAGES = {
 RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
-    *("PIL", "aiomqtt", "av", "httpx", "msgspec", "onnx", "onnxruntime"),
+    *("PIL", "aiomqtt", "av", "httpx", "llguidance", "msgspec", "onnx", "onnxruntime"),
     *("rich", "safetensors", "tensorrt", "tensorrt_rtx"),
     *("starlette", "tokenizers", "tomli", "transformers", "uvicorn", "websockets"),
 }
@@ -43,6 +43,7 @@ FLOORS = (
     {"inference", "sources"},
     {"session", "client", "alert_sinks"},
     {"engine_thread", "recording"},
+    {"openai"},
     {"server"},
     {"evaluation", "demo", "doctor"},
     {"cli"},

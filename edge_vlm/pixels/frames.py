@@ -29,6 +29,7 @@ MISSING_ROWS, MISSING_SHARE = 17, 0.1
 """What may be missing of a picture without end marker: one row of blocks and the pixels above it
 that its colours reach, and no more than this share of the picture."""
 MADE_UP = bytes(range(1, 255)) * 4
+STILL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 RAW_HEADER = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")
 """Of a binary PPM, https://netpbm.sourceforge.net/doc/ppm.html, in its plainest form."""
 MAX_PIXELS = 64_000_000
@@ -166,13 +167,60 @@ def _require_samples(number: int, width: int, height: int) -> None:
 
 
 def decode_picture(data: bytes) -> np.ndarray:
-    """A JPEG, or what `raw_picture` returned -> rgb u8 [H, W, 3]. Raises FrameDecodeError."""
+    """A JPEG, PNG, WebP or GIF, or what `raw_picture` returned -> rgb u8 [H, W, 3].
+
+    What can be seen through is laid on white, of an animation the first picture is taken. Raises
+    FrameDecodeError.
+    """
+    if data[:3] == JPEG_MAGIC:
+        return decode_jpeg(data)
     header = RAW_HEADER.match(data)
     if header is None:
-        return decode_jpeg(data)
+        return _decode_still(data)
     width, height = int(header[1]), int(header[2])
     _require_samples(len(data) - header.end(), width, height)
     return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
+
+
+def still_size(data: bytes) -> tuple[int, int]:
+    """Width and height that a JPEG, PNG, WebP or GIF announces; nothing is decompressed.
+
+    Raises FrameDecodeError for anything else, and for more than MAX_PIXELS.
+    """
+    image_module = _pillow_image()
+    try:
+        with image_module.open(io.BytesIO(data), formats=STILL_FORMATS) as image:
+            width, height = image.size
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise FrameDecodeError(
+            "not a JPEG, PNG, WebP or GIF picture",
+            where=f"{len(data)} bytes, starting {data[:4].hex()!r}",
+        ) from error
+    if width * height > MAX_PIXELS:
+        raise FrameDecodeError(
+            f"the picture is too large: {width}x{height}",
+            remedy=f"send at most {MAX_PIXELS} pixels",
+        )
+    return width, height
+
+
+def _decode_still(data: bytes) -> np.ndarray:
+    still_size(data)
+    image_module = _pillow_image()
+    try:
+        with image_module.open(io.BytesIO(data), formats=STILL_FORMATS) as image:
+            orientation = _orientation_of(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                top = image.convert("RGBA")
+                picture = image_module.new("RGBA", top.size, "white")
+                picture.alpha_composite(top)
+            else:
+                picture = image
+            return orientation.turn(np.asarray(picture.convert("RGB"), dtype=np.uint8))
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise FrameDecodeError(
+            f"the picture is broken or cut off: {error}", where=f"{len(data)} bytes"
+        ) from error
 
 
 def encode_jpeg(rgb: np.ndarray, quality: int = 92) -> bytes:
@@ -193,7 +241,7 @@ def shrink_jpeg(data: bytes, limit_bytes: int) -> bytes:
     The smallest copy has sides of up to 64 pixels, a few kB. Raises FrameDecodeError.
     """
     image_module = _pillow_image()
-    if RAW_HEADER.match(data) is not None:
+    if data[:3] != JPEG_MAGIC:
         data = encode_jpeg(decode_picture(data))
     if len(data) <= limit_bytes:
         return data

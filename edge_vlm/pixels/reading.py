@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from edge_vlm.errors import VideoEmpty, VideoNotFound, VideoUnreadable
 from edge_vlm.pixels.colour import picture_rgb
-from edge_vlm.pixels.frames import Rgb, exif_orientation
+from edge_vlm.pixels.frames import MAX_PIXELS, Rgb, exif_orientation
 from edge_vlm.pixels.opening import (
     announced_duration_s,
     av,
@@ -50,6 +50,11 @@ DECODE_ERROR, BEHIND, CLOCK_JUMP = "decode_error", "behind", "clock_jump"
 _NO_TIMES = 0x0080
 """`AVFMT_NOTIMESTAMPS`: of formats that are pictures one after the other, and no more."""
 CODECS_WITH_EXIF = {"mjpeg", "png", "apng", "webp"}
+FOREIGN_OPTIONS = {
+    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,ogg,gif",
+    "protocol_whitelist": "file",
+}
+"""Of FFmpeg, for what a stranger sent."""
 _RAW_FPS = 25.0
 """Of a stream that carries neither times nor a rate."""
 _CUT_OFF_SHARE, _CUT_OFF_S = 0.1, 0.5
@@ -471,11 +476,24 @@ def _orientation_of(picture: Any, exif: Orientation) -> Orientation:
     return Orientation.of_matrix(np.frombuffer(bytes(found), np.int32).tolist())
 
 
-def open_video(path: Path) -> Video:
-    """A file. Raises VideoNotFound, VideoUnreadable, MissingExtraError."""
+def open_video(path: Path, *, name: str | None = None, is_foreign: bool = False) -> Video:
+    """A file; `name`: for errors, instead of its path. `is_foreign`: somebody else's, so no list of
+    other files or addresses is taken for a video (FFmpeg would read them), nor huge pictures.
+
+    Raises VideoNotFound, VideoUnreadable, MissingExtraError."""
     if not path.exists():
-        raise VideoNotFound("no such file", where=path)
-    video = Video(local_file(path), str(path))
+        raise VideoNotFound("no such file", where=name or path)
+    options = FOREIGN_OPTIONS if is_foreign else {}
+    video = Video(local_file(path), name or str(path), options=options)
     video.path = path
+    if is_foreign:
+        context = video._stream.codec_context
+        if context.width * context.height > MAX_PIXELS:
+            video.close()
+            raise VideoUnreadable(
+                f"its pictures are too large: {context.width}x{context.height}",
+                where=name or path,
+                remedy=f"send at most {MAX_PIXELS} pixels each",
+            )
     video._stream.thread_type = "AUTO"
     return video

@@ -20,6 +20,19 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
+def _byte_of_character() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: those that can be seen as themselves, the others
+    from U+0100 on (Radford et al. 2019, GPT-2)."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {
+        chr(0x100 + place): byte for place, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_of_character()
+
+
 class Tokenizer:
     """The published Molmo2 vocabulary or a small one of our own: both are the same file format."""
 
@@ -59,6 +72,29 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens."""
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    def token_bytes(self) -> list[bytes]:
+        """What each id stands for in an answer, by id; b"" where it stands for nothing, as special
+        tokens do. Raises ValueError for a decoder that is not known here."""
+        kind = type(self._backend.decoder).__name__
+        if kind not in ("ByteLevel", "Fuse", "NoneType"):
+            raise ValueError(f"the bytes of a {kind} vocabulary are not known")
+        added = self._backend.get_added_tokens_decoder()
+        texts = [b""] * self._backend.get_vocab_size(with_added_tokens=True)
+        for token, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+            if token_id >= len(texts):
+                texts.extend([b""] * (token_id + 1 - len(texts)))
+            if token_id in added:
+                if not added[token_id].special:
+                    texts[token_id] = token.encode()
+            elif kind == "ByteLevel":
+                texts[token_id] = bytes(_BYTE_OF[character] for character in token)
+            else:
+                texts[token_id] = token.encode()
+        unknown = getattr(self._backend.model, "unk_token", None)
+        if unknown is not None and (place := self._backend.token_to_id(unknown)) is not None:
+            texts[place] = b""
+        return texts
 
     def id_of(self, token: str) -> int:
         """Raises KeyError for a token that the vocabulary lacks."""

@@ -25,7 +25,7 @@ def test_the_page_about_the_protocol_is_current() -> None:
 
 def test_every_setting_can_be_patched() -> None:
     names = {field.name for field in dataclasses.fields(SessionSettings)}
-    assert set(protocol.SettingsPatch.__struct_fields__) == names
+    assert set(protocol.OwnSettings.__struct_fields__) == names
 
 
 def test_the_header_is_what_the_page_says() -> None:

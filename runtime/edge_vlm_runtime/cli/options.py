@@ -19,6 +19,7 @@ from edge_vlm_runtime.engines.names import Backend
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.connection import Access
+    from edge_vlm_runtime.openai.media import MediaRules
     from edge_vlm_runtime.server.tls import Tls
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -72,6 +73,10 @@ class ServeOptions:
     """Its private key."""
     api_key_file: Path | None = None
     """File with the API key (default: the variable EDGE_VLM_API_KEY, or none)."""
+    allow_file: Annotated[list[str], About(metavar="FOLDER")] = field(default_factory=list)
+    """HTTP requests may name files in this folder and below as file:///...; may be repeated."""
+    allow_fetch: bool = False
+    """HTTP requests may name http(s) addresses of the public internet, which are fetched."""
     record: Annotated[Path | None, About(metavar="FOLDER")] = None
     """Write a recording of each session into this folder; see `replay`."""
 
@@ -181,12 +186,24 @@ def server_options(args: argparse.Namespace) -> dict[str, Any]:
         "port": args.port,
         "hosts": args.allowed_host,
         "origins": args.allow_origin,
+        "media": _media(args),
         "limits": build(ServerLimits, args),
         "settings": given(settings, args),
         "record_to": args.record,
         "api_key": key,
         "tls": _tls(args),
     }
+
+
+def _media(args: argparse.Namespace) -> MediaRules:
+    from edge_vlm.errors import ConfigError
+    from edge_vlm_runtime.openai.media import MediaRules
+
+    folders = [Path(folder) for folder in args.allow_file]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError("not a folder", where=f"--allow-file {folder}")
+    return MediaRules(folders=tuple(folders), may_fetch=args.allow_fetch)
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:

@@ -26,7 +26,7 @@ from edge_vlm_runtime.protocol import alerts as messages
 if TYPE_CHECKING:
     import numpy as np
 
-Detail = Literal["video", "snapshot", "both"]
+Detail = Literal["video", "snapshot", "both", "text"]
 
 
 class Client(Exchange):

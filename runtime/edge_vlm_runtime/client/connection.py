@@ -33,6 +33,7 @@ from edge_vlm.errors import (
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.base import UnknownEvent, unknown_event
+from edge_vlm_runtime.protocol.messages import error_from_detail as error_from_detail
 
 try:
     import websockets
@@ -315,17 +316,6 @@ def _decode_event(text: str | bytes) -> protocol.ServerEvent:
 def name_of(event: protocol.ServerEvent) -> str:
     """What stood as `type` in it."""
     return event.name if isinstance(event, UnknownEvent) else protocol.tag_of(type(event))
-
-
-def error_from_detail(detail: protocol.ErrorDetail) -> EdgeVlmError:
-    """The error of our tree with the code that the server sent."""
-    classes = [EdgeVlmError]
-    for kind in classes:
-        classes.extend(kind.__subclasses__())
-    for kind in classes:
-        if kind.code == detail.code:
-            return kind(detail.message)
-    return EdgeVlmError(f"{detail.code}: {detail.message}")
 
 
 def closed_error(closed: websockets.ConnectionClosed) -> EdgeVlmError:

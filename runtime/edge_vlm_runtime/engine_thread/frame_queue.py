@@ -12,7 +12,7 @@ from collections import Counter, deque
 from edge_vlm.errors import EdgeVlmError
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import DropPolicy
-from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame
+from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame, Encoding
 
 
 class RateGate:
@@ -72,11 +72,15 @@ class FrameQueue:
         self._last_seq = frame.seq
         if self._last_capture_us is not None and frame.capture_us <= self._last_capture_us:
             return [DroppedFrame.of(frame, DropReason.STALE)]
-        if self._delivery is DropPolicy.LIVE:
+        if frame.encoding is Encoding.STILL:  # its sender waits for room, see `has_room`
+            dropped = []
+        elif self._delivery is DropPolicy.LIVE:
             if not self._gate.lets_through(frame.capture_us):
                 return [DroppedFrame.of(frame, DropReason.RATE)]
-            dropped = [DroppedFrame.of(old, DropReason.BUSY) for old in self._waiting]
-            self._waiting.clear()
+            late = [old for old in self._waiting if old.encoding is not Encoding.STILL]
+            dropped = [DroppedFrame.of(old, DropReason.BUSY) for old in late]
+            for old in late:
+                self._waiting.remove(old)
         elif len(self._waiting) >= self._wait_capacity:
             return [DroppedFrame.of(frame, DropReason.BUSY)]
         else:
@@ -84,6 +88,11 @@ class FrameQueue:
         self._last_capture_us = frame.capture_us
         self._waiting.append(frame)
         return dropped
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more picture that is never dropped may be put."""
+        return len(self._waiting) < self._wait_capacity
 
     def take(self) -> EncodedFrame | None:
         """The next frame to work on: the newest (LIVE) or the oldest (WAIT)."""

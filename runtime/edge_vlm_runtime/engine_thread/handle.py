@@ -55,8 +55,10 @@ class SessionHandle:
         wake: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] = lambda: None,
         call_log: CallLog | None = None,
+        is_background: bool = False,
     ) -> None:
-        """`send` gets the events of each unit of work, from either side, and none after a message
+        """`is_background`: nobody watches it live, so even its answers give way to those of others.
+        `send` gets the events of each unit of work, from either side, and none after a message
         that has nothing to say yet; it must not block. `wake`: there is something to do.
         `on_failure`: a bug ended the session, nothing is sent any more."""
         self._session: Session | None = session
@@ -65,6 +67,7 @@ class SessionHandle:
         self._wake = wake
         self._on_failure = on_failure
         self._call_log = call_log
+        self._is_background = is_background
         self._on_idle: Callable[[], None] | None = None
         self._inbox: deque[tuple[protocol.ClientMessage, int, float]] = deque()
         self._queue = FrameQueue(
@@ -108,6 +111,11 @@ class SessionHandle:
     def frames_waiting(self) -> int:
         return len(self._queue)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more picture that is never dropped may be put."""
+        return self._queue.has_room
+
     def when_idle(self, call: Callable[[], None]) -> None:
         """`call` is made, by either side, once nothing waits to be answered or the session has
         ended; it must bear being made twice."""
@@ -150,10 +158,15 @@ class SessionHandle:
 
     def answer(self) -> bool:
         """A token of the answer under way, or the next question; False when nobody waits."""
+        return not self._is_background and self._answer()
+
+    def _answer(self) -> bool:
         return self._call(StepCall(turn=Turn.ANSWER, frames_waiting=len(self._queue)))
 
     def watch(self) -> bool:
         """The alerts that are due, or the next frame; False when there is nothing to do."""
+        if self._is_background and self._answer():
+            return True
         if self._call(StepCall(turn=Turn.WATCH, frames_waiting=len(self._queue))):
             return True
         if self._session is None or not self._session.takes_frames:

@@ -88,10 +88,14 @@ class EngineWorker:
         on_open: Callable[[SessionHandle | EdgeVlmError], None],
         on_failure: Callable[[], None],
         call_log: CallLog | None = None,
+        limits: ServerLimits | None = None,
+        is_background: bool = False,
+        origin_us: int | None = None,
     ) -> None:
-        """Makes a session that begins at `now_ns`; `on_open` gets its handle or the error, on the
-        engine thread. For the rest see `SessionHandle`. Raises ServerBusy when the thread has
-        ended."""
+        """Makes a session that begins at `now_ns`, under other `limits` if given; `on_open` gets
+        its handle or the error, on the engine thread. For the rest see `SessionHandle` and
+        `Session`. Raises
+        ServerBusy when the thread has ended."""
 
         def refuse(error: EdgeVlmError) -> None:
             if call_log is not None:
@@ -103,18 +107,20 @@ class EngineWorker:
                 session = Session(
                     engines=self._engines,
                     settings=settings,
-                    limits=self._limits,
+                    limits=limits or self._limits,
                     now_ns=now_ns,
                     stopwatch_ns=self.clock_ns,
+                    origin_us=origin_us,
                 )
                 handle = SessionHandle(
                     session,
-                    self._limits,
+                    limits or self._limits,
                     clock_ns=self.clock_ns,
                     send=send,
                     wake=self.wake,
                     on_failure=on_failure,
                     call_log=call_log,
+                    is_background=is_background,
                 )
                 self._scheduler.add(handle)
             except EdgeVlmError as error:

@@ -18,6 +18,7 @@ from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_runtime.engines.base import CacheMemory, Engine
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.engines.open import open_graphs
+from edge_vlm_runtime.inference.constraints import Constraints
 from edge_vlm_runtime.inference.image_encoder import ImageVision
 from edge_vlm_runtime.inference.language import LanguageModel
 from edge_vlm_runtime.inference.vision import VisionPipeline
@@ -50,6 +51,9 @@ class LoadedBundle:
         """For pictures at full detail; None if the model reads video only."""
         if encoder is not None and bundle.images is not None:
             self.images = ImageVision(encoder, cfg, bundle.images)
+        self.constraints = Constraints(
+            self.prompt.tokenizer, self.prompt.eos_ids, cfg.language.base_vocab
+        )
         self.language = LanguageModel(
             graphs["llm"],
             table,

@@ -117,6 +117,14 @@ def encode(message: ClientMessage | ServerEvent) -> str:
     return msgspec.json.encode(message).decode()
 
 
+def encode_named(event: ServerEvent, name: str) -> str:
+    """JSON text of an event whose `event_id` is `name`, unless it repeats that of a message."""
+    if "event_id" in event.__struct_fields__:
+        event.event_id = event.event_id or name  # type: ignore[attr-defined]
+        return encode(event)
+    return f"{encode(event)[:-1]},{msgspec.json.encode({'event_id': name}).decode()[1:]}"
+
+
 def json_object(fields: dict[str, Any]) -> str:
     """JSON text of plain values; None is left out."""
     return msgspec.json.encode({k: v for k, v in fields.items() if v is not None}).decode()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from edge_vlm.errors import EdgeVlmError, ProtocolError, SessionError
+from edge_vlm.errors import ConfigError, EdgeVlmError, ProtocolError, RequestError, SessionError
 from edge_vlm_runtime.protocol import alerts as alert_messages
 from edge_vlm_runtime.protocol import questions as question_messages
+from edge_vlm_runtime.protocol import realtime as realtime_events
 from edge_vlm_runtime.protocol.base import MAX_CAPTURE_TIME_US as MAX_CAPTURE_TIME_US
 from edge_vlm_runtime.protocol.base import (
     UNSET,
@@ -38,8 +39,18 @@ from edge_vlm_runtime.protocol.frames import frame_message as frame_message
 from edge_vlm_runtime.protocol.frames import raw_frame_message as raw_frame_message
 from edge_vlm_runtime.protocol.questions import ConversationItemCreate as ConversationItemCreate
 from edge_vlm_runtime.protocol.questions import ConversationItemCreated as ConversationItemCreated
+from edge_vlm_runtime.protocol.questions import InputImageBufferAppend as InputImageBufferAppend
 from edge_vlm_runtime.protocol.questions import ResponseCancel as ResponseCancel
 from edge_vlm_runtime.protocol.questions import ResponseCreate as ResponseCreate
+from edge_vlm_runtime.protocol.responses import (
+    ConversationItem,
+    Ignored,
+    OutputPart,
+    RealtimeResponse,
+    RealtimeSession,
+    RealtimeUsage,
+    TokenDetails,
+)
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 
 PATH = "/v1/realtime"
@@ -53,7 +64,7 @@ PROTOCOL_VERSION = 1
 # ---- what a client sends ---------------------------------------------------------------------
 
 
-class SettingsPatch(Part, forbid_unknown_fields=True, kw_only=True):
+class OwnSettings(Part, forbid_unknown_fields=True, kw_only=True):
     """The settings to change; absent fields stay as they are."""
 
     keep_ratio: float | UnsetType = UNSET
@@ -79,8 +90,62 @@ class SettingsPatch(Part, forbid_unknown_fields=True, kw_only=True):
     seed: int | UnsetType = UNSET
 
     def fields(self) -> dict[str, Any]:
-        names = self.__struct_fields__
+        names = OwnSettings.__struct_fields__
         return {n: getattr(self, n) for n in names if getattr(self, n) is not UNSET}
+
+
+class SettingsPatch(OwnSettings, kw_only=True):
+    """The settings to change, and what OpenAI's clients say of a session. Of OpenAI's fields
+    `instructions`, `max_output_tokens` and `temperature` have their effect; the others are taken
+    and left aside, and `session.updated` says what is in force."""
+
+    max_output_tokens: int | Literal["inf"] | UnsetType | None = UNSET
+    """`max_answer_tokens`, or as many as there is room for."""
+    max_response_output_tokens: int | Literal["inf"] | UnsetType | None = UNSET
+    """As it was called before."""
+    edge_vlm: OwnSettings | UnsetType = UNSET
+    """Our own settings, where a client keeps them apart."""
+    type: Ignored = UNSET
+    id: Ignored = UNSET
+    object: Ignored = UNSET
+    model: Ignored = UNSET
+    output_modalities: Ignored = UNSET
+    modalities: Ignored = UNSET
+    audio: Ignored = UNSET
+    voice: Ignored = UNSET
+    speed: Ignored = UNSET
+    input_audio_format: Ignored = UNSET
+    output_audio_format: Ignored = UNSET
+    input_audio_transcription: Ignored = UNSET
+    input_audio_noise_reduction: Ignored = UNSET
+    turn_detection: Ignored = UNSET
+    tools: Ignored = UNSET
+    tool_choice: Ignored = UNSET
+    parallel_tool_calls: Ignored = UNSET
+    tracing: Ignored = UNSET
+    prompt: Ignored = UNSET
+    include: Ignored = UNSET
+    truncation: Ignored = UNSET
+    reasoning: Ignored = UNSET
+    expires_at: Ignored = UNSET
+    client_secret: Ignored = UNSET
+
+    def fields(self) -> dict[str, Any]:
+        """Raises ConfigError for a setting that is given twice, with two values."""
+        found = super().fields()
+        nested = self.edge_vlm.fields() if isinstance(self.edge_vlm, OwnSettings) else {}
+        for name, value in nested.items():
+            if found.setdefault(name, value) != value:
+                raise ConfigError(f"{name} is given twice", where="session settings")
+        return found
+
+    @property
+    def max_output(self) -> int | None:
+        """Tokens of an answer, as OpenAI's clients say it."""
+        for value in (self.max_output_tokens, self.max_response_output_tokens):
+            if isinstance(value, int):
+                return value
+        return None
 
 
 class SessionUpdate(ClientMessage, tag="session.update"):
@@ -144,6 +209,8 @@ class SessionCreated(ServerEvent, tag="session.created"):
     model: Model
     settings: SessionSettings
     limits: ServerLimits
+    session: RealtimeSession | UnsetType = UNSET
+    """`settings` for clients of OpenAI's API."""
 
 
 class SessionResumed(ServerEvent, tag="session.resumed"):
@@ -170,6 +237,8 @@ class SessionUpdated(ServerEvent, tag="session.updated"):
     """The settings in force from now on."""
 
     settings: SessionSettings
+    session: RealtimeSession | UnsetType = UNSET
+    """`settings` for clients of OpenAI's API."""
     event_id: str | None = None
 
 
@@ -206,7 +275,7 @@ class FrameDropped(ServerEvent, tag="frame.dropped"):
 
 
 class NewestFrame(Part, kw_only=True):
-    """The newest frame an answer rests on."""
+    """The newest frame an answer rests on; all 0 if it rests on none (`detail` `text`)."""
 
     frame_sequence: int
     time_s: float
@@ -256,6 +325,8 @@ class ResponseCreated(ServerEvent, tag="response.created"):
     newest_frame: NewestFrame
     snapshot: Snapshot | None = None
     """If the question asked for one."""
+    response: RealtimeResponse | UnsetType = UNSET
+    """For clients of OpenAI's API."""
     event_id: str | None = None
     """Of the `response.create`."""
 
@@ -265,6 +336,10 @@ class ResponseOutputTextDelta(ServerEvent, tag="response.output_text.delta"):
 
     response_id: str
     delta: str
+    item_id: str | UnsetType = UNSET
+    """Like the next two for clients of OpenAI's API: an answer is one item of one part."""
+    output_index: int | UnsetType = UNSET
+    content_index: int | UnsetType = UNSET
 
 
 class Usage(Part, kw_only=True):
@@ -302,6 +377,9 @@ class ResponseDone(ServerEvent, tag="response.done"):
     error_code: str | None = None
     text_in_stream_time: str | None = None
     """`text` with times in seconds since the stream's first frame; null where they are already."""
+
+    response: RealtimeResponse | UnsetType = UNSET
+    """For clients of OpenAI's API; its `status` is `incomplete` where an answer was cut."""
 
     @property
     def shown_text(self) -> str:
@@ -391,6 +469,8 @@ class Error(ServerEvent, tag="error"):
 PARTS: tuple[type[Part], ...] = (
     *(Model, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
     *question_messages.PARTS,
+    *(RealtimeSession, RealtimeResponse, RealtimeUsage, TokenDetails, ConversationItem, OutputPart),
+    *realtime_events.PARTS,
     *alert_messages.PARTS,
 )
 CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
@@ -409,6 +489,7 @@ SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
     FrameAccepted,
     FrameDropped,
     *question_messages.SERVER_EVENTS,
+    *realtime_events.SERVER_EVENTS,
     ResponseCreated,
     ResponseOutputTextDelta,
     ResponseDone,
@@ -437,10 +518,24 @@ def decode_server_event(text: str | bytes) -> ServerEvent:
     return decode(text, _SERVER_TYPES)
 
 
+def error_from_detail(detail: ErrorDetail) -> EdgeVlmError:
+    """The error of our tree with the code that the server sent."""
+    classes = [EdgeVlmError]
+    for kind in classes:
+        classes.extend(kind.__subclasses__())
+    for kind in classes:
+        if kind.code == detail.code:
+            return kind(detail.message)
+    return EdgeVlmError(f"{detail.code}: {detail.message}")
+
+
 def error_event(error: EdgeVlmError, *, event_id: str | None = None) -> Error:
     if isinstance(error, ProtocolError):
         kind = "invalid_request_error"
     else:
         kind = "session_error" if isinstance(error, SessionError) else "server_error"
     text = str(error)[:MAX_ERROR_TEXT]
-    return Error(error=ErrorDetail(type=kind, code=error.code, message=text, event_id=event_id))
+    detail = ErrorDetail(type=kind, code=error.code, message=text, event_id=event_id)
+    if isinstance(error, RequestError):
+        detail.param = error.param
+    return Error(error=detail)

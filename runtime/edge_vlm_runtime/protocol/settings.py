@@ -17,6 +17,7 @@ from edge_vlm.pixels.stills import all_tilings, grid_of
 from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm.text.prompt import image_length
 
+CAN_BE_NONE = ("resume_grace_s", "max_answer_slowdown", "max_waiting_requests")
 MAX_WHOLE = 1 << 53
 """The largest whole number that every reader of JSON counts exactly."""
 
@@ -225,11 +226,19 @@ class ServerLimits:
     """Size of the picture in `alert.triggered`; a larger one is sent smaller."""
     max_answer_slowdown: float = 0.15
     """Time that video may take while answers are decoded, as a share of the answers' own."""
+    max_request_bytes: int = 128 << 20
+    """Size of one HTTP request, and of a video that it names."""
+    max_running_requests: int = 1
+    """HTTP requests that are answered at once; each has a memory of its own meanwhile."""
+    max_waiting_requests: int = 32
+    """HTTP requests that wait for their turn; further ones get 429."""
+    max_waiting_bytes: int = 256 << 20
+    """Size of all HTTP requests that are being received, wait or run; beyond it 503."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("resume_grace_s", "max_answer_slowdown") else 1
+            least = 0 if field.name in CAN_BE_NONE else 1
             if not least <= value < math.inf:
                 raise ValueError(f"{field.name} must be at least {least}, got {value}")
 

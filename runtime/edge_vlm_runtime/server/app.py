@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import socket
@@ -19,9 +20,9 @@ from typing import Any
 import edge_vlm
 from edge_vlm.errors import (
     ConfigError,
-    EdgeVlmError,
     HostNotAllowed,
     MissingExtraError,
+    ModelNotFound,
     ServerBusy,
     Unauthorized,
 )
@@ -30,10 +31,15 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
+from edge_vlm_runtime.openai.asgi import OpenAiApi, require_model
+from edge_vlm_runtime.openai.envelope import envelope, headers_of, status_of
+from edge_vlm_runtime.openai.media import MediaRules
+from edge_vlm_runtime.openai.one_shot import OneShots
+from edge_vlm_runtime.openai.request_queue import RequestQueue
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.asgi_server import AsgiServer
-from edge_vlm_runtime.server.auth import SUBPROTOCOL, require_key
+from edge_vlm_runtime.server.auth import SUBPROTOCOLS, require_key
 from edge_vlm_runtime.server.connection import Connection, refuse
 from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
 from edge_vlm_runtime.server.metrics import CONTENT_TYPE
@@ -88,12 +94,13 @@ class Server:
         tls: Tls | None = None,
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
+        media: MediaRules | None = None,
     ) -> None:
         """Port 0 takes a free one; `on_event` gets a session's name and every event of it, on the
         server's loop; with `api_key` a client must have it, see `auth`; `hosts`: names the server
         answers to besides its own, see `allowed_hosts`; `origins`: of pages that may connect
-        besides its own. Raises ConfigError when host and port cannot be listened on, or the
-        settings do not fit the model."""
+        besides its own; `media`: what HTTP requests may name besides data URIs. Raises ConfigError
+        when host and port cannot be listened on, or the settings do not fit the model."""
         self.limits = limits or ServerLimits()
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
@@ -117,6 +124,22 @@ class Server:
             limits=self.limits,
             recorder=recorder,
             on_event=on_event,
+        )
+        rules = media or MediaRules()
+        self._api = OpenAiApi(
+            one_shots=OneShots(
+                engines=engines,
+                worker=self._worker,
+                limits=self.limits,
+                settings=self.settings,
+                rules=dataclasses.replace(rules, max_bytes=self.limits.max_request_bytes),
+                on_event=self._table.metrics.one_shot_event,
+            ),
+            live=self._table,
+            queue=RequestQueue(self.limits),
+            model_id=engines.bundle.name,
+            allows_origin=self._origins.allows,
+            on_reply=self._table.metrics.replied,
         )
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -150,6 +173,7 @@ class Server:
         tls: Tls | None = None,
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
+        media: MediaRules | None = None,
     ) -> Server:
         """Checks and loads the bundle. `engines`: see `open_graphs`; `settings`: fields of
         SessionSettings in which new sessions differ from what the bundle was made for; `record_to`:
@@ -174,6 +198,7 @@ class Server:
                 tls=tls,
                 hosts=hosts,
                 origins=origins,
+                media=media,
             )
         except BaseException:
             opened.close()
@@ -280,7 +305,7 @@ class Server:
             self._drain_task = self._loop.create_task(self._drain(time_left_s))
 
     async def _drain(self, time_left_s: float) -> None:
-        await self._table.drain(time_left_s)
+        await asyncio.gather(self._table.drain(time_left_s), self._api.drain(time_left_s))
         if self._connections:  # their close handshakes
             await asyncio.wait(set(self._connections), timeout=time_left_s)
         self._carrier.should_exit = True
@@ -295,6 +320,8 @@ class Server:
                 Route("/version", self._version),
                 Route("/metrics", self._metrics),
                 WebSocketRoute(protocol.PATH, self._realtime),
+                Route("/v1", self._api),
+                Route("/v1/{path:path}", self._api),
             ]
         )
         application.router.default = _Page(directory=WEB, html=True)
@@ -327,10 +354,14 @@ class Server:
             await websocket.close(1008, "a page from elsewhere may not connect")
             return
         offered = websocket.scope.get("subprotocols", ())
-        await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        known = [name for name in SUBPROTOCOLS if name in offered]
+        await websocket.accept(known[0] if known else None)
         try:
             require_key(self._api_key, websocket.scope)
-        except Unauthorized as error:
+            wanted = websocket.query_params.get("model")
+            if wanted is not None:
+                require_model(self._engines.bundle.name, wanted, "model")
+        except (Unauthorized, ModelNotFound) as error:
             await refuse(websocket, error)
             return
         if len(self._connections) >= CONNECTIONS_PER_SESSION * self.limits.max_sessions:
@@ -368,18 +399,9 @@ class _Guard:
             require_host(self._hosts, scope)
             if scope["type"] == "http":
                 require_key(self._key, scope)
-        except HostNotAllowed as error:
-            app = _refusal(error, 403)
-        except Unauthorized as error:
-            app = _refusal(error, 401, {"WWW-Authenticate": "Bearer"})
+        except (HostNotAllowed, Unauthorized) as error:
+            app = JSONResponse(envelope(error), status_of(error), headers_of(error))
         await app(scope, receive, send)
-
-
-def _refusal(error: EdgeVlmError, status: int, headers: dict[str, str] | None = None) -> Response:
-    detail = {"message": str(error), "type": "invalid_request_error", "param": None}
-    return JSONResponse(
-        {"error": {**detail, "code": error.code}}, status_code=status, headers=headers
-    )
 
 
 class _Page(StaticFiles):

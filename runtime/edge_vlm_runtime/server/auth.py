@@ -1,7 +1,8 @@
 """The optional API key of a server: who has it may watch, ask and read the metrics.
 
 HTTP and websocket clients send `Authorization: Bearer KEY`. A page in a browser cannot set headers
-on a websocket; it offers the subprotocols `edge-vlm` and `edge-vlm-key.` with the key in base64url.
+on a websocket; it offers the subprotocols `edge-vlm` and `edge-vlm-key.` with the key in base64url,
+or as OpenAI's clients do `realtime` and `openai-insecure-api-key.` with the key as it is.
 The page itself and the health checks are open.
 """
 
@@ -18,9 +19,11 @@ from typing import Any
 from edge_vlm.errors import ConfigError, Unauthorized
 
 VARIABLE = "EDGE_VLM_API_KEY"
-SUBPROTOCOL = "edge-vlm"
+SUBPROTOCOLS = ("edge-vlm", "realtime")
+"""Ours, and the one that OpenAI's clients in browsers offer."""
 KEY_SUBPROTOCOL = "edge-vlm-key."
-GUARDED = ("/v1/", "/metrics")
+OPENAI_KEY_SUBPROTOCOL = "openai-insecure-api-key."
+GUARDED = ("/v1/", "/v1", "/metrics")
 REMEDY = f"set {VARIABLE}, or open the page with #key=KEY behind its address"
 
 
@@ -65,6 +68,8 @@ def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
 
 def _of_subprotocols(offered: Iterable[str]) -> bytes | None:
     for name in offered:
+        if name.startswith(OPENAI_KEY_SUBPROTOCOL):
+            return name.removeprefix(OPENAI_KEY_SUBPROTOCOL).encode()
         if name.startswith(KEY_SUBPROTOCOL):
             text = name.removeprefix(KEY_SUBPROTOCOL)
             try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ from edge_vlm.errors import (
 from edge_vlm.waiting import cancel, within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
+from edge_vlm_runtime.openai.media import inline_picture
+from edge_vlm_runtime.openai.realtime import without_pictures
 from edge_vlm_runtime.server.sessions import ClientSession, SessionRegistry, resolve
 from edge_vlm_runtime.session.frames import EncodedFrame, Encoding
 
@@ -201,9 +203,14 @@ class Connection:
 
     async def _wait_for_room(self, session: ClientSession) -> None:
         """Until the engines have come to enough of the messages."""
-        while session.ending is None and session.handle is not None:
-            if session.handle.num_waiting <= MAX_WAITING_CALLS:
-                return
+        handle = session.handle
+        if handle is not None:
+            await self._until(lambda: handle.num_waiting <= MAX_WAITING_CALLS)
+
+    async def _until(self, is_met: Callable[[], bool]) -> None:
+        """Or until the session has ended."""
+        session = self._session
+        while session.ending is None and session.handle is not None and not is_met():
             session.progress.clear()
             await session.progress.wait()
 
@@ -220,10 +227,6 @@ class Connection:
         self._understood = True
 
     def _take_frame(self, message: protocol.FrameMessage, handle: SessionHandle) -> None:
-        session = self._session
-        self._table.metrics.frames_received.inc()
-        newest = session.newest_frame_sequence
-        session.newest_frame_sequence = max(message.sequence, newest or 0)
         refused: FrameDecodeError | None = None
         try:
             picture = message.picture()
@@ -237,10 +240,57 @@ class Connection:
             data=picture,
             encoding=Encoding.RAW if is_raw else Encoding.JPEG,
         )
+        self._put(frame, handle, refused)
+
+    def _put(
+        self, frame: EncodedFrame, handle: SessionHandle, refused: FrameDecodeError | None = None
+    ) -> None:
+        session = self._session
+        self._table.metrics.frames_received.inc()
+        session.newest_frame_sequence = max(frame.seq, session.newest_frame_sequence or 0)
+        session.newest_time = (frame.capture_us, frame.received_ns)
         if refused is None:
             handle.put_frame(frame)
         else:
             handle.refuse_frame(frame, refused)
+
+    def _next_frame(
+        self, data: bytes, encoding: Encoding, capture_us: int | None = None
+    ) -> EncodedFrame:
+        """A picture without a number; without a time it goes on from that of the newest frame."""
+        session, now_ns = self._session, self._table.clock_ns()
+        if capture_us is None:
+            newest_us, came_ns = session.newest_time or (now_ns // 1000, now_ns)
+            passed_us = max((now_ns - came_ns) // 1000, 1)
+            capture_us = newest_us + (passed_us if session.newest_time is not None else 0)
+        return EncodedFrame(
+            seq=(session.newest_frame_sequence or 0) + 1,
+            capture_us=capture_us,
+            received_ns=now_ns,
+            data=data,
+            encoding=encoding,
+        )
+
+    async def _take_item(
+        self, message: protocol.ConversationItemCreate, handle: SessionHandle
+    ) -> None:
+        """Its pictures become frames that none drops, its text waits. Raises MediaRefused before
+        anything is taken."""
+        pictures = [
+            (inline_picture(part.image_url, f"item.content[{number}].image_url"), part)
+            for number, part in enumerate(message.item.content)
+            if isinstance(part.image_url, str)
+        ]
+        session = self._session
+        for data, part in pictures:
+            await self._until(lambda: handle.has_room)
+            at_us = part.capture_time_us if isinstance(part.capture_time_us, int) else None
+            frame = self._next_frame(data, Encoding.STILL, at_us)
+            session.stills_under_way.add(frame.seq)
+            self._put(frame, handle)
+        if pictures:
+            message.item = without_pictures(message.item)
+        handle.take(message)
 
     async def _take_message(self, message: protocol.ClientMessage, handle: SessionHandle) -> None:
         session = self._session
@@ -249,6 +299,10 @@ class Connection:
                 message.sequence, message.capture_time_us, message.frame
             )
             self._take_frame(picture, handle)
+        elif isinstance(message, protocol.InputImageBufferAppend):
+            self._put(self._next_frame(message.image, Encoding.JPEG), handle)
+        elif isinstance(message, protocol.ConversationItemCreate):
+            await self._take_item(message, handle)
         elif isinstance(message, protocol.Ping):
             session.send(protocol.Pong(event_id=message.event_id))
         elif isinstance(message, protocol.SessionClose):
@@ -263,6 +317,9 @@ class Connection:
             error = ServerBusy("the server is stopping", remedy="connect again later")
             session.send(protocol.error_event(error, event_id=message.event_id))
         else:
+            if isinstance(message, protocol.ResponseCreate):
+                session.shape.asked(message)
+                await self._until(lambda: not session.stills_under_way)
             handle.take(message)
 
 

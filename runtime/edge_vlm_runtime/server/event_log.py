@@ -10,6 +10,7 @@ from collections import deque
 
 from edge_vlm.errors import ProtocolError, ReplayLost
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.protocol.base import encode_named
 
 
 class EventLog:
@@ -36,7 +37,7 @@ class EventLog:
         """Gives the event its number and keeps its text."""
         self.newest += 1
         event.sequence = self.newest
-        text = protocol.encode(event)
+        text = encode_named(event, f"srv_{self.newest}")
         self._texts.append(text)
         self._num_bytes += len(text)
         while len(self._texts) > 1 and (

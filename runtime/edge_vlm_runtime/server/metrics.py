@@ -102,6 +102,7 @@ class ServerMetrics(Collector):
         self._responses = counter("responses_total", "Answers that ended.", ["status"])
         self._alerts = counter("alerts_total", "Alerts that began and ended.", ["state"])
         self._errors = counter("errors_total", "Errors told to viewers.", ["code"])
+        self._requests = counter("http_requests_total", "Replies under /v1.", ["status"])
         self.resumes = counter("session_resumes_total", "Connections that went on with a session.")
         self._registry.register(self)
 
@@ -163,6 +164,15 @@ class ServerMetrics(Collector):
             self._errors.labels(event.error.code).inc()
         elif isinstance(event, protocol.SessionStats):
             self._kv_tokens[session_id] = event.kv_tokens
+
+    def one_shot_event(self, event: protocol.ServerEvent) -> None:
+        """Counts what came of an HTTP request; its cache is gone with it."""
+        self.event("http", event)
+        self._kv_tokens.pop("http", None)
+
+    def replied(self, status: int) -> None:
+        """Counts an HTTP request."""
+        self._requests.labels(str(status)).inc()
 
     def _frame(self, session_id: str, event: protocol.FrameAccepted) -> None:
         self._processed.inc()

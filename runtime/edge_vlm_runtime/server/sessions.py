@@ -21,6 +21,7 @@ from edge_vlm.errors import EdgeVlmError, InternalError, ServerBusy, SessionGone
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
+from edge_vlm_runtime.openai.realtime import RealtimeShape
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.event_log import EventLog
@@ -52,9 +53,12 @@ class CloseReason:
 class ClientSession:
     """One session as the server keeps it. Made by `SessionRegistry.open`."""
 
-    def __init__(self, limits: ServerLimits, on_event: OnEvent | None = None) -> None:
+    def __init__(
+        self, limits: ServerLimits, on_event: OnEvent | None = None, model_id: str = ""
+    ) -> None:
         self._on_event = on_event
         self.session_id = secrets.token_hex(8)
+        self.shape = RealtimeShape(self.session_id, model_id)
         self.resume_token = secrets.token_urlsafe(24)
         self.log = EventLog(max_events=limits.max_replay_events, max_bytes=limits.max_replay_bytes)
         self.handle: SessionHandle | None = None
@@ -64,11 +68,17 @@ class ClientSession:
         self.viewer: Subscriber | None = None
         self.progress = asyncio.Event()
         """Set whenever the engines have done something, and at the end."""
+        self.listeners: set[Callable[[protocol.ServerEvent | None], None]] = set()
+        """Get every event as well, and None at the end."""
         self.settings: SessionSettings | None = None
         """Those last announced."""
         self.messages_received = 0
         """Messages of the client that were taken in, over all its connections."""
         self.newest_frame_sequence: int | None = None
+        self.stills_under_way: set[int] = set()
+        """Numbers of pictures of the conversation without outcome: a question waits for them."""
+        self.newest_time: tuple[int, int] | None = None
+        """Capture time in microseconds of the newest frame, and when it came, in nanoseconds."""
         self.left_at_s = 0.0
         """When the viewer was last seen, by the event loop's clock."""
 
@@ -82,12 +92,17 @@ class ClientSession:
         """The next event. While nobody is connected, gauges are not worth keeping."""
         if self.ending is not None:
             return
+        if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):
+            self.stills_under_way.discard(event.frame_sequence)
         self._observe(event)
+        for listener in tuple(self.listeners):
+            listener(event)
         if self.viewer is None and isinstance(event, protocol.SessionStats):
             return
         if isinstance(event, (protocol.SessionCreated, protocol.SessionUpdated)):
             self.settings = event.settings
-        self.log.append(event)
+        for dressed in self.shape.dress(event):
+            self.log.append(dressed)
         if self.viewer is not None:
             self.viewer.wake()
 
@@ -104,6 +119,8 @@ class ClientSession:
         if self.ending is None:
             self.ending = CloseReason(code, reason)
             self.progress.set()
+            for listener in tuple(self.listeners):
+                listener(None)
             if self.viewer is not None:
                 self.viewer.wake()
 
@@ -162,7 +179,7 @@ class SessionRegistry:
         anything else; the place is free again then, also when the caller is cancelled.
         """
         given_up = self._make_room()
-        session = ClientSession(self.limits, self._notify)
+        session = ClientSession(self.limits, self._notify, self._bundle_name)
         self._sessions[session.session_id] = session  # before any await: the place is taken
         opening = asyncio.get_running_loop().create_task(self._open(session, given_up))
         self._openings.add(opening)
@@ -246,6 +263,16 @@ class SessionRegistry:
         log.info("a session whose viewer is away makes room for a new one")
         longest = min(away, key=lambda session: session.left_at_s)
         return self._sessions.pop(longest.session_id)
+
+    def listen(
+        self, session_id: str, tell: Callable[[protocol.ServerEvent | None], None]
+    ) -> tuple[SessionHandle, Callable[[], None]]:
+        """See `openai.live.LiveSessions`."""
+        session = self._sessions.get(session_id)
+        if session is None or session.handle is None or session.ending is not None:
+            raise SessionGone("there is no such live session", remedy="start one, or ask another")
+        session.listeners.add(tell)
+        return session.handle, lambda: session.listeners.discard(tell)
 
     def find(self, wanted: protocol.SessionResume) -> ClientSession:
         """The session to go on with. Raises SessionGone, ReplayLost, ProtocolError."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,31 +11,13 @@ from edge_vlm.errors import EdgeVlmError
 from edge_vlm.text.tokenizer import StreamDetokenizer
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.generate import generate
-from edge_vlm_runtime.inference.sampling import Sampling
 from edge_vlm_runtime.session.pointing import pointed_at
-from edge_vlm_runtime.session.prompt_view import Detail, PromptView
+from edge_vlm_runtime.session.prompt_view import PromptView
+from edge_vlm_runtime.session.questions import QueuedQuestion, StopText
 from edge_vlm_runtime.session.stream_times import in_stream_time
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.bundle_model import LoadedBundle
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    text: str
-    received_ns: int
-    detail: Detail = "video"
-    event_id: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueuedQuestion:
-    """A question with what held when it was asked."""
-
-    question: Question
-    ids: np.ndarray
-    """Its tokens i64 [n], instructions included."""
-    sampling: Sampling
 
 
 class Answer:
@@ -53,13 +34,16 @@ class Answer:
         newest_frame: protocol.NewestFrame,
         max_tokens: int,
     ) -> None:
-        """Prefills earlier turns and the question. Raises what `LanguageModel.prefill` raises; the
-        view then is still the caller's."""
+        """Prefills earlier turns and the question. Raises what `LanguageModel.prefill` and
+        `Constraints.matcher` raise; the view then is still the caller's."""
         ids = np.concatenate([*history_ids, queued.ids])
         language, prompt = engines.language, engines.prompt
+        matcher = None if queued.grammar is None else engines.constraints.matcher(queued.grammar)
         logits = language.prefill(view.arena, language.embed(ids))
         self.response_id = response_id
+        self.queued = queued
         self.question = queued.question
+        self.max_tokens = max_tokens
         self.text = ""
         self._view = view
         self._newest_frame = newest_frame
@@ -67,8 +51,9 @@ class Answer:
         self._output_tokens = 0
         self._first_delta_ns: int | None = None
         self._detokenizer = StreamDetokenizer(prompt.tokenizer)
+        self._stop = StopText(queued.stop)
         self._tokens: Generator[int, None, str] = generate(
-            language, view.arena, logits, queued.sampling, prompt.eos_ids, max_tokens
+            language, view.arena, logits, queued.sampling, prompt.eos_ids, max_tokens, matcher
         )
         self.finish_reason: str | None = None
         """Set when the last token was decoded."""
@@ -88,10 +73,15 @@ class Answer:
             token = next(self._tokens)
         except StopIteration as end:
             self.finish_reason = end.value
-            delta = self._detokenizer.flush()
+            delta, is_over = self._stop.push(self._detokenizer.flush())
+            delta += "" if is_over else self._stop.flush()
         else:
             self._output_tokens += 1
-            delta = self._detokenizer.push(token)
+            delta, is_over = self._stop.push(self._detokenizer.push(token))
+        if is_over:
+            self.finish_reason = "stop"
+        if self.queued.is_choice and not self.text:
+            delta = delta.lstrip(" ")
         if not delta:
             return None
         if self._first_delta_ns is None:

@@ -14,6 +14,9 @@ class Encoding(str, Enum):
     JPEG = "jpeg"
     RAW = "raw"
     """What `edge_vlm.pixels.frames.raw_picture` makes."""
+    STILL = "still"
+    """A picture that somebody put into a conversation, JPEG, PNG, WebP or GIF: no rule about live
+    video drops it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,7 +205,7 @@ class FrameIngest:
     def _encode(self, frame: EncodedFrame, now_ns: int) -> tuple[FrameTokens, dict[str, float]]:
         """Features and milliseconds by stage. Raises FrameRejected."""
         settings = self._settings
-        live = settings.delivery is DropPolicy.LIVE
+        live = settings.delivery is DropPolicy.LIVE and frame.encoding is not Encoding.STILL
         if live and now_ns - frame.received_ns > settings.max_frame_age_s * 1e9:
             raise FrameRejected(DropReason.STALE)
         begin_ns = self._stopwatch_ns()
@@ -237,6 +237,8 @@ class FrameIngest:
     def _decode(self, frame: EncodedFrame) -> np.ndarray:
         if frame.encoding is Encoding.JPEG:
             return decode_jpeg(frame.data)
+        if frame.encoding is Encoding.STILL:
+            return decode_picture(frame.data)
         if not self._settings.raw_frames:
             raise FrameDecodeError(
                 "the picture is not a JPEG", remedy="set raw_frames before sending raw pictures"

@@ -1,4 +1,4 @@
-"""What a question is shown: the video in memory, the newest picture at full detail, or both.
+"""What a question is shown: the video in memory, the newest picture at full detail, both, or none.
 
 The picture alone is what published checkpoints know: a prompt about one image. It is written into
 an arena aside of the stream's. After the video it is one more block of vision tokens, which is cut
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.session.frames import EncodedFrame
     from edge_vlm_runtime.session.stream_clock import StreamClock
 
-Detail = Literal["video", "snapshot", "both"]
+Detail = Literal["video", "snapshot", "both", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class PromptBuilder:
 
     def require(self, detail: Detail) -> None:
         """Raises SnapshotsUnsupported if the bundle cannot show this."""
-        if detail != "video":
+        if detail in ("snapshot", "both"):
             self._image_vision()
 
     def build(self, detail: Detail, picture: EncodedFrame | None, num_after: int) -> PromptView:
@@ -85,6 +85,10 @@ class PromptBuilder:
             snapshot, frames = None, context.shown()
             if detail == "video":
                 arena = lent.enter_context(context.branch())
+            elif detail == "text":
+                frames, begin = [], self._engines.prompt.bos_ids
+                arena = lent.enter_context(context.aside(len(begin) + num_after))
+                self._engines.language.prefill(arena, self._engines.language.embed(begin))
             elif detail == "both":
                 tokens, snapshot = self._encode(
                     picture,
@@ -105,7 +109,7 @@ class PromptBuilder:
                 self._prefill_alone(arena, begin, segment)
             return PromptView(
                 arena=arena,
-                vision_tokens=arena.length,
+                vision_tokens=0 if detail == "text" else arena.length,
                 frames=frames,
                 snapshot=snapshot,
                 lent=lent.pop_all(),

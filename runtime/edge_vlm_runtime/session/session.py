@@ -29,18 +29,23 @@ from edge_vlm.errors import (
     UnknownMessageType,
 )
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.inference.sampling import Sampling
 from edge_vlm_runtime.protocol.base import MAX_TEXT
 from edge_vlm_runtime.protocol.questions import UserMessage, lines
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.session.alerts import AlertMessage, AlertMonitor
-from edge_vlm_runtime.session.answer import Answer, Question, QueuedQuestion
+from edge_vlm_runtime.session.answer import Answer
 from edge_vlm_runtime.session.budget import cache_capacity, plan_memory, question_capacity
 from edge_vlm_runtime.session.context import StreamContext
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
 from edge_vlm_runtime.session.outbox import Outbox
 from edge_vlm_runtime.session.prompt_view import PromptBuilder
+from edge_vlm_runtime.session.questions import (
+    QueuedQuestion,
+    has_own_dialogue,
+    plan_question,
+    question_of,
+)
 from edge_vlm_runtime.session.stats import SessionStatsCounter
 from edge_vlm_runtime.session.stream_clock import StreamClock
 
@@ -55,11 +60,6 @@ class Turn(str, Enum):
     WATCH = "watch"
 
 
-def with_instructions(instructions: str, question: str) -> str:
-    """What stands in the user's turn."""
-    return f"{instructions}\n{question}" if instructions.strip() else question
-
-
 class Session:
     """Owned by one thread. Times are of one monotonic clock; `frames_waiting` is how many frames
     its owner has not handed over yet."""
@@ -72,8 +72,10 @@ class Session:
         limits: ServerLimits,
         now_ns: int,
         stopwatch_ns: Callable[[], int],
+        origin_us: int | None = None,
     ) -> None:
-        """`stopwatch_ns`: for durations inside a unit of work. Raises ConfigError when the model
+        """`stopwatch_ns`: for durations inside a unit of work; `origin_us`: capture time at which
+        the stream begins, if that is not its first frame's. Raises ConfigError when the model
         cannot hold to the settings, and what making the arena raises."""
         self.settings = settings
         self._engines = engines
@@ -83,7 +85,7 @@ class Session:
         self._require_room_for(settings.instructions)
         self._outbox = Outbox()
         self._stats = SessionStatsCounter(now_ns)
-        clock = StreamClock()
+        clock = StreamClock(origin_us)
         self._context = StreamContext(
             language=engines.language,
             prompt=engines.prompt,
@@ -165,14 +167,7 @@ class Session:
                     protocol.ConversationItemCreated(item=message.item, event_id=message.event_id)
                 )
             elif isinstance(message, protocol.ResponseCreate):
-                unasked, self._unasked_text = self._unasked_text, ""
-                question = Question(
-                    text=lines([unasked, message.text]) if unasked else message.text,
-                    received_ns=came_ns,
-                    detail=message.detail,
-                    event_id=message.event_id,
-                )
-                self._enqueue(question, frames_waiting)
+                self._enqueue(message, came_ns, frames_waiting)
             elif isinstance(message, protocol.ResponseCancel):
                 self._cancel(message.response_id, now_ns)
             elif isinstance(message, AlertMessage):
@@ -187,7 +182,11 @@ class Session:
     def _update(self, message: protocol.SessionUpdate) -> None:
         """Applies new settings from the next frame and question on. Raises ConfigError, or what the
         engines raise on a memory in another mode; the old settings then stay in force."""
-        settings = self.settings.changed(message.session.fields())
+        changes = message.session.fields()
+        if message.session.max_output is not None:
+            most = max(1, cache_capacity(self._model, self._limits) // 4)
+            changes.setdefault("max_answer_tokens", min(message.session.max_output, most))
+        settings = self.settings.changed(changes)
         plan = plan_memory(settings, self._model, self._limits)
         self._require_room_for(settings.instructions)
         if self._answer is None:
@@ -220,9 +219,13 @@ class Session:
             )
         self._unasked_text = text
 
-    def _enqueue(self, question: Question, frames_waiting: int) -> None:
-        """Raises NoQuestion, SnapshotsUnsupported, NoFrameYet, QuestionTooLong,
-        TooManyQuestions."""
+    def _enqueue(self, message: protocol.ResponseCreate, came_ns: int, frames_waiting: int) -> None:
+        """Raises NoQuestion, SnapshotsUnsupported, NoFrameYet, QuestionTooLong, TooManyQuestions,
+        and what `plan_question` raises."""
+        unasked = self._unasked_text
+        if not has_own_dialogue(message):
+            self._unasked_text = ""
+        question = question_of(message, unasked, came_ns)
         if not question.text.strip():
             raise NoQuestion(
                 "there is no question to answer",
@@ -230,26 +233,23 @@ class Session:
             )
         self._prompts.require(question.detail)
         has_seen = self._context.newest is not None or self._ingest.has_pending
-        if not has_seen and frames_waiting == 0:
+        if not has_seen and frames_waiting == 0 and question.detail != "text":
             raise NoFrameYet("there is no frame to answer from yet", remedy="send a frame first")
         if len(self._questions) >= self._limits.max_queued_questions:
             raise TooManyQuestions(
                 f"{len(self._questions)} questions are waiting already",
                 remedy="wait for answers or cancel them",
             )
-        settings = self.settings
-        prompted = with_instructions(settings.instructions, question.text)
-        ids = self._engines.prompt.question_ids(prompted)
+        asked = plan_question(message, question, self.settings, self._engines.prompt)
         most = question_capacity(self._model, self._limits)
-        if len(ids) > most:
-            shared = " with the session's instructions" if settings.instructions else ""
+        if len(asked.ids) > most:
+            shared = " with the session's instructions" if self.settings.instructions else ""
             raise QuestionTooLong(
-                f"the question{shared} has {len(ids)} tokens", remedy=f"{most} are allowed"
+                f"the question{shared} has {len(asked.ids)} tokens", remedy=f"{most} are allowed"
             )
-        sampling = Sampling(
-            temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed
-        )
-        self._questions.append(QueuedQuestion(question=question, ids=ids, sampling=sampling))
+        if asked.grammar is not None:  # refused now rather than when its turn comes
+            self._engines.constraints.matcher(asked.grammar)
+        self._questions.append(asked)
 
     def _cancel(self, response_id: str | None, now_ns: int) -> None:
         """Stops the answer under way; without an id also all questions that wait."""
@@ -296,7 +296,7 @@ class Session:
         joined = self._ingest.has_pending
         if joined:
             self._ingest.join()
-        if self._context.newest is not None:
+        if self._context.newest is not None or self._questions[0].question.detail == "text":
             self._start_answer(self._questions.popleft(), now_ns)
             return True
         if frames_waiting == 0:  # every frame that came before it turned out unusable
@@ -312,10 +312,12 @@ class Session:
     def _start_answer(self, queued: QueuedQuestion, now_ns: int) -> None:
         question = queued.question
         newest = self._context.newest
-        assert newest is not None
         self._num_answers += 1
-        history_tokens = sum(map(len, self._history))
+        history = list(self._history) if queued.shows_history else []
+        history_tokens = sum(map(len, history))
         max_tokens = self.settings.max_answer_tokens
+        if queued.max_tokens is not None:
+            max_tokens = min(max_tokens, queued.max_tokens)
         try:
             view = self._prompts.build(
                 question.detail,
@@ -327,9 +329,11 @@ class Session:
                     engines=self._engines,
                     response_id=f"response_{self._num_answers}",
                     queued=queued,
-                    history_ids=list(self._history),
+                    history_ids=history,
                     view=view,
-                    newest_frame=protocol.NewestFrame(
+                    newest_frame=protocol.NewestFrame(frame_sequence=0, time_s=0.0, age_s=0.0)
+                    if newest is None or question.detail == "text"
+                    else protocol.NewestFrame(
                         frame_sequence=newest.seq,
                         time_s=newest.pts_ns * 1e-9,
                         age_s=(now_ns - newest.received_ns) * 1e-9,
@@ -364,7 +368,7 @@ class Session:
         answer, self._answer = self._answer, None
         assert answer is not None
         done = answer.finish(status, now_ns, time_offset_s=self._context.time_offset_s, error=error)
-        if status == "completed":
+        if status == "completed" and answer.queued.is_remembered:
             self._history.append(self._engines.prompt.turn_ids(answer.question.text, answer.text))
         self._trim_history()
         self._stats.last_ttft_s, self._stats.last_tokens_per_s = done.ttft_s, done.tokens_per_s

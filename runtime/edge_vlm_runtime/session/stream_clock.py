@@ -10,8 +10,8 @@ class StreamClock:
     model's time stamps begin anew with the memory, and whenever they reach what it was trained for.
     """
 
-    def __init__(self) -> None:
-        self._origin_us: int | None = None
+    def __init__(self, origin_us: int | None = None) -> None:
+        self._origin_us = origin_us
         self.offset_s = 0.0
         """The model sees stream time minus this."""
 
