@@ -133,6 +133,20 @@ class Model(Part, kw_only=True):
     """See below."""
 
 
+class VideoRoom(Part, kw_only=True):
+    """How much video one question can be shown under the settings in force."""
+
+    frames_that_fit: int
+    """Whole frames, with time stamps up to 9999.9 s; where cells are dropped, as many as their mean
+    number leaves room for."""
+    tokens: int
+    limited_by: str
+    """What keeps it from being more: bundle, positions, kv_tokens, session_memory, window_tokens
+    or last_n."""
+    remedy: str
+    """How to show more."""
+
+
 class SessionCreated(ServerEvent, tag="session.created"):
     """The first event of a session."""
 
@@ -144,6 +158,8 @@ class SessionCreated(ServerEvent, tag="session.created"):
     model: Model
     settings: SessionSettings
     limits: ServerLimits
+    video: VideoRoom | None = None
+    """Null from an older server."""
 
 
 class SessionResumed(ServerEvent, tag="session.resumed"):
@@ -163,6 +179,7 @@ class SessionResumed(ServerEvent, tag="session.resumed"):
     model: Model
     settings: SessionSettings
     limits: ServerLimits
+    video: VideoRoom | None = None
     event_id: str | None = None
 
 
@@ -170,6 +187,7 @@ class SessionUpdated(ServerEvent, tag="session.updated"):
     """The settings in force from now on."""
 
     settings: SessionSettings
+    video: VideoRoom | None = None
     event_id: str | None = None
 
 
@@ -389,7 +407,7 @@ class Error(ServerEvent, tag="error"):
 
 
 PARTS: tuple[type[Part], ...] = (
-    *(Model, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
+    *(Model, VideoRoom, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
     *question_messages.PARTS,
     *alert_messages.PARTS,
 )

@@ -17,6 +17,9 @@ from edge_vlm.pixels.stills import all_tilings, grid_of
 from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm.text.prompt import image_length
 
+STAMP_TOKENS = 8
+"""Most tokens of a frame's time stamp, up to " 9999.9 "."""
+MARKER_TOKENS = 2
 MAX_WHOLE = 1 << 53
 """The largest whole number that every reader of JSON counts exactly."""
 
@@ -163,6 +166,11 @@ class ModelLimits:
     snapshot_tokens: int = 0
     """Most tokens of a picture at full detail; 0: the model reads video only."""
 
+    @property
+    def frame_tokens(self) -> int:
+        """Most tokens of a frame that keeps every cell."""
+        return self.num_cells + MARKER_TOKENS + STAMP_TOKENS
+
     @classmethod
     def from_bundle(cls, bundle: EngineBundle) -> ModelLimits:
         vision, language = bundle.config.vision, bundle.config.language
@@ -207,7 +215,7 @@ class ServerLimits:
     """Questions of one session that wait for their answer."""
     max_question_tokens: int = 256
     """Length of one question."""
-    kv_capacity_tokens: int = 8192
+    kv_capacity_tokens: Annotated[int, About(option="kv_tokens")] = 8192
     """Largest cache of one session; the model's last position bounds it too."""
     max_session_bytes: Annotated[
         int, About(option="session_memory", metavar="MIB", unit=1 << 20)

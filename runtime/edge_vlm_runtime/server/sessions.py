@@ -25,6 +25,7 @@ from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, Sessio
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.event_log import EventLog
 from edge_vlm_runtime.server.metrics import ServerMetrics
+from edge_vlm_runtime.session.budget import video_room
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class SessionRegistry:
                 model=self._model_part(),
                 settings=self._settings,
                 limits=self.limits,
+                video=video_room(self._settings, self._model, self.limits),
             )
         )
 
@@ -268,6 +270,7 @@ class SessionRegistry:
 
     def resumed(self, session: ClientSession, last_sequence: int) -> protocol.SessionResumed:
         """The first message of a connection that goes on with a session."""
+        settings = session.settings or self._settings
         return protocol.SessionResumed(
             session_id=session.session_id,
             messages_received=session.messages_received,
@@ -276,8 +279,9 @@ class SessionRegistry:
             protocol_version=protocol.PROTOCOL_VERSION,
             server=f"edge-vlm {edge_vlm.__version__}",
             model=self._model_part(),
-            settings=session.settings or self._settings,
+            settings=settings,
             limits=self.limits,
+            video=video_room(settings, self._model, self.limits),
         )
 
     def attach(self, session: ClientSession, viewer: Subscriber) -> None:
