@@ -41,6 +41,7 @@ from edge_vlm_export.preflight import Estimate, estimate, require_room
 from edge_vlm_export.quantize.convert import Ranges, convert
 from edge_vlm_export.quantize.plan import NodePlan, PrecisionPlan, plan_graph
 from edge_vlm_export.quantize.ranges import Observer, measure, with_table
+from edge_vlm_export.trace.chunks import expand_chunks
 from edge_vlm_export.trace.graph_files import check_graph, out_of_space, save_graph, versions
 from edge_vlm_export.trace.trace import hollow_model, trace
 from edge_vlm_export.verify.check_inputs import (
@@ -206,7 +207,7 @@ class _Export:
             },
             precision=options.precision,
             variant=options.variant,
-            kv_layout=kv_layout(options.variant),
+            kv_layout=kv_layout(options.variant, self.source.cfg),
             style=source.style,
             images=source.images,
             frames=source.frames,
@@ -236,6 +237,8 @@ class _Export:
         for name, model in traced.items():
             self.progress.stage(f"writing {name} in float32 to be measured")
             path = scratch / f"{name}.onnx"
+            model = model.clone()
+            expand_chunks(model)
             save_graph(model, path)
             observers[name] = Observer.open(path, specs[name], options.threads)
         self.progress.stage("measuring ranges on the footage")
@@ -295,6 +298,7 @@ class _Export:
             tensors = seen.tensors if seen is not None else None
             plans[name] = plan_graph(model.graph, spec, options.precision, tensors)
             convert(model, spec, plans[name], seen, options.variant)
+            expand_chunks(model)
             self.progress.stage(f"writing {name}")
             paths[name] = writer.graph_file(spec)
             written[name] = save_graph(model, paths[name], self._shared(name, written))
@@ -330,7 +334,7 @@ class _Export:
             specs=self.specs,
             precision=options.precision,
             variant=options.variant,
-            layout=kv_layout(options.variant),
+            layout=kv_layout(options.variant, self.source.cfg),
             threads=options.threads,
         )
         model, clip = streamed_model(self.source), self._clip()
@@ -387,7 +391,7 @@ class _Export:
             specs=specs,
             prompt=self.prompt,
             embed=embed,
-            layout=kv_layout(self.options.variant),
+            layout=kv_layout(self.options.variant, self.source.cfg),
             keep_ratio=float(self._defaults().get("keep_ratio", 0.5)),
         )
 

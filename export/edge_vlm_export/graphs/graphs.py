@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from edge_vlm.config import ModelConfig
+from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.formats.bundle import IMAGE_ENCODER
 from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
@@ -59,7 +59,7 @@ def graph_specs(
     specs = [_stem(cfg, limits), _trunk(cfg, limits)]
     if images is not None:
         specs.append(_image_encoder(cfg, images))
-    if variant is Variant.ORT:
+    if kv_layout(variant, cfg) is KVLayout.HEAD_MAJOR:
         specs.append(_llm_in_place(cfg, limits, precision.base))
     else:
         specs.append(_llm(cfg, limits, precision.base))
@@ -68,8 +68,15 @@ def graph_specs(
     return {spec.name: spec for spec in specs}
 
 
-def kv_layout(variant: Variant) -> KVLayout:
-    return KVLayout.HEAD_MAJOR if variant is Variant.ORT else KVLayout.TOKEN_MAJOR
+def kv_layout(variant: Variant, cfg: ModelConfig) -> KVLayout:
+    in_place = variant is Variant.ORT and not is_chunked(cfg)
+    return KVLayout.HEAD_MAJOR if in_place else KVLayout.TOKEN_MAJOR
+
+
+def is_chunked(cfg: ModelConfig) -> bool:
+    """Its vision tokens all see each other, so all of them are new at once: the graph attends for a
+    few of them at a time, and its mask is a rule instead of a matrix."""
+    return cfg.attention is VisionAttention.ALL
 
 
 def _f32(name: str, *shape: int | str) -> TensorSpec:
@@ -164,7 +171,7 @@ def _llm(
 
     return GraphSpec(
         name="llm_decode" if decode else "llm",
-        inputs=(*_llm_inputs(cfg), *cache("past", "p")),
+        inputs=(*_llm_inputs(cfg, by_rule=is_chunked(cfg) and not decode), *cache("past", "p")),
         outputs=(_f32("logits", "n", lm.base_vocab), *cache("new", "s")),
         dims={"s": new, "p": past, "n": rows},
     )
@@ -181,7 +188,7 @@ def _llm_in_place(cfg: ModelConfig, limits: GraphLimits, kv_dtype: str) -> Graph
     )
     return GraphSpec(
         name="llm",
-        inputs=(*_llm_inputs(cfg), *past_tensors),
+        inputs=(*_llm_inputs(cfg, by_rule=False), *past_tensors),
         outputs=(_f32("logits", "n", lm.base_vocab), *present_tensors),
         dims={
             "s": new,
@@ -192,13 +199,16 @@ def _llm_in_place(cfg: ModelConfig, limits: GraphLimits, kv_dtype: str) -> Graph
     )
 
 
-def _llm_inputs(cfg: ModelConfig) -> tuple[TensorSpec, ...]:
+def _llm_inputs(cfg: ModelConfig, *, by_rule: bool) -> tuple[TensorSpec, ...]:
     lm = cfg.language
+    mask = _f32("attn_bias", "s", "p+s")
+    if by_rule:
+        mask = TensorSpec(name="mask_rule", dtype="int32", shape=(2, "s"))
     return (
         _f32("inputs_embeds", "s", lm.width),
         _f32("cos", "s", lm.rope_width),
         _f32("sin", "s", lm.rope_width),
-        _f32("attn_bias", "s", "p+s"),
+        mask,
         TensorSpec(name="last_idx", dtype="int32", shape=("n",)),
     )
 
