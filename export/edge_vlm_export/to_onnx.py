@@ -34,7 +34,13 @@ from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig, prepare_image
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_export.graphs.graphs import GraphLimits, KVForm, graph_specs, kv_layout
+from edge_vlm_export.graphs.graphs import (
+    GraphLimits,
+    KVForm,
+    default_limits,
+    graph_specs,
+    kv_layout,
+)
 from edge_vlm_export.graphs.modules import graph_module
 from edge_vlm_export.graphs.weights import WeightSource, open_weights, streamed_model
 from edge_vlm_export.preflight import Estimate, estimate, require_room
@@ -73,6 +79,9 @@ class ExportOptions:
     """Of the model; by default that of the checkpoint's folder."""
     defaults: Mapping[str, Any] | None = None
     limits: GraphLimits | None = None
+    """By default `default_limits` of `frames`."""
+    frames: int | None = None
+    """Whole frames that one question is to be shown."""
     precision: Precision = FP32
     variant: Variant = Variant.PORTABLE
     kv_form: KVForm = KVForm.CONCAT
@@ -156,16 +165,33 @@ class _Export:
             )
         self.source, self.options, self.progress = source, options, progress
         self.prompt = _prompt(source)
+        self.limits = self._limits()
         self.specs = self._specs(options.precision)
         count = sum(int(np.prod(shape)) for shape in shapes(source.cfg).values())
         small = count < LARGE_MODEL
         self.thorough = small if options.thorough is None else options.thorough
 
+    def _limits(self) -> GraphLimits:
+        source, options = self.source, self.options
+        if options.limits is not None:
+            return options.limits
+        trained = None if source.frames is None else source.frames.num_frames
+        try:
+            return default_limits(
+                source.cfg,
+                frames=options.frames,
+                trained=trained,
+                images=source.images,
+                style=source.style,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error), remedy="lower --frames") from error
+
     def _specs(self, precision: Precision) -> dict[str, GraphSpec]:
         options = self.options
         return graph_specs(
             self.source.cfg,
-            options.limits,
+            self.limits,
             precision=precision,
             variant=options.variant,
             kv_form=options.kv_form,

@@ -14,6 +14,7 @@ from edge_vlm.formats.bundle import IMAGE_ENCODER
 from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.pixels.stills import ImageConfig, all_tilings, grid_of, image_crops, image_grid
+from edge_vlm.text.prompt import PLAIN, PromptStyle, longest_frame, longest_image
 
 
 class KVForm(str, enum.Enum):
@@ -42,6 +43,44 @@ class GraphLimits:
         for field in ("max_frames", "opt_tokens", "max_tokens", "max_past"):
             if getattr(self, field) < 1:
                 raise ValueError(f"GraphLimits.{field} = {getattr(self, field)}: must be positive")
+
+
+DEFAULT_FRAMES = 64
+"""Of a model whose frames all see each other, where nothing says how many it was trained on."""
+DIALOGUE_TOKENS = 2048
+"""Room behind the video for earlier turns, a question and its answer."""
+MOST_LOGITS = 1024
+"""Rows of logits in one run."""
+
+
+def default_limits(
+    cfg: ModelConfig,
+    *,
+    frames: int | None = None,
+    trained: int | None = None,
+    images: ImageConfig | None = None,
+    style: PromptStyle = PLAIN,
+) -> GraphLimits:
+    """Limits with room for so many whole frames, a picture after them and a dialogue.
+
+    By default a model whose frames are prefilled together has room for as many as it was `trained`
+    on; what is not used costs nothing. Raises ValueError where the model has too few positions.
+    """
+    wanted = frames
+    if wanted is None:
+        if not is_chunked(cfg):
+            return GraphLimits()
+        wanted = trained or DEFAULT_FRAMES
+    video = 1 + wanted * longest_frame(cfg.vision.num_cells)
+    if frames is not None and video > cfg.language.max_positions:
+        raise ValueError(
+            f"{frames} frames are {video} tokens, and the model has "
+            f"{cfg.language.max_positions} positions"
+        )
+    picture = 0 if images is None else longest_image(images, cfg.vision, style)
+    usual = GraphLimits()
+    run = max(usual.max_tokens, video + picture) if is_chunked(cfg) else usual.max_tokens
+    return GraphLimits(max_tokens=run, max_past=video + picture + DIALOGUE_TOKENS)
 
 
 def graph_specs(
@@ -224,5 +263,5 @@ def _llm_dims(cfg: ModelConfig, limits: GraphLimits) -> tuple[DynamicDim, Dynami
     return (
         DynamicDim(min=1, opt=min(limits.opt_tokens, max_tokens), max=max_tokens),
         DynamicDim(min=0, opt=min(limits.opt_tokens * 8, max_past), max=max_past),
-        DynamicDim(min=1, opt=1, max=max_tokens),
+        DynamicDim(min=1, opt=1, max=min(MOST_LOGITS, max_tokens)),
     )

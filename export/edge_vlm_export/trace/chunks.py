@@ -70,9 +70,7 @@ class _Maker:
 
     def number(self, value: float, dtype: ir.DataType) -> ir.Value:
         name = f"chunks.{dtype.name.lower()}.{value:g}"
-        return initializer(
-            self._graph, name, (), lambda: np.array(value, dtype.numpy()), dtype
-        )
+        return initializer(self._graph, name, (), lambda: np.array(value, dtype.numpy()), dtype)
 
     def cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         if value.dtype == wanted:

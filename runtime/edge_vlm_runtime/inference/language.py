@@ -174,7 +174,7 @@ class LanguageModel:
             )
 
     def _run(self, arena: KVArena, embeds: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
-        s, p, first = len(embeds), arena.length, arena.next_position
+        s, first = len(embeds), arena.next_position
         self._last_idx[0] = s - 1
         rule = self._one if s == 1 or ids is None else block_rule(ids)
         logits = self._infer(arena, embeds, slice(first, first + s), rule, self._last_idx)

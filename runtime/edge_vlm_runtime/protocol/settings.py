@@ -13,13 +13,9 @@ import numpy as np
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.options import About
-from edge_vlm.pixels.stills import all_tilings, grid_of
 from edge_vlm.pruning.policies import POLICY_NAMES
-from edge_vlm.text.prompt import image_length
+from edge_vlm.text.prompt import longest_frame, longest_image
 
-STAMP_TOKENS = 8
-"""Most tokens of a frame's time stamp, up to " 9999.9 "."""
-MARKER_TOKENS = 2
 MAX_WHOLE = 1 << 53
 """The largest whole number that every reader of JSON counts exactly."""
 
@@ -169,7 +165,7 @@ class ModelLimits:
     @property
     def frame_tokens(self) -> int:
         """Most tokens of a frame that keeps every cell."""
-        return self.num_cells + MARKER_TOKENS + STAMP_TOKENS
+        return longest_frame(self.num_cells)
 
     @classmethod
     def from_bundle(cls, bundle: EngineBundle) -> ModelLimits:
@@ -195,10 +191,7 @@ class ModelLimits:
 
 def _snapshot_tokens(bundle: EngineBundle) -> int:
     images = bundle.images
-    if images is None:
-        return 0
-    grids = [grid_of(t, bundle.config.vision, images) for t in all_tilings(images.max_crops)]
-    return max(image_length(grid, bundle.style) for grid in grids)
+    return 0 if images is None else longest_image(images, bundle.config.vision, bundle.style)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

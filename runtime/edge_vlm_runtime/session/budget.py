@@ -8,15 +8,9 @@ from dataclasses import dataclass
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.text.prompt import longest_frame
 from edge_vlm_runtime.protocol.messages import VideoRoom
-from edge_vlm_runtime.protocol.settings import (
-    MARKER_TOKENS,
-    STAMP_TOKENS,
-    Attention,
-    ModelLimits,
-    ServerLimits,
-    SessionSettings,
-)
+from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits, SessionSettings
 
 SCORED_POLICIES = ("stream", "frame_topk")
 """Policies that look at the scores of the token scorer."""
@@ -154,7 +148,7 @@ def _frame_tokens(settings: SessionSettings, model: ModelLimits) -> float:
     kept = settings.keep_ratio * model.num_cells
     if settings.vision_tokens_per_s:
         kept = min(settings.vision_tokens_per_s / settings.fps_cap, model.num_cells)
-    return kept + MARKER_TOKENS + STAMP_TOKENS
+    return kept + longest_frame(0)
 
 
 def plan_memory(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> MemoryPlan:
