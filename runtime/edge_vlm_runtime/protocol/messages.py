@@ -320,6 +320,12 @@ class ResponseDone(ServerEvent, tag="response.done"):
     error_code: str | None = None
     text_in_stream_time: str | None = None
     """`text` with times in seconds since the stream's first frame; null where they are already."""
+    frames_shown: int | None = None
+    """Frames of the video that were looked at, whole ones; a snapshot is none. Null from an older
+    server."""
+    frames_accepted: int | None = None
+    """Frames accepted until then: what is missing in `frames_shown` was forgotten before, see
+    `video` in `session.created`."""
 
     @property
     def shown_text(self) -> str:

@@ -346,6 +346,7 @@ class Session:
                         age_s=(now_ns - newest.received_ns) * 1e-9,
                     ),
                     max_tokens=max_tokens,
+                    frames_accepted=self._stats.num_accepted,
                 )
             except BaseException:
                 view.release()
