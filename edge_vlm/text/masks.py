@@ -19,6 +19,9 @@ MASKED = -30_000.0
 
 Ids = npt.NDArray[np.integer]
 Bias = npt.NDArray[np.float32]
+Rule = npt.NDArray[np.int32]
+"""Who sees whom without a matrix, i32 [2, s]: the first of the new tokens that a token sees (from
+there on up to itself, and the whole past), and its block (`CAUSAL`, or from 0)."""
 
 
 def block_bias(block_ids: Ids, past: int = 0) -> Bias:
@@ -34,6 +37,25 @@ def branch_bias(branch_ids: Ids, past: int = 0) -> Bias:
     up to itself."""
     same = branch_ids[..., :, None] == branch_ids[..., None, :]
     return _additive(np.tri(branch_ids.shape[-1], dtype=np.bool_) & same, past)
+
+
+def block_rule(block_ids: Ids) -> Rule:
+    """`block_bias` in two numbers a token: see `Rule`."""
+    return np.stack([np.zeros_like(block_ids), block_ids]).astype(np.int32)
+
+
+def branch_rule(branch_ids: Ids) -> Rule:
+    """`branch_bias` in two numbers a token; the tokens of a branch stand together."""
+    _, first, branch = np.unique(branch_ids, return_index=True, return_inverse=True)
+    return np.stack([first[branch], np.full_like(branch, CAUSAL)]).astype(np.int32)
+
+
+def rule_bias(rule: Rule, past: int = 0) -> Bias:
+    """f32 [s, p + s] of a rule."""
+    first, blocks = rule[:, :, None]
+    places = np.arange(rule.shape[1])
+    visible = (first <= places) & (places <= places[:, None])
+    return _additive(visible | ((blocks == rule[1]) & (blocks >= 0)), past)
 
 
 def _additive(visible: npt.NDArray[np.bool_], past: int) -> Bias:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.pixels.stills import ImageGrid
+from edge_vlm.config import VisionConfig
+from edge_vlm.pixels.stills import ImageConfig, ImageGrid, all_tilings, grid_of
 from edge_vlm.text.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.int32]
@@ -34,6 +35,9 @@ COLUMN = "<im_col>"
 OWN_FRAME_START = "<frame_start>"
 OWN_FRAME_END = "<frame_end>"
 IMAGE_TOKENS = (PATCH, FRAME_START, FRAME_END, LOW_RES_START, COLUMN)
+STAMP_TOKENS = 8
+"""Most tokens of a frame's time stamp, up to " 9999.9 "."""
+MARKER_TOKENS = 2
 UNUSED_PATCH = "<im_low>"
 """In the vocabulary and among the published vision tokens, but in no prompt."""
 
@@ -79,6 +83,17 @@ def has_image_tokens(tokenizer: Tokenizer) -> bool:
             tokenizer.id_of(token)
         return True
     return False
+
+
+def longest_frame(num_cells: int) -> int:
+    """Most tokens of a frame that keeps so many cells."""
+    return num_cells + MARKER_TOKENS + STAMP_TOKENS
+
+
+def longest_image(images: ImageConfig, vision: VisionConfig, style: PromptStyle) -> int:
+    """Most tokens of one image alone in a prompt."""
+    grids = [grid_of(tiling, vision, images) for tiling in all_tilings(images.max_crops)]
+    return max(image_length(grid, style) for grid in grids)
 
 
 def image_length(grid: ImageGrid, style: PromptStyle) -> int:

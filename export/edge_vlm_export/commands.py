@@ -39,6 +39,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a setting the model was made for, e.g. keep_ratio=0.5; may be repeated",
     )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="whole frames that one question can be shown (default: as many as the model was "
+        "trained on, where past frames cannot be cached)",
+    )
     parser.add_argument("--max-tokens", type=int, help="most new tokens per run of the llm")
     parser.add_argument("--max-past", type=int, help="most past tokens the llm can attend to")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
@@ -166,12 +173,18 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     from edge_vlm_export.graphs.graphs import GraphLimits, KVForm
     from edge_vlm_export.to_onnx import ExportOptions
 
-    given = {"max_tokens": args.max_tokens, "max_past": args.max_past}
+    wanted = {"max_tokens": args.max_tokens, "max_past": args.max_past}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if given and args.frames is not None:
+        raise ConfigError("--frames sets what --max-tokens and --max-past set: name either")
+    if args.frames is not None and args.frames < 1:
+        raise ConfigError(f"--frames {args.frames} must be positive")
     try:
         return ExportOptions(
             name=args.name,
             defaults=dict(_setting(text) for text in args.default),
-            limits=GraphLimits(**{k: value for k, value in given.items() if value is not None}),
+            limits=GraphLimits(**given) if given else None,
+            frames=args.frames,
             precision=Precision.parse(args.precision),
             variant=Variant(args.variant),
             kv_form=KVForm(args.kv_form),

@@ -34,13 +34,20 @@ from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig, prepare_image
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_export.graphs.graphs import GraphLimits, KVForm, graph_specs, kv_layout
+from edge_vlm_export.graphs.graphs import (
+    GraphLimits,
+    KVForm,
+    default_limits,
+    graph_specs,
+    kv_layout,
+)
 from edge_vlm_export.graphs.modules import graph_module
 from edge_vlm_export.graphs.weights import WeightSource, open_weights, streamed_model
 from edge_vlm_export.preflight import Estimate, estimate, require_room
 from edge_vlm_export.quantize.convert import Ranges, convert
 from edge_vlm_export.quantize.plan import NodePlan, PrecisionPlan, plan_graph
 from edge_vlm_export.quantize.ranges import Observer, measure, with_table
+from edge_vlm_export.trace.chunks import expand_chunks
 from edge_vlm_export.trace.graph_files import check_graph, out_of_space, save_graph, versions
 from edge_vlm_export.trace.trace import hollow_model, trace
 from edge_vlm_export.verify.check_inputs import (
@@ -72,6 +79,9 @@ class ExportOptions:
     """Of the model; by default that of the checkpoint's folder."""
     defaults: Mapping[str, Any] | None = None
     limits: GraphLimits | None = None
+    """By default `default_limits` of `frames`."""
+    frames: int | None = None
+    """Whole frames that one question is to be shown."""
     precision: Precision = FP32
     variant: Variant = Variant.PORTABLE
     kv_form: KVForm = KVForm.CONCAT
@@ -155,16 +165,33 @@ class _Export:
             )
         self.source, self.options, self.progress = source, options, progress
         self.prompt = _prompt(source)
+        self.limits = self._limits()
         self.specs = self._specs(options.precision)
         count = sum(int(np.prod(shape)) for shape in shapes(source.cfg).values())
         small = count < LARGE_MODEL
         self.thorough = small if options.thorough is None else options.thorough
 
+    def _limits(self) -> GraphLimits:
+        source, options = self.source, self.options
+        if options.limits is not None:
+            return options.limits
+        trained = None if source.frames is None else source.frames.num_frames
+        try:
+            return default_limits(
+                source.cfg,
+                frames=options.frames,
+                trained=trained,
+                images=source.images,
+                style=source.style,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error), remedy="lower --frames") from error
+
     def _specs(self, precision: Precision) -> dict[str, GraphSpec]:
         options = self.options
         return graph_specs(
             self.source.cfg,
-            options.limits,
+            self.limits,
             precision=precision,
             variant=options.variant,
             kv_form=options.kv_form,
@@ -206,7 +233,7 @@ class _Export:
             },
             precision=options.precision,
             variant=options.variant,
-            kv_layout=kv_layout(options.variant),
+            kv_layout=kv_layout(options.variant, self.source.cfg),
             style=source.style,
             images=source.images,
             frames=source.frames,
@@ -236,6 +263,8 @@ class _Export:
         for name, model in traced.items():
             self.progress.stage(f"writing {name} in float32 to be measured")
             path = scratch / f"{name}.onnx"
+            model = model.clone()
+            expand_chunks(model)
             save_graph(model, path)
             observers[name] = Observer.open(path, specs[name], options.threads)
         self.progress.stage("measuring ranges on the footage")
@@ -295,6 +324,7 @@ class _Export:
             tensors = seen.tensors if seen is not None else None
             plans[name] = plan_graph(model.graph, spec, options.precision, tensors)
             convert(model, spec, plans[name], seen, options.variant)
+            expand_chunks(model)
             self.progress.stage(f"writing {name}")
             paths[name] = writer.graph_file(spec)
             written[name] = save_graph(model, paths[name], self._shared(name, written))
@@ -330,7 +360,7 @@ class _Export:
             specs=self.specs,
             precision=options.precision,
             variant=options.variant,
-            layout=kv_layout(options.variant),
+            layout=kv_layout(options.variant, self.source.cfg),
             threads=options.threads,
         )
         model, clip = streamed_model(self.source), self._clip()
@@ -387,7 +417,7 @@ class _Export:
             specs=specs,
             prompt=self.prompt,
             embed=embed,
-            layout=kv_layout(self.options.variant),
+            layout=kv_layout(self.options.variant, self.source.cfg),
             keep_ratio=float(self._defaults().get("keep_ratio", 0.5)),
         )
 

@@ -1,4 +1,4 @@
-"""How an exported language graph attends to its past: three forms of the model's `attend_past`.
+"""How an exported language graph attends to its past: four forms of the model's `attend_past`.
 
 Queries of one key-value head are computed as one product instead of repeating the keys, so that a
 long past is read once. Graphs have batch 1.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edge_vlm.model.llm import KeyValue
+from edge_vlm.text.masks import MASKED
 
 
 def concat_attention(
@@ -54,6 +55,41 @@ def in_place_attention(
     for buffer, new in zip(present, (k, v), strict=True):
         buffer[:, :, p : p + new.shape[1]] = new.transpose(1, 2)
     return out, (present[0], present[1])
+
+
+def chunked_attention(
+    q: Tensor, k: Tensor, v: Tensor, rule: Tensor, past: KeyValue | None
+) -> tuple[Tensor, KeyValue]:
+    """As `split_attention` for a few queries at a time, so that scores never are [s, t].
+
+    `rule`: i32 [2, s], see `edge_vlm.text.masks.Rule`. In an export it is one node, which
+    `trace.chunks` replaces by a loop; outside of one it is computed at once.
+    """
+    assert past is not None
+    if not torch.compiler.is_exporting():
+        return split_attention(q, k, v, _bias_of(rule, past[0].shape[1])[None], past)
+    out = torch.onnx.ops.symbolic(
+        CHUNKED_ATTENTION,
+        [q[0], k[0], v[0], past[0][0], past[1][0], rule],
+        {"num_heads": q.shape[2], "kv_num_heads": k.shape[2], "head_dim": q.shape[3]},
+        dtype=q.dtype,
+        shape=q[0].shape,
+        version=1,
+    )
+    return out[None], (k, v)
+
+
+CHUNKED_ATTENTION = "edge_vlm::ChunkedAttention"
+
+
+def _bias_of(rule_2s: Tensor, num_past: int) -> Tensor:
+    """f32 [s, p + s]"""
+    first, blocks = rule_2s[:, :, None]
+    places = torch.arange(rule_2s.shape[1])
+    visible = (first <= places) & (places <= places[:, None])
+    visible |= (blocks == rule_2s[1]) & (blocks >= 0)
+    bias = torch.where(visible, 0.0, MASKED)
+    return torch.nn.functional.pad(bias, (num_past, 0))
 
 
 def _group_query_attention(

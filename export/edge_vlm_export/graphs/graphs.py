@@ -9,11 +9,12 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from edge_vlm.config import ModelConfig
+from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.formats.bundle import IMAGE_ENCODER
 from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.pixels.stills import ImageConfig, all_tilings, grid_of, image_crops, image_grid
+from edge_vlm.text.prompt import PLAIN, PromptStyle, longest_frame, longest_image
 
 
 class KVForm(str, enum.Enum):
@@ -44,6 +45,44 @@ class GraphLimits:
                 raise ValueError(f"GraphLimits.{field} = {getattr(self, field)}: must be positive")
 
 
+DEFAULT_FRAMES = 64
+"""Of a model whose frames all see each other, where nothing says how many it was trained on."""
+DIALOGUE_TOKENS = 2048
+"""Room behind the video for earlier turns, a question and its answer."""
+MOST_LOGITS = 1024
+"""Rows of logits in one run."""
+
+
+def default_limits(
+    cfg: ModelConfig,
+    *,
+    frames: int | None = None,
+    trained: int | None = None,
+    images: ImageConfig | None = None,
+    style: PromptStyle = PLAIN,
+) -> GraphLimits:
+    """Limits with room for so many whole frames, a picture after them and a dialogue.
+
+    By default a model whose frames are prefilled together has room for as many as it was `trained`
+    on; what is not used costs nothing. Raises ValueError where the model has too few positions.
+    """
+    wanted = frames
+    if wanted is None:
+        if not is_chunked(cfg):
+            return GraphLimits()
+        wanted = trained or DEFAULT_FRAMES
+    video = 1 + wanted * longest_frame(cfg.vision.num_cells)
+    if frames is not None and video > cfg.language.max_positions:
+        raise ValueError(
+            f"{frames} frames are {video} tokens, and the model has "
+            f"{cfg.language.max_positions} positions"
+        )
+    picture = 0 if images is None else longest_image(images, cfg.vision, style)
+    usual = GraphLimits()
+    run = max(usual.max_tokens, video + picture) if is_chunked(cfg) else usual.max_tokens
+    return GraphLimits(max_tokens=run, max_past=video + picture + DIALOGUE_TOKENS)
+
+
 def graph_specs(
     cfg: ModelConfig,
     limits: GraphLimits | None = None,
@@ -59,7 +98,7 @@ def graph_specs(
     specs = [_stem(cfg, limits), _trunk(cfg, limits)]
     if images is not None:
         specs.append(_image_encoder(cfg, images))
-    if variant is Variant.ORT:
+    if kv_layout(variant, cfg) is KVLayout.HEAD_MAJOR:
         specs.append(_llm_in_place(cfg, limits, precision.base))
     else:
         specs.append(_llm(cfg, limits, precision.base))
@@ -68,8 +107,15 @@ def graph_specs(
     return {spec.name: spec for spec in specs}
 
 
-def kv_layout(variant: Variant) -> KVLayout:
-    return KVLayout.HEAD_MAJOR if variant is Variant.ORT else KVLayout.TOKEN_MAJOR
+def kv_layout(variant: Variant, cfg: ModelConfig) -> KVLayout:
+    in_place = variant is Variant.ORT and not is_chunked(cfg)
+    return KVLayout.HEAD_MAJOR if in_place else KVLayout.TOKEN_MAJOR
+
+
+def is_chunked(cfg: ModelConfig) -> bool:
+    """Its vision tokens all see each other, so all of them are new at once: the graph attends for a
+    few of them at a time, and its mask is a rule instead of a matrix."""
+    return cfg.attention is VisionAttention.ALL
 
 
 def _f32(name: str, *shape: int | str) -> TensorSpec:
@@ -164,7 +210,7 @@ def _llm(
 
     return GraphSpec(
         name="llm_decode" if decode else "llm",
-        inputs=(*_llm_inputs(cfg), *cache("past", "p")),
+        inputs=(*_llm_inputs(cfg, by_rule=is_chunked(cfg) and not decode), *cache("past", "p")),
         outputs=(_f32("logits", "n", lm.base_vocab), *cache("new", "s")),
         dims={"s": new, "p": past, "n": rows},
     )
@@ -181,7 +227,7 @@ def _llm_in_place(cfg: ModelConfig, limits: GraphLimits, kv_dtype: str) -> Graph
     )
     return GraphSpec(
         name="llm",
-        inputs=(*_llm_inputs(cfg), *past_tensors),
+        inputs=(*_llm_inputs(cfg, by_rule=False), *past_tensors),
         outputs=(_f32("logits", "n", lm.base_vocab), *present_tensors),
         dims={
             "s": new,
@@ -192,13 +238,16 @@ def _llm_in_place(cfg: ModelConfig, limits: GraphLimits, kv_dtype: str) -> Graph
     )
 
 
-def _llm_inputs(cfg: ModelConfig) -> tuple[TensorSpec, ...]:
+def _llm_inputs(cfg: ModelConfig, *, by_rule: bool) -> tuple[TensorSpec, ...]:
     lm = cfg.language
+    mask = _f32("attn_bias", "s", "p+s")
+    if by_rule:
+        mask = TensorSpec(name="mask_rule", dtype="int32", shape=(2, "s"))
     return (
         _f32("inputs_embeds", "s", lm.width),
         _f32("cos", "s", lm.rope_width),
         _f32("sin", "s", lm.rope_width),
-        _f32("attn_bias", "s", "p+s"),
+        mask,
         TensorSpec(name="last_idx", dtype="int32", shape=("n",)),
     )
 
@@ -214,5 +263,5 @@ def _llm_dims(cfg: ModelConfig, limits: GraphLimits) -> tuple[DynamicDim, Dynami
     return (
         DynamicDim(min=1, opt=min(limits.opt_tokens, max_tokens), max=max_tokens),
         DynamicDim(min=0, opt=min(limits.opt_tokens * 8, max_past), max=max_past),
-        DynamicDim(min=1, opt=1, max=max_tokens),
+        DynamicDim(min=1, opt=1, max=min(MOST_LOGITS, max_tokens)),
     )

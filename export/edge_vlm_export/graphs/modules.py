@@ -15,8 +15,13 @@ from edge_vlm.model.images import encode_images
 from edge_vlm.model.llm import PastAttention
 from edge_vlm.model.ragged import Method
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm_export.graphs.attention import concat_attention, in_place_attention, split_attention
-from edge_vlm_export.graphs.graphs import KVForm
+from edge_vlm_export.graphs.attention import (
+    chunked_attention,
+    concat_attention,
+    in_place_attention,
+    split_attention,
+)
+from edge_vlm_export.graphs.graphs import KVForm, is_chunked
 
 
 class VitStemGraph(nn.Module):
@@ -60,7 +65,9 @@ class ImageEncoderGraph(nn.Module):
 
 
 class LlmGraph(nn.Module):
-    """Past of each layer as the cache keeps it, keys and values in turn.
+    """`mask` is a bias [s, p + s], or a rule [2, s] for `chunked_attention`.
+
+    Past of each layer as the cache keeps it, keys and values in turn.
 
     Token-major [p, h, d]: the new rows [s, h, d] come back. Head-major [1, h, C, d]: the whole
     buffer does.
@@ -75,7 +82,7 @@ class LlmGraph(nn.Module):
         inputs_embeds: Tensor,
         cos: Tensor,
         sin: Tensor,
-        attn_bias: Tensor,
+        mask: Tensor,
         last_idx: Tensor,
         *past: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -85,7 +92,7 @@ class LlmGraph(nn.Module):
             inputs_embeds[None],
             cos[None],
             sin[None],
-            attn_bias[None],
+            mask if self.attention is chunked_attention else mask[None],
             list(zip(tensors[::2], tensors[1::2], strict=True)),
             self.attention,
         )
@@ -107,7 +114,9 @@ def graph_module(
         return VitTrunkGraph(model).eval()
     if name == IMAGE_ENCODER:
         return ImageEncoderGraph(model).eval()
-    if variant is Variant.ORT:
+    if is_chunked(model.cfg) and name == "llm":
+        return LlmGraph(model, chunked_attention).eval()
+    if variant is Variant.ORT and not is_chunked(model.cfg):
         return LlmGraph(model, in_place_attention).eval()
     joined = name == "llm" and kv_form is not KVForm.SPLIT
     return LlmGraph(model, concat_attention if joined else split_attention).eval()

@@ -65,7 +65,7 @@ def set_formats(graph: ir.Graph, spec: GraphSpec, formats: Mapping[str, str]) ->
 def _cast_output(graph: ir.Graph, index: int, value: ir.Value, kind: ir.DataType) -> None:
     name = str(value.name)
     value.name = f"{name}.inner"
-    cast = ir.node("Cast", [value], {"to": int(kind)}, name=f"{name}/{kind.name}")
+    cast = ir.node("Cast", [value], {"to": int(kind)}, name=f"{name}/output")
     output = cast.outputs[0]
     output.name, output.type, output.shape = name, ir.TensorType(kind), value.shape
     value.shape = None

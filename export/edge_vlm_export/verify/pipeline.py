@@ -17,7 +17,7 @@ from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import KVLayout
 from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.pruning.policies import KeepPolicy, make_policy
-from edge_vlm.text.masks import CAUSAL, block_bias
+from edge_vlm.text.masks import CAUSAL, block_bias, block_rule
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.rope import rope_table
 
@@ -218,10 +218,13 @@ class Pipeline:
             "inputs_embeds": embeds.astype(np.float32),
             "cos": cos,
             "sin": sin,
-            "attn_bias": block_bias(block, p),
             "last_idx": np.array([s - 1], np.int32),
             **past.inputs(s),
         }
+        if any(tensor.name == "mask_rule" for tensor in self._specs[name].inputs):
+            inputs["mask_rule"] = block_rule(block)
+        else:
+            inputs["attn_bias"] = block_bias(block, p)
         out = self._checked(name, inputs)
         past.take(out, s)
         logits: np.ndarray = out["logits"][0]

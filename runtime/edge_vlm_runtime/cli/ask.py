@@ -12,7 +12,7 @@ from edge_vlm_runtime.cli.options import (
     access_of,
     add_access_arguments,
     add_settings_arguments,
-    bundle_options,
+    own_server_options,
     serve_options,
     settings_of,
 )
@@ -50,6 +50,7 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
     from edge_vlm_runtime.client.terminal import (
         answer_times,
         dropped_text,
+        looked_at_text,
         point_lines,
         snapshot_text,
     )
@@ -68,6 +69,8 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
         question = PlannedQuestion(text=args.question, detail=args.detail)
         outcome = await stream(source, client, [question], real_time=False, observer=Kept())
     for answer in answers:
+        if seen := looked_at_text(answer, client.video):
+            print(seen, file=sys.stderr)
         print("\n".join([answer.shown_text, *point_lines(answer)]))
         print(
             f"{outcome.frames_processed} frames{dropped_text(outcome)}, "
@@ -83,6 +86,6 @@ ask = configured(
         add_arguments=_ask_arguments,
         run=_ask,
     ),
-    bundle_options,
+    own_server_options,
     file_of=serve_options,
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from edge_vlm.errors import ConfigError
 from edge_vlm.options import About
 from edge_vlm_runtime.cli.arguments import Groups, add_options, build, flat, given, options_of
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
@@ -20,6 +21,7 @@ from edge_vlm_runtime.engines.names import Backend
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.connection import Access
     from edge_vlm_runtime.openai.media import MediaRules
+    from edge_vlm_runtime.protocol.settings import ServerLimits
     from edge_vlm_runtime.server.tls import Tls
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -111,6 +113,31 @@ class AccessOptions:
 
 def bundle_options() -> Groups:
     return {"": options_of(BundleOptions)}
+
+
+OWN_LIMITS = ("kv_capacity_tokens", "max_session_bytes")
+"""Limits of a server that a command starts for itself."""
+
+
+def own_server_options() -> Groups:
+    """What `watch` and `ask` open, and how much it may remember. Raises MissingExtraError."""
+    from edge_vlm_runtime.protocol.settings import ServerLimits
+
+    title = "limits of a server of its own"
+    return {**bundle_options(), title: options_of(ServerLimits, only=OWN_LIMITS)}
+
+
+def own_limits(args: argparse.Namespace) -> ServerLimits:
+    """Of a command that has `own_server_options`, else the usual ones. Raises ConfigError."""
+    from edge_vlm_runtime.protocol.settings import ServerLimits
+
+    options = options_of(ServerLimits, only=OWN_LIMITS)
+    if not all(hasattr(args, option.key) for option in options):
+        return ServerLimits()
+    try:
+        return ServerLimits(**given(options, args))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def serve_options() -> Groups:
@@ -207,7 +234,6 @@ def _media(args: argparse.Namespace) -> MediaRules:
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:
-    from edge_vlm.errors import ConfigError
     from edge_vlm_runtime.server.tls import Tls, default_folder, own_names, self_signed
 
     if (args.tls_cert is None) != (args.tls_key is None):

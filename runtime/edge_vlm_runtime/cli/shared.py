@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_vlm_runtime.cli.options import own_limits
 from edge_vlm_runtime.engines.names import backend_options
 
 if TYPE_CHECKING:
@@ -29,7 +30,12 @@ def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Itera
     except MissingExtraError as error:
         raise error.widened("ort") from error
 
-    options = {"threads": args.threads, "record_to": record_to, **backend_options(args)}
+    options = {
+        "threads": args.threads,
+        "record_to": record_to,
+        "limits": own_limits(args),
+        **backend_options(args),
+    }
     with Server.open(args.bundle, **options) as server:
         server.start()
         yield server.url

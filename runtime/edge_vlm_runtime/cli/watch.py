@@ -24,7 +24,7 @@ from edge_vlm_runtime.cli.options import (
     add_record_argument,
     add_settings_arguments,
     add_source_arguments,
-    bundle_options,
+    own_server_options,
     serve_options,
     settings_of,
 )
@@ -134,6 +134,6 @@ watch = configured(
         add_arguments=_watch_arguments,
         run=_watch,
     ),
-    bundle_options,
+    own_server_options,
     file_of=serve_options,
 )

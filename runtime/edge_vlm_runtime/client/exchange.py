@@ -63,6 +63,8 @@ class Exchange:
         self.created = line.opening
         self.settings = line.opening.settings
         """In force now."""
+        self.video = line.opening.video
+        """How much video a question can be shown now; None if the server does not say."""
         if isinstance(line.opening, protocol.SessionResumed):
             self._last_sequence = line.opening.newest_frame_sequence or 0
         self.frames = FrameCounts()
@@ -208,7 +210,7 @@ class Exchange:
                 stream.finish(event)
         elif isinstance(event, REPLIES):
             if isinstance(event, protocol.SessionUpdated):
-                self.settings = event.settings
+                self.settings, self.video = event.settings, event.video
             future = self._replies.pop(event.event_id or "", None)
             if future is not None and not future.done():
                 future.set_result(event)

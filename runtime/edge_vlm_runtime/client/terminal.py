@@ -54,7 +54,11 @@ def alert_line(event: AlertTriggered | AlertCleared) -> str:
 def answer_line(result: Answer | EdgeVlmError) -> str:
     if isinstance(result, EdgeVlmError):
         return f"no answer: {result.code}: {result}"
-    return f"{result.shown_text or '(nothing)'}{answer_times(result)}{snapshot_text(result)}"
+    text = f"{result.shown_text or '(nothing)'}{answer_times(result)}{snapshot_text(result)}"
+    shown, accepted = result.frames_shown, result.frames_accepted
+    if shown and accepted is not None and shown < accepted:
+        text += f"  [{shown} of {accepted} frames looked at]"
+    return text
 
 
 def snapshot_text(answer: Answer) -> str:
@@ -90,6 +94,20 @@ def answer_times(answer: Answer) -> str:
     if not times:
         return ""
     return f"{times}, seen until {answer.newest_frame.time_s:.1f} s]"
+
+
+def looked_at_text(answer: Answer, room: protocol.VideoRoom | None) -> str:
+    """How many frames an answer rests on and, if some are missing, why and what helps; empty if
+    that is not known or the video was not asked about."""
+    shown, accepted = answer.frames_shown, answer.frames_accepted
+    if shown is None or accepted is None or (shown == 0 and answer.snapshot is not None):
+        return ""
+    text = f"{shown} of {accepted} {'frame' if accepted == 1 else 'frames'} looked at"
+    if shown >= accepted or room is None:
+        return text
+    limits = {"bundle": "the bundle", "positions": "the model's positions"}
+    why = limits.get(room.limited_by, room.limited_by)
+    return f"{text}: {room.frames_that_fit} fit ({why}); {room.remedy}"
 
 
 def dropped_text(outcome: Outcome) -> str:

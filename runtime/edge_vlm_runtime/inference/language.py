@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edge_vlm.config import LanguageConfig
 from edge_vlm.errors import NonFinite, PositionsUsedUp, ShapeRange
 from edge_vlm.formats.precision import KVLayout
-from edge_vlm.text.masks import CAUSAL, block_bias, branch_bias
+from edge_vlm.text.masks import CAUSAL, Rule, block_rule, branch_rule, rule_bias
 from edge_vlm.text.rope import rope_table
 from edge_vlm_runtime.engines.base import CacheMemory, Engine
 from edge_vlm_runtime.inference.kv_arena import KVArena
@@ -44,6 +44,9 @@ class LanguageModel:
         self._cos, self._sin = rope_table(cfg, cfg.max_positions)
         self._no_bias = np.zeros(engine.spec.dims["p"].max + 1, np.float32)
         self._last_idx = np.zeros(1, np.int32)
+        self._by_rule = any(t.name == "mask_rule" for t in engine.spec.inputs)
+        """The graph is told who sees whom by a rule instead of a matrix."""
+        self._one = block_rule(np.array([CAUSAL]))
         kinds = [(kind, i) for i in range(cfg.num_layers) for kind in ("k", "v")]
         self._past_names = [f"past_{kind}_{i}" for kind, i in kinds]
         written = "present" if layout is KVLayout.HEAD_MAJOR else "new"
@@ -152,7 +155,7 @@ class LanguageModel:
             arena,
             np.ascontiguousarray(np.concatenate(branches), np.float32),
             arena.next_position + places,
-            branch_bias(branch_ids, arena.length),
+            branch_rule(branch_ids),
             (ends - 1).astype(np.int32),
         )
 
@@ -171,10 +174,10 @@ class LanguageModel:
             )
 
     def _run(self, arena: KVArena, embeds: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
-        s, p, first = len(embeds), arena.length, arena.next_position
-        bias = self._no_bias[: p + 1][None] if s == 1 or ids is None else block_bias(ids, p)
+        s, first = len(embeds), arena.next_position
         self._last_idx[0] = s - 1
-        logits = self._infer(arena, embeds, slice(first, first + s), bias, self._last_idx)
+        rule = self._one if s == 1 or ids is None else block_rule(ids)
+        logits = self._infer(arena, embeds, slice(first, first + s), rule, self._last_idx)
         arena.append(s)
         rows: npt.NDArray[np.float32] = logits[0]
         return rows
@@ -184,7 +187,7 @@ class LanguageModel:
         arena: KVArena,
         embeds: np.ndarray,
         positions: slice | np.ndarray,
-        bias: np.ndarray,
+        rule: Rule,
         rows: np.ndarray,
     ) -> np.ndarray:
         """One run of the graph: logits f32 [n, base_vocab] of the `rows` i32 [n] asked for.
@@ -196,7 +199,13 @@ class LanguageModel:
         engine.bind_array("inputs_embeds", embeds)
         engine.bind_array("cos", self._cos[positions])
         engine.bind_array("sin", self._sin[positions])
-        engine.bind_array("attn_bias", bias)
+        if engine is self._engine and self._by_rule:
+            engine.bind_array("mask_rule", rule)
+        else:
+            past_tokens = arena.length
+            one = len(embeds) == 1
+            bias = self._no_bias[: past_tokens + 1][None] if one else rule_bias(rule, past_tokens)
+            engine.bind_array("attn_bias", bias)
         engine.bind_array("last_idx", rows)
         engine.bind_array("logits", logits)
         past, offset, new = arena.places(len(embeds))

@@ -198,6 +198,20 @@ class Model(Part, kw_only=True):
     """See below."""
 
 
+class VideoRoom(Part, kw_only=True):
+    """How much video one question can be shown under the settings in force."""
+
+    frames_that_fit: int
+    """Whole frames, with time stamps up to 9999.9 s; where cells are dropped, as many as their mean
+    number leaves room for."""
+    tokens: int
+    limited_by: str
+    """What keeps it from being more: bundle, positions, kv_tokens, session_memory, window_tokens
+    or last_n."""
+    remedy: str
+    """How to show more."""
+
+
 class SessionCreated(ServerEvent, tag="session.created"):
     """The first event of a session."""
 
@@ -211,6 +225,8 @@ class SessionCreated(ServerEvent, tag="session.created"):
     limits: ServerLimits
     session: RealtimeSession | UnsetType = UNSET
     """`settings` for clients of OpenAI's API."""
+    video: VideoRoom | None = None
+    """Null from an older server."""
 
 
 class SessionResumed(ServerEvent, tag="session.resumed"):
@@ -230,6 +246,7 @@ class SessionResumed(ServerEvent, tag="session.resumed"):
     model: Model
     settings: SessionSettings
     limits: ServerLimits
+    video: VideoRoom | None = None
     event_id: str | None = None
 
 
@@ -239,6 +256,7 @@ class SessionUpdated(ServerEvent, tag="session.updated"):
     settings: SessionSettings
     session: RealtimeSession | UnsetType = UNSET
     """`settings` for clients of OpenAI's API."""
+    video: VideoRoom | None = None
     event_id: str | None = None
 
 
@@ -377,6 +395,12 @@ class ResponseDone(ServerEvent, tag="response.done"):
     error_code: str | None = None
     text_in_stream_time: str | None = None
     """`text` with times in seconds since the stream's first frame; null where they are already."""
+    frames_shown: int | None = None
+    """Frames of the video that were looked at, whole ones; a snapshot is none. Null from an older
+    server."""
+    frames_accepted: int | None = None
+    """Frames accepted until then: what is missing in `frames_shown` was forgotten before, see
+    `video` in `session.created`."""
 
     response: RealtimeResponse | UnsetType = UNSET
     """For clients of OpenAI's API; its `status` is `incomplete` where an answer was cut."""
@@ -467,7 +491,7 @@ class Error(ServerEvent, tag="error"):
 
 
 PARTS: tuple[type[Part], ...] = (
-    *(Model, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
+    *(Model, VideoRoom, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
     *question_messages.PARTS,
     *(RealtimeSession, RealtimeResponse, RealtimeUsage, TokenDetails, ConversationItem, OutputPart),
     *realtime_events.PARTS,

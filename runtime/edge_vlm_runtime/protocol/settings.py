@@ -13,9 +13,8 @@ import numpy as np
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.options import About
-from edge_vlm.pixels.stills import all_tilings, grid_of
 from edge_vlm.pruning.policies import POLICY_NAMES
-from edge_vlm.text.prompt import image_length
+from edge_vlm.text.prompt import longest_frame, longest_image
 
 CAN_BE_NONE = ("resume_grace_s", "max_answer_slowdown", "max_waiting_requests")
 MAX_WHOLE = 1 << 53
@@ -164,6 +163,11 @@ class ModelLimits:
     snapshot_tokens: int = 0
     """Most tokens of a picture at full detail; 0: the model reads video only."""
 
+    @property
+    def frame_tokens(self) -> int:
+        """Most tokens of a frame that keeps every cell."""
+        return longest_frame(self.num_cells)
+
     @classmethod
     def from_bundle(cls, bundle: EngineBundle) -> ModelLimits:
         vision, language = bundle.config.vision, bundle.config.language
@@ -188,10 +192,7 @@ class ModelLimits:
 
 def _snapshot_tokens(bundle: EngineBundle) -> int:
     images = bundle.images
-    if images is None:
-        return 0
-    grids = [grid_of(t, bundle.config.vision, images) for t in all_tilings(images.max_crops)]
-    return max(image_length(grid, bundle.style) for grid in grids)
+    return 0 if images is None else longest_image(images, bundle.config.vision, bundle.style)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ class ServerLimits:
     """Questions of one session that wait for their answer."""
     max_question_tokens: int = 256
     """Length of one question."""
-    kv_capacity_tokens: int = 8192
+    kv_capacity_tokens: Annotated[int, About(option="kv_tokens")] = 8192
     """Largest cache of one session; the model's last position bounds it too."""
     max_session_bytes: Annotated[
         int, About(option="session_memory", metavar="MIB", unit=1 << 20)

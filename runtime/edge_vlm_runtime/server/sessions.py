@@ -26,6 +26,7 @@ from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, Sessio
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.event_log import EventLog
 from edge_vlm_runtime.server.metrics import ServerMetrics
+from edge_vlm_runtime.session.budget import video_room
 
 log = logging.getLogger(__name__)
 
@@ -222,6 +223,7 @@ class SessionRegistry:
                 model=self._model_part(),
                 settings=self._settings,
                 limits=self.limits,
+                video=video_room(self._settings, self._model, self.limits),
             )
         )
 
@@ -295,6 +297,7 @@ class SessionRegistry:
 
     def resumed(self, session: ClientSession, last_sequence: int) -> protocol.SessionResumed:
         """The first message of a connection that goes on with a session."""
+        settings = session.settings or self._settings
         return protocol.SessionResumed(
             session_id=session.session_id,
             messages_received=session.messages_received,
@@ -303,8 +306,9 @@ class SessionRegistry:
             protocol_version=protocol.PROTOCOL_VERSION,
             server=f"edge-vlm {edge_vlm.__version__}",
             model=self._model_part(),
-            settings=session.settings or self._settings,
+            settings=settings,
             limits=self.limits,
+            video=video_room(settings, self._model, self.limits),
         )
 
     def attach(self, session: ClientSession, viewer: Subscriber) -> None:

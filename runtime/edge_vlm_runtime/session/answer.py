@@ -33,6 +33,7 @@ class Answer:
         view: PromptView,
         newest_frame: protocol.NewestFrame,
         max_tokens: int,
+        frames_accepted: int,
     ) -> None:
         """Prefills earlier turns and the question. Raises what `LanguageModel.prefill` and
         `Constraints.matcher` raise; the view then is still the caller's."""
@@ -47,6 +48,7 @@ class Answer:
         self.text = ""
         self._view = view
         self._newest_frame = newest_frame
+        self._frames_accepted = frames_accepted
         self._text_tokens = len(ids)
         self._output_tokens = 0
         self._first_delta_ns: int | None = None
@@ -127,4 +129,6 @@ class Answer:
             snapshot=view.snapshot,
             points=pointed_at(self.text, view.frames, view.snapshot),
             error_code=None if error is None else error.code,
+            frames_shown=len(view.frames),
+            frames_accepted=self._frames_accepted,
         )

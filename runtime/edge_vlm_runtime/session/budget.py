@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.text.prompt import longest_frame
+from edge_vlm_runtime.protocol.messages import VideoRoom
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits, SessionSettings
 
 SCORED_POLICIES = ("stream", "frame_topk")
@@ -96,6 +98,57 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
             where="session settings",
         )
     return settings.window_tokens
+
+
+def shown_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+    """Tokens of video that one question can be shown. Raises ConfigError as `video_window`."""
+    window = video_window(settings, model, limits)
+    if settings.attention is Attention.FRAME:
+        return window
+    return min(window, model.max_prefill_tokens)  # all of it goes through one run of the graph
+
+
+def video_room(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> VideoRoom:
+    """How many frames `shown_window` holds, and what bounds it. Raises ConfigError as that."""
+    tokens = shown_window(settings, model, limits)
+    frames = int((tokens - 1) // _frame_tokens(settings, model))  # the first token is the prompt's
+    reserve = dialogue_reserve(settings, model, limits)
+    room = {
+        "bundle": model.max_cache_tokens - reserve,
+        "positions": model.max_positions - reserve,
+        "kv_tokens": limits.kv_capacity_tokens - reserve,
+        "session_memory": limits.max_session_bytes // model.token_bytes - reserve,
+    }
+    if settings.attention is not Attention.FRAME:
+        room["bundle"] = min(room["bundle"], model.max_prefill_tokens)
+    if settings.window_tokens:
+        room["window_tokens"] = settings.window_tokens
+    limit = min(room, key=lambda name: room[name])
+    if settings.attention is Attention.LAST_N and settings.last_n <= frames:
+        frames, limit = settings.last_n, "last_n"
+    return VideoRoom(
+        frames_that_fit=frames, tokens=tokens, limited_by=limit, remedy=ROOM_REMEDIES[limit]
+    )
+
+
+ROOM_REMEDIES = {
+    "bundle": "export it again with a larger --frames",
+    "positions": "the model was made for no more positions",
+    "kv_tokens": "serve with a larger --kv-tokens",
+    "session_memory": "serve with a larger --session-memory",
+    "window_tokens": "raise window_tokens, or set it to 0",
+    "last_n": "raise last_n, or set attention to exact",
+}
+
+
+def _frame_tokens(settings: SessionSettings, model: ModelLimits) -> float:
+    """Mean tokens of a frame."""
+    if settings.policy == "keep_all":
+        return model.frame_tokens
+    kept = settings.keep_ratio * model.num_cells
+    if settings.vision_tokens_per_s:
+        kept = min(settings.vision_tokens_per_s / settings.fps_cap, model.num_cells)
+    return kept + longest_frame(0)
 
 
 def plan_memory(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> MemoryPlan:

@@ -6,13 +6,15 @@ closes; frames are added only while none is open.
 
 Three modes (`Attention`). In `frame` mode every frame is appended once and stays; in `exact` and
 `last_n` mode the frames are only collected here and prefilled together, seeing each other both
-ways, when a question is asked.
+ways, when a question is asked. That prefill stays for further questions and alerts until what they
+would be shown changes.
 
 No I/O, no clock, no threads.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,6 +108,9 @@ class StreamContext:
         self._is_lent = False
         self._plan = self._feasible(plan)
         self._remembered: list[_Remembered] = []
+        self._prefilled: tuple[list[_Remembered], float] | None = None
+        """What the arena holds where frames are prefilled together: which, and their time offset.
+        None: nothing that a question could be asked after."""
         self._changes: list[Change] = []
 
     def _feasible(self, plan: MemoryPlan) -> MemoryPlan:
@@ -125,7 +130,7 @@ class StreamContext:
         before, self._plan = self._plan, self._feasible(plan)
         other_mode = self._plan.attention is not before.attention
         if other_mode:
-            self._arena.clear()
+            self._clear()
         in_arena = self._in_arena and not other_mode
         self._forget(self._num_to_forget(0, self._plan.window_tokens), in_arena)
         try:
@@ -216,7 +221,7 @@ class StreamContext:
 
     def forget_all(self) -> None:
         """What is left of a memory that the engines failed on would answer wrongly."""
-        self._arena.clear()
+        self._clear()
         if self._remembered:
             self._changes.append(Evicted(self.num_frames, self.video_tokens))
         self._remembered.clear()
@@ -241,10 +246,15 @@ class StreamContext:
             if self._in_arena:
                 if picture is not None:
                     self._prefill([picture])
-            else:
-                self._arena.clear()
+            elif picture is not None:
+                self._clear()
                 self._prefill_shown(picture)
-                mark = 0 if picture is not None else self._arena.length
+            else:
+                if not self._is_prefilled():
+                    self._clear()
+                    self._prefill_shown(None)
+                    self._prefilled = self._shown(), self.time_offset_s
+                mark = self._arena.length
             yield self._arena
         finally:
             self._arena.truncate(mark)
@@ -252,10 +262,11 @@ class StreamContext:
 
     @contextmanager
     def aside(self, num_tokens: int) -> Iterator[KVArena]:
-        """Lends an empty arena for `num_tokens`: the stream's own where that is written anew for
-        each question, else another one."""
+        """Lends an empty arena for `num_tokens`: another one than the stream's own, unless that
+        holds nothing."""
         self._require_not_lent()
-        arena = self._language.new_arena(num_tokens) if self._in_arena else self._arena
+        is_free = not self._in_arena and self._prefilled is None
+        arena = self._arena if is_free else self._language.new_arena(num_tokens)
         self._is_lent = True
         arena.clear()
         try:
@@ -289,6 +300,18 @@ class StreamContext:
         if self._is_lent:
             raise RuntimeError("the arena is lent out, close the branch first")
 
+    def _is_prefilled(self) -> bool:
+        if self._prefilled is None:
+            return False
+        frames, offset_s = self._prefilled
+        shown = self._shown()
+        same = len(frames) == len(shown) and all(map(operator.is_, frames, shown))
+        return same and offset_s == self.time_offset_s
+
+    def _clear(self) -> None:
+        self._arena.clear()
+        self._prefilled = None
+
     def _prefill_shown(self, picture: Segment | None) -> None:
         segments = [self._segment(item.frame, first=i == 0) for i, item in enumerate(self._shown())]
         if picture is not None:
@@ -316,7 +339,7 @@ class StreamContext:
 
     def _shown(self) -> list[_Remembered]:
         last = self._plan.attention is Attention.LAST_N
-        return self._remembered[-self._plan.last_n :] if last else self._remembered
+        return self._remembered[-self._plan.last_n :] if last else list(self._remembered)
 
     # ---- adding ------------------------------------------------------------------------------
 
@@ -341,6 +364,8 @@ class StreamContext:
             segments = [self._segment(frames[0], first=not self._remembered)]
         if self._in_arena:
             self._prefill(segments)
+        else:
+            self._clear()  # the frames before these are to see them
         self._remembered += [
             _Remembered(frame, len(segment.embeds))
             for frame, segment in zip(frames, segments, strict=True)
@@ -424,7 +449,7 @@ class StreamContext:
             room = self._model.max_positions - self._plan.reserve_tokens
             count = self._num_to_forget(num_tokens, int(room * (1.0 - HEADROOM)))
             self._forget(count, in_arena=False)
-        self._arena.clear()
+        self._clear()
         if self._in_arena and self._remembered:
             try:
                 self._prefill_again()

@@ -34,7 +34,12 @@ from edge_vlm_runtime.protocol.questions import UserMessage, lines
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.session.alerts import AlertMessage, AlertMonitor
 from edge_vlm_runtime.session.answer import Answer
-from edge_vlm_runtime.session.budget import cache_capacity, plan_memory, question_capacity
+from edge_vlm_runtime.session.budget import (
+    cache_capacity,
+    plan_memory,
+    question_capacity,
+    video_room,
+)
 from edge_vlm_runtime.session.context import StreamContext
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
@@ -197,7 +202,13 @@ class Session:
         self.settings = settings
         self._ingest.configure(settings)
         self._trim_history()
-        self._outbox.add(protocol.SessionUpdated(settings=settings, event_id=message.event_id))
+        self._outbox.add(
+            protocol.SessionUpdated(
+                settings=settings,
+                video=video_room(settings, self._model, self._limits),
+                event_id=message.event_id,
+            )
+        )
 
     def _require_room_for(self, instructions: str) -> None:
         """Raises ConfigError when they would leave less than half of its room to a question."""
@@ -339,6 +350,7 @@ class Session:
                         age_s=(now_ns - newest.received_ns) * 1e-9,
                     ),
                     max_tokens=max_tokens,
+                    frames_accepted=self._stats.num_accepted,
                 )
             except BaseException:
                 view.release()

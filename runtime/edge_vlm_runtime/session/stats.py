@@ -21,6 +21,11 @@ class SessionStatsCounter:
         self.last_ttft_s: float | None = None
         self.last_tokens_per_s: float | None = None
 
+    @property
+    def num_accepted(self) -> int:
+        """Frames that were encoded."""
+        return self._processed
+
     def accepted(self, cells_seen: int, cells_kept: int) -> None:
         """A frame was encoded."""
         self._processed += 1

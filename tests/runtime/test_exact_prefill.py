@@ -1,0 +1,216 @@
+"""Frames that all see each other: prefilled in chunks of queries, once for all who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from edge_vlm.pixels.frames import decode_jpeg, encode_jpeg
+from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm_export.trace.chunks import CHUNK
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.alerts import AlertChecked, AlertCreate
+from edge_vlm_runtime.protocol.settings import ServerLimits
+from tests.model.peers import Prompt, load_peer, peer_logits
+from tests.published_folder import image_bundle, published_folder, published_model
+from tests.runtime.fake_engines import FakeClock
+from tests.runtime.torch_snapshots import answer, prompt_format, video_part
+from tests.runtime.viewer import Viewer
+
+LIMITS = ServerLimits(max_question_tokens=64)
+STEPS = 12
+QUESTION = "what colour is the cube ?"
+OTHER = "is there a red ball ?"
+
+
+def picture(seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    return encode_jpeg(rng.integers(0, 256, (60, 60, 3), dtype=np.uint8))
+
+
+class Watcher(Viewer):
+    """A viewer who counts the tokens that the language model is given."""
+
+    def __init__(self, engines: LoadedBundle, **changes: object) -> None:
+        changes = {"attention": "exact", "max_answer_tokens": STEPS, **changes}
+        super().__init__(engines, FakeClock(), limits=LIMITS, **changes)
+
+    def see(self, *jpegs: bytes) -> None:
+        for data in jpegs:
+            self.put(len(self.put_frames), data=data)
+            self.run()
+
+    def answered(self, text: str = QUESTION, detail: str = "video") -> protocol.ResponseDone:
+        self.ask(text, detail=detail)
+        self.run()
+        return self.of(protocol.ResponseDone)[-1]
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[LoadedBundle]:
+    with LoadedBundle.open(image_bundle(), threads=1) as opened:
+        yield opened
+
+
+Run = tuple[int, np.ndarray]
+
+
+@pytest.fixture
+def runs(engines: LoadedBundle, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Tokens and last logits of each run of the language graph with more than one token."""
+    noted: list[Run] = []
+    infer = engines.language._infer
+
+    def noting(arena: object, embeds: np.ndarray, *rest: object) -> np.ndarray:
+        logits = infer(arena, embeds, *rest)  # type: ignore[arg-type]
+        if len(embeds) > 1:
+            noted.append((len(embeds), logits[-1]))
+        return logits
+
+    monkeypatch.setattr(engines.language, "_infer", noting)
+    return noted
+
+
+def lengths(runs: list[Run]) -> list[int]:
+    return [length for length, _ in runs]
+
+
+FRAMES = [picture(seed) for seed in range(9)]
+
+
+def test_several_chunks_are_torchs_and_transformers_answer(
+    engines: LoadedBundle, runs: list[Run]
+) -> None:
+    viewer = Watcher(engines)
+    viewer.see(*FRAMES)
+    said = viewer.answered().text
+    assert runs[0][0] > 2 * CHUNK  # the last chunk is not a whole one
+    assert runs[0][0] % CHUNK
+    with torch.no_grad():
+        parts = video_part(published_model(), [(0.5 * i, jpeg) for i, jpeg in enumerate(FRAMES)])
+        assert said == answer(published_model(), parts, QUESTION, STEPS, one_block=True)
+    prompt, model = prompt_format(), published_model()
+    peer = load_peer(published_folder())
+    pixels = [to_pixel_values(decode_jpeg(jpeg), model.cfg.vision) for jpeg in FRAMES]
+    ids = np.concatenate(
+        [prompt.bos_ids, *(part for part, _ in parts), prompt.question_ids(QUESTION)]
+    )
+    tokens: list[int] = []
+    logits: list[np.ndarray] = []
+    for _ in range(STEPS):
+        whole = torch.from_numpy(np.concatenate([ids, tokens]).astype(np.int64))
+        shown = Prompt(model.cfg, whole, torch.from_numpy(np.stack(pixels)))
+        logits.append(peer_logits(peer, shown)[-1].numpy())
+        tokens.append(int(logits[-1].argmax()))
+    assert said == prompt.tokenizer.decode(tokens)
+    scale = np.abs(logits[0]).max()
+    np.testing.assert_allclose(runs[1][1], logits[0], atol=1e-4 * scale)
+    by_frame = Watcher(engines, attention="frame")
+    by_frame.see(*FRAMES)
+    by_frame.answered()
+    assert np.abs(runs[-1][1] - logits[0]).max() > 1e-2 * scale  # another mask is seen
+
+
+def test_a_second_question_costs_only_its_own_tokens(
+    engines: LoadedBundle, runs: list[Run]
+) -> None:
+    viewer, anew = Watcher(engines), Watcher(engines)
+    viewer.see(*FRAMES)
+    first = viewer.answered()
+    paid = lengths(runs)
+    runs.clear()
+    again, other = viewer.answered(), viewer.answered(OTHER)
+    asked = [len(prompt_format().question_ids(text)) for text in (QUESTION, OTHER)]
+    assert paid == [first.usage.vision_tokens, asked[0]]
+    assert lengths(runs) == asked
+    assert (again.text, again.usage, again.kv_tokens) == (first.text, first.usage, first.kv_tokens)
+    anew.see(*FRAMES)
+    assert anew.answered(OTHER).text == other.text
+
+
+@pytest.mark.parametrize("attention", ["exact", "last_n"])
+def test_a_frame_a_snapshot_and_other_settings_between(
+    engines: LoadedBundle, runs: list[Run], attention: str
+) -> None:
+    """Whatever comes between two questions, the second is answered as by a new session."""
+    viewer = Watcher(engines, attention=attention, last_n=3)
+    viewer.see(*FRAMES[:4])
+    viewer.answered()
+    viewer.see(*FRAMES[4:6])
+    runs.clear()
+    found = viewer.answered()
+    assert runs[0][0] == found.usage.vision_tokens  # the frames see the new ones too
+    fresh = Watcher(engines, attention=attention, last_n=3)
+    fresh.see(*FRAMES[:6])
+    expected = fresh.answered()
+    assert found.text == expected.text
+    for detail in ("snapshot", "both"):
+        viewer.answered(detail=detail)
+        assert viewer.answered().text == expected.text
+    viewer.ask(OTHER)
+    viewer.step()
+    viewer.cancel(None)
+    viewer.run()
+    assert viewer.answered().text == expected.text
+    viewer.update(attention="last_n", last_n=2)
+    last_two = Watcher(engines, attention="last_n", last_n=2)
+    last_two.see(*FRAMES[:6])
+    assert viewer.answered().text == last_two.answered().text
+    viewer.update(attention="frame")
+    viewer.update(attention=attention, last_n=3)
+    assert viewer.answered().text == expected.text
+
+
+def test_a_snapshot_alone_leaves_the_prefill_in_place(
+    engines: LoadedBundle, runs: list[Run]
+) -> None:
+    viewer = Watcher(engines)
+    viewer.see(*FRAMES)
+    first = viewer.answered()
+    viewer.answered(detail="snapshot")
+    runs.clear()
+    assert viewer.answered().text == first.text
+    assert max(lengths(runs)) < first.usage.vision_tokens
+
+
+def test_alerts_and_questions_share_one_prefill(engines: LoadedBundle, runs: list[Run]) -> None:
+    viewer = Watcher(engines)
+    viewer.see(*FRAMES[:3])
+    for text in (QUESTION, OTHER):
+        viewer.take(AlertCreate(question=text, report_checks=True))
+    viewer.run()
+    runs.clear()
+    viewer.events.clear()
+    viewer.see(FRAMES[3])
+    checks = viewer.of(AlertChecked)
+    assert len(checks) == 2
+    viewer.answered()
+    video = viewer.context.shown_tokens
+    assert lengths(runs).count(video) == 1
+    assert len(runs) == 3  # the video, both alerts together, the question
+    for text, check in zip((QUESTION, OTHER), checks, strict=True):
+        alone = Watcher(engines)
+        alone.take(AlertCreate(question=text, report_checks=True))
+        alone.see(*FRAMES[:4])
+        alone.run()
+        assert alone.of(AlertChecked)[-1].probability == pytest.approx(check.probability, rel=1e-4)
+
+
+def test_as_many_frames_fit_as_is_said(engines: LoadedBundle) -> None:
+    viewer = Watcher(engines)
+    viewer.update(max_answer_tokens=STEPS)
+    room = viewer.of(protocol.SessionUpdated)[-1].video
+    assert room is not None
+    assert (room.limited_by, room.frames_that_fit > 5) == ("bundle", True)
+    viewer.see(*[picture(seed) for seed in range(room.frames_that_fit)])
+    assert not viewer.of(protocol.MemoryEvicted)
+    viewer.see(picture(50), picture(51), picture(52))
+    assert viewer.of(protocol.MemoryEvicted)
+    viewer.update(attention="last_n", last_n=2)
+    room = viewer.of(protocol.SessionUpdated)[-1].video
+    assert room is not None
+    assert (room.frames_that_fit, room.limited_by) == (2, "last_n")
