@@ -214,7 +214,7 @@ class _Export:
 
     def _defaults(self) -> dict[str, Any]:
         given = {**self.source.defaults, **(self.options.defaults or {})}
-        if self.source.cfg.scorer is None:  # there are no scores to choose by
+        if not self.source.cfg.has_scores:  # there are no scores to choose by
             return {"policy": "keep_all", "keep_ratio": 1.0, **given}
         return given
 

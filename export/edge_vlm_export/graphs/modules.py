@@ -31,14 +31,15 @@ class VitStemGraph(nn.Module):
 
 
 class EmbedGraph(nn.Module):
-    """The stem of a model without scorer: nothing is dropped, so every block is the trunk's."""
+    """The stem of a model without a learned scorer: what change is scored by. Without scores
+    nothing is dropped, and every block is the trunk's."""
 
     def __init__(self, model: VideoLM) -> None:
         super().__init__()
-        self.vit = model.vit
+        self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.vit.embed(pixels)
+        return self.model.embed_frames(pixels)
 
 
 class VitTrunkGraph(nn.Module):

@@ -17,6 +17,7 @@ from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.pixels.frames import Rgb
 from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.change import frame_changes
 from edge_vlm.pruning.policies import Cells, Scores
 from edge_vlm_runtime.engines.base import Engine
 from edge_vlm_runtime.engines.ort import OrtEngine
@@ -61,7 +62,13 @@ class OfflineBundle:
             stem.run()
             prev, cells = cells, prev
             self._hidden.append(hidden)
+        if self.config.change is not None:
+            return frame_changes(np.concatenate(self._hidden))
         return scores
+
+    def hidden(self, frame: int) -> npt.NDArray[np.float32]:
+        """[N, D] of a frame of the clip looked at last, before the choice of cells."""
+        return self._hidden[frame][0]
 
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
         """[K, E] of the chosen cells of each frame of the clip looked at last."""

@@ -16,6 +16,7 @@ from edge_vlm.config import ModelConfig
 from edge_vlm.errors import NonFinite
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.change import LastKept
 from edge_vlm.pruning.policies import KeepPolicy
 from edge_vlm_runtime.engines.base import Engine
 
@@ -47,8 +48,13 @@ class VisionState:
         self.prev_cells = np.zeros((1, num_cells, width), np.float32)
         self.next_cells = np.zeros_like(self.prev_cells)
 
-    def advance(self) -> None:
+        self.last_kept = LastKept(num_cells)
+        """For a model whose scores are of change."""
+
+    def advance(self, cells: np.ndarray) -> None:
+        """`cells`: what was kept of the frame."""
         self.prev_cells, self.next_cells = self.next_cells, self.prev_cells
+        self.last_kept.keep(cells)
         self.is_first = False
 
 
@@ -86,7 +92,7 @@ class VisionPipeline:
         chosen = time.perf_counter()
         embeds = self._features(cells)
         end = time.perf_counter()
-        state.advance()
+        state.advance(cells)
         return FrameTokens(
             embeds=embeds,
             cells=cells,
@@ -110,7 +116,12 @@ class VisionPipeline:
         if not self._has_scorer:
             stem.bind_array("pixels", pixels[None])
             stem.run()
-            return np.ones(self.num_cells, np.float32)
+            if self._cfg.change is None:
+                return np.ones(self.num_cells, np.float32)
+            changes = state.last_kept.scores(self._hidden[0])
+            if not np.isfinite(changes).all():
+                raise NonFinite("what a frame is scored by is not finite", where="vit_stem")
+            return changes
         scores = np.empty((1, self.num_cells), np.float32)
         self._is_first[0] = state.is_first
         stem.bind_array("pixels", pixels[None])

@@ -179,7 +179,7 @@ class ModelLimits:
             max_cache_tokens=bundle.specs["llm"].dims["p"].max,
             max_time_s=None if max_time_s is None else float(max_time_s),
             trained_attention=bundle.config.attention.value,
-            has_scorer=bundle.config.scorer is not None,
+            has_scorer=bundle.config.has_scores,
             token_bytes=_token_bytes(bundle),
             snapshot_tokens=_snapshot_tokens(bundle),
         )

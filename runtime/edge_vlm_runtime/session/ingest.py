@@ -282,6 +282,7 @@ class FrameIngest:
         its cells are new, too."""
         self._duplicates.reset()
         self._policy.reset()
+        self._state.last_kept.forget()
 
     # ---- outcomes ----------------------------------------------------------------------------
 
