@@ -276,7 +276,9 @@ class ModelConfig:
         object.__setattr__(self, "attention", VisionAttention(self.attention))
         if self.change is not None:
             if self.scorer is not None:
-                raise ValueError("ModelConfig.change: a model has one scorer, and it has learned one")
+                raise ValueError(
+                    "ModelConfig.change: a model has one scorer, and it has learned one"
+                )
             least = min(self.vision.feature_layers)
             _require(self.change.after_block <= least, self.change, "after_block", f"0..{least}")
         if self.scorer is not None:
@@ -291,6 +293,13 @@ class ModelConfig:
     def has_scores(self) -> bool:
         """Cells can be chosen by what a scorer says of them."""
         return self.scorer is not None or self.change is not None
+
+    @property
+    def scorer_kind(self) -> str:
+        """learned, change or none."""
+        if self.scorer is not None:
+            return "learned"
+        return "none" if self.change is None else "change"
 
     @property
     def scored_after(self) -> int | None:

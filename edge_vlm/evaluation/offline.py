@@ -37,7 +37,7 @@ from edge_vlm.evaluation.runs import (
 from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.pixels.frames import Rgb, decode_jpeg
 from edge_vlm.pruning.change import LastKept
-from edge_vlm.pruning.clip_budget import Variant, clip_budget, variant_of
+from edge_vlm.pruning.clip_budget import Variant, clip_budget, context_of, variant_of
 from edge_vlm.pruning.policies import Cells, Scores, make_policy
 from edge_vlm.text.masks import CAUSAL
 from edge_vlm.text.prompt import Ids, PromptFormat
@@ -149,6 +149,16 @@ def choose(
     return chosen
 
 
+def clip_features(model: ClipModel, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
+    """Features of the cells that the clip budget chose, in the context of its variant."""
+    kept = np.zeros((len(cells), model.config.vision.num_cells), np.bool_)
+    for row, chosen in zip(kept, cells, strict=True):
+        row[chosen] = True
+    context = context_of(kept, variant=variant_of(model.config))
+    features = model.features([np.flatnonzero(row).astype(np.int32) for row in context])
+    return [found[mine[seen]] for found, mine, seen in zip(features, kept, context, strict=True)]
+
+
 def kept_cells(run: Run, cells: Sequence[Cells | None]) -> int:
     """What the language model has to hold at the end of the clip."""
     if run.policy == LAST_N:
@@ -164,7 +174,10 @@ def _answers(
     asked_ids: Sequence[Ids],
 ) -> ClipAnswers:
     sent = [np.empty(0, np.int32) if chosen is None else chosen for chosen in cells]
-    features = model.features(sent)
+    if run.policy == CLIP:
+        features = clip_features(model, sent)
+    else:
+        features = model.features(sent)
     shown = [i for i, chosen in enumerate(cells) if chosen is not None]
     windows = list(_windows(clip, run, shown))
     views: list[View] = []

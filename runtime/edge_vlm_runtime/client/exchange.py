@@ -62,6 +62,10 @@ class Exchange:
         self.created = line.opening
         self.settings = line.opening.settings
         """In force now."""
+        self.notes: list[str] = []
+        """What the server says of these settings with its model."""
+        if isinstance(line.opening, protocol.SessionCreated):
+            self.notes = line.opening.notes or []
         if isinstance(line.opening, protocol.SessionResumed):
             self._last_sequence = line.opening.newest_frame_sequence or 0
         self.frames = FrameCounts()
@@ -193,6 +197,8 @@ class Exchange:
             self.frames.add(event)
             self._unacknowledged.discard(event.frame_sequence)
             self._wake()
+        elif isinstance(event, protocol.ClipChosen):
+            self.frames.add(event)
         elif isinstance(event, protocol.ResponseCreated):
             stream = self._by_event_id.pop(event.event_id or "", None)
             if stream is not None:
@@ -208,6 +214,7 @@ class Exchange:
         elif isinstance(event, REPLIES):
             if isinstance(event, protocol.SessionUpdated):
                 self.settings = event.settings
+                self.notes = event.notes or []
             future = self._replies.pop(event.event_id or "", None)
             if future is not None and not future.done():
                 future.set_result(event)

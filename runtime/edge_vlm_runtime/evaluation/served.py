@@ -24,11 +24,10 @@ from edge_vlm.evaluation.runs import (
     Run,
 )
 from edge_vlm.formats.qa_set import ClipQuestions
-from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.protocol.frames import DropReason
-from edge_vlm_runtime.protocol.settings import Attention
+from edge_vlm_runtime.protocol.settings import CLIP, POLICIES, Attention
 from edge_vlm_runtime.session.budget import SCORED_POLICIES
 
 DUPLICATE = DropReason.DUPLICATE.value
@@ -43,7 +42,7 @@ def settings_of(run: Run, clip: ClipQuestions) -> dict[str, Any]:
         "policy": KEEP_ALL if whole else run.policy,
         "keep_ratio": 1.0 if whole else run.keep_ratio,
         "policy_seed": seed_of(clip),
-        "min_cells": MIN_CELLS,
+        "min_cells": 0 if run.policy == CLIP else MIN_CELLS,
         "attention": (Attention.LAST_N if run.policy == LAST_N else attention).value,
         "last_n": run.frames_kept(len(clip.jpegs) - clip.num_quiet),
         "max_answer_tokens": MAX_ANSWER_TOKENS,
@@ -116,7 +115,7 @@ class ServedEvaluator:
             return run.attention is VisionAttention.ALL
         if not self._has_scorer and run.policy in SCORED_POLICIES:
             return False
-        return run.policy == FEWER_FRAMES or run.policy in POLICY_NAMES
+        return run.policy == FEWER_FRAMES or run.policy in POLICIES
 
     def answers(
         self, clip: ClipQuestions, runs: Sequence[Run]

@@ -39,6 +39,20 @@ class FrameTokens:
     """Arrival of the frame on the server's clock, where one keeps it."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrameStem:
+    """A frame whose cells are scored and not chosen yet."""
+
+    hidden: np.ndarray
+    """f32 [1, num_patches, width]"""
+    scores: np.ndarray
+    """f32 [num_cells]"""
+    pts_ns: int
+    seq: int
+    stage_ms: dict[str, float]
+    received_ns: int = 0
+
+
 class VisionState:
     """What one stream's next frame needs of the last one. Never share it between streams."""
 
@@ -105,6 +119,42 @@ class VisionPipeline:
                 "select": (chosen - scored) * 1e3,
                 "vit_trunk": (end - chosen) * 1e3,
             },
+        )
+
+    def look(self, frame: Frame, state: VisionState) -> FrameStem:
+        """The part of `encode` before the choice, of a clip whose cells are chosen when all of it
+        is there. Change is against the frame before. Raises NonFinite."""
+        begin = time.perf_counter()
+        pixels = to_pixel_values(frame.rgb, self._cfg.vision)
+        ready = time.perf_counter()
+        scores = self._score(pixels, state)
+        state.advance(np.arange(self.num_cells, dtype=np.int32))
+        return FrameStem(
+            hidden=self._hidden.copy(),
+            scores=scores,
+            pts_ns=frame.pts_ns,
+            seq=frame.seq,
+            stage_ms={
+                "preprocess": (ready - begin) * 1e3,
+                "vit_stem": (time.perf_counter() - ready) * 1e3,
+            },
+        )
+
+    def finish(self, stem: FrameStem, kept: np.ndarray, context: np.ndarray) -> FrameTokens:
+        """The part after it. `kept` and `context` are bool [num_cells]: what stays of the frame,
+        and what the blocks behind the drop see of it. Raises NonFinite."""
+        begin = time.perf_counter()
+        np.copyto(self._hidden, stem.hidden)
+        embeds = self._features(np.flatnonzero(context).astype(np.int32))
+        trunk_ms = (time.perf_counter() - begin) * 1e3
+        return FrameTokens(
+            embeds=embeds[kept[context]],
+            cells=np.flatnonzero(kept).astype(np.int32),
+            scores=stem.scores,
+            pts_ns=stem.pts_ns,
+            seq=stem.seq,
+            stage_ms={**stem.stage_ms, "vit_trunk": trunk_ms},
+            received_ns=stem.received_ns,
         )
 
     def _score(self, pixels: np.ndarray, state: VisionState) -> np.ndarray:

@@ -25,6 +25,7 @@ from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, Sessio
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.event_log import EventLog
 from edge_vlm_runtime.server.metrics import ServerMetrics
+from edge_vlm_runtime.session.budget import notes_on
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class SessionRegistry:
                 model=self._model_part(),
                 settings=self._settings,
                 limits=self.limits,
+                notes=notes_on(self._settings, self._model) or None,
             )
         )
 
