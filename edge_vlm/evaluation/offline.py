@@ -174,10 +174,7 @@ def _answers(
     asked_ids: Sequence[Ids],
 ) -> ClipAnswers:
     sent = [np.empty(0, np.int32) if chosen is None else chosen for chosen in cells]
-    if run.policy == CLIP:
-        features = clip_features(model, sent)
-    else:
-        features = model.features(sent)
+    features = clip_features(model, sent) if run.policy == CLIP else model.features(sent)
     shown = [i for i, chosen in enumerate(cells) if chosen is not None]
     windows = list(_windows(clip, run, shown))
     views: list[View] = []

@@ -127,6 +127,10 @@ class Evaluator(Protocol):
     """For people: the model's."""
     identity: str
     """Changes when answers may: of the weights, as far as it can be told."""
+    attention: VisionAttention
+    """What the weights were trained with."""
+    has_scores: bool
+    """Cells can be chosen by what a scorer says of them."""
 
     def can(self, run: Run) -> bool:
         """Whether this path offers such a run."""
@@ -143,7 +147,7 @@ class Evaluator(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorOptions:
     threads: int = 2
-    scorer: str | None = None
+    scorer: str = "own"
     """`CHANGE`: what a checkpoint is measured with instead of its own, on the path `torch`."""
     api_key_file: Path | None = None
     tls_ca: Path | None = None

@@ -224,6 +224,7 @@ class TorchEvaluator:
         if by_change:
             model.score_by_change()
         self._model = TorchModel(model, PromptFormat(tokenizer, found.usage.style))
+        self.attention, self.has_scores = model.cfg.attention, model.cfg.has_scores
         self.identity = sha256_of_file(found.weight_files[0]) + by_change * ", scorer change"
 
     def can(self, run: Run) -> bool:

@@ -11,6 +11,7 @@ Shape letters: F frames, N patches per frame, C cells per frame, D width.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,7 @@ def change(unit_ND: Hidden, kept_ND: Hidden) -> Scores:
 def frame_changes(hidden_FND: Hidden) -> Scores:
     """Scores [F, C] of a clip against the frame before; 1 in the first frame."""
     units = [unit_cells(hidden) for hidden in hidden_FND]
-    later = [change(unit, before) for before, unit in zip(units, units[1:], strict=False)]
+    later = [change(unit, before) for before, unit in pairwise(units)]
     num_cells = hidden_FND.shape[1] // CELL**2
     return np.stack([np.ones(num_cells, np.float32), *later])
 

@@ -139,6 +139,7 @@ def _export(args: argparse.Namespace) -> int:
     source, options = _scored(_source(args), args), _options(args)
     for note in source.notes:
         print(f"note: {note}")
+    from edge_vlm.formats.inspect_bundle import serving_facts
     from edge_vlm_export.preflight import peak_memory
     from edge_vlm_export.to_onnx import export_source
 
@@ -149,6 +150,8 @@ def _export(args: argparse.Namespace) -> int:
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
     size_mb = sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file()) / 1e6
     print(f"took {time.monotonic() - began:.0f} s{memory}")
+    for fact, text in serving_facts(bundle).items():
+        print(f"{fact}: {text}")
     print(
         f"bundle {bundle.name}: {bundle.path} ({size_mb:.1f} MB, {bundle.precision.label}, "
         f"{bundle.variant.value})"

@@ -84,8 +84,10 @@ def open_weights(folder: Path, tokenizer: Path | None = None) -> WeightSource:
 
 
 def scored_by_change(source: WeightSource, after_block: int | None = None) -> WeightSource:
-    """The same weights with the scorer that has none (`edge_vlm.pruning.change`). Raises ConfigError
-    for a block that is too far back."""
+    """The same weights with the scorer that has none (`edge_vlm.pruning.change`).
+
+    Raises ConfigError for a block that is too far back.
+    """
     try:
         cfg = source.cfg.scored_by_change(after_block)
     except ValueError as error:

@@ -126,6 +126,8 @@ class BundleEvaluator:
         """Raises BundleError and its leaves, MissingExtraError, EngineError."""
         bundle = EngineBundle.open(folder)
         self.name = folder.resolve().name
+        self.attention = bundle.config.attention
+        self.has_scores = bundle.config.has_scores
         self.identity = sha256_of_file(folder / MANIFEST)
         self.model = OfflineBundle(
             bundle, {name: OrtEngine(bundle, name, threads=threads) for name in bundle.specs}

@@ -102,7 +102,8 @@ class ServedEvaluator:
             self.close()
             raise
         self.name = model.bundle
-        self._has_scorer = model.limits.has_scorer
+        self.has_scores = bool(model.limits.has_scorer)
+        self.attention = VisionAttention(model.limits.trained_attention)
         self.identity = identity or f"{model.bundle} on {version}"
 
     async def _greet(self) -> tuple[Any, str]:
@@ -113,7 +114,7 @@ class ServedEvaluator:
         """A session chooses as the frames come, and has no one-way memory of the newest frames."""
         if run.policy == LAST_N:
             return run.attention is VisionAttention.ALL
-        if not self._has_scorer and run.policy in SCORED_POLICIES:
+        if not self.has_scores and run.policy in SCORED_POLICIES:
             return False
         return run.policy == FEWER_FRAMES or run.policy in POLICIES
 
