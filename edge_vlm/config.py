@@ -132,7 +132,8 @@ class ScorerConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChangeConfig:
     """A scorer without weights (`edge_vlm.pruning.change`): how far a cell's patches behind block
-    `after_block` are from the last ones of that place that were kept. Cells are dropped there."""
+    `after_block` are from the last ones of that place that were kept. Cells are dropped one block
+    later, as with a learned scorer: measured, that is better than at once."""
 
     after_block: int
 
@@ -279,8 +280,8 @@ class ModelConfig:
                 raise ValueError(
                     "ModelConfig.change: a model has one scorer, and it has learned one"
                 )
-            least = min(self.vision.feature_layers)
-            _require(self.change.after_block <= least, self.change, "after_block", f"0..{least}")
+            last = min(self.vision.feature_layers) - 1
+            _require(self.change.after_block <= last, self.change, "after_block", f"0..{last}")
         if self.scorer is not None:
             biased = self.scorer.prune_at + 1
             if min(self.vision.feature_layers) < biased:
@@ -312,9 +313,7 @@ class ModelConfig:
     def whole_blocks(self) -> int:
         """So many blocks see every cell; those behind them only kept ones. 0 without scores: there
         all of them are kept."""
-        if self.scorer is not None:
-            return self.scorer.prune_at + 2
-        return 0 if self.change is None else self.change.after_block + 1
+        return 0 if self.scored_after is None else self.scored_after + 2
 
     def scored_by_change(self, after_block: int | None = None) -> ModelConfig:
         """The same model with the scorer that has no weights in the place of its own, if any.
@@ -324,7 +323,7 @@ class ModelConfig:
         """
         if after_block is None:
             usual = STTS_BLOCK if self.scorer is None else self.scorer.prune_at
-            after_block = min(usual, *self.vision.feature_layers)
+            after_block = min(usual, min(self.vision.feature_layers) - 1)
         change = ChangeConfig(after_block=after_block)
         return dataclasses.replace(self, scorer=None, change=change)
 

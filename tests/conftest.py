@@ -25,7 +25,7 @@ SLOW = (
     *("edge_vlm/test_awkward_footage.py", "edge_vlm/test_output.py", "model/test_published.py"),
     *(f"model/test_published_{name}.py" for name in ("convert", "tokens", "training")),
     *(f"export/test_{name}.py" for name in ("bad_input", "footage", "image_encoder")),
-    *(f"export/test_{name}.py" for name in ("scorerless", "trt_lint", "variants")),
+    *(f"export/test_{name}.py" for name in ("change_scorer", "scorerless", "trt_lint", "variants")),
     *(f"runtime/test_{name}.py" for name in ("prompt_view", "resume", "schedules")),
     *("runtime/test_token_budget.py", "training/data/test_train_on_records.py"),
     *(f"runtime/test_{name}.py" for name in ("alert_sinks", "backends", "client", "hostile_input")),

@@ -153,7 +153,7 @@ def _run(args: argparse.Namespace) -> int:
     runs = rows(args.runs, args.policy, args.keep_ratio, args.attention)
     if args.scorer != "own" and "torch" not in wanted.targets:
         raise ConfigError(
-            f"--scorer {args.scorer} is for a checkpoint, a bundle has the one it was exported with",
+            f"--scorer {args.scorer} is for a checkpoint; a bundle has that of its export",
             remedy="name a checkpoint, or export with --scorer change",
         )
     options = EvaluatorOptions(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
-from edge_vlm.evaluation.runs import SCORED_POLICIES, Evaluator, Run
+from edge_vlm.evaluation.runs import CLIP, SCORED_POLICIES, Evaluator, Run
 
 WITHOUT_SCORER = "take policy difference (by pixels), or --scorer change (of eval, or of export)"
 
@@ -25,6 +24,11 @@ def notes_on(evaluators: Mapping[str, Evaluator], runs: Sequence[Run]) -> list[s
         if not evaluator.has_scores and scored:
             notes.append(
                 f"{path}: no rows {', '.join(scored)}: the model has no scorer; {WITHOUT_SCORER}"
+            )
+        if path == "served" and any(run.policy == CLIP for run in rows):
+            notes.append(
+                "served: rows clip choose over the frames up to each question, as an asked file "
+                "does; on other paths over the whole clip, whatever is asked when"
             )
         other = [run for run in rows if run.attention is not evaluator.attention]
         if other and len(other) < len(rows):

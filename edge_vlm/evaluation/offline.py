@@ -80,8 +80,8 @@ class ClipModel(Protocol):
         """Everything before the choice of cells; scores f32 [F, C]: of change
         against the frame before, and ones without a scorer."""
 
-    def hidden(self, frame: int) -> npt.NDArray[np.float32]:
-        """[N, D] of a frame of the clip looked at last: what is scored, where that is change."""
+    def scored(self, frame: int) -> npt.NDArray[np.float32]:
+        """[N, D] of a frame of the clip looked at last: what its change is scored by."""
 
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
         """Of each frame of the clip looked at last: features f32 [K, E] of these cells."""
@@ -105,9 +105,9 @@ def answer_clip(
     rgbs = [decode_jpeg(jpeg) for jpeg in clip.jpegs]
     scores = model.look(rgbs)
     asked_ids = [model.prompt.question_ids(question.text) for question in clip.questions]
-    hidden = None if model.config.change is None else model.hidden
+    scored = None if model.config.change is None else model.scored
     for run in runs:
-        cells = choose(run, scores, rgbs, seed_of(clip), variant_of(model.config), hidden)
+        cells = choose(run, scores, rgbs, seed_of(clip), variant_of(model.config), scored)
         yield run, _answers(model, clip, run, cells, asked_ids)
 
 
@@ -122,11 +122,11 @@ def choose(
     rgbs: Sequence[Rgb],
     seed: int,
     variant: Variant,
-    hidden: Callable[[int], npt.NDArray[np.float32]] | None = None,
+    scored: Callable[[int], npt.NDArray[np.float32]] | None = None,
 ) -> list[Cells | None]:
     """The kept cells of each frame; None for a frame that is not sent at all.
 
-    `variant`: of the clip budget. `hidden`: where change against what was last kept is scored, and
+    `variant`: of the clip budget. `scored`: where change against what was last kept is scored, and
     so depends on the choice, what it is scored by, by frame.
     """
     everything = np.arange(scores.shape[1], dtype=np.int32)
@@ -141,8 +141,8 @@ def choose(
     chosen: list[Cells | None] = []
     last_kept = LastKept(scores.shape[1])
     for i, (row, rgb) in enumerate(zip(scores, rgbs, strict=True)):
-        if hidden is not None:
-            row = last_kept.scores(hidden(i))
+        if scored is not None:
+            row = last_kept.scores(scored(i))
         cells = policy.select(row, rgb, i == 0)
         last_kept.keep(cells)
         chosen.append(cells)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from edge_vlm.config import LanguageConfig, ModelConfig, ScorerConfig, VisionAttention
+from edge_vlm.config import LanguageConfig, ModelConfig, VisionAttention
 from edge_vlm.formats.report import Report, gigabytes
 from edge_vlm.formats.usage import Usage
 from edge_vlm.model.published.files import StoredTensor

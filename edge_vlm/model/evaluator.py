@@ -51,26 +51,28 @@ class TorchModel:
         self.prompt = prompt
         self.max_prefix_tokens = self.config.language.max_positions - ROOM
         self._hidden_FND: Tensor | None = None
+        self._scored_FND: Tensor | None = None
 
     @torch.inference_mode()
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
         """Frame by frame scores of a clip that begins with the first picture, f32 [F, C]."""
         vision = self.config.vision
         pixels = torch.from_numpy(np.stack([to_pixel_values(rgb, vision) for rgb in rgbs]))
+        if self.config.change is not None:
+            self._hidden_FND, self._scored_FND = self.model.change_stem(pixels)
+            return frame_changes(self._scored_FND.numpy())
         if self.model.scorer is None:
             self._hidden_FND = self.model.embed_frames(pixels)
-            if self.config.change is not None:
-                return frame_changes(self._hidden_FND.numpy())
             return np.ones((len(rgbs), vision.num_cells), np.float32)
         is_first = torch.arange(len(rgbs)) == 0
         nobody = pixels.new_zeros(1, vision.num_cells, vision.width)
         self._hidden_FND, _, scores = self.model.vit_stem(pixels, nobody, is_first)
         return scores.float().numpy()
 
-    def hidden(self, frame: int) -> npt.NDArray[np.float32]:
-        """[N, D] of a frame of the clip looked at last, before the choice of cells."""
-        assert self._hidden_FND is not None, "look at a clip first"
-        return self._hidden_FND[frame].numpy()
+    def scored(self, frame: int) -> npt.NDArray[np.float32]:
+        """[N, D] of a frame of the clip looked at last: what its change is scored by."""
+        assert self._scored_FND is not None, "look at a clip first"
+        return self._scored_FND[frame].numpy()
 
     @torch.inference_mode()
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:

@@ -99,6 +99,14 @@ class VideoLM(nn.Module):
             x = block(x)
         return x
 
+    def change_stem(self, pixels_FNP: Tensor) -> tuple[Tensor, Tensor]:
+        """All blocks before the drop, for a model that is scored by change: `hidden` behind them
+        and what is scored, one block earlier; both [F, N, D]."""
+        assert self.cfg.change is not None
+        scored = self.embed_frames(pixels_FNP)
+        hidden: Tensor = self.vit.blocks[self.cfg.change.after_block + 1](scored)
+        return hidden, scored
+
     def score_by_change(self, after_block: int | None = None) -> None:
         """From now on without its own scorer, if any: see `ModelConfig.scored_by_change`."""
         self.cfg, self.scorer = self.cfg.scored_by_change(after_block), None

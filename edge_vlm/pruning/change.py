@@ -50,7 +50,8 @@ def unit_cells(hidden_ND: Hidden) -> Hidden:
 def change(unit_ND: Hidden, kept_ND: Hidden) -> Scores:
     """Scores [C] in 0..2 of two frames' `unit_cells`."""
     # Of vectors of length 1 this is 1 - cosine, without the cancellation near 0.
-    return _by_cell(_squares(unit_ND - kept_ND)) / 2
+    scores: Scores = _by_cell(_squares(unit_ND - kept_ND)) / np.float32(2)
+    return scores
 
 
 def frame_changes(hidden_FND: Hidden) -> Scores:

@@ -31,15 +31,25 @@ class VitStemGraph(nn.Module):
 
 
 class EmbedGraph(nn.Module):
-    """The stem of a model without a learned scorer: what change is scored by. Without scores
-    nothing is dropped, and every block is the trunk's."""
+    """The stem of a model without scorer: nothing is dropped, so every block is the trunk's."""
+
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.vit = model.vit
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vit.embed(pixels)
+
+
+class ChangeStemGraph(nn.Module):
+    """That of a model that is scored by change, on the host: the graph gives what is scored."""
 
     def __init__(self, model: VideoLM) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.embed_frames(pixels)
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.change_stem(pixels)
 
 
 class VitTrunkGraph(nn.Module):
@@ -103,6 +113,8 @@ def graph_module(
 ) -> nn.Module:
     """The function that the graph of this name computes, for export and for comparison."""
     if name == "vit_stem":
+        if model.cfg.change is not None:
+            return ChangeStemGraph(model).eval()
         return (EmbedGraph(model) if model.scorer is None else VitStemGraph(model)).eval()
     if name == "vit_trunk":
         return VitTrunkGraph(model).eval()

@@ -96,7 +96,7 @@ class Pipeline:
             pixels = to_pixel_values(picture, vision)[None]
             hidden, cells, scores = self._stem(pixels, prev, first=i == 0)
             prev = cells[-1:]
-            kept.append(self._choose(policy, last_kept, hidden[0], scores[0], picture, i == 0))
+            kept.append(self._choose(policy, last_kept, cells[0], scores[0], picture, i == 0))
             features.append(self._trunk(hidden, kept[-1:]))
         at_once = self._cfg.attention is VisionAttention.ALL
         logits, past = self._read(clip, kept, features, at_once)
@@ -115,7 +115,7 @@ class Pipeline:
             hidden, cells, scores = self._stem(pixels, prev, first=start == 0)
             prev = cells[-1:]
             chosen = [
-                self._choose(policy, last_kept, hidden[i], row, picture, start + i == 0)
+                self._choose(policy, last_kept, cells[i], row, picture, start + i == 0)
                 for i, (row, picture) in enumerate(zip(scores, pictures, strict=True))
             ]
             joined = self._trunk(hidden, chosen)
@@ -135,13 +135,13 @@ class Pipeline:
         self,
         policy: KeepPolicy,
         last_kept: LastKept,
-        hidden: np.ndarray,
+        scored: np.ndarray,
         scores: np.ndarray,
         picture: np.ndarray,
         first: bool,
     ) -> np.ndarray:
         if self._cfg.change is not None:
-            scores = last_kept.scores(hidden)
+            scores = last_kept.scores(scored)
         cells = policy.select(scores, picture, first)
         last_kept.keep(cells)
         return cells
@@ -154,10 +154,15 @@ class Pipeline:
             inputs["prev_cells"] = prev
             inputs["is_first"] = np.arange(len(pixels)) == (0 if first else -1)
         out = self._checked("vit_stem", inputs)
+        if self._cfg.change is not None:
+            return out["hidden"], out["scored"], np.ones(self._cells_of(pixels), np.float32)
         if self._cfg.scorer is None:
             cells = np.repeat(prev, len(pixels), 0)
             return out["hidden"], cells, np.ones(cells.shape[:2], np.float32)
         return out["hidden"], out["cells"], out["scores"]
+
+    def _cells_of(self, pixels: np.ndarray) -> tuple[int, int]:
+        return len(pixels), self._cfg.vision.num_cells
 
     def _trunk(self, hidden: np.ndarray, kept: Sequence[np.ndarray]) -> np.ndarray:
         num_cells = self._cfg.vision.num_cells

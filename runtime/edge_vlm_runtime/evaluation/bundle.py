@@ -42,6 +42,7 @@ class OfflineBundle:
         self.max_prefix_tokens = longest - ROOM
         self._arena = self._engines.language.new_arena(longest)
         self._hidden: list[npt.NDArray[np.float32]] = []
+        self._scored: list[npt.NDArray[np.float32]] = []
 
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
         """Frame by frame scores of a clip that begins with the first picture, f32 [F, C]."""
@@ -49,11 +50,14 @@ class OfflineBundle:
         scores = np.ones((len(rgbs), vision.num_cells), np.float32)
         prev = np.zeros((1, vision.num_cells, vision.width), np.float32)
         cells = np.empty_like(prev)
-        self._hidden = []
+        self._hidden, self._scored = [], []
         for i, rgb in enumerate(rgbs):
             hidden = np.empty((1, vision.num_patches, vision.width), np.float32)
             stem.bind_array("pixels", to_pixel_values(rgb, vision)[None])
             stem.bind_array("hidden", hidden)
+            if self.config.change is not None:
+                self._scored.append(np.empty_like(hidden))
+                stem.bind_array("scored", self._scored[-1])
             if self.config.scorer is not None:
                 stem.bind_array("is_first", np.array([i == 0]))
                 stem.bind_array("prev_cells", prev)
@@ -63,12 +67,13 @@ class OfflineBundle:
             prev, cells = cells, prev
             self._hidden.append(hidden)
         if self.config.change is not None:
-            return frame_changes(np.concatenate(self._hidden))
+            return frame_changes(np.concatenate(self._scored))
         return scores
 
-    def hidden(self, frame: int) -> npt.NDArray[np.float32]:
-        """[N, D] of a frame of the clip looked at last, before the choice of cells."""
-        return self._hidden[frame][0]
+    def scored(self, frame: int) -> npt.NDArray[np.float32]:
+        """[N, D] of a frame of the clip looked at last: what its change is scored by."""
+        scored: npt.NDArray[np.float32] = self._scored[frame][0]
+        return scored
 
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
         """[K, E] of the chosen cells of each frame of the clip looked at last."""

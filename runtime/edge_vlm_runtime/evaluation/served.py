@@ -82,6 +82,9 @@ async def ask_clip(
         kept = client.frames.cells_kept
         if run.policy == LAST_N:
             kept = num_cells * min(run.frames_kept(len(clip.jpegs)), len(clip.jpegs))
+        if run.policy == CLIP:  # chosen from the frames up to the last question's
+            newest = max((question.frame for question in clip.questions), default=-1)
+            return ClipAnswers(texts, num_cells * (newest + 1), kept)
         seen = client.frames.cells_seen if clip.num_quiet else num_cells * len(clip.jpegs)
     return ClipAnswers(texts, seen, kept)
 

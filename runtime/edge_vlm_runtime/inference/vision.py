@@ -85,6 +85,9 @@ class VisionPipeline:
         self._has_scorer = cfg.scorer is not None
         if self._has_scorer:
             stem.bind_array("is_first", self._is_first)
+        self._scored = np.empty_like(self._hidden)
+        if cfg.change is not None:
+            stem.bind_array("scored", self._scored)
         stem.bind_array("hidden", self._hidden)
         trunk.bind_array("hidden", self._hidden)
 
@@ -168,7 +171,7 @@ class VisionPipeline:
             stem.run()
             if self._cfg.change is None:
                 return np.ones(self.num_cells, np.float32)
-            changes = state.last_kept.scores(self._hidden[0])
+            changes = state.last_kept.scores(self._scored[0])
             if not np.isfinite(changes).all():
                 raise NonFinite("what a frame is scored by is not finite", where="vit_stem")
             return changes
