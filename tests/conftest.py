@@ -26,7 +26,7 @@ SLOW = (
     *(f"model/test_published_{name}.py" for name in ("convert", "tokens", "training")),
     *(f"export/test_{name}.py" for name in ("bad_input", "footage", "image_encoder")),
     *(f"export/test_{name}.py" for name in ("change_scorer", "scorerless", "trt_lint", "variants")),
-    *(f"runtime/test_{name}.py" for name in ("prompt_view", "resume", "schedules")),
+    *(f"runtime/test_{name}.py" for name in ("clip_policy", "prompt_view", "resume", "schedules")),
     *("runtime/test_token_budget.py", "training/data/test_train_on_records.py"),
     *(f"runtime/test_{name}.py" for name in ("alert_sinks", "backends", "client", "hostile_input")),
     *(f"runtime/test_{name}.py" for name in ("addresses", "interleaved", "rtsp_server", "sources")),

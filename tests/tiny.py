@@ -35,6 +35,7 @@ SOURCES = (
     "tests/export/test_image_encoder.py",
     "tests/export/test_scorerless.py",
     "tests/export/test_change_scorer.py",
+    "tests/runtime/test_clip_policy.py",
     "tests/published_folder.py",
     "tests/tiny.py",
 )
