@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+STTS_BLOCK = 3
+"""Behind this block the published STTS models are scored (arXiv 2603.18004)."""
 CELL = 3
 """Patches along one side of a cell (Molmo2 pools video 3x3)."""
 
@@ -125,6 +127,18 @@ class ScorerConfig:
         _require_positive(self, "num_heads", "head_dim", "mlp_width")
         _require(self.prune_at >= 0, self, "prune_at", "must not be negative")
         _require(0 < self.rescale_min < 1, self, "rescale_min", "must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChangeConfig:
+    """A scorer without weights (`edge_vlm.pruning.change`): how far a cell's patches behind block
+    `after_block` are from the last ones of that place that were kept. Cells are dropped one block
+    later, as with a learned scorer: measured, that is better than at once."""
+
+    after_block: int
+
+    def __post_init__(self) -> None:
+        _require(self.after_block >= 0, self, "after_block", "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,9 +270,18 @@ class ModelConfig:
     connector: ConnectorConfig
     language: LanguageConfig
     attention: VisionAttention = VisionAttention.ALL
+    change: ChangeConfig | None = None
+    """In the place of a token scorer."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", VisionAttention(self.attention))
+        if self.change is not None:
+            if self.scorer is not None:
+                raise ValueError(
+                    "ModelConfig.change: a model has one scorer, and it has learned one"
+                )
+            last = min(self.vision.feature_layers) - 1
+            _require(self.change.after_block <= last, self.change, "after_block", f"0..{last}")
         if self.scorer is not None:
             biased = self.scorer.prune_at + 1
             if min(self.vision.feature_layers) < biased:
@@ -267,15 +290,55 @@ class ModelConfig:
                     f"the scorer, at blocks {biased} and later"
                 )
 
+    @property
+    def has_scores(self) -> bool:
+        """Cells can be chosen by what a scorer says of them."""
+        return self.scorer is not None or self.change is not None
+
+    @property
+    def scorer_kind(self) -> str:
+        """learned, change or none."""
+        if self.scorer is not None:
+            return "learned"
+        return "none" if self.change is None else "change"
+
+    @property
+    def scored_after(self) -> int | None:
+        """The block whose output is scored."""
+        if self.scorer is not None:
+            return self.scorer.prune_at
+        return None if self.change is None else self.change.after_block
+
+    @property
+    def whole_blocks(self) -> int:
+        """So many blocks see every cell; those behind them only kept ones. 0 without scores: there
+        all of them are kept."""
+        return 0 if self.scored_after is None else self.scored_after + 2
+
+    def scored_by_change(self, after_block: int | None = None) -> ModelConfig:
+        """The same model with the scorer that has no weights in the place of its own, if any.
+
+        By default behind the block where STTS looks, as far as the features that are read allow.
+        Raises ValueError for a block behind those.
+        """
+        if after_block is None:
+            usual = STTS_BLOCK if self.scorer is None else self.scorer.prune_at
+            after_block = min(usual, min(self.vision.feature_layers) - 1)
+        change = ChangeConfig(after_block=after_block)
+        return dataclasses.replace(self, scorer=None, change=change)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the inverse."""
-        return dataclasses.asdict(
+        data: dict[str, Any] = dataclasses.asdict(
             self,
             dict_factory=lambda items: {
                 k: v.value if isinstance(v, enum.Enum) else list(v) if isinstance(v, tuple) else v
                 for k, v in items
             },
         )
+        if self.change is None:  # most models; older versions do not know the section
+            del data["change"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
@@ -286,11 +349,13 @@ class ModelConfig:
             "connector": ConnectorConfig,
             "language": LanguageConfig,
         }
-        unknown = set(data) - set(sections) - {"attention"}
+        unknown = set(data) - set(sections) - {"attention", "change"}
         if unknown:
             raise ValueError(f"model config has unknown sections {sorted(unknown)}")
         parts: dict[str, Any] = {}
-        for name, section in sections.items():
+        for name, section in [*sections.items(), ("change", ChangeConfig)]:
+            if name == "change" and name not in data:
+                continue
             if name not in data:
                 raise ValueError(f"model config lacks section {name!r}")
             try:

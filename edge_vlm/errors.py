@@ -45,6 +45,7 @@
     |   |-- SnapshotTooLarge   10  E-SNAPSHOT-ROOM      no room for a picture in full detail
     |   |-- SessionGone        10  E-SESSION-GONE       no session of this name to go on with
     |   |-- ReplayLost         10  E-REPLAY-LOST        it is there, but not all it said meanwhile
+    |   |-- ClipTooLong        10  E-CLIP-TOO-LONG      more of a clip than its session can hold
     |   |-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
     |   `-- PositionsUsedUp    10  E-POSITIONS          past the last position the model knows
     |-- EngineError            11  E-ENGINE
@@ -371,6 +372,10 @@ class SessionGone(SessionError):
 
 class ReplayLost(SessionError):
     code = "E-REPLAY-LOST"
+
+
+class ClipTooLong(SessionError):
+    code = "E-CLIP-TOO-LONG"
 
 
 class KvFull(SessionError):

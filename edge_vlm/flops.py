@@ -14,12 +14,12 @@ from edge_vlm.config import CELL, LanguageConfig, ModelConfig
 def vision_flops(cfg: ModelConfig, cells_per_frame: Sequence[int]) -> int:
     """Frames that keep so many cells each, from their patches to the language model's features.
 
-    With a scorer: the blocks up to `prune_at + 1` and the scorer on whole frames, the rest on the
-    kept cells. Without one every cell has to be kept; raises ValueError otherwise.
+    The blocks before the drop and the scorer see whole frames, the rest the kept cells. Without
+    scores every cell has to be kept; raises ValueError otherwise.
     """
     vision = cfg.vision
-    whole_blocks = 0 if cfg.scorer is None else cfg.scorer.prune_at + 2
-    if cfg.scorer is None and any(cells != vision.num_cells for cells in cells_per_frame):
+    whole_blocks = cfg.whole_blocks
+    if not cfg.has_scores and any(cells != vision.num_cells for cells in cells_per_frame):
         raise ValueError("a model without a scorer keeps every cell")
     later_blocks = vision.num_layers - whole_blocks
     per_frame = 2 * vision.num_patches * vision.patch_dim * vision.width
@@ -40,7 +40,9 @@ def block_flops(cfg: ModelConfig, num_tokens: int) -> int:
 
 
 def scorer_flops(cfg: ModelConfig) -> int:
-    """The token scorer on one frame; 0 without one."""
+    """The scorer on one frame; 0 without one."""
+    if cfg.change is not None:
+        return 4 * cfg.vision.num_patches * cfg.vision.width
     if cfg.scorer is None:
         return 0
     width, scorer = cfg.vision.width, cfg.scorer

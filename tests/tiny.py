@@ -35,6 +35,8 @@ SOURCES = (
     "training/edge_vlm_training/world/vocabulary.py",
     "tests/export/test_image_encoder.py",
     "tests/export/test_scorerless.py",
+    "tests/export/test_change_scorer.py",
+    "tests/runtime/test_clip_policy.py",
     "tests/published_folder.py",
     "tests/tiny.py",
 )

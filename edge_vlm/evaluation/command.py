@@ -45,6 +45,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="of a bundle: served, bundle (in this process, no server) or both with a comma "
         "(default: served)",
     )
+    parser.add_argument(
+        "--scorer",
+        choices=("own", "change"),
+        default="own",
+        help="of a checkpoint: what its cells are chosen by, as of `export` (default: own)",
+    )
     table = parser.add_argument_group("rows of the table (default: all)")
     table.add_argument(
         "--policy", metavar="NAMES", help="keep_all,stream,clip,frame_topk,random,..."
@@ -145,8 +151,16 @@ def _run(args: argparse.Namespace) -> int:
             remedy="--through served",
         )
     runs = rows(args.runs, args.policy, args.keep_ratio, args.attention)
+    if args.scorer != "own" and "torch" not in wanted.targets:
+        raise ConfigError(
+            f"--scorer {args.scorer} is for a checkpoint; a bundle has that of its export",
+            remedy="name a checkpoint, or export with --scorer change",
+        )
     options = EvaluatorOptions(
-        threads=args.threads, api_key_file=args.api_key_file, tls_ca=args.tls_ca
+        threads=args.threads,
+        scorer=args.scorer,
+        api_key_file=args.api_key_file,
+        tls_ca=args.tls_ca,
     )
     if args.json is not None and not args.json.parent.is_dir():
         raise ConfigError("no such folder", where=args.json.parent)  # not after hours of asking
@@ -184,9 +198,12 @@ def _evaluate(
 ) -> int:
     from edge_vlm.evaluation.late import after_quiet
     from edge_vlm.evaluation.log import AnswerLog
+    from edge_vlm.evaluation.notes import notes_on
     from edge_vlm.evaluation.qa_jsonl import read_questions
     from edge_vlm.evaluation.table import overview, score, table, to_record, wrong_answers
 
+    for note in notes_on(evaluators, runs):
+        print(f"note: {note}", file=sys.stderr)
     measured: dict[str, Any] = {"questions": _digest(questions, args)}
     measured |= {path: evaluator.identity for path, evaluator in evaluators.items()}
     every = read_questions(questions, args.fps, args.max_frames)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +36,8 @@ from edge_vlm.evaluation.runs import (
 )
 from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.pixels.frames import Rgb, decode_jpeg
-from edge_vlm.pruning.clip_budget import Variant, clip_budget, variant_of
+from edge_vlm.pruning.change import LastKept
+from edge_vlm.pruning.clip_budget import Variant, clip_budget, context_of, variant_of
 from edge_vlm.pruning.policies import Cells, Scores, make_policy
 from edge_vlm.text.masks import CAUSAL
 from edge_vlm.text.prompt import Ids, PromptFormat
@@ -76,7 +77,11 @@ class ClipModel(Protocol):
     """Longest prefix that leaves room for a question and its answer."""
 
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
-        """Everything before the choice of cells; scores f32 [F, C], ones without a scorer."""
+        """Everything before the choice of cells; scores f32 [F, C]: of change
+        against the frame before, and ones without a scorer."""
+
+    def scored(self, frame: int) -> npt.NDArray[np.float32]:
+        """[N, D] of a frame of the clip looked at last: what its change is scored by."""
 
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
         """Of each frame of the clip looked at last: features f32 [K, E] of these cells."""
@@ -90,7 +95,7 @@ class ClipModel(Protocol):
 
 def can_run(config: ModelConfig, run: Run) -> bool:
     """Whether the model has what the policy looks at."""
-    return config.scorer is not None or run.policy not in SCORED_POLICIES
+    return config.has_scores or run.policy not in SCORED_POLICIES
 
 
 def answer_clip(
@@ -100,8 +105,9 @@ def answer_clip(
     rgbs = [decode_jpeg(jpeg) for jpeg in clip.jpegs]
     scores = model.look(rgbs)
     asked_ids = [model.prompt.question_ids(question.text) for question in clip.questions]
+    scored = None if model.config.change is None else model.scored
     for run in runs:
-        cells = choose(run, scores, rgbs, seed_of(clip), variant_of(model.config))
+        cells = choose(run, scores, rgbs, seed_of(clip), variant_of(model.config), scored)
         yield run, _answers(model, clip, run, cells, asked_ids)
 
 
@@ -111,11 +117,17 @@ def seed_of(clip: ClipQuestions) -> int:
 
 
 def choose(
-    run: Run, scores: Scores, rgbs: Sequence[Rgb], seed: int, variant: Variant
+    run: Run,
+    scores: Scores,
+    rgbs: Sequence[Rgb],
+    seed: int,
+    variant: Variant,
+    scored: Callable[[int], npt.NDArray[np.float32]] | None = None,
 ) -> list[Cells | None]:
     """The kept cells of each frame; None for a frame that is not sent at all.
 
-    `variant`: of the clip budget.
+    `variant`: of the clip budget. `scored`: where change against what was last kept is scored, and
+    so depends on the choice, what it is scored by, by frame.
     """
     everything = np.arange(scores.shape[1], dtype=np.int32)
     if run.policy == FEWER_FRAMES:
@@ -126,10 +138,25 @@ def choose(
         kept = clip_budget(scores, run.keep_ratio, variant=variant)  # no floor: it would cost more
         return [np.flatnonzero(row).astype(np.int32) for row in kept]
     policy = make_policy(run.policy, run.keep_ratio, min_cells=MIN_CELLS, seed=seed)
-    return [
-        policy.select(row, rgb, i == 0)
-        for i, (row, rgb) in enumerate(zip(scores, rgbs, strict=True))
-    ]
+    chosen: list[Cells | None] = []
+    last_kept = LastKept(scores.shape[1])
+    for i, (row, rgb) in enumerate(zip(scores, rgbs, strict=True)):
+        if scored is not None:
+            row = last_kept.scores(scored(i))
+        cells = policy.select(row, rgb, i == 0)
+        last_kept.keep(cells)
+        chosen.append(cells)
+    return chosen
+
+
+def clip_features(model: ClipModel, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
+    """Features of the cells that the clip budget chose, in the context of its variant."""
+    kept = np.zeros((len(cells), model.config.vision.num_cells), np.bool_)
+    for row, chosen in zip(kept, cells, strict=True):
+        row[chosen] = True
+    context = context_of(kept, variant=variant_of(model.config))
+    features = model.features([np.flatnonzero(row).astype(np.int32) for row in context])
+    return [found[mine[seen]] for found, mine, seen in zip(features, kept, context, strict=True)]
 
 
 def kept_cells(run: Run, cells: Sequence[Cells | None]) -> int:
@@ -147,7 +174,7 @@ def _answers(
     asked_ids: Sequence[Ids],
 ) -> ClipAnswers:
     sent = [np.empty(0, np.int32) if chosen is None else chosen for chosen in cells]
-    features = model.features(sent)
+    features = clip_features(model, sent) if run.policy == CLIP else model.features(sent)
     shown = [i for i, chosen in enumerate(cells) if chosen is not None]
     windows = list(_windows(clip, run, shown))
     views: list[View] = []

@@ -36,6 +36,8 @@ POLICIES = (KEEP_ALL, "stream", CLIP, "frame_topk", "random", "difference", FEWE
 SCORED_POLICIES = ("stream", CLIP, "frame_topk")
 KEEP_RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 ATTENTIONS = (VisionAttention.FRAME, VisionAttention.ALL)
+CHANGE = "change"
+"""The scorer without weights (`edge_vlm.pruning.change`), by its name in options."""
 MIN_CELLS = 2
 """Of the causal policies, as sessions have it."""
 MAX_ANSWER_TOKENS = 48
@@ -125,6 +127,10 @@ class Evaluator(Protocol):
     """For people: the model's."""
     identity: str
     """Changes when answers may: of the weights, as far as it can be told."""
+    attention: VisionAttention
+    """What the weights were trained with."""
+    has_scores: bool
+    """Cells can be chosen by what a scorer says of them."""
 
     def can(self, run: Run) -> bool:
         """Whether this path offers such a run."""
@@ -141,6 +147,8 @@ class Evaluator(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorOptions:
     threads: int = 2
+    scorer: str = "own"
+    """`CHANGE`: what a checkpoint is measured with instead of its own, on the path `torch`."""
     api_key_file: Path | None = None
     tls_ca: Path | None = None
 

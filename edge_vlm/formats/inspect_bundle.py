@@ -7,9 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.formats.bundle import PRECISION_PLAN, EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.report import Report
+from edge_vlm.pruning.clip_budget import Variant, variant_of
 
 
 def describe_bundle(folder: Path) -> Report:
@@ -26,7 +28,7 @@ def describe_bundle(folder: Path) -> Report:
         "made with": ", ".join(f"{k} {v}" for k, v in bundle.source.get("made_with", {}).items()),
         "precision": _precision(bundle),
         "variant": f"{bundle.variant.value}, cache {bundle.kv_layout.value}",
-        "scorer": "yes" if bundle.config.scorer is not None else "none: every cell is kept",
+        **serving_facts(bundle),
         "still pictures": _pictures(bundle),
         "prompt": f"begins with {bundle.style.begin}, answers end at "
         f"{' or '.join(bundle.style.ends)}",
@@ -51,6 +53,52 @@ def describe_bundle(folder: Path) -> Report:
             "graphs": {name: spec.to_dict() for name, spec in bundle.specs.items()},
         },
     )
+
+
+def serving_facts(bundle: EngineBundle) -> dict[str, str]:
+    """What whoever asks the model should know: what chooses cells, who sees whom, how much video
+    is looked at, and how long answers get."""
+    cfg, dims = bundle.config, bundle.specs["llm"].dims
+    answers = bundle.defaults.get("max_answer_tokens")
+    at_once = cfg.attention is VisionAttention.ALL
+    room = min(dims["s" if at_once else "p"].max, cfg.language.max_positions)
+    return {
+        "scorer": scorer_text(cfg),
+        "attention": ATTENTIONS[cfg.attention],
+        "room for video": f"{room:,} tokens {'in one run' if at_once else 'of cache'}, less what "
+        f"question and answer take: {room // (cfg.vision.num_cells + MARKERS)} frames at most, if "
+        "every cell is kept",
+        "answers": "cut where the session says (max_answer_tokens)"
+        if answers is None
+        else f"cut after {answers} tokens (max_answer_tokens)",
+    }
+
+
+MARKERS = 7
+"""Tokens of a frame's time and markers, about."""
+ATTENTIONS = {
+    VisionAttention.ALL: "all: frames see each other both ways and are read anew when one has come",
+    VisionAttention.FRAME: "frame: each frame sees itself and what came before, and stays cached",
+}
+
+
+def scorer_text(cfg: ModelConfig) -> str:
+    if cfg.change is not None:
+        block = cfg.change.after_block
+        return f"change since a cell was last kept, behind block {block}; no weights, no training"
+    if cfg.scorer is None:
+        return (
+            "none: every cell is kept, unless by pixels (policy difference); "
+            "export --scorer change adds one"
+        )
+    return f"learned, behind block {cfg.scorer.prune_at}; {BUDGETS[variant_of(cfg)]}"
+
+
+BUDGETS: dict[Variant, str] = {
+    "published": "published STTS: a file's cells are chosen over all of it (policy clip), a "
+    "stream's as they come",
+    "first_whole": "cells are chosen as frames come",
+}
 
 
 def _source(bundle: EngineBundle) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from edge_vlm.config import LanguageConfig, ModelConfig, ScorerConfig, VisionAttention
+from edge_vlm.config import LanguageConfig, ModelConfig, VisionAttention
 from edge_vlm.formats.report import Report, gigabytes
 from edge_vlm.formats.usage import Usage
 from edge_vlm.model.published.files import StoredTensor
@@ -47,7 +47,7 @@ def report(title: str, found: ModelFolder) -> Report:
         facts={
             "weights": _stored(tensors),
             "vision": _vision(cfg),
-            "scorer": _scorer(cfg.scorer),
+            "scorer": _scorer(cfg),
             "connector": (
                 f"{cfg.connector.num_heads} heads of {cfg.connector.head_dim} pool the patches of "
                 f"a cell, MLP {cfg.connector.mlp_width}"
@@ -153,9 +153,10 @@ def _vision(cfg: ModelConfig) -> str:
     )
 
 
-def _scorer(scorer: ScorerConfig | None) -> str:
+def _scorer(cfg: ModelConfig) -> str:
+    scorer = cfg.scorer
     if scorer is None:
-        return "none: every cell is kept"
+        return "none: every cell is kept; export --scorer change adds one without weights"
     return (
         f"STTS after block {scorer.prune_at}, cells dropped after block {scorer.prune_at + 1}; "
         f"scores rescaled by {scorer.rescale.value}"

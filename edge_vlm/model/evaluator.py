@@ -17,7 +17,13 @@ from torch import Tensor
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.offline import Asked, Prefix, View, answer_clip, can_run
-from edge_vlm.evaluation.runs import MAX_ANSWER_TOKENS, ClipAnswers, EvaluatorOptions, Run
+from edge_vlm.evaluation.runs import (
+    CHANGE,
+    MAX_ANSWER_TOKENS,
+    ClipAnswers,
+    EvaluatorOptions,
+    Run,
+)
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.model.layers import additive_bias
@@ -26,6 +32,7 @@ from edge_vlm.model.published.folder import open_folder
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.frames import Rgb
 from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.change import frame_changes
 from edge_vlm.pruning.policies import Cells, Scores
 from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.prompt import PromptFormat
@@ -44,19 +51,28 @@ class TorchModel:
         self.prompt = prompt
         self.max_prefix_tokens = self.config.language.max_positions - ROOM
         self._hidden_FND: Tensor | None = None
+        self._scored_FND: Tensor | None = None
 
     @torch.inference_mode()
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
         """Frame by frame scores of a clip that begins with the first picture, f32 [F, C]."""
         vision = self.config.vision
         pixels = torch.from_numpy(np.stack([to_pixel_values(rgb, vision) for rgb in rgbs]))
+        if self.config.change is not None:
+            self._hidden_FND, self._scored_FND = self.model.change_stem(pixels)
+            return frame_changes(self._scored_FND.numpy())
         if self.model.scorer is None:
-            self._hidden_FND = self.model.vit.embed(pixels)
+            self._hidden_FND = self.model.embed_frames(pixels)
             return np.ones((len(rgbs), vision.num_cells), np.float32)
         is_first = torch.arange(len(rgbs)) == 0
         nobody = pixels.new_zeros(1, vision.num_cells, vision.width)
         self._hidden_FND, _, scores = self.model.vit_stem(pixels, nobody, is_first)
         return scores.float().numpy()
+
+    def scored(self, frame: int) -> npt.NDArray[np.float32]:
+        """[N, D] of a frame of the clip looked at last: what its change is scored by."""
+        assert self._scored_FND is not None, "look at a clip first"
+        return self._scored_FND[frame].numpy()
 
     @torch.inference_mode()
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
@@ -200,13 +216,18 @@ def _with_room(x_VPhd: Tensor, room: int) -> Tensor:
 class TorchEvaluator:
     """`edge_vlm.evaluation.runs.Evaluator` over a folder of weights (`open_folder`)."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises as `open_folder`, and what its tokenizer raises."""
+    def __init__(self, folder: Path, by_change: bool = False) -> None:
+        """`by_change`: with the scorer that has no weights instead of its own. Raises as
+        `open_folder`, and what its tokenizer raises."""
         found = open_folder(folder)
         tokenizer = Tokenizer.from_file(found.require_tokenizer())
         self.name = folder.resolve().name
-        self._model = TorchModel(found.load(), PromptFormat(tokenizer, found.usage.style))
-        self.identity = sha256_of_file(found.weight_files[0])
+        model = found.load()
+        if by_change:
+            model.score_by_change()
+        self._model = TorchModel(model, PromptFormat(tokenizer, found.usage.style))
+        self.attention, self.has_scores = model.cfg.attention, model.cfg.has_scores
+        self.identity = sha256_of_file(found.weight_files[0]) + by_change * ", scorer change"
 
     def can(self, run: Run) -> bool:
         return can_run(self._model.config, run)
@@ -223,4 +244,4 @@ def open_checkpoint(target: str | None, options: EvaluatorOptions) -> Iterator[T
     if target is None:
         raise ConfigError("the path torch needs a checkpoint", remedy="name its folder")
     torch.set_num_threads(options.threads)
-    yield TorchEvaluator(Path(target))
+    yield TorchEvaluator(Path(target), options.scorer == CHANGE)

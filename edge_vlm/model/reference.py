@@ -21,6 +21,7 @@ from torch import Tensor
 from edge_vlm.config import CELL, Rescale
 from edge_vlm.model.selection import clip_budget
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.pruning.clip_budget import frames_alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,33 +35,6 @@ class ReferenceEncoding:
     """One row per kept cell, by frame, then row-major by cell."""
     hidden_FND: dict[int, Tensor]
     """Output of each block from `prune_at` on, zero at dropped patches after the drop."""
-
-
-def pack_rows(num_kept_F: Sequence[int], capacity: int) -> list[list[int]]:
-    """The frames in each row of first-fit-descending packing into rows of `capacity` cells.
-
-    Frames with nothing kept are not packed. Equal counts are packed in frame order.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for frame in sorted(range(len(num_kept_F)), key=lambda i: -num_kept_F[i]):
-        size = num_kept_F[frame]
-        if size == 0:
-            continue
-        for row, left in enumerate(room):
-            if left >= size:
-                rows[row].append(frame)
-                room[row] -= size
-                break
-        else:
-            rows.append([frame])
-            room.append(capacity - size)
-    return rows
-
-
-def frames_alone(num_kept_F: Sequence[int], capacity: int) -> list[int]:
-    """Frames that `pack_rows` leaves alone in their row, in order."""
-    return sorted(row[0] for row in pack_rows(num_kept_F, capacity) if len(row) == 1)
 
 
 def encode_reference(

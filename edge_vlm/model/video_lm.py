@@ -74,8 +74,8 @@ class VideoLM(nn.Module):
 
     @property
     def trunk_start(self) -> int:
-        """First block that sees only kept cells; all of them are kept without a scorer."""
-        return 0 if self.cfg.scorer is None else self.cfg.scorer.prune_at + 2
+        """First block that sees only kept cells; all of them are kept without scores."""
+        return self.cfg.whole_blocks
 
     def vit_stem(
         self, pixels_FNP: Tensor, prev_cells_1CD: Tensor, is_first_F: Tensor
@@ -91,13 +91,25 @@ class VideoLM(nn.Module):
         return self.biased_block(x, scores, is_first_F), cells, scores
 
     def embed_frames(self, pixels_FNP: Tensor) -> Tensor:
-        """The blocks up to `prune_at`: what the scorer looks at, [F, N, D]."""
-        if self.scorer is None:
-            raise ValueError("this model has no token scorer")
-        x = self.vit.embed(pixels_FNP)
-        for block in self.vit.blocks[: self.scorer.cfg.prune_at + 1]:
+        """What is scored, [F, N, D]: the output of block `scored_after`; without scores that of no
+        block at all."""
+        x: Tensor = self.vit.embed(pixels_FNP)
+        last = self.cfg.scored_after
+        for block in self.vit.blocks[: 0 if last is None else last + 1]:
             x = block(x)
         return x
+
+    def change_stem(self, pixels_FNP: Tensor) -> tuple[Tensor, Tensor]:
+        """All blocks before the drop, for a model that is scored by change: `hidden` behind them
+        and what is scored, one block earlier; both [F, N, D]."""
+        assert self.cfg.change is not None
+        scored = self.embed_frames(pixels_FNP)
+        hidden: Tensor = self.vit.blocks[self.cfg.change.after_block + 1](scored)
+        return hidden, scored
+
+    def score_by_change(self, after_block: int | None = None) -> None:
+        """From now on without its own scorer, if any: see `ModelConfig.scored_by_change`."""
+        self.cfg, self.scorer = self.cfg.scored_by_change(after_block), None
 
     def score_frames(
         self, x_FND: Tensor, prev_cells_1CD: Tensor, is_first_F: Tensor

@@ -15,6 +15,7 @@ Shape letters: F frames, C cells per frame.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
@@ -75,3 +76,41 @@ def clip_budget(
     mask = np.ones(scores.size, np.bool_)
     mask[np.argsort(rank.ravel(), kind="stable")[: scores.size - kept]] = False
     return mask.reshape(scores.shape)
+
+
+def context_of(kept: npt.NDArray[np.bool_], *, variant: Variant) -> npt.NDArray[np.bool_]:
+    """The cells [F, C] that the blocks behind the drop see: those kept, and in `published` whole
+    frames where that code fills up a row. What is not kept goes no further than these blocks."""
+    context = kept.copy()
+    if variant == "published":
+        context[frames_alone(kept.sum(1).tolist(), kept.shape[1])] = True
+    return context
+
+
+def pack_rows(num_kept_F: Sequence[int], capacity: int) -> list[list[int]]:
+    """The frames in each row of first-fit-descending packing into rows of `capacity` cells, as the
+    published code packs them.
+
+    Frames with nothing kept are not packed. Equal counts are packed in frame order.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for frame in sorted(range(len(num_kept_F)), key=lambda i: -num_kept_F[i]):
+        size = num_kept_F[frame]
+        if size == 0:
+            continue
+        for row, left in enumerate(room):
+            if left >= size:
+                rows[row].append(frame)
+                room[row] -= size
+                break
+        else:
+            rows.append([frame])
+            room.append(capacity - size)
+    return rows
+
+
+def frames_alone(num_kept_F: Sequence[int], capacity: int) -> list[int]:
+    """Frames that `pack_rows` leaves alone in their row, in order: the code fills these up with the
+    cells that were to go."""
+    return sorted(row[0] for row in pack_rows(num_kept_F, capacity) if len(row) == 1)

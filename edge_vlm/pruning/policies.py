@@ -221,6 +221,33 @@ class StreamBudget(_Budgeted):
         return top_cells(scores, _bounded(wanted, ledger))
 
 
+class OverThreshold:
+    """Every cell whose score is above a fixed number, so the share follows the scene; for scores of
+    change, whose scale stays (`edge_vlm.pruning.change`). A later frame keeps `min_cells` in any
+    case. No budget bounds it: a cut keeps everything."""
+
+    def __init__(self, threshold: float, min_cells: int = 2) -> None:
+        if not threshold >= 0.0 or min_cells < 0:
+            raise ValueError(f"threshold and min_cells must be >= 0: {threshold}, {min_cells}")
+        self.threshold = threshold
+        self.min_cells = min_cells
+        self._has_begun = False
+
+    def reset(self) -> None:
+        self._has_begun = False
+
+    def set_rate(self, coming: float, later: float) -> None:
+        """There is no budget."""
+
+    def select(self, scores: Scores, frame_rgb: Rgb | None, is_first: bool) -> Cells:
+        scores = _checked(scores)
+        if is_first or not self._has_begun:
+            self._has_begun = True
+            return np.arange(scores.size, dtype=np.int32)
+        count = int((scores > self.threshold).sum())
+        return top_cells(scores, max(count, self.min_cells))
+
+
 class FrameDifference(_Budgeted):
     """Cells whose pixels changed most since they were last *kept*, so slow drift adds up.
 

@@ -50,6 +50,20 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-past", type=int, help="most past tokens the llm can attend to")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--scorer",
+        choices=("own", "change"),
+        default="own",
+        help="what cells are chosen by: what the weights bring, if anything, or the change since a "
+        "cell was last kept, which needs no training (default: own)",
+    )
+    parser.add_argument(
+        "--scorer-block",
+        type=int,
+        metavar="N",
+        help="with --scorer change: compare behind block N of the vision transformer, counted from "
+        "0 (default: 3, or as far back as the features allow)",
+    )
     precision = parser.add_argument_group("precision and form")
     precision.add_argument(
         "--precision",
@@ -129,9 +143,10 @@ def _add_depth(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    source, options = _source(args), _options(args)
+    source, options = _scored(_source(args), args), _options(args)
     for note in source.notes:
         print(f"note: {note}")
+    from edge_vlm.formats.inspect_bundle import serving_facts
     from edge_vlm_export.preflight import peak_memory
     from edge_vlm_export.to_onnx import export_source
 
@@ -142,6 +157,8 @@ def _export(args: argparse.Namespace) -> int:
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
     size_mb = sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file()) / 1e6
     print(f"took {time.monotonic() - began:.0f} s{memory}")
+    for fact, text in serving_facts(bundle).items():
+        print(f"{fact}: {text}")
     print(
         f"bundle {bundle.name}: {bundle.path} ({size_mb:.1f} MB, {bundle.precision.label}, "
         f"{bundle.variant.value})"
@@ -166,6 +183,16 @@ def _source(args: argparse.Namespace) -> WeightSource:
         with_scorer=not args.without_scorer,
         with_images=args.with_images,
     )
+
+
+def _scored(source: WeightSource, args: argparse.Namespace) -> WeightSource:
+    from edge_vlm_export.graphs.weights import scored_by_change
+
+    if args.scorer == "change":
+        return scored_by_change(source, args.scorer_block)
+    if args.scorer_block is not None:
+        raise ConfigError("--scorer-block goes with --scorer change")
+    return source
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:
@@ -259,10 +286,12 @@ def _verify(args: argparse.Namespace) -> int:
     bundle = EngineBundle.open(args.bundle)
     source = None
     if args.checkpoint is not None:
-        from edge_vlm_export.graphs.weights import open_weights
+        from edge_vlm_export.graphs.weights import open_weights, scored_by_change
 
         source = open_weights(args.checkpoint, args.tokenizer)
         require_source(bundle, source, args.checkpoint)
+        if bundle.config.change is not None:
+            source = scored_by_change(source, bundle.config.change.after_block)
     report = verify_bundle(
         bundle,
         source,

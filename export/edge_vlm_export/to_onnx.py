@@ -166,6 +166,7 @@ class _Export:
         self.source, self.options, self.progress = source, options, progress
         self.prompt = _prompt(source)
         self.limits = self._limits()
+        self._defaults()  # raises before anything is written
         self.specs = self._specs(options.precision)
         count = sum(int(np.prod(shape)) for shape in shapes(source.cfg).values())
         small = count < LARGE_MODEL
@@ -241,9 +242,21 @@ class _Export:
 
     def _defaults(self) -> dict[str, Any]:
         given = {**self.source.defaults, **(self.options.defaults or {})}
-        if self.source.cfg.scorer is None:  # there are no scores to choose by
-            return {"policy": "keep_all", "keep_ratio": 1.0, **given}
-        return given
+        if self.source.cfg.has_scores:
+            return given
+        defaults = {"policy": "keep_all", "keep_ratio": 1.0, **given}
+        budget = [
+            f"{name}={defaults[name]}"
+            for name, none in (("keep_ratio", 1.0), ("vision_tokens_per_s", 0.0))
+            if defaults.get(name, none) != none
+        ]
+        if budget and defaults["policy"] == "keep_all":
+            raise ConfigError(
+                f"{budget[0]} would be ignored: the weights have no token scorer to choose by",
+                where="defaults",
+                remedy="add --scorer change, or --default policy=difference (by pixels)",
+            )
+        return defaults
 
     # ---- graphs ----------------------------------------------------------------------------------
 

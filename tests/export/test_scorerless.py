@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,3 +67,28 @@ def test_policies_that_need_scores_are_refused(bundle: EngineBundle) -> None:
             video_window(settings.changed({"policy": policy}), model, limits)
     for policy in ("random", "difference"):
         assert video_window(settings.changed({"policy": policy}), model, limits) > 0
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [{"keep_ratio": 0.5}, {"vision_tokens_per_s": 40.0}, {"change_threshold": 0.1}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_would_have_no_effect_is_refused_with_the_way_out(
+    bundle: EngineBundle, ignored: dict[str, float]
+) -> None:
+    limits, model = ServerLimits(max_question_tokens=32), ModelLimits.from_bundle(bundle)
+    settings = default_settings(bundle, limits).changed(ignored)
+    with pytest.raises(ConfigError, match=next(iter(ignored))) as caught:
+        video_window(settings, model, limits)
+    assert "--scorer change" in str(caught.value)
+    if "change_threshold" not in ignored:
+        assert "difference" in str(caught.value)
+        assert video_window(settings.changed({"policy": "difference"}), model, limits) > 0
+
+
+def test_an_export_refuses_defaults_without_effect(source: WeightSource, tmp_path: Path) -> None:
+    options = ExportOptions(defaults={"keep_ratio": 0.5})
+    with pytest.raises(ConfigError, match="would be ignored"):
+        export_source(source, tmp_path / "bundle", options)
+    assert not list(tmp_path.iterdir())

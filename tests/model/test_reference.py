@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_vlm.config import Rescale, tiny
-from edge_vlm.model.reference import encode_reference, frames_alone
+from edge_vlm.model.reference import encode_reference
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.pruning.clip_budget import frames_alone
 from tests.model import literal_reference
 
 CELLS = 81

@@ -16,6 +16,7 @@ import numpy as np
 from edge_vlm.errors import NonFinite
 from edge_vlm.formats.graph_spec import DynamicDim
 from edge_vlm.pixels.frames import Frame
+from edge_vlm.pruning.change import LastKept
 from edge_vlm.pruning.policies import KeepPolicy
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class FakeVision:
         self.encoded: list[int] = []
 
     def new_state(self) -> SimpleNamespace:
-        return SimpleNamespace(is_first=True)
+        return SimpleNamespace(is_first=True, last_kept=LastKept(self.num_cells))
 
     def encode(self, frame: Frame, state: SimpleNamespace, policy: KeepPolicy) -> FrameTokens:
         self._clock.pass_s(self.takes_s)

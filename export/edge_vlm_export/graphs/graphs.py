@@ -127,10 +127,12 @@ def _stem(cfg: ModelConfig, limits: GraphLimits) -> GraphSpec:
     cells = vision.num_cells
     dims = {"F": DynamicDim(min=1, opt=1, max=limits.max_frames)}
     if cfg.scorer is None:
+        hidden = _f32("hidden", "F", vision.num_patches, vision.width)
+        scored = _f32("scored", "F", vision.num_patches, vision.width)
         return GraphSpec(
             name="vit_stem",
             inputs=(_f32("pixels", "F", vision.num_patches, vision.patch_dim),),
-            outputs=(_f32("hidden", "F", vision.num_patches, vision.width),),
+            outputs=(hidden,) if cfg.change is None else (hidden, scored),
             dims=dims,
         )
     return GraphSpec(

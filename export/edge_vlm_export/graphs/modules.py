@@ -46,6 +46,17 @@ class EmbedGraph(nn.Module):
         return self.vit.embed(pixels)
 
 
+class ChangeStemGraph(nn.Module):
+    """That of a model that is scored by change, on the host: the graph gives what is scored."""
+
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.change_stem(pixels)
+
+
 class VitTrunkGraph(nn.Module):
     def __init__(self, model: VideoLM) -> None:
         super().__init__()
@@ -109,6 +120,8 @@ def graph_module(
 ) -> nn.Module:
     """The function that the graph of this name computes, for export and for comparison."""
     if name == "vit_stem":
+        if model.cfg.change is not None:
+            return ChangeStemGraph(model).eval()
         return (EmbedGraph(model) if model.scorer is None else VitStemGraph(model)).eval()
     if name == "vit_trunk":
         return VitTrunkGraph(model).eval()

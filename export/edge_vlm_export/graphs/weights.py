@@ -83,6 +83,23 @@ def open_weights(folder: Path, tokenizer: Path | None = None) -> WeightSource:
     )
 
 
+def scored_by_change(source: WeightSource, after_block: int | None = None) -> WeightSource:
+    """The same weights with the scorer that has none (`edge_vlm.pruning.change`).
+
+    Raises ConfigError for a block that is too far back.
+    """
+    try:
+        cfg = source.cfg.scored_by_change(after_block)
+    except ValueError as error:
+        raise ConfigError(
+            str(error), where="--scorer-block", remedy="scores come before the features are read"
+        ) from error
+    notes = source.notes
+    if source.cfg.scorer is not None:
+        notes = (*notes, "the scorer that was trained with these weights is left out")
+    return replace(source, cfg=cfg, notes=notes)
+
+
 def identity_of(found: ModelFolder) -> dict[str, Any]:
     """Name and hashes of a folder's files."""
     named = {os.path.relpath(path, found.path): path for path in found.weight_files}

@@ -16,6 +16,7 @@ from edge_vlm.errors import NonFinite
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import KVLayout
 from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.change import LastKept
 from edge_vlm.pruning.policies import KeepPolicy, make_policy
 from edge_vlm.text.masks import CAUSAL, block_bias, block_rule
 from edge_vlm.text.prompt import PromptFormat
@@ -90,12 +91,12 @@ class Pipeline:
         """Frame by frame; with `FRAME` attention the language model too takes one at a time."""
         vision, policy = self._cfg.vision, self._policy()
         prev = np.zeros((1, vision.num_cells, vision.width), np.float32)
-        kept, features = [], []
+        kept, features, last_kept = [], [], LastKept(vision.num_cells)
         for i, picture in enumerate(clip.pictures):
             pixels = to_pixel_values(picture, vision)[None]
             hidden, cells, scores = self._stem(pixels, prev, first=i == 0)
             prev = cells[-1:]
-            kept.append(policy.select(scores[0], picture, i == 0))
+            kept.append(self._choose(policy, last_kept, cells[0], scores[0], picture, i == 0))
             features.append(self._trunk(hidden, kept[-1:]))
         at_once = self._cfg.attention is VisionAttention.ALL
         logits, past = self._read(clip, kept, features, at_once)
@@ -107,14 +108,14 @@ class Pipeline:
         vision, policy = self._cfg.vision, self._policy()
         prev = np.zeros((1, vision.num_cells, vision.width), np.float32)
         most = self._specs["vit_stem"].dims["F"].max
-        kept, features = [], []
+        kept, features, last_kept = [], [], LastKept(vision.num_cells)
         for start in range(0, len(clip.pictures), most):
             pictures = clip.pictures[start : start + most]
             pixels = np.stack([to_pixel_values(picture, vision) for picture in pictures])
             hidden, cells, scores = self._stem(pixels, prev, first=start == 0)
             prev = cells[-1:]
             chosen = [
-                policy.select(row, picture, start + i == 0)
+                self._choose(policy, last_kept, cells[i], row, picture, start + i == 0)
                 for i, (row, picture) in enumerate(zip(scores, pictures, strict=True))
             ]
             joined = self._trunk(hidden, chosen)
@@ -126,9 +127,24 @@ class Pipeline:
     # ---- vision --------------------------------------------------------------------------------
 
     def _policy(self) -> KeepPolicy:
-        if self._cfg.scorer is None:
+        if not self._cfg.has_scores:
             return make_policy("keep_all", 1.0)
         return make_policy("stream", self._keep_ratio)
+
+    def _choose(
+        self,
+        policy: KeepPolicy,
+        last_kept: LastKept,
+        scored: np.ndarray,
+        scores: np.ndarray,
+        picture: np.ndarray,
+        first: bool,
+    ) -> np.ndarray:
+        if self._cfg.change is not None:
+            scores = last_kept.scores(scored)
+        cells = policy.select(scores, picture, first)
+        last_kept.keep(cells)
+        return cells
 
     def _stem(
         self, pixels: np.ndarray, prev: np.ndarray, first: bool
@@ -138,10 +154,15 @@ class Pipeline:
             inputs["prev_cells"] = prev
             inputs["is_first"] = np.arange(len(pixels)) == (0 if first else -1)
         out = self._checked("vit_stem", inputs)
+        if self._cfg.change is not None:
+            return out["hidden"], out["scored"], np.ones(self._cells_of(pixels), np.float32)
         if self._cfg.scorer is None:
             cells = np.repeat(prev, len(pixels), 0)
             return out["hidden"], cells, np.ones(cells.shape[:2], np.float32)
         return out["hidden"], out["cells"], out["scores"]
+
+    def _cells_of(self, pixels: np.ndarray) -> tuple[int, int]:
+        return len(pixels), self._cfg.vision.num_cells
 
     def _trunk(self, hidden: np.ndarray, kept: Sequence[np.ndarray]) -> np.ndarray:
         num_cells = self._cfg.vision.num_cells

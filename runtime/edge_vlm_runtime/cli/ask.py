@@ -19,7 +19,9 @@ from edge_vlm_runtime.cli.options import (
 from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
+    print_notes,
     server_url,
+    take_offline_policy,
 )
 
 
@@ -54,6 +56,7 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
         point_lines,
         snapshot_text,
     )
+    from edge_vlm_runtime.protocol.settings import CLIP
     from edge_vlm_runtime.sources.open import open_file
 
     answers: list[Answer] = []
@@ -65,16 +68,19 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
 
     settings = {**settings_of(args), "delivery": "wait"}
     async with await Client.connect(url, settings, access=access_of(args)) as client:
+        await take_offline_policy(args, client)
+        print_notes(client.notes)
         source = await open_for(open_file, args.video, args.fps, client)
         question = PlannedQuestion(text=args.question, detail=args.detail)
         outcome = await stream(source, client, [question], real_time=False, observer=Kept())
+    chosen = ", chosen over the whole clip" if client.settings.policy == CLIP else ""
     for answer in answers:
         if seen := looked_at_text(answer, client.video):
             print(seen, file=sys.stderr)
         print("\n".join([answer.shown_text, *point_lines(answer)]))
         print(
             f"{outcome.frames_processed} frames{dropped_text(outcome)}, "
-            f"{outcome.cells_kept} of {outcome.cells_seen} cells kept"
+            f"{outcome.cells_kept} of {outcome.cells_seen} cells kept{chosen}"
             f"{answer_times(answer)}{snapshot_text(answer)}",
             file=sys.stderr,
         )

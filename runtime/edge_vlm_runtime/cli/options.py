@@ -29,7 +29,7 @@ DEFAULT_PORT = 8765
 NOT_FOR_SERVERS = ("delivery", "raw_frames")
 """Settings that a client chooses by what it sends."""
 CLIENT_SETTINGS = (
-    *("keep_ratio", "vision_tokens_per_s", "attention", "policy", "fps_cap"),
+    *("keep_ratio", "vision_tokens_per_s", "change_threshold", "attention", "policy", "fps_cap"),
     *("max_answer_tokens", "instructions", "temperature", "top_p", "seed"),
 )
 

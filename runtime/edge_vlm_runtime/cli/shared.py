@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from edge_vlm_runtime.cli.options import own_limits
 from edge_vlm_runtime.engines.names import backend_options
 
 if TYPE_CHECKING:
+    from edge_vlm_runtime.client.client import Client
     from edge_vlm_runtime.client.run import Outcome
     from edge_vlm_runtime.sources.container import Source
 
@@ -39,6 +41,23 @@ def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Itera
     with Server.open(args.bundle, **options) as server:
         server.start()
         yield server.url
+
+
+async def take_offline_policy(args: argparse.Namespace, client: Client) -> None:
+    """For a finished file: what the weights were published with, unless a policy or a budget by
+    time was asked for, here or of the server."""
+    from edge_vlm_runtime.protocol.settings import SessionSettings
+
+    wanted, settings = client.created.model.limits.offline_policy, client.settings
+    is_open = args.policy is None and settings.policy == SessionSettings.policy
+    if wanted != settings.policy and is_open and not settings.vision_tokens_per_s:
+        await client.update({"policy": wanted})
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What is to be known of the settings, beside the answers."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 async def open_for(open_it: Any, text: str, fps: float | None, client: Any) -> Source:

@@ -32,6 +32,7 @@ from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
     positive_float,
+    print_notes,
     server_url,
 )
 
@@ -93,6 +94,7 @@ async def _watch_session(
     from edge_vlm_runtime.client.live_table import make_view
     from edge_vlm_runtime.client.run import Outcome, parse_question, stream
     from edge_vlm_runtime.client.terminal import summary_line
+    from edge_vlm_runtime.protocol.settings import CLIP
     from edge_vlm_runtime.sources.masking import mask_credentials
     from edge_vlm_runtime.sources.open import open_source
 
@@ -100,10 +102,14 @@ async def _watch_session(
     questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     outcome = Outcome()
     access = access_of(args)
-    async with await Client.connect(url, settings_of(args), access=access) as client:
+    settings = settings_of(args)
+    if settings.get("policy") == CLIP:
+        settings["delivery"] = "wait"  # a file; a live source is refused below
+    async with await Client.connect(url, settings, access=access) as client:
         open_it = functools.partial(open_source, hwaccel=args.hwaccel)
         source = await open_for(open_it, args.source, args.fps, client)
         await client.update({"delivery": "live" if source.is_live else "wait"})
+        print_notes(client.notes)
         title = f"{mask_credentials(args.source)} on {client.created.model.bundle}"
         with make_view(client.created.model.limits.cell_grid, title) as view:
             client.on_event = tell_all(

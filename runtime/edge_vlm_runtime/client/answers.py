@@ -25,8 +25,12 @@ class FrameCounts:
     cells_seen: int = 0
     cells_kept: int = 0
 
-    def add(self, event: protocol.FrameAccepted | protocol.FrameDropped) -> None:
-        if isinstance(event, protocol.FrameAccepted):
+    def add(
+        self, event: protocol.FrameAccepted | protocol.FrameDropped | protocol.ClipChosen
+    ) -> None:
+        if isinstance(event, protocol.ClipChosen):
+            self.cells_kept = event.cells_kept
+        elif isinstance(event, protocol.FrameAccepted):
             self.processed += 1
             self.cells_seen += event.cells_seen
             self.cells_kept += event.cells_kept

@@ -65,6 +65,10 @@ class Exchange:
         """In force now."""
         self.video = line.opening.video
         """How much video a question can be shown now; None if the server does not say."""
+        self.notes: list[str] = []
+        """What the server says of these settings with its model."""
+        if isinstance(line.opening, protocol.SessionCreated):
+            self.notes = line.opening.notes or []
         if isinstance(line.opening, protocol.SessionResumed):
             self._last_sequence = line.opening.newest_frame_sequence or 0
         self.frames = FrameCounts()
@@ -196,6 +200,8 @@ class Exchange:
             self.frames.add(event)
             self._unacknowledged.discard(event.frame_sequence)
             self._wake()
+        elif isinstance(event, protocol.ClipChosen):
+            self.frames.add(event)
         elif isinstance(event, protocol.ResponseCreated):
             stream = self._by_event_id.pop(event.event_id or "", None)
             if stream is not None:
@@ -211,6 +217,7 @@ class Exchange:
         elif isinstance(event, REPLIES):
             if isinstance(event, protocol.SessionUpdated):
                 self.settings, self.video = event.settings, event.video
+                self.notes = event.notes or []
             future = self._replies.pop(event.event_id or "", None)
             if future is not None and not future.done():
                 future.set_result(event)

@@ -34,6 +34,8 @@ def heat_rows(kept_cells: Sequence[int], grid: int) -> list[str]:
 
 
 def frame_line(event: protocol.FrameAccepted, grid: int) -> str:
+    if event.gathered:
+        return f"frame {event.frame_sequence:>3}  t={event.time_s:.1f} s  to be chosen from"
     line = (
         f"frame {event.frame_sequence:>3}  t={event.time_s:.1f} s  "
         f"kept {event.cells_kept:>{len(str(event.cells_seen))}}/{event.cells_seen}"
@@ -163,6 +165,8 @@ class LineOutput(Observer):
         elif isinstance(event, protocol.FrameDropped):
             why = "" if event.message is None else f": {event.message}"
             self.line(f"frame {event.frame_sequence:>3}  dropped ({event.reason}){why}")
+        elif isinstance(event, protocol.ClipChosen):
+            self.line(f"of the whole clip {event.cells_kept} of {event.cells_seen} cells are kept")
         elif isinstance(event, protocol.MemoryEvicted):
             self._once("the memory is full: from now on the oldest frames are forgotten")
         elif isinstance(event, protocol.MemoryRebased) and event.time_offset_s:

@@ -17,6 +17,7 @@ from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.pixels.frames import Rgb
 from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.change import frame_changes
 from edge_vlm.pruning.policies import Cells, Scores
 from edge_vlm_runtime.engines.base import Engine
 from edge_vlm_runtime.engines.ort import OrtEngine
@@ -41,6 +42,7 @@ class OfflineBundle:
         self.max_prefix_tokens = longest - ROOM
         self._arena = self._engines.language.new_arena(longest)
         self._hidden: list[npt.NDArray[np.float32]] = []
+        self._scored: list[npt.NDArray[np.float32]] = []
 
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
         """Frame by frame scores of a clip that begins with the first picture, f32 [F, C]."""
@@ -48,11 +50,14 @@ class OfflineBundle:
         scores = np.ones((len(rgbs), vision.num_cells), np.float32)
         prev = np.zeros((1, vision.num_cells, vision.width), np.float32)
         cells = np.empty_like(prev)
-        self._hidden = []
+        self._hidden, self._scored = [], []
         for i, rgb in enumerate(rgbs):
             hidden = np.empty((1, vision.num_patches, vision.width), np.float32)
             stem.bind_array("pixels", to_pixel_values(rgb, vision)[None])
             stem.bind_array("hidden", hidden)
+            if self.config.change is not None:
+                self._scored.append(np.empty_like(hidden))
+                stem.bind_array("scored", self._scored[-1])
             if self.config.scorer is not None:
                 stem.bind_array("is_first", np.array([i == 0]))
                 stem.bind_array("prev_cells", prev)
@@ -61,7 +66,14 @@ class OfflineBundle:
             stem.run()
             prev, cells = cells, prev
             self._hidden.append(hidden)
+        if self.config.change is not None:
+            return frame_changes(np.concatenate(self._scored))
         return scores
+
+    def scored(self, frame: int) -> npt.NDArray[np.float32]:
+        """[N, D] of a frame of the clip looked at last: what its change is scored by."""
+        scored: npt.NDArray[np.float32] = self._scored[frame][0]
+        return scored
 
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
         """[K, E] of the chosen cells of each frame of the clip looked at last."""
@@ -119,6 +131,8 @@ class BundleEvaluator:
         """Raises BundleError and its leaves, MissingExtraError, EngineError."""
         bundle = EngineBundle.open(folder)
         self.name = folder.resolve().name
+        self.attention = bundle.config.attention
+        self.has_scores = bundle.config.has_scores
         self.identity = sha256_of_file(folder / MANIFEST)
         self.model = OfflineBundle(
             bundle, {name: OrtEngine(bundle, name, threads=threads) for name in bundle.specs}

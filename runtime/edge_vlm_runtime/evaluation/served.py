@@ -24,11 +24,10 @@ from edge_vlm.evaluation.runs import (
     Run,
 )
 from edge_vlm.formats.qa_set import ClipQuestions
-from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.protocol.frames import DropReason
-from edge_vlm_runtime.protocol.settings import Attention
+from edge_vlm_runtime.protocol.settings import CLIP, POLICIES, Attention
 from edge_vlm_runtime.session.budget import SCORED_POLICIES
 
 DUPLICATE = DropReason.DUPLICATE.value
@@ -43,7 +42,7 @@ def settings_of(run: Run, clip: ClipQuestions) -> dict[str, Any]:
         "policy": KEEP_ALL if whole else run.policy,
         "keep_ratio": 1.0 if whole else run.keep_ratio,
         "policy_seed": seed_of(clip),
-        "min_cells": MIN_CELLS,
+        "min_cells": 0 if run.policy == CLIP else MIN_CELLS,
         "attention": (Attention.LAST_N if run.policy == LAST_N else attention).value,
         "last_n": run.frames_kept(len(clip.jpegs) - clip.num_quiet),
         "max_answer_tokens": MAX_ANSWER_TOKENS,
@@ -83,6 +82,9 @@ async def ask_clip(
         kept = client.frames.cells_kept
         if run.policy == LAST_N:
             kept = num_cells * min(run.frames_kept(len(clip.jpegs)), len(clip.jpegs))
+        if run.policy == CLIP:  # chosen from the frames up to the last question's
+            newest = max((question.frame for question in clip.questions), default=-1)
+            return ClipAnswers(texts, num_cells * (newest + 1), kept)
         seen = client.frames.cells_seen if clip.num_quiet else num_cells * len(clip.jpegs)
     return ClipAnswers(texts, seen, kept)
 
@@ -103,7 +105,8 @@ class ServedEvaluator:
             self.close()
             raise
         self.name = model.bundle
-        self._has_scorer = model.limits.has_scorer
+        self.has_scores = bool(model.limits.has_scorer)
+        self.attention = VisionAttention(model.limits.trained_attention)
         self.identity = identity or f"{model.bundle} on {version}"
 
     async def _greet(self) -> tuple[Any, str]:
@@ -114,9 +117,9 @@ class ServedEvaluator:
         """A session chooses as the frames come, and has no one-way memory of the newest frames."""
         if run.policy == LAST_N:
             return run.attention is VisionAttention.ALL
-        if not self._has_scorer and run.policy in SCORED_POLICIES:
+        if not self.has_scores and run.policy in SCORED_POLICIES:
             return False
-        return run.policy == FEWER_FRAMES or run.policy in POLICY_NAMES
+        return run.policy == FEWER_FRAMES or run.policy in POLICIES
 
     def answers(
         self, clip: ClipQuestions, runs: Sequence[Run]

@@ -16,6 +16,7 @@ from edge_vlm.config import ModelConfig
 from edge_vlm.errors import NonFinite
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pruning.change import LastKept
 from edge_vlm.pruning.policies import KeepPolicy
 from edge_vlm_runtime.engines.base import Engine
 
@@ -38,6 +39,20 @@ class FrameTokens:
     """Arrival of the frame on the server's clock, where one keeps it."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrameStem:
+    """A frame whose cells are scored and not chosen yet."""
+
+    hidden: np.ndarray
+    """f32 [1, num_patches, width]"""
+    scores: np.ndarray
+    """f32 [num_cells]"""
+    pts_ns: int
+    seq: int
+    stage_ms: dict[str, float]
+    received_ns: int = 0
+
+
 class VisionState:
     """What one stream's next frame needs of the last one. Never share it between streams."""
 
@@ -47,8 +62,13 @@ class VisionState:
         self.prev_cells = np.zeros((1, num_cells, width), np.float32)
         self.next_cells = np.zeros_like(self.prev_cells)
 
-    def advance(self) -> None:
+        self.last_kept = LastKept(num_cells)
+        """For a model whose scores are of change."""
+
+    def advance(self, cells: np.ndarray) -> None:
+        """`cells`: what was kept of the frame."""
         self.prev_cells, self.next_cells = self.next_cells, self.prev_cells
+        self.last_kept.keep(cells)
         self.is_first = False
 
 
@@ -65,6 +85,9 @@ class VisionPipeline:
         self._has_scorer = cfg.scorer is not None
         if self._has_scorer:
             stem.bind_array("is_first", self._is_first)
+        self._scored = np.empty_like(self._hidden)
+        if cfg.change is not None:
+            stem.bind_array("scored", self._scored)
         stem.bind_array("hidden", self._hidden)
         trunk.bind_array("hidden", self._hidden)
 
@@ -86,7 +109,7 @@ class VisionPipeline:
         chosen = time.perf_counter()
         embeds = self._features(cells)
         end = time.perf_counter()
-        state.advance()
+        state.advance(cells)
         return FrameTokens(
             embeds=embeds,
             cells=cells,
@@ -101,6 +124,42 @@ class VisionPipeline:
             },
         )
 
+    def look(self, frame: Frame, state: VisionState) -> FrameStem:
+        """The part of `encode` before the choice, of a clip whose cells are chosen when all of it
+        is there. Change is against the frame before. Raises NonFinite."""
+        begin = time.perf_counter()
+        pixels = to_pixel_values(frame.rgb, self._cfg.vision)
+        ready = time.perf_counter()
+        scores = self._score(pixels, state)
+        state.advance(np.arange(self.num_cells, dtype=np.int32))
+        return FrameStem(
+            hidden=self._hidden.copy(),
+            scores=scores,
+            pts_ns=frame.pts_ns,
+            seq=frame.seq,
+            stage_ms={
+                "preprocess": (ready - begin) * 1e3,
+                "vit_stem": (time.perf_counter() - ready) * 1e3,
+            },
+        )
+
+    def finish(self, stem: FrameStem, kept: np.ndarray, context: np.ndarray) -> FrameTokens:
+        """The part after it. `kept` and `context` are bool [num_cells]: what stays of the frame,
+        and what the blocks behind the drop see of it. Raises NonFinite."""
+        begin = time.perf_counter()
+        np.copyto(self._hidden, stem.hidden)
+        embeds = self._features(np.flatnonzero(context).astype(np.int32))
+        trunk_ms = (time.perf_counter() - begin) * 1e3
+        return FrameTokens(
+            embeds=embeds[kept[context]],
+            cells=np.flatnonzero(kept).astype(np.int32),
+            scores=stem.scores,
+            pts_ns=stem.pts_ns,
+            seq=stem.seq,
+            stage_ms={**stem.stage_ms, "vit_trunk": trunk_ms},
+            received_ns=stem.received_ns,
+        )
+
     def _score(self, pixels: np.ndarray, state: VisionState) -> np.ndarray:
         """Fills the hidden states and the state's next cells; returns scores [num_cells].
 
@@ -110,7 +169,12 @@ class VisionPipeline:
         if not self._has_scorer:
             stem.bind_array("pixels", pixels[None])
             stem.run()
-            return np.ones(self.num_cells, np.float32)
+            if self._cfg.change is None:
+                return np.ones(self.num_cells, np.float32)
+            changes = state.last_kept.scores(self._scored[0])
+            if not np.isfinite(changes).all():
+                raise NonFinite("what a frame is scored by is not finite", where="vit_stem")
+            return changes
         scores = np.empty((1, self.num_cells), np.float32)
         self._is_first[0] = state.is_first
         stem.bind_array("pixels", pixels[None])

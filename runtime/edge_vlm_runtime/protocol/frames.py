@@ -126,3 +126,5 @@ class DropReason(str, Enum):
     """Not a JPEG that can be read."""
     ENGINE_ERROR = "engine_error"
     """The engines failed on it; `code` and `message` say how."""
+    CLIP_FULL = "clip_full"
+    """More of a clip than can be held until its cells are chosen (policy `clip`)."""

@@ -69,6 +69,7 @@ class OwnSettings(Part, forbid_unknown_fields=True, kw_only=True):
 
     keep_ratio: float | UnsetType = UNSET
     vision_tokens_per_s: float | UnsetType = UNSET
+    change_threshold: float | UnsetType = UNSET
     policy: str | UnsetType = UNSET
     policy_seed: int | UnsetType = UNSET
     min_cells: int | UnsetType = UNSET
@@ -227,6 +228,8 @@ class SessionCreated(ServerEvent, tag="session.created"):
     """`settings` for clients of OpenAI's API."""
     video: VideoRoom | None = None
     """Null from an older server."""
+    notes: list[str] | None = None
+    """What a viewer should know about these settings with this model, in words."""
 
 
 class SessionResumed(ServerEvent, tag="session.resumed"):
@@ -258,6 +261,8 @@ class SessionUpdated(ServerEvent, tag="session.updated"):
     """`settings` for clients of OpenAI's API."""
     video: VideoRoom | None = None
     event_id: str | None = None
+    notes: list[str] | None = None
+    """As in `session.created`."""
 
 
 class FrameAccepted(ServerEvent, tag="frame.accepted"):
@@ -280,6 +285,27 @@ class FrameAccepted(ServerEvent, tag="frame.accepted"):
     in_memory: bool
     """False when it joins the memory later, together with others: when the answer under way ends,
     or with the frames that wait behind it; in any case before the next question."""
+    gathered: bool = False
+    """True with policy `clip`: its cells are chosen when a question is asked, see `clip.chosen`."""
+
+
+class ChosenFrame(Part, kw_only=True):
+    """What is kept of one frame of a clip."""
+
+    frame_sequence: int
+    kept_cells: list[int]
+    """As in `frame.accepted`."""
+
+
+class ClipChosen(ServerEvent, tag="clip.chosen"):
+    """With policy `clip`: the cells of all frames so far, chosen together for the question that
+    comes next. A later question about a longer clip has them chosen anew."""
+
+    cells_seen: int
+    cells_kept: int
+    frames: list[ChosenFrame]
+    stage_ms: dict[str, float]
+    """Of all frames together."""
 
 
 class FrameDropped(ServerEvent, tag="frame.dropped"):
@@ -287,7 +313,7 @@ class FrameDropped(ServerEvent, tag="frame.dropped"):
 
     frame_sequence: int
     reason: str
-    """busy, rate, stale, duplicate, decode_error or engine_error."""
+    """busy, rate, stale, duplicate, decode_error, engine_error or clip_full."""
     code: str | None = None
     message: str | None = None
 
@@ -491,7 +517,7 @@ class Error(ServerEvent, tag="error"):
 
 
 PARTS: tuple[type[Part], ...] = (
-    *(Model, VideoRoom, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
+    *(Model, VideoRoom, ChosenFrame, NewestFrame, Snapshot, PointedAt, Usage, ErrorDetail),
     *question_messages.PARTS,
     *(RealtimeSession, RealtimeResponse, RealtimeUsage, TokenDetails, ConversationItem, OutputPart),
     *realtime_events.PARTS,
@@ -512,6 +538,7 @@ SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
     SessionUpdated,
     FrameAccepted,
     FrameDropped,
+    ClipChosen,
     *question_messages.SERVER_EVENTS,
     *realtime_events.SERVER_EVENTS,
     ResponseCreated,

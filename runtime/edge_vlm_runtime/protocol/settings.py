@@ -13,10 +13,13 @@ import numpy as np
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.options import About
+from edge_vlm.pruning.clip_budget import variant_of
 from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm.text.prompt import longest_frame, longest_image
 
 CAN_BE_NONE = ("resume_grace_s", "max_answer_slowdown", "max_waiting_requests")
+CLIP, KEEP_ALL = "clip", "keep_all"
+POLICIES = (*POLICY_NAMES, CLIP)
 MAX_WHOLE = 1 << 53
 """The largest whole number that every reader of JSON counts exactly."""
 
@@ -53,8 +56,13 @@ class SessionSettings:
     vision_tokens_per_s: Annotated[float, About(option="tokens_per_second", metavar="N")] = 0.0
     """Cells kept per second of video, instead of `keep_ratio`, at whatever rate frames come; 0:
     `keep_ratio` holds."""
+    change_threshold: Annotated[float, About(metavar="N")] = 0.0
+    """Cells that changed by more than this since they were last kept are kept, however many these
+    are, instead of `keep_ratio`; for models whose scorer is change, see pruning.md; 0: `keep_ratio`
+    holds."""
     policy: str = "stream"
-    """How cells are chosen: stream, random, frame_topk, difference or keep_all; see pruning.md."""
+    """How cells are chosen: stream, random, frame_topk, difference, keep_all, or for a file clip,
+    which chooses when it is asked; see pruning.md."""
     policy_seed: int = 0
     """For the policy `random`."""
     min_cells: int = 2
@@ -103,7 +111,9 @@ class SessionSettings:
         self._require("keep_ratio", 0.0 < self.keep_ratio <= 1.0, "must be in (0, 1]")
         rate = self.vision_tokens_per_s
         self._require("vision_tokens_per_s", 0.0 <= rate < math.inf, "must be 0 or positive")
-        self._require("policy", self.policy in POLICY_NAMES, f"must be one of {POLICY_NAMES}")
+        threshold = self.change_threshold
+        self._require("change_threshold", 0.0 <= threshold < 2.0, "must be in 0..2, 2 excluded")
+        self._require("policy", self.policy in POLICIES, f"must be one of {POLICIES}")
         for field in (
             *("policy_seed", "min_cells", "window_tokens"),
             *("duplicate_threshold", "history_turns", "seed"),
@@ -158,8 +168,14 @@ class ModelLimits:
     """Largest time stamp of a frame; None when the checkpoint does not say."""
     trained_attention: str
     has_scorer: bool = True
+    scorer: str = "learned"
+    """learned, change (since a cell was last kept) or none."""
+    offline_policy: str = "stream"
+    """The policy for finished files: `clip` where the weights were published with it."""
     token_bytes: int = 1
     """Memory of one token of video: its keys and values, and its feature on the host."""
+    frame_bytes: int = 1
+    """Memory of a frame that waits for the choice of its cells (policy `clip`)."""
     snapshot_tokens: int = 0
     """Most tokens of a picture at full detail; 0: the model reads video only."""
 
@@ -184,7 +200,10 @@ class ModelLimits:
             max_cache_tokens=bundle.specs["llm"].dims["p"].max,
             max_time_s=None if max_time_s is None else float(max_time_s),
             trained_attention=bundle.config.attention.value,
-            has_scorer=bundle.config.scorer is not None,
+            has_scorer=bundle.config.has_scores,
+            scorer=bundle.config.scorer_kind,
+            offline_policy=CLIP if variant_of(bundle.config) == "published" else "stream",
+            frame_bytes=vision.num_patches * vision.width * np.dtype(np.float32).itemsize,
             token_bytes=_token_bytes(bundle),
             snapshot_tokens=_snapshot_tokens(bundle),
         )

@@ -55,6 +55,8 @@ class Report:
             outcome.frames_processed += 1
             outcome.cells_seen += event.cells_seen
             outcome.cells_kept += event.cells_kept
+        elif isinstance(event, protocol.ClipChosen):
+            outcome.cells_kept = event.cells_kept
         elif isinstance(event, protocol.FrameDropped):
             outcome.dropped[event.reason] = outcome.dropped.get(event.reason, 0) + 1
         elif isinstance(event, protocol.ResponseCreated):
@@ -208,6 +210,8 @@ def _count(figures: Figures, event: protocol.ServerEvent) -> None:
         figures.kv_tokens = max(figures.kv_tokens, event.kv_tokens)
         for name, value in event.stage_ms.items():
             figures.stage_ms[name].append(value)
+    elif isinstance(event, protocol.ClipChosen):
+        figures.cells_kept = event.cells_kept
     elif isinstance(event, protocol.FrameDropped):
         figures.frames_dropped[event.reason] += 1
     elif isinstance(event, protocol.ResponseDone):

@@ -46,7 +46,7 @@ from edge_vlm_runtime.server.metrics import CONTENT_TYPE
 from edge_vlm_runtime.server.origins import Origins
 from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
 from edge_vlm_runtime.server.tls import Tls
-from edge_vlm_runtime.session.budget import default_settings, video_window
+from edge_vlm_runtime.session.budget import default_settings, notes_on, video_window
 
 try:
     from starlette.applications import Starlette
@@ -203,6 +203,11 @@ class Server:
         except BaseException:
             opened.close()
             raise
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the settings of new sessions."""
+        return notes_on(self.settings, self.model)
 
     @property
     def url(self) -> str:

@@ -147,6 +147,8 @@ class ServerMetrics(Collector):
         """Counts what a session said."""
         if isinstance(event, protocol.FrameAccepted):
             self._frame(session_id, event)
+        elif isinstance(event, protocol.ClipChosen):
+            self._kept.inc(event.cells_kept)
         elif isinstance(event, protocol.FrameDropped):
             self._dropped.labels(event.reason).inc()
         elif isinstance(event, protocol.ResponseCreated):

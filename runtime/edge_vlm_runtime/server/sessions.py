@@ -26,7 +26,7 @@ from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, Sessio
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.event_log import EventLog
 from edge_vlm_runtime.server.metrics import ServerMetrics
-from edge_vlm_runtime.session.budget import video_room
+from edge_vlm_runtime.session.budget import notes_on, video_room
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +224,7 @@ class SessionRegistry:
                 settings=self._settings,
                 limits=self.limits,
                 video=video_room(self._settings, self._model, self.limits),
+                notes=notes_on(self._settings, self._model) or None,
             )
         )
 

@@ -10,10 +10,18 @@ from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.text.prompt import longest_frame
 from edge_vlm_runtime.protocol.messages import VideoRoom
-from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits, SessionSettings
+from edge_vlm_runtime.protocol.settings import (
+    CLIP,
+    KEEP_ALL,
+    Attention,
+    DropPolicy,
+    ModelLimits,
+    ServerLimits,
+    SessionSettings,
+)
 
-SCORED_POLICIES = ("stream", "frame_topk")
-"""Policies that look at the scores of the token scorer."""
+SCORED_POLICIES = ("stream", "frame_topk", CLIP)
+"""Policies that look at scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +78,102 @@ def dialogue_reserve(settings: SessionSettings, model: ModelLimits, limits: Serv
     return snapshot + turn * (1 + settings.history_turns)
 
 
+def clip_capacity(model: ModelLimits, limits: ServerLimits) -> int:
+    """Frames of a clip that can be held until their cells are chosen, in what the cache leaves of a
+    session's memory."""
+    left = limits.max_session_bytes - cache_capacity(model, limits) * model.token_bytes
+    return left // model.frame_bytes
+
+
+WITHOUT_SCORER = "take policy difference (by pixels), or export the weights with --scorer change"
+
+
+def require_honoured(settings: SessionSettings, model: ModelLimits) -> None:
+    """Raises ConfigError for settings of which one would have no effect with this model."""
+
+    def refuse(what: str, remedy: str) -> None:
+        raise ConfigError(what, where="session settings", remedy=remedy)
+
+    policy, per_s = settings.policy, settings.vision_tokens_per_s
+    if not model.has_scorer:
+        if policy in SCORED_POLICIES:
+            refuse(
+                f"policy {policy!r} chooses by scores, and the model has no token scorer",
+                WITHOUT_SCORER,
+            )
+        budget = (
+            f"vision_tokens_per_s {per_s:g}" if per_s else f"keep_ratio {settings.keep_ratio:g}"
+        )
+        if policy == KEEP_ALL and (per_s or settings.keep_ratio < 1):
+            refuse(
+                f"{budget} would be ignored: the model has no token scorer, and policy 'keep_all' "
+                "keeps every cell",
+                WITHOUT_SCORER,
+            )
+    if settings.change_threshold:
+        if model.scorer != "change":
+            refuse(
+                "change_threshold is about changes, and what the model has for a scorer is "
+                f"{model.scorer!r}",
+                "take keep_ratio, or export the weights with --scorer change",
+            )
+        if policy != SessionSettings.policy:
+            refuse(f"change_threshold would be ignored by policy {policy!r}", "take policy stream")
+        if per_s:
+            refuse("change_threshold and vision_tokens_per_s are two budgets", "take one of them")
+    if policy == CLIP:
+        if settings.delivery is not DropPolicy.WAIT:
+            refuse(
+                "policy 'clip' chooses over a finished clip, and a live stream has no end",
+                "take policy stream, or delivery wait for a file",
+            )
+        if per_s:
+            refuse(
+                "policy 'clip' keeps a share of a clip, vision_tokens_per_s would be ignored",
+                "take keep_ratio, or policy stream",
+            )
+
+
+def notes_on(settings: SessionSettings, model: ModelLimits) -> list[str]:
+    """What a viewer should know about these settings with this model."""
+    notes = []
+    by_frame = settings.attention is Attention.FRAME
+    if by_frame and model.trained_attention != VisionAttention.FRAME.value:
+        notes.append(
+            "attention frame is faster, but the weights were trained with every frame seeing every "
+            "other one: attention exact is what they know, edge-vlm eval measures the difference"
+        )
+    elif not by_frame and model.trained_attention == VisionAttention.FRAME.value:
+        notes.append(
+            f"attention {settings.attention.value} shows the frames otherwise than the weights "
+            "were trained: attention frame is what they know"
+        )
+    if model.offline_policy == CLIP and settings.policy != CLIP:
+        notes.append(
+            "the weights were published with a budget over the finished clip (policy clip, for "
+            f"files); policy {settings.policy} chooses as the frames come, so cells and answers "
+            "differ"
+        )
+    if settings.change_threshold:
+        notes.append(
+            f"cells that changed by more than {settings.change_threshold:g} are kept, however many "
+            "these are: keep_ratio has no say"
+        )
+    return notes
+
+
 def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
     """Tokens of video to remember under these settings.
 
     Raises ConfigError when the dialogue leaves too little room, or `window_tokens` asks for more
     than there is or for less than two whole frames.
     """
-    if not model.has_scorer and settings.policy in SCORED_POLICIES:
+    require_honoured(settings, model)
+    if settings.policy == CLIP and clip_capacity(model, limits) < 2:
         raise ConfigError(
-            f"policy {settings.policy!r} chooses by scores, and the model has no token scorer",
+            "policy 'clip' holds a clip until it is asked about, and there is no memory for it",
             where="session settings",
-            remedy="take keep_all",
+            remedy="give sessions more memory (--session-memory), or fewer tokens of cache",
         )
     room = cache_capacity(model, limits) - dialogue_reserve(settings, model, limits)
     least = 2 * (model.num_cells + 16)  # with their stamps and markers

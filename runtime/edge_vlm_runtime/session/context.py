@@ -148,6 +148,11 @@ class StreamContext:
         return self._plan.attention
 
     @property
+    def window_tokens(self) -> int:
+        """Tokens of video that can be remembered at once."""
+        return self._plan.window_tokens
+
+    @property
     def _in_arena(self) -> bool:
         """Frames stay in the arena; else they are prefilled anew for each question."""
         return self._plan.attention is Attention.FRAME
@@ -218,6 +223,20 @@ class StreamContext:
                 group, segments = 1, segments[:1]
             self._add_group(rest[:group], segments)
             rest = rest[group:]
+
+    def replace(self, frames: Sequence[FrameTokens]) -> None:
+        """Remembers these frames and no others, as if the stream had begun with them.
+
+        Raises what `LanguageModel.prefill` raises; nothing is remembered then.
+        """
+        self._require_not_lent()
+        self._arena.clear()
+        self._remembered.clear()
+        try:
+            self.add(frames)
+        except BaseException:
+            self.forget_all()
+            raise
 
     def forget_all(self) -> None:
         """What is left of a memory that the engines failed on would answer wrongly."""

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.errors import EdgeVlmError, EngineError, FrameDecodeError
+from edge_vlm.errors import ClipTooLong, EdgeVlmError, EngineError, FrameDecodeError
 from edge_vlm.pixels.frames import Frame, decode_jpeg, decode_picture, thumbnail
-from edge_vlm.pruning.policies import RatedPolicy, make_policy
+from edge_vlm.pruning.policies import KeepAll, OverThreshold, RatedPolicy, make_policy
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
-from edge_vlm_runtime.protocol.settings import DropPolicy, SessionSettings
+from edge_vlm_runtime.protocol.settings import CLIP, DropPolicy, SessionSettings
 from edge_vlm_runtime.session.alert_rules import AlertFrame
 from edge_vlm_runtime.session.context import FRAMES_PER_PREFILL, Evicted, Rebased
 from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame, Encoding
@@ -29,6 +29,7 @@ from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame, Encoding
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.vision import FrameTokens, VisionPipeline
     from edge_vlm_runtime.session.alerts import AlertMonitor
+    from edge_vlm_runtime.session.clip import ClipGatherer
     from edge_vlm_runtime.session.context import StreamContext
     from edge_vlm_runtime.session.outbox import Outbox
     from edge_vlm_runtime.session.stats import SessionStatsCounter
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 MAX_PENDING_FRAMES = 16
 """Frames encoded while an answer is decoded; more wait in the queue, under its drop rule."""
 THUMBNAIL = 32
-POLICY_FIELDS = ("policy", "policy_seed", "min_cells")
+POLICY_FIELDS = ("policy", "policy_seed", "min_cells", "change_threshold")
 BUDGET_FIELDS = ("keep_ratio", "vision_tokens_per_s")
 EWMA_WEIGHT = 0.2
 """Weight of the last interval in what is expected of the next one."""
@@ -81,6 +82,7 @@ class FrameIngest:
         self,
         *,
         vision: VisionPipeline,
+        clip: ClipGatherer,
         settings: SessionSettings,
         clock: StreamClock,
         context: StreamContext,
@@ -98,11 +100,13 @@ class FrameIngest:
         self._outbox = outbox
         self._stopwatch_ns = stopwatch_ns
         self._policy = _policy_of(settings, vision.num_cells)
+        self._clip = clip
         self._state = vision.new_state()
         self._interval_s = 1.0 / settings.fps_cap
         self._last_encoded_us: int | None = None
         self._duplicates = DuplicateFilter()
         self._pending: list[FrameTokens] = []
+        self._choosing_ms = 0.0
         self.newest_picture: EncodedFrame | None = None
         """The last one that could be decoded, near-duplicates included, to be looked at again in
         full detail."""
@@ -111,7 +115,11 @@ class FrameIngest:
         """Other rules for the frames to come. Another policy begins with a whole frame, another
         budget does not."""
         old, self._settings = self._settings, settings
-        if _differ(old, settings, POLICY_FIELDS):
+        self._clip.configure(settings)
+        if isinstance(self._policy, OverThreshold) and settings.change_threshold:
+            self._policy.threshold = settings.change_threshold
+            self._policy.min_cells = settings.min_cells
+        elif _differ(old, settings, POLICY_FIELDS):
             self._policy = _policy_of(settings, self._vision.num_cells)
         elif _differ(old, settings, BUDGET_FIELDS):
             share = settings.keep_ratio * self._vision.num_cells
@@ -120,7 +128,12 @@ class FrameIngest:
     @property
     def has_pending(self) -> bool:
         """Frames were encoded that are not in the memory yet."""
-        return bool(self._pending)
+        return bool(self._pending) or self._clip.is_open
+
+    @property
+    def has_begun(self) -> bool:
+        """A frame was encoded."""
+        return self._last_encoded_us is not None
 
     @property
     def is_full(self) -> bool:
@@ -137,6 +150,9 @@ class FrameIngest:
         itself.
         """
         try:
+            if self._gathers:
+                self._gather(frame, now_ns)
+                return
             tokens, stage_ms = self._encode(frame, now_ns)
         except FrameRejected as rejected:
             self._drop(frame, rejected.reason, rejected.error)
@@ -157,7 +173,7 @@ class FrameIngest:
                 self._drop(frame, DropReason.ENGINE_ERROR, error)
                 self._alerts.caught_up()
                 return
-        self._accept(frame, tokens, now_ns, stage_ms)
+        self._accept(frame, tokens.pts_ns, tokens.scores.size, tokens.cells, now_ns, stage_ms)
         self._alerts.on_frame(
             AlertFrame(
                 seq=frame.seq,
@@ -169,6 +185,46 @@ class FrameIngest:
         )
         if joins:
             self._alerts.caught_up()
+
+    def choose(self) -> bool:
+        """Works on the clip that was gathered, if any; False when it is in the memory. Raises
+        ClipTooLong, and what the engines raise; then everything is as before."""
+        if not self._clip.is_open:
+            return False
+        begin_ns = self._stopwatch_ns()
+        is_last = self._clip.encode_next()
+        self._choosing_ms += (self._stopwatch_ns() - begin_ns) * 1e-6
+        if not is_last:
+            return True
+        begin_ns = self._stopwatch_ns()
+        tokens = self._clip.take()
+        try:
+            self._context.replace(tokens)
+        except BaseException:
+            self._clip.reopen()
+            raise
+        finally:
+            self.report_changes()
+        prefill_ms = (self._stopwatch_ns() - begin_ns) * 1e-6
+        choosing_ms, self._choosing_ms = self._choosing_ms, 0.0
+        seen = sum(frame.scores.size for frame in tokens)
+        kept = sum(frame.cells.size for frame in tokens)
+        self._stats.chosen(kept)
+        self._outbox.add(
+            protocol.ClipChosen(
+                cells_seen=seen,
+                cells_kept=kept,
+                frames=[
+                    protocol.ChosenFrame(frame_sequence=each.seq, kept_cells=each.cells.tolist())
+                    for each in tokens
+                ],
+                stage_ms={
+                    "vit_trunk": round(choosing_ms, 3),
+                    "prefill": round(prefill_ms, 3),
+                },
+            )
+        )
+        return False
 
     def join(self) -> None:
         """Everything encoded joins the memory. Frames that the engines fail on are lost, with an
@@ -201,6 +257,34 @@ class FrameIngest:
             )
 
     # ---- encoding ----------------------------------------------------------------------------
+
+    @property
+    def _gathers(self) -> bool:
+        return self._settings.policy == CLIP
+
+    def _gather(self, frame: EncodedFrame, now_ns: int) -> None:
+        """Scores a frame and keeps it for `choose`. Raises FrameRejected."""
+        begin_ns = self._stopwatch_ns()
+        try:
+            rgb = self._decode(frame)
+        except FrameDecodeError as error:
+            raise FrameRejected(DropReason.DECODE_ERROR, error) from error
+        decode_ms = (self._stopwatch_ns() - begin_ns) * 1e-6
+        pts_ns = self._clock.pts_ns(frame.capture_us)
+        self.newest_picture = frame
+        try:
+            self._clip.require_room(pts_ns)
+        except ClipTooLong as error:
+            raise FrameRejected(DropReason.CLIP_FULL, error) from error
+        try:
+            stem = self._vision.look(Frame(rgb=rgb, pts_ns=pts_ns, seq=frame.seq), self._state)
+        except EngineError as error:
+            raise FrameRejected(DropReason.ENGINE_ERROR, error) from error
+        self._last_encoded_us = frame.capture_us
+        self._clip.add(dataclasses.replace(stem, received_ns=frame.received_ns))
+        stage_ms = {"decode": decode_ms, **stem.stage_ms}
+        nothing = np.empty(0, np.int32)
+        self._accept(frame, stem.pts_ns, stem.scores.size, nothing, now_ns, stage_ms)
 
     def _encode(self, frame: EncodedFrame, now_ns: int) -> tuple[FrameTokens, dict[str, float]]:
         """Features and milliseconds by stage. Raises FrameRejected."""
@@ -284,24 +368,32 @@ class FrameIngest:
         its cells are new, too."""
         self._duplicates.reset()
         self._policy.reset()
+        self._state.last_kept.forget()
 
     # ---- outcomes ----------------------------------------------------------------------------
 
     def _accept(
-        self, frame: EncodedFrame, tokens: FrameTokens, now_ns: int, stage_ms: dict[str, float]
+        self,
+        frame: EncodedFrame,
+        pts_ns: int,
+        cells_seen: int,
+        cells: np.ndarray,
+        now_ns: int,
+        stage_ms: dict[str, float],
     ) -> None:
-        self._stats.accepted(tokens.scores.size, tokens.cells.size)
+        self._stats.accepted(cells_seen, cells.size)
         accepted = protocol.FrameAccepted(
             frame_sequence=frame.seq,
-            time_s=tokens.pts_ns * 1e-9,
-            cells_seen=tokens.scores.size,
-            cells_kept=tokens.cells.size,
-            kept_cells=tokens.cells.tolist(),
+            time_s=pts_ns * 1e-9,
+            cells_seen=cells_seen,
+            cells_kept=cells.size,
+            kept_cells=cells.tolist(),
             stage_ms={name: round(value, 3) for name, value in stage_ms.items()},
             queue_ms=(now_ns - frame.received_ns) * 1e-6,
             age_ms=0.0,
             kv_tokens=self._context.kv_tokens,
             in_memory="prefill" in stage_ms,
+            gathered=self._gathers,
         )
         self._outbox.add_aged(accepted, frame.received_ns)
 
@@ -318,6 +410,10 @@ def _differ(old: SessionSettings, new: SessionSettings, fields: tuple[str, ...])
 
 def _policy_of(settings: SessionSettings, num_cells: int) -> RatedPolicy:
     keep_ratio = settings.keep_ratio
+    if settings.change_threshold > 0.0:
+        return OverThreshold(settings.change_threshold, settings.min_cells)
+    if settings.policy == CLIP:
+        return KeepAll()  # not asked: the clip's cells are chosen together
     if settings.vision_tokens_per_s > 0.0:  # how long the first frame's excess is paid back
         keep_ratio = min(1.0, settings.vision_tokens_per_s / (settings.fps_cap * num_cells))
     return make_policy(

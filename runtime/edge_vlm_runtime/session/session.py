@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_vlm.errors import (
+    AlertsUnsupported,
     ConfigError,
     EdgeVlmError,
     NoFrameYet,
@@ -28,18 +29,23 @@ from edge_vlm.errors import (
     TooManyQuestions,
     UnknownMessageType,
 )
+from edge_vlm.pruning.clip_budget import variant_of
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.protocol.alerts import AlertCreate
 from edge_vlm_runtime.protocol.base import MAX_TEXT
 from edge_vlm_runtime.protocol.questions import UserMessage, lines
-from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
+from edge_vlm_runtime.protocol.settings import CLIP, ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.session.alerts import AlertMessage, AlertMonitor
 from edge_vlm_runtime.session.answer import Answer
 from edge_vlm_runtime.session.budget import (
     cache_capacity,
+    clip_capacity,
+    notes_on,
     plan_memory,
     question_capacity,
     video_room,
 )
+from edge_vlm_runtime.session.clip import ClipGatherer
 from edge_vlm_runtime.session.context import StreamContext
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
@@ -109,6 +115,15 @@ class Session:
         )
         self._ingest = FrameIngest(
             vision=engines.vision,
+            clip=ClipGatherer(
+                vision=engines.vision,
+                prompt=engines.prompt,
+                context=self._context,
+                settings=settings,
+                variant=variant_of(engines.bundle.config),
+                most_frames=clip_capacity(self._model, limits),
+                most_s=self._model.max_time_s,
+            ),
             settings=settings,
             clock=clock,
             context=self._context,
@@ -176,6 +191,7 @@ class Session:
             elif isinstance(message, protocol.ResponseCancel):
                 self._cancel(message.response_id, now_ns)
             elif isinstance(message, AlertMessage):
+                self._require_moments(message)
                 self._alerts.take(message)
             else:
                 raise UnknownMessageType(
@@ -193,6 +209,7 @@ class Session:
             changes.setdefault("max_answer_tokens", min(message.session.max_output, most))
         settings = self.settings.changed(changes)
         plan = plan_memory(settings, self._model, self._limits)
+        self._require_same_kind(settings)
         self._require_room_for(settings.instructions)
         if self._answer is None:
             try:
@@ -207,8 +224,35 @@ class Session:
                 settings=settings,
                 video=video_room(settings, self._model, self._limits),
                 event_id=message.event_id,
+                notes=notes_on(settings, self._model) or None,
             )
         )
+
+    def _require_same_kind(self, settings: SessionSettings) -> None:
+        """Raises ConfigError where a clip would have to become a stream, or the other way round."""
+        if (settings.policy == CLIP) == (self.settings.policy == CLIP):
+            return
+        if self._ingest.has_begun:
+            raise ConfigError(
+                f"policy {self.settings.policy!r} cannot become {settings.policy!r} with frames in "
+                "memory: one chooses as they come, the other over the finished clip",
+                where="session settings",
+                remedy="begin another session",
+            )
+        if settings.policy == CLIP and self._alerts.is_watching:
+            raise ConfigError(
+                "alerts look at every frame as it comes, policy 'clip' chooses when it is asked",
+                where="session settings",
+                remedy="take policy stream, or delete the alerts",
+            )
+
+    def _require_moments(self, message: AlertMessage) -> None:
+        """Raises AlertsUnsupported for a new alert on a clip."""
+        if isinstance(message, AlertCreate) and self.settings.policy == CLIP:
+            raise AlertsUnsupported(
+                "alerts look at every frame as it comes, policy 'clip' chooses when it is asked",
+                remedy="take policy stream",
+            )
 
     def _require_room_for(self, instructions: str) -> None:
         """Raises ConfigError when they would leave less than half of its room to a question."""
@@ -304,6 +348,8 @@ class Session:
             return True
         if not self._questions:
             return False
+        if self._choose_cells():
+            return True
         joined = self._ingest.has_pending
         if joined:
             self._ingest.join()
@@ -317,6 +363,15 @@ class Session:
             )
             return True
         return joined
+
+    def _choose_cells(self) -> bool:
+        """One frame more of a clip whose cells were not chosen yet; False when there is none."""
+        try:
+            return self._ingest.choose()
+        except EdgeVlmError as error:
+            question = self._questions.popleft().question
+            self._outbox.add_error(error, question.event_id)
+            return True
 
     # ---- answers -----------------------------------------------------------------------------
 

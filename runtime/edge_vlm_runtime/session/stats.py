@@ -32,6 +32,10 @@ class SessionStatsCounter:
         self._cells_seen += cells_seen
         self._cells_kept += cells_kept
 
+    def chosen(self, cells_kept: int) -> None:
+        """Of all frames so far together, so many cells are kept."""
+        self._cells_kept = cells_kept
+
     def dropped(self, reason: DropReason) -> None:
         """A frame that came to the session was not encoded."""
         self._dropped[reason.value] += 1

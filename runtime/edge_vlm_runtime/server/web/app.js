@@ -94,6 +94,24 @@ function closeSession() {
   line = null;
 }
 
+const SCORERS = { learned: "learned scorer", change: "scorer: change", none: "no scorer" };
+
+/** What the model chooses by and how much it sees; beside it, what the server says of that. */
+function showFacts({ settings, notes }) {
+  const { limits } = created.model;
+  const server = created.limits;
+  const cache = Math.min(server.kv_capacity_tokens, limits.max_positions, limits.max_cache_tokens);
+  const room = settings.attention === "frame" ? cache : Math.min(cache, limits.max_prefill_tokens);
+  const frames = Math.floor(room / (limits.num_cells + 7));
+  $("facts").textContent = [
+    SCORERS[limits.scorer] ?? limits.scorer,
+    `attention ${settings.attention} (trained: ${limits.trained_attention})`,
+    `at most ${frames} whole frames`,
+    `answers up to ${settings.max_answer_tokens} tokens`,
+    ...(notes ?? []),
+  ].join(" · ");
+}
+
 const handlers = {
   "session.created"(event) {
     created = event;
@@ -101,6 +119,12 @@ const handlers = {
     $("keep").value = Math.round(event.settings.keep_ratio * 100);
     $("policy").value = event.settings.policy;
     showKeep();
+    showFacts(event);
+    const byScore = event.model.limits.has_scorer;
+    for (const option of $("policy").options) {
+      option.disabled = !byScore && ["stream", "frame_topk"].includes(option.value);
+    }
+    $("keep").disabled = !byScore && event.settings.policy === "keep_all";
     const canRead = event.model.limits.snapshot_tokens > 0;
     $("detail").disabled = !canRead;
     $("detail-label").title = canRead ? "Look at the newest picture alone, in full detail"
@@ -108,6 +132,10 @@ const handlers = {
     showConnected();
     send("session.update", { session: { delivery: source?.kind === "file" ? "wait" : "live" } });
     startTimer();
+  },
+  "session.updated"(event) {
+    showFacts(event);
+    $("keep").disabled = !created.model.limits.has_scorer && event.settings.policy === "keep_all";
   },
   "session.resumed"() {
     showConnected();
@@ -470,7 +498,15 @@ $("heat").onchange = draw;
 $("keep").oninput = showKeep;
 $("keep").onchange = () =>
   send("session.update", { session: { keep_ratio: $("keep").value / 100 } });
-$("policy").onchange = () => send("session.update", { session: { policy: $("policy").value } });
+$("policy").onchange = () => {
+  const session = { policy: $("policy").value };
+  if (session.policy === "keep_all" && !created?.model.limits.has_scorer) {
+    session.keep_ratio = 1; // a smaller one would have no effect, and is refused
+    $("keep").value = 100;
+    showKeep();
+  }
+  send("session.update", { session });
+};
 $("cancel").onclick = () => send("response.cancel");
 $("ask").onsubmit = (event) => {
   event.preventDefault();
