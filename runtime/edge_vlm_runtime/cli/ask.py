@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
 from edge_vlm_runtime.cli.config import configured
@@ -21,6 +22,11 @@ from edge_vlm_runtime.cli.shared import (
     open_for,
     server_url,
 )
+
+if TYPE_CHECKING:
+    from edge_vlm.pixels.video import VideoTimes
+    from edge_vlm_runtime.client.client import Client
+    from edge_vlm_runtime.sources.container import Source
 
 
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +59,6 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
         point_lines,
         snapshot_text,
     )
-    from edge_vlm_runtime.sources.open import open_file
 
     answers: list[Answer] = []
 
@@ -64,18 +69,44 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
 
     settings = {**settings_of(args), "delivery": "wait"}
     async with await Client.connect(url, settings, access=access_of(args)) as client:
-        source = await open_for(open_file, args.video, args.fps, client)
+        source, shown = await _source(args, client)
         question = PlannedQuestion(text=args.question, detail=args.detail)
         outcome = await stream(source, client, [question], real_time=False, observer=Kept())
     for answer in answers:
         print("\n".join([answer.shown_text, *point_lines(answer)]))
         print(
-            f"{outcome.frames_processed} frames{dropped_text(outcome)}, "
+            f"{outcome.frames_processed} frames{shown}{dropped_text(outcome)}, "
             f"{outcome.cells_kept} of {outcome.cells_seen} cells kept"
             f"{answer_times(answer)}{snapshot_text(answer)}",
             file=sys.stderr,
         )
     return finish(outcome)
+
+
+async def _source(args: argparse.Namespace, client: Client) -> tuple[Source, str]:
+    """The file's pictures and, for people, which of them. Raises VideoError and its leaves."""
+    from edge_vlm.pixels.video import clip_times
+    from edge_vlm_runtime.cli.clip import clip_rule, fitting_rule, shown_text
+    from edge_vlm_runtime.sources.open import open_clip, open_file
+
+    model, limits = client.created.model.limits, client.created.limits
+    rule = clip_rule(model, args.fps)
+    chosen = ""
+
+    def choose(probed: VideoTimes) -> list[float]:
+        nonlocal chosen
+        assert rule is not None
+        fits = fitting_rule(rule, probed, client.settings, model, limits)
+        chosen = shown_text(fits, rule, probed)
+        times_s: list[float] = clip_times(probed, fits).tolist()
+        return times_s
+
+    if rule is not None:
+        clip = await asyncio.to_thread(open_clip, args.video, choose)
+        if clip is not None:
+            return clip, chosen
+        chosen = ", at a steady rate as they came: what cannot be read twice has no known end"
+    return await open_for(open_file, args.video, args.fps, client), chosen
 
 
 ask = configured(

@@ -162,6 +162,11 @@ class ModelLimits:
     """Memory of one token of video: its keys and values, and its feature on the host."""
     snapshot_tokens: int = 0
     """Most tokens of a picture at full detail; 0: the model reads video only."""
+    clip_frames: int = 0
+    """Most frames of a whole clip that the model was trained on; 0: not known. `ask` shows a file
+    by `clip_fps` with its last frame, or, past so many, evenly from begin to end."""
+    clip_fps: float = 0.0
+    """Frames per second of a whole clip that is short enough."""
 
     @classmethod
     def from_bundle(cls, bundle: EngineBundle) -> ModelLimits:
@@ -182,6 +187,8 @@ class ModelLimits:
             has_scorer=bundle.config.scorer is not None,
             token_bytes=_token_bytes(bundle),
             snapshot_tokens=_snapshot_tokens(bundle),
+            clip_frames=0 if bundle.frames is None else bundle.frames.num_frames,
+            clip_fps=0.0 if bundle.frames is None else bundle.frames.max_fps,
         )
 
 

@@ -98,6 +98,14 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
     return settings.window_tokens
 
 
+def remembered_tokens(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+    """Tokens of video that a session holds at once. Raises ConfigError as `video_window` does."""
+    window = video_window(settings, model, limits)
+    if settings.attention is Attention.FRAME:
+        return window
+    return min(window, model.max_prefill_tokens)  # all of it goes through one run of the graph
+
+
 def plan_memory(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> MemoryPlan:
     """Raises ConfigError as `video_window` does."""
     return MemoryPlan(

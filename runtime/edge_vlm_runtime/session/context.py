@@ -111,7 +111,7 @@ class StreamContext:
     def _feasible(self, plan: MemoryPlan) -> MemoryPlan:
         if plan.attention is Attention.FRAME:
             return plan
-        # All of it must go through one run of the graph.
+        # All of it must go through one run of the graph (`budget.remembered_tokens`).
         window_tokens = min(plan.window_tokens, self._model.max_prefill_tokens)
         return replace(plan, window_tokens=window_tokens)
 

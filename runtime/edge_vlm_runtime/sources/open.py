@@ -7,13 +7,14 @@ and then end; live sources give the newest picture there is, and never end by th
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
 from edge_vlm.pixels.opening import NO_ACCELERATION
-from edge_vlm.pixels.video import Video
+from edge_vlm.pixels.video import Video, VideoTimes, probe_video
 from edge_vlm_runtime.sources.addresses import (
     LIVE_SCHEMES,
     is_file_address,
@@ -24,7 +25,7 @@ from edge_vlm_runtime.sources.container import Source
 from edge_vlm_runtime.sources.gstreamer import GstCamera, csi_pipeline
 from edge_vlm_runtime.sources.live import LiveSource
 from edge_vlm_runtime.sources.masking import mask_credentials
-from edge_vlm_runtime.sources.video_file import FileSource
+from edge_vlm_runtime.sources.video_file import ClipSource, FileSource
 
 CSI = re.compile(r"csi(?::(\d+))?", re.IGNORECASE)
 GST = "gst:"
@@ -69,13 +70,30 @@ def open_file(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Sourc
 
     Raises VideoNotFound, VideoUnreadable; VideoEmpty only when the pictures are read.
     """
-    scheme = scheme_of(text)
     if text == STANDARD_INPUT:
         return FileSource(Video("pipe:0", "standard input", hwaccel=hwaccel), fps)
     if is_file_address(text):
         return FileSource(open_camera(text, is_live=False, hwaccel=hwaccel), fps)
+    return FileSource(_local_file(text), fps)
+
+
+def open_clip(text: str, choose: Callable[[VideoTimes], Sequence[float]]) -> ClipSource | None:
+    """A file at the moments that `choose` makes of its frames' times; None for what cannot be read
+    twice: standard input and addresses.
+
+    Raises VideoNotFound, VideoUnreadable, VideoEmpty.
+    """
+    if text == STANDARD_INPUT or is_file_address(text):
+        return None
+    path = _local_file(text)
+    return ClipSource(path, choose(probe_video(path)))
+
+
+def _local_file(text: str) -> Path:
+    """Raises VideoNotFound, VideoUnreadable for the address of what is no file."""
+    scheme = scheme_of(text)
     if scheme == "file":
-        return FileSource(Path(unquote(urlsplit(text).path)), fps)
+        return Path(unquote(urlsplit(text).path))
     name = mask_credentials(text)
     if scheme is not None and not Path(text).exists():
         nearest = "watch it with `edge-vlm watch --source`" if scheme in LIVE_SCHEMES else KINDS
@@ -84,7 +102,7 @@ def open_file(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Sourc
     if not path.exists():
         remedy = f"the camera of this number is webcam:{text}" if text.isdigit() else None
         raise VideoNotFound("no such file", where=name, remedy=remedy)
-    return FileSource(path, fps)
+    return path
 
 
 def _is_device(text: str) -> bool:
