@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
+from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.cli.config import configured
 from edge_vlm_runtime.cli.options import (
     access_of,
@@ -24,7 +26,6 @@ from edge_vlm_runtime.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from edge_vlm.pixels.video import VideoTimes
     from edge_vlm_runtime.client.client import Client
     from edge_vlm_runtime.sources.container import Source
 
@@ -38,6 +39,12 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         default="video",
         help="what is looked at: the video, its last picture alone in full detail, or the video "
         "and that picture (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--subtitles",
+        type=Path,
+        metavar="FILE",
+        help="SRT or WebVTT of the video: Molmo2 reads them behind its frames",
     )
     parser.add_argument("--url", help="a running server (default: one of its own)")
     add_settings_arguments(parser)
@@ -84,29 +91,28 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
 
 
 async def _source(args: argparse.Namespace, client: Client) -> tuple[Source, str]:
-    """The file's pictures and, for people, which of them. Raises VideoError and its leaves."""
-    from edge_vlm.pixels.video import clip_times
-    from edge_vlm_runtime.cli.clip import clip_rule, fitting_rule, shown_text
-    from edge_vlm_runtime.sources.open import open_clip, open_file
+    """The file's pictures and, for people, which of them. Raises VideoError and its leaves,
+    ConfigError."""
+    from edge_vlm.text.subtitles import read_subtitles
+    from edge_vlm_runtime.cli.clip import choose, clip_rule
+    from edge_vlm_runtime.sources.open import open_file, whole_file
+    from edge_vlm_runtime.sources.video_file import ClipSource
 
-    model, limits = client.created.model.limits, client.created.limits
-    rule = clip_rule(model, args.fps)
-    chosen = ""
-
-    def choose(probed: VideoTimes) -> list[float]:
-        nonlocal chosen
-        assert rule is not None
-        fits = fitting_rule(rule, probed, client.settings, model, limits)
-        chosen = shown_text(fits, rule, probed)
-        times_s: list[float] = clip_times(probed, fits).tolist()
-        return times_s
-
-    if rule is not None:
-        clip = await asyncio.to_thread(open_clip, args.video, choose)
-        if clip is not None:
-            return clip, chosen
-        chosen = ", at a steady rate as they came: what cannot be read twice has no known end"
-    return await open_for(open_file, args.video, args.fps, client), chosen
+    rule = clip_rule(client.created.model.limits, args.fps)
+    subtitles = [] if args.subtitles is None else read_subtitles(args.subtitles)
+    whole = None if rule is None else await asyncio.to_thread(whole_file, args.video)
+    if rule is not None and whole is not None:
+        path, probed = whole
+        chosen = await choose(client, rule, probed, subtitles)
+        return ClipSource(path, chosen.times_s), chosen.said
+    if subtitles:
+        if rule is None:
+            what = "the model was not trained on whole clips, so it knows no subtitles"
+        else:
+            what = "subtitles go with a whole file, which standard input and addresses are not"
+        raise ConfigError(what, where=args.subtitles)
+    source = await open_for(open_file, args.video, args.fps, client)
+    return source, "" if rule is None else " (as they came: what is read once has no known end)"
 
 
 ask = configured(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEFAULT_PORT = 8765
-NOT_FOR_SERVERS = ("delivery", "raw_frames")
+NOT_FOR_SERVERS = ("delivery", "raw_frames", "subtitles")
 """Settings that a client chooses by what it sends."""
 CLIENT_SETTINGS = (
     *("keep_ratio", "vision_tokens_per_s", "attention", "policy", "fps_cap"),

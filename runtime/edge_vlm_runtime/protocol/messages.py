@@ -19,6 +19,7 @@ from edge_vlm_runtime.protocol.base import (
     FrameNumber,
     Part,
     ServerEvent,
+    Subtitles,
     Text,
     UnsetType,
     decode,
@@ -74,6 +75,7 @@ class SettingsPatch(Part, forbid_unknown_fields=True, kw_only=True):
     max_answer_tokens: int | UnsetType = UNSET
     history_turns: int | UnsetType = UNSET
     instructions: Text | UnsetType = UNSET
+    subtitles: Subtitles | UnsetType = UNSET
     temperature: float | UnsetType = UNSET
     top_p: float | UnsetType = UNSET
     seed: int | UnsetType = UNSET
@@ -170,6 +172,9 @@ class SessionUpdated(ServerEvent, tag="session.updated"):
     """The settings in force from now on."""
 
     settings: SessionSettings
+    video_tokens: int | None = None
+    """Tokens of video that the session shows to a question at most: a frame has one for each cell
+    that is kept, two markers and the characters of its time stamp."""
     event_id: str | None = None
 
 
@@ -273,7 +278,7 @@ class Usage(Part, kw_only=True):
     vision_tokens: int
     """Tokens of video and snapshot in the cache, time stamps and markers included."""
     text_tokens: int
-    """Tokens of the question and of earlier turns."""
+    """Tokens of the question, of subtitles and of earlier turns."""
     output_tokens: int
 
 

@@ -89,6 +89,10 @@ class SessionSettings:
     """What holds for every answer, such as "Answer in one word.": it stands before each question,
     at the begin of the user's turn, as the chat format has no other place for it. With a question
     it has to fit into `max_question_tokens`, alone into half of that. Alerts are asked without."""
+    subtitles: str = ""
+    """Of the film that is shown: they stand between the video and the first question, as Molmo2's
+    prompt has them (`subtitle`, then a line `START - END TEXT` for each, in seconds). They take room
+    from the video. Alerts and questions about the newest picture alone are asked without."""
     temperature: float = 0.0
     """0: an answer takes the likeliest word each time; above, up to 10, words are drawn."""
     top_p: float = 1.0
@@ -114,6 +118,7 @@ class SessionSettings:
         for field in ("fps_cap", "heartbeat_s", "max_frame_age_s"):
             self._require(field, 0.0 < getattr(self, field) < math.inf, "must be positive")
         self._require("instructions", isinstance(self.instructions, str), "must be text")
+        self._require("subtitles", isinstance(self.subtitles, str), "must be text")
         self._require("temperature", 0.0 <= self.temperature <= 10.0, "must be in 0..10")
         self._require("top_p", 0.0 < self.top_p <= 1.0, "must be in (0, 1]")
         self._require("seed", isinstance(self.seed, int), "must be a whole number")

@@ -53,7 +53,7 @@ class Answer:
         newest_frame: protocol.NewestFrame,
         max_tokens: int,
     ) -> None:
-        """Prefills earlier turns and the question. Raises what `LanguageModel.prefill` raises; the
+        """Prefills `history_ids` (subtitles, earlier turns) and the question. Raises what `LanguageModel.prefill` raises; the
         view then is still the caller's."""
         ids = np.concatenate([*history_ids, queued.ids])
         language, prompt = engines.language, engines.prompt

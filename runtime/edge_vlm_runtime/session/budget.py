@@ -58,17 +58,21 @@ def question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
     return min(limits.max_question_tokens, cache_capacity(model, limits) // 4)
 
 
-def dialogue_reserve(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
-    """Cache rows kept free after the video: a picture at full detail, earlier turns, the question,
-    the answer. The picture gets a quarter of the cache at most and has fewer crops then."""
+def dialogue_reserve(
+    settings: SessionSettings, model: ModelLimits, limits: ServerLimits, subtitle_tokens: int = 0
+) -> int:
+    """Cache rows kept free after the video: a picture at full detail, subtitles, earlier turns, the
+    question, the answer. The picture gets a quarter of the cache at most and has fewer crops then."""
     turn = question_capacity(model, limits) + settings.max_answer_tokens
     snapshot = min(
         model.snapshot_tokens, model.max_prefill_tokens, cache_capacity(model, limits) // 4
     )
-    return snapshot + turn * (1 + settings.history_turns)
+    return snapshot + subtitle_tokens + turn * (1 + settings.history_turns)
 
 
-def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+def video_window(
+    settings: SessionSettings, model: ModelLimits, limits: ServerLimits, subtitle_tokens: int = 0
+) -> int:
     """Tokens of video to remember under these settings.
 
     Raises ConfigError when the dialogue leaves too little room, or `window_tokens` asks for more
@@ -80,11 +84,13 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
             where="session settings",
             remedy="take keep_all",
         )
-    room = cache_capacity(model, limits) - dialogue_reserve(settings, model, limits)
+    reserve = dialogue_reserve(settings, model, limits, subtitle_tokens)
+    room = cache_capacity(model, limits) - reserve
     least = 2 * (model.num_cells + 16)  # with their stamps and markers
     if room < least:
         raise ConfigError(
-            f"no room for video: {room} tokens are left and two frames need {least}",
+            f"no room for video: {room} tokens are left and two frames need {least}"
+            + (f"; the subtitles have {subtitle_tokens}" if subtitle_tokens else ""),
             where="session settings",
             remedy="lower max_answer_tokens or history_turns, or give the session more memory",
         )
@@ -98,19 +104,20 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
     return settings.window_tokens
 
 
-def remembered_tokens(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
-    """Tokens of video that a session holds at once. Raises ConfigError as `video_window` does."""
-    window = video_window(settings, model, limits)
-    if settings.attention is Attention.FRAME:
-        return window
-    return min(window, model.max_prefill_tokens)  # all of it goes through one run of the graph
+def shown_tokens(plan: MemoryPlan, model: ModelLimits) -> int:
+    """Tokens of video that a question is shown at most."""
+    if plan.attention is Attention.FRAME:
+        return plan.window_tokens
+    return min(plan.window_tokens, model.max_prefill_tokens)  # all go through one run of the graph
 
 
-def plan_memory(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> MemoryPlan:
+def plan_memory(
+    settings: SessionSettings, model: ModelLimits, limits: ServerLimits, subtitle_tokens: int = 0
+) -> MemoryPlan:
     """Raises ConfigError as `video_window` does."""
     return MemoryPlan(
         attention=settings.attention,
-        window_tokens=video_window(settings, model, limits),
+        window_tokens=video_window(settings, model, limits, subtitle_tokens),
         last_n=settings.last_n,
-        reserve_tokens=dialogue_reserve(settings, model, limits),
+        reserve_tokens=dialogue_reserve(settings, model, limits, subtitle_tokens),
     )

@@ -35,7 +35,13 @@ from edge_vlm_runtime.protocol.questions import UserMessage, lines
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.session.alerts import AlertMessage, AlertMonitor
 from edge_vlm_runtime.session.answer import Answer, Question, QueuedQuestion
-from edge_vlm_runtime.session.budget import cache_capacity, plan_memory, question_capacity
+from edge_vlm_runtime.session.budget import (
+    MemoryPlan,
+    cache_capacity,
+    plan_memory,
+    question_capacity,
+    shown_tokens,
+)
 from edge_vlm_runtime.session.context import StreamContext
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
@@ -79,7 +85,8 @@ class Session:
         self._engines = engines
         self._limits = limits
         self._model = ModelLimits.from_bundle(engines.bundle)
-        plan = plan_memory(settings, self._model, limits)
+        self._subtitle_ids = self._subtitles_of(settings)
+        plan = self._plan(settings, self._subtitle_ids)
         self._require_room_for(settings.instructions)
         self._outbox = Outbox()
         self._stats = SessionStatsCounter(now_ns)
@@ -188,17 +195,31 @@ class Session:
         """Applies new settings from the next frame and question on. Raises ConfigError, or what the
         engines raise on a memory in another mode; the old settings then stay in force."""
         settings = self.settings.changed(message.session.fields())
-        plan = plan_memory(settings, self._model, self._limits)
+        subtitle_ids = self._subtitles_of(settings)
+        plan = self._plan(settings, subtitle_ids)
         self._require_room_for(settings.instructions)
         if self._answer is None:
             try:
                 self._context.reconfigure(plan)
             finally:
                 self._ingest.report_changes()
-        self.settings = settings
+        self.settings, self._subtitle_ids = settings, subtitle_ids
         self._ingest.configure(settings)
         self._trim_history()
-        self._outbox.add(protocol.SessionUpdated(settings=settings, event_id=message.event_id))
+        self._outbox.add(
+            protocol.SessionUpdated(
+                settings=settings,
+                video_tokens=shown_tokens(plan, self._model),
+                event_id=message.event_id,
+            )
+        )
+
+    def _subtitles_of(self, settings: SessionSettings) -> np.ndarray:
+        return self._engines.prompt.subtitle_ids(settings.subtitles)
+
+    def _plan(self, settings: SessionSettings, subtitle_ids: np.ndarray) -> MemoryPlan:
+        """Raises ConfigError as `video_window` does."""
+        return plan_memory(settings, self._model, self._limits, len(subtitle_ids))
 
     def _require_room_for(self, instructions: str) -> None:
         """Raises ConfigError when they would leave less than half of its room to a question."""
@@ -314,20 +335,22 @@ class Session:
         newest = self._context.newest
         assert newest is not None
         self._num_answers += 1
-        history_tokens = sum(map(len, self._history))
+        before = list(self._history)
+        if question.detail != "snapshot":
+            before.insert(0, self._subtitle_ids)
         max_tokens = self.settings.max_answer_tokens
         try:
             view = self._prompts.build(
                 question.detail,
                 self._ingest.newest_picture,
-                history_tokens + len(queued.ids) + max_tokens,
+                sum(map(len, before)) + len(queued.ids) + max_tokens,
             )
             try:
                 answer = Answer(
                     engines=self._engines,
                     response_id=f"response_{self._num_answers}",
                     queued=queued,
-                    history_ids=list(self._history),
+                    history_ids=before,
                     view=view,
                     newest_frame=protocol.NewestFrame(
                         frame_sequence=newest.seq,
@@ -379,7 +402,7 @@ class Session:
 
     def _catch_up(self) -> None:
         """Settings and frames that came while the answer was decoded."""
-        plan = plan_memory(self.settings, self._model, self._limits)
+        plan = self._plan(self.settings, self._subtitle_ids)
         try:
             self._context.reconfigure(plan)
         except EdgeVlmError as error:  # the settings were announced: the memory has to go

@@ -7,7 +7,6 @@ and then end; live sources give the newest picture there is, and never end by th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -25,7 +24,7 @@ from edge_vlm_runtime.sources.container import Source
 from edge_vlm_runtime.sources.gstreamer import GstCamera, csi_pipeline
 from edge_vlm_runtime.sources.live import LiveSource
 from edge_vlm_runtime.sources.masking import mask_credentials
-from edge_vlm_runtime.sources.video_file import ClipSource, FileSource
+from edge_vlm_runtime.sources.video_file import FileSource
 
 CSI = re.compile(r"csi(?::(\d+))?", re.IGNORECASE)
 GST = "gst:"
@@ -77,16 +76,16 @@ def open_file(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Sourc
     return FileSource(_local_file(text), fps)
 
 
-def open_clip(text: str, choose: Callable[[VideoTimes], Sequence[float]]) -> ClipSource | None:
-    """A file at the moments that `choose` makes of its frames' times; None for what cannot be read
-    twice: standard input and addresses.
+def whole_file(text: str) -> tuple[Path, VideoTimes] | None:
+    """A file that can be read twice and the times of its frames; None for standard input and
+    addresses.
 
     Raises VideoNotFound, VideoUnreadable, VideoEmpty.
     """
     if text == STANDARD_INPUT or is_file_address(text):
         return None
     path = _local_file(text)
-    return ClipSource(path, choose(probe_video(path)))
+    return path, probe_video(path)
 
 
 def _local_file(text: str) -> Path:
