@@ -36,7 +36,9 @@ class FrameRule:
         if not 0 < self.max_fps < float("inf"):
             raise ValueError(f"FrameRule.max_fps = {self.max_fps!r}: must be positive")
         if self.mode != UNIFORM_LAST_FRAME:
-            raise ValueError(f"FrameRule.mode = {self.mode!r}: only {UNIFORM_LAST_FRAME!r} is known")
+            raise ValueError(
+                f"FrameRule.mode = {self.mode!r}: only {UNIFORM_LAST_FRAME!r} is known"
+            )
 
     def times(self, end_s: float, frame_s: float = 0.0) -> npt.NDArray[np.float64]:
         """Ascending times from 0 to `end_s`, when the last frame is shown; all in seconds.

@@ -122,9 +122,10 @@ def read_moments(
     """What is on screen at each of these ascending times (seconds from the first frame), rgb, its
     longer side at most `max_side`.
 
-    What was odd is added to `counts`, as `Video.counts`. A time after the last frame shows the last one; if the file breaks off clearly before a time
+    A time after the last frame shows the last one; if the file breaks off clearly before a time
     that its packets promise, that is VideoUnreadable. Stretches between far moments are jumped over
-    where the file allows it. Raises as `probe_video`, too.
+    where the file allows it. What was odd is added to `counts`, as `Video.counts`. Raises as
+    `probe_video`, too.
     """
     probed = probe_video(path)
     wanted = list(times_s)

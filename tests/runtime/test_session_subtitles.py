@@ -45,7 +45,9 @@ def test_the_answer_is_that_of_the_published_prompt(engines: LoadedBundle) -> No
         embeds.append(language.embed(ids, frame.embeds))
         blocks.append(np.where(prompt.vision_mask(ids), 0, CAUSAL))
     words = prompt.tokenizer
-    text = f"{words.plain(SUBTITLES)}<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    text = (
+        f"{words.plain(SUBTITLES)}<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    )
     arena = language.new_arena(1024)
     language.prefill(arena, np.concatenate(embeds), np.concatenate(blocks))
     logits = language.prefill(arena, language.embed(words.encode(text)))

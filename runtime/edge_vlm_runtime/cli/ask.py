@@ -22,6 +22,7 @@ from edge_vlm_runtime.cli.options import (
 from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
+    own_session,
     server_url,
 )
 
@@ -74,7 +75,7 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
             if isinstance(result, Answer):
                 answers.append(result)
 
-    settings = {**settings_of(args), "delivery": "wait"}
+    settings = {**settings_of(args), **own_session(args), "delivery": "wait"}
     async with await Client.connect(url, settings, access=access_of(args)) as client:
         source, shown = await _source(args, client)
         question = PlannedQuestion(text=args.question, detail=args.detail)

@@ -27,7 +27,7 @@ class Chosen:
 
 
 def clip_rule(model: ModelLimits, fps: float | None = None) -> FrameRule | None:
-    """What the model was trained on, at another rate if one is given; None where it is not known."""
+    """What the model was trained on, at another rate if one is given; None if it is not known."""
     if not model.clip_frames:
         return None
     return FrameRule(num_frames=model.clip_frames, max_fps=fps or model.clip_fps)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm_runtime.engines.names import backend_options
 
+OWN_MESSAGE_BYTES = 64 << 20
+"""Of a server of our own: a raw picture of 4096x4096, the largest that is sent."""
+
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.run import Outcome
     from edge_vlm_runtime.sources.container import Source
@@ -25,14 +28,22 @@ def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Itera
     from edge_vlm.errors import MissingExtraError
 
     try:
+        from edge_vlm_runtime.protocol.settings import ServerLimits
         from edge_vlm_runtime.server.app import Server
     except MissingExtraError as error:
         raise error.widened("ort") from error
 
+    limits = ServerLimits(max_message_bytes=OWN_MESSAGE_BYTES)
     options = {"threads": args.threads, "record_to": record_to, **backend_options(args)}
-    with Server.open(args.bundle, **options) as server:
+    with Server.open(args.bundle, limits=limits, **options) as server:
         server.start()
         yield server.url
+
+
+def own_session(args: argparse.Namespace, record_to: Path | None = None) -> dict[str, Any]:
+    """Settings of a session on a server of our own: its pictures are handed over as they are. A
+    recording keeps what was sent, and raw pictures would make it ten times as large."""
+    return {"raw_frames": args.url is None and record_to is None}
 
 
 async def open_for(open_it: Any, text: str, fps: float | None, client: Any) -> Source:

@@ -31,6 +31,7 @@ from edge_vlm_runtime.cli.options import (
 from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
+    own_session,
     positive_float,
     server_url,
 )
@@ -74,7 +75,11 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings_arguments(parser)
     add_alert_arguments(parser)
     add_access_arguments(parser)
-    add_record_argument(parser, "FILE.evlm", "record the session (with a server of its own only)")
+    add_record_argument(
+        parser,
+        "FILE.evlm",
+        "record the session, with its pictures as JPEG (with a server of its own only)",
+    )
 
 
 def _watch(args: argparse.Namespace) -> int:
@@ -100,7 +105,8 @@ async def _watch_session(
     questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     outcome = Outcome()
     access = access_of(args)
-    async with await Client.connect(url, settings_of(args), access=access) as client:
+    settings = {**settings_of(args), **own_session(args, args.record)}
+    async with await Client.connect(url, settings, access=access) as client:
         open_it = functools.partial(open_source, hwaccel=args.hwaccel)
         source = await open_for(open_it, args.source, args.fps, client)
         await client.update({"delivery": "live" if source.is_live else "wait"})

@@ -91,8 +91,8 @@ class SessionSettings:
     it has to fit into `max_question_tokens`, alone into half of that. Alerts are asked without."""
     subtitles: str = ""
     """Of the film that is shown: they stand between the video and the first question, as Molmo2's
-    prompt has them (`subtitle`, then a line `START - END TEXT` for each, in seconds). They take room
-    from the video. Alerts and questions about the newest picture alone are asked without."""
+    prompt has them (`subtitle`, then a line `START - END TEXT` for each, in seconds). They take
+    room from the video. Alerts and questions about the newest picture alone are asked without."""
     temperature: float = 0.0
     """0: an answer takes the likeliest word each time; above, up to 10, words are drawn."""
     top_p: float = 1.0

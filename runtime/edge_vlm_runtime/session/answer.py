@@ -53,8 +53,8 @@ class Answer:
         newest_frame: protocol.NewestFrame,
         max_tokens: int,
     ) -> None:
-        """Prefills `history_ids` (subtitles, earlier turns) and the question. Raises what `LanguageModel.prefill` raises; the
-        view then is still the caller's."""
+        """Prefills `history_ids` (subtitles, earlier turns) and the question. Raises what
+        `LanguageModel.prefill` raises; the view then is still the caller's."""
         ids = np.concatenate([*history_ids, queued.ids])
         language, prompt = engines.language, engines.prompt
         logits = language.prefill(view.arena, language.embed(ids))

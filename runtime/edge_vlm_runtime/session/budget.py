@@ -62,7 +62,7 @@ def dialogue_reserve(
     settings: SessionSettings, model: ModelLimits, limits: ServerLimits, subtitle_tokens: int = 0
 ) -> int:
     """Cache rows kept free after the video: a picture at full detail, subtitles, earlier turns, the
-    question, the answer. The picture gets a quarter of the cache at most and has fewer crops then."""
+    question, the answer. The picture gets a quarter of the cache at most, with fewer crops then."""
     turn = question_capacity(model, limits) + settings.max_answer_tokens
     snapshot = min(
         model.snapshot_tokens, model.max_prefill_tokens, cache_capacity(model, limits) // 4

@@ -63,9 +63,7 @@ class ClipSource:
 
     def pictures(self) -> Iterator[Picture]:
         """Once. Raises as `read_moments`."""
-        moments = read_moments(
-            self._path, self.times_s, max_side=self.max_side, counts=self.counts
-        )
+        moments = read_moments(self._path, self.times_s, max_side=self.max_side, counts=self.counts)
         for time_s, rgb in zip(self.times_s, moments, strict=True):
             if self._closed:
                 return

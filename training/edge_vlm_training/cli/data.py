@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     from edge_vlm.pixels.sampling import FrameRule
     from edge_vlm_training.data.check import Lengths, check_records, describe
     from edge_vlm_training.data.packing.row_stream import PackingConfig
-    
+
     keep_ratio = args.keep_ratio if args.removed is None else 1 - args.removed
     try:
         sampling = FrameRule(max_fps=args.fps, num_frames=args.max_frames)
