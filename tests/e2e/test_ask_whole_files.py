@@ -71,7 +71,9 @@ def test_a_short_clip_is_shown_with_its_last_frame(
     assert run(videos / "short.mp4") == 0
     require_equal(shown, read_clip(videos / "short.mp4", FrameRule()))
     assert [time_s for time_s, _ in shown] == [0.0, 0.5, 1.0, 1.5, 2.0]
-    assert "5 frames (2 a second and the last one), 45 of 45 cells" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "5 frames (2 a second and the last one), 45 of 45 cells" in said
+    assert said.endswith("[cut at 3 tokens: raise --max-answer-tokens]\n")
 
 
 def test_a_rate_of_ones_own_keeps_the_last_frame(videos: Path, shown: Shown) -> None:

@@ -152,6 +152,7 @@ def test_camera_or_file_in_answers_and_kept_cells_out(tmp_path: Path) -> None:
             await page.value("document.getElementById('ask').requestSubmit()")
             answer = await page.until("document.querySelector('#dialogue .times')?.textContent")
             assert "seen until" in answer
+            assert answer.startswith("cut at 48 tokens: the server's --max-answer-tokens allows")
             assert await page.value("document.querySelector('#dialogue .answer').textContent")
             assert "ms" in await page.value(text("g-ttft"))
 

@@ -48,7 +48,7 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         help="SRT or WebVTT of the video: Molmo2 reads them behind its frames",
     )
     parser.add_argument("--url", help="a running server (default: one of its own)")
-    add_settings_arguments(parser)
+    add_settings_arguments(parser, asks_once=True)
     add_access_arguments(parser)
 
 
@@ -63,6 +63,7 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
     from edge_vlm_runtime.client.run import Observer, PlannedQuestion, stream
     from edge_vlm_runtime.client.terminal import (
         answer_times,
+        cut_text,
         dropped_text,
         point_lines,
         snapshot_text,
@@ -85,7 +86,7 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
         print(
             f"{outcome.frames_processed} frames{shown}{dropped_text(outcome)}, "
             f"{outcome.cells_kept} of {outcome.cells_seen} cells kept"
-            f"{answer_times(answer)}{snapshot_text(answer)}",
+            f"{answer_times(answer)}{snapshot_text(answer)}{cut_text(answer)}",
             file=sys.stderr,
         )
     return finish(outcome)

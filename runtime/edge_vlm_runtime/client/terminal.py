@@ -54,7 +54,17 @@ def alert_line(event: AlertTriggered | AlertCleared) -> str:
 def answer_line(result: Answer | EdgeVlmError) -> str:
     if isinstance(result, EdgeVlmError):
         return f"no answer: {result.code}: {result}"
-    return f"{result.shown_text or '(nothing)'}{answer_times(result)}{snapshot_text(result)}"
+    return (
+        f"{result.shown_text or '(nothing)'}{answer_times(result)}{snapshot_text(result)}"
+        f"{cut_text(result)}"
+    )
+
+
+def cut_text(answer: Answer) -> str:
+    """That there would be more to say, and how to have it; empty for a whole answer."""
+    if answer.finish_reason != "length":
+        return ""
+    return f"  [cut at {answer.usage.output_tokens} tokens: raise --max-answer-tokens]"
 
 
 def snapshot_text(answer: Answer) -> str:

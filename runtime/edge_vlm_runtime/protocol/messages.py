@@ -283,7 +283,8 @@ class Usage(Part, kw_only=True):
 
 
 class ResponseDone(ServerEvent, tag="response.done"):
-    """`status` is completed, cancelled or failed; `finish_reason` is stop, length or null.
+    """`status` is completed, cancelled or failed; `finish_reason` is stop, length (cut after
+    `max_answer_tokens`; raise that for the rest) or null.
 
     `text`, like its deltas, is what the model wrote: its times count from `time_offset_s`, see
     `memory.rebased`, except for 0.0, the stream's first frame. Show `text_in_stream_time`.

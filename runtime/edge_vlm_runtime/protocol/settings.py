@@ -82,8 +82,8 @@ class SessionSettings:
     max_frame_age_s: float = 2.0
     """A live frame that waited longer is dropped as stale."""
     max_answer_tokens: int = 48
-    """An answer is cut after so many tokens."""
-    history_turns: int = 0
+    """An answer is cut after so many tokens; its `finish_reason` is `length` then."""
+    history_turns: Annotated[int, About(option="history", metavar="TURNS")] = 0
     """Earlier questions and answers shown with each question."""
     instructions: str = ""
     """What holds for every answer, such as "Answer in one word.": it stands before each question,
