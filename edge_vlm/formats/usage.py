@@ -10,31 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from edge_vlm.pixels.sampling import FrameRule as FrameRule
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import PLAIN, PromptStyle
 
 SECTIONS = ("prompt", "images", "frames", "defaults")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FrameRule:
-    """Which frames of a whole clip a model was trained on; the defaults are Molmo2's."""
-
-    num_frames: int = 384
-    """Most frames of a clip (`num_frames`, `max_frames`)."""
-    max_fps: float = 2.0
-    """Frames per second of a clip that is short enough."""
-    mode: str = "uniform_last_frame"
-    """`frame_sample_mode`: `uniform_last_frame` takes the last frame in any case, and past
-    `num_frames` spreads evenly over the whole clip."""
-
-    def __post_init__(self) -> None:
-        if self.num_frames < 1:
-            raise ValueError(f"FrameRule.num_frames = {self.num_frames!r}: must be positive")
-        if not 0 < self.max_fps < float("inf"):
-            raise ValueError(f"FrameRule.max_fps = {self.max_fps!r}: must be positive")
-        if not self.mode or not isinstance(self.mode, str):
-            raise ValueError(f"FrameRule.mode = {self.mode!r}: must be a name")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

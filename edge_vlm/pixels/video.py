@@ -1,7 +1,8 @@
 """Moving pictures: what a player shows, and when. Every stage reads video here and nowhere else.
 
 `Video` (of `reading`) gives `TimedFrame`s; `due_frames` and `read_moments`
-choose among them by one rule: a frame is on screen from its own time until the next one's. Times
+choose among them by one rule: a frame is on screen from its own time until the next one's. A stream
+is shown at a rate (`read_video`), a whole clip as a model was trained on it (`read_clip`). Times
 are the file's own, in seconds from its first frame. rgb is always u8 [H, W, 3], upright.
 """
 
@@ -10,9 +11,13 @@ from __future__ import annotations
 import bisect
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from edge_vlm.errors import VideoError, VideoUnreadable
 from edge_vlm.pixels.colour import AVCOL_SPC_SMPTE170M, is_hd
@@ -23,6 +28,7 @@ from edge_vlm.pixels.reading import TimedFrame as TimedFrame
 from edge_vlm.pixels.reading import Video as Video
 from edge_vlm.pixels.reading import VideoTimes as VideoTimes
 from edge_vlm.pixels.reading import open_video as open_video
+from edge_vlm.pixels.sampling import FrameRule
 
 _JUMP_S = 1.0
 """A keyframe nearer than this is reached by decoding on."""
@@ -85,22 +91,52 @@ def probe_video(path: Path) -> VideoTimes:
         return video.times()
 
 
-def read_moments(path: Path, times_s: Sequence[float]) -> Iterator[Rgb]:
-    """What is on screen at each of these ascending times (seconds from the first frame), rgb.
+def clip_times(
+    probed: VideoTimes, rule: FrameRule, start_s: float = 0.0, end_s: float | None = None
+) -> npt.NDArray[np.float64]:
+    """Of the frames that the rule takes of a stretch, in seconds from its start; each frame once.
+
+    `end_s`: from the file's first frame; None: when the last one is shown.
+    """
+    end_s = probed.end_s if end_s is None else min(end_s, probed.end_s)
+    times_s = rule.times(max(end_s - start_s, 0.0), probed.frame_s)
+    return times_s[probed.each_frame_once(start_s + times_s)]
+
+
+def read_clip(path: Path, rule: FrameRule) -> Iterator[tuple[float, Rgb]]:
+    """The frames that the rule takes of a file: seconds from the first frame, rgb.
+
+    Raises as `read_moments`.
+    """
+    times_s = clip_times(probe_video(path), rule).tolist()
+    yield from zip(times_s, read_moments(path, times_s), strict=True)
+
+
+def read_moments(
+    path: Path,
+    times_s: Sequence[float],
+    *,
+    max_side: int | None = None,
+    counts: Counter[str] | None = None,
+) -> Iterator[Rgb]:
+    """What is on screen at each of these ascending times (seconds from the first frame), rgb, its
+    longer side at most `max_side`.
 
     A time after the last frame shows the last one; if the file breaks off clearly before a time
     that its packets promise, that is VideoUnreadable. Stretches between far moments are jumped over
-    where the file allows it. Raises as `probe_video`, too.
+    where the file allows it. What was odd is added to `counts`, as `Video.counts`. Raises as
+    `probe_video`, too.
     """
     probed = probe_video(path)
     wanted = list(times_s)
     served = 0
     try:
-        for rgb in _moments(path, probed, wanted, probed.keys_s):
-            yield rgb
+        for shown in _moments(path, probed, wanted, probed.keys_s, counts):
+            yield shown.rgb(max_side)
             served += 1
     except _LostJump:  # its index is wrong: every frame is decoded
-        yield from _moments(path, probed, wanted[served:], ())
+        for shown in _moments(path, probed, wanted[served:], (), counts):
+            yield shown.rgb(max_side)
 
 
 class _LostJump(Exception):
@@ -108,21 +144,27 @@ class _LostJump(Exception):
 
 
 def _moments(
-    path: Path, probed: VideoTimes, wanted: list[float], keys_s: Sequence[float]
-) -> Iterator[Rgb]:
+    path: Path,
+    probed: VideoTimes,
+    wanted: list[float],
+    keys_s: Sequence[float],
+    counts: Counter[str] | None,
+) -> Iterator[TimedFrame]:
     """As `read_moments`; jumps to `keys_s` only."""
     served = 0
     shown: TimedFrame | None = None
     jumped = False
     with closing(open_video(path)) as video:
         video.is_heard = False  # `probe_video` was
+        if counts is not None:
+            video.counts = counts
         frames = video.decoded()
         while (following := next(frames, None)) is not None:
             if jumped and following.time_s > wanted[served] + probed.epsilon_s:
                 raise _LostJump
             jumped = False
             while shown is not None and wanted[served] < following.time_s - probed.epsilon_s:
-                yield shown.rgb()
+                yield shown
                 served += 1
                 if served == len(wanted):
                     return
@@ -140,7 +182,7 @@ def _moments(
             raise VideoUnreadable(
                 f"the video is broken or cut off after {max(shown_s, 0.0):.1f} s", where=path
             )
-        yield shown.rgb()
+        yield shown
 
 
 def write_video(path: Path, frames: Rgb, fps: float) -> None:

@@ -160,6 +160,10 @@ class PromptFormat:
         """True at patch tokens and at the markers around them: those see each other both ways."""
         return np.isin(ids, self._vision_ids)
 
+    def subtitle_ids(self, text: str) -> Ids:
+        """What stands between the video and the first turn (`edge_vlm.text.subtitles`)."""
+        return np.array(self.tokenizer.encode(self.tokenizer.plain(text)), np.int32)
+
     def question_ids(self, text: str) -> Ids:
         """A user's turn and the opening of the assistant's; special tokens in `text` are broken."""
         turn = f"{IM_START}user\n{self.tokenizer.plain(text)}{IM_END}\n{IM_START}assistant\n"

@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.runtime.live import open_server, run
+from edge_vlm_runtime.server.app import Server
+from tests.runtime.live import run
 from tests.runtime.pictures import write_video
+from tests.tiny import tiny_bundle
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -152,6 +154,7 @@ def test_camera_or_file_in_answers_and_kept_cells_out(tmp_path: Path) -> None:
             await page.value("document.getElementById('ask').requestSubmit()")
             answer = await page.until("document.querySelector('#dialogue .times')?.textContent")
             assert "seen until" in answer
+            assert answer.startswith("cut at 1 tokens: the server's --max-answer-tokens allows")
             assert await page.value("document.querySelector('#dialogue .answer').textContent")
             assert "ms" in await page.value(text("g-ttft"))
 
@@ -179,6 +182,7 @@ def test_camera_or_file_in_answers_and_kept_cells_out(tmp_path: Path) -> None:
             await page.until(f"{text('g-dropped')} === 'none'")
             assert page.console == []
 
-    with open_server() as server, browser(tmp_path / "profile") as debugger:
+    opened = Server.open(tiny_bundle(), threads=1, settings={"max_answer_tokens": 1})
+    with opened as server, browser(tmp_path / "profile") as debugger:
         server.start()
         run(visit(debugger, server.page_url))

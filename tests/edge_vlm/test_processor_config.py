@@ -82,11 +82,11 @@ def test_the_style_is_that_of_the_published_class(
 
 def test_the_frame_rule_is_read(tmp_path: Path) -> None:
     """MolmoWeb-4B also begins the low-resolution view as any other."""
-    video = {**VIDEOS, "num_frames": 8, "max_fps": 1, "frame_sample_mode": "fps"}
+    video = {**VIDEOS, "num_frames": 8, "max_fps": 1, "frame_sample_mode": "uniform_last_frame"}
     flags = {**FLAGS, "use_single_crop_start_token": False}
     folder(tmp_path, video_preprocessor_config=video, processor_config=flags)
     usage = read_processors(tmp_path, VISION)
-    assert usage.frames == FrameRule(num_frames=8, max_fps=1.0, mode="fps")
+    assert usage.frames == FrameRule(num_frames=8, max_fps=1.0)
     assert not usage.style.low_res_start
 
 
@@ -103,7 +103,7 @@ def test_all_that_is_not_computed_here_is_listed(tmp_path: Path) -> None:
             "max_crops": 0,
             "crop_mode": "resize",
         },
-        video_preprocessor_config={**VIDEOS, "pooling_size": [2, 2]},
+        video_preprocessor_config={**VIDEOS, "pooling_size": [2, 2], "frame_sample_mode": "fps"},
         processor_config={**FLAGS, "video_use_col_tokens": True},
     )
     with pytest.raises(ConfigError) as caught:
@@ -112,7 +112,7 @@ def test_all_that_is_not_computed_here_is_listed(tmp_path: Path) -> None:
         *("image_processor.resample", "image_processor.image_std", "image_processor.size"),
         *("image_processor.pooling_size", "image_processor.overlap_margins"),
         *("image_processor.max_crops", "video_processor.pooling_size"),
-        "image_processor.crop_mode",
+        *("image_processor.crop_mode", "video_processor.frame_sample_mode"),
         *("processor.video_use_col_tokens", str(tmp_path)),
     ):
         assert field in str(caught.value)

@@ -21,6 +21,7 @@ from edge_vlm.evaluation.qa_jsonl import read_questions
 from edge_vlm.formats.footage import read_footage
 from edge_vlm.pixels import video
 from edge_vlm.pixels.frames import decode_jpeg
+from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.pixels.video import (
     EPSILON_S,
     TimedFrame,
@@ -31,7 +32,6 @@ from edge_vlm.pixels.video import (
     write_video,
 )
 from edge_vlm_runtime.sources.video_file import FileSource
-from edge_vlm_training.data.sampling import FrameSampling
 from edge_vlm_training.data.video_source import VideoSource
 
 FPS = 10
@@ -94,7 +94,7 @@ def calibrated(path: Path, fps: float, number: Number) -> list[int]:
 def trained(path: Path, fps: float, number: Number) -> Seen:
     records = path.with_name("train.jsonl")
     records.write_text(json.dumps({"video": str(path), "annotations": [QA]}))
-    sampling = FrameSampling(fps=fps, max_frames=1000)
+    sampling = FrameRule(max_fps=fps, num_frames=1000)
     sample = VideoSource(records, sampling, seed=0).sample(0)
     return list(zip(sample.times_s.tolist(), map(number, sample.load(64)), strict=True))
 

@@ -163,6 +163,7 @@ class FakeBundle:
         self.bundle = SimpleNamespace(
             name="fake",
             images=None,
+            frames=None,
             config=dataclasses.replace(config, language=language),
             defaults={},
             specs={

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.live_table import LiveGauges
+from edge_vlm_runtime.client.terminal import answer_line
 
 
 class Clock:
@@ -27,11 +28,13 @@ def accepted(number: int, kept: int = 4) -> protocol.FrameAccepted:
     )
 
 
-def done(ttft_s: float | None, tokens_per_s: float | None) -> protocol.ResponseDone:
+def done(
+    ttft_s: float | None, tokens_per_s: float | None, finish_reason: str = "stop"
+) -> protocol.ResponseDone:
     return protocol.ResponseDone(
         response_id="response_1",
         status="completed",
-        finish_reason="stop",
+        finish_reason=finish_reason,
         text="red",
         usage=protocol.Usage(vision_tokens=77, text_tokens=9, output_tokens=3),
         ttft_s=ttft_s,
@@ -59,6 +62,13 @@ def stats(memory_bytes: int | None, power_watts: float | None) -> protocol.Sessi
         memory_bytes=memory_bytes,
         power_watts=power_watts,
     )
+
+
+def test_a_cut_answer_says_so_and_how_to_have_the_rest() -> None:
+    assert answer_line(done(None, None, "length")) == (
+        "red  [cut at 3 tokens: raise --max-answer-tokens]"
+    )
+    assert answer_line(done(None, None)) == "red"
 
 
 def test_before_anything_happened() -> None:

@@ -82,11 +82,11 @@ def _frames(section: Section) -> FrameRule:
     """Folders that transformers saved may say `fps` and no way of sampling: the released one."""
     released = FrameRule()
     fps = section.number("max_fps", "fps", default=released.max_fps)
-    mode = section.data.get("frame_sample_mode") or released.mode
+    if section.has("frame_sample_mode"):
+        section.expect(released.mode, "frame_sample_mode")
     return FrameRule(
         num_frames=section.whole("num_frames", "max_frames", default=released.num_frames),
         max_fps=float(fps) if math.isfinite(fps) else released.max_fps,
-        mode=str(mode),
     )
 
 

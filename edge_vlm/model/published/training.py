@@ -26,6 +26,7 @@ from edge_vlm.model.published.files import listed
 from edge_vlm.model.published.processor import CROPS
 from edge_vlm.model.published.section import Section, show
 from edge_vlm.model.published.torch_files import SHARDED, UNSHARDED
+from edge_vlm.pixels.sampling import UNIFORM_LAST_FRAME
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import RELEASED
 
@@ -330,10 +331,11 @@ class _Reading:
         if fps is not None and (type(fps) not in (int, float) or not 0 < fps < math.inf):
             video.fault("max_fps", fps, "one number above 0")
             fps = None
+        if video.has("frame_sample_mode"):
+            video.expect(UNIFORM_LAST_FRAME, "frame_sample_mode")
         return FrameRule(
             num_frames=video.whole("max_frames"),
             max_fps=2.0 if fps is None else float(fps),
-            mode=str(video.data.get("frame_sample_mode", "uniform_last_frame")),
         )
 
     def _images(self) -> tuple[ImageConfig | None, bool, bool]:

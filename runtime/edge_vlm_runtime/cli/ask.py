@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
+from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.cli.config import configured
 from edge_vlm_runtime.cli.options import (
     access_of,
@@ -19,10 +22,15 @@ from edge_vlm_runtime.cli.options import (
 from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
+    own_session,
     print_notes,
     server_url,
     take_offline_policy,
 )
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.client.client import Client
+    from edge_vlm_runtime.sources.container import Source
 
 
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +43,14 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is looked at: the video, its last picture alone in full detail, or the video "
         "and that picture (default: %(default)s)",
     )
+    parser.add_argument(
+        "--subtitles",
+        type=Path,
+        metavar="FILE",
+        help="SRT or WebVTT of the video: Molmo2 reads them behind its frames",
+    )
     parser.add_argument("--url", help="a running server (default: one of its own)")
-    add_settings_arguments(parser)
+    add_settings_arguments(parser, asks_once=True)
     add_access_arguments(parser)
 
 
@@ -51,13 +65,13 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
     from edge_vlm_runtime.client.run import Observer, PlannedQuestion, stream
     from edge_vlm_runtime.client.terminal import (
         answer_times,
+        cut_text,
         dropped_text,
         looked_at_text,
         point_lines,
         snapshot_text,
     )
     from edge_vlm_runtime.protocol.settings import CLIP
-    from edge_vlm_runtime.sources.open import open_file
 
     answers: list[Answer] = []
 
@@ -66,11 +80,11 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
             if isinstance(result, Answer):
                 answers.append(result)
 
-    settings = {**settings_of(args), "delivery": "wait"}
+    settings = {**settings_of(args), **own_session(args), "delivery": "wait"}
     async with await Client.connect(url, settings, access=access_of(args)) as client:
         await take_offline_policy(args, client)
         print_notes(client.notes)
-        source = await open_for(open_file, args.video, args.fps, client)
+        source, shown = await _source(args, client)
         question = PlannedQuestion(text=args.question, detail=args.detail)
         outcome = await stream(source, client, [question], real_time=False, observer=Kept())
     chosen = ", chosen over the whole clip" if client.settings.policy == CLIP else ""
@@ -79,12 +93,37 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
             print(seen, file=sys.stderr)
         print("\n".join([answer.shown_text, *point_lines(answer)]))
         print(
-            f"{outcome.frames_processed} frames{dropped_text(outcome)}, "
+            f"{outcome.frames_processed} frames{shown}{dropped_text(outcome)}, "
             f"{outcome.cells_kept} of {outcome.cells_seen} cells kept{chosen}"
-            f"{answer_times(answer)}{snapshot_text(answer)}",
+            f"{answer_times(answer)}{snapshot_text(answer)}{cut_text(answer)}",
             file=sys.stderr,
         )
     return finish(outcome)
+
+
+async def _source(args: argparse.Namespace, client: Client) -> tuple[Source, str]:
+    """The file's pictures and, for people, which of them. Raises VideoError and its leaves,
+    ConfigError."""
+    from edge_vlm.text.subtitles import read_subtitles
+    from edge_vlm_runtime.cli.clip import choose, clip_rule
+    from edge_vlm_runtime.sources.open import open_file, whole_file
+    from edge_vlm_runtime.sources.video_file import ClipSource
+
+    rule = clip_rule(client.created.model.limits, args.fps)
+    subtitles = [] if args.subtitles is None else read_subtitles(args.subtitles)
+    whole = None if rule is None else await asyncio.to_thread(whole_file, args.video)
+    if rule is not None and whole is not None:
+        path, probed = whole
+        chosen = await choose(client, rule, probed, subtitles)
+        return ClipSource(path, chosen.times_s), chosen.said
+    if subtitles:
+        if rule is None:
+            what = "the model was not trained on whole clips, so it knows no subtitles"
+        else:
+            what = "subtitles go with a whole file, which standard input and addresses are not"
+        raise ConfigError(what, where=args.subtitles)
+    source = await open_for(open_file, args.video, args.fps, client)
+    return source, "" if rule is None else " (as they came: what is read once has no known end)"
 
 
 ask = configured(

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEFAULT_PORT = 8765
-NOT_FOR_SERVERS = ("delivery", "raw_frames")
+NOT_FOR_SERVERS = ("delivery", "raw_frames", "subtitles")
 """Settings that a client chooses by what it sends."""
 CLIENT_SETTINGS = (
     *("keep_ratio", "vision_tokens_per_s", "change_threshold", "attention", "policy", "fps_cap"),
     *("max_answer_tokens", "instructions", "temperature", "top_p", "seed"),
 )
+DIALOGUE_SETTINGS = ("history_turns",)
+"""For clients that ask more than once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +160,13 @@ def serve_options() -> Groups:
 
 
 def client_settings() -> Groups:
-    """What `watch` and `ask` may say about their session. Raises MissingExtraError."""
+    """What `watch` may say about its session; `ask`, which asks once, all but DIALOGUE_SETTINGS.
+    Raises MissingExtraError."""
     from edge_vlm_runtime.protocol.settings import SessionSettings
 
     title = "settings of the session (default: the server's)"
-    return {title: options_of(SessionSettings, only=CLIENT_SETTINGS, unset=True)}
+    fields = (*CLIENT_SETTINGS, *DIALOGUE_SETTINGS)
+    return {title: options_of(SessionSettings, only=fields, unset=True)}
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,13 +178,21 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, {"": options_of(BundleOptions, only=("backend", "engines"))})
 
 
-def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, client_settings())
+def add_settings_arguments(parser: argparse.ArgumentParser, *, asks_once: bool = False) -> None:
+    left_out = DIALOGUE_SETTINGS if asks_once else ()
+    add_options(
+        parser,
+        {
+            title: [option for option in options if option.field not in left_out]
+            for title, options in client_settings().items()
+        },
+    )
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of SessionSettings that the command line sets."""
-    return given(flat(client_settings()), args)
+    options = (option for option in flat(client_settings()) if hasattr(args, option.key))
+    return given(options, args)
 
 
 def add_access_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm_runtime.cli.options import own_limits
 from edge_vlm_runtime.engines.names import backend_options
+
+OWN_MESSAGE_BYTES = 64 << 20
+"""Of a server of our own: a raw picture of 4096x4096, the largest that is sent."""
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.client import Client
@@ -32,10 +36,11 @@ def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Itera
     except MissingExtraError as error:
         raise error.widened("ort") from error
 
+    limits = dataclasses.replace(own_limits(args), max_message_bytes=OWN_MESSAGE_BYTES)
     options = {
         "threads": args.threads,
         "record_to": record_to,
-        "limits": own_limits(args),
+        "limits": limits,
         **backend_options(args),
     }
     with Server.open(args.bundle, **options) as server:
@@ -58,6 +63,12 @@ def print_notes(notes: Sequence[str]) -> None:
     """What is to be known of the settings, beside the answers."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def own_session(args: argparse.Namespace, record_to: Path | None = None) -> dict[str, Any]:
+    """Settings of a session on a server of our own: its pictures are handed over as they are. A
+    recording keeps what was sent, and raw pictures would make it ten times as large."""
+    return {"raw_frames": args.url is None and record_to is None}
 
 
 async def open_for(open_it: Any, text: str, fps: float | None, client: Any) -> Source:

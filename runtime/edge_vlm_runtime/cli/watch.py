@@ -31,6 +31,7 @@ from edge_vlm_runtime.cli.options import (
 from edge_vlm_runtime.cli.shared import (
     finish,
     open_for,
+    own_session,
     positive_float,
     print_notes,
     server_url,
@@ -75,7 +76,11 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings_arguments(parser)
     add_alert_arguments(parser)
     add_access_arguments(parser)
-    add_record_argument(parser, "FILE.evlm", "record the session (with a server of its own only)")
+    add_record_argument(
+        parser,
+        "FILE.evlm",
+        "record the session, with its pictures as JPEG (with a server of its own only)",
+    )
 
 
 def _watch(args: argparse.Namespace) -> int:
@@ -102,7 +107,7 @@ async def _watch_session(
     questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     outcome = Outcome()
     access = access_of(args)
-    settings = settings_of(args)
+    settings = {**settings_of(args), **own_session(args, args.record)}
     if settings.get("policy") == CLIP:
         settings["delivery"] = "wait"  # a file; a live source is refused below
     async with await Client.connect(url, settings, access=access) as client:

@@ -154,8 +154,8 @@ class _Run:
                     begin_s = self.loop.time() - picture.time_s if begin_s is None else begin_s
                     await asyncio.sleep(max(0.0, begin_s + picture.time_s - self.loop.time()))
                 last_s = picture.time_s
-                jpeg = await asyncio.to_thread(self._encoded, picture.rgb)
-                sequence = await self.client.send_frame(jpeg, round(last_s * 1e6))
+                sent = await asyncio.to_thread(self._encoded, picture.rgb)
+                sequence = await self.client.send_frame(sent, round(last_s * 1e6))
                 self.outcome.frames_sent += 1
                 self.observer.sent(sequence, picture)
                 waiting = await self._ask_due(waiting, last_s)
@@ -167,8 +167,10 @@ class _Run:
         finally:
             await cancel(*self._answers)
 
-    def _encoded(self, rgb: Rgb) -> bytes:
-        """As a JPEG that the server takes."""
+    def _encoded(self, rgb: Rgb) -> bytes | Rgb:
+        """As it is where the session takes that, else as a JPEG that the server takes."""
+        if self.client.settings.raw_frames and rgb.nbytes <= self._most_bytes:
+            return rgb
         jpeg = encode_jpeg(rgb)
         return jpeg if len(jpeg) <= self._most_bytes else shrink_jpeg(jpeg, self._most_bytes)
 

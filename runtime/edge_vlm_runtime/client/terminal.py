@@ -60,7 +60,14 @@ def answer_line(result: Answer | EdgeVlmError) -> str:
     shown, accepted = result.frames_shown, result.frames_accepted
     if shown and accepted is not None and shown < accepted:
         text += f"  [{shown} of {accepted} frames looked at]"
-    return text
+    return text + cut_text(result)
+
+
+def cut_text(answer: Answer) -> str:
+    """That there would be more to say, and how to have it; empty for a whole answer."""
+    if answer.finish_reason != "length":
+        return ""
+    return f"  [cut at {answer.usage.output_tokens} tokens: raise --max-answer-tokens]"
 
 
 def snapshot_text(answer: Answer) -> str:

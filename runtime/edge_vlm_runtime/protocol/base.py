@@ -22,11 +22,14 @@ MAX_SHOWN = 60
 """Characters of something unknown that are repeated."""
 MAX_TEXT = 20_000
 """Characters of a question: far above any limit in tokens, and quickly counted."""
+MAX_SUBTITLES = 200_000
+"""Characters of a film's subtitles: more than the longest prompt has tokens."""
 MAX_CAPTURE_TIME_US = 1 << 53
 """285 years; the largest whole number that JavaScript counts exactly."""
 
 EventId = Annotated[str, msgspec.Meta(max_length=MAX_EVENT_ID)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+Subtitles = Annotated[str, msgspec.Meta(max_length=MAX_SUBTITLES)]
 FrameNumber = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 CaptureTimeUs = Annotated[int, msgspec.Meta(ge=0, le=MAX_CAPTURE_TIME_US)]
 

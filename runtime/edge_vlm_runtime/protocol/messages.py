@@ -20,6 +20,7 @@ from edge_vlm_runtime.protocol.base import (
     FrameNumber,
     Part,
     ServerEvent,
+    Subtitles,
     Text,
     UnsetType,
     decode,
@@ -86,6 +87,7 @@ class OwnSettings(Part, forbid_unknown_fields=True, kw_only=True):
     max_answer_tokens: int | UnsetType = UNSET
     history_turns: int | UnsetType = UNSET
     instructions: Text | UnsetType = UNSET
+    subtitles: Subtitles | UnsetType = UNSET
     temperature: float | UnsetType = UNSET
     top_p: float | UnsetType = UNSET
     seed: int | UnsetType = UNSET
@@ -392,12 +394,13 @@ class Usage(Part, kw_only=True):
     vision_tokens: int
     """Tokens of video and snapshot in the cache, time stamps and markers included."""
     text_tokens: int
-    """Tokens of the question and of earlier turns."""
+    """Tokens of the question, of subtitles and of earlier turns."""
     output_tokens: int
 
 
 class ResponseDone(ServerEvent, tag="response.done"):
-    """`status` is completed, cancelled or failed; `finish_reason` is stop, length or null.
+    """`status` is completed, cancelled or failed; `finish_reason` is stop, length (cut after
+    `max_answer_tokens`; raise that for the rest) or null.
 
     `text`, like its deltas, is what the model wrote: its times count from `time_offset_s`, see
     `memory.rebased`, except for 0.0, the stream's first frame. Show `text_in_stream_time`.

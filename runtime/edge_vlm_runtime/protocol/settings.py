@@ -90,13 +90,17 @@ class SessionSettings:
     max_frame_age_s: float = 2.0
     """A live frame that waited longer is dropped as stale."""
     max_answer_tokens: int = 48
-    """An answer is cut after so many tokens."""
-    history_turns: int = 0
+    """An answer is cut after so many tokens; its `finish_reason` is `length` then."""
+    history_turns: Annotated[int, About(option="history", metavar="TURNS")] = 0
     """Earlier questions and answers shown with each question."""
     instructions: str = ""
     """What holds for every answer, such as "Answer in one word.": it stands before each question,
     at the begin of the user's turn, as the chat format has no other place for it. With a question
     it has to fit into `max_question_tokens`, alone into half of that. Alerts are asked without."""
+    subtitles: str = ""
+    """Of the film that is shown: they stand between the video and the first question, as Molmo2's
+    prompt has them (`subtitle`, then a line `START - END TEXT` for each, in seconds). They take
+    room from the video. Alerts and questions about the newest picture alone are asked without."""
     temperature: float = 0.0
     """0: an answer takes the likeliest word each time; above, up to 10, words are drawn."""
     top_p: float = 1.0
@@ -124,6 +128,7 @@ class SessionSettings:
         for field in ("fps_cap", "heartbeat_s", "max_frame_age_s"):
             self._require(field, 0.0 < getattr(self, field) < math.inf, "must be positive")
         self._require("instructions", isinstance(self.instructions, str), "must be text")
+        self._require("subtitles", isinstance(self.subtitles, str), "must be text")
         self._require("temperature", 0.0 <= self.temperature <= 10.0, "must be in 0..10")
         self._require("top_p", 0.0 < self.top_p <= 1.0, "must be in (0, 1]")
         self._require("seed", isinstance(self.seed, int), "must be a whole number")
@@ -178,6 +183,11 @@ class ModelLimits:
     """Memory of a frame that waits for the choice of its cells (policy `clip`)."""
     snapshot_tokens: int = 0
     """Most tokens of a picture at full detail; 0: the model reads video only."""
+    clip_frames: int = 0
+    """Most frames of a whole clip that the model was trained on; 0: not known. `ask` shows a file
+    by `clip_fps` with its last frame, or, past so many, evenly from begin to end."""
+    clip_fps: float = 0.0
+    """Frames per second of a whole clip that is short enough."""
 
     @property
     def frame_tokens(self) -> int:
@@ -206,6 +216,8 @@ class ModelLimits:
             frame_bytes=vision.num_patches * vision.width * np.dtype(np.float32).itemsize,
             token_bytes=_token_bytes(bundle),
             snapshot_tokens=_snapshot_tokens(bundle),
+            clip_frames=0 if bundle.frames is None else bundle.frames.num_frames,
+            clip_fps=0.0 if bundle.frames is None else bundle.frames.max_fps,
         )
 
 

@@ -35,8 +35,9 @@ class Answer:
         max_tokens: int,
         frames_accepted: int,
     ) -> None:
-        """Prefills earlier turns and the question. Raises what `LanguageModel.prefill` and
-        `Constraints.matcher` raise; the view then is still the caller's."""
+        """Prefills `history_ids` (subtitles, earlier turns) and the question. Raises what
+        `LanguageModel.prefill` and `Constraints.matcher` raise; the view then is still the
+        caller's."""
         ids = np.concatenate([*history_ids, queued.ids])
         language, prompt = engines.language, engines.prompt
         matcher = None if queued.grammar is None else engines.constraints.matcher(queued.grammar)

@@ -68,14 +68,16 @@ def question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
     return min(limits.max_question_tokens, cache_capacity(model, limits) // 4)
 
 
-def dialogue_reserve(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
-    """Cache rows kept free after the video: a picture at full detail, earlier turns, the question,
-    the answer. The picture gets a quarter of the cache at most and has fewer crops then."""
+def dialogue_reserve(
+    settings: SessionSettings, model: ModelLimits, limits: ServerLimits, subtitle_tokens: int = 0
+) -> int:
+    """Cache rows kept free after the video: a picture at full detail, subtitles, earlier turns, the
+    question, the answer. The picture gets a quarter of the cache at most, with fewer crops then."""
     turn = question_capacity(model, limits) + settings.max_answer_tokens
     snapshot = min(
         model.snapshot_tokens, model.max_prefill_tokens, cache_capacity(model, limits) // 4
     )
-    return snapshot + turn * (1 + settings.history_turns)
+    return snapshot + subtitle_tokens + turn * (1 + settings.history_turns)
 
 
 def clip_capacity(model: ModelLimits, limits: ServerLimits) -> int:
@@ -162,7 +164,9 @@ def notes_on(settings: SessionSettings, model: ModelLimits) -> list[str]:
     return notes
 
 
-def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+def video_window(
+    settings: SessionSettings, model: ModelLimits, limits: ServerLimits, subtitle_tokens: int = 0
+) -> int:
     """Tokens of video to remember under these settings.
 
     Raises ConfigError when the dialogue leaves too little room, or `window_tokens` asks for more
@@ -175,11 +179,13 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
             where="session settings",
             remedy="give sessions more memory (--session-memory), or fewer tokens of cache",
         )
-    room = cache_capacity(model, limits) - dialogue_reserve(settings, model, limits)
+    reserve = dialogue_reserve(settings, model, limits, subtitle_tokens)
+    room = cache_capacity(model, limits) - reserve
     least = 2 * (model.num_cells + 16)  # with their stamps and markers
     if room < least:
         raise ConfigError(
-            f"no room for video: {room} tokens are left and two frames need {least}",
+            f"no room for video: {room} tokens are left and two frames need {least}"
+            + (f"; the subtitles have {subtitle_tokens}" if subtitle_tokens else ""),
             where="session settings",
             remedy="lower max_answer_tokens or history_turns, or give the session more memory",
         )
@@ -193,19 +199,21 @@ def video_window(settings: SessionSettings, model: ModelLimits, limits: ServerLi
     return settings.window_tokens
 
 
-def shown_window(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
-    """Tokens of video that one question can be shown. Raises ConfigError as `video_window`."""
-    window = video_window(settings, model, limits)
-    if settings.attention is Attention.FRAME:
-        return window
-    return min(window, model.max_prefill_tokens)  # all of it goes through one run of the graph
+def shown_tokens(plan: MemoryPlan, model: ModelLimits) -> int:
+    """Tokens of video that a question is shown at most."""
+    if plan.attention is Attention.FRAME:
+        return plan.window_tokens
+    return min(plan.window_tokens, model.max_prefill_tokens)  # all go through one run of the graph
 
 
-def video_room(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> VideoRoom:
-    """How many frames `shown_window` holds, and what bounds it. Raises ConfigError as that."""
-    tokens = shown_window(settings, model, limits)
+def video_room(
+    settings: SessionSettings, model: ModelLimits, limits: ServerLimits, subtitle_tokens: int = 0
+) -> VideoRoom:
+    """How many frames a question is shown at most, and what bounds it. Raises ConfigError as
+    `video_window`."""
+    tokens = shown_tokens(plan_memory(settings, model, limits, subtitle_tokens), model)
     frames = int((tokens - 1) // _frame_tokens(settings, model))  # the first token is the prompt's
-    reserve = dialogue_reserve(settings, model, limits)
+    reserve = dialogue_reserve(settings, model, limits, subtitle_tokens)
     room = {
         "bundle": model.max_cache_tokens - reserve,
         "positions": model.max_positions - reserve,
@@ -244,11 +252,13 @@ def _frame_tokens(settings: SessionSettings, model: ModelLimits) -> float:
     return kept + longest_frame(0)
 
 
-def plan_memory(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> MemoryPlan:
+def plan_memory(
+    settings: SessionSettings, model: ModelLimits, limits: ServerLimits, subtitle_tokens: int = 0
+) -> MemoryPlan:
     """Raises ConfigError as `video_window` does."""
     return MemoryPlan(
         attention=settings.attention,
-        window_tokens=video_window(settings, model, limits),
+        window_tokens=video_window(settings, model, limits, subtitle_tokens),
         last_n=settings.last_n,
-        reserve_tokens=dialogue_reserve(settings, model, limits),
+        reserve_tokens=dialogue_reserve(settings, model, limits, subtitle_tokens),
     )

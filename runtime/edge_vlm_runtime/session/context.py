@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
-from edge_vlm_runtime.session.budget import MemoryPlan
+from edge_vlm_runtime.session.budget import MemoryPlan, shown_tokens
 
 if TYPE_CHECKING:
     from edge_vlm.text.prompt import PromptFormat
@@ -114,11 +114,7 @@ class StreamContext:
         self._changes: list[Change] = []
 
     def _feasible(self, plan: MemoryPlan) -> MemoryPlan:
-        if plan.attention is Attention.FRAME:
-            return plan
-        # All of it must go through one run of the graph.
-        window_tokens = min(plan.window_tokens, self._model.max_prefill_tokens)
-        return replace(plan, window_tokens=window_tokens)
+        return replace(plan, window_tokens=shown_tokens(plan, self._model))
 
     def reconfigure(self, plan: MemoryPlan) -> None:
         """Applies new settings to what is remembered.

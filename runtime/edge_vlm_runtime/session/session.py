@@ -38,6 +38,7 @@ from edge_vlm_runtime.protocol.settings import CLIP, ModelLimits, ServerLimits, 
 from edge_vlm_runtime.session.alerts import AlertMessage, AlertMonitor
 from edge_vlm_runtime.session.answer import Answer
 from edge_vlm_runtime.session.budget import (
+    MemoryPlan,
     cache_capacity,
     clip_capacity,
     notes_on,
@@ -92,7 +93,8 @@ class Session:
         self._engines = engines
         self._limits = limits
         self._model = ModelLimits.from_bundle(engines.bundle)
-        plan = plan_memory(settings, self._model, limits)
+        self._subtitle_ids = self._subtitles_of(settings)
+        plan = self._plan(settings, self._subtitle_ids)
         self._require_room_for(settings.instructions)
         self._outbox = Outbox()
         self._stats = SessionStatsCounter(now_ns)
@@ -208,7 +210,8 @@ class Session:
             most = max(1, cache_capacity(self._model, self._limits) // 4)
             changes.setdefault("max_answer_tokens", min(message.session.max_output, most))
         settings = self.settings.changed(changes)
-        plan = plan_memory(settings, self._model, self._limits)
+        subtitle_ids = self._subtitles_of(settings)
+        plan = self._plan(settings, subtitle_ids)
         self._require_same_kind(settings)
         self._require_room_for(settings.instructions)
         if self._answer is None:
@@ -216,17 +219,24 @@ class Session:
                 self._context.reconfigure(plan)
             finally:
                 self._ingest.report_changes()
-        self.settings = settings
+        self.settings, self._subtitle_ids = settings, subtitle_ids
         self._ingest.configure(settings)
         self._trim_history()
         self._outbox.add(
             protocol.SessionUpdated(
                 settings=settings,
-                video=video_room(settings, self._model, self._limits),
+                video=video_room(settings, self._model, self._limits, len(subtitle_ids)),
                 event_id=message.event_id,
                 notes=notes_on(settings, self._model) or None,
             )
         )
+
+    def _subtitles_of(self, settings: SessionSettings) -> np.ndarray:
+        return self._engines.prompt.subtitle_ids(settings.subtitles)
+
+    def _plan(self, settings: SessionSettings, subtitle_ids: np.ndarray) -> MemoryPlan:
+        """Raises ConfigError as `video_window` does."""
+        return plan_memory(settings, self._model, self._limits, len(subtitle_ids))
 
     def _require_same_kind(self, settings: SessionSettings) -> None:
         """Raises ConfigError where a clip would have to become a stream, or the other way round."""
@@ -379,8 +389,9 @@ class Session:
         question = queued.question
         newest = self._context.newest
         self._num_answers += 1
-        history = list(self._history) if queued.shows_history else []
-        history_tokens = sum(map(len, history))
+        before = list(self._history) if queued.shows_history else []
+        if question.detail not in ("snapshot", "text"):
+            before.insert(0, self._subtitle_ids)
         max_tokens = self.settings.max_answer_tokens
         if queued.max_tokens is not None:
             max_tokens = min(max_tokens, queued.max_tokens)
@@ -388,14 +399,14 @@ class Session:
             view = self._prompts.build(
                 question.detail,
                 self._ingest.newest_picture,
-                history_tokens + len(queued.ids) + max_tokens,
+                sum(map(len, before)) + len(queued.ids) + max_tokens,
             )
             try:
                 answer = Answer(
                     engines=self._engines,
                     response_id=f"response_{self._num_answers}",
                     queued=queued,
-                    history_ids=history,
+                    history_ids=before,
                     view=view,
                     newest_frame=protocol.NewestFrame(frame_sequence=0, time_s=0.0, age_s=0.0)
                     if newest is None or question.detail == "text"
@@ -450,7 +461,7 @@ class Session:
 
     def _catch_up(self) -> None:
         """Settings and frames that came while the answer was decoded."""
-        plan = plan_memory(self.settings, self._model, self._limits)
+        plan = self._plan(self.settings, self._subtitle_ids)
         try:
             self._context.reconfigure(plan)
         except EdgeVlmError as error:  # the settings were announced: the memory has to go

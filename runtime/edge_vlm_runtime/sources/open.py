@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
 from edge_vlm.pixels.opening import NO_ACCELERATION
-from edge_vlm.pixels.video import Video
+from edge_vlm.pixels.video import Video, VideoTimes, probe_video
 from edge_vlm_runtime.sources.addresses import (
     LIVE_SCHEMES,
     is_file_address,
@@ -69,13 +69,30 @@ def open_file(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Sourc
 
     Raises VideoNotFound, VideoUnreadable; VideoEmpty only when the pictures are read.
     """
-    scheme = scheme_of(text)
     if text == STANDARD_INPUT:
         return FileSource(Video("pipe:0", "standard input", hwaccel=hwaccel), fps)
     if is_file_address(text):
         return FileSource(open_camera(text, is_live=False, hwaccel=hwaccel), fps)
+    return FileSource(_local_file(text), fps)
+
+
+def whole_file(text: str) -> tuple[Path, VideoTimes] | None:
+    """A file that can be read twice and the times of its frames; None for standard input and
+    addresses.
+
+    Raises VideoNotFound, VideoUnreadable, VideoEmpty.
+    """
+    if text == STANDARD_INPUT or is_file_address(text):
+        return None
+    path = _local_file(text)
+    return path, probe_video(path)
+
+
+def _local_file(text: str) -> Path:
+    """Raises VideoNotFound, VideoUnreadable for the address of what is no file."""
+    scheme = scheme_of(text)
     if scheme == "file":
-        return FileSource(Path(unquote(urlsplit(text).path)), fps)
+        return Path(unquote(urlsplit(text).path))
     name = mask_credentials(text)
     if scheme is not None and not Path(text).exists():
         nearest = "watch it with `edge-vlm watch --source`" if scheme in LIVE_SCHEMES else KINDS
@@ -84,7 +101,7 @@ def open_file(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Sourc
     if not path.exists():
         remedy = f"the camera of this number is webcam:{text}" if text.isdigit() else None
         raise VideoNotFound("no such file", where=name, remedy=remedy)
-    return FileSource(path, fps)
+    return path
 
 
 def _is_device(text: str) -> bool:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import RecordInvalid, VideoEmpty, VideoError, VideoNotFound, VideoUnreadable
+from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.pixels.video import write_video
 from edge_vlm_training.data.sample import LAST
-from edge_vlm_training.data.sampling import FrameSampling
 from edge_vlm_training.data.video_source import VideoSource
 
 QA = {"type": "qa", "question": "What is it?", "answer": "A cat."}
@@ -37,7 +37,7 @@ def numbers(pictures: Any) -> list[int]:
 def source(folder: Path, *records: dict[str, Any], **sampling: Any) -> VideoSource:
     path = folder / "train.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return VideoSource(path, FrameSampling(**sampling), seed=0)
+    return VideoSource(path, FrameRule(**sampling), seed=0)
 
 
 @given(
@@ -46,7 +46,7 @@ def source(folder: Path, *records: dict[str, Any], **sampling: Any) -> VideoSour
     max_frames=st.integers(1, 130),
 )
 def test_times_follow_the_published_rule(end_s: float, fps: float, max_frames: int) -> None:
-    times = FrameSampling(fps=fps, max_frames=max_frames).times(end_s)
+    times = FrameRule(max_fps=fps, num_frames=max_frames).times(end_s)
     assert 1 <= len(times) <= max_frames
     assert times[0] == 0
     assert (np.diff(times) > 0).all()
@@ -59,7 +59,7 @@ def test_times_follow_the_published_rule(end_s: float, fps: float, max_frames: i
 
 
 def test_examples_of_the_rule() -> None:
-    rule = FrameSampling(fps=2, max_frames=5)
+    rule = FrameRule(max_fps=2, num_frames=5)
     assert rule.times(1.7).tolist() == [0, 0.5, 1.0, 1.5, 1.7]
     assert rule.times(1.5).tolist() == [0, 0.5, 1.0, 1.5]
     assert rule.times(6.0).tolist() == [0, 1.5, 3.0, 4.5, 6.0]

@@ -45,13 +45,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from edge_vlm.pixels.sampling import FrameRule
     from edge_vlm_training.data.check import Lengths, check_records, describe
     from edge_vlm_training.data.packing.row_stream import PackingConfig
-    from edge_vlm_training.data.sampling import FrameSampling
 
     keep_ratio = args.keep_ratio if args.removed is None else 1 - args.removed
     try:
-        sampling = FrameSampling(fps=args.fps, max_frames=args.max_frames)
+        sampling = FrameRule(max_fps=args.fps, num_frames=args.max_frames)
         packing = PackingConfig(
             max_tokens=args.max_tokens, max_frames=args.row_frames, keep_ratio=(keep_ratio,)
         )

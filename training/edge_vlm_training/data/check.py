@@ -12,6 +12,7 @@ import numpy as np
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import DataError, EdgeVlmError, VideoError
 from edge_vlm.formats.report import Report
+from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.pruning.clip_budget import num_kept
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.packing.knapsack import fill_row
@@ -19,7 +20,6 @@ from edge_vlm_training.data.packing.row_stream import PackingConfig
 from edge_vlm_training.data.packing.trees import Tree, TreeBuilder, split_tree
 from edge_vlm_training.data.records import scan_records
 from edge_vlm_training.data.sample import Sample
-from edge_vlm_training.data.sampling import FrameSampling
 from edge_vlm_training.data.video_source import record_sample
 
 _DECODED_SIDE = 14
@@ -55,7 +55,7 @@ class Findings:
 
 def check_records(
     path: Path,
-    sampling: FrameSampling,
+    sampling: FrameRule,
     *,
     decode: bool = True,
     lengths: Lengths | None = None,

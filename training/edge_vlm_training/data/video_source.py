@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from edge_vlm.errors import RecordInvalid, VideoError
 from edge_vlm.pixels.patches import resize_bilinear
-from edge_vlm.pixels.video import VideoTimes, probe_video, read_moments
+from edge_vlm.pixels.sampling import FrameRule
+from edge_vlm.pixels.video import VideoTimes, clip_times, probe_video, read_moments
 from edge_vlm_training.data.records import Located, read_records
 from edge_vlm_training.data.sample import LAST, Branch, Pictures, Sample, seed_of
-from edge_vlm_training.data.sampling import FrameSampling
 
 _EPSILON_S = 1e-3
 
@@ -27,7 +27,7 @@ class VideoSource:
     the numbers share out the records.
     """
 
-    def __init__(self, path: Path, sampling: FrameSampling, *, seed: int, name: str = "") -> None:
+    def __init__(self, path: Path, sampling: FrameRule, *, seed: int, name: str = "") -> None:
         """Raises DataError and RecordInvalid as `read_records` does; opens no video."""
         self._name = name or path.stem
         self._sampling, self._seed = sampling, seed
@@ -52,7 +52,7 @@ class VideoSource:
         return rng.permutation(len(self._records))
 
 
-def record_sample(located: Located, sampling: FrameSampling) -> Sample:
+def record_sample(located: Located, sampling: FrameRule) -> Sample:
     """The sample of a record; only its video's times are read.
 
     Raises RecordInvalid for times outside the video and, naming the record, VideoError.
@@ -61,8 +61,7 @@ def record_sample(located: Located, sampling: FrameSampling) -> Sample:
     with naming(located.where):
         probed = probe_video(video)
     end_s = _clip_end(located, probed)
-    times_s = sampling.times(end_s, probed.frame_s)
-    times_s = times_s[probed.each_frame_once(record.start_s + times_s)]
+    times_s = clip_times(probed, sampling, record.start_s, record.start_s + end_s)
 
     def load(side: int) -> Pictures:
         with naming(located.where):

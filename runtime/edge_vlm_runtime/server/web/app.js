@@ -180,6 +180,10 @@ const handlers = {
       $("g-ttft").textContent = `${Math.round(event.ttft_s * 1000)} ms`;
     }
     if (event.status !== "completed") parts.unshift(event.status);
+    if (event.finish_reason === "length") {
+      parts.unshift(`cut at ${event.usage.output_tokens} tokens: the server's ` +
+        "--max-answer-tokens allows more");
+    }
     if (event.snapshot) {
       const { frame_sequence, width, height, crops } = event.snapshot;
       const pieces = `${crops} ${crops === 1 ? "piece" : "pieces"}`;

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.errors import ConfigError
+from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.packing.row_stream import PackingConfig
 from edge_vlm_training.data.packing.stream import PackedStream
 from edge_vlm_training.data.packing.trees import TokenWeights
 from edge_vlm_training.data.sample import Source
-from edge_vlm_training.data.sampling import FrameSampling
 from edge_vlm_training.data.sources.mixture import Mixture, Share
 from edge_vlm_training.data.sources.world_source import WorldSource
 from edge_vlm_training.data.video_source import VideoSource
@@ -79,5 +79,5 @@ def _source(name: str, data: Rows, cfg: ModelConfig, seed: int) -> Source:
             branches=data.world_questions,
             at_end=cfg.attention is VisionAttention.ALL,
         )
-    sampling = FrameSampling(fps=data.fps, max_frames=data.max_frames)
+    sampling = FrameRule(max_fps=data.fps, num_frames=data.max_frames)
     return VideoSource(Path(name), sampling, seed=seed, name=name)
