@@ -30,7 +30,7 @@ STAGES = {
 RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
-    *("PIL", "aiomqtt", "av", "httpx", "msgspec", "onnx", "onnxruntime"),
+    *("PIL", "aiomqtt", "av", "bitsandbytes", "httpx", "msgspec", "onnx", "onnxruntime"),
     *("rich", "safetensors", "tensorrt", "tensorrt_rtx"),
     *("starlette", "tokenizers", "tomli", "transformers", "uvicorn", "websockets"),
 }

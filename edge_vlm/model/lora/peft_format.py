@@ -22,7 +22,7 @@ from edge_vlm.config import ModelConfig
 from edge_vlm.errors import ConfigError, WeightFilesError, WeightNamesError
 from edge_vlm.model.checkpoint import read_tensors, write_tensors, write_text
 from edge_vlm.model.lora.layers import DOWN, UP
-from edge_vlm.model.published.files import REMEDY, read_json
+from edge_vlm.model.published.files import read_json
 from edge_vlm.model.published.mapping import shapes
 from edge_vlm.model.published.names import HUB, TRANSFORMERS, recognise
 

@@ -79,11 +79,11 @@ def with_adapters(model: VideoLM, recipe: Recipe, rng: torch.Generator) -> Video
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("scorer."))
     if recipe.lora.base == "nf4":
-        from edge_vlm.model.lora.nf4 import packed
+        from edge_vlm.model.lora.nf4 import PackedLinear
 
         for name in block_matrices(names):
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            model.set_submodule(name, packed(layer))
+            model.set_submodule(name, PackedLinear(layer))
     add_lora(model, adapted_layers(recipe, names), recipe.lora.rank, recipe.lora.alpha, rng)
     return model
