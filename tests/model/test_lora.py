@@ -179,6 +179,8 @@ def test_an_adapter_of_the_hub_s_fused_layers_is_read(adapter: Path, tmp_path: P
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
         ({"r": 0}, "r = 0"),
+        ({"alpha_pattern": {"q_proj[": 2}}, r"alpha_pattern = \{'q_proj\['"),
+        ({"alpha_pattern": {"q_proj": "much"}}, "alpha_pattern = .*much"),
         ({"lora_alpha": "much"}, "lora_alpha = 'much'"),
         ({"base_model_name_or_path": None}, "names no base.*base_model_name_or_path"),
         ({"base_model_name_or_path": "allenai/Molmo2-4B"}, "base is not here: allenai/Molmo2-4B"),
@@ -248,6 +250,12 @@ def test_the_base_is_known_in_any_format_and_other_weights_are_refused(
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     edit(copied / CONFIG, base_model_name_or_path="../base")
     with pytest.raises(CheckpointError, match=r"has other weights.*base_model_name_or_path"):
+        open_folder(copied)
+
+
+def test_a_folder_of_both_is_refused(copied: Path) -> None:
+    shutil.copy(published_folder() / "model.safetensors", copied)
+    with pytest.raises(CheckpointError, match="holds an adapter .* and whole weights"):
         open_folder(copied)
 
 

@@ -30,7 +30,7 @@ from edge_vlm.model.checkpoint import (
 )
 from edge_vlm.model.lora import peft_format
 from edge_vlm.model.lora.layers import factors, merged
-from edge_vlm.model.published.files import SCORER, StoredTensor, read_json
+from edge_vlm.model.published.files import INDEX, SCORER, WEIGHTS, StoredTensor, read_json
 from edge_vlm.model.published.folder import ModelFolder, open_folder
 from edge_vlm.model.published.mapping import check_fit, own_naming, shapes
 
@@ -110,7 +110,16 @@ def save_adapter(
 
 
 def is_adapter(folder: Path) -> bool:
-    return (folder / peft_format.CONFIG).is_file()
+    """Raises CheckpointError for a folder that holds whole weights too."""
+    if not (folder / peft_format.CONFIG).is_file():
+        return False
+    if whole := [name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]:
+        raise CheckpointError(
+            f"holds an adapter ({peft_format.CONFIG}) and whole weights ({whole[0]})",
+            where=folder,
+            remedy="move the one that is not meant to another folder",
+        )
+    return True
 
 
 def open_adapter(folder: Path, tokenizer: Path | None = None) -> ModelFolder:

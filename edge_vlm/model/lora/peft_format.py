@@ -180,9 +180,8 @@ def _checked_config(folder: Path) -> dict[str, Any]:
         value = config.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
             wrong.append(f"{key} = {value!r}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            wrong.append(f"{key} = {config[key]!r}")
+    if not _is_alpha_pattern(config.get("alpha_pattern") or {}):
+        wrong.append(f"alpha_pattern = {config['alpha_pattern']!r}")
     if wrong:
         raise ConfigError(
             f"an adapter of a kind that is not computed here: {', '.join(wrong)}",
@@ -190,6 +189,15 @@ def _checked_config(folder: Path) -> dict[str, Any]:
             remedy="merge it into its base with peft (merge_and_unload), and name that folder",
         )
     return config
+
+
+def _is_alpha_pattern(patterns: object) -> bool:
+    try:
+        return isinstance(patterns, dict) and all(
+            re.compile(pattern) and float(value) > 0 for pattern, value in patterns.items()
+        )
+    except (re.error, TypeError, ValueError):
+        return False
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

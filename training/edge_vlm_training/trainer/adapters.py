@@ -42,14 +42,13 @@ def claim_base(folder: Path, init: ModelFolder, lora: Lora, *, resume: bool) -> 
     Raises CheckpointError if the weights are others than when the run began.
     """
     base = identify(init, lora.base)
-    if not resume:
-        base.write(folder)
-    elif Base.read(folder).fingerprint != base.fingerprint:
+    if resume and Base.read(folder).fingerprint != base.fingerprint:
         raise CheckpointError(
             f"the run was started on other weights than lie in {init.path} now",
             where=folder / BASE,
-            remedy="name the folder that it was started on with --set init=FOLDER",
+            remedy="name the folder that it was started on: --init FOLDER",
         )
+    base.write(folder)
     return base
 
 

@@ -77,7 +77,9 @@ def begin(recipe: Recipe, folder: Path, ranks: Ranks, *, resume: bool) -> None:
             )
         before, now = _values(stored), _values(recipe)
         changed = [k for k in before | now if before.get(k) != now.get(k)]
-        if changed := [k for k in changed if k.rpartition(".")[2] not in OPERATIONAL]:
+        # What adapters are on may lie elsewhere by now: it is known by its fingerprint.
+        free = OPERATIONAL | {"init"} if recipe.lora is not None else OPERATIONAL
+        if changed := [k for k in changed if k.rpartition(".")[2] not in free]:
             told = ", ".join(f"{k} ({before.get(k)!r} before, now {now.get(k)!r})" for k in changed)
             raise ConfigError(
                 f"the run was started with another recipe: {told}",
