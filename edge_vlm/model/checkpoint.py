@@ -49,12 +49,8 @@ def save_checkpoint(
         raise ValueError(f"weights that the model lacks: {', '.join(unknown)}")
     dtype = dtype or weights[next(iter(wanted))].dtype
     write_tensors(folder / WEIGHTS, wanted, dtype, ((name, weights[name]) for name in wanted))
-    save_config(folder, config, tokenizer, Usage() if usage is None else usage)
-
-
-def save_config(folder: Path, config: ModelConfig, tokenizer: Path, usage: Usage) -> None:
-    """Writes what a checkpoint has beside its weights."""
-    write_text(folder / CONFIG, json.dumps(config.to_dict() | usage.to_dict(), indent=1))
+    data = config.to_dict() | (Usage() if usage is None else usage).to_dict()
+    write_text(folder / CONFIG, json.dumps(data, indent=1))
     if tokenizer != folder / TOKENIZER:
         shutil.copyfile(tokenizer, folder / TOKENIZER)
 

@@ -1,8 +1,9 @@
 """A folder with an adapter: peft's two files, and what a run of this project adds to them.
 
-A run also writes `config.json` and `tokenizer.json` as any checkpoint has them, the whole scorer in
-`scorer.safetensors`, and `base.json`, which says by a fingerprint what it was trained on. Opened,
-it is the base's weights with the adapter merged in, each when it is asked for.
+A run also writes `tokenizer.json`, the whole scorer in `scorer.safetensors`, and `edge_vlm.json`:
+what other checkpoints have in `config.json` (whose absence tells transformers to look for the base),
+and by a fingerprint what the adapter was trained on. Opened, such a folder is the base's weights
+with the adapter merged in, each when it is asked for.
 """
 
 from __future__ import annotations
@@ -10,32 +11,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from edge_vlm.config import ModelConfig, VisionAttention
-from edge_vlm.errors import CheckpointError, ConfigError
-from edge_vlm.formats.usage import Usage
-from edge_vlm.model.checkpoint import (
-    CONFIG,
-    TOKENIZER,
-    read_own,
-    read_tensors,
-    save_config,
-    write_tensors,
-    write_text,
-)
+from edge_vlm.errors import CheckpointError, ConfigError, WeightFilesError
+from edge_vlm.formats.usage import SECTIONS, Usage
+from edge_vlm.model.checkpoint import TOKENIZER, read_tensors, write_tensors, write_text
 from edge_vlm.model.lora import peft_format
 from edge_vlm.model.lora.layers import factors, merged
 from edge_vlm.model.published.files import INDEX, SCORER, WEIGHTS, StoredTensor, read_json
 from edge_vlm.model.published.folder import ModelFolder, open_folder
 from edge_vlm.model.published.mapping import check_fit, own_naming, shapes
 
-BASE = "base.json"
+RECORD = "edge_vlm.json"
 _SAMPLES = 32
+P = TypeVar("P")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +44,37 @@ class Base:
     frozen_as: str
     """float32, bfloat16 or nf4."""
 
-    def write(self, folder: Path) -> None:
-        data = {"path": str(self.path), "fingerprint": self.fingerprint}
-        write_text(folder / BASE, json.dumps({**data, "frozen_as": self.frozen_as}, indent=1))
+    def to_dict(self) -> dict[str, str]:
+        return {name: str(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
-    def read(cls, folder: Path) -> Base:
-        """Raises CheckpointError if the file is not there or not whole."""
-        data = read_json(folder / BASE)
-        try:
-            return cls(Path(data["path"]), str(data["fingerprint"]), str(data["frozen_as"]))
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"not what a LoRA run writes: {error}",
-                where=folder / BASE,
-                remedy="copy the file again",
-            ) from error
+    def read(cls, path: Path) -> Base:
+        """Of a file that holds nothing else. Raises CheckpointError if it is not whole."""
+        return _parsed(path, read_json(path), cls.from_dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Base:
+        return cls(Path(data["path"]), str(data["fingerprint"]), str(data["frozen_as"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a run knows of its adapter beyond peft's format."""
+
+    base: Base
+    config: ModelConfig
+    usage: Usage
+
+    def to_dict(self) -> dict[str, Any]:
+        model = self.config.to_dict() | self.usage.to_dict()
+        return {"base": self.base.to_dict(), "model": model}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Record:
+        model = dict(data["model"])
+        usage = {name: model.pop(name) for name in SECTIONS if name in model}
+        base = Base.from_dict(data["base"])
+        return cls(base, ModelConfig.from_dict(model), Usage.from_dict(usage))
 
 
 def fingerprint(found: ModelFolder) -> str:
@@ -104,8 +115,8 @@ def save_adapter(
     if scorer:
         sizes = {name: tuple(tensor.shape) for name, tensor in scorer.items()}
         write_tensors(folder / SCORER, sizes, torch.float32, scorer.items())
-    base.write(folder)
-    save_config(folder, cfg, tokenizer, usage)
+    write_text(folder / RECORD, json.dumps(Record(base, cfg, usage).to_dict(), indent=1))
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
     peft_format.write_adapter(folder, cfg, factors(weights), rank, alpha, base.path)
 
 
@@ -132,8 +143,9 @@ def open_adapter(folder: Path, tokenizer: Path | None = None) -> ModelFolder:
     base = _open_base(folder, tokenizer)
     cfg, usage, own_scorer = base.config, base.usage, dict[str, Tensor]()
     named = [f"base {base.path}"]
-    if (folder / BASE).is_file():
-        trained_on = Base.read(folder)
+    if (folder / RECORD).is_file():
+        record = _parsed(folder / RECORD, read_json(folder / RECORD), Record.from_dict)
+        trained_on, cfg, usage = record.base, record.config, record.usage
         if fingerprint(base) != trained_on.fingerprint:
             raise CheckpointError(
                 f"the base is not what the adapter was trained on: {base.path} has other weights",
@@ -141,10 +153,13 @@ def open_adapter(folder: Path, tokenizer: Path | None = None) -> ModelFolder:
                 remedy=_REMEDY,
             )
         named.append(f"as {trained_on.frozen_as}, its weights are those that it was trained on")
-        cfg, usage = read_own(folder)
         if _bare(cfg) != _bare(base.config):
             raise ConfigError("the base is a model of another shape", where=base.path)
         if cfg.scorer is not None:
+            if not (folder / SCORER).is_file():
+                fault = f"there is no {SCORER}, which the run trained"
+                remedy = "copy the whole folder again"
+                raise WeightFilesError(fault, where=folder, remedy=remedy, problems=(fault,))
             own_scorer = read_tensors(folder / SCORER)
             wanted = {n: s for n, s in shapes(cfg).items() if n.startswith("scorer.")}
             check_fit(wanted, own_scorer, folder / SCORER)
@@ -210,6 +225,15 @@ _REMEDY = (
 )
 
 
+def _parsed(path: Path, data: Mapping[str, Any], make: Callable[[Mapping[str, Any]], P]) -> P:
+    try:
+        return make(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"not what a LoRA run writes: {error}", where=path, remedy="copy the file again"
+        ) from error
+
+
 def _open_base(folder: Path, tokenizer: Path | None) -> ModelFolder:
     name = peft_format.base_name(folder)
     if name is None:
@@ -232,7 +256,7 @@ def _bare(cfg: ModelConfig) -> ModelConfig:
 
 def _files(folder: Path, base: ModelFolder) -> Iterator[Path]:
     """The adapter's first: its own is what tells one from another."""
-    for name in (peft_format.WEIGHTS, SCORER, BASE, CONFIG):
+    for name in (peft_format.WEIGHTS, SCORER, RECORD):
         if (folder / name).is_file():
             yield folder / name
     yield from base.weight_files

@@ -65,9 +65,9 @@ def add_lora(
     """Puts an adapter around each of the layers; its first factor is drawn from `rng`."""
     for name in names:
         layer = model.get_submodule(name)
-        sizes = layer.out_features, layer.in_features
-        assert isinstance(sizes[0], int) and isinstance(sizes[1], int)
-        model.set_submodule(name, LoraLinear(layer, sizes, rank, alpha, rng))
+        out, into = layer.out_features, layer.in_features
+        assert isinstance(out, int) and isinstance(into, int)
+        model.set_submodule(name, LoraLinear(layer, (out, into), rank, alpha, rng))
 
 
 def factors(weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -83,7 +83,7 @@ def write_adapter(
     }
     sizes = {name: tuple(tensor.shape) for name, tensor in written.items()}
     write_tensors(folder / WEIGHTS, sizes, torch.float32, written.items())
-    config = {
+    config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": str(base),

@@ -201,7 +201,7 @@ def test_four_bits_train_and_stay(tmp_path: Path) -> None:
     assert ends == pytest.approx([line["loss"] for line in exact], rel=0.2)
     assert ends != [line["loss"] for line in exact]
     run.save_whole()
-    assert '"frozen_as": "nf4"' in (tmp_path / "checkpoint" / "base.json").read_text()
+    assert '"frozen_as": "nf4"' in (tmp_path / "checkpoint" / "edge_vlm.json").read_text()
 
 
 def test_without_the_library_four_bits_are_refused_before_anything_is_read(
@@ -219,7 +219,7 @@ def test_what_adapters_cannot_do_is_refused() -> None:
         check_lora(molmo2_4b_stts_50_lora(), ALONE)
     with pytest.raises(ConfigError, match="in one process, and there are 2"):
         check_lora(RECIPE, Ranks(0, 2, torch.device("cpu")))
-    with pytest.raises(ConfigError, match=r"with lora\.base = nf4 only bfloat16 is computed"):
+    with pytest.raises(ConfigError, match=r"with lora\.base = nf4 it is bfloat16"):
         override(RECIPE, ["base=nf4"])
     with pytest.raises(ConfigError, match="the vocabulary is the base's"):
         override(RECIPE, ["world_words=true"])

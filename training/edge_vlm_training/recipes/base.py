@@ -321,10 +321,9 @@ class Recipe(Config, frozen=True, kw_only=True):
         whole = sorted(trained - {"llm", "vit", "scorer", PROBES})
         self._check("stages", not whole, f"with lora {', '.join(whole)} cannot be trained")
         self._check("world_words", not self.world_words, "with lora the vocabulary is the base's")
-        exact = self.lora.base == "float32" or self.precision == "bfloat16"
-        exact = exact and self.precision != "bfloat16_weights"
-        rule = f"with lora.base = {self.lora.base} only bfloat16 is computed"
-        self._check("precision", exact, rule)
+        kinds = ("bfloat16", "float32") if self.lora.base == "float32" else ("bfloat16",)
+        rule = f"with lora.base = {self.lora.base} it is {' or '.join(kinds)}"
+        self._check("precision", self.precision in kinds, rule)
 
 
 OPERATIONAL = frozenset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 from torch import nn
 
 from edge_vlm.errors import CheckpointError, ConfigError
-from edge_vlm.model.lora.folder import BASE, Base, identify
+from edge_vlm.model.checkpoint import write_text
+from edge_vlm.model.lora.folder import Base, identify
 from edge_vlm.model.lora.layers import adapted, add_lora, block_matrices
 from edge_vlm.model.published.folder import ModelFolder
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm_training.recipes.base import Lora, Recipe
 from edge_vlm_training.trainer.distributed import Ranks
+
+BASE = "base.json"
 
 
 def check_lora(recipe: Recipe, ranks: Ranks) -> None:
@@ -42,13 +46,13 @@ def claim_base(folder: Path, init: ModelFolder, lora: Lora, *, resume: bool) -> 
     Raises CheckpointError if the weights are others than when the run began.
     """
     base = identify(init, lora.base)
-    if resume and Base.read(folder).fingerprint != base.fingerprint:
+    if resume and Base.read(folder / BASE).fingerprint != base.fingerprint:
         raise CheckpointError(
             f"the run was started on other weights than lie in {init.path} now",
             where=folder / BASE,
             remedy="name the folder that it was started on: --init FOLDER",
         )
-    base.write(folder)
+    write_text(folder / BASE, json.dumps(base.to_dict(), indent=1))
     return base
 
 

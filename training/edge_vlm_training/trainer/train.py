@@ -163,6 +163,9 @@ def train(
     if ranks.leads:
         reporter = Reporter(folder, run.at.step, console=terminal() if watched else None)
         reporter.say(f"{recipe.name} on {ranks.size} x {ranks.device}: about {need}")
+        if base is not None:
+            trained = sum(weight.numel() for weight in run.weights().values())
+            reporter.say(f"{trained:,} numbers are trained, in adapters and scorer")
         for note in init_notes(recipe):
             reporter.say(note)
     run.go(reporter)
