@@ -25,6 +25,7 @@ SLOW = (
     *("edge_vlm/test_wheel.py", "edge_vlm/test_telemetry.py", "model/test_images.py"),
     *("edge_vlm/test_awkward_footage.py", "edge_vlm/test_output.py", "model/test_published.py"),
     *(f"model/test_published_{name}.py" for name in ("convert", "tokens", "training")),
+    "model/test_lora.py",
     *(f"export/test_{name}.py" for name in ("bad_input", "footage", "image_encoder")),
     *(f"runtime/test_{name}.py" for name in ("exact_prefill",)),
     *(f"export/test_{name}.py" for name in ("change_scorer", "scorerless", "trt_lint", "variants")),

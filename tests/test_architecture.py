@@ -30,8 +30,8 @@ STAGES = {
 RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
-    *("PIL", "aiomqtt", "av", "httpx", "llguidance", "msgspec", "onnx", "onnxruntime"),
-    *("rich", "safetensors", "tensorrt", "tensorrt_rtx"),
+    *("PIL", "aiomqtt", "av", "bitsandbytes", "httpx", "llguidance", "msgspec", "onnx"),
+    *("onnxruntime", "rich", "safetensors", "tensorrt", "tensorrt_rtx"),
     *("starlette", "tokenizers", "tomli", "transformers", "uvicorn", "websockets"),
 }
 GUARDED_PACKAGES = (CORE, RUNTIME)

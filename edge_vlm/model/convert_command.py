@@ -71,13 +71,14 @@ def _write(found: ModelFolder, words: Path, target: Path, to: str, dtype: torch.
     if to == OURS:
         save_checkpoint(target, found.config, found.weights, words, found.usage, dtype)
         return
-    from_hub = found.naming.name in ("hub", "transformers")
+    origin = found.origin
+    from_hub = origin.naming.name in ("hub", "transformers")
     write_hub(
         target,
         *(found.config, found.weights, dtype),
         usage=found.usage,
-        config=config_of(found.path, found.config) if from_hub else None,
-        companions=found.path if from_hub else words.parent,
+        config=config_of(origin.path, found.config) if from_hub else None,
+        companions=origin.path if from_hub else words.parent,
         tokenizer=words,
     )
 

@@ -45,6 +45,7 @@ def report(title: str, found: ModelFolder) -> Report:
     return Report(
         title=title,
         facts={
+            **found.facts,
             "weights": _stored(tensors),
             "vision": _vision(cfg),
             "scorer": _scorer(cfg),

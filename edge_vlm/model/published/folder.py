@@ -1,5 +1,5 @@
 """Opens a folder of weights, whoever wrote it: this project, the model hub, transformers or the
-training repository, with an STTS scorer inside or without.
+training repository, with an STTS scorer inside or without; or an adapter (`edge_vlm.model.lora`).
 
 A folder is checked by its config and its files' headers; no weight is read until it is used.
 """
@@ -68,6 +68,15 @@ class ModelFolder:
     notes: tuple[str, ...] = ()
     """What to know about it, one line each."""
     stored: Callable[[], Mapping[str, Tensor]]
+    base: ModelFolder | None = None
+    """Of an adapter, the folder that it is merged into."""
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What more there is to say of it, by name."""
+
+    @property
+    def origin(self) -> ModelFolder:
+        """The folder of whole weights that it is or that adapters were put on."""
+        return self if self.base is None else self.base.origin
 
     @cached_property
     def weights(self) -> OurTensors:
@@ -131,8 +140,13 @@ def open_folder(folder: Path, tokenizer: Path | None = None) -> ModelFolder:
     """A checkpoint of this project or a published folder.
 
     `tokenizer` is a file, or a folder that holds one with its configs; by default what lies beside
-    the weights. Raises as `open_published`.
+    the weights. A LoRA adapter is opened with its base (`lora.folder.open_adapter`). Raises as
+    `open_published`.
     """
+    from edge_vlm.model.lora.folder import is_adapter, open_adapter  # it opens its base by this
+
+    if is_adapter(folder):
+        return open_adapter(folder, tokenizer)
     if not (folder / CONFIG).is_file() or "language" not in read_json(folder / CONFIG):
         return open_published(folder, tokenizer)
     cfg, usage = read_own(folder)

@@ -15,8 +15,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="demo_cpu",
         help="measured in minutes: demo_cpu (default), demo_larger, demo_present, smoke; in steps: "
-        "stts_demo_cpu, stts_demo_gpu, stts_smoke, molmo2_4b_stts_50, molmo2_4b_stts_30, "
-        "molmo2_4b_stream",
+        "stts_demo_cpu, stts_demo_gpu, stts_demo_lora, stts_smoke, molmo2_4b_stts_50, "
+        "molmo2_4b_stts_30, molmo2_4b_stream, molmo2_4b_stts_50_lora (one card of 24 GB)",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
     parser.add_argument(

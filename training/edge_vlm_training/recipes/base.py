@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from edge_vlm.config import Rescale, VisionAttention
+from edge_vlm.model.lora.layers import TARGETS, Target
 from edge_vlm_training.config import (
     Config,
     Kept,
@@ -239,6 +240,19 @@ class Stage(Config, frozen=True, kw_only=True):
         return warm * (start + (end - start) * moved)
 
 
+class Lora(Config, frozen=True, kw_only=True):
+    """Low-rank adapters (arXiv 2106.09685) on weights that stay as they are."""
+
+    rank: Positive = 16
+    alpha: PositiveFloat = 32.0
+    """What is added is scaled by alpha / rank."""
+    targets: Annotated[tuple[Target, ...], msgspec.Meta(min_length=1)] = TARGETS
+    """Which matrices of each block get an adapter, in the parts that a stage trains."""
+    base: Literal["float32", "bfloat16", "nf4"] = "bfloat16"
+    """What the weights of `init` are kept in. `nf4` packs the matrices of all blocks into four bits
+    (bitsandbytes), the rest stays bfloat16."""
+
+
 class Recipe(Config, frozen=True, kw_only=True):
     """Stages in order and what they share."""
 
@@ -256,6 +270,8 @@ class Recipe(Config, frozen=True, kw_only=True):
     are taken over."""
     new_scorer: bool = False
     """The scorer of `init` is thrown away."""
+    lora: Lora | None = None
+    """Train adapters on `llm` and `vit` instead of their weights, and the scorer as it is."""
     frame_markers: bool = False
     """Frames stand between `<frame_start>` and `<frame_end>` instead of the image markers."""
     rescale: Rescale = Rescale.FRAME
@@ -296,6 +312,18 @@ class Recipe(Config, frozen=True, kw_only=True):
     sample_tokens: Positive = 16
     peak_tflops: Weight = 0.0
     """What MFU is measured against, per process; 0: known for the GPU, or measured at the start."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is None:
+            return
+        trained = frozenset[str]().union(*(stage.parts for stage in self.stages))
+        whole = sorted(trained - {"llm", "vit", "scorer", PROBES})
+        self._check("stages", not whole, f"with lora {', '.join(whole)} cannot be trained")
+        self._check("world_words", not self.world_words, "with lora the vocabulary is the base's")
+        kinds = ("bfloat16", "float32") if self.lora.base == "float32" else ("bfloat16",)
+        rule = f"with lora.base = {self.lora.base} it is {' or '.join(kinds)}"
+        self._check("precision", self.precision in kinds, rule)
 
 
 OPERATIONAL = frozenset(

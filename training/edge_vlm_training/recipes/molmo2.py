@@ -9,6 +9,7 @@ from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm_training.config import msgspec
 from edge_vlm_training.recipes.base import (
     Answers,
+    Lora,
     Recipe,
     Rows,
     Similarity,
@@ -60,6 +61,21 @@ def molmo2_4b_stts_30() -> Recipe:
     return replace(recipe, name="molmo2_4b_stts_30")
 
 
+def molmo2_4b_stts_50_lora() -> Recipe:
+    """`molmo2_4b_stts_50` on one card of 24 GB: the scorer, and adapters on frozen weights.
+
+    20,000 rows of a clip each, with ten times the rates of whole matrices.
+    """
+    data = Rows(batch=16, device_batch=1, sequence_length=3584, row_frames=64)
+    train = {"llm": 1e-4, "vit": 5e-5, "scorer": 1e-4}
+    return replace(
+        molmo2_4b_stts_50(),
+        name="molmo2_4b_stts_50_lora",
+        stages=(stts(1250, data, train, warmup_steps=50),),
+        lora=Lora(),
+    )
+
+
 def molmo2_4b_stream() -> Recipe:
     """The published schedule for a live model: one checkpoint for every budget.
 
@@ -88,6 +104,19 @@ def stts_demo_cpu() -> Recipe:
         device="cpu",
         save_every=200,
         sample_every=200,
+    )
+
+
+def stts_demo_lora() -> Recipe:
+    """Adapters on the demo model (`--init`), on a CPU: a first try of LoRA."""
+    train = {"llm": 2e-3, "vit": 5e-4, "scorer": 6e-4}
+    recipe = override(stts_demo_cpu(), ["steps=500", "precision=float32"])
+    (stage,) = recipe.stages
+    return replace(
+        recipe,
+        name="stts_demo_lora",
+        stages=(replace(stage, train=train),),
+        lora=Lora(rank=8, alpha=16.0, base="float32"),
     )
 
 

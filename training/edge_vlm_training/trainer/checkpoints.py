@@ -5,7 +5,8 @@ A run's folder holds::
     recipe.json                 what is trained
     checkpoints/step-00000500/  weights and moments (torch.distributed.checkpoint), and for each
                                 process the state of its data and of its random numbers (JSON)
-    checkpoint/                 weights as one model.safetensors, as every other command reads them
+    checkpoint/                 weights as one model.safetensors, as every other command reads them;
+                                of a LoRA run its adapter and scorer (`edge_vlm.model.lora.folder`)
 
 A checkpoint is written under a `.partial` name and renamed when all processes are done, so that a
 killed run leaves the one before intact.
@@ -22,7 +23,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
-from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
-from edge_vlm.formats.usage import Usage
-from edge_vlm.model.checkpoint import save_checkpoint
 from edge_vlm_training.data.packing.stream import merge_states
 from edge_vlm_training.trainer.distributed import Ranks, whole
 from edge_vlm_training.trainer.optimizer import Updater
@@ -192,12 +190,10 @@ def stored_weights(folder: Path, prefix: str) -> dict[str, Tensor]:
 def save_whole(
     folder: Path,
     ranks: Ranks,
-    config: ModelConfig,
     weights: dict[str, Tensor],
-    tokenizer: Path,
-    usage: Usage | None = None,
+    write: Callable[[Path, dict[str, Tensor]], None],
 ) -> Path:
-    """Writes the folder that other commands read; every process has to call this."""
+    """Writes the folder that other commands read, by `write`; every process has to call this."""
     final = folder / WHOLE
     gathered: dict[str, Tensor] = {}
     for name, tensor in weights.items():  # one at a time: only one process keeps them
@@ -208,7 +204,7 @@ def save_whole(
         partial, before = folder / f"{WHOLE}.partial", folder / f"{WHOLE}.before"
         for left_over in (partial, before):
             shutil.rmtree(left_over, ignore_errors=True)
-        save_checkpoint(partial, config, gathered, tokenizer, usage)
+        write(partial, gathered)
         if final.exists():
             os.replace(final, before)
         os.replace(partial, final)

@@ -17,7 +17,8 @@ from torch import Tensor
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
 from edge_vlm.formats.usage import Usage
-from edge_vlm.model.checkpoint import TOKENIZER
+from edge_vlm.model.checkpoint import TOKENIZER, save_checkpoint
+from edge_vlm.model.lora.folder import Base, save_adapter
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.packing.batch import Batch, BatchStream
@@ -50,16 +51,18 @@ class Run:
         folder: Path,
         prompt: PromptFormat,
         usage: Usage | None = None,
+        base: Base | None = None,
     ) -> None:
         """A stream yields this process's batches of `device_batch` rows; `usage` is what will be
-        recorded with the trained model.
+        recorded with the trained model, `base` what its adapters are on.
 
         Raises ConfigError if a stage's batch cannot be shared among the processes.
         """
         for stage in recipe.stages:
             _check_shared(stage, ranks)
         self.recipe, self.cfg, self.ranks, self.folder = recipe, cfg, ranks, folder
-        self.prompt, self.usage, self._open_stream = prompt, usage, open_stream
+        self.prompt, self.usage, self.base = prompt, usage or Usage(), base
+        self._open_stream = open_stream
         half = recipe.precision != "float32"
         self.dtype = torch.bfloat16 if half else torch.float32
         self.model = model
@@ -112,7 +115,8 @@ class Run:
         self.accumulated = _accumulated(self.stage, self.ranks)
 
     def weights(self) -> dict[str, Tensor]:
-        """Float32, by name, those of probes too; shards where there are several processes."""
+        """Those that are not frozen, float32, by name, those of probes too; shards where there are
+        several processes."""
         return dict(self.masters.weights)
 
     def resume(self) -> None:
@@ -147,8 +151,16 @@ class Run:
     def save_whole(self) -> Path:
         """The checkpoint folder that other commands read; every process has to call this."""
         own = {n: t for n, t in self.weights().items() if not n.startswith(f"{PROBES}.")}
-        tokenizer = self.folder / TOKENIZER
-        return checkpoints.save_whole(self.folder, self.ranks, self.cfg, own, tokenizer, self.usage)
+        return checkpoints.save_whole(self.folder, self.ranks, own, self._write)
+
+    def _write(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        tokenizer, lora = self.folder / TOKENIZER, self.recipe.lora
+        if lora is None:
+            save_checkpoint(folder, self.cfg, weights, tokenizer, self.usage)
+        else:
+            assert self.base is not None
+            form = lora.rank, lora.alpha, self.base
+            save_adapter(folder, self.cfg, weights, *form, tokenizer, self.usage)
 
     def go(self, reporter: Reporter | None = None) -> None:
         """Trains what is left of the recipe; the end of every stage is saved.

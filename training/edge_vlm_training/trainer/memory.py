@@ -15,13 +15,22 @@ import torch
 
 from edge_vlm.config import CELL, ModelConfig
 from edge_vlm.errors import RecipeTooLarge
+from edge_vlm.model.lora.layers import block_matrices
 from edge_vlm.model.published.mapping import shapes
 from edge_vlm_training.recipes.base import Clips, Recipe, Rows
 from edge_vlm_training.recipes.overrides import override
+from edge_vlm_training.trainer.adapters import adapted_layers
 from edge_vlm_training.trainer.distributed import Ranks
 
 GIB = 2**30
 _MARGIN = 1.15
+_TRAINED = 16
+"""Bytes of a trained number: itself, gradient and two moments, float32 each."""
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a packed number: four bits, of 64 numbers one scale of eight bits, and of 256 scales one
+of 32."""
+_CUDA = 0.8e9
+"""Its context and libraries, and what they keep to work in."""
 _TEXT_PER_FRAME = 8
 """Stamp and markers."""
 _TEXT_SHARE = 0.2
@@ -45,10 +54,21 @@ class Estimate:
 
 def estimate(recipe: Recipe, cfg: ModelConfig, processes: int, *, cuda: bool) -> Estimate:
     """The peak of one of `processes` processes."""
+    width = 4 if recipe.precision == "float32" else 2
+    held = _adapted(recipe, cfg, cuda=cuda) if recipe.lora else _whole(recipe, cfg, processes)
+    activations = max(
+        _activations(recipe, stage.data, cfg, width, processes, cuda=cuda)
+        for stage in recipe.stages
+    )
+    return Estimate({**held, "activations": activations})
+
+
+def _whole(recipe: Recipe, cfg: ModelConfig, processes: int) -> dict[str, float]:
+    """Where every weight may be trained."""
     sizes = {name: math.prod(shape) for name, shape in shapes(cfg).items()}
     count = sum(sizes.values())
     width = 4 if recipe.precision == "float32" else 2
-    state = 16 * count / processes  # weight, gradient, two moments: float32 each
+    state = _TRAINED * count / processes  # weight, gradient, two moments: float32 each
     if processes == 1:
         computed = float(width * count if width < 4 else 0)  # copies to compute with
     else:
@@ -63,16 +83,33 @@ def estimate(recipe: Recipe, cfg: ModelConfig, processes: int, *, cuda: bool) ->
         # The part in use, the one gathered ahead, and one's gradients before they are reduced.
         largest = max(groups.values(), default=0)
         computed = width * (rest + 2 * largest) + (width + 4) * max(largest, rest)
-    return Estimate(
-        {
-            "weights, gradients and moments": state,
-            "copies to compute with": computed,
-            "activations": max(
-                _activations(recipe, stage.data, cfg, width, processes, cuda=cuda)
-                for stage in recipe.stages
-            ),
-        }
-    )
+    return {"weights, gradients and moments": state, "copies to compute with": computed}
+
+
+def _adapted(recipe: Recipe, cfg: ModelConfig, *, cuda: bool) -> dict[str, float]:
+    """Frozen weights, which have neither gradients nor moments, and what is trained beside them."""
+    assert recipe.lora is not None
+    sizes = shapes(cfg)
+    matrices = {f"{name}.weight" for name in block_matrices(sizes)}
+    width = 4 if recipe.lora.base == "float32" else 2
+    packed = _NF4 if recipe.lora.base == "nf4" else width
+    trained = dict.fromkeys(("scorer", "llm", "vit"), 0)
+    for name, shape in sizes.items():
+        if name.startswith("scorer."):
+            trained["scorer"] += math.prod(shape)
+    for name in adapted_layers(recipe, sizes):
+        trained[name.partition(".")[0]] += recipe.lora.rank * sum(sizes[f"{name}.weight"])
+    return {
+        f"frozen weights in {recipe.lora.base}": sum(
+            math.prod(shape) * (packed if name in matrices else width)
+            for name, shape in sizes.items()
+            if not name.startswith("scorer.")
+        ),
+        "scorer": _TRAINED * trained["scorer"],
+        "adapters of llm": _TRAINED * trained["llm"],
+        "adapters of vit": _TRAINED * trained["vit"],
+        **({"CUDA": _CUDA} if cuda else {}),
+    }
 
 
 def _activations(
@@ -85,9 +122,9 @@ def _activations(
     per_frame = kept * vision.num_cells + _TEXT_PER_FRAME
     frames = max(1.0, (1 - _TEXT_SHARE) * tokens / per_frame)
     frames = min(frames, data.device_batch * row_frames)
-    residual = (
-        4 if recipe.precision == "bfloat16" and processes == 1 else width
-    )  # autocast leaves the residual stream in float32
+    # Autocast leaves the residual stream in the type of the weights.
+    in_float32 = recipe.lora is None or recipe.lora.base == "float32"
+    residual = 4 if recipe.precision == "bfloat16" and processes == 1 and in_float32 else width
 
     stem_blocks = 0 if cfg.scorer is None else cfg.scorer.prune_at + 2
     trunk_blocks = vision.num_layers - stem_blocks
@@ -154,8 +191,12 @@ def check_fits(recipe: Recipe, cfg: ModelConfig, ranks: Ranks) -> Estimate:
     return need
 
 
+_LAST = "lower sequence_length and row_frames, or take a smaller model"
+
+
 def _remedy(recipe: Recipe, cfg: ModelConfig, ranks: Ranks, limit: float, *, cuda: bool) -> str:
-    """The first change that makes it fit: recompute, smaller batches, more processes."""
+    """The first change that makes it fit: recompute, smaller batches, packed frozen weights or
+    more processes."""
     changes: dict[str, str] = {}
     if not recipe.activation_checkpointing:
         changes["activation_checkpointing"] = "true"
@@ -166,12 +207,15 @@ def _remedy(recipe: Recipe, cfg: ModelConfig, ranks: Ranks, limit: float, *, cud
         if any(data.device_batch > 1 for data in rows):
             recipe = override(recipe, ["device_batch=1"])
             changes["device_batch"] = "1"
+        elif recipe.lora is not None and recipe.lora.base != "nf4":
+            recipe = override(recipe, ["base=nf4", "precision=bfloat16"])
+            changes |= {"base": "nf4", "precision": "bfloat16"}
+        elif recipe.lora is not None:
+            return f"{_LAST} (in NF4 and one row at a time it needs {need.total / GIB:.1f} GiB)"
         elif processes < 1024:
             processes *= 2
         else:
-            return (
-                "no number of processes makes it fit: lower sequence_length or take a smaller model"
-            )
+            return f"no number of processes makes it fit: {_LAST}"
     settings = " ".join(f"--set {key}={value}" for key, value in changes.items())
     started = (
         f"torchrun with {processes} processes of that memory" if processes > ranks.size else ""

@@ -21,6 +21,7 @@ from edge_vlm.model.scorer import TokenScorer
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.prompt import PromptStyle
 from edge_vlm_training.recipes.base import Clips, Recipe, Rows
+from edge_vlm_training.trainer.adapters import frozen_model, with_adapters
 from edge_vlm_training.trainer.checkpoints import WHOLE, latest
 from edge_vlm_training.world.more_words import vocabulary_of, with_more_words
 from edge_vlm_training.world.questions import vocabulary
@@ -130,6 +131,7 @@ def trained_usage(recipe: Recipe) -> Usage:
 
 def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
     """The model on the CPU in float32, with the weights of `init` or random ones by the seed.
+    With `lora` what is trained is float32, and `init` is frozen as that says.
 
     A scorer that `init` lacks, or that is not wanted, is random. Every process builds the same.
     Raises as the loaders do, and CheckpointError for an `init` that is not of the shape that
@@ -142,12 +144,16 @@ def build_model(recipe: Recipe, cfg: ModelConfig, tokenizer: Path) -> VideoLM:
     if recipe.world_words:
         model = VideoLM(cfg).init_weights(generator)
         _take_over(model, init, tokenizer)
+    elif recipe.lora is not None:
+        model = frozen_model(init, recipe.lora)
     else:
         model = init.load()
     assert cfg.scorer is not None
     if model.scorer is None or recipe.new_scorer:
         model.scorer = _random_scorer(cfg.scorer, cfg.vision.width, generator)
     model.cfg, model.scorer.cfg = cfg, cfg.scorer
+    if recipe.lora is not None:
+        return with_adapters(model, recipe, generator)
     for parameter in model.parameters():
         # Not the mapped file itself, which updates would write into.
         parameter.data = parameter.data.clone()

@@ -30,8 +30,8 @@ class Part:
 
 
 def named_weights(objective: Objective) -> dict[str, nn.Parameter]:
-    """All weights of the model, and those of the probes as `probes.NAME`."""
-    named = dict(objective.model.named_parameters())
+    """The weights of the model that are not frozen, and those of the probes as `probes.NAME`."""
+    named = {n: p for n, p in objective.model.named_parameters() if p.requires_grad}
     return named | {f"{PROBES}.{n}": p for n, p in objective.probes.named_parameters()}
 
 

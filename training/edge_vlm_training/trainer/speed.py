@@ -27,13 +27,22 @@ _KNOWN_TFLOPS = {
 
 
 def training_flops(
-    cfg: ModelConfig, kept_F: Sequence[int], row_tokens: Sequence[int], num_trained: int
+    cfg: ModelConfig,
+    kept_F: Sequence[int],
+    row_tokens: Sequence[int],
+    num_trained: int,
+    *,
+    frozen: bool = False,
 ) -> float:
-    """Forward and backward pass of a batch; `row_tokens` are the lengths of its rows."""
+    """Forward and backward pass of a batch; `row_tokens` are the lengths of its rows.
+
+    With `frozen` matrices there are no gradients of them, which are half of the backward pass;
+    what adapters and scorer add is not counted.
+    """
     forward = float(vision_flops(cfg, kept_F))
     forward += sum(language_flops(cfg.language, tokens) for tokens in row_tokens)
     forward += 2.0 * num_trained * cfg.language.width * cfg.language.base_vocab
-    return 3 * forward
+    return (2 if frozen else 3) * forward
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:

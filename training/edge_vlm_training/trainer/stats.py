@@ -52,6 +52,7 @@ class StepStats:
                     part.kept_F.tolist(),
                     part.row_tokens_R.tolist(),
                     int(part.sums[SUMS.index("trained")]),
+                    frozen=self._recipe.lora is not None,
                 )
         shares = {n: v / len(parts) for part in parts for n, v in part.numbers.items()}
         norms = {f"norm/{name}": value for name, value in update.norms.items()}

@@ -20,6 +20,7 @@ from edge_vlm_training.data.sources.world_clips import WorldClips
 from edge_vlm_training.recipes.base import OPERATIONAL, Clips, Recipe
 from edge_vlm_training.recipes.overrides import leaves
 from edge_vlm_training.trainer import checkpoints
+from edge_vlm_training.trainer.adapters import check_lora, claim_base
 from edge_vlm_training.trainer.checkpoints import Progress
 from edge_vlm_training.trainer.distributed import Ranks
 from edge_vlm_training.trainer.loop import Run
@@ -28,6 +29,7 @@ from edge_vlm_training.trainer.model_factory import (
     build_model,
     init_notes,
     model_config,
+    open_init,
     prepare_tokenizer,
     trained_usage,
 )
@@ -75,7 +77,9 @@ def begin(recipe: Recipe, folder: Path, ranks: Ranks, *, resume: bool) -> None:
             )
         before, now = _values(stored), _values(recipe)
         changed = [k for k in before | now if before.get(k) != now.get(k)]
-        if changed := [k for k in changed if k.rpartition(".")[2] not in OPERATIONAL]:
+        # What adapters are on may lie elsewhere by now: it is known by its fingerprint.
+        free = OPERATIONAL | {"init"} if recipe.lora is not None else OPERATIONAL
+        if changed := [k for k in changed if k.rpartition(".")[2] not in free]:
             told = ", ".join(f"{k} ({before.get(k)!r} before, now {now.get(k)!r})" for k in changed)
             raise ConfigError(
                 f"the run was started with another recipe: {told}",
@@ -116,6 +120,7 @@ def train(
     Raises what `begin`, the data and the loaders raise, RecipeTooLarge before anything is loaded,
     and NonFinite if the loss is no number any more. The last checkpoint is intact in any case.
     """
+    check_lora(recipe, ranks)
     begin(recipe, folder, ranks, resume=resume)
     if ranks.leads:
         prepare_tokenizer(recipe, folder)
@@ -123,6 +128,9 @@ def train(
     tokenizer_path = folder / TOKENIZER
     cfg = model_config(recipe, tokenizer_path)
     need = check_fits(recipe, cfg, ranks)
+    base = None
+    if recipe.lora is not None and (init := open_init(recipe)) is not None:
+        base = claim_base(folder, init, recipe.lora, resume=resume)
     usage = trained_usage(recipe)
     try:
         prompt = PromptFormat(Tokenizer.from_file(tokenizer_path), usage.style)
@@ -148,13 +156,16 @@ def train(
         return Prefetch(stream) if data.decode_threads else stream
 
     model = build_model(recipe, cfg, tokenizer_path)
-    run = Run(recipe, cfg, model, open_stream, ranks, folder, prompt, usage)
+    run = Run(recipe, cfg, model, open_stream, ranks, folder, prompt, usage, base)
     if resume:
         run.resume()
     reporter = None
     if ranks.leads:
         reporter = Reporter(folder, run.at.step, console=terminal() if watched else None)
         reporter.say(f"{recipe.name} on {ranks.size} x {ranks.device}: about {need}")
+        if base is not None:
+            trained = sum(weight.numel() for weight in run.weights().values())
+            reporter.say(f"{trained:,} numbers are trained, in adapters and scorer")
         for note in init_notes(recipe):
             reporter.say(note)
     run.go(reporter)
