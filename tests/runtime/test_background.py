@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.engine_thread.courtesy import CONVERSATION_NS, Courtesy
+from edge_vlm_runtime.engine_thread.courtesy import SHARE as BACKGROUND_SHARE
 from edge_vlm_runtime.engine_thread.scheduler import Scheduler
 from tests.runtime.fake_engines import ANSWER, FakeBundle, FakeClock
 from tests.runtime.viewer import Viewer
@@ -13,7 +15,7 @@ SHARE = 0.15
 def viewer_of(clock: FakeClock, *, is_background: bool = False) -> Viewer:
     """With engines of its own, so that each says all of its answer."""
     viewer = Viewer(FakeBundle(clock), clock)
-    viewer.handle._is_background = is_background
+    viewer.handle.is_background = is_background
     viewer.show(1)
     return viewer
 
@@ -86,3 +88,25 @@ def test_two_that_nobody_watches_take_turns() -> None:
     while turns.round():
         pass
     assert [ended(viewer) for viewer in both] == [[ANSWER], [ANSWER]]
+
+
+def busy_share(courtesy: Courtesy, begin_ns: int, end_ns: int, unit_ns: int = 10_000_000) -> float:
+    """Of a time in which there is always something to do."""
+    now_ns, busy_ns = begin_ns, 0
+    while now_ns < end_ns:
+        if pause_ns := courtesy.pause_ns(now_ns):
+            now_ns += pause_ns
+            continue
+        courtesy.worked(now_ns, now_ns + unit_ns)
+        now_ns += unit_ns
+        busy_ns += unit_ns
+    return busy_ns / (now_ns - begin_ns)
+
+
+def test_while_somebody_talks_background_work_pauses() -> None:
+    courtesy = Courtesy()
+    assert busy_share(courtesy, 0, 10**9) == 1.0
+    courtesy.talked(10**9)
+    end_ns = 10**9 + CONVERSATION_NS
+    assert abs(busy_share(courtesy, 10**9, end_ns) - BACKGROUND_SHARE) < 0.01
+    assert busy_share(courtesy, end_ns + 10**8, end_ns + 10**9) == 1.0
