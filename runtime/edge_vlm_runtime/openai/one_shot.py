@@ -16,6 +16,7 @@ from edge_vlm.errors import (
     MediaRefused,
     QuestionTooLong,
     ServerBusy,
+    Unsupported,
 )
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
@@ -45,6 +46,7 @@ from edge_vlm_runtime.session.budget import cache_capacity, video_window
 from edge_vlm_runtime.session.frames import EncodedFrame, Encoding
 from edge_vlm_runtime.session.questions import with_instructions
 
+KEEP_ALL = "keep_all"
 LATEST_S = 9999.9
 """A time stamp of the greatest length that is counted with."""
 BUSY_FRAMES = 4
@@ -124,13 +126,19 @@ class OneShots:
         if request.policy is not None:
             changes["policy"] = request.policy
         settings = self._settings.changed(changes)
+        if (request.keep_ratio or 1.0) < 1.0 and settings.policy == KEEP_ALL:
+            raise Unsupported(
+                f"the policy {KEEP_ALL} keeps every cell",
+                param="edge_vlm.keep_ratio",
+                remedy="give edge_vlm.policy, too: random and difference need no token scorer",
+            )
         limits = dataclasses.replace(self._limits, max_question_tokens=num_text + 1)
         window = video_window(settings, self.model, limits)
         if settings.attention is not Attention.FRAME:
             window = min(window, self.model.max_prefill_tokens)
         per_frame = len(prompt.frame_ids(LATEST_S, 0, first=False)) + (
             self.model.num_cells
-            if settings.policy == "keep_all"
+            if settings.policy == KEEP_ALL
             else round(settings.keep_ratio * self.model.num_cells)
         )
         room = window - self.model.num_cells  # the first frame may be kept whole
