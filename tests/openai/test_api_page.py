@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from edge_vlm_runtime.openai.chat_request import IGNORED, NEUTRAL
-from edge_vlm_runtime.protocol import messages
+from edge_vlm_runtime.protocol.responses import ResponseOptions
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.app import Server
 from tests.openai.served import CLIP, TIMEOUT_S, clip_frames, serving
@@ -68,7 +68,7 @@ def test_every_field_and_option_is_named() -> None:
     assert len(limits) == 3
     for name in (*limits, "max_waiting_bytes"):
         assert f"--{name.replace('_', '-')}" in PAGE
-    options = messages.question_messages.ResponseOptions.__struct_fields__
+    options = ResponseOptions.__struct_fields__
     for name in ("instructions", "max_output_tokens", "input", "conversation", "metadata"):
         assert name in options
         assert f"`{name}`" in PAGE.partition("## Realtime")[2]
