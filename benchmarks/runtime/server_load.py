@@ -49,6 +49,8 @@ from edge_vlm_runtime.server.app import Server
 VIEWERS, FPS, REQUESTS = 32, 2.0, 32
 GOAL_OWN_MS, GOAL_TTFT, GOAL_GROWTH = 5.0, 1.15, 0.02
 QUESTION = "What is there now?"
+TENTHS = 10
+"""Of the time, after which memory is stated; what a session may keep is full by the middle."""
 PART = "--as-clients"
 
 
@@ -160,18 +162,17 @@ def measure_viewers(seconds: float) -> dict[str, Any]:
         server.start()
         _clients("viewers", server.url, 3.0)  # once around: what is made on first use is there
         resident: list[int] = []
+        begin_ns = time.process_time_ns()
         with _process("viewers", server.url, seconds) as clients:
             while clients.poll() is None:
                 resident.append(_resident_bytes())
                 time.sleep(0.5)
             found = _result_of(clients)
-    settled = resident[len(resident) // 4 :] or [0]
-    half = len(settled) // 2
-    before, after = statistics.mean(settled[: half or 1]), statistics.mean(settled[half:])
-    found["resident_mb"] = {
-        "first_half": round(before / 1e6, 1),
-        "second_half": round(after / 1e6, 1),
-    }
+        took_ms = (time.process_time_ns() - begin_ns) * 1e-6
+    found["processor_ms_per_frame"] = round(took_ms / found["sent"], 3)
+    steps = [resident[len(resident) * step // TENTHS] for step in range(TENTHS)] + resident[-1:]
+    found["resident_mb_by_tenths"] = [round(value / 1e6, 1) for value in steps]
+    before, after = steps[TENTHS // 2], steps[-1]
     found["goals"] = {
         "none_lost": found["lost"] == 0 and found["told_twice"] == 0,
         "p99_ms": found["own_ms"]["p99"] <= GOAL_OWN_MS,
