@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,12 @@ def _make_debugged_loop(loop: asyncio.BaseEventLoop) -> None:
 
 
 asyncio.BaseEventLoop.__init__ = _make_debugged_loop  # type: ignore[method-assign, assignment]
+
+
+def pytest_runtest_setup() -> None:
+    """A command that a test has called sets torch's threads for itself."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

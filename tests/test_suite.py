@@ -45,8 +45,10 @@ def test_every_slow_place_exists() -> None:
     assert not [place for place in conftest.SLOW if not (tests / place).exists()]
 
 
-def test_one_thread_for_each_process() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_one_thread_for_each_process(again: bool) -> None:
     import torch
 
     assert os.environ["OMP_NUM_THREADS"] == "1"
     assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)  # as a command does that a test calls

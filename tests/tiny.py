@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -84,6 +85,15 @@ def tiny_config() -> ModelConfig:
 
 def kept(name: str, make: Callable[[Path], object]) -> Path:
     """What `make` writes to the path it is given: once, for all processes and later runs."""
+
+    def made(path: Path) -> None:
+        with traced_once():
+            make(path)
+
+    return _once(name, made)
+
+
+def _once(name: str, make: Callable[[Path], object]) -> Path:
     target = CACHE / _key() / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,16 +101,17 @@ def kept(name: str, make: Callable[[Path], object]) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
                 partly = target.with_name(f"partly-{name}")
-                shutil.rmtree(partly, ignore_errors=True)
-                with traced_once():
-                    make(partly)
+                if partly.is_dir():  # left by a process that was stopped
+                    shutil.rmtree(partly)
+                make(partly)
                 partly.rename(target)
     return target
 
 
 @lru_cache(maxsize=1)
 def _key() -> str:
-    digest = hashlib.sha256(metadata.version("torch").encode())
+    made_with = metadata.version("torch"), metadata.version("onnxscript")
+    digest = hashlib.sha256(repr(made_with).encode())
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
             digest.update(path.read_bytes())
@@ -138,25 +149,48 @@ def _export(wanted: dict[str, Any], target: Path) -> None:
 
 @contextmanager
 def traced_once() -> Iterator[None]:
-    """Exports in here share what they have in common: the traced graphs of the same weights, which
-    take nearly all of the time."""
-    from edge_vlm_export import to_onnx
+    """Exports in here share, also with other processes, what takes nearly all of their time: what
+    torch makes of a graph of the same shapes. Weights are no part of that."""
+    import onnx_ir as ir
 
-    def trace(export: Any) -> dict[str, Any]:
-        options = export.options
-        source = str(export.source.identity), export.source.cfg
-        key = (source, options.variant, options.kv_form, options.limits)
-        if key not in _traced:
-            _traced[key] = traced(export)
-        return {name: model.clone() for name, model in _traced[key].items()}
+    trace_all, capture = _originals()
+    exports: list[Any] = []
 
-    traced = to_onnx._Export._trace
+    def trace(export: Any) -> Any:
+        exports.append(export)
+        try:
+            return trace_all(export)
+        finally:
+            exports.pop()
+
+    def captured(module: Any, spec: Any, *rest: Any) -> ir.Model:
+        options, tensors = exports[-1].options, [(t.name, t.shape, t.dtype) for t in spec.tensors]
+        facts = exports[-1].source.cfg, options.variant, options.kv_form, spec.name, tensors
+        name = f"trace-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.onnx"
+
+        def make(path: Path) -> None:
+            # Whoever measures coverage would watch all of torch's tracing.
+            watcher = sys.gettrace()
+            sys.settrace(None)
+            try:
+                ir.save(capture(module, spec, *rest), path)
+            finally:
+                sys.settrace(watcher)
+
+        return ir.load(_once(name, make))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx._Export, "_trace", trace)
+        patch.setattr("edge_vlm_export.to_onnx._Export._trace", trace)
+        patch.setattr("edge_vlm_export.trace.trace._capture", captured)
         yield
 
 
-_traced: dict[Any, dict[str, Any]] = {}
+@lru_cache(maxsize=1)
+def _originals() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from edge_vlm_export import to_onnx
+    from edge_vlm_export.trace import trace
+
+    return to_onnx._Export._trace, trace._capture
 
 
 def _make_footage(path: Path) -> None:

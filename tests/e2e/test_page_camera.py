@@ -145,7 +145,8 @@ def test_an_answer_shows_the_time_of_the_film(tmp_path: Path) -> None:
             await page.value("document.getElementById('ask').requestSubmit()")
             await page.until("document.querySelector('#dialogue .times')?.textContent")
             said = await page.value("document.querySelector('#dialogue .answer').textContent")
-            assert said in ("at 13.5 s", "at 14.0 s")  # a tick may come late
+            # A tick may come late, and the model sees what the ticks show.
+            assert said in ("at 13.0 s", "at 13.5 s", "at 14.0 s", "at 14.5 s")
 
     with Server.open(DEMO_BUNDLE, threads=1) as server, browser(tmp_path / "profile") as debugger:
         server.start()

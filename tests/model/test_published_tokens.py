@@ -23,6 +23,7 @@ from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.session.budget import default_settings
 from tests.preprocessing_record import PUBLISHED_4B
 from tests.published_folder import LIMITS, published_folder
+from tests.tiny import traced_once
 
 GREEDY = {"max_answer_tokens": 512}
 ADDED = [
@@ -131,7 +132,8 @@ def o_7b(target: Path) -> Path:
 
 def test_an_exported_bundle_begins_and_stops_as_the_folder_says(tmp_path: Path) -> None:
     folder = o_7b(tmp_path / "o-7b")
-    export_bundle(folder, tmp_path / "bundle", ExportOptions(limits=LIMITS, thorough=False))
+    with traced_once():
+        export_bundle(folder, tmp_path / "bundle", ExportOptions(limits=LIMITS, thorough=False))
     bundle = EngineBundle.open(tmp_path / "bundle")
     found = open_folder(folder)
     assert bundle.style == found.usage.style

@@ -128,7 +128,7 @@ def test_a_receiver_that_never_answers_costs_only_its_own_events(web: WebServer)
     queue = DeliveryQueue(max_events=5)
     with SilentServer() as silent:
         sinks = [WebhookSink(f"http://127.0.0.1:{silent.port}/"), WebhookSink(web.url)]
-        outputs = AlertDispatcher(sinks, queue, first_back_off_s=0.01, attempt_timeout_s=0.05)
+        outputs = AlertDispatcher(sinks, queue, first_back_off_s=0.01, attempt_timeout_s=1.0)
         outputs.start()
         for number, event in enumerate(some_events(1, 20), start=1):
             outputs.put("s", event)

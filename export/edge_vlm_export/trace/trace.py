@@ -15,6 +15,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -77,29 +78,8 @@ def trace(module: nn.Module, spec: GraphSpec, weight: GetWeight) -> ir.Model:
     # The llm takes its past as *args, which torch.export wants as one nested entry.
     named = len([t for t in spec.inputs if not t.name.startswith("past_")])
     dynamic_shapes = (*free[:named], tuple(free[named:])) if free[named:] else tuple(free)
-    names = {name for name, _ in module.named_parameters()}
     try:
-        with torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                module,
-                args,
-                dynamo=True,
-                optimize=False,
-                dynamic_shapes=dynamic_shapes,
-                opset_version=OPSET,
-                input_names=[t.name for t in spec.inputs],
-                output_names=[t.name for t in spec.outputs],
-                verbose=False,
-            )
-            assert program is not None
-            model = program.model
-            optimizer.optimize_ir(
-                model,
-                # Nothing may be computed from a hollow weight.
-                should_fold=lambda node: (
-                    False if any(x is not None and x.name in names for x in node.inputs) else None
-                ),
-            )
+        model = _capture(module, spec, args, dynamic_shapes)
     except Exception as error:  # torch.export and the ONNX translator raise dozens of types
         raise ExportError(f"torch cannot export graph {spec.name}: {error}") from error
     plain_products(model.graph)
@@ -110,6 +90,34 @@ def trace(module: nn.Module, spec: GraphSpec, weight: GetWeight) -> ir.Model:
     model.graph.name = spec.name
     model.producer_name, model.producer_version = "edge-vlm", edge_vlm.__version__
     return model
+
+
+def _capture(
+    module: nn.Module, spec: GraphSpec, args: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...]
+) -> ir.Model:
+    """What torch makes of it, its weights hollow; takes nearly all of an export's time."""
+    names = {name for name, _ in module.named_parameters()}
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            module,
+            args,
+            dynamo=True,
+            optimize=False,
+            dynamic_shapes=dynamic_shapes,
+            opset_version=OPSET,
+            input_names=[t.name for t in spec.inputs],
+            output_names=[t.name for t in spec.outputs],
+            verbose=False,
+        )
+        assert program is not None
+        optimizer.optimize_ir(
+            program.model,
+            # Nothing may be computed from a hollow weight.
+            should_fold=lambda node: (
+                False if any(x is not None and x.name in names for x in node.inputs) else None
+            ),
+        )
+    return program.model
 
 
 def plain_products(graph: ir.Graph) -> None:
@@ -269,9 +277,8 @@ def _name_dimensions(model: ir.Model, spec: GraphSpec) -> None:
         assert value.shape is not None
         if len(value.shape) != len(tensor.shape):
             raise Specialised(f"{tensor.name} of graph {spec.name} became {value.shape}")
-        for axis, wanted in enumerate(tensor.shape):
-            if isinstance(wanted, str) and not isinstance(value.shape[axis], int):
-                value.shape[axis] = wanted
+        pairs = zip(value.shape, tensor.shape, strict=True)
+        value.shape = ir.Shape([found if isinstance(found, int) else name for found, name in pairs])
 
 
 def _forget_notes(model: ir.Model) -> None:

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from edge_vlm.errors import DeliveryError, DeliveryRefused
+from edge_vlm.waiting import cancel, within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.alert_sinks.queue import (
     FIRST_BACK_OFF_S,
@@ -183,8 +184,7 @@ class AlertDispatcher:
             self._wake()
             if tasks:
                 await asyncio.wait(tasks, timeout=grace_s)
-            for task in tasks:
-                task.cancel()
+            await cancel(*tasks)
             for ended in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(ended, Exception):
                     log.error("an alert output ended with %r", ended)
@@ -234,7 +234,7 @@ class AlertDispatcher:
     async def _attempt(self, sink: Sink, delivery: QueuedAlert) -> Exception | None:
         """None if the receiver has it or never will, otherwise why it has to be sent again."""
         try:
-            await asyncio.wait_for(sink.send(delivery), self._attempt_timeout_s)
+            await within(self._attempt_timeout_s, sink.send(delivery))
         except DeliveryRefused as error:
             with self._lock:
                 self._lose(1, f"{sink.name} refused it: {error}")

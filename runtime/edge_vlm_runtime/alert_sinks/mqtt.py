@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from edge_vlm.errors import ConfigError, DeliveryError, DeliveryRefused, MissingExtraError
+from edge_vlm.waiting import cancel, within
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.alert_sinks.picture_limit import PictureLimit
 from edge_vlm_runtime.alert_sinks.queue import QueuedAlert, receiver_key
@@ -238,10 +239,9 @@ class MqttSink:
         client, self._client = self._client, None
         if client is not None:
             with contextlib.suppress(aiomqtt.MqttError, asyncio.TimeoutError):
-                await asyncio.wait_for(client.__aexit__(None, None, None), CLOSE_TIMEOUT_S)
+                await within(CLOSE_TIMEOUT_S, client.__aexit__(None, None, None))
 
     async def close(self) -> None:
         if self._publishing is not None:
-            self._publishing[1].cancel()
-            await asyncio.wait([self._publishing[1]])
+            await cancel(self._publishing[1])
         await self._disconnect()

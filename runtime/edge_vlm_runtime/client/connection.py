@@ -30,6 +30,7 @@ from edge_vlm.errors import (
     SessionGone,
     UnknownMessageType,
 )
+from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.base import UnknownEvent, unknown_event
 from edge_vlm_runtime.protocol.messages import error_from_detail as error_from_detail
@@ -288,7 +289,7 @@ async def _resume(
 async def _first_event(connection: ClientConnection) -> protocol.ServerEvent:
     """Raises what the server says instead."""
     try:
-        text = await asyncio.wait_for(connection.recv(), OPEN_TIMEOUT_S)
+        text = await within(OPEN_TIMEOUT_S, connection.recv())
         event = _decode_event(text)
     except websockets.ConnectionClosed as closed:
         raise closed_error(closed) from closed

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from edge_vlm.errors import EdgeVlmError, ProtocolError, ServerUnreachable
+from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.answers import AnswerStream, FrameCounts
 from edge_vlm_runtime.client.connection import (
@@ -108,7 +109,7 @@ class Exchange:
         try:
             if self._failure is None:
                 with suppress(EdgeVlmError, asyncio.TimeoutError):
-                    await asyncio.wait_for(self._say_goodbye(), CLOSE_TIMEOUT_S)
+                    await within(CLOSE_TIMEOUT_S, self._say_goodbye())
         finally:
             self._reader.cancel()
             await self._line.close()

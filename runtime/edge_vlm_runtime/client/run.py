@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from edge_vlm.errors import EdgeVlmError, NoFrameYet, VideoError
 from edge_vlm.pixels.frames import Rgb, encode_jpeg, shrink_jpeg
 from edge_vlm.pixels.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
+from edge_vlm.waiting import cancel
 from edge_vlm_runtime.client.client import Answer, AnswerStream, Client, Detail
 from edge_vlm_runtime.protocol.settings import ModelLimits
 from edge_vlm_runtime.sources.container import Picture, Source
@@ -164,9 +165,7 @@ class _Run:
             await asyncio.gather(*self._answers)
             await self.client.wait_processed()  # raises what the observer raised meanwhile
         finally:
-            for task in self._answers:
-                task.cancel()
-            await asyncio.gather(*self._answers, return_exceptions=True)
+            await cancel(*self._answers)
 
     def _encoded(self, rgb: Rgb) -> bytes:
         """As a JPEG that the server takes."""

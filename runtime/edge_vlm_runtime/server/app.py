@@ -26,6 +26,7 @@ from edge_vlm.errors import (
     ServerBusy,
     Unauthorized,
 )
+from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.engines.names import Backend
@@ -288,8 +289,7 @@ class Server:
             if self._drain_task is not None:
                 await self._drain_task
         finally:
-            gauges.cancel()
-            await asyncio.wait([gauges])
+            await cancel(gauges)
 
     def _on_start(self) -> None:
         self._answers.set()

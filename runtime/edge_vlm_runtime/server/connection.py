@@ -25,6 +25,7 @@ from edge_vlm.errors import (
     SessionError,
     Unauthorized,
 )
+from edge_vlm.waiting import cancel, within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.openai.media import inline_picture
@@ -96,8 +97,7 @@ class Connection:
                 self._is_broken = True
                 await asyncio.wait([receiving], timeout=GOODBYE_TIMEOUT_S)
         finally:
-            for task in (sending, receiving):
-                task.cancel()
+            await cancel(sending, receiving)
             sent, received = await asyncio.gather(sending, receiving, return_exceptions=True)
             if isinstance(sent, Exception):
                 log.debug("nothing more could be sent: %r", sent)
@@ -112,7 +112,7 @@ class Connection:
 
     async def _resume(self) -> None:
         try:
-            message = await asyncio.wait_for(self._websocket.receive(), RESUME_TIMEOUT_S)
+            message = await within(RESUME_TIMEOUT_S, self._websocket.receive())
         except asyncio.TimeoutError:
             raise ProtocolError("no session.resume came") from None
         if message["type"] == "websocket.disconnect":
@@ -145,7 +145,7 @@ class Connection:
     async def _say_goodbye(self, code: int, reason: str) -> None:
         """The send loop may have been stuck, so it could not say it."""
         with suppress(Exception):
-            await asyncio.wait_for(self._websocket.close(code, reason), GOODBYE_TIMEOUT_S)
+            await within(GOODBYE_TIMEOUT_S, self._websocket.close(code, reason))
 
     # ---- out ---------------------------------------------------------------------------------
 

@@ -148,7 +148,8 @@ def test_an_interrupt_is_saved_and_resumed_to_the_bit(
     assert path is not None
     assert path.name == "step-00000004"
     train(recipe, tmp_path, ALONE, resume=True)
-    assert all(torch.equal(learned(tmp_path)[n], t) for n, t in learned(finished).items())
+    again, whole = learned(tmp_path), learned(finished)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
     assert [x["loss"] for x in log(tmp_path)] == [x["loss"] for x in log(finished)]
 
 
