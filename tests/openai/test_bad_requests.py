@@ -9,6 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +359,19 @@ def test_a_client_that_leaves_ends_its_work(tmp_path: Path) -> None:
         while cancelled not in httpx.get(f"{server.page_url}metrics").text:
             assert time.monotonic() < give_up, "the answer was not cancelled"
         assert post(server, {**HI, "model": "letters", "max_tokens": 2}).status_code == 200
+
+
+def test_a_server_that_stops_answers_those_who_wait(tmp_path: Path) -> None:
+    """The one that runs and the one behind it are told; nobody finds a dead socket."""
+    body = {**HI, "model": "letters", "guided_choice": ["a" * 100]}
+    with serving(letters_bundle(tmp_path)) as server, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(post, server, body) for _ in range(2)]
+        give_up = time.monotonic() + TIMEOUT_S
+        while len(server._api._work) < 2:
+            assert time.monotonic() < give_up, "the requests did not come"
+            time.sleep(0.001)
+        server.stop(drain_s=0.0)
+        for reply in (each.result(TIMEOUT_S) for each in asked):
+            if reply.status_code != 200:
+                error_of(reply, 503, "E-SERVER-BUSY")
+        assert any(each.result().status_code == 503 for each in asked)
