@@ -38,6 +38,13 @@ Live sessions (`delivery` `live`, the default) drop frames they cannot keep up w
 be kept. Sessions with `delivery` `wait` drop none, as long as the client keeps at most
 `max_unacknowledged_frames` of them without outcome.
 
+Clients of OpenAI's Realtime API connect unchanged, see [the API](api.md#realtime): its fields and
+events stand beside ours. What version 1 of this protocol has from before them stays for as long as
+it is version 1, and goes with version 2: `conversation.item.created` beside
+`conversation.item.added`; `settings`, `session_id` and `model` beside `session`; `text`, `status`,
+`finish_reason` and `usage` of `response.done` beside `response`; an `event_id` in
+`session.updated`, `conversation.item.created` and `response.created` that repeats the message's.
+
 ## When the connection breaks
 
 The session is kept for `limits.resume_grace_s`: frames and questions that have arrived are worked
@@ -97,7 +104,7 @@ caused it.
 
 ## Over HTTP on the same port
 
-`/` the browser page, `/healthz` and `/readyz` (200 or 503), `/version`, `/metrics` (Prometheus).
+`/v1/chat/completions` and `/v1/models` as in [the API](api.md), `/` the browser page, `/healthz` and `/readyz` (200 or 503), `/version`, `/metrics` (Prometheus).
 A `Host` that is not the server's gets 403 and the code `E-HOST`.
 
 A server with an API key wants `Authorization: Bearer KEY` on the websocket and on every path under

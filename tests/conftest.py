@@ -19,7 +19,7 @@ pytest_plugins = ["pytester"]
 # Measured with `pytest --durations=0`: files whose tests or fixtures take more than about a second
 # of a processor each. `make quick` leaves them out.
 SLOW = (
-    *("benchmarks/", "e2e/", "golden/", "gpu/"),
+    *("benchmarks/", "e2e/", "golden/", "gpu/", "openai/"),
     *("edge_vlm/test_points.py", "edge_vlm/test_video.py", "export/test_export.py"),
     *("runtime/test_recording.py", "runtime/test_stream_times.py"),
     *("edge_vlm/test_wheel.py", "edge_vlm/test_telemetry.py", "model/test_images.py"),

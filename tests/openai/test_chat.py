@@ -23,6 +23,7 @@ from tests.openai.served import (
     serving,
     user,
 )
+from tests.published_folder import image_bundle
 
 FIGURES = {
     *("time_to_first_token_ms", "generation_time_ms", "queue_time_ms"),
@@ -281,3 +282,35 @@ def test_a_vocabulary_that_cannot_write_a_form_says_so(client: openai.OpenAI) ->
         ask(client, user(NOW), response_format={"type": "json_object"})
     with pytest.raises(openai.BadRequestError, match="cannot be followed"):
         ask(client, user(NOW), extra_body={"guided_json": {"type": "nothing"}})
+
+
+@pytest.fixture(scope="module")
+def close_up() -> Iterator[openai.OpenAI]:
+    """Of a model that reads still pictures in full detail, too."""
+    with serving(image_bundle()) as running, client_of(running) as made:
+        yield made
+
+
+def test_a_single_picture_is_looked_at_closely_where_the_model_can(close_up: openai.OpenAI) -> None:
+    """Unless the client says that a small view will do; several are a video."""
+    (model,) = close_up.models.list().data
+    picture = clip_frames()[0]
+
+    def tokens(*parts: Any, **own: Any) -> int:
+        done: Any = close_up.chat.completions.create(
+            model=model.id,
+            messages=cast(Any, user(*parts, "?")),
+            max_tokens=2,
+            extra_body={"edge_vlm": own},
+        )
+        found: int = done.usage.prompt_tokens_details.image_tokens
+        return found
+
+    close = tokens(picture_part(picture))
+    video = tokens(picture_part(picture, detail="low"))
+    assert close > video
+    assert tokens(picture_part(picture), detail="video") == video
+    assert tokens(picture_part(picture, detail="low"), detail="snapshot") == close
+    assert tokens(picture_part(picture), detail="both") > close
+    two = [picture_part(frame) for frame in clip_frames()[:2]]
+    assert tokens(*two) == tokens(*two, detail="video")

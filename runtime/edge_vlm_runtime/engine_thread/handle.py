@@ -67,7 +67,7 @@ class SessionHandle:
         self._wake = wake
         self._on_failure = on_failure
         self._call_log = call_log
-        self._is_background = is_background
+        self.is_background = is_background
         self._on_idle: Callable[[], None] | None = None
         self._inbox: deque[tuple[protocol.ClientMessage, int, float]] = deque()
         self._queue = FrameQueue(
@@ -158,14 +158,14 @@ class SessionHandle:
 
     def answer(self) -> bool:
         """A token of the answer under way, or the next question; False when nobody waits."""
-        return not self._is_background and self._answer()
+        return not self.is_background and self._answer()
 
     def _answer(self) -> bool:
         return self._call(StepCall(turn=Turn.ANSWER, frames_waiting=len(self._queue)))
 
     def watch(self) -> bool:
         """The alerts that are due, or the next frame; False when there is nothing to do."""
-        if self._is_background and self._answer():
+        if self.is_background and self._answer():
             return True
         if self._call(StepCall(turn=Turn.WATCH, frames_waiting=len(self._queue))):
             return True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edge_vlm.errors import EdgeVlmError, InternalError, ServerBusy
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.engine_thread.courtesy import Courtesy
 from edge_vlm_runtime.engine_thread.handle import CallLog, SessionHandle
 from edge_vlm_runtime.engine_thread.scheduler import Scheduler
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
@@ -41,9 +42,10 @@ class EngineWorker:
         self._woken = False
         self._stopping = False
         self._ended = False
+        self._courtesy = Courtesy()
         self._scheduler: Scheduler[SessionHandle] = Scheduler(
-            answer=lambda handle: handle.answer(),
-            watch=lambda handle: handle.watch(),
+            answer=self._answer,
+            watch=self._watch,
             clock_ns=clock_ns,
             max_answer_slowdown=limits.max_answer_slowdown,
         )
@@ -168,7 +170,8 @@ class EngineWorker:
                     self._scheduler.remove(handle)
             with self._wake:
                 if not worked and not self._has_news and not self._stopping:
-                    self._wake.wait(IDLE_WAIT_S)
+                    pause_s = self._courtesy.pause_ns(self.clock_ns()) * 1e-9
+                    self._wake.wait(min(pause_s, IDLE_WAIT_S) if pause_s else IDLE_WAIT_S)
         while not self._ended:  # what was posted before the end is answered, too
             for handle in self._scheduler.sessions:
                 self._scheduler.remove(handle)
@@ -176,6 +179,23 @@ class EngineWorker:
             self._make_calls()
             with self._wake:
                 self._ended = not self._calls and not self._scheduler.sessions
+
+    def _answer(self, handle: SessionHandle) -> bool:
+        worked = handle.answer()
+        if worked:
+            self._courtesy.talked(self.clock_ns())
+        return worked
+
+    def _watch(self, handle: SessionHandle) -> bool:
+        if not handle.is_background:
+            return handle.watch()
+        begin_ns = self.clock_ns()
+        if self._courtesy.pause_ns(begin_ns):
+            return False
+        worked = handle.watch()
+        if worked:
+            self._courtesy.worked(begin_ns, self.clock_ns())
+        return worked
 
     @property
     def _has_news(self) -> bool:

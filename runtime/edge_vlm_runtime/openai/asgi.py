@@ -244,7 +244,7 @@ def _require_method(method: str, *allowed: str) -> None:
 async def _read_body(headers: Mapping[str, str], receive: Receive, held: HeldBytes) -> bytes | None:
     """None when the client left. Raises MessageTooLarge, ServerBusy, before more is read."""
     announced = headers.get("content-length", "")
-    if announced.isdigit():
+    if announced.isdecimal() and len(announced) < 20:
         held.grow(int(announced))
     body = bytearray()
     while True:

@@ -11,10 +11,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from edge_vlm.errors import RequestError, Unsupported
+from edge_vlm.errors import ProtocolError, RequestError, Unsupported
 from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm_runtime.openai.content import Conversation, read_messages
 from edge_vlm_runtime.openai.fields import Fields, as_number, wrong
+from edge_vlm_runtime.protocol.base import json_value
 
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "verbosity"),
@@ -77,9 +78,9 @@ class ChatRequest:
 def read_chat_request(body: bytes) -> ChatRequest:
     """Raises RequestError and its leaves."""
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {error}") from error
+        value = json_value(body)
+    except ProtocolError as error:
+        raise RequestError(f"the body is {error}") from error
     fields = Fields(value, "")
     model = fields.text("model")
     conversation = read_messages(fields.items("messages"))
@@ -126,6 +127,8 @@ def read_chat_request(body: bytes) -> ChatRequest:
     )
     own.require_empty()
     fields.require_empty()
+    if not all(name.isascii() and name.isidentifier() for name in video.rest()):
+        video.require_empty()  # they are repeated in a header
     if request.session is not None:
         _require_only_text(request)
     return request

@@ -16,18 +16,17 @@ from edge_vlm.errors import (
     MediaRefused,
     QuestionTooLong,
     ServerBusy,
+    Unsupported,
 )
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
-from edge_vlm_runtime.inference.constraints import choice_grammar, schema_grammar
 from edge_vlm_runtime.openai.chat_request import ChatRequest
 from edge_vlm_runtime.openai.media import MediaRules
 from edge_vlm_runtime.openai.shots import Shot, shots_of
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.messages import error_from_detail
-from edge_vlm_runtime.protocol.questions import lines
 from edge_vlm_runtime.protocol.responses import (
     DialogueItem,
     DialoguePart,
@@ -43,8 +42,9 @@ from edge_vlm_runtime.protocol.settings import (
 )
 from edge_vlm_runtime.session.budget import cache_capacity, video_window
 from edge_vlm_runtime.session.frames import EncodedFrame, Encoding
-from edge_vlm_runtime.session.questions import with_instructions
+from edge_vlm_runtime.session.questions import plan_question, question_of
 
+KEEP_ALL = "keep_all"
 LATEST_S = 9999.9
 """A time stamp of the greatest length that is counted with."""
 BUSY_FRAMES = 4
@@ -98,19 +98,14 @@ class OneShots:
         """Raises QuestionTooLong, ConfigError, AnswerFormError; takes a while."""
         prompt = self._engines.prompt
         question = self.question(request, "")
-        text = with_instructions(
-            request.conversation.instructions, lines(t.text for t in request.conversation.turns)
-        )
-        num_text = len(prompt.question_ids(text)) + 16 * len(request.conversation.turns)
-        capacity = self.max_model_tokens
-        most = capacity // 4
-        if num_text > most:
+        asked = plan_question(question, question_of(question, "", 0), self._settings, prompt)
+        most = self.max_model_tokens // 4
+        if len(asked.ids) > most:
             raise QuestionTooLong(
-                f"the messages have about {num_text} tokens", remedy=f"{most} are allowed"
+                f"the messages have {len(asked.ids)} tokens", remedy=f"{most} are allowed"
             )
-        own = question.response.edge_vlm if isinstance(question.response, ResponseOptions) else None
-        if isinstance(own, OwnResponseOptions):
-            self._require_form(own)
+        if asked.grammar is not None:  # compiled here, not on the engines' thread
+            self._engines.constraints.matcher(asked.grammar)
         changes: dict[str, Any] = {
             "delivery": DropPolicy.WAIT,
             "drop_duplicates": False,
@@ -124,13 +119,19 @@ class OneShots:
         if request.policy is not None:
             changes["policy"] = request.policy
         settings = self._settings.changed(changes)
-        limits = dataclasses.replace(self._limits, max_question_tokens=num_text + 1)
+        if (request.keep_ratio or 1.0) < 1.0 and settings.policy == KEEP_ALL:
+            raise Unsupported(
+                f"the policy {KEEP_ALL} keeps every cell",
+                param="edge_vlm.keep_ratio",
+                remedy="give edge_vlm.policy, too: random and difference need no token scorer",
+            )
+        limits = dataclasses.replace(self._limits, max_question_tokens=len(asked.ids))
         window = video_window(settings, self.model, limits)
         if settings.attention is not Attention.FRAME:
             window = min(window, self.model.max_prefill_tokens)
         per_frame = len(prompt.frame_ids(LATEST_S, 0, first=False)) + (
             self.model.num_cells
-            if settings.policy == "keep_all"
+            if settings.policy == KEEP_ALL
             else round(settings.keep_ratio * self.model.num_cells)
         )
         room = window - self.model.num_cells  # the first frame may be kept whole
@@ -140,13 +141,6 @@ class OneShots:
             fps=settings.fps_cap,
             most_frames=max(1, room // per_frame),
         )
-
-    def _require_form(self, own: OwnResponseOptions) -> None:
-        """Compiles it here rather than on the engines' thread, where others wait."""
-        if isinstance(own.choice, list):
-            self._engines.constraints.matcher(choice_grammar(own.choice))
-        elif isinstance(own.json_schema, dict):
-            self._engines.constraints.matcher(schema_grammar(own.json_schema))
 
     def question(self, request: ChatRequest, event_id: str) -> protocol.ResponseCreate:
         """As a viewer would ask it. `event_id`: by which its answer is known."""

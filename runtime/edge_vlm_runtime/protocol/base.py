@@ -128,6 +128,16 @@ def encode_named(event: ServerEvent, name: str) -> str:
     return f"{encode(event)[:-1]},{msgspec.json.encode({'event_id': name}).decode()[1:]}"
 
 
+def json_value(text: bytes) -> Any:
+    """Plain values of any JSON. Raises ProtocolError."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ProtocolError("not JSON: nested too deeply") from error
+
+
 def json_object(fields: dict[str, Any]) -> str:
     """JSON text of plain values; None is left out."""
     return msgspec.json.encode({k: v for k, v in fields.items() if v is not None}).decode()
