@@ -152,7 +152,7 @@ def open_adapter(folder: Path, tokenizer: Path | None = None) -> ModelFolder:
                 where=folder,
                 remedy=_REMEDY,
             )
-        named.append(f"its weights are those that it was trained on, kept in {trained_on.frozen_as}")
+        named.append(f"the weights that it was trained on, kept in {trained_on.frozen_as}")
         if _bare(cfg) != _bare(base.config):
             raise ConfigError("the base is a model of another shape", where=base.path)
         if cfg.scorer is not None:
