@@ -27,6 +27,7 @@ from edge_vlm.model.published.folder import open_folder
 from edge_vlm.model.published.mapping import to_published
 from edge_vlm.model.published.names import HUB
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm_export.graphs.weights import open_weights
 from tests.model.peers import largest, load_peer, our_logits, peer_logits, video_prompt
 from tests.published_folder import published_folder
 
@@ -289,6 +290,16 @@ def test_adapters_on_adapters_add_up(adapter: Path, unmerged: VideoLM, tmp_path:
     once, twice = first.weights[name] - plain, second.weights[name] - plain
     assert torch.allclose(twice, 2 * once, atol=1e-5)
     assert second.origin.path == published_folder()
+
+
+def test_an_export_reads_merged_weights_and_records_both_folders(adapter: Path) -> None:
+    source, merged = open_weights(adapter), open_folder(adapter).load().state_dict()
+    assert source.cfg == open_folder(adapter).config
+    assert all(torch.equal(source.float32(name), merged[name]) for name in merged)
+    hashes = source.identity["sha256"]
+    assert {WEIGHTS, RECORD, CONFIG, "tokenizer.json"} <= hashes.keys()
+    (base,) = [name for name in hashes if name.endswith("/model.safetensors")]
+    assert (adapter / base).resolve() == published_folder() / "model.safetensors"
 
 
 def test_commands_take_an_adapter_as_a_model(

@@ -353,6 +353,13 @@ def test_what_was_trained_is_what_is_served_and_saved_back(
     assert ("transformers computes vision attention 'all'" in told) == (
         attention is VisionAttention.FRAME
     )
+    prompt = video_prompt(dataclasses.replace(trained.config, scorer=None))
+    kept = trained.load()
+    kept.cfg = prompt.cfg
+    kept.scorer = None
+    assert (peer_logits(load_peer(hub), prompt) - our_logits(kept, prompt)).abs().max() <= 1e-4
+    if recipe.endswith("lora"):
+        return  # what an export reads of it: test_lora.py
     options = ExportOptions(limits=LIMITS, thorough=False, name="same")
     with traced_once():
         bundles = [
@@ -369,11 +376,6 @@ def test_what_was_trained_is_what_is_served_and_saved_back(
         assert bundle.defaults == usage.defaults
     assert same(run / "checkpoint", hub)
     assert _weights(bundles[0]) == _weights(bundles[-1])
-    prompt = video_prompt(dataclasses.replace(trained.config, scorer=None))
-    kept = trained.load()
-    kept.cfg = prompt.cfg
-    kept.scorer = None
-    assert (peer_logits(load_peer(hub), prompt) - our_logits(kept, prompt)).abs().max() <= 1e-4
 
 
 def _weights(bundle: EngineBundle) -> dict[str, bytes]:

@@ -1,9 +1,9 @@
 """A folder with an adapter: peft's two files, and what a run of this project adds to them.
 
 A run also writes `tokenizer.json`, the whole scorer in `scorer.safetensors`, and `edge_vlm.json`:
-what other checkpoints have in `config.json` (whose absence tells transformers to look for the base),
-and by a fingerprint what the adapter was trained on. Opened, such a folder is the base's weights
-with the adapter merged in, each when it is asked for.
+what other checkpoints have in `config.json` (without which transformers looks for the base), and by
+a fingerprint what the adapter was trained on. Opened, such a folder is the base's weights with the
+adapter merged in, each when it is asked for.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def open_adapter(folder: Path, tokenizer: Path | None = None) -> ModelFolder:
                 where=folder,
                 remedy=_REMEDY,
             )
-        named.append(f"as {trained_on.frozen_as}, its weights are those that it was trained on")
+        named.append(f"the weights that it was trained on, kept in {trained_on.frozen_as}")
         if _bare(cfg) != _bare(base.config):
             raise ConfigError("the base is a model of another shape", where=base.path)
         if cfg.scorer is not None:

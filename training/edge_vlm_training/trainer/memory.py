@@ -57,8 +57,9 @@ def estimate(recipe: Recipe, cfg: ModelConfig, processes: int, *, cuda: bool) ->
     width = 4 if recipe.precision == "float32" else 2
     held = _adapted(recipe, cfg, cuda=cuda) if recipe.lora else _whole(recipe, cfg, processes)
     activations = max(
-        _activations(recipe, stage.data, cfg, width, processes, cuda=cuda)
+        _activations(recipe, stage.data, kept, cfg, width, processes, cuda=cuda)
         for stage in recipe.stages
+        for kept in (stage.data.keep_ratio if cfg.scorer is not None else (1.0,))
     )
     return Estimate({**held, "activations": activations})
 
@@ -113,10 +114,17 @@ def _adapted(recipe: Recipe, cfg: ModelConfig, *, cuda: bool) -> dict[str, float
 
 
 def _activations(
-    recipe: Recipe, data: Clips | Rows, cfg: ModelConfig, width: int, processes: int, *, cuda: bool
+    recipe: Recipe,
+    data: Clips | Rows,
+    kept: float,
+    cfg: ModelConfig,
+    width: int,
+    processes: int,
+    *,
+    cuda: bool,
 ) -> float:
+    """Where a share `kept` of the cells is: the fewer are, the more frames a row has."""
     vision, language = cfg.vision, cfg.language
-    kept = max(data.keep_ratio) if cfg.scorer is not None else 1.0
     row_tokens, row_frames = data.row_shape
     tokens = data.device_batch * row_tokens
     per_frame = kept * vision.num_cells + _TEXT_PER_FRAME
