@@ -192,7 +192,7 @@ class SessionUpdated(ServerEvent, tag="session.updated"):
 
 
 class FrameAccepted(ServerEvent, tag="frame.accepted"):
-    """The frame was encoded. Each frame gets exactly one `frame.accepted` or `frame.dropped`."""
+    """The frame was taken in. Each frame gets exactly one `frame.accepted` or `frame.dropped`."""
 
     frame_sequence: int
     time_s: float
@@ -211,6 +211,9 @@ class FrameAccepted(ServerEvent, tag="frame.accepted"):
     in_memory: bool
     """False when it joins the memory later, together with others: when the answer under way ends,
     or with the frames that wait behind it; in any case before the next question."""
+    encoded: bool = True
+    """False in a `wait` session whose frames all see each other: it is encoded when a question is
+    to look at it, and not at all if it is forgotten before."""
 
 
 class FrameDropped(ServerEvent, tag="frame.dropped"):

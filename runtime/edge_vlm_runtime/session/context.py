@@ -229,6 +229,30 @@ class StreamContext:
     def close(self) -> None:
         self._arena.close()
 
+    # ---- frames that nobody has looked at yet --------------------------------------------------
+
+    def postponed(self, *, shown: bool = True) -> list[FrameTokens]:
+        """Frames that must be encoded before a branch (`shown`), or before the mode `frame`."""
+        known = self._shown() if shown else self._remembered
+        return [item.frame for item in known if item.frame.picture is not None]
+
+    def encoded(self, frame: FrameTokens, encoded: FrameTokens) -> None:
+        """What became of a postponed frame."""
+        index = self._index_of(frame)
+        self._remembered[index] = replace(self._remembered[index], frame=encoded)
+
+    def lose(self, frame: FrameTokens) -> None:
+        """Forgets a postponed frame that the engines failed on."""
+        index = self._index_of(frame)
+        self._changes.append(Evicted(1, self._remembered.pop(index).num_tokens))
+        if index == 0 and self._remembered:  # there is a new first frame
+            first = self._remembered[0].frame
+            tokens = len(self._segment(first, first=True).embeds)
+            self._remembered[0] = _Remembered(first, tokens)
+
+    def _index_of(self, frame: FrameTokens) -> int:
+        return next(i for i, known in enumerate(self._remembered) if known.frame is frame)
+
     # ---- lending the arena -------------------------------------------------------------------
 
     @contextmanager
@@ -377,6 +401,8 @@ class StreamContext:
         )
         if first:
             ids = np.concatenate([self._prompt.bos_ids, ids])
+        if frame.picture is not None:  # to be counted, no run of a graph would take it
+            return Segment(np.empty((len(ids), 0), np.float32), self._prompt.vision_mask(ids))
         return Segment(self._language.embed(ids, frame.embeds), self._prompt.vision_mask(ids))
 
     def _prefill(self, segments: list[Segment]) -> None:

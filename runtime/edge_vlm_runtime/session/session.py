@@ -32,10 +32,16 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.sampling import Sampling
 from edge_vlm_runtime.protocol.base import MAX_TEXT
 from edge_vlm_runtime.protocol.questions import UserMessage, lines
-from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
+from edge_vlm_runtime.protocol.settings import (
+    Attention,
+    ModelLimits,
+    ServerLimits,
+    SessionSettings,
+)
 from edge_vlm_runtime.session.alerts import AlertMessage, AlertMonitor
 from edge_vlm_runtime.session.answer import Answer, Question, QueuedQuestion
 from edge_vlm_runtime.session.budget import (
+    MemoryPlan,
     cache_capacity,
     plan_memory,
     question_capacity,
@@ -197,6 +203,7 @@ class Session:
         self._require_room_for(settings.instructions)
         if self._answer is None:
             try:
+                self._look_at_all(plan)
                 self._context.reconfigure(plan)
             finally:
                 self._ingest.report_changes()
@@ -210,6 +217,11 @@ class Session:
                 event_id=message.event_id,
             )
         )
+
+    def _look_at_all(self, plan: MemoryPlan) -> None:
+        """Where every frame has to be in the cache there is none that was postponed."""
+        while plan.attention is Attention.FRAME and self._ingest.look(shown=False):
+            pass
 
     def _require_room_for(self, instructions: str) -> None:
         """Raises ConfigError when they would leave less than half of its room to a question."""
@@ -298,7 +310,9 @@ class Session:
         What the engines raise is reported as an `error` event and ends only what it belongs to.
         """
         if turn is Turn.WATCH:
-            return self._answer is None and self._alerts.step()
+            if self._answer is not None:
+                return False
+            return (self._alerts.is_watching and self._ingest.look()) or self._alerts.step()
         if self._answer is not None:
             self._decode_one_token(self._answer, now_ns)
             return True
@@ -307,6 +321,8 @@ class Session:
         joined = self._ingest.has_pending
         if joined:
             self._ingest.join()
+        if self._questions[0].question.detail != "snapshot" and self._ingest.look():
+            return True
         if self._context.newest is not None:
             self._start_answer(self._questions.popleft(), now_ns)
             return True
@@ -393,6 +409,7 @@ class Session:
         """Settings and frames that came while the answer was decoded."""
         plan = plan_memory(self.settings, self._model, self._limits)
         try:
+            self._look_at_all(plan)
             self._context.reconfigure(plan)
         except EdgeVlmError as error:  # the settings were announced: the memory has to go
             self._outbox.add_error(error)
