@@ -21,11 +21,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
 from edge_vlm_runtime.session.budget import MemoryPlan
+from edge_vlm_runtime.session.frames import Change as Change
+from edge_vlm_runtime.session.frames import Evicted as Evicted
+from edge_vlm_runtime.session.frames import Rebased as Rebased
+from edge_vlm_runtime.session.frames import Segment as Segment
+from edge_vlm_runtime.session.frames import ShownFrame as ShownFrame
 
 if TYPE_CHECKING:
     from edge_vlm.text.prompt import PromptFormat
@@ -43,47 +47,9 @@ FRAMES_PER_PREFILL = 4
 
 
 @dataclass(frozen=True)
-class Evicted:
-    """Frames that were forgotten, to make room or because the engines failed."""
-
-    frames: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Rebased:
-    """What is remembered was given fresh positions, and fresh stamps if those ran out."""
-
-    frames: int
-    time_offset_s: float
-
-
-Change = Evicted | Rebased
-
-
-@dataclass(frozen=True)
 class _Remembered:
     frame: FrameTokens
     num_tokens: int
-
-
-@dataclass(frozen=True)
-class ShownFrame:
-    """A frame as a question sees it."""
-
-    seq: int
-    stamp_s: float
-    """The time that is written before it."""
-    capture_s: float
-    """Seconds since the first frame of the stream."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens that stand together: those of a frame or of a picture."""
-
-    embeds: npt.NDArray[np.float32]
-    is_vision: npt.NDArray[np.bool_]
 
 
 class StreamContext:
