@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from edge_vlm.cli import main
 from edge_vlm.errors import NonFinite
 from edge_vlm.pixels.frames import Frame, decode_jpeg, encode_jpeg
 from edge_vlm.pixels.patches import to_pixel_values
@@ -23,6 +24,7 @@ from tests.published_folder import image_bundle, published_folder, published_mod
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.torch_snapshots import answer, prompt_format, video_part
 from tests.runtime.viewer import Viewer
+from tests.tiny import tiny_footage
 
 LIMITS = ServerLimits(max_question_tokens=64)
 STEPS = 12
@@ -38,7 +40,7 @@ def picture(seed: int) -> bytes:
 class Watcher(Viewer):
     """A viewer who counts the tokens that the language model is given."""
 
-    def __init__(self, engines: LoadedBundle, **changes: object) -> None:
+    def __init__(self, engines: LoadedBundle, **changes: Any) -> None:
         changes = {"attention": "exact", "max_answer_tokens": STEPS, **changes}
         super().__init__(engines, FakeClock(), limits=LIMITS, **changes)
 
@@ -303,3 +305,20 @@ def test_a_postponed_frame_that_fails_is_lost_with_an_error(
     only.run()
     codes = [event.error.code for event in only.of(protocol.Error)]
     assert codes == ["E-NONFINITE", "E-NO-FRAME"]
+
+
+def test_ask_says_what_was_looked_at_and_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*options: str) -> str:
+        command = ["ask", str(tiny_footage()), QUESTION, "--bundle", str(image_bundle())]
+        command += ["--max-answer-tokens", "4", "--threads", "1", "--fps", "4", *options]
+        assert main(command) == 0
+        return capsys.readouterr().err.splitlines()[0]
+
+    assert said() == (
+        "10 of 12 frames looked at, no more fit (the bundle): export it again with a larger "
+        "--frames"
+    )
+    assert said("--kv-tokens", "310") == (
+        "9 of 12 frames looked at, no more fit (kv_tokens): serve with a larger --kv-tokens"
+    )
+    assert said("--attention", "frame") == "12 of 12 frames looked at"

@@ -152,6 +152,9 @@ const handlers = {
       $("g-ttft").textContent = `${Math.round(event.ttft_s * 1000)} ms`;
     }
     if (event.status !== "completed") parts.unshift(event.status);
+    if (event.frames_shown && event.frames_shown < event.frames_accepted) {
+      parts.push(`${event.frames_shown} of ${event.frames_accepted} frames looked at`);
+    }
     if (event.snapshot) {
       const { frame_sequence, width, height, crops } = event.snapshot;
       const pieces = `${crops} ${crops === 1 ? "piece" : "pieces"}`;
