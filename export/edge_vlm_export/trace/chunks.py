@@ -2,8 +2,9 @@
 
 Every query of an exact prefill sees keys of all frames, so keys and values of a layer stand before
 its first query is looked at, but the queries need not stand there all at once. ONNX's Loop takes
-CHUNK of them at a time (TensorRT does not import Scan), so that the scores of a layer are [H, CHUNK, t] and not [H, s, t]. It is
-made after precision was decided: to the plan the attention is one node.
+CHUNK of them at a time, so that the scores of a layer are [H, CHUNK, t] and not [H, s, t]. (Scan
+would say it more plainly; TensorRT for RTX 1.7 does not import it.) The loop is made after precision
+was decided: to the plan the attention is one node.
 
 Shape letters: s new tokens, p past tokens, t = p + s, H heads, h key-value heads, g = H / h, d head
 width, N chunks, c queries of a chunk.
