@@ -22,9 +22,9 @@ NAMES_8_4 = """
     DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND
     Gemm Greater GreaterOrEqual Identity InstanceNormalization IsNaN Less LessOrEqual Log
     LogSoftmax Loop MatMul Max Mean Min Mul Neg Not Or Pad Pow QuantizeLinear Range ReduceL2
-    ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Round ScatterElements
-    ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh
-    Tile TopK Transpose Unsqueeze Where
+    ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Round
+    ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze
+    Sub Sum Tanh Tile TopK Transpose Unsqueeze Where
     """
 SINCE_8_4 = frozenset(NAMES_8_4.split())
 # From the changelog, with the release that added each.

@@ -3,8 +3,8 @@
 Every query of an exact prefill sees keys of all frames, so keys and values of a layer stand before
 its first query is looked at, but the queries need not stand there all at once. ONNX's Loop takes
 CHUNK of them at a time, so that the scores of a layer are [H, CHUNK, t] and not [H, s, t]. (Scan
-would say it more plainly; TensorRT for RTX 1.7 does not import it.) The loop is made after precision
-was decided: to the plan the attention is one node.
+would say it more plainly; TensorRT for RTX 1.7 does not import it.) The loop is made when precision
+has been decided: to the plan the attention is one node.
 
 Shape letters: s new tokens, p past tokens, t = p + s, H heads, h key-value heads, g = H / h, d head
 width, N chunks, c queries of a chunk.
@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from edge_vlm.memory import QUERIES_AT_ONCE
 from edge_vlm.text.masks import MASKED
 from edge_vlm_export.graphs.attention import CHUNKED_ATTENTION
 from edge_vlm_export.trace.initializers import initializer
 
-CHUNK = 64
+CHUNK = QUERIES_AT_ONCE
 """Queries looked at together: the weights of 32 heads over 36,864 tokens are 0.3 GB then. Fewer
 would repeat the reading of keys and values more often than it saves."""
 DOMAIN, OP = CHUNKED_ATTENTION.split("::")
