@@ -206,6 +206,7 @@ class _Export:
             self.options.precision,
             target,
             largest_check=self.thorough,
+            made_up="random_weights" in self.source.identity,
         )
 
     def write(self, writer: BundleWriter) -> None:
