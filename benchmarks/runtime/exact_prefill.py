@@ -44,9 +44,7 @@ def export_pair(layers: int, frames: int, precision: str, variant: str, out: Pat
     language = dataclasses.replace(
         wide, num_layers=layers, base_vocab=words.base_vocab, extra_vocab=words.extra_vocab
     )
-    cfg = dataclasses.replace(
-        tiny(), scorer=None, attention=VisionAttention.ALL, language=language
-    )
+    cfg = dataclasses.replace(tiny(), scorer=None, attention=VisionAttention.ALL, language=language)
     source = made_up_weights(cfg, 0, CHECKPOINT / "tokenizer.json", f"molmo2_4b in {layers}")
     cells = TOKENS // cfg.vision.num_cells + 1  # its frames are smaller
     options = ExportOptions(

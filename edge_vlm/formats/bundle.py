@@ -3,7 +3,7 @@
     manifest.json          schema version, model config, graph specs, precision, sha256 of every
                            other file
     graphs/NAME.onnx       plus NAME.weights, its tensors, mapped into memory rather than read
-    embed_table.npy        token embeddings, f32 [vocab, width], mapped
+    embed_table.npy        token embeddings, f32 or f16 [vocab, width], mapped
     tokenizer.json
     precision_plan.json    format of every node, the largest value it saw, and why
     reference/NAME.npz     small inputs and the outputs torch gave for them
@@ -37,6 +37,7 @@ from edge_vlm.errors import (
     BundleHashMismatch,
     BundleNotFound,
     BundleSchemaError,
+    RangeFp16,
 )
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
@@ -129,7 +130,8 @@ class EngineBundle:
 
     @property
     def embed_table(self) -> np.ndarray:
-        """Token embeddings f32 [vocab, width], read-only and mapped: rows are read when used."""
+        """Token embeddings f32 or f16 [vocab, width], read-only and mapped: rows are read when
+        used."""
         try:
             table: np.ndarray = np.load(self.path / EMBED_TABLE, mmap_mode="r", allow_pickle=False)
             return table
@@ -213,8 +215,15 @@ class BundleWriter:
         path.parent.mkdir(exist_ok=True)
         return path
 
-    def embed_table(self, table: np.ndarray) -> None:
-        np.save(self.folder / EMBED_TABLE, np.ascontiguousarray(table, dtype=np.float32))
+    def embed_table(self, table: np.ndarray, dtype: str = "float32") -> None:
+        """Raises RangeFp16 for numbers that a float16 cannot hold."""
+        largest = float(np.abs(table).max(initial=0))
+        if largest > float(np.finfo(dtype).max):
+            raise RangeFp16(
+                f"an embedding reaches {largest:.0f}, which {dtype} cannot hold",
+                remedy="export with embed=float32",
+            )
+        np.save(self.folder / EMBED_TABLE, np.ascontiguousarray(table, dtype=dtype))
 
     def precision_plan(self, text: str) -> None:
         (self.folder / PRECISION_PLAN).write_text(text, encoding="utf-8")

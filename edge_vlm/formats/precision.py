@@ -1,14 +1,16 @@
 """In which number formats a bundle computes, and for which runtime its graphs are written.
 
-Four choices make a `Precision`: the format of everything that is not quantised, and what the
-weights of the vision blocks, of the language blocks and of the language head become. Those with a
-name of their own are in `PRESETS`; `base=float16,llm=int4` spells any other.
+Five choices make a `Precision`: the format of everything that is not quantised, what the weights of
+the vision blocks, of the language blocks and of the language head become, and how the embedding
+table is stored. Those with a name of their own are in `PRESETS`; `base=float16,llm=int4` spells any
+other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,12 @@ BASES = ("float32", "float16")
 VIT = ("base", "int8")
 LLM = ("base", "int8", "int4")
 HEAD = ("base", "int8")
+EMBED = ("float32", "float16")
+VIT_PRODUCTS = frozenset(["q", "k", "v", "o", "fc1", "fc2"])
+LLM_PRODUCTS = frozenset(["q", "k", "v", "o", "gate", "up", "down"])
+"""Modules of a block whose weights are quantised."""
+WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}
+"""Of one weight in a bundle, scales of int4 included."""
 
 
 class Variant(str, enum.Enum):
@@ -47,9 +55,14 @@ class Precision:
     """`int4`, `int8`: weights of the language blocks' matrix products, in blocks."""
     head: str = "base"
     """`int8`: weights of the language head, by output row."""
+    embed: str = "float32"
+    """`float16`: the table of token embeddings, half as large; it is no part of any graph."""
 
     def __post_init__(self) -> None:
-        for field, allowed in (("base", BASES), ("vit", VIT), ("llm", LLM), ("head", HEAD)):
+        for field, allowed in (
+            *(("base", BASES), ("vit", VIT), ("llm", LLM)),
+            *(("head", HEAD), ("embed", EMBED)),
+        ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
                     f"precision {field}={getattr(self, field)!r}: must be one of {allowed}"
@@ -82,7 +95,10 @@ class Precision:
 
     @classmethod
     def parse(cls, text: str) -> Precision:
-        """A preset's name or `base=...,vit=...,llm=...,head=...`. Raises ValueError."""
+        """A preset's name or some of `base=...,vit=...,llm=...,head=...,embed=...`.
+
+        Raises ValueError.
+        """
         if text in PRESETS:
             return PRESETS[text]
         choices = [item.partition("=") for item in text.split(",")]
@@ -98,8 +114,32 @@ class Precision:
 FP32 = Precision()
 PRESETS = {
     "fp32": FP32,
-    "fp16": Precision(base="float16"),
+    "fp16": Precision(base="float16", embed="float16"),
     "int8": Precision(vit="int8", llm="int8", head="int8"),
-    "int4": Precision(llm="int4", head="int8"),
-    "edge": Precision(base="float16", vit="int8", llm="int4", head="int8"),
+    "int4": Precision(llm="int4", head="int8", embed="float16"),
+    "int4-small": Precision(vit="int8", llm="int4", head="int8", embed="float16"),
+    "edge": Precision(base="float16", vit="int8", llm="int4", head="int8", embed="float16"),
 }
+
+
+def weight_format(name: str, precision: Precision) -> str:
+    """What becomes of a checkpoint's weight, by our name for it."""
+    module, _, kind = name.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
+    chosen = "base"
+    if name == "llm.embed.weight":
+        return precision.embed
+    if kind == "weight" and parent.startswith("vit.blocks.") and leaf in VIT_PRODUCTS:
+        chosen = precision.vit
+    elif kind == "weight" and parent.startswith("llm.blocks.") and leaf in LLM_PRODUCTS:
+        chosen = precision.llm
+    elif name == "llm.head.weight":
+        chosen = precision.head
+    return precision.base if chosen == "base" else chosen
+
+
+def weights_bytes(shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> int:
+    """Of all weights in a bundle of this precision, that of still pictures aside."""
+    return round(
+        sum(math.prod(s) * WEIGHT_BYTES[weight_format(n, precision)] for n, s in shapes.items())
+    )

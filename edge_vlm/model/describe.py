@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edge_vlm.config import LanguageConfig, ModelConfig, VisionAttention
+from edge_vlm.formats.precision import PRESETS, weights_bytes
 from edge_vlm.formats.report import Report, gigabytes
 from edge_vlm.formats.usage import Usage
 from edge_vlm.model.published.files import StoredTensor
@@ -25,9 +26,6 @@ PARTS = {
     "llm.head.": "language head",
     "llm.": "language blocks",
 }
-SCALED_WEIGHTS = 128
-"""So many weights of a matrix share one scale where they are stored as small integers."""
-LOOKED_UP = ("llm.embed.weight", "vit.pos_embed")
 
 
 def describe_weights(folder: Path, tokenizer: Path | None = None) -> Report:
@@ -70,8 +68,8 @@ def report(title: str, found: ModelFolder) -> Report:
             | {"cache per token": (cache_bytes(cfg.language), "bytes")},
         },
         notes=(
-            f"int8 and int4: matrices alone, {SCALED_WEIGHTS} weights to a 16-bit scale; tables, "
-            "norms and biases stay at 16 bits. The cache is at 16 bits.",
+            "memory: bf16 in training, the others as `edge-vlm export --precision` writes them. "
+            "The cache is at 16 bits.",
             *found.notes,
         ),
         data={"config": cfg.to_dict(), "usage": found.usage.to_dict()},
@@ -88,21 +86,10 @@ def parameters(ours: Shapes) -> dict[str, int]:
 
 
 def memory(ours: Shapes) -> dict[str, int]:
-    """Bytes of the weights at each precision."""
-    matrices = sum(
-        math.prod(shape)
-        for name, shape in ours.items()
-        if len(shape) == 2 and name not in LOOKED_UP
-    )
-    total = sum(map(math.prod, ours.values()))
-    small = {
-        bits: matrices * bits // 8 + 2 * math.ceil(matrices / SCALED_WEIGHTS) for bits in (8, 4)
-    }
+    """Bytes of the weights in training and in a bundle of each preset."""
     return {
-        "fp32": 4 * total,
-        "bf16": 2 * total,
-        "fp16": 2 * total,
-        **{f"int{bits}": size + 2 * (total - matrices) for bits, size in small.items()},
+        "bf16": 2 * sum(map(math.prod, ours.values())),
+        **{name: weights_bytes(ours, precision) for name, precision in PRESETS.items()},
     }
 
 

@@ -68,7 +68,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     precision.add_argument(
         "--precision",
         default="fp32",
-        help=f"{', '.join(PRESETS)}, or base=...,vit=...,llm=...,head=... (default: fp32)",
+        help=f"{', '.join(PRESETS)}, or some of base=...,vit=...,llm=...,head=...,embed=... "
+        "(default: fp32)",
     )
     precision.add_argument(
         "--footage",
@@ -147,14 +148,19 @@ def _export(args: argparse.Namespace) -> int:
     for note in source.notes:
         print(f"note: {note}")
     from edge_vlm.formats.inspect_bundle import serving_facts
-    from edge_vlm_export.preflight import peak_memory
+    from edge_vlm_export.preflight import MemoryWatch
     from edge_vlm_export.to_onnx import export_source
 
     began = time.monotonic()
-    bundle = export_source(source, args.out, options, PrintedProgress())
+    with MemoryWatch() as held:
+        bundle = export_source(source, args.out, options, PrintedProgress())
     _print_sizes(bundle)
-    peak = peak_memory()
-    memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
+    memory = ""
+    if held.own:
+        memory = (
+            f", memory {held.own / 1e9:.1f} GB at most, and {held.mapped / 1e9:.1f} GB of mapped "
+            "files"
+        )
     size_mb = sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file()) / 1e6
     print(f"took {time.monotonic() - began:.0f} s{memory}")
     for fact, text in serving_facts(bundle).items():

@@ -207,6 +207,7 @@ class _Export:
             self.options.precision,
             target,
             largest_check=self.thorough,
+            made_up="random_weights" in self.source.identity,
         )
 
     def write(self, writer: BundleWriter) -> None:
@@ -221,7 +222,9 @@ class _Export:
         paths = self._write_graphs(traced, ranges, writer)
         shutil.rmtree(scratch, ignore_errors=True)
         self.progress.stage("writing the embedding table")
-        writer.embed_table(source.float32("llm.embed.weight").numpy())
+        table = source.float32("llm.embed.weight").numpy()
+        writer.embed_table(table, options.precision.embed)
+        del table
         self._compare(writer, paths)
         writer.finish(
             name=options.name or source.name,

@@ -21,8 +21,16 @@ from edge_vlm.errors import (
     BundleHashMismatch,
     BundleNotFound,
     BundleSchemaError,
+    RangeFp16,
 )
-from edge_vlm.formats.bundle import EMBED_TABLE, MANIFEST, TOKENIZER, EngineBundle, write_bundle
+from edge_vlm.formats.bundle import (
+    EMBED_TABLE,
+    MANIFEST,
+    TOKENIZER,
+    BundleWriter,
+    EngineBundle,
+    write_bundle,
+)
 from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
 
 SPEC = GraphSpec(
@@ -200,3 +208,14 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not a bundle"):
         _write(tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_embeddings_may_be_float16(tmp_path: Path) -> None:
+    writer = BundleWriter(tmp_path)
+    table = np.array([[0.1, -2.0], [65504.0, 0.0]], np.float32)
+    writer.embed_table(table, "float16")
+    written = np.load(tmp_path / "embed_table.npy")
+    assert written.dtype == np.float16
+    np.testing.assert_allclose(written, table, rtol=1e-3)
+    with pytest.raises(RangeFp16, match="embed=float32"):
+        writer.embed_table(table * 2, "float16")

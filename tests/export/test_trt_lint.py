@@ -31,6 +31,7 @@ def _model(*nodes: onnx.NodeProto, opset: int = 20, ir: int = 10) -> onnx.ModelP
         (tiny_bundle, "llm"),
         (lambda: tiny_variant("both"), "llm_decode"),
         (image_bundle, "image_encoder"),
+        (image_bundle, "llm"),
     ],
 )
 def test_portable_graphs_pass(folder: Callable[[], Path], graph: str) -> None:

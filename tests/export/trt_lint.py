@@ -21,10 +21,10 @@ NAMES_8_4 = """
     Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos CumSum
     DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND
     Gemm Greater GreaterOrEqual Identity InstanceNormalization IsNaN Less LessOrEqual Log
-    LogSoftmax MatMul Max Mean Min Mul Neg Not Or Pad Pow QuantizeLinear Range ReduceL2 ReduceMax
-    ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Round ScatterElements
-    ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh
-    Tile TopK Transpose Unsqueeze Where
+    LogSoftmax Loop MatMul Max Mean Min Mul Neg Not Or Pad Pow QuantizeLinear Range ReduceL2
+    ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Round
+    ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze
+    Sub Sum Tanh Tile TopK Transpose Unsqueeze Where
     """
 SINCE_8_4 = frozenset(NAMES_8_4.split())
 # From the changelog, with the release that added each.
@@ -81,11 +81,20 @@ def lint(model: Any) -> Report:
     constants |= {
         name for node in model.graph.node if node.op_type == "Constant" for name in node.output
     }
-    for node in model.graph.node:
+    for node in _all_nodes(model.graph):
         if node.op_type in UNCONFIRMED:
             doubts[node.op_type] = None
         problems += _node_problems(node, constants)
     return Report(problems=tuple(problems), doubts=tuple(doubts))
+
+
+def _all_nodes(graph: Any) -> Iterator[Any]:
+    """Those of loops' bodies too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _all_nodes(attribute.g)
 
 
 def _node_problems(node: Any, constants: set[str]) -> Iterator[str]:

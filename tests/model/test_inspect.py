@@ -14,6 +14,8 @@ import torch
 
 from edge_vlm import cli
 from edge_vlm.config import ModelConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.precision import weights_bytes
 from edge_vlm.model.checkpoint import save_checkpoint
 from edge_vlm.model.describe import memory, parameters
 from edge_vlm.model.published.config import published_config
@@ -22,6 +24,7 @@ from edge_vlm.model.published.mapping import published_shapes, shapes
 from edge_vlm.model.published.names import HUB
 from edge_vlm.model.video_lm import VideoLM
 from tests.model.peers import parameters_of, variant
+from tests.tiny import tiny_bundle, tiny_variant
 
 NUM_SHARDS = 4
 
@@ -106,24 +109,16 @@ def test_parts_are_counted_as_the_modules_hold_them() -> None:
     assert "scorer" not in parameters(shapes(variant("4b")))
 
 
-def test_memory_of_small_integers() -> None:
-    """One matrix of 256 weights and a table, a norm and positions that stay at 16 bits."""
-    sizes = memory(
-        {
-            "llm.head.weight": (16, 16),
-            "llm.embed.weight": (16, 16),
-            "llm.norm.weight": (16,),
-            "vit.pos_embed": (4, 16),
-        }
+@pytest.mark.parametrize("name", ["plain", "ort-int4"])
+def test_the_memory_named_is_that_of_a_bundle(name: str) -> None:
+    folder = tiny_bundle() if name == "plain" else tiny_variant(name)
+    bundle = EngineBundle.open(folder)
+    files = [*(folder / "graphs").glob("*.weights"), folder / "embed_table.npy"]
+    written = sum(file.stat().st_size for file in files)
+    assert weights_bytes(shapes(bundle.config), bundle.precision) == pytest.approx(written, rel=0.2)
+    assert memory(shapes(bundle.config))["fp32"] == 4 * sum(
+        math.prod(shape) for shape in shapes(bundle.config).values()
     )
-    rest = 2 * (256 + 16 + 64)
-    assert sizes == {
-        "fp32": 4 * 592,
-        "bf16": 2 * 592,
-        "fp16": 2 * 592,
-        "int8": 256 + 2 * 2 + rest,
-        "int4": 128 + 2 * 2 + rest,
-    }
 
 
 def test_our_own_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

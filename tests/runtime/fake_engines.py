@@ -43,6 +43,7 @@ class FakeClock:
 class FakeVision:
     def __init__(self, num_cells: int, width: int, clock: FakeClock) -> None:
         self.num_cells = num_cells
+        self.is_memoryless = False
         self._width = width
         self._clock = clock
         self.fails_on: set[int] = set()

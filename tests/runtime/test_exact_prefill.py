@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from edge_vlm.pixels.frames import decode_jpeg, encode_jpeg
+from edge_vlm.cli import main
+from edge_vlm.errors import NonFinite
+from edge_vlm.pixels.frames import Frame, decode_jpeg, encode_jpeg
 from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm_export.trace.chunks import CHUNK
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.inference.vision import FrameTokens
 from edge_vlm_runtime.protocol.alerts import AlertChecked, AlertCreate
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from tests.model.peers import Prompt, load_peer, peer_logits
@@ -20,6 +24,7 @@ from tests.published_folder import image_bundle, published_folder, published_mod
 from tests.runtime.fake_engines import FakeClock
 from tests.runtime.torch_snapshots import answer, prompt_format, video_part
 from tests.runtime.viewer import Viewer
+from tests.tiny import tiny_footage
 
 LIMITS = ServerLimits(max_question_tokens=64)
 STEPS = 12
@@ -35,7 +40,7 @@ def picture(seed: int) -> bytes:
 class Watcher(Viewer):
     """A viewer who counts the tokens that the language model is given."""
 
-    def __init__(self, engines: LoadedBundle, **changes: object) -> None:
+    def __init__(self, engines: LoadedBundle, **changes: Any) -> None:
         changes = {"attention": "exact", "max_answer_tokens": STEPS, **changes}
         super().__init__(engines, FakeClock(), limits=LIMITS, **changes)
 
@@ -214,3 +219,106 @@ def test_as_many_frames_fit_as_is_said(engines: LoadedBundle) -> None:
     room = viewer.of(protocol.SessionUpdated)[-1].video
     assert room is not None
     assert (room.frames_that_fit, room.limited_by) == (2, "last_n")
+
+
+def test_frames_that_nobody_looks_at_are_not_encoded(
+    engines: LoadedBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = engines.vision.encode
+
+    def noting(frame: Frame, *rest: Any) -> FrameTokens:
+        encoded.append(frame.seq)
+        return encode(frame, *rest)
+
+    monkeypatch.setattr(engines.vision, "encode", noting)
+    viewer, live = Watcher(engines), Watcher(engines, delivery="live", drop_duplicates=False)
+    pictures = [picture(seed) for seed in range(20)]
+    viewer.see(*pictures)
+    assert not encoded
+    accepted = viewer.of(protocol.FrameAccepted)
+    assert [event.frame_sequence for event in accepted] == list(range(20))  # each has its outcome
+    assert not any(event.encoded for event in accepted)
+    done = viewer.answered()
+    evicted = sum(event.frames for event in viewer.of(protocol.MemoryEvicted))
+    assert (done.frames_shown, done.frames_accepted) == (20 - evicted, 20)
+    assert encoded == viewer.context.frame_numbers()
+    assert len(encoded) == done.frames_shown
+    encoded.clear()
+    viewer.answered(OTHER)
+    assert not encoded
+    for seq, jpeg in enumerate(pictures):  # a camera's are, as they come
+        live.put(seq, data=jpeg)
+        live.run()
+    assert encoded == list(range(20))
+    assert live.answered().text == done.text
+
+
+def test_a_postponed_frame_is_encoded_before_anything_else_needs_it(engines: LoadedBundle) -> None:
+    """Another mode, an alert, a picture after the video."""
+    fresh = Watcher(engines, attention="frame")
+    fresh.see(*FRAMES)
+    by_frame = fresh.answered().text
+    viewer = Watcher(engines)
+    viewer.see(*FRAMES)
+    viewer.update(attention="frame")
+    assert viewer.answered().text == by_frame
+    both, eager = Watcher(engines), Watcher(engines)
+    eager.take(AlertCreate(question=OTHER))
+    for watcher in (both, eager):
+        watcher.see(*FRAMES[:3])
+    assert all(event.encoded for event in eager.of(protocol.FrameAccepted))
+    assert both.answered(detail="both").text == eager.answered(detail="both").text
+    late = Watcher(engines)
+    late.see(*FRAMES[:3])
+    late.take(AlertCreate(question=OTHER, report_checks=True))
+    late.run()
+    assert late.of(AlertChecked)
+
+
+def test_a_postponed_frame_that_fails_is_lost_with_an_error(
+    engines: LoadedBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = engines.vision.encode
+
+    def failing(frame: Frame, *rest: Any) -> FrameTokens:
+        if frame.seq == 0:
+            raise NonFinite("the features of a frame are not finite", where="vit_trunk")
+        return encode(frame, *rest)
+
+    monkeypatch.setattr(engines.vision, "encode", failing)
+    viewer, without = Watcher(engines), Watcher(engines)
+    viewer.see(*FRAMES[:4])
+    done = viewer.answered()
+    assert [event.error.code for event in viewer.of(protocol.Error)] == ["E-NONFINITE"]
+    assert [event.frames for event in viewer.of(protocol.MemoryEvicted)] == [1]
+    assert (done.frames_shown, done.frames_accepted) == (3, 4)
+    assert viewer.context.shown_tokens == done.usage.vision_tokens
+    monkeypatch.undo()
+    without.see(*FRAMES[:4])
+    without.context.lose(without.context.postponed()[0])
+    assert without.answered().text == done.text
+    only = Watcher(engines)
+    monkeypatch.setattr(engines.vision, "encode", failing)
+    only.see(FRAMES[0])
+    only.ask()
+    only.run()
+    codes = [event.error.code for event in only.of(protocol.Error)]
+    assert codes == ["E-NONFINITE", "E-NO-FRAME"]
+
+
+def test_ask_says_what_was_looked_at_and_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*options: str) -> str:
+        command = ["ask", str(tiny_footage()), QUESTION, "--bundle", str(image_bundle())]
+        command += ["--max-answer-tokens", "4", "--threads", "1", "--fps", "4", *options]
+        assert main(command) == 0
+        return capsys.readouterr().err.splitlines()[0]
+
+    assert said() == (
+        "10 of 12 frames looked at, no more fit (the bundle): export it again with a larger "
+        "--frames"
+    )
+    assert said("--kv-tokens", "310") == (
+        "9 of 12 frames looked at, no more fit (kv_tokens): serve with a larger --kv-tokens"
+    )
+    assert said("--attention", "frame") == "12 of 12 frames looked at"

@@ -88,6 +88,7 @@ def test_every_graph_builds_for_ada_and_blackwell(bundle: EngineBundle, engines:
         (lambda: tiny_variant("edge"), "vit_trunk"),  # float16, int8 in and int8 weights
         (lambda: tiny_variant("edge"), "llm_decode"),  # float16, int4 weights, joined scores
         (image_bundle, "image_encoder"),
+        (image_bundle, "llm"),
     ],
 )
 def test_other_precisions_and_graphs_build(

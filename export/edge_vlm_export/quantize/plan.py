@@ -17,7 +17,7 @@ from edge_vlm.errors import BundleSchemaError, RangeFp16
 from edge_vlm.formats.bundle import IMAGE_ENCODER
 from edge_vlm.formats.calibration import FP16_LIMIT
 from edge_vlm.formats.graph_spec import GraphSpec
-from edge_vlm.formats.precision import Precision
+from edge_vlm.formats.precision import LLM_PRODUCTS, VIT_PRODUCTS, Precision
 from edge_vlm_export.quantize.quantize import block_size
 
 SCHEMA_VERSION = 1
@@ -48,8 +48,6 @@ PRECISE_OPS = {
 }
 OUTSIDE = ("vit", "scorer", "vit.patch_embed", "")
 """Modules of the stem besides its blocks."""
-VIT_PRODUCTS = frozenset(["q", "k", "v", "o", "fc1", "fc2"])
-LLM_PRODUCTS = frozenset(["q", "k", "v", "o", "gate", "up", "down"])
 
 
 @dataclass(frozen=True, kw_only=True)

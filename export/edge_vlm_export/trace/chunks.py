@@ -1,9 +1,10 @@
 """A loop over chunks of queries in place of every ChunkedAttention node.
 
 Every query of an exact prefill sees keys of all frames, so keys and values of a layer stand before
-its first query is looked at, but the queries need not stand there all at once. ONNX's Scan takes
-CHUNK of them at a time, so that the scores of a layer are [H, CHUNK, t] and not [H, s, t]. It is
-made after precision was decided: to the plan the attention is one node.
+its first query is looked at, but the queries need not stand there all at once. ONNX's Loop takes
+CHUNK of them at a time, so that the scores of a layer are [H, CHUNK, t] and not [H, s, t]. (Scan
+would say it more plainly; TensorRT for RTX 1.7 does not import it.) The loop is made when precision
+has been decided: to the plan the attention is one node.
 
 Shape letters: s new tokens, p past tokens, t = p + s, H heads, h key-value heads, g = H / h, d head
 width, N chunks, c queries of a chunk.
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from edge_vlm.memory import QUERIES_AT_ONCE
 from edge_vlm.text.masks import MASKED
 from edge_vlm_export.graphs.attention import CHUNKED_ATTENTION
 from edge_vlm_export.trace.initializers import initializer
 
-CHUNK = 64
+CHUNK = QUERIES_AT_ONCE
 """Queries looked at together: the weights of 32 heads over 36,864 tokens are 0.3 GB then. Fewer
 would repeat the reading of keys and values more often than it saves."""
 DOMAIN, OP = CHUNKED_ATTENTION.split("::")
@@ -100,8 +102,11 @@ class _Shared:
         places = make("Range", [scalar[0], end, scalar[1]], INT64)
         last = make("Sub", [s, one], INT64)
         shape = make("Concat", [count, size], INT64, axis=0)
-        self.rows = make("Reshape", [make("Min", [places, last], INT64), shape], INT64)
+        clamped = make("Min", [places, last], INT64)
+        self.rows = make("Reshape", [clamped, shape], INT64, allowzero=1)
         """[N, c]: the queries of each chunk; the last one stands again where there is room."""
+        self.count = make("Squeeze", [count, zero], INT64)
+        self.go_on = initializer(graph, "chunks.true", (), lambda: np.array(True), BOOL)
         length = make("Squeeze", [s, zero], INT64)
         self.columns = make("Range", [scalar[0], length, scalar[1]], INT64)
         wide = make("Cast", [rule], INT64, to=int(INT64))
@@ -123,7 +128,7 @@ def _expand(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
     heads, kv_heads, width = (node.attributes[name].as_int() for name in SIZES)
     chunk = _Chunk(_Maker(graph, f"{node.name}/chunk"), kind, (kv_heads, heads // kv_heads, width))
     body = chunk.body(q, columns, values, shared)
-    made = make("Scan", [shared.rows], kind, body=body, num_scan_inputs=1)
+    made = make("Loop", [shared.count, None], kind, body=body)
     flat = make("Reshape", [made, make.ints(-1, heads, width)], kind)
     zero = make.ints(0)
     rows = make("Slice", [flat, zero, shared.num_new, zero], kind)
@@ -131,7 +136,7 @@ def _expand(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
 
 
 class _Chunk:
-    """The loop's body: rows [c] of queries to what they find, [c, H, d]."""
+    """The loop's body: the number of a chunk to what its queries find, [c, H, d]."""
 
     def __init__(self, make: _Maker, kind: ir.DataType, sizes: tuple[int, int, int]) -> None:
         self._make, self._kind, self._sizes = make, kind, sizes
@@ -148,9 +153,11 @@ class _Chunk:
         Scores are in float32, whatever the rest is in.
         """
         make, kind, (h, g, d) = self._make, self._kind, self._sizes
-        rows = ir.Value(
-            name=f"{make.prefix}/rows", type=ir.TensorType(INT64), shape=ir.Shape(["c"])
+        number, go_on = (
+            ir.Value(name=f"{make.prefix}/{name}", type=ir.TensorType(dtype), shape=ir.Shape([]))
+            for name, dtype in (("number", INT64), ("go_on", BOOL))
         )
+        rows = make("Gather", [shared.rows, number], INT64, axis=0)
         zero = make.ints(0)
         scaled = make(
             "Mul", [make("Gather", [q, rows], kind, axis=0), make.number(d**-0.5, kind)], kind
@@ -177,7 +184,9 @@ class _Chunk:
         turned = make("Transpose", [total], kind, perm=[2, 0, 1, 3])
         out = make("Reshape", [turned, make.ints(-1, h * g, d)], kind)
         out.shape = ir.Shape(["c", h * g, d])
-        return ir.Graph([rows], [out], nodes=make.nodes, name=f"{make.prefix}")
+        still = make("Identity", [shared.go_on], BOOL)
+        still.shape = ir.Shape([])
+        return ir.Graph([number, go_on], [still, out], nodes=make.nodes, name=make.prefix)
 
     def _bias(self, rows: ir.Value, shared: _Shared) -> ir.Value:
         """[c, s]: 0 where a query may look among the new tokens, MASKED elsewhere."""

@@ -116,7 +116,7 @@ def looked_at_text(answer: Answer, room: protocol.VideoRoom | None) -> str:
         return text
     limits = {"bundle": "the bundle", "positions": "the model's positions"}
     why = limits.get(room.limited_by, room.limited_by)
-    return f"{text}: {room.frames_that_fit} fit ({why}); {room.remedy}"
+    return f"{text}, no more fit ({why}): {room.remedy}"
 
 
 def dropped_text(outcome: Outcome) -> str:

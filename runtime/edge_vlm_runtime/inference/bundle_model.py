@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import TracebackType
 
 import numpy as np
@@ -71,12 +72,15 @@ class LoadedBundle:
         threads: int = 2,
         backend: Backend = Backend.ORT,
         engines: str | os.PathLike[str] | None = None,
+        check: Callable[[EngineBundle], None] = lambda bundle: None,
     ) -> LoadedBundle:
-        """Checks the bundle and loads its graphs; `engines`: see `open_graphs`.
+        """Checks the bundle and loads its graphs; `engines`: see `open_graphs`; `check` may refuse
+        the bundle before they are loaded.
 
-        Raises BundleError and its leaves, and what `open_graphs` raises.
+        Raises BundleError and its leaves, and what `open_graphs` and `check` raise.
         """
         bundle = EngineBundle.open(path)
+        check(bundle)
         opened = open_graphs(bundle, backend, threads=threads, engines=engines)
         try:
             return cls(bundle, opened.graphs, opened.cache_memory)

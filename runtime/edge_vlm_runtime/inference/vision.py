@@ -7,7 +7,7 @@ the survivors only.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,9 @@ import numpy.typing as npt
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import NonFinite
 from edge_vlm.pixels.frames import Frame
-from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pixels.patches import resize_bilinear, to_pixel_values
 from edge_vlm.pruning.change import LastKept
-from edge_vlm.pruning.policies import KeepPolicy
+from edge_vlm.pruning.policies import KeepAll, KeepPolicy
 from edge_vlm_runtime.engines.base import Engine
 
 
@@ -37,6 +37,9 @@ class FrameTokens:
     """Milliseconds spent in `preprocess`, `vit_stem`, `select` and `vit_trunk`."""
     received_ns: int = 0
     """Arrival of the frame on the server's clock, where one keeps it."""
+    picture: np.ndarray | None = None
+    """Of a frame that is encoded only when somebody looks at it: u8 [S, S, 3] in the size that the
+    model sees. `embeds` is empty then."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +86,8 @@ class VisionPipeline:
         self._hidden = np.empty((1, vision.num_patches, vision.width), np.float32)
         self._frame_id = np.zeros(vision.num_cells, np.int32)
         self._has_scorer = cfg.scorer is not None
+        self.is_memoryless = not self._has_scorer and cfg.change is None
+        """What becomes of a frame does not depend on those before it, unless a policy makes it."""
         if self._has_scorer:
             stem.bind_array("is_first", self._is_first)
         self._scored = np.empty_like(self._hidden)
@@ -159,6 +164,29 @@ class VisionPipeline:
             stage_ms={**stem.stage_ms, "vit_trunk": trunk_ms},
             received_ns=stem.received_ns,
         )
+
+    def postpone(self, frame: Frame) -> FrameTokens:
+        """A frame that keeps every cell, to be encoded by `encode_postponed` if it is ever needed.
+
+        Only where the pipeline `is_memoryless`."""
+        begin = time.perf_counter()
+        picture = resize_bilinear(frame.rgb, self._cfg.vision.image_size).astype(np.uint8)
+        return FrameTokens(
+            embeds=np.empty((0, self._cfg.language.width), np.float32),
+            cells=np.arange(self.num_cells, dtype=np.int32),
+            scores=np.ones(self.num_cells, np.float32),
+            pts_ns=frame.pts_ns,
+            seq=frame.seq,
+            stage_ms={"preprocess": (time.perf_counter() - begin) * 1e3},
+            picture=picture,
+        )
+
+    def encode_postponed(self, tokens: FrameTokens) -> FrameTokens:
+        """The same frame, encoded: as `encode` would have had it at once. Raises as that."""
+        assert tokens.picture is not None
+        frame = Frame(rgb=tokens.picture, pts_ns=tokens.pts_ns, seq=tokens.seq)
+        encoded = self.encode(frame, self.new_state(), KeepAll())
+        return replace(encoded, received_ns=tokens.received_ns)
 
     def _score(self, pixels: np.ndarray, state: VisionState) -> np.ndarray:
         """Fills the hidden states and the state's next cells; returns scores [num_cells].

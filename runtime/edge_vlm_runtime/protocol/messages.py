@@ -268,7 +268,7 @@ class SessionUpdated(ServerEvent, tag="session.updated"):
 
 
 class FrameAccepted(ServerEvent, tag="frame.accepted"):
-    """The frame was encoded. Each frame gets exactly one `frame.accepted` or `frame.dropped`."""
+    """The frame was taken in. Each frame gets exactly one `frame.accepted` or `frame.dropped`."""
 
     frame_sequence: int
     time_s: float
@@ -289,6 +289,9 @@ class FrameAccepted(ServerEvent, tag="frame.accepted"):
     or with the frames that wait behind it; in any case before the next question."""
     gathered: bool = False
     """True with policy `clip`: its cells are chosen when a question is asked, see `clip.chosen`."""
+    encoded: bool = True
+    """False in a `wait` session whose frames all see each other: it is encoded when a question is
+    to look at it, and not at all if it is forgotten before."""
 
 
 class ChosenFrame(Part, kw_only=True):

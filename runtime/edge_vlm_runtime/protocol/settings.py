@@ -280,4 +280,7 @@ def _token_bytes(bundle: EngineBundle) -> int:
     keys = next(spec for spec in bundle.specs["llm"].inputs if spec.name == "past_k_0")
     row = language.num_kv_heads * language.head_dim * np.dtype(keys.dtype).itemsize
     feature = language.width * np.dtype(np.float32).itemsize
+    if bundle.config.scorer is None:  # a picture may wait to be encoded
+        vision = bundle.config.vision
+        feature = max(feature, -(-3 * vision.image_size**2 // vision.num_cells))
     return language.num_layers * 2 * row + feature

@@ -26,6 +26,7 @@ from edge_vlm.errors import (
     ServerBusy,
     Unauthorized,
 )
+from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
@@ -42,6 +43,7 @@ from edge_vlm_runtime.server.asgi_server import AsgiServer
 from edge_vlm_runtime.server.auth import SUBPROTOCOLS, require_key
 from edge_vlm_runtime.server.connection import Connection, refuse
 from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
+from edge_vlm_runtime.server.memory_need import require_memory
 from edge_vlm_runtime.server.metrics import CONTENT_TYPE
 from edge_vlm_runtime.server.origins import Origins
 from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
@@ -179,19 +181,25 @@ class Server:
         SessionSettings in which new sessions differ from what the bundle was made for; `record_to`:
         a folder for a recording of each session, or the file for that of the only one; the rest:
         see `__init__`. Raises what `LoadedBundle.open` raises, ConfigError, RecordingError."""
-        opened = LoadedBundle.open(bundle, threads, backend, engines)
+        bounds = limits or ServerLimits()
+
+        def check(found: EngineBundle) -> None:
+            if backend is Backend.ORT:  # the others hold weights on a device
+                wanted = default_settings(found, bounds).changed(settings or {})
+                require_memory(found, wanted, bounds)
+
+        opened = LoadedBundle.open(bundle, threads, backend, engines, check)
         try:
             warm_up(opened)
             recorder = None
             if record_to is not None:
                 recorder = Recorder(path=record_to, bundle=opened.bundle, threads=threads)
-            limits = limits or ServerLimits()
             return cls(
                 opened,
                 host=host,
                 port=port,
-                limits=limits,
-                settings=default_settings(opened.bundle, limits).changed(settings or {}),
+                limits=bounds,
+                settings=default_settings(opened.bundle, bounds).changed(settings or {}),
                 recorder=recorder,
                 on_event=on_event,
                 api_key=api_key,

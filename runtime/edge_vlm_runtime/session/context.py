@@ -21,11 +21,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_vlm.text.masks import CAUSAL
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits
 from edge_vlm_runtime.session.budget import MemoryPlan, shown_tokens
+from edge_vlm_runtime.session.frames import Change as Change
+from edge_vlm_runtime.session.frames import Evicted as Evicted
+from edge_vlm_runtime.session.frames import Rebased as Rebased
+from edge_vlm_runtime.session.frames import Segment as Segment
+from edge_vlm_runtime.session.frames import ShownFrame as ShownFrame
 
 if TYPE_CHECKING:
     from edge_vlm.text.prompt import PromptFormat
@@ -43,47 +47,9 @@ FRAMES_PER_PREFILL = 4
 
 
 @dataclass(frozen=True)
-class Evicted:
-    """Frames that were forgotten, to make room or because the engines failed."""
-
-    frames: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Rebased:
-    """What is remembered was given fresh positions, and fresh stamps if those ran out."""
-
-    frames: int
-    time_offset_s: float
-
-
-Change = Evicted | Rebased
-
-
-@dataclass(frozen=True)
 class _Remembered:
     frame: FrameTokens
     num_tokens: int
-
-
-@dataclass(frozen=True)
-class ShownFrame:
-    """A frame as a question sees it."""
-
-    seq: int
-    stamp_s: float
-    """The time that is written before it."""
-    capture_s: float
-    """Seconds since the first frame of the stream."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens that stand together: those of a frame or of a picture."""
-
-    embeds: npt.NDArray[np.float32]
-    is_vision: npt.NDArray[np.bool_]
 
 
 class StreamContext:
@@ -244,6 +210,30 @@ class StreamContext:
     def close(self) -> None:
         self._arena.close()
 
+    # ---- frames that nobody has looked at yet --------------------------------------------------
+
+    def postponed(self, *, shown: bool = True) -> list[FrameTokens]:
+        """Frames that must be encoded before a branch (`shown`), or before the mode `frame`."""
+        known = self._shown() if shown else self._remembered
+        return [item.frame for item in known if item.frame.picture is not None]
+
+    def encoded(self, frame: FrameTokens, encoded: FrameTokens) -> None:
+        """What became of a postponed frame."""
+        index = self._index_of(frame)
+        self._remembered[index] = replace(self._remembered[index], frame=encoded)
+
+    def lose(self, frame: FrameTokens) -> None:
+        """Forgets a postponed frame that the engines failed on."""
+        index = self._index_of(frame)
+        self._changes.append(Evicted(1, self._remembered.pop(index).num_tokens))
+        if index == 0 and self._remembered:  # there is a new first frame
+            first = self._remembered[0].frame
+            tokens = len(self._segment(first, first=True).embeds)
+            self._remembered[0] = _Remembered(first, tokens)
+
+    def _index_of(self, frame: FrameTokens) -> int:
+        return next(i for i, known in enumerate(self._remembered) if known.frame is frame)
+
     # ---- lending the arena -------------------------------------------------------------------
 
     @contextmanager
@@ -392,6 +382,8 @@ class StreamContext:
         )
         if first:
             ids = np.concatenate([self._prompt.bos_ids, ids])
+        if frame.picture is not None:  # to be counted, no run of a graph would take it
+            return Segment(np.empty((len(ids), 0), np.float32), self._prompt.vision_mask(ids))
         return Segment(self._language.embed(ids, frame.embeds), self._prompt.vision_mask(ids))
 
     def _prefill(self, segments: list[Segment]) -> None:

@@ -1,9 +1,12 @@
-"""One frame as it came, and one that went no further."""
+"""What becomes of frames: as they came, dropped, shown to a question, forgotten."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
 
 from edge_vlm.errors import EdgeVlmError
 from edge_vlm_runtime import protocol
@@ -58,3 +61,41 @@ class DroppedFrame:
             code=self.code,
             message=self.message,
         )
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """Frames that were forgotten, to make room or because the engines failed."""
+
+    frames: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """What is remembered was given fresh positions, and fresh stamps if those ran out."""
+
+    frames: int
+    time_offset_s: float
+
+
+Change = Evicted | Rebased
+
+
+@dataclass(frozen=True)
+class ShownFrame:
+    """A frame as a question sees it."""
+
+    seq: int
+    stamp_s: float
+    """The time that is written before it."""
+    capture_s: float
+    """Seconds since the first frame of the stream."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that stand together: those of a frame or of a picture."""
+
+    embeds: npt.NDArray[np.float32]
+    is_vision: npt.NDArray[np.bool_]

@@ -21,7 +21,7 @@ from edge_vlm.pixels.frames import Frame, decode_jpeg, decode_picture, thumbnail
 from edge_vlm.pruning.policies import KeepAll, OverThreshold, RatedPolicy, make_policy
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
-from edge_vlm_runtime.protocol.settings import CLIP, DropPolicy, SessionSettings
+from edge_vlm_runtime.protocol.settings import CLIP, Attention, DropPolicy, SessionSettings
 from edge_vlm_runtime.session.alert_rules import AlertFrame
 from edge_vlm_runtime.session.context import FRAMES_PER_PREFILL, Evicted, Rebased
 from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame, Encoding
@@ -173,7 +173,10 @@ class FrameIngest:
                 self._drop(frame, DropReason.ENGINE_ERROR, error)
                 self._alerts.caught_up()
                 return
-        self._accept(frame, tokens.pts_ns, tokens.scores.size, tokens.cells, now_ns, stage_ms)
+        self._accept(
+            *(frame, tokens.pts_ns, tokens.scores.size, tokens.cells, now_ns, stage_ms),
+            encoded=tokens.picture is None,
+        )
         self._alerts.on_frame(
             AlertFrame(
                 seq=frame.seq,
@@ -306,10 +309,12 @@ class FrameIngest:
             if self._duplicates.is_duplicate(small, frame.capture_us, settings):
                 raise FrameRejected(DropReason.DUPLICATE)
         self._fund(frame.capture_us)
+        shown = Frame(rgb=rgb, pts_ns=pts_ns, seq=frame.seq)
         try:
-            tokens = self._vision.encode(
-                Frame(rgb=rgb, pts_ns=pts_ns, seq=frame.seq), self._state, self._policy
-            )
+            if self._postpones:
+                tokens = self._vision.postpone(shown)
+            else:
+                tokens = self._vision.encode(shown, self._state, self._policy)
         except EngineError as error:
             raise FrameRejected(DropReason.ENGINE_ERROR, error) from error
         self._last_encoded_us = frame.capture_us
@@ -317,6 +322,36 @@ class FrameIngest:
             self._duplicates.on_encoded(small, frame.capture_us)
         tokens = dataclasses.replace(tokens, received_ns=frame.received_ns)
         return tokens, {"decode": decode_ms, **tokens.stage_ms}
+
+    @property
+    def _postpones(self) -> bool:
+        """Files come faster than they are asked about, and a question about frames that all see
+        each other looks at the last ones only: the others need never be encoded."""
+        settings = self._settings
+        return (
+            settings.delivery is DropPolicy.WAIT
+            and settings.attention is not Attention.FRAME
+            and settings.policy == "keep_all"
+            and self._vision.is_memoryless
+            and not self._alerts.is_watching
+        )
+
+    def look(self, *, shown: bool = True) -> bool:
+        """Encodes the next frame that was postponed and is needed now, see
+        `StreamContext.postponed`; False when there is none. One that the engines fail on is lost,
+        with an `error` event."""
+        waiting = self._context.postponed(shown=shown)
+        if not waiting:
+            return False
+        try:
+            encoded = self._vision.encode_postponed(waiting[0])
+        except EngineError as error:
+            self._outbox.add_error(error)
+            self._context.lose(waiting[0])
+            self.report_changes()
+        else:
+            self._context.encoded(waiting[0], encoded)
+        return True
 
     def _decode(self, frame: EncodedFrame) -> np.ndarray:
         if frame.encoding is Encoding.JPEG:
@@ -355,6 +390,11 @@ class FrameIngest:
             return 0.0
         begin_ns = self._stopwatch_ns()
         try:
+            if self._context.attention is Attention.FRAME:  # since they were postponed
+                pending = [
+                    each if each.picture is None else self._vision.encode_postponed(each)
+                    for each in pending
+                ]
             self._context.add(pending)
         except BaseException:
             self._begin_anew()
@@ -380,6 +420,8 @@ class FrameIngest:
         cells: np.ndarray,
         now_ns: int,
         stage_ms: dict[str, float],
+        *,
+        encoded: bool = True,
     ) -> None:
         self._stats.accepted(cells_seen, cells.size)
         accepted = protocol.FrameAccepted(
@@ -394,6 +436,7 @@ class FrameIngest:
             kv_tokens=self._context.kv_tokens,
             in_memory="prefill" in stage_ms,
             gathered=self._gathers,
+            encoded=encoded,
         )
         self._outbox.add_aged(accepted, frame.received_ns)
 

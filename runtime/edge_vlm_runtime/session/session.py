@@ -34,7 +34,13 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.alerts import AlertCreate
 from edge_vlm_runtime.protocol.base import MAX_TEXT
 from edge_vlm_runtime.protocol.questions import UserMessage, lines
-from edge_vlm_runtime.protocol.settings import CLIP, ModelLimits, ServerLimits, SessionSettings
+from edge_vlm_runtime.protocol.settings import (
+    CLIP,
+    Attention,
+    ModelLimits,
+    ServerLimits,
+    SessionSettings,
+)
 from edge_vlm_runtime.session.alerts import AlertMessage, AlertMonitor
 from edge_vlm_runtime.session.answer import Answer
 from edge_vlm_runtime.session.budget import (
@@ -216,6 +222,7 @@ class Session:
         self._require_room_for(settings.instructions)
         if self._answer is None:
             try:
+                self._look_at_all(plan)
                 self._context.reconfigure(plan)
             finally:
                 self._ingest.report_changes()
@@ -263,6 +270,11 @@ class Session:
                 "alerts look at every frame as it comes, policy 'clip' chooses when it is asked",
                 remedy="take policy stream",
             )
+
+    def _look_at_all(self, plan: MemoryPlan) -> None:
+        """Where every frame has to be in the cache there is none that was postponed."""
+        while plan.attention is Attention.FRAME and self._ingest.look(shown=False):
+            pass
 
     def _require_room_for(self, instructions: str) -> None:
         """Raises ConfigError when they would leave less than half of its room to a question."""
@@ -352,7 +364,9 @@ class Session:
         What the engines raise is reported as an `error` event and ends only what it belongs to.
         """
         if turn is Turn.WATCH:
-            return self._answer is None and self._alerts.step()
+            if self._answer is not None:
+                return False
+            return (self._alerts.is_watching and self._ingest.look()) or self._alerts.step()
         if self._answer is not None:
             self._decode_one_token(self._answer, now_ns)
             return True
@@ -363,6 +377,8 @@ class Session:
         joined = self._ingest.has_pending
         if joined:
             self._ingest.join()
+        if self._questions[0].question.detail not in ("snapshot", "text") and self._ingest.look():
+            return True
         if self._context.newest is not None or self._questions[0].question.detail == "text":
             self._start_answer(self._questions.popleft(), now_ns)
             return True
@@ -463,6 +479,7 @@ class Session:
         """Settings and frames that came while the answer was decoded."""
         plan = self._plan(self.settings, self._subtitle_ids)
         try:
+            self._look_at_all(plan)
             self._context.reconfigure(plan)
         except EdgeVlmError as error:  # the settings were announced: the memory has to go
             self._outbox.add_error(error)

@@ -184,6 +184,9 @@ const handlers = {
       parts.unshift(`cut at ${event.usage.output_tokens} tokens: the server's ` +
         "--max-answer-tokens allows more");
     }
+    if (event.frames_shown && event.frames_shown < event.frames_accepted) {
+      parts.push(`${event.frames_shown} of ${event.frames_accepted} frames looked at`);
+    }
     if (event.snapshot) {
       const { frame_sequence, width, height, crops } = event.snapshot;
       const pieces = `${crops} ${crops === 1 ? "piece" : "pieces"}`;
