@@ -136,9 +136,11 @@ def test_ones_own_videos_on_a_running_server(
     assert rows == [  # one share only: no overview by share
         ["served", attention, policy, keep]
         for attention in ("frame", "all")
-        for policy, keep in (("keep_all", "1"), ("stream", "0.5"))
+        for policy, keep in (("keep_all", "1"), ("stream", "0.5"), ("clip", "0.5"))
     ]
     assert "ball" in shown.out
+    assert "note: served: rows clip choose over the frames up to each question" in shown.err
+    assert "note: served: the weights were trained with attention frame" in shown.err
 
 
 def test_questions_late_in_a_stream(
