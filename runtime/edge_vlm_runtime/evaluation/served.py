@@ -108,7 +108,7 @@ class ServedEvaluator:
             self.close()
             raise
         self.name = model.bundle
-        self._by_change = model.limits.scorer == "change"
+        self._by_change: bool = model.limits.scorer == "change"
         self.has_scores = bool(model.limits.has_scorer)
         self.attention = VisionAttention(model.limits.trained_attention)
         self.identity = identity or f"{model.bundle} on {version}"
