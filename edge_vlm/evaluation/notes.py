@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.evaluation.runs import CLIP, SCORED_POLICIES, Evaluator, Run
+from edge_vlm.evaluation.runs import CLIP, SCORED_POLICIES, THRESHOLD, Evaluator, Run
 
 WITHOUT_SCORER = "take policy difference (by pixels), or --scorer change (of eval, or of export)"
 
@@ -25,6 +25,8 @@ def notes_on(evaluators: Mapping[str, Evaluator], runs: Sequence[Run]) -> list[s
             notes.append(
                 f"{path}: no rows {', '.join(scored)}: the model has no scorer; {WITHOUT_SCORER}"
             )
+        if THRESHOLD in left_out:
+            notes.append(f"{path}: no rows {THRESHOLD}: that is for --scorer change alone")
         if path == "served" and any(run.policy == CLIP for run in rows):
             notes.append(
                 "served: rows clip choose over the frames up to each question, as an asked file "

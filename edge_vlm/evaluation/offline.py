@@ -31,6 +31,7 @@ from edge_vlm.evaluation.runs import (
     MAX_ANSWER_TOKENS,
     MIN_CELLS,
     SCORED_POLICIES,
+    THRESHOLD,
     ClipAnswers,
     Run,
 )
@@ -38,7 +39,7 @@ from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.pixels.frames import Rgb, decode_jpeg
 from edge_vlm.pruning.change import LastKept
 from edge_vlm.pruning.clip_budget import Variant, clip_budget, context_of, variant_of
-from edge_vlm.pruning.policies import Cells, Scores, make_policy
+from edge_vlm.pruning.policies import Cells, KeepPolicy, OverThreshold, Scores, make_policy
 from edge_vlm.text.masks import CAUSAL
 from edge_vlm.text.prompt import Ids, PromptFormat
 
@@ -95,6 +96,8 @@ class ClipModel(Protocol):
 
 def can_run(config: ModelConfig, run: Run) -> bool:
     """Whether the model has what the policy looks at."""
+    if run.policy == THRESHOLD:
+        return config.change is not None
     return config.has_scores or run.policy not in SCORED_POLICIES
 
 
@@ -137,7 +140,11 @@ def choose(
     if run.policy == CLIP:
         kept = clip_budget(scores, run.keep_ratio, variant=variant)  # no floor: it would cost more
         return [np.flatnonzero(row).astype(np.int32) for row in kept]
-    policy = make_policy(run.policy, run.keep_ratio, min_cells=MIN_CELLS, seed=seed)
+    policy: KeepPolicy
+    if run.policy == THRESHOLD:
+        policy = OverThreshold(run.keep_ratio, MIN_CELLS)
+    else:
+        policy = make_policy(run.policy, run.keep_ratio, min_cells=MIN_CELLS, seed=seed)
     chosen: list[Cells | None] = []
     last_kept = LastKept(scores.shape[1])
     for i, (row, rgb) in enumerate(zip(scores, rgbs, strict=True)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
-from edge_vlm.evaluation.runs import ATTENTIONS, KEEP_RATIOS, PATHS, POLICIES, Run, grid
+from edge_vlm.evaluation.runs import ATTENTIONS, KEEP_RATIOS, PATHS, TABLE_POLICIES, Run, grid
 from edge_vlm.formats.bundle import MANIFEST
 from edge_vlm.formats.qa_set import INDEX
 
@@ -86,7 +86,7 @@ def rows(
         modes = [VisionAttention(text) for text in _list(attentions)] or ATTENTIONS
     except ValueError as error:
         raise ConfigError(f"cannot read the table's rows: {error}") from None
-    return grid(_list(policies) or POLICIES, wanted, modes)
+    return grid(_list(policies) or TABLE_POLICIES, wanted, modes)
 
 
 def _list(text: str | None) -> list[str]:

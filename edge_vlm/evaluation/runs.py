@@ -25,13 +25,19 @@ EVALUATOR_GROUP = "edge_vlm.evaluators"
 PATHS = ("torch", "bundle", "served")
 
 KEEP_ALL, CLIP, FEWER_FRAMES, LAST_N = "keep_all", "clip", "fewer_frames", "last_n"
-POLICIES = (KEEP_ALL, "stream", CLIP, "frame_topk", "random", "difference", FEWER_FRAMES, LAST_N)
+THRESHOLD = "threshold"
+TABLE_POLICIES = (
+    *(KEEP_ALL, "stream", CLIP, "frame_topk", "random", "difference", FEWER_FRAMES, LAST_N),
+)
+POLICIES = (*TABLE_POLICIES, THRESHOLD)
 """Those of `edge_vlm.pruning.policies`, and three that are no choice of cells as the frames come:
 
 - `clip`: one pool over the whole clip, later frames included, in the variant that the model was
   trained with (`edge_vlm.pruning.clip_budget`);
 - `fewer_frames`: whole frames at a lower rate;
 - `last_n`: every frame is looked at, the language model is shown the newest few, whole.
+
+Of `threshold` the number is no share: cells that changed by more than it are kept, however many.
 """
 SCORED_POLICIES = ("stream", CLIP, "frame_topk")
 KEEP_RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
@@ -88,7 +94,7 @@ class Run:
 
 
 def grid(
-    policies: Iterable[str] = POLICIES,
+    policies: Iterable[str] = TABLE_POLICIES,
     keep_ratios: Iterable[float] = KEEP_RATIOS,
     attentions: Iterable[VisionAttention] = ATTENTIONS,
 ) -> list[Run]:
@@ -102,7 +108,7 @@ def grid(
         for attention in dict.fromkeys(attentions):
             for policy in dict.fromkeys(policies):
                 for keep in ratios:
-                    whole = keep == 1 or policy == KEEP_ALL
+                    whole = (keep == 1 and policy != THRESHOLD) or policy == KEEP_ALL
                     run = Run(KEEP_ALL, 1.0, attention) if whole else Run(policy, keep, attention)
                     runs[run] = None
     except ValueError as error:

@@ -40,7 +40,7 @@ def test_it_is_one_minus_the_cosine_of_the_nine_patches() -> None:
 
 
 def test_what_stands_still_is_exactly_nothing_however_long_its_vectors() -> None:
-    still = np.stack([1e4 * frame(0), 1e4 * frame(0), 2e-3 * frame(0)])
+    still = np.stack([1e4 * frame(0), 1e4 * frame(0), 2e-3 * frame(0)]).astype(np.float32)
     assert frame_changes(still)[1].max() == 0.0
     assert frame_changes(still)[2].max() < 1e-6  # only the length has changed
 
@@ -49,7 +49,7 @@ def test_a_cell_is_compared_with_what_was_last_kept_of_it() -> None:
     state, first = LastKept(CELLS), frame(0)
     np.testing.assert_array_equal(state.scores(first), np.ones(CELLS))
     state.keep(np.arange(CELLS, dtype=np.int32))
-    drifting = [first + 0.05 * step * frame(1) for step in range(1, 5)]
+    drifting = [(first + 0.05 * step * frame(1)).astype(np.float32) for step in range(1, 5)]
     kept = np.array([4], np.int32)
     seen = []
     for hidden in drifting:

@@ -11,7 +11,7 @@ from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.grading import Verdict
 from edge_vlm.evaluation.intervals import wilson
-from edge_vlm.evaluation.runs import KEEP_RATIOS, POLICIES, Run, grid
+from edge_vlm.evaluation.runs import KEEP_RATIOS, TABLE_POLICIES, Run, grid
 from edge_vlm.evaluation.score import KindScore, RunScore, difference
 
 RIGHT, WRONG = Verdict(1, 1, 1), Verdict(0, 1, 1)
@@ -32,7 +32,7 @@ def run_score(rows: list[list[int]], policy: str = "stream") -> RunScore:
 
 def test_the_table_has_every_combination_and_the_whole_once_for_each_attention() -> None:
     runs = grid()
-    pruned = len(POLICIES) - 1, len(KEEP_RATIOS) - 1, len(VisionAttention)
+    pruned = len(TABLE_POLICIES) - 1, len(KEEP_RATIOS) - 1, len(VisionAttention)
     assert len(runs) == len(set(runs)) == math.prod(pruned) + len(VisionAttention)
     assert {run.policy for run in runs if run.keep_ratio == 1} == {"keep_all"}
 

@@ -77,8 +77,8 @@ def test_torch_and_bundle_keep_the_same_cells_with_the_same_features(
     for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(mine, other)
     assert len(ours[0]) == 9
-    for mine, other in zip(offline.features(ours), torch_model.features(ours), strict=True):
-        np.testing.assert_allclose(mine, other, atol=1e-5, rtol=1e-4)
+    for got, wanted in zip(offline.features(ours), torch_model.features(ours), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_live_stream_keeps_them_too(
@@ -91,8 +91,8 @@ def test_a_live_stream_keeps_them_too(
             engines.vision.encode(Frame(rgb=rgb, pts_ns=i, seq=i), state, policy)
             for i, rgb in enumerate(clip)
         ]
-        for mine, other in zip(tokens, expected, strict=True):
-            np.testing.assert_array_equal(mine.cells, other)
+        for frame, cells in zip(tokens, expected, strict=True):
+            np.testing.assert_array_equal(frame.cells, cells)
         assert tokens[0].scores.tolist() == [1.0] * 9  # nothing was kept before
         assert tokens[10].scores.min() > 3 * tokens[9].scores.max()  # the cut
         # Another stream does not see what this one kept.

@@ -72,7 +72,7 @@ def test_the_published_4b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "bf16 9.70 GB",
         "fp16 9.70 GB",
         "cache per token 147.46 kB",
-        "scorer none: every cell is kept",
+        "scorer none: every cell is kept; export --scorer change adds one without weights",
     ):
         assert line in lines
     assert any("4 files, 19.40 GB, tensors: 706 F32" in line for line in lines)

@@ -254,6 +254,7 @@ def test_every_limit_and_setting_is_an_option_with_a_text(tmp_path: Path) -> Non
         **dict.fromkeys(("policy_seed", "min_cells", "last_n", "window_tokens"), 7),
         **dict.fromkeys(("max_answer_tokens", "history_turns", "seed"), 7),
         **dict.fromkeys(("keep_ratio", "top_p", "vision_tokens_per_s", "fps_cap"), 0.75),
+        "change_threshold": 0.75,
         **dict.fromkeys(("duplicate_threshold", "heartbeat_s", "max_frame_age_s"), 0.75),
         **{"temperature": 0.75, "policy": "random", "attention": "exact"},
         **{"drop_duplicates": False, "instructions": 'Say "yes".'},

@@ -20,6 +20,7 @@ from edge_vlm.evaluation.runs import (
     LAST_N,
     MAX_ANSWER_TOKENS,
     MIN_CELLS,
+    THRESHOLD,
     ClipAnswers,
     Run,
 )
@@ -37,10 +38,12 @@ def settings_of(run: Run, clip: ClipQuestions) -> dict[str, Any]:
     """The session's settings for a run over a clip."""
     whole = run.policy in (FEWER_FRAMES, LAST_N)
     attention = Attention.FRAME if run.attention is VisionAttention.FRAME else Attention.EXACT
+    by_threshold = run.policy == THRESHOLD
     return {
         "delivery": "wait",
-        "policy": KEEP_ALL if whole else run.policy,
-        "keep_ratio": 1.0 if whole else run.keep_ratio,
+        "policy": KEEP_ALL if whole else "stream" if by_threshold else run.policy,
+        "keep_ratio": 1.0 if whole or by_threshold else run.keep_ratio,
+        "change_threshold": run.keep_ratio if by_threshold else 0.0,
         "policy_seed": seed_of(clip),
         "min_cells": 0 if run.policy == CLIP else MIN_CELLS,
         "attention": (Attention.LAST_N if run.policy == LAST_N else attention).value,
@@ -105,6 +108,7 @@ class ServedEvaluator:
             self.close()
             raise
         self.name = model.bundle
+        self._by_change: bool = model.limits.scorer == "change"
         self.has_scores = bool(model.limits.has_scorer)
         self.attention = VisionAttention(model.limits.trained_attention)
         self.identity = identity or f"{model.bundle} on {version}"
@@ -119,6 +123,8 @@ class ServedEvaluator:
             return run.attention is VisionAttention.ALL
         if not self.has_scores and run.policy in SCORED_POLICIES:
             return False
+        if run.policy == THRESHOLD:
+            return self._by_change
         return run.policy == FEWER_FRAMES or run.policy in POLICIES
 
     def answers(

@@ -150,6 +150,9 @@ def notes_on(settings: SessionSettings, model: ModelLimits) -> list[str]:
             f"attention {settings.attention.value} shows the frames otherwise than the weights "
             "were trained: attention frame is what they know"
         )
+    keeps_all = settings.keep_ratio == 1 and not settings.vision_tokens_per_s
+    if keeps_all and not model.has_scorer and settings.policy != KEEP_ALL:
+        notes.append(f"keep_ratio 1: every cell is kept, also with policy {settings.policy}")
     if model.offline_policy == CLIP and settings.policy != CLIP:
         notes.append(
             "the weights were published with a budget over the finished clip (policy clip, for "
