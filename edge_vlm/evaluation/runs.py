@@ -19,6 +19,7 @@ from typing import Protocol
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.qa_set import ClipQuestions
+from edge_vlm.pixels.sampling import FrameRule
 
 EVALUATOR_GROUP = "edge_vlm.evaluators"
 """Entry points by path; each is an `OpenEvaluator`."""
@@ -125,6 +126,8 @@ class Evaluator(Protocol):
     """For people: the model's."""
     identity: str
     """Changes when answers may: of the weights, as far as it can be told."""
+    frames: FrameRule | None
+    """Which frames of a whole clip the model was trained on; None where nothing is known."""
 
     def can(self, run: Run) -> bool:
         """Whether this path offers such a run."""

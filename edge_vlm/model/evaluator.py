@@ -33,6 +33,8 @@ from edge_vlm.text.tokenizer import Tokenizer
 
 ROOM = 128
 """Positions left free after a video for a question and its answer."""
+FRAMES_AT_ONCE = 32
+"""That the vision transformer works on together: those of a long clip would take many GB."""
 
 
 class TorchModel:
@@ -43,25 +45,43 @@ class TorchModel:
         self.config = model.cfg
         self.prompt = prompt
         self.max_prefix_tokens = self.config.language.max_positions - ROOM
+        self.max_block_tokens = self.max_prefix_tokens
         self._hidden_FND: Tensor | None = None
 
     @torch.inference_mode()
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
         """Frame by frame scores of a clip that begins with the first picture, f32 [F, C]."""
         vision = self.config.vision
-        pixels = torch.from_numpy(np.stack([to_pixel_values(rgb, vision) for rgb in rgbs]))
-        if self.model.scorer is None:
-            self._hidden_FND = self.model.vit.embed(pixels)
-            return np.ones((len(rgbs), vision.num_cells), np.float32)
-        is_first = torch.arange(len(rgbs)) == 0
-        nobody = pixels.new_zeros(1, vision.num_cells, vision.width)
-        self._hidden_FND, _, scores = self.model.vit_stem(pixels, nobody, is_first)
-        return scores.float().numpy()
+        before = torch.zeros(1, vision.num_cells, vision.width)
+        hidden, scores = [], []
+        for start in range(0, len(rgbs), FRAMES_AT_ONCE):
+            part = [rgbs[i] for i in range(start, min(start + FRAMES_AT_ONCE, len(rgbs)))]
+            pixels = torch.from_numpy(np.stack([to_pixel_values(rgb, vision) for rgb in part]))
+            if self.model.scorer is None:
+                hidden.append(self.model.vit.embed(pixels))
+                scores.append(np.ones((len(part), vision.num_cells), np.float32))
+                continue
+            is_first = torch.arange(start, start + len(part)) == 0
+            seen, cells, rated = self.model.vit_stem(pixels, before, is_first)
+            before = cells[-1:]
+            hidden.append(seen)
+            scores.append(rated.float().numpy())
+        self._hidden_FND = torch.cat(hidden)
+        return np.concatenate(scores)
 
     @torch.inference_mode()
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
         """[K, E] of the chosen cells of each frame of the clip looked at last."""
         assert self._hidden_FND is not None, "look at a clip first"
+        found: list[npt.NDArray[np.float32]] = []
+        for start in range(0, len(cells), FRAMES_AT_ONCE):
+            stop = start + FRAMES_AT_ONCE
+            found += self._features(self._hidden_FND[start:stop], cells[start:stop])
+        return found
+
+    def _features(
+        self, hidden_FND: Tensor, cells: Sequence[Cells]
+    ) -> list[npt.NDArray[np.float32]]:
         counts = [len(chosen) for chosen in cells]
         width = self.config.language.width
         if not sum(counts):
@@ -69,7 +89,7 @@ class TorchModel:
         frame_id = torch.from_numpy(np.repeat(np.arange(len(cells)), counts))
         within = torch.from_numpy(np.concatenate(cells).astype(np.int64))
         cell_idx = frame_id * self.config.vision.num_cells + within
-        features = self.model.vit_trunk(self._hidden_FND, cell_idx, frame_id)
+        features = self.model.vit_trunk(hidden_FND, cell_idx, frame_id)
         return [part.numpy() for part in features.split(counts)]
 
     @torch.inference_mode()
@@ -205,6 +225,7 @@ class TorchEvaluator:
         found = open_folder(folder)
         tokenizer = Tokenizer.from_file(found.require_tokenizer())
         self.name = folder.resolve().name
+        self.frames = found.usage.frames
         self._model = TorchModel(found.load(), PromptFormat(tokenizer, found.usage.style))
         self.identity = sha256_of_file(found.weight_files[0])
 

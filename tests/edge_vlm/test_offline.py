@@ -30,6 +30,7 @@ class Observer:
     """Answers with what it was shown; a feature is its frame's number and its cell's."""
 
     max_prefix_tokens = 400
+    max_block_tokens = 400
 
     def __init__(self) -> None:
         self.config: ModelConfig = tiny_config()
