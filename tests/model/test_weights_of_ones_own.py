@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from edge_vlm.config import molmo2_4b, molmo2_8b, molmo2_o_7b
 from edge_vlm.evaluation.qa_jsonl import read_questions
 from edge_vlm.model.images import encode_images
 from edge_vlm.model.llm import rope_tables
@@ -180,5 +181,8 @@ def test_a_video_is_answered_by_the_folders_rule(random: Checked, tmp_path: Path
 
 
 def test_models_are_told_apart_by_their_shapes(random: Checked) -> None:
-    with pytest.raises(KeyError):
+    shapes = {"Molmo2-4B": molmo2_4b(), "Molmo2-8B": molmo2_8b(), "Molmo2-O-7B": molmo2_o_7b()}
+    for name, cfg in shapes.items():
+        assert name_of(dataclasses.replace(random.folder, config=cfg)) == name
+    with pytest.raises(KeyError, match="no published model"):
         name_of(random.folder)

@@ -86,11 +86,14 @@ def name_of(folder: ModelFolder) -> str:
     """Which of the published models has these shapes. Raises KeyError for none of them."""
     language = folder.config.language
     shape = (language.width, language.num_layers, language.post_norm)
-    return {
+    names = {
         (2560, 36, False): "Molmo2-4B",
         (4096, 36, False): "Molmo2-8B",
         (4096, 32, True): "Molmo2-O-7B",
-    }[shape]
+    }
+    if shape not in names:
+        raise KeyError(f"no published model has {shape}: transformers expects nothing of it")
+    return names[shape]
 
 
 class Checked:
