@@ -246,14 +246,13 @@ def _frame_rule(
 
     Raises ConfigError when they were trained on different frames.
     """
-    from dataclasses import replace
+    from edge_vlm.pixels.sampling import FrameRule
 
-    rules = {path: evaluator.frames for path, evaluator in evaluators.items()}
-    changes = {"max_fps": fps, "num_frames": max_frames}
-    wanted = {name: value for name, value in changes.items() if value is not None}
-    found = {
-        path: None if rule is None else replace(rule, **wanted) for path, rule in rules.items()
-    }
+    found: dict[str, FrameRule | None] = dict.fromkeys(evaluators)
+    for path, evaluator in evaluators.items():
+        if (rule := evaluator.frames) is not None:
+            most, rate = max_frames or rule.num_frames, fps or rule.max_fps
+            found[path] = FrameRule(num_frames=most, max_fps=rate)
     if len(set(found.values())) > 1:
         raise ConfigError(
             "the models were trained on different frames of a clip: "
