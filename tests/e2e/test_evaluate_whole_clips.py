@@ -73,6 +73,13 @@ def test_a_clip_that_the_memory_does_not_hold_is_an_error(
     assert said(out)[0]["kept"] == 9 * 9
 
 
+def test_the_newest_frames_alone_need_no_room_for_the_others(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = (str(folder / "long.jsonl"), str(image_bundle()), "-o", str(out), "--threads", "1")
+    assert command_line(evaluate, [*asked, "--run", "last_n:0.3:all"]) == 0
+    assert said(out)[0]["kept"] == 7 * 9
+
+
 def test_torch_takes_more_frames_than_it_works_on_at_once(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = (folder / "long.jsonl", published_folder(), "--fps", 4, "-o", out)
