@@ -119,8 +119,8 @@ class _Memory:
         raise ConfigError(
             f"the session holds {held} frames at once, and the clip has more",
             where=self._where,
-            remedy=f"take about {held} frames (--max-frames), or export and serve the model with more "
-            "memory",
+            remedy=f"take about {held} frames (--max-frames), or export and serve the model with "
+            "more memory",
         )
 
 
