@@ -22,6 +22,7 @@ SLOW = (
     *("benchmarks/", "e2e/", "golden/", "gpu/", "openai/"),
     *("edge_vlm/test_points.py", "edge_vlm/test_video.py", "export/test_export.py"),
     *("runtime/test_recording.py", "runtime/test_stream_times.py"),
+    "model/test_weights_of_ones_own.py",
     *("edge_vlm/test_wheel.py", "edge_vlm/test_telemetry.py", "model/test_images.py"),
     *("edge_vlm/test_awkward_footage.py", "edge_vlm/test_output.py", "model/test_published.py"),
     *(f"model/test_published_{name}.py" for name in ("convert", "tokens", "training")),

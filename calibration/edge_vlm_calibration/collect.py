@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
+from edge_vlm.errors import ConfigError, NonFinite
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.calibration import CalibrationTable, Threshold
 from edge_vlm.formats.footage import Shot, read_footage
@@ -39,35 +39,35 @@ def calibrate(
 ) -> CalibrationTable:
     """Reads at most `max_frames` of each footage.
 
-    Raises as `open_folder`, CheckpointError for a model without a scorer, the errors of
-    `read_footage`, ConfigError when no frame has a predecessor, NonFinite.
+    A model without a token scorer has ranges and no scores. Raises as `open_folder`, the errors of
+    `read_footage`, ConfigError when a scorer sees no frame with a predecessor, NonFinite.
     """
     found = open_folder(checkpoint)
-    if found.config.scorer is None:
-        raise CheckpointError(
-            "the model has no token scorer, so there are no scores to calibrate", where=checkpoint
-        )
     model, observed = found.load(), Observed()
     for path in footage:
         observe(model, read_footage(path, fps, max_frames), observed)
-    if not observed.scores:
+    if model.scorer is not None and not observed.scores:
         raise ConfigError(
             "no frame has a predecessor in its clip",
             where=", ".join(map(str, footage)),
             remedy="give longer footage, or raise --fps",
         )
-    scores = np.concatenate(observed.scores).astype(np.float64)
-    quantiles = np.quantile(scores, [percent / 100 for percent in PERCENTS])
+    scores = np.concatenate([np.zeros(0), *observed.scores]).astype(np.float64)
+    quantiles = [percent / 100 for percent in PERCENTS]
     return CalibrationTable(
         checkpoint_sha256=sha256_of_file(found.weight_files[0]),
         footage=tuple(path.resolve().name for path in footage),
         num_frames=observed.num_frames,
         image_size=model.cfg.vision.image_size,
         num_scores=scores.size,
-        score_mean=float(scores.mean()),
-        score_std=float(scores.std()),
-        score_quantiles=dict(zip(PERCENTS, quantiles.tolist(), strict=True)),
-        thresholds=tuple(threshold(scores, ratio) for ratio in KEEP_RATIOS),
+        score_mean=float(scores.mean()) if scores.size else 0.0,
+        score_std=float(scores.std()) if scores.size else 0.0,
+        score_quantiles=dict(
+            zip(PERCENTS, np.quantile(scores, quantiles).tolist(), strict=True)
+            if scores.size
+            else ()
+        ),
+        thresholds=tuple(threshold(scores, ratio) for ratio in KEEP_RATIOS if scores.size),
         input_ranges=observed.inputs,
         output_ranges=observed.outputs,
     )
@@ -90,9 +90,12 @@ def observe(model: VideoLM, shots: Iterable[Shot], observed: Observed) -> None:
     with torch.inference_mode(), _hooks(model, observed):
         for is_first, rgb in shots:
             pixels = torch.from_numpy(to_pixel_values(rgb, vision))[None]
+            observed.num_frames += 1
+            if model.scorer is None:
+                model.vit_trunk(model.vit.embed(pixels), cell_idx, torch.zeros_like(cell_idx))
+                continue
             hidden, prev, scores = model.vit_stem(pixels, prev, torch.tensor([is_first]))
             model.vit_trunk(hidden, cell_idx, torch.zeros_like(cell_idx))
-            observed.num_frames += 1
             if not is_first:
                 observed.scores.append(scores[0].numpy())
 
@@ -109,6 +112,7 @@ def _hooks(model: VideoLM, observed: Observed) -> Iterator[None]:
     handles = [
         watch(name, module)
         for part in VISION_PARTS
+        if getattr(model, part) is not None
         for name, module in getattr(model, part).named_modules(prefix=part)
         if next(module.children(), None) is None
     ]

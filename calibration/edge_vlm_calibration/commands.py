@@ -41,11 +41,14 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def format_table(table: CalibrationTable) -> str:
     """What a person wants to know first: scores, thresholds, the largest ranges, the verdict."""
-    lines = [
-        f"{table.num_frames} frames of {', '.join(table.footage)}",
-        f"score      mean {table.score_mean:.4f}, std {table.score_std:.4f}, "
-        f"5..95 % {table.score_quantiles[5]:.4f}..{table.score_quantiles[95]:.4f}",
-    ]
+    lines = [f"{table.num_frames} frames of {', '.join(table.footage)}"]
+    if table.num_scores:
+        lines.append(
+            f"score      mean {table.score_mean:.4f}, std {table.score_std:.4f}, "
+            f"5..95 % {table.score_quantiles[5]:.4f}..{table.score_quantiles[95]:.4f}"
+        )
+    else:
+        lines.append("score      none: the model has no token scorer")
     lines += [
         f"keep {t.keep_ratio:4.0%}  score >= {t.score:.4f} (keeps {t.kept_share:.1%})"
         for t in table.thresholds

@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from edge_vlm.evaluation.log import AnswerLog
     from edge_vlm.evaluation.runs import Evaluator, EvaluatorOptions, Run
     from edge_vlm.formats.qa_set import AskedQuestion, ClipQuestions
+    from edge_vlm.pixels.sampling import FrameRule
 
 EXTRAS = {"torch": "train", "bundle": "ort", "served": "ort"}
 LOG, TABLE, RECORD, RENDERED = "answers.jsonl", "table.md", "table.json", "questions"
 REPORT_EVERY_S = 60.0
+STREAM_FPS, STREAM_FRAMES = 2.0, 64
+"""Of one's own videos, for a model that knows no whole clips."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +77,19 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="stop after the clip asked then; 0: only show the table",
     )
-    asked.add_argument("--fps", type=_rate, default=2.0, help="frames a second of your own videos")
-    asked.add_argument("--max-frames", type=_positive, default=64, help="of one of your videos")
+    asked.add_argument(
+        "--fps",
+        type=_rate,
+        metavar="N",
+        help="frames a second of your own videos (default: what the model was trained on, else 2)",
+    )
+    asked.add_argument(
+        "--max-frames",
+        type=_positive,
+        metavar="N",
+        help="of one of your videos: a model of whole clips is shown longer ones evenly spread, "
+        "for others they are an error (default: what the model was trained on, else 64)",
+    )
     asked.add_argument(
         "--quiet-before",
         type=_not_negative,
@@ -204,9 +218,11 @@ def _evaluate(
 
     for note in notes_on(evaluators, runs):
         print(f"note: {note}", file=sys.stderr)
-    measured: dict[str, Any] = {"questions": _digest(questions, args)}
+    rule = None if questions.is_dir() else _frame_rule(evaluators, args.fps, args.max_frames)
+    fps, max_frames = args.fps or STREAM_FPS, args.max_frames or STREAM_FRAMES
+    measured: dict[str, Any] = {"questions": _digest(questions, fps, max_frames, rule)}
     measured |= {path: evaluator.identity for path, evaluator in evaluators.items()}
-    every = read_questions(questions, args.fps, args.max_frames)
+    every = read_questions(questions, fps, max_frames, rule)
     clips: Iterator[ClipQuestions] = islice(every, args.clips)
     if args.quiet_before:
         measured["questions"] += f" after {args.quiet_before:g} quiet seconds"
@@ -240,13 +256,43 @@ def _evaluate(
     return 0
 
 
-def _digest(questions: Path, args: argparse.Namespace) -> str:
+def _frame_rule(
+    evaluators: Mapping[str, Evaluator], fps: float | None, max_frames: int | None
+) -> FrameRule | None:
+    """By which all models are shown a whole clip; None if they are shown it as a stream.
+
+    Raises ConfigError when they were trained on different frames.
+    """
+    from edge_vlm.pixels.sampling import FrameRule
+
+    found: dict[str, FrameRule | None] = dict.fromkeys(evaluators)
+    for path, evaluator in evaluators.items():
+        if (rule := evaluator.frames) is not None:
+            most, rate = max_frames or rule.num_frames, fps or rule.max_fps
+            found[path] = FrameRule(num_frames=most, max_fps=rate)
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            "the models were trained on different frames of a clip: "
+            + ", ".join(f"{path} {_told(rule)}" for path, rule in found.items()),
+            remedy="measure one after the other, or name --fps and --max-frames",
+        )
+    return next(iter(found.values()))
+
+
+def _told(rule: FrameRule | None) -> str:
+    return "as a stream" if rule is None else f"{rule.num_frames} at {rule.max_fps:g} fps"
+
+
+def _digest(questions: Path, fps: float, max_frames: int, rule: FrameRule | None) -> str:
     from edge_vlm.formats.bundle import sha256_of_file
     from edge_vlm.formats.qa_set import INDEX
 
     if questions.is_dir():
         return sha256_of_file(questions / INDEX)
-    return f"{sha256_of_file(questions)} at {args.fps:g} fps, {args.max_frames} frames"
+    digest = sha256_of_file(questions)
+    if rule is not None:
+        return f"{digest} as whole clips, {rule.num_frames} frames at {rule.max_fps:g} fps"
+    return f"{digest} at {fps:g} fps, {max_frames} frames"
 
 
 def _ask(

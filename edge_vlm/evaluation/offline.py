@@ -17,7 +17,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,8 @@ class Asked:
     ids: Ids
 
 
+KEPT_BYTES = 1 << 30
+"""Of the decoded pictures of a clip."""
 View = tuple[Prefix, Sequence[Asked]]
 """A prefix and all questions after it."""
 
@@ -76,6 +78,8 @@ class ClipModel(Protocol):
     prompt: PromptFormat
     max_prefix_tokens: int
     """Longest prefix that leaves room for a question and its answer."""
+    max_block_tokens: int
+    """Longest stretch of a prefix whose tokens see each other both ways."""
 
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
         """Everything before the choice of cells; scores f32 [F, C]: of change
@@ -105,7 +109,7 @@ def answer_clip(
     model: ClipModel, clip: ClipQuestions, runs: Sequence[Run]
 ) -> Iterator[tuple[Run, ClipAnswers]]:
     """Raises FrameDecodeError, ConfigError when a clip is longer than the model can see."""
-    rgbs = [decode_jpeg(jpeg) for jpeg in clip.jpegs]
+    rgbs = _Pictures(clip.jpegs)
     scores = model.look(rgbs)
     asked_ids = [model.prompt.question_ids(question.text) for question in clip.questions]
     scored = None if model.config.change is None else model.scored
@@ -187,13 +191,7 @@ def _answers(
     views: list[View] = []
     for window, numbers in windows:
         prefix, ends = _prefix(model, clip, window, features, run.attention)
-        if len(prefix.ids) > model.max_prefix_tokens:
-            raise ConfigError(
-                f"{len(window)} frames are {len(prefix.ids)} tokens, the model has room for "
-                f"{model.max_prefix_tokens}",
-                where=f"clip {clip.name}, run {run.name}",
-                remedy="take fewer frames a second (--fps) or a shorter clip",
-            )
+        _require_room(model, prefix, len(window), where=f"clip {clip.name}, run {run.name}")
         newest = [bisect_right(window, clip.questions[number].frame) - 1 for number in numbers]
         asked = [
             Asked(ends[place], asked_ids[number])
@@ -206,6 +204,60 @@ def _answers(
             texts[number] = text
     num_cells = model.config.vision.num_cells
     return ClipAnswers(texts, num_cells * len(clip.jpegs), kept_cells(run, cells))
+
+
+def _require_room(model: ClipModel, prefix: Prefix, num_frames: int, *, where: str) -> None:
+    """Raises ConfigError naming how many frames there is room for."""
+    for tokens, most in (
+        (len(prefix.ids), model.max_prefix_tokens),
+        (_longest_block(prefix), model.max_block_tokens),
+    ):
+        if tokens > most:
+            raise ConfigError(
+                f"{num_frames} frames are {tokens} tokens, the model has room for {most} at once",
+                where=where,
+                remedy=f"take about {num_frames * most // tokens} frames (--max-frames), or export "
+                "the bundle with more tokens",
+            )
+
+
+def _longest_block(prefix: Prefix) -> int:
+    """From the first to the last token of one that look at each other."""
+    order = np.arange(len(prefix.blocks))
+    lengths = [
+        int(np.ptp(order[prefix.blocks == block])) + 1
+        for block in np.unique(prefix.blocks)
+        if block != CAUSAL
+    ]
+    return max(lengths, default=0)
+
+
+class _Pictures(Sequence[Rgb]):
+    """Decoded when they are looked at, and kept while that is not too much."""
+
+    def __init__(self, jpegs: Sequence[bytes]) -> None:
+        self._jpegs = jpegs
+        self._kept: dict[int, Rgb] = {}
+        self._room_bytes = KEPT_BYTES
+
+    def __len__(self) -> int:
+        return len(self._jpegs)
+
+    @overload
+    def __getitem__(self, place: int) -> Rgb: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Rgb]: ...
+    def __getitem__(self, place: int | slice) -> Rgb | list[Rgb]:
+        """Raises FrameDecodeError."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        if place in self._kept:
+            return self._kept[place]
+        rgb = decode_jpeg(self._jpegs[place])
+        if rgb.nbytes <= self._room_bytes:
+            self._room_bytes -= rgb.nbytes
+            self._kept[place] = rgb
+        return rgb
 
 
 def _windows(

@@ -12,7 +12,8 @@ from edge_vlm.evaluation.runs import ATTENTIONS, KEEP_RATIOS, PATHS, TABLE_POLIC
 from edge_vlm.formats.bundle import MANIFEST
 from edge_vlm.formats.qa_set import INDEX
 
-CHECKPOINT_CONFIG = "config.json"
+CHECKPOINT_CONFIGS = ("config.json", "config.yaml")
+"""Of our folders and of the hub's; of those of Molmo2's training repository."""
 OFFERS = {"server": ["served"], "checkpoint": ["torch"], "bundle": ["served", "bundle"]}
 """Paths of each kind of model, the usual one first."""
 
@@ -63,12 +64,12 @@ def _kind_of(target: str) -> str:
         return "question set"
     if (path / MANIFEST).is_file():
         return "bundle"
-    if (path / CHECKPOINT_CONFIG).is_file():
+    if any((path / name).is_file() for name in CHECKPOINT_CONFIGS):
         return "checkpoint"
     raise ConfigError(
         "neither a checkpoint nor a bundle nor a question set",
         where=target,
-        remedy=f"expected is {CHECKPOINT_CONFIG}, {MANIFEST} or {INDEX} in it",
+        remedy=f"expected is {' or '.join(CHECKPOINT_CONFIGS)}, {MANIFEST} or {INDEX} in it",
     )
 
 

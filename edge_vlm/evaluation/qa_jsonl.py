@@ -25,7 +25,8 @@ from typing import Any
 from edge_vlm.errors import ConfigError, VideoEmpty, VideoNotFound
 from edge_vlm.formats.qa_set import AskedQuestion, Box, ClipQuestions, boxes_of, read_question_set
 from edge_vlm.pixels.frames import encode_jpeg
-from edge_vlm.pixels.video import read_video
+from edge_vlm.pixels.sampling import FrameRule
+from edge_vlm.pixels.video import read_clip, read_video
 
 FIELDS = ("video", "question", "answer", "kind", "at_s", "boxes")
 DEFAULT_KIND = "question"
@@ -45,8 +46,11 @@ class FileQuestion:
     boxes: tuple[Box, ...] | None
 
 
-def read_questions(path: Path, fps: float = 2.0, max_frames: int = 64) -> Iterator[ClipQuestions]:
-    """Clips of a question-set folder, or of a JSONL file with its videos at `fps`.
+def read_questions(
+    path: Path, fps: float = 2.0, max_frames: int = 64, rule: FrameRule | None = None
+) -> Iterator[ClipQuestions]:
+    """Clips of a question-set folder, or of a JSONL file with its videos by `rule`, or without one
+    as a stream of `fps` that is `max_frames` long.
 
     Raises ConfigError naming the line that is wrong (all lines are checked before the first video
     is read), VideoNotFound, VideoUnreadable, VideoEmpty, and ConfigError for a question that lies
@@ -59,7 +63,7 @@ def read_questions(path: Path, fps: float = 2.0, max_frames: int = 64) -> Iterat
     for question in read_question_file(path):
         by_video.setdefault(question.video, []).append(question)
     for number, (video, questions) in enumerate(by_video.items(), start=1):
-        yield _clip(f"{number:04d}-{video.stem}", path, video, questions, fps, max_frames)
+        yield _clip(f"{number:04d}-{video.stem}", path, video, questions, fps, max_frames, rule)
 
 
 def read_question_file(path: Path) -> list[FileQuestion]:
@@ -136,12 +140,13 @@ def _clip(
     questions: list[FileQuestion],
     fps: float,
     max_frames: int,
+    rule: FrameRule | None,
 ) -> ClipQuestions:
     times_s: list[float] = []
     jpegs: list[bytes] = []
     is_longer = False
-    for time_s, rgb in read_video(video, fps):
-        if len(jpegs) == max_frames:
+    for time_s, rgb in read_video(video, fps) if rule is None else read_clip(video, rule):
+        if rule is None and len(jpegs) == max_frames:
             is_longer = True
             break
         times_s.append(time_s)

@@ -19,6 +19,7 @@ from typing import Protocol
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.qa_set import ClipQuestions
+from edge_vlm.pixels.sampling import FrameRule
 
 EVALUATOR_GROUP = "edge_vlm.evaluators"
 """Entry points by path; each is an `OpenEvaluator`."""
@@ -137,6 +138,8 @@ class Evaluator(Protocol):
     """What the weights were trained with."""
     has_scores: bool
     """Cells can be chosen by what a scorer says of them."""
+    frames: FrameRule | None
+    """Which frames of a whole clip the model was trained on; None where nothing is known."""
 
     def can(self, run: Run) -> bool:
         """Whether this path offers such a run."""

@@ -37,6 +37,7 @@ class CalibrationTable:
     """Raises ValueError when made from numbers that are not finite.
 
     Scores are those of frames that have a predecessor in their clip: a first frame is kept whole.
+    Of a model without a token scorer there are none, and nothing is made of them.
     """
 
     checkpoint_sha256: str

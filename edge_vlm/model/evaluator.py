@@ -40,6 +40,8 @@ from edge_vlm.text.tokenizer import Tokenizer
 
 ROOM = 128
 """Positions left free after a video for a question and its answer."""
+FRAMES_AT_ONCE = 32
+"""That the vision transformer works on together: those of a long clip would take many GB."""
 
 
 class TorchModel:
@@ -50,6 +52,7 @@ class TorchModel:
         self.config = model.cfg
         self.prompt = prompt
         self.max_prefix_tokens = self.config.language.max_positions - ROOM
+        self.max_block_tokens = self.max_prefix_tokens
         self._hidden_FND: Tensor | None = None
         self._scored_FND: Tensor | None = None
 
@@ -57,17 +60,28 @@ class TorchModel:
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
         """Frame by frame scores of a clip that begins with the first picture, f32 [F, C]."""
         vision = self.config.vision
-        pixels = torch.from_numpy(np.stack([to_pixel_values(rgb, vision) for rgb in rgbs]))
-        if self.config.change is not None:
-            self._hidden_FND, self._scored_FND = self.model.change_stem(pixels)
+        before = torch.zeros(1, vision.num_cells, vision.width)
+        hidden, scored, scores = [], [], []
+        for start in range(0, len(rgbs), FRAMES_AT_ONCE):
+            part = [rgbs[i] for i in range(start, min(start + FRAMES_AT_ONCE, len(rgbs)))]
+            pixels = torch.from_numpy(np.stack([to_pixel_values(rgb, vision) for rgb in part]))
+            if self.config.change is not None:
+                seen, rated = self.model.change_stem(pixels)
+                scored.append(rated)
+            elif self.model.scorer is None:
+                seen = self.model.embed_frames(pixels)
+                scores.append(np.ones((len(part), vision.num_cells), np.float32))
+            else:
+                is_first = torch.arange(start, start + len(part)) == 0
+                seen, cells, rated = self.model.vit_stem(pixels, before, is_first)
+                before = cells[-1:]
+                scores.append(rated.float().numpy())
+            hidden.append(seen)
+        self._hidden_FND = torch.cat(hidden)
+        if scored:
+            self._scored_FND = torch.cat(scored)
             return frame_changes(self._scored_FND.numpy())
-        if self.model.scorer is None:
-            self._hidden_FND = self.model.embed_frames(pixels)
-            return np.ones((len(rgbs), vision.num_cells), np.float32)
-        is_first = torch.arange(len(rgbs)) == 0
-        nobody = pixels.new_zeros(1, vision.num_cells, vision.width)
-        self._hidden_FND, _, scores = self.model.vit_stem(pixels, nobody, is_first)
-        return scores.float().numpy()
+        return np.concatenate(scores)
 
     def scored(self, frame: int) -> npt.NDArray[np.float32]:
         """[N, D] of a frame of the clip looked at last: what its change is scored by."""
@@ -78,6 +92,15 @@ class TorchModel:
     def features(self, cells: Sequence[Cells]) -> list[npt.NDArray[np.float32]]:
         """[K, E] of the chosen cells of each frame of the clip looked at last."""
         assert self._hidden_FND is not None, "look at a clip first"
+        found: list[npt.NDArray[np.float32]] = []
+        for start in range(0, len(cells), FRAMES_AT_ONCE):
+            stop = start + FRAMES_AT_ONCE
+            found += self._features(self._hidden_FND[start:stop], cells[start:stop])
+        return found
+
+    def _features(
+        self, hidden_FND: Tensor, cells: Sequence[Cells]
+    ) -> list[npt.NDArray[np.float32]]:
         counts = [len(chosen) for chosen in cells]
         width = self.config.language.width
         if not sum(counts):
@@ -85,7 +108,7 @@ class TorchModel:
         frame_id = torch.from_numpy(np.repeat(np.arange(len(cells)), counts))
         within = torch.from_numpy(np.concatenate(cells).astype(np.int64))
         cell_idx = frame_id * self.config.vision.num_cells + within
-        features = self.model.vit_trunk(self._hidden_FND, cell_idx, frame_id)
+        features = self.model.vit_trunk(hidden_FND, cell_idx, frame_id)
         return [part.numpy() for part in features.split(counts)]
 
     @torch.inference_mode()
@@ -225,6 +248,7 @@ class TorchEvaluator:
         model = found.load()
         if by_change:
             model.score_by_change()
+        self.frames = found.usage.frames
         self._model = TorchModel(model, PromptFormat(tokenizer, found.usage.style))
         self.attention, self.has_scores = model.cfg.attention, model.cfg.has_scores
         self.identity = sha256_of_file(found.weight_files[0]) + by_change * ", scorer change"

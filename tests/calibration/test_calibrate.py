@@ -211,6 +211,18 @@ def test_errors_are_typed(checkpoint: Path, question_set: Path, tmp_path: Path) 
             run(checkpoint, footage, tmp_path / "out.json")
     with pytest.raises(errors.CheckpointError):
         run(tmp_path / "absent", question_set, tmp_path / "out.json")
-    with pytest.raises(errors.CheckpointError, match="no token scorer"):
-        run(make_checkpoint(tmp_path / "plain", scorer=False), question_set, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_model_without_a_scorer_has_ranges_and_no_scores(
+    question_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the published Molmo2. The ranges are those of the whole vision side."""
+    plain = make_checkpoint(tmp_path / "plain", scorer=False)
+    assert run(plain, question_set, tmp_path / "out.json") == 0
+    assert "score      none: the model has no token scorer" in capsys.readouterr().out
+    table = CalibrationTable.read(tmp_path / "out.json")
+    assert (table.num_frames, table.num_scores, table.thresholds) == (sum(CLIP_LENGTHS), 0, ())
+    parts = {name.partition(".")[0] for name in table.input_ranges}
+    assert parts == set(VISION_PARTS) - {"scorer"}
+    assert all(value > 0 for value in table.output_ranges.values())

@@ -144,6 +144,9 @@ def test_a_model_of_streams_knows_no_subtitles(
     arguments = [str(videos / "short.mp4"), QUESTION, "--threads", "1"]
     assert command_line(ask, [*arguments, "--subtitles", str(tmp_path / "a.srt")]) != 0
     assert "E-CONFIG: the model was not trained on whole clips" in capsys.readouterr().err
+    alone = ["--subtitles", str(tmp_path / "a.srt"), "--detail", "snapshot"]
+    assert command_line(ask, [*arguments, *alone]) != 0
+    assert "E-CONFIG: a picture alone" in capsys.readouterr().err
 
 
 def test_watch_hands_over_the_pixels_of_the_file(videos: Path, shown: Shown) -> None:

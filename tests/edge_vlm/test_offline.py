@@ -12,6 +12,7 @@ import pytest
 
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention
 from edge_vlm.errors import ConfigError
+from edge_vlm.evaluation import offline
 from edge_vlm.evaluation.offline import Prefix, View, answer_clip, can_run, choose, kept_cells
 from edge_vlm.evaluation.runs import KEEP_RATIOS, SCORED_POLICIES, Run, grid
 from edge_vlm.formats.qa_set import AskedQuestion, ClipQuestions
@@ -30,6 +31,7 @@ class Observer:
     """Answers with what it was shown; a feature is its frame's number and its cell's."""
 
     max_prefix_tokens = 400
+    max_block_tokens = 400
 
     def __init__(self) -> None:
         self.config: ModelConfig = tiny_config()
@@ -160,3 +162,20 @@ def test_a_model_without_a_scorer_cannot_choose_by_scores(tmp_path: Path) -> Non
     plain = dataclasses.replace(tiny_config(), scorer=None)
     offered = {run.policy for run in grid() if can_run(plain, run)}
     assert offered == {run.policy for run in grid()} - set(SCORED_POLICIES)
+
+
+def test_frames_that_look_at_each_other_have_to_fit_into_one_run(clip: ClipQuestions) -> None:
+    model = Observer()
+    model.max_block_tokens = 40
+    with pytest.raises(ConfigError, match=r"the model has room for 40 at once.*--max-frames"):
+        list(answer_clip(model, clip, [Run("keep_all", 1, ALL)]))
+    assert list(answer_clip(model, clip, [Run("keep_all", 1, FRAME)]))  # each by itself
+
+
+def test_pictures_that_are_not_kept_are_decoded_again(
+    clip: ClipQuestions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("difference", 0.5, FRAME)
+    kept = told(clip, run)
+    monkeypatch.setattr(offline, "KEPT_BYTES", 24 * 24 * 3 * 2)
+    assert told(clip, run) == kept

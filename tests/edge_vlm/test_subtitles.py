@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from edge_vlm.errors import ConfigError
+from edge_vlm.text.prompt import RELEASED, PromptFormat
 from edge_vlm.text.subtitles import Subtitle, near_frames, read_subtitles, subtitle_text
+from edge_vlm.text.tokenizer import Tokenizer
+from tests.preprocessing_record import PUBLISHED_4B
 
 SRT = """1
 00:00:01,000 --> 00:00:02,540
@@ -74,3 +77,23 @@ def test_what_is_none_is_named(tmp_path: Path, text: str | bytes, what: str) -> 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         read_subtitles(tmp_path / "b.srt")
+
+
+@pytest.mark.skipif(
+    not PUBLISHED_4B.is_dir(), reason="needs the published 4B folder beside the clone"
+)
+def test_they_stand_where_the_published_template_has_them() -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    template = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).from_string(
+        (PUBLISHED_4B / "chat_template.jinja").read_text()
+    )
+    question = "Is it a dog?"
+    content = [{"type": "video"}, {"type": "text", "text": question}]
+    messages = [
+        {"role": "subtitle", "content": subtitle_text([HELLO])},
+        {"role": "user", "content": content},
+    ]
+    written = template.render(messages=messages, add_generation_prompt=True)
+    prompt = PromptFormat(Tokenizer.from_file(PUBLISHED_4B / "tokenizer.json"), RELEASED)
+    ours = [*prompt.subtitle_ids(subtitle_text([HELLO])), *prompt.question_ids(question)]
+    assert prompt.tokenizer.encode(written)[1:] == ours

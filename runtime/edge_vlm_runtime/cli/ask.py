@@ -55,6 +55,10 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _ask(args: argparse.Namespace) -> int:
+    if args.subtitles is not None and args.detail == "snapshot":
+        raise ConfigError(
+            "a picture alone is asked about without subtitles", remedy="ask with --detail both"
+        )
     with server_url(args) as url:
         return asyncio.run(_ask_session(args, url))
 

@@ -40,6 +40,7 @@ class OfflineBundle:
         self.prompt = self._engines.prompt
         longest = min(bundle.specs["llm"].dims["p"].max, self.config.language.max_positions)
         self.max_prefix_tokens = longest - ROOM
+        self.max_block_tokens = bundle.specs["llm"].dims["s"].max
         self._arena = self._engines.language.new_arena(longest)
         self._hidden: list[npt.NDArray[np.float32]] = []
         self._scored: list[npt.NDArray[np.float32]] = []
@@ -134,6 +135,7 @@ class BundleEvaluator:
         self.attention = bundle.config.attention
         self.has_scores = bundle.config.has_scores
         self.identity = sha256_of_file(folder / MANIFEST)
+        self.frames = bundle.frames
         self.model = OfflineBundle(
             bundle, {name: OrtEngine(bundle, name, threads=threads) for name in bundle.specs}
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edge_vlm.config import VisionAttention
-from edge_vlm.errors import SessionError
+from edge_vlm.errors import ConfigError, SessionError
 from edge_vlm.evaluation.offline import seed_of
 from edge_vlm.evaluation.runs import (
     FEWER_FRAMES,
@@ -25,6 +25,8 @@ from edge_vlm.evaluation.runs import (
     Run,
 )
 from edge_vlm.formats.qa_set import ClipQuestions
+from edge_vlm.pixels.sampling import FrameRule
+from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.protocol.frames import DropReason
@@ -60,16 +62,20 @@ async def ask_clip(
     """One session: all pictures, and every question at its moment. Of a quiet time most pictures
     are dropped as duplicates, as of any stream.
 
-    Raises what the client raises, and SessionError for a frame that the server did not take,
-    because the answers behind it would be about something else.
+    Raises what the client raises, SessionError for a frame that the server did not take and
+    ConfigError for a clip that the session does not hold, because the answers behind it would be
+    about something else.
     """
-    async with await Client.connect(url, settings_of(run, clip), access=access) as client:
+    memory = _Memory(clip, run)
+    settings = settings_of(run, clip)
+    async with await Client.connect(url, settings, on_event=memory.note, access=access) as client:
         texts = [""] * len(clip.questions)
         repeats: Counter[str] = Counter()
         for i, (jpeg, time_s) in enumerate(zip(clip.jpegs, clip.times_s, strict=True)):
             if run.policy != FEWER_FRAMES or run.shows_frame(i):
                 await client.send_frame(jpeg, round(time_s * 1e6))
                 await client.wait_processed()
+                memory.require_whole()
             if i <= clip.num_quiet:
                 repeats[DUPLICATE] = client.frames.dropped[DUPLICATE]
             for reason in client.frames.dropped - repeats:
@@ -81,6 +87,7 @@ async def ask_clip(
             for number, question in enumerate(clip.questions):
                 if question.frame == i:
                     texts[number] = (await client.ask(question.text)).shown_text
+                    memory.require_whole()  # frames may join it just before an answer
         num_cells = client.created.model.limits.num_cells
         kept = client.frames.cells_kept
         if run.policy == LAST_N:
@@ -90,6 +97,36 @@ async def ask_clip(
             return ClipAnswers(texts, num_cells * (newest + 1), kept)
         seen = client.frames.cells_seen if clip.num_quiet else num_cells * len(clip.jpegs)
     return ClipAnswers(texts, seen, kept)
+
+
+class _Memory:
+    """What a session still holds of a clip."""
+
+    def __init__(self, clip: ClipQuestions, run: Run) -> None:
+        self._where = f"clip {clip.name}, run {run.name}"
+        self._may_forget = bool(clip.num_quiet)
+        self._last_n = run.frames_kept(len(clip.jpegs)) if run.policy == LAST_N else None
+        self._accepted = self._evicted = 0
+
+    def note(self, event: protocol.ServerEvent) -> None:
+        if isinstance(event, protocol.FrameAccepted):
+            self._accepted += 1
+        elif isinstance(event, protocol.MemoryEvicted):
+            self._evicted += event.frames
+
+    def require_whole(self) -> None:
+        """Raises ConfigError if something is forgotten that the run would show. What comes late in
+        a stream is asked about as it is remembered then."""
+        held = self._accepted - self._evicted
+        is_shown = self._last_n is not None and held > self._last_n
+        if not self._evicted or self._may_forget or is_shown:
+            return
+        raise ConfigError(
+            f"the session holds {held} frames at once, and the clip has more",
+            where=self._where,
+            remedy=f"take about {held} frames (--max-frames), or export and serve the model with "
+            "more memory",
+        )
 
 
 class ServedEvaluator:
@@ -108,9 +145,13 @@ class ServedEvaluator:
             self.close()
             raise
         self.name = model.bundle
-        self._by_change: bool = model.limits.scorer == "change"
-        self.has_scores = bool(model.limits.has_scorer)
-        self.attention = VisionAttention(model.limits.trained_attention)
+        limits = model.limits
+        self._by_change: bool = limits.scorer == "change"
+        self.has_scores = bool(limits.has_scorer)
+        self.attention = VisionAttention(limits.trained_attention)
+        self.frames: FrameRule | None = None
+        if limits.clip_frames:
+            self.frames = FrameRule(num_frames=limits.clip_frames, max_fps=limits.clip_fps)
         self.identity = identity or f"{model.bundle} on {version}"
 
     async def _greet(self) -> tuple[Any, str]:

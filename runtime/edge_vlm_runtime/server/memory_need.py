@@ -9,7 +9,7 @@ from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.memory import PROGRAM_BYTES, free_memory, row_bytes, run_bytes
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits, SessionSettings
-from edge_vlm_runtime.session.budget import cache_capacity, shown_window
+from edge_vlm_runtime.session.budget import cache_capacity, plan_memory, shown_tokens
 from edge_vlm_runtime.session.context import FRAMES_PER_PREFILL
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class MemoryNeed:
         """Raises ConfigError for settings that the model cannot hold to."""
         model, language = ModelLimits.from_bundle(bundle), bundle.config.language
         spec = bundle.specs["llm"]
-        window = shown_window(settings, model, limits)
+        window = shown_tokens(plan_memory(settings, model, limits), model)
         capacity = cache_capacity(model, limits)
         if settings.attention is Attention.FRAME:
             new = min(FRAMES_PER_PREFILL * model.frame_tokens, model.max_prefill_tokens)

@@ -190,7 +190,9 @@ def video_window(
             f"no room for video: {room} tokens are left and two frames need {least}"
             + (f"; the subtitles have {subtitle_tokens}" if subtitle_tokens else ""),
             where="session settings",
-            remedy="lower max_answer_tokens or history_turns, or give the session more memory",
+            remedy="lower max_answer_tokens or history_turns, "
+            + ("take fewer subtitles, " if subtitle_tokens else "")
+            + "or give the session more memory",
         )
     if settings.window_tokens == 0:
         return room

@@ -77,14 +77,16 @@ def open_file(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Sourc
 
 
 def whole_file(text: str) -> tuple[Path, VideoTimes] | None:
-    """A file that can be read twice and the times of its frames; None for standard input and
-    addresses.
+    """A file that can be read twice and the times of its frames; None for standard input,
+    pipes and addresses.
 
     Raises VideoNotFound, VideoUnreadable, VideoEmpty.
     """
     if text == STANDARD_INPUT or is_file_address(text):
         return None
     path = _local_file(text)
+    if path.exists() and not path.is_file():  # a pipe, /dev/stdin
+        return None
     return path, probe_video(path)
 
 

@@ -64,6 +64,10 @@ def test_examples_of_the_rule() -> None:
     assert rule.times(1.5).tolist() == [0, 0.5, 1.0, 1.5]
     assert rule.times(6.0).tolist() == [0, 1.5, 3.0, 4.5, 6.0]
     assert rule.times(0.0).tolist() == [0]
+    assert FrameRule().spreads(192.0)
+    assert not FrameRule().spreads(191.5)
+    with pytest.raises(ValueError, match="only 'uniform_last_frame' is known"):
+        FrameRule(mode="fps")
     assert rule.times(1.02, 0.1).tolist() == [0, 0.5, 1.02]  # 1.0 would show the last frame, too
 
 
