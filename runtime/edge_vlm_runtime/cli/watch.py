@@ -133,7 +133,7 @@ async def _watch_session(
             except asyncio.CancelledError:
                 if not source.is_live:
                     raise  # Ctrl-C is how a live source ends, but it cuts a file short
-            alerts = await client.alerts() if args.alerts else []
+            alerts = await client.list_alerts() if args.alerts else []
     for status in alerts:
         print(alert_summary(status))
     print(summary_line(outcome))
