@@ -24,6 +24,7 @@ from edge_vlm_runtime.cli.options import (
     add_record_argument,
     add_settings_arguments,
     add_source_arguments,
+    address_of,
     own_server_options,
     serve_options,
     settings_of,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "url", nargs="?", help="ws://HOST:PORT/v1/realtime (default: a server of its own)"
+        "server", nargs="?", metavar="ADDRESS", help="as --url (default: a server of its own)"
     )
     parser.add_argument(
         "--source",
@@ -84,6 +85,7 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _watch(args: argparse.Namespace) -> int:
+    args.url = address_of(args)
     if args.record is not None and args.url is not None:
         raise ConfigError(
             "a session is recorded by its server", remedy="give --record to `edge-vlm serve`"

@@ -1,15 +1,16 @@
-"""How a server may be called: `HOST:PORT`, `http(s)://...` or `ws(s)://...`."""
+"""How a server may be called: `HOST:PORT`, `http(s)://...` or `ws(s)://...`. Light to import."""
 
 from __future__ import annotations
 
 from urllib.parse import SplitResult, urlsplit
 
 from edge_vlm.errors import ConfigError
-from edge_vlm_runtime.protocol.messages import PATH
 
 DEFAULT_PORT = 8765
 FORMS = "give HOST:PORT, http(s)://HOST:PORT or ws(s)://HOST:PORT"
 SECURE = {"ws": "ws", "http": "ws", "wss": "wss", "https": "wss"}
+PATH = "/v1/realtime"
+"""Of the websocket, as `protocol.PATH`, which is not light."""
 API = "/v1"
 
 
@@ -39,7 +40,7 @@ def _folder(path: str) -> str:
 
 def _parts(address: str) -> SplitResult:
     text = address.strip()
-    scheme, separator, _ = text.partition("://")
+    _, separator, _ = text.partition("://")
     try:
         parts = urlsplit(text if separator else f"ws://{text}")
         port = parts.port

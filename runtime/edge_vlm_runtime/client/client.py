@@ -56,8 +56,8 @@ class Client(Exchange):
         access: Access | None = None,
         reconnect: bool = True,
     ) -> Client:
-        """Opens a session; see also the function `connect`. `url`: see `address`. `on_event` is called with every event of the server, in order; of a type
-        that is not known yet, with an `UnknownEvent`.
+        """Opens a session, as `connect` does. `url`: see `address`. `on_event` is called with every
+        event of the server, in order; of a type that is not known yet, with an `UnknownEvent`.
 
         Raises ServerUnreachable, ServerBusy, ProtocolError, and ConfigError for settings that the
         server refuses.

@@ -100,7 +100,8 @@ class LoadedBundle:
         limits: ServerLimits | None = None,
         on_event: Callable[[ServerEvent], None] | None = None,
     ) -> InProcessSession:
-        """A stream of this process, without a server: see `InProcessSession`. Raises ConfigError."""
+        """A stream in this process, without a server, see `InProcessSession`. Raises
+        ConfigError."""
         import edge_vlm_runtime  # its public names: the room itself stands above this one
 
         return edge_vlm_runtime.InProcessSession(self, settings, limits=limits, on_event=on_event)
