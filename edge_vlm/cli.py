@@ -27,6 +27,7 @@ COMMANDS = {
     "serve": ("ort", "serve a bundle over a websocket, with a browser page"),
     "watch": ("client", "stream a file, webcam or RTSP camera to a server and ask questions"),
     "ask": ("client", "ask one question about one video file"),
+    "mcp": ("mcp", "let an agent see a running server's camera (Model Context Protocol)"),
     "doctor": ("ort", "say what this machine has and lacks for serving, and how to get it"),
     "replay": ("ort", "run a recorded session again: the same report, or figures at full speed"),
     "train": ("train", "train a model by a recipe, in one process or many"),

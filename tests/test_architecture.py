@@ -30,7 +30,7 @@ STAGES = {
 RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
-    *("PIL", "aiomqtt", "av", "bitsandbytes", "httpx", "llguidance", "msgspec", "onnx"),
+    *("PIL", "aiomqtt", "av", "bitsandbytes", "httpx", "llguidance", "mcp", "msgspec", "onnx"),
     *("onnxruntime", "rich", "safetensors", "tensorrt", "tensorrt_rtx"),
     *("starlette", "tokenizers", "tomli", "transformers", "uvicorn", "websockets"),
 }
@@ -45,7 +45,7 @@ FLOORS = (
     {"engine_thread", "recording"},
     {"openai"},
     {"server"},
-    {"evaluation", "demo", "doctor"},
+    {"evaluation", "demo", "doctor", "mcp"},
     {"cli"},
 )
 PURE_ROOMS = {"session", "protocol"}

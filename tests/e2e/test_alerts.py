@@ -64,7 +64,7 @@ def test_an_alert_from_its_creation_to_its_end(server: Server) -> None:
             never = await client.create_alert(QUESTION, on_threshold=1.0)
             assert (status.alert_id, status.state, status.probability) == ("alert_1", "idle", None)
             await send(client, 0, 3)
-            first, second = await client.alerts()
+            first, second = await client.list_alerts()
             assert (first.state, first.episodes, first.frame_sequence) == ("active", 1, 3)
             assert (second.state, second.episodes) == ("idle", 0)
             assert first.probability == second.probability
@@ -72,7 +72,7 @@ def test_an_alert_from_its_creation_to_its_end(server: Server) -> None:
             await client.delete_alert(status.alert_id)
             with pytest.raises(UnknownAlert, match="alert_1"):
                 await client.delete_alert(status.alert_id)
-            assert [alert.alert_id for alert in await client.alerts()] == [never.alert_id]
+            assert [alert.alert_id for alert in await client.list_alerts()] == [never.alert_id]
 
     run(session())
     told = [e for e in events if isinstance(e, (messages.AlertTriggered, messages.AlertCleared))]
@@ -98,11 +98,11 @@ def test_two_viewers_watch_for_different_things(server: Server) -> None:
             await one.create_alert(QUESTION, **ALWAYS)
             await send(one, 0, 2)
             await send(other, 0, 2)
-            assert len(await one.alerts()) == 1
-            assert await other.alerts() == []
+            assert len(await one.list_alerts()) == 1
+            assert await other.list_alerts() == []
             with pytest.raises(UnknownAlert):
                 await other.delete_alert("alert_1")
-            assert (await one.alerts())[0].state == "active"
+            assert (await one.list_alerts())[0].state == "active"
 
     run(session())
 
@@ -125,7 +125,7 @@ def test_rules_that_cannot_be_watched(
             await send(client, 0, 1)
             with pytest.raises(kind, match=words):
                 await client.create_alert(**{"question": QUESTION, **rule})
-            assert await client.alerts() == []
+            assert await client.list_alerts() == []
             assert (await client.ask(QUESTION)).status == "completed"
 
     run(session())
@@ -181,7 +181,7 @@ def test_a_server_sends_the_alerts_of_every_session_to_its_receivers() -> None:
                 async with await Client.connect(server.url, FILE) as client:
                     await client.create_alert(QUESTION, **ALWAYS)
                     await send(client, 0, 2)
-                    await client.alerts()
+                    await client.list_alerts()
                     return client.created.session_id
 
             names = [run(session()) for _ in range(2)]

@@ -58,7 +58,7 @@ CALLS: dict[str, Callable[[Client], Awaitable[Any]]] = {
     "iteration": iterated,
     "update": lambda client: client.update({"fps_cap": 3.0}),
     "say": lambda client: client.say("?"),
-    "alerts": lambda client: client.alerts(),
+    "alerts": lambda client: client.list_alerts(),
     "send_frame": lambda client: client.send_frame(jpeg(2), 500_000),
     "wait_processed": lambda client: client.wait_processed(),
     "cancel": lambda client: client.cancel(),
@@ -220,7 +220,7 @@ def test_closing_wakes_those_who_wait() -> None:
 
     async def session() -> None:
         client = await Client.connect(URL)
-        asking = asyncio.create_task(client.alerts())  # the script knows no alerts
+        asking = asyncio.create_task(client.list_alerts())  # the script knows no alerts
         await asyncio.sleep(0)
         client._reader.cancel()
         await client.close()
@@ -278,7 +278,7 @@ def test_what_is_no_event_at_all_still_is_an_error(text: str) -> None:
         async with await Client.connect(URL) as client:
             servers[0].emit_text(text)
             with pytest.raises(ProtocolError):
-                await client.alerts()
+                await client.list_alerts()
 
     with scripted() as servers:
         run(session())

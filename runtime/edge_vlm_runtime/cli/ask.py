@@ -15,6 +15,7 @@ from edge_vlm_runtime.cli.options import (
     access_of,
     add_access_arguments,
     add_settings_arguments,
+    address_of,
     own_server_options,
     serve_options,
     settings_of,
@@ -49,7 +50,6 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="SRT or WebVTT of the video: Molmo2 reads them behind its frames",
     )
-    parser.add_argument("--url", help="a running server (default: one of its own)")
     add_settings_arguments(parser, asks_once=True)
     add_access_arguments(parser)
 
@@ -59,6 +59,7 @@ def _ask(args: argparse.Namespace) -> int:
         raise ConfigError(
             "a picture alone is asked about without subtitles", remedy="ask with --detail both"
         )
+    args.url = address_of(args)
     with server_url(args) as url:
         return asyncio.run(_ask_session(args, url))
 

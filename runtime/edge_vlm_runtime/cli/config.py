@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError, MissingExtraError
 from edge_vlm_runtime.cli.arguments import PREFIX, Groups, Option, flat, places
+from edge_vlm_runtime.cli.options import URL_VARIABLE
 from edge_vlm_runtime.server.auth import VARIABLE as KEY_VARIABLE
 
 FILE_VARIABLE = "EDGE_VLM_CONFIG"
@@ -102,7 +103,7 @@ def resolve(
     variables = {
         name: value
         for name, value in environment.items()
-        if name.startswith(PREFIX) and name not in (FILE_VARIABLE, KEY_VARIABLE)
+        if name.startswith(PREFIX) and name not in (FILE_VARIABLE, KEY_VARIABLE, URL_VARIABLE)
     }
     known = set(own)
     if file_of is not None and not known.issuperset(

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from edge_vlm.cli import Command
-from edge_vlm_runtime.cli.options import DEFAULT_PORT, add_bundle_arguments
+from edge_vlm_runtime.cli.options import add_bundle_arguments
+from edge_vlm_runtime.client.address import DEFAULT_PORT
 from edge_vlm_runtime.demo.paths import DEMO_FOLDER
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import edge_vlm
 from edge_vlm.cli import Command
-from edge_vlm_runtime.cli.options import add_bundle_arguments
+from edge_vlm_runtime.cli.options import add_bundle_arguments, add_url_argument, address_of
 from edge_vlm_runtime.cli.shared import server_url
 
 DEFAULT_RULES = ("0.5:0.5", "0.7:0.4", "0.7:0.4:0.5", "0.9:0.5", "0.9:0.5:0.5:0.5")
@@ -21,7 +21,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "footage", type=Path, help="folder written by `edge-vlm world --events`, or one's own"
     )
-    parser.add_argument("--url", help="a running server (default: one of its own)")
+    add_url_argument(parser)
     parser.add_argument(
         "--at",
         action="append",
@@ -38,6 +38,7 @@ def _run(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.evaluation.alerts import parse_rule
 
     rules = {text: parse_rule(text) for text in args.rules or DEFAULT_RULES}
+    args.url = address_of(args)
     with server_url(args) as url:
         return asyncio.run(_evaluate(args, url, rules))
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from edge_vlm.errors import ConfigError
 from edge_vlm.options import About
 from edge_vlm_runtime.cli.arguments import Groups, add_options, build, flat, given, options_of
+from edge_vlm_runtime.client.address import DEFAULT_PORT
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import Backend
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.protocol.settings import ServerLimits
     from edge_vlm_runtime.server.tls import Tls
 
+URL_VARIABLE = "EDGE_VLM_URL"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-DEFAULT_PORT = 8765
 NOT_FOR_SERVERS = ("delivery", "raw_frames", "subtitles")
 """Settings that a client chooses by what it sends."""
 CLIENT_SETTINGS = (
@@ -107,6 +108,9 @@ class SourceOptions:
 class AccessOptions:
     """For commands that may connect to a server elsewhere."""
 
+    url: Annotated[str | None, About(metavar="ADDRESS")] = None
+    """A running server: HOST:PORT, http(s)://... or ws(s)://... (default: the variable
+    EDGE_VLM_URL)."""
     api_key_file: Path | None = None
     """File with the API key (default: the variable EDGE_VLM_API_KEY, or none)."""
     tls_ca: Path | None = None
@@ -199,6 +203,11 @@ def add_access_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, {"access to a server": options_of(AccessOptions)})
 
 
+def add_url_argument(parser: argparse.ArgumentParser) -> None:
+    """Of a command that knows no other access."""
+    add_options(parser, {"": options_of(AccessOptions, only=("url",))})
+
+
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, {"": options_of(SourceOptions)})
 
@@ -258,6 +267,18 @@ def _tls(args: argparse.Namespace) -> Tls | None:
     made = self_signed(default_folder(), sorted(names))
     print(f"certificate: {made.certificate}  (for clients: --tls-ca)", flush=True)
     return made
+
+
+def address_of(args: argparse.Namespace) -> str | None:
+    """The server that was named, by an argument or the variable, of which is told. Raises
+    ConfigError when there are two."""
+    positional: str | None = getattr(args, "server", None)
+    if positional is not None and args.url is not None:
+        raise ConfigError("the server is named twice", where=f"{positional} and --url {args.url}")
+    named: str | None = positional or args.url
+    if named is None and (named := os.environ.get(URL_VARIABLE) or None) is not None:
+        print(f"the server of {URL_VARIABLE}: {named}", file=sys.stderr)
+    return named
 
 
 def access_of(args: argparse.Namespace) -> Access:

@@ -24,6 +24,7 @@ from edge_vlm_runtime.cli.options import (
     add_record_argument,
     add_settings_arguments,
     add_source_arguments,
+    address_of,
     own_server_options,
     serve_options,
     settings_of,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "url", nargs="?", help="ws://HOST:PORT/v1/realtime (default: a server of its own)"
+        "server", nargs="?", metavar="ADDRESS", help="as --url (default: a server of its own)"
     )
     parser.add_argument(
         "--source",
@@ -84,6 +85,7 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _watch(args: argparse.Namespace) -> int:
+    args.url = address_of(args)
     if args.record is not None and args.url is not None:
         raise ConfigError(
             "a session is recorded by its server", remedy="give --record to `edge-vlm serve`"
@@ -133,7 +135,7 @@ async def _watch_session(
             except asyncio.CancelledError:
                 if not source.is_live:
                     raise  # Ctrl-C is how a live source ends, but it cuts a file short
-            alerts = await client.alerts() if args.alerts else []
+            alerts = await client.list_alerts() if args.alerts else []
     for status in alerts:
         print(alert_summary(status))
     print(summary_line(outcome))

@@ -1,17 +1,20 @@
 """The websocket client, for our commands and for scripts.
 
-async with await Client.connect(url, {"delivery": "wait"}) as client:
+async with connect("localhost:8765", {"delivery": "wait"}) as client:
     for seconds, rgb in pictures:
         await client.send_frame(rgb, int(seconds * 1e6))
     await client.wait_processed()
     print((await client.ask("what is there?")).shown_text)
+
+docs/python.md shows the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Coroutine, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from edge_vlm.errors import EdgeVlmError
 from edge_vlm.pixels.frames import encode_jpeg, require_rgb
@@ -19,12 +22,16 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.answers import Answer as Answer
 from edge_vlm_runtime.client.answers import AnswerStream as AnswerStream
 from edge_vlm_runtime.client.connection import Access, ResumableConnection, ResumePoint, frame_key
+from edge_vlm_runtime.client.events import EventStream as EventStream
+from edge_vlm_runtime.client.events import Kind
 from edge_vlm_runtime.client.exchange import Exchange
 from edge_vlm_runtime.client.exchange import OnEvent as OnEvent
 from edge_vlm_runtime.protocol import alerts as messages
+from edge_vlm_runtime.protocol.typed import RuleFields, Settings, require_known
 
 if TYPE_CHECKING:
     import numpy as np
+    from typing_extensions import Unpack
 
 Detail = Literal["video", "snapshot", "both", "text"]
 
@@ -43,14 +50,14 @@ class Client(Exchange):
     async def connect(
         cls,
         url: str,
-        settings: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
         *,
         on_event: OnEvent | None = None,
         access: Access | None = None,
         reconnect: bool = True,
     ) -> Client:
-        """Opens a session. `on_event` is called with every event of the server, in order; of a type
-        that is not known yet, with an `UnknownEvent`.
+        """Opens a session, as `connect` does. `url`: see `address`. `on_event` is called with every
+        event of the server, in order; of a type that is not known yet, with an `UnknownEvent`.
 
         Raises ServerUnreachable, ServerBusy, ProtocolError, and ConfigError for settings that the
         server refuses.
@@ -76,7 +83,7 @@ class Client(Exchange):
         line = await ResumableConnection.resume(url, access or Access(), point, reconnect=reconnect)
         return await cls(line, on_event)._begin(None)
 
-    async def _begin(self, settings: Mapping[str, Any] | None) -> Client:
+    async def _begin(self, settings: Settings | None) -> Client:
         try:
             self._report(self.created)
             if settings:
@@ -88,22 +95,24 @@ class Client(Exchange):
 
     # ---- what a script does ------------------------------------------------------------------
 
-    async def update(self, settings: Mapping[str, Any]) -> protocol.SessionUpdated:
+    async def update(self, settings: Settings) -> protocol.SessionUpdated:
         """Changes settings, see `SessionSettings`. Raises ConfigError."""
+        require_known(settings, Settings, "session settings")
         return await self._request(
             protocol.SessionUpdated, "session.update", session=dict(settings)
         )
 
-    async def create_alert(self, question: str, **rule: Any) -> messages.AlertStatus:
+    async def create_alert(self, question: str, **rule: Unpack[RuleFields]) -> messages.AlertStatus:
         """Watches for something from now on; `rule`: the other fields of `alert.create`.
 
-        What happens comes through `on_event`. Raises ConfigError, QuestionTooLong, TooManyAlerts,
-        AlertsUnsupported.
+        What happens comes through `alerts` and `on_event`. Raises ConfigError, QuestionTooLong,
+        TooManyAlerts, AlertsUnsupported.
         """
+        require_known(rule, RuleFields, "alert rule")
         kind = messages.AlertCreated
         return (await self._request(kind, "alert.create", question=question, **rule)).alert
 
-    async def alerts(self) -> list[messages.AlertStatus]:
+    async def list_alerts(self) -> list[messages.AlertStatus]:
         """All alerts, when every frame that the model remembers has been checked."""
         return (await self._request(messages.AlertListed, "alert.list")).alerts
 
@@ -111,15 +120,34 @@ class Client(Exchange):
         """Raises UnknownAlert."""
         await self._request(messages.AlertDeleted, "alert.delete", alert_id=alert_id)
 
-    async def send_frame(self, picture: bytes | np.ndarray, pts_us: int) -> int:
+    @overload
+    def events(self) -> EventStream[protocol.ServerEvent]: ...
+
+    @overload
+    def events(self, *kinds: type[Kind]) -> EventStream[Kind]: ...
+
+    def events(self, *kinds: type[Any]) -> EventStream[Any]:
+        """All that the server says from now on, or what of it is of these kinds: `async for`."""
+        return self._listen(*(kinds or (protocol.ServerEvent,)))
+
+    def alerts(self) -> EventStream[messages.AlertTriggered | messages.AlertCleared]:
+        """Begins and ends of alerts from now on: `async for`."""
+        return self._listen(messages.AlertTriggered, messages.AlertCleared)
+
+    async def send_frame(self, picture: bytes | np.ndarray, pts_us: int | None = None) -> int:
         """Sends one picture and returns its number: a JPEG, or rgb u8 [H, W, 3], which goes as it
         is if the session has `raw_frames` and as a JPEG if not.
+
+        `pts_us`: when it was taken, in microseconds from any starting point; without it, now. One
+        session has one kind of times: the time of day does not follow those of a file.
 
         Waits while as many frames as the server allows are unacknowledged. Raises ValueError for
         what is neither.
         """
         if not isinstance(picture, bytes):
             require_rgb(picture)
+        if pts_us is None:
+            pts_us = self._epoch_us + time.monotonic_ns() // 1000
         allowed = self.created.limits.max_unacknowledged_frames
         await self._until(lambda: len(self._unacknowledged) < allowed)
         self._last_sequence += 1
@@ -187,3 +215,42 @@ class Client(Exchange):
         trace: TracebackType | None,
     ) -> None:
         await (self.close() if error is None else self._shut())
+
+
+class Connecting:
+    """What `connect` returns: await it for a client, or enter it for one that is closed."""
+
+    def __init__(self, opening: Coroutine[Any, Any, Client]) -> None:
+        self._opening = opening
+        self._client: Client | None = None
+
+    def __await__(self) -> Generator[Any, None, Client]:
+        return self._opening.__await__()
+
+    async def __aenter__(self) -> Client:
+        self._client = await self._opening
+        return self._client
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._client is not None
+        await self._client.__aexit__(kind, error, trace)
+
+
+def connect(
+    url: str,
+    settings: Settings | None = None,
+    *,
+    on_event: OnEvent | None = None,
+    access: Access | None = None,
+    reconnect: bool = True,
+) -> Connecting:
+    """`async with connect("localhost:8765") as client`, or `client = await connect(...)`. As
+    `Client.connect`."""
+    return Connecting(
+        Client.connect(url, settings, on_event=on_event, access=access, reconnect=reconnect)
+    )

@@ -32,6 +32,7 @@ from edge_vlm.errors import (
 )
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client.address import websocket_url
 from edge_vlm_runtime.protocol.base import UnknownEvent, unknown_event
 from edge_vlm_runtime.protocol.messages import error_from_detail as error_from_detail
 
@@ -108,8 +109,9 @@ class ResumableConnection:
 
     @classmethod
     async def open(cls, url: str, access: Access, *, reconnect: bool) -> ResumableConnection:
-        """A new session. Raises ServerUnreachable, ServerBusy, ProtocolError, ConfigError, and
-        whatever else the server answers with."""
+        """A new session; `url`: see `address`. Raises ServerUnreachable, ServerBusy, ProtocolError,
+        ConfigError, and whatever else the server answers with."""
+        url = websocket_url(url)
         connection = await _connect(url, access)
         first = await _first_event(connection)
         if not isinstance(first, protocol.SessionCreated):
@@ -127,6 +129,7 @@ class ResumableConnection:
         cls, url: str, access: Access, point: ResumePoint, *, reconnect: bool
     ) -> ResumableConnection:
         """Goes on with a session. Raises as `open`, SessionGone, ReplayLost."""
+        url = websocket_url(url)
         connection, resumed = await _resume(url, access, point)
         return cls(url, access, connection, resumed, point, reconnect=reconnect)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +27,7 @@ from edge_vlm_runtime.client.connection import (
     error_from_detail,
     name_of,
 )
+from edge_vlm_runtime.client.events import EventStream, Kind
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.base import UnknownEvent
 
@@ -74,6 +77,11 @@ class Exchange:
         self.frames = FrameCounts()
         self.unknown_events: Counter[str] = Counter()
         """Events that only a newer version knows, by type."""
+        self._streams: weakref.WeakSet[EventStream[Any]] = weakref.WeakSet()
+        self._is_closing = False
+        self._epoch_us = (time.time_ns() - time.monotonic_ns()) // 1000
+        """Makes a time of day of the monotonic clock, for frames that come "now": it goes on in
+        another process, and does not jump when the machine's clock is set."""
         self._reader = asyncio.create_task(self._read())
 
     @property
@@ -112,6 +120,7 @@ class Exchange:
             raise self._failure
 
     async def _shut(self) -> None:
+        self._is_closing = True
         try:
             if self._failure is None:
                 with suppress(EdgeVlmError, asyncio.TimeoutError):
@@ -169,6 +178,8 @@ class Exchange:
             self._failure = self._failure or ServerUnreachable("the client was closed")
             for stream in [*self._by_event_id.values(), *self._by_response_id.values()]:
                 stream.push(None)
+            for events in tuple(self._streams):
+                events.end(None if self._is_closing else self._failure)
             self._wake()
 
     async def _take_events(self) -> None:
@@ -183,7 +194,16 @@ class Exchange:
         self._changed.set()
         self._changed.clear()
 
+    def _listen(self, *kinds: type[Kind]) -> EventStream[Kind]:
+        stream = EventStream(kinds)
+        if self._reader.done():
+            stream.end(None if self._is_closing else self._failure)
+        self._streams.add(stream)
+        return stream
+
     def _report(self, event: protocol.ServerEvent) -> None:
+        for stream in tuple(self._streams):
+            stream.push(event)
         if self.on_event is None:
             return
         try:

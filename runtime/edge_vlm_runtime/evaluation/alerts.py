@@ -158,7 +158,7 @@ async def _watch(
     for jpeg, time_s in zip(part.jpegs, part.times_s, strict=True):
         await client.send_frame(jpeg, round(time_s * 1e6))
         await client.wait_processed()  # no frame waits for another, as with a camera
-    await client.alerts()  # comes when everything has been checked
+    await client.list_alerts()  # comes when everything has been checked
     for reason in client.frames.dropped:
         raise RuntimeError(f"footage {part.name}: a frame was dropped ({reason})")
     first_s = part.times_s[0]

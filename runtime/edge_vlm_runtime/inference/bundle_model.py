@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,12 @@ from edge_vlm_runtime.inference.constraints import Constraints
 from edge_vlm_runtime.inference.image_encoder import ImageVision
 from edge_vlm_runtime.inference.language import LanguageModel
 from edge_vlm_runtime.inference.vision import VisionPipeline
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.engine_thread.in_process import InProcessSession
+    from edge_vlm_runtime.protocol.base import ServerEvent
+    from edge_vlm_runtime.protocol.settings import ServerLimits
+    from edge_vlm_runtime.protocol.typed import Settings
 
 
 class LoadedBundle:
@@ -88,6 +95,19 @@ class LoadedBundle:
             for graph in opened.graphs.values():
                 graph.close()
             raise
+
+    def session(
+        self,
+        settings: Settings | None = None,
+        *,
+        limits: ServerLimits | None = None,
+        on_event: Callable[[ServerEvent], None] | None = None,
+    ) -> InProcessSession:
+        """A stream in this process, without a server, see `InProcessSession`. Raises
+        ConfigError."""
+        import edge_vlm_runtime  # its public names: the room itself stands above this one
+
+        return edge_vlm_runtime.InProcessSession(self, settings, limits=limits, on_event=on_event)
 
     def close(self) -> None:
         """Frees the graphs; twice does no harm."""

@@ -143,6 +143,11 @@ def json_object(fields: dict[str, Any]) -> str:
     return msgspec.json.encode({k: v for k, v in fields.items() if v is not None}).decode()
 
 
+def json_bytes(value: Any) -> bytes:
+    """JSON of plain values and of parts of messages."""
+    return msgspec.json.encode(value)
+
+
 def json_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
     """JSON schema of one message, definitions included."""
     return msgspec.json.schema(kind)

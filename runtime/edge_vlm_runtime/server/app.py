@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import logging
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,7 +19,9 @@ from typing import Any
 import edge_vlm
 from edge_vlm.errors import (
     ConfigError,
+    EdgeVlmError,
     HostNotAllowed,
+    MessageTooLarge,
     MissingExtraError,
     ModelNotFound,
     ServerBusy,
@@ -39,10 +40,12 @@ from edge_vlm_runtime.openai.one_shot import OneShots
 from edge_vlm_runtime.openai.request_queue import RequestQueue
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
-from edge_vlm_runtime.server.asgi_server import AsgiServer
+from edge_vlm_runtime.server.asgi_server import AsgiServer, listen
 from edge_vlm_runtime.server.auth import SUBPROTOCOLS, require_key
 from edge_vlm_runtime.server.connection import Connection, refuse
 from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
+from edge_vlm_runtime.server.live_api import MAX_BODY_BYTES, LiveApi
+from edge_vlm_runtime.server.live_api import PREFIX as LIVE_PREFIX
 from edge_vlm_runtime.server.memory_need import require_memory
 from edge_vlm_runtime.server.metrics import CONTENT_TYPE
 from edge_vlm_runtime.server.origins import Origins
@@ -52,7 +55,7 @@ from edge_vlm_runtime.session.budget import default_settings, notes_on, video_wi
 
 try:
     from starlette.applications import Starlette
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.staticfiles import StaticFiles
@@ -72,6 +75,8 @@ PAGE_HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
 }
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+"""Are told apart by what is asked."""
 DRAIN_S = 5.0
 CONNECTIONS_PER_SESSION = 4
 """Connections that have no session yet, or none any more, count too."""
@@ -112,7 +117,7 @@ class Server:
         self._engines = engines
         self._recorder = recorder
         self._worker = EngineWorker(engines, self.limits)
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port)
         self._api_key = api_key
         self._is_tls = tls is not None
         self.host = host
@@ -143,6 +148,7 @@ class Server:
             allows_origin=self._origins.allows,
             on_reply=self._table.metrics.replied,
         )
+        self._live_api = LiveApi(self._table)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
@@ -333,6 +339,7 @@ class Server:
                 Route("/version", self._version),
                 Route("/metrics", self._metrics),
                 WebSocketRoute(protocol.PATH, self._realtime),
+                Route(f"{LIVE_PREFIX}/{{path:path}}", self._live, methods=METHODS),
                 Route("/v1", self._api),
                 Route("/v1/{path:path}", self._api),
             ]
@@ -360,6 +367,29 @@ class Server:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._table.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def _live(self, request: Request) -> Response:
+        try:
+            headers = request.headers
+            if not self._origins.allows(headers.get("origin"), headers.get("host")):
+                raise HostNotAllowed("a page from elsewhere may not look")
+            body = bytearray()
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_BODY_BYTES:
+                    raise MessageTooLarge(f"more than {MAX_BODY_BYTES} bytes")
+            path = request.path_params["path"]
+            answer = await self._live_api.answer(
+                request.method, path, request.query_params, bytes(body)
+            )
+        except EdgeVlmError as error:
+            return JSONResponse(envelope(error), status_of(error), headers_of(error))
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except Exception as error:
+            log.exception("a request failed")
+            return JSONResponse(envelope(error), status_of(error))
+        return Response(answer.body, media_type=answer.kind, headers=dict(answer.headers))
 
     async def _realtime(self, websocket: WebSocket) -> None:
         headers = websocket.headers
@@ -430,21 +460,3 @@ class _Page(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers.update(PAGE_HEADERS)
         return response
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named; with it on, every event
-    # that follows another one waits 40 ms for the client's delayed acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(64)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {reason}", remedy="choose another --port"
-        ) from error
-    return listener

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from edge_vlm.errors import MissingExtraError
+from edge_vlm.errors import ConfigError, MissingExtraError
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.tls import Tls
 
@@ -76,3 +76,22 @@ class AsgiServer(uvicorn.Server):
                 if peer is not None and tuple(peer[:2]) == tuple(client):
                     return transport
         return None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for `serve`; port 0 takes a free one. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's algorithm off only where the protocol is named; with it on, every event
+    # that follows another one waits 40 ms for the client's delayed acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(64)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {reason}", remedy="choose another --port"
+        ) from error
+    return listener

@@ -48,8 +48,14 @@ def is_guarded(path: str) -> bool:
 
 
 def require_key(key: str | None, scope: Mapping[str, Any]) -> None:
-    """Checks an ASGI scope of HTTP or a websocket. Raises Unauthorized."""
-    if key is None or not is_guarded(scope["path"]):
+    """Checks an ASGI scope of HTTP or a websocket, if its path is guarded. Raises Unauthorized."""
+    if is_guarded(scope["path"]):
+        check_key(key, scope)
+
+
+def check_key(key: str | None, scope: Mapping[str, Any]) -> None:
+    """The same of any path. Raises Unauthorized."""
+    if key is None:
         return
     given = _bearer(scope["headers"]) or _of_subprotocols(scope.get("subprotocols", ()))
     if given is None:

@@ -250,6 +250,7 @@ class Connection:
         session.newest_frame_sequence = max(frame.seq, session.newest_frame_sequence or 0)
         session.newest_time = (frame.capture_us, frame.received_ns)
         if refused is None:
+            session.view.offered(frame)
             handle.put_frame(frame)
         else:
             handle.refuse_frame(frame, refused)

@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from edge_vlm_runtime.openai.realtime import RealtimeShape
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.event_log import EventLog
+from edge_vlm_runtime.server.live_view import LiveView
 from edge_vlm_runtime.server.metrics import ServerMetrics
 from edge_vlm_runtime.session.budget import notes_on, video_room
 
@@ -55,9 +57,14 @@ class ClientSession:
     """One session as the server keeps it. Made by `SessionRegistry.open`."""
 
     def __init__(
-        self, limits: ServerLimits, on_event: OnEvent | None = None, model_id: str = ""
+        self,
+        limits: ServerLimits,
+        on_event: OnEvent | None = None,
+        model_id: str = "",
+        clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._on_event = on_event
+        self._clock_ns = clock_ns
         self.session_id = secrets.token_hex(8)
         self.shape = RealtimeShape(self.session_id, model_id)
         self.resume_token = secrets.token_urlsafe(24)
@@ -71,6 +78,7 @@ class ClientSession:
         """Set whenever the engines have done something, and at the end."""
         self.listeners: set[Callable[[protocol.ServerEvent | None], None]] = set()
         """Get every event as well, and None at the end."""
+        self.view = LiveView()
         self.settings: SessionSettings | None = None
         """Those last announced."""
         self.messages_received = 0
@@ -95,6 +103,7 @@ class ClientSession:
             return
         if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):
             self.stills_under_way.discard(event.frame_sequence)
+        self.view.said(event, self._clock_ns())
         self._observe(event)
         for listener in tuple(self.listeners):
             listener(event)
@@ -120,6 +129,7 @@ class ClientSession:
         if self.ending is None:
             self.ending = CloseReason(code, reason)
             self.progress.set()
+            self.view.wake()
             for listener in tuple(self.listeners):
                 listener(None)
             if self.viewer is not None:
@@ -163,6 +173,16 @@ class SessionRegistry:
         self._ends: set[asyncio.Task[None]] = set()
 
     @property
+    def all_sessions(self) -> list[ClientSession]:
+        """Those that can be asked."""
+        return [session for session in self._sessions.values() if _is_live(session)]
+
+    def live_session(self, session_id: str) -> ClientSession | None:
+        """The one of that name, if it can be asked."""
+        session = self._sessions.get(session_id)
+        return session if session is not None and _is_live(session) else None
+
+    @property
     def num_sessions(self) -> int:
         return len(self._sessions)
 
@@ -180,7 +200,7 @@ class SessionRegistry:
         anything else; the place is free again then, also when the caller is cancelled.
         """
         given_up = self._make_room()
-        session = ClientSession(self.limits, self._notify, self._bundle_name)
+        session = ClientSession(self.limits, self._notify, self._bundle_name, self.clock_ns)
         self._sessions[session.session_id] = session  # before any await: the place is taken
         opening = asyncio.get_running_loop().create_task(self._open(session, given_up))
         self._openings.add(opening)
@@ -271,8 +291,8 @@ class SessionRegistry:
         self, session_id: str, tell: Callable[[protocol.ServerEvent | None], None]
     ) -> tuple[SessionHandle, Callable[[], None]]:
         """See `openai.live.LiveSessions`."""
-        session = self._sessions.get(session_id)
-        if session is None or session.handle is None or session.ending is not None:
+        session = self.live_session(session_id)
+        if session is None or session.handle is None:
             raise SessionGone("there is no such live session", remedy="start one, or ask another")
         session.listeners.add(tell)
         return session.handle, lambda: session.listeners.discard(tell)
@@ -393,6 +413,10 @@ class SessionRegistry:
         await self.end_engines_side(session)
         session.send(protocol.SessionClosed(reason="the server is stopping"))
         session.end(1001, "the server is stopping")
+
+
+def _is_live(session: ClientSession) -> bool:
+    return session.handle is not None and session.ending is None
 
 
 def resolve(future: asyncio.Future[Any], result: object) -> None:

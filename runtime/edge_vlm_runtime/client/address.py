@@ -1,0 +1,55 @@
+"""How a server may be called: `HOST:PORT`, `http(s)://...` or `ws(s)://...`. Light to import."""
+
+from __future__ import annotations
+
+from urllib.parse import SplitResult, urlsplit
+
+from edge_vlm.errors import ConfigError
+
+DEFAULT_PORT = 8765
+FORMS = "give HOST:PORT, http(s)://HOST:PORT or ws(s)://HOST:PORT"
+SECURE = {"ws": "ws", "http": "ws", "wss": "wss", "https": "wss"}
+PATH = "/v1/realtime"
+"""Of the websocket, as `protocol.PATH`, which is not light."""
+API = "/v1"
+
+
+def websocket_url(address: str) -> str:
+    """Where the server's websocket is. A path in front of it, as of a proxy, stays; a whole address
+    of a websocket stays as it is. Raises ConfigError."""
+    parts = _parts(address)
+    path = parts.path
+    if parts.scheme in ("http", "https") or path in ("", "/"):
+        path = f"{_folder(path)}{PATH}"
+    return parts._replace(scheme=SECURE[parts.scheme], path=path).geturl()
+
+
+def http_url(address: str, path: str) -> str:
+    """The same server's `path`, such as /v1/models. Raises ConfigError."""
+    parts = _parts(address)
+    scheme = {"ws": "http", "wss": "https"}[SECURE[parts.scheme]]
+    whole = f"{_folder(parts.path)}{path}"
+    return parts._replace(scheme=scheme, path=whole, query="", fragment="").geturl()
+
+
+def _folder(path: str) -> str:
+    """What stands before /v1."""
+    bare = path.rstrip("/")
+    return bare.removesuffix(PATH).removesuffix(API)
+
+
+def _parts(address: str) -> SplitResult:
+    text = address.strip()
+    _, separator, _ = text.partition("://")
+    try:
+        parts = urlsplit(text if separator else f"ws://{text}")
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(
+            f"not the address of a server: {error}", where=address, remedy=FORMS
+        ) from error
+    if parts.scheme not in SECURE or not parts.hostname or " " in text:
+        raise ConfigError("not the address of a server", where=address, remedy=FORMS)
+    if not separator and port is None:
+        parts = parts._replace(netloc=f"{parts.netloc.rstrip(':')}:{DEFAULT_PORT}")
+    return parts
