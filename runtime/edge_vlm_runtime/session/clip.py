@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.errors import ClipTooLong
+from edge_vlm.errors import AlertsUnsupported, ClipTooLong, ConfigError
 from edge_vlm.pruning.clip_budget import Variant, clip_budget, context_of, num_kept
-from edge_vlm_runtime.protocol.settings import SessionSettings
+from edge_vlm_runtime.protocol.alerts import AlertCreate
+from edge_vlm_runtime.protocol.settings import CLIP, SessionSettings
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge_vlm.text.prompt import PromptFormat
     from edge_vlm_runtime.inference.vision import FrameStem, FrameTokens, VisionPipeline
+    from edge_vlm_runtime.session.alerts import AlertMessage
     from edge_vlm_runtime.session.context import StreamContext
 
 REMEDY = "take fewer frames a second (--fps), a lower keep_ratio, or policy stream"
@@ -143,3 +145,33 @@ class ClipGatherer:
         self._chosen, self._done = None, []
         self.is_open = len(self._frames) > count
         return done
+
+
+NO_MOMENTS = "alerts look at every frame as it comes, policy 'clip' chooses when it is asked"
+
+
+def require_same_kind(
+    before: SessionSettings, after: SessionSettings, has_begun: bool, is_watching: bool
+) -> None:
+    """Raises ConfigError where a clip would have to become a stream, or the other way round."""
+    if (after.policy == CLIP) == (before.policy == CLIP):
+        return
+    if has_begun:
+        raise ConfigError(
+            f"policy {before.policy!r} cannot become {after.policy!r} with frames in memory: one "
+            "chooses as they come, the other over the finished clip",
+            where="session settings",
+            remedy="begin another session",
+        )
+    if after.policy == CLIP and is_watching:
+        raise ConfigError(
+            NO_MOMENTS,
+            where="session settings",
+            remedy="take policy stream, or delete the alerts",
+        )
+
+
+def require_moments(message: AlertMessage, settings: SessionSettings) -> None:
+    """Raises AlertsUnsupported for a new alert on a clip."""
+    if isinstance(message, AlertCreate) and settings.policy == CLIP:
+        raise AlertsUnsupported(NO_MOMENTS, remedy="take policy stream")

@@ -192,7 +192,7 @@ class StreamContext:
         Raises what `LanguageModel.prefill` raises; nothing is remembered then.
         """
         self._require_not_lent()
-        self._arena.clear()
+        self._clear()
         self._remembered.clear()
         try:
             self.add(frames)

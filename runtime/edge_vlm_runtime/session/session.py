@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_vlm.errors import (
-    AlertsUnsupported,
     ConfigError,
     EdgeVlmError,
     NoFrameYet,
@@ -31,11 +30,9 @@ from edge_vlm.errors import (
 )
 from edge_vlm.pruning.clip_budget import variant_of
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.protocol.alerts import AlertCreate
 from edge_vlm_runtime.protocol.base import MAX_TEXT
 from edge_vlm_runtime.protocol.questions import UserMessage, lines
 from edge_vlm_runtime.protocol.settings import (
-    CLIP,
     Attention,
     ModelLimits,
     ServerLimits,
@@ -52,7 +49,7 @@ from edge_vlm_runtime.session.budget import (
     question_capacity,
     video_room,
 )
-from edge_vlm_runtime.session.clip import ClipGatherer
+from edge_vlm_runtime.session.clip import ClipGatherer, require_moments, require_same_kind
 from edge_vlm_runtime.session.context import StreamContext
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
@@ -199,7 +196,7 @@ class Session:
             elif isinstance(message, protocol.ResponseCancel):
                 self._cancel(message.response_id, now_ns)
             elif isinstance(message, AlertMessage):
-                self._require_moments(message)
+                require_moments(message, self.settings)
                 self._alerts.take(message)
             else:
                 raise UnknownMessageType(
@@ -218,7 +215,7 @@ class Session:
         settings = self.settings.changed(changes)
         subtitle_ids = self._subtitles_of(settings)
         plan = self._plan(settings, subtitle_ids)
-        self._require_same_kind(settings)
+        require_same_kind(self.settings, settings, self._ingest.has_begun, self._alerts.is_watching)
         self._require_room_for(settings.instructions)
         if self._answer is None:
             try:
@@ -244,32 +241,6 @@ class Session:
     def _plan(self, settings: SessionSettings, subtitle_ids: np.ndarray) -> MemoryPlan:
         """Raises ConfigError as `video_window` does."""
         return plan_memory(settings, self._model, self._limits, len(subtitle_ids))
-
-    def _require_same_kind(self, settings: SessionSettings) -> None:
-        """Raises ConfigError where a clip would have to become a stream, or the other way round."""
-        if (settings.policy == CLIP) == (self.settings.policy == CLIP):
-            return
-        if self._ingest.has_begun:
-            raise ConfigError(
-                f"policy {self.settings.policy!r} cannot become {settings.policy!r} with frames in "
-                "memory: one chooses as they come, the other over the finished clip",
-                where="session settings",
-                remedy="begin another session",
-            )
-        if settings.policy == CLIP and self._alerts.is_watching:
-            raise ConfigError(
-                "alerts look at every frame as it comes, policy 'clip' chooses when it is asked",
-                where="session settings",
-                remedy="take policy stream, or delete the alerts",
-            )
-
-    def _require_moments(self, message: AlertMessage) -> None:
-        """Raises AlertsUnsupported for a new alert on a clip."""
-        if isinstance(message, AlertCreate) and self.settings.policy == CLIP:
-            raise AlertsUnsupported(
-                "alerts look at every frame as it comes, policy 'clip' chooses when it is asked",
-                remedy="take policy stream",
-            )
 
     def _look_at_all(self, plan: MemoryPlan) -> None:
         """Where every frame has to be in the cache there is none that was postponed."""
