@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.runtime import live_load, stream_length
+from benchmarks.runtime import exact_prefill, live_load, stream_length
+from tests.published_folder import image_bundle
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -58,3 +59,13 @@ def test_live_load_states_what_it_measured(
     assert static["fast"]["frames_encoded"] == 24
     assert static["static_to_busy"]["frames_encoded"] == pytest.approx(2 / 24, abs=1e-3)
     assert "static to busy" in capsys.readouterr().out
+
+
+def test_an_exact_prefill_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    argv = ["--bundle", str(image_bundle()), "--frames", "1", "--threads", "1", "--out", str(path)]
+    assert exact_prefill.main(argv) == 0
+    (row,) = json.loads(path.read_text())["frames"]
+    assert row["tokens"] == exact_prefill.TOKENS
+    assert abs(row["prefill_gb"]) < 1
+    assert row["second_s"] > 0

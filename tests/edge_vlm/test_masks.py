@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_vlm.text.masks import CAUSAL, MASKED, block_bias, branch_bias
+from edge_vlm.text.masks import (
+    CAUSAL,
+    MASKED,
+    block_bias,
+    block_rule,
+    branch_bias,
+    branch_rule,
+    rule_bias,
+)
 
 
 def seen(bias: np.ndarray) -> list[str]:
@@ -37,3 +45,16 @@ def test_a_batch_is_its_rows(bias_of: object) -> None:
     assert whole.shape == (2, 3, 7, 9)
     for i, j in np.ndindex(2, 3):
         assert np.array_equal(whole[i, j], bias_of(ids[i, j], 2))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("past", [0, 3])
+def test_a_rule_is_the_same_mask_in_two_numbers_a_token(past: int) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        blocks = rng.integers(CAUSAL, 3, rng.integers(1, 12))
+        rule = block_rule(blocks)
+        assert rule.shape == (2, len(blocks))
+        np.testing.assert_array_equal(rule_bias(rule, past), block_bias(blocks, past))
+        branches = np.sort(rng.integers(0, 4, rng.integers(1, 12)))
+        bias = rule_bias(branch_rule(branches), past)
+        np.testing.assert_array_equal(bias, branch_bias(branches, past))

@@ -106,13 +106,13 @@ def answer_times(answer: Answer) -> str:
 
 
 def looked_at_text(answer: Answer, room: protocol.VideoRoom | None) -> str:
-    """How many frames an answer rests on and, if some are missing, why and what helps; empty if
-    that is not known or the video was not asked about."""
+    """How many frames an answer rests on if some are missing, why, and what helps; empty if none
+    are, or the video was not asked about."""
     shown, accepted = answer.frames_shown, answer.frames_accepted
-    if shown is None or accepted is None or (shown == 0 and answer.snapshot is not None):
+    if not shown or accepted is None or shown >= accepted:
         return ""
-    text = f"{shown} of {accepted} {'frame' if accepted == 1 else 'frames'} looked at"
-    if shown >= accepted or room is None:
+    text = f"{shown} of {accepted} frames looked at"
+    if room is None:
         return text
     limits = {"bundle": "the bundle", "positions": "the model's positions"}
     why = limits.get(room.limited_by, room.limited_by)

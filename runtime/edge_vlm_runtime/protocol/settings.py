@@ -39,7 +39,8 @@ class Attention(str, Enum):
     FRAME = "frame"
     """Each frame is appended once; two-way inside a frame, causal between frames."""
     EXACT = "exact"
-    """All remembered frames are prefilled anew for each question, all of them two-way."""
+    """All remembered frames are prefilled together when a question comes, all of them two-way; that
+    stays until the next frame."""
     LAST_N = "last_n"
     """As `exact`, with the last `last_n` frames only: the control arm of any memory."""
 
@@ -68,8 +69,8 @@ class SessionSettings:
     min_cells: int = 2
     """Cells that every frame keeps, as far as keep_ratio allows."""
     attention: Attention = Attention.FRAME
-    """`frame`: each frame is appended once; `exact`: all remembered frames are prefilled anew for
-    each question, seeing each other both ways; `last_n`: so, with the last few only."""
+    """`frame`: each frame is appended once; `exact`: all remembered frames are prefilled together
+    when a question comes, seeing each other both ways; `last_n`: so, with the last few only."""
     last_n: int = 4
     """Frames that `last_n` shows."""
     window_tokens: int = 0

@@ -220,8 +220,8 @@ def video_room(
     frames = int((tokens - 1) // _frame_tokens(settings, model))  # the first token is the prompt's
     reserve = dialogue_reserve(settings, model, limits, subtitle_tokens)
     room = {
+        "positions": model.max_positions - reserve,  # before what a larger export could not help
         "bundle": model.max_cache_tokens - reserve,
-        "positions": model.max_positions - reserve,
         "kv_tokens": limits.kv_capacity_tokens - reserve,
         "session_memory": limits.max_session_bytes // model.token_bytes - reserve,
     }
