@@ -315,6 +315,9 @@ def test_what_is_allowed_is_fetched_up_to_its_limit(
     assert fetch(neighbour, param="url", max_bytes=1 << 20) == jpeg(1)
     with pytest.raises(MediaRefused, match="more than 100 bytes"):
         fetch(neighbour, param="url", max_bytes=100)
+    monkeypatch.setattr("edge_vlm_runtime.openai.fetching.LONGEST_S", 0.0)
+    with pytest.raises(MediaRefused, match="takes more than"):
+        fetch(neighbour, param="url", max_bytes=1 << 20)
 
 
 # ---- busy, and clients that leave ------------------------------------------------------------
