@@ -104,7 +104,8 @@ caused it.
 
 ## Over HTTP on the same port
 
-`/v1/chat/completions` and `/v1/models` as in [the API](api.md), `/` the browser page, `/healthz` and `/readyz` (200 or 503), `/version`, `/metrics` (Prometheus).
+`/v1/chat/completions` and `/v1/models` as in [the API](api.md), `/` the browser page, `/healthz`
+and `/readyz` (200 or 503), `/version`, `/metrics` (Prometheus).
 A `Host` that is not the server's gets 403 and the code `E-HOST`.
 
 A server with an API key wants `Authorization: Bearer KEY` on the websocket and on every path under
@@ -130,8 +131,8 @@ def render() -> str:
         "`event_id` (string, optional) may stand in every message.\n\n",
         _settings(),
         "## From the server\n\n",
-        "`sequence` (integer) stands in every event and rises by one with each. So does `event_id` "
-        "(string): that of the message which the event answers, else one of the server's own.\n\n",
+        "`sequence` (integer) stands in every event and rises by one with each. `event_id` "
+        "(string) stands in every event, too: that of the message it answers, else a new one.\n\n",
         *(_section(kind, {"sequence"}) for kind in messages.SERVER_EVENTS),
         "### Parts of these\n\n",
         *(_part(kind) for kind in messages.PARTS),

@@ -144,7 +144,10 @@ def measure_requests(rounds: int, questions: int, folder: str) -> dict[str, Any]
             progress(f"requests: round {number + 1} of {rounds}")
             alone += asyncio.run(_ttft(server.url, questions))
             with _process("requests", server.page_url, 2.0 + questions * 0.5, folder) as clients:
-                time.sleep(1.5)
+                while server.num_waiting_requests < limits.max_waiting_requests:
+                    if clients.poll() is not None:
+                        raise RuntimeError("the clients were too few or too short")
+                    time.sleep(0.05)
                 beside += asyncio.run(_ttft(server.url, questions))
                 statuses.update(_result_of(clients)["statuses"])
     ratio = statistics.median(beside) / statistics.median(alone)

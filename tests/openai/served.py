@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import httpx
 import openai
+import pytest
 
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.video import read_video
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
+from edge_vlm_runtime.inference.language import LanguageModel
 from edge_vlm_runtime.openai.media import MediaRules
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.app import Server
@@ -43,6 +46,19 @@ def serving(
     ) as server:
         server.start()
         yield server
+
+
+def held_answers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Answers stop after their first tokens until the event is set."""
+    goes_on = threading.Event()
+    decode = LanguageModel.decode_step
+
+    def decode_step(self: LanguageModel, arena: Any, token_id: int) -> Any:
+        assert goes_on.wait(TIMEOUT_S), "nobody let the answer go on"
+        return decode(self, arena, token_id)
+
+    monkeypatch.setattr(LanguageModel, "decode_step", decode_step)
+    return goes_on
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ from edge_vlm_runtime.openai.fetching import fetch, is_public
 from edge_vlm_runtime.openai.media import MediaRules, read_picture
 from edge_vlm_runtime.server.app import Server
 from tests.openai.letters import letters_bundle
-from tests.openai.served import CLIP, TIMEOUT_S, data_uri, picture_part, post, serving, user
+from tests.openai.served import (
+    CLIP,
+    TIMEOUT_S,
+    data_uri,
+    held_answers,
+    picture_part,
+    post,
+    serving,
+    user,
+)
 from tests.runtime.pictures import jpeg
 
 HI = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
@@ -306,6 +315,9 @@ def test_what_is_allowed_is_fetched_up_to_its_limit(
     assert fetch(neighbour, param="url", max_bytes=1 << 20) == jpeg(1)
     with pytest.raises(MediaRefused, match="more than 100 bytes"):
         fetch(neighbour, param="url", max_bytes=100)
+    monkeypatch.setattr("edge_vlm_runtime.openai.fetching.LONGEST_S", 0.0)
+    with pytest.raises(MediaRefused, match="takes more than"):
+        fetch(neighbour, param="url", max_bytes=1 << 20)
 
 
 # ---- busy, and clients that leave ------------------------------------------------------------
@@ -332,14 +344,30 @@ def test_a_full_queue_answers_429_and_nobody_is_left_without() -> None:
 
 
 def test_memory_for_waiting_requests_is_bounded() -> None:
-    with serving(max_waiting_bytes=1000) as server:
-        reply = post(server, {**HI, "messages": user("?", picture_part(jpeg(1)))})
-        error_of(reply, 503, "E-SERVER-BUSY")
-        assert int(reply.headers["retry-after"]) >= 1
-        assert post(server, HI).status_code == 200
+    large = {**HI, "messages": user("?", picture_part(jpeg(1)))}
+    with serving(max_waiting_bytes=20_000, max_request_bytes=1 << 20) as server:
+        with server._api._queue.held() as others:
+            others.grow(19_000)
+            reply = post(server, large)
+            error_of(reply, 503, "E-SERVER-BUSY")
+            assert int(reply.headers["retry-after"]) >= 1
+            assert post(server, HI).status_code == 200
+        assert post(server, large).status_code == 200
+        never = {**HI, "messages": user("a" * 20_000)}
+        error_of(post(server, never), 413, "E-MESSAGE-TOO-LARGE")
+        assert server._api._queue.num_bytes == 0
 
 
-def test_a_client_that_leaves_ends_its_work(tmp_path: Path) -> None:
+def until(is_met: Callable[[], bool], what: str) -> None:
+    give_up = time.monotonic() + TIMEOUT_S
+    while not is_met():
+        assert time.monotonic() < give_up, f"in vain waited for: {what}"
+        time.sleep(0.001)
+
+
+def test_a_client_that_leaves_ends_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An answer of 100 tokens is cancelled at its first, and the turn is free."""
 
     async def leave(server: Server) -> None:
@@ -353,25 +381,27 @@ def test_a_client_that_leaves_ends_its_work(tmp_path: Path) -> None:
                 return
 
     with serving(letters_bundle(tmp_path), max_waiting_requests=0) as server:
+        goes_on = held_answers(monkeypatch)
         asyncio.run(leave(server))
+        until(lambda: not server._api._work, "the end of the request's work")
+        goes_on.set()
         cancelled = 'edge_vlm_responses_total{status="cancelled"} 1.0'
-        give_up = time.monotonic() + TIMEOUT_S
-        while cancelled not in httpx.get(f"{server.page_url}metrics").text:
-            assert time.monotonic() < give_up, "the answer was not cancelled"
+        metrics = f"{server.page_url}metrics"
+        until(lambda: cancelled in httpx.get(metrics).text, "the end of the answer")
         assert post(server, {**HI, "model": "letters", "max_tokens": 2}).status_code == 200
 
 
-def test_a_server_that_stops_answers_those_who_wait(tmp_path: Path) -> None:
+def test_a_server_that_stops_answers_those_who_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one that runs and the one behind it are told; nobody finds a dead socket."""
     body = {**HI, "model": "letters", "guided_choice": ["a" * 100]}
-    with serving(letters_bundle(tmp_path)) as server, ThreadPoolExecutor(2) as pool:
+    with serving(letters_bundle(tmp_path)) as server, ThreadPoolExecutor(3) as pool:
+        goes_on = held_answers(monkeypatch)
         asked = [pool.submit(post, server, body) for _ in range(2)]
-        give_up = time.monotonic() + TIMEOUT_S
-        while len(server._api._work) < 2:
-            assert time.monotonic() < give_up, "the requests did not come"
-            time.sleep(0.001)
-        server.stop(drain_s=0.0)
-        for reply in (each.result(TIMEOUT_S) for each in asked):
-            if reply.status_code != 200:
-                error_of(reply, 503, "E-SERVER-BUSY")
-        assert any(each.result().status_code == 503 for each in asked)
+        until(lambda: server._api._queue.num_waiting == 1, "both requests")
+        stopped = pool.submit(server.stop, drain_s=0.0)
+        for each in asked:
+            error_of(each.result(TIMEOUT_S), 503, "E-SERVER-BUSY")
+        goes_on.set()
+        stopped.result(TIMEOUT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from edge_vlm.errors import AnswerFormError, FrameDecodeError
+from edge_vlm.errors import AnswerFormError, FrameDecodeError, RequestError
 from edge_vlm.pixels.frames import decode_picture, shrink_jpeg, still_size
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.constraints import Constraints, choice_grammar, schema_grammar
+from edge_vlm_runtime.openai.chat_request import read_chat_request
 from edge_vlm_runtime.openai.one_shot import OneShots
 from edge_vlm_runtime.session.frames import Encoding
 from edge_vlm_runtime.session.questions import StopText
@@ -174,3 +176,38 @@ def test_a_bug_of_ours_is_told_without_its_words(monkeypatch: pytest.MonkeyPatch
         assert "secret" not in reply.text
         monkeypatch.undo()
         assert post(server, body).status_code == 200
+
+
+# ---- bodies ----------------------------------------------------------------------------------
+
+WORDS = ["user", "text", "image_url", "video_url", "data:,x", "file:///a", "json_schema"]
+KEYS = ["type", "text", "url", "role", "content", "image_url", "video_url", "choice", "json"]
+PLAIN = st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.text(max_size=8)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    PLAIN | NUMBERS | st.sampled_from(WORDS),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+FIELDS = st.sampled_from(
+    [
+        *("messages", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "n", "tools"),
+        *("tool_choice", "response_format", "guided_decoding", "edge_vlm", "media_io_kwargs"),
+        *("stream_options", "user", "guided_json", "logit_bias"),
+    ]
+)
+
+
+@given(st.dictionaries(FIELDS, VALUES, max_size=4), VALUES)
+def test_any_body_is_read_or_refused_by_name(changes: dict[str, Any], content: Any) -> None:
+    body = {"model": "demo", "messages": [{"role": "user", "content": content}], **changes}
+    try:
+        request = read_chat_request(json.dumps(body).encode())
+    except RequestError as error:
+        assert error.param is None or isinstance(error.param, str)
+        assert len(str(error)) < 2000
+    else:
+        assert request.conversation.turns[-1].text.strip()

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -17,11 +18,27 @@ from pydantic import TypeAdapter
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server.app import Server
-from tests.openai.served import TIMEOUT_S, client_of, clip_frames, data_uri, png, serving
+from tests.openai.letters import letters_bundle
+from tests.openai.served import (
+    TIMEOUT_S,
+    client_of,
+    clip_frames,
+    data_uri,
+    held_answers,
+    png,
+    serving,
+)
 from tests.runtime.pictures import jpeg, picture
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(RealtimeServerEvent)
-OURS = {"frame.accepted", "frame.dropped", "session.stats", "memory.evicted", "memory.rebased"}
+OURS = {
+    "frame.accepted",
+    "frame.dropped",
+    "session.stats",
+    "memory.evicted",
+    "memory.rebased",
+    "pong",
+}
 """Events that OpenAI's API does not have."""
 QUESTION = "What is there now?"
 TRUTH = "orange mushroom, yellow bicycle, green dog, purple balloon"
@@ -201,6 +218,37 @@ def test_one_answer_may_differ(server: Server) -> None:
             assert chosen.usage.output_tokens == 1
 
     run(talk())
+
+
+def test_an_answer_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said stays said, and the next question is answered."""
+
+    async def talk(server: Server) -> None:
+        async with talking(server, "letters") as it:
+            await it.until("session.created")
+            await it.sdk.session.update(session={"type": "realtime", "max_output_tokens": 120})
+            await it.show(jpeg(1))
+            await it.say("a ?")
+            await it.sdk.response.create(
+                response={"edge_vlm": {"json_schema": {"enum": ["a" * 100]}}}
+            )
+            await it.until("response.output_text.delta")
+            await it.sdk.response.cancel()
+            await it.sdk.send({"type": "ping"})
+            await it.until("pong")  # so the server has the other message, too
+            goes_on.set()
+            done = (await it.until("response.done")).response
+            assert (done.status, done.status_details.reason) == ("cancelled", "client_cancelled")
+            said = done.output[0].content[0].text
+            assert 0 < len(said) < 100
+            assert said == "".join(e.delta for e in it.of("response.output_text.delta"))
+            await it.say("a ?")
+            await it.sdk.response.create(response={"edge_vlm": {"choice": ["b"]}})
+            assert (await it.until("response.done")).response.output[0].content[0].text == "b"
+
+    with serving(letters_bundle(tmp_path), api_key=KEY) as server:
+        goes_on = held_answers(monkeypatch)
+        run(talk(server))
 
 
 def refusal(server: Server, message: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class EngineWorker:
         self._stopping = False
         self._ended = False
         self._courtesy = Courtesy()
+        self._is_pausing = False
+        """Background work was left for later in this round."""
         self._scheduler: Scheduler[SessionHandle] = Scheduler(
             answer=self._answer,
             watch=self._watch,
@@ -96,8 +98,7 @@ class EngineWorker:
     ) -> None:
         """Makes a session that begins at `now_ns`, under other `limits` if given; `on_open` gets
         its handle or the error, on the engine thread. For the rest see `SessionHandle` and
-        `Session`. Raises
-        ServerBusy when the thread has ended."""
+        `Session`. Raises ServerBusy when the thread has ended."""
 
         def refuse(error: EdgeVlmError) -> None:
             if call_log is not None:
@@ -163,6 +164,7 @@ class EngineWorker:
             handles = self._scheduler.sessions
             for handle in handles:
                 handle.take_messages()
+            self._is_pausing = False
             worked = self._scheduler.round(interrupted=lambda: self._has_news)
             for handle in handles:
                 handle.after_round()
@@ -170,8 +172,7 @@ class EngineWorker:
                     self._scheduler.remove(handle)
             with self._wake:
                 if not worked and not self._has_news and not self._stopping:
-                    pause_s = self._courtesy.pause_ns(self.clock_ns()) * 1e-9
-                    self._wake.wait(min(pause_s, IDLE_WAIT_S) if pause_s else IDLE_WAIT_S)
+                    self._wake.wait(self._idle_s())
         while not self._ended:  # what was posted before the end is answered, too
             for handle in self._scheduler.sessions:
                 self._scheduler.remove(handle)
@@ -179,6 +180,12 @@ class EngineWorker:
             self._make_calls()
             with self._wake:
                 self._ended = not self._calls and not self._scheduler.sessions
+
+    def _idle_s(self) -> float:
+        """When there may be something to do without anybody waking the thread."""
+        if not self._is_pausing:
+            return IDLE_WAIT_S
+        return min(self._courtesy.pause_ns(self.clock_ns()) * 1e-9, IDLE_WAIT_S)
 
     def _answer(self, handle: SessionHandle) -> bool:
         worked = handle.answer()
@@ -191,6 +198,7 @@ class EngineWorker:
             return handle.watch()
         begin_ns = self.clock_ns()
         if self._courtesy.pause_ns(begin_ns):
+            self._is_pausing = True
             return False
         worked = handle.watch()
         if worked:

@@ -22,6 +22,7 @@ from edge_vlm.errors import (
     NoSuchPath,
     ServerBusy,
 )
+from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.openai.chat_request import ChatRequest, read_chat_request
 from edge_vlm_runtime.openai.completion import DONE, Reply, Timing, sse
@@ -72,10 +73,7 @@ class OpenAiApi:
         self.is_draining = True
         if self._work:
             await asyncio.wait(set(self._work), timeout=time_left_s)
-        for task in self._work:
-            task.cancel()
-        if self._work:
-            await asyncio.wait(set(self._work))
+        await cancel(*self._work)
 
     # ---- routes ------------------------------------------------------------------------------
 
@@ -149,9 +147,7 @@ class OpenAiApi:
                 await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
                 is_stopped = gone.done() or work.cancelled()
             finally:
-                for task in (work, gone):
-                    task.cancel()
-                await asyncio.wait([work, gone])
+                await cancel(work, gone)
             if work.cancelled():
                 if not gone.cancelled():
                     reply.status = 499  # nobody reads it any more

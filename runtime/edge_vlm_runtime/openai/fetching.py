@@ -11,12 +11,16 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from urllib.parse import urljoin, urlsplit
 
 from edge_vlm.errors import MediaRefused
 
 TIMEOUT_S = 20.0
+"""Of each wait for the other side."""
+LONGEST_S = 60.0
+"""Of reading all of it."""
 MAX_REDIRECTIONS = 3
 PIECE_BYTES = 1 << 16
 
@@ -73,8 +77,11 @@ def fetch(url: str, *, param: str, max_bytes: int, lookup: Lookup = look_up) -> 
 
 def _read(reply: http.client.HTTPResponse, max_bytes: int, param: str) -> bytes:
     data = bytearray()
-    while piece := reply.read(PIECE_BYTES):
+    give_up_s = time.monotonic() + LONGEST_S
+    while piece := reply.read1(PIECE_BYTES):
         data += piece
+        if time.monotonic() > give_up_s:
+            raise MediaRefused(f"the address takes more than {LONGEST_S:g} s", param=param)
         if len(data) > max_bytes:
             raise MediaRefused(f"more than {max_bytes} bytes lie at the address", param=param)
     return bytes(data)

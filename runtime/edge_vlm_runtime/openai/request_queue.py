@@ -25,9 +25,10 @@ class HeldBytes:
     def grow(self, num_bytes: int) -> None:
         """Raises MessageTooLarge, ServerBusy."""
         limits = self._queue.limits
-        if self.num_bytes + num_bytes > limits.max_request_bytes:
+        most = min(limits.max_request_bytes, limits.max_waiting_bytes)
+        if self.num_bytes + num_bytes > most:
             raise MessageTooLarge(
-                f"a request of more than {limits.max_request_bytes} bytes",
+                f"a request of more than {most} bytes",
                 remedy="send fewer or smaller pictures, or start the server with a larger "
                 "--max-request-bytes",
             )

@@ -133,6 +133,7 @@ class Server:
             on_event=on_event,
         )
         rules = media or MediaRules()
+        self._queue = RequestQueue(self.limits)
         self._api = OpenAiApi(
             one_shots=OneShots(
                 engines=engines,
@@ -143,7 +144,7 @@ class Server:
                 on_event=self._table.metrics.one_shot_event,
             ),
             live=self._table,
-            queue=RequestQueue(self.limits),
+            queue=self._queue,
             model_id=engines.bundle.name,
             allows_origin=self._origins.allows,
             on_reply=self._table.metrics.replied,
@@ -231,6 +232,11 @@ class Server:
     @property
     def page_url(self) -> str:
         return f"{'https' if self._is_tls else 'http'}://{self._authority}/"
+
+    @property
+    def num_waiting_requests(self) -> int:
+        """HTTP requests that wait for their turn."""
+        return self._queue.num_waiting
 
     @property
     def _authority(self) -> str:
