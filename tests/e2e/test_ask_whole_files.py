@@ -89,7 +89,7 @@ def test_what_the_memory_does_not_hold_is_spread_over_the_whole_clip(
     require_equal(shown, read_clip(videos / "long.mp4", FrameRule(num_frames=9)))
     assert shown[-1][0] == pytest.approx(22.25)
     said = capsys.readouterr().err
-    assert "9 frames, evenly over 22.2 s (the model was trained on 46, the memory holds 9)" in said
+    assert "9 frames, evenly over 22.2 s (the model was trained on 46; no more fit (" in said
     assert "dropped" not in said
 
 

@@ -16,7 +16,7 @@ from tests.tiny import tiny_bundle
 def test_a_bundle_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tiny_bundle())]) == 0
     out = capsys.readouterr().out
-    assert "fp32 (base float32, vit base, llm base, head base)" in out
+    assert "fp32 (base float32, vit base, llm base, head base, embed float32)" in out
     assert "portable, cache token_major" in out
     assert "s=1..96 p=0..512" in out
     assert "graphs/llm.weights" in out

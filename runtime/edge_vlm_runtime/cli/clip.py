@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.pixels.video import VideoTimes, clip_times
 from edge_vlm.text.subtitles import Subtitle, near_frames, subtitle_text
+from edge_vlm_runtime.client.terminal import no_more_fit
+from edge_vlm_runtime.protocol.messages import VideoRoom
 from edge_vlm_runtime.protocol.settings import ModelLimits, SessionSettings
 
 if TYPE_CHECKING:
@@ -44,25 +46,25 @@ async def choose(
     room = await _room(client, {})
     near: list[Subtitle] = []
     while True:
-        fits = fitting_rule(rule, probed, room, client.settings, model)
+        fits = fitting_rule(rule, probed, room.tokens, client.settings, model)
         times_s: list[float] = clip_times(probed, fits).tolist()
         if not subtitles:
             break
         near = near_frames(subtitles, times_s)
         room = await _room(client, {"subtitles": subtitle_text(near)})
-        if fits.num_frames == 1 or num_tokens(times_s, client.settings, model) <= room:
+        if fits.num_frames == 1 or num_tokens(times_s, client.settings, model) <= room.tokens:
             break
-    said = _said(fits, rule, probed)
+    said = _said(fits, rule, probed, room)
     if subtitles:
         said += f", {len(near)} of {len(subtitles)} subtitles"
     return Chosen(times_s=times_s, said=said)
 
 
-async def _room(client: Client, settings: dict[str, str]) -> int:
-    """Tokens of video that the session shows at most under these settings."""
+async def _room(client: Client, settings: dict[str, str]) -> VideoRoom:
+    """How much video the session shows at most under these settings."""
     room = (await client.update(settings)).video
     assert room is not None, "a server that tells its frame rule tells this, too"
-    return room.tokens
+    return room
 
 
 def fitting_rule(
@@ -90,11 +92,11 @@ def num_tokens(times_s: Sequence[float], settings: SessionSettings, model: Model
     return stamps + model.num_cells + cells * (len(times_s) - 1)
 
 
-def _said(fits: FrameRule, wanted: FrameRule, probed: VideoTimes) -> str:
+def _said(fits: FrameRule, wanted: FrameRule, probed: VideoTimes, room: VideoRoom) -> str:
     if not fits.spreads(probed.end_s):
         return f" ({fits.max_fps:g} a second and the last one)"
     text = f", evenly over {probed.end_s:.1f} s"
     if fits.num_frames < wanted.num_frames:
         meant = len(clip_times(probed, wanted))
-        text += f" (the model was trained on {meant}, the memory holds {fits.num_frames})"
+        text += f" (the model was trained on {meant}; {no_more_fit(room)})"
     return text

@@ -112,11 +112,14 @@ def looked_at_text(answer: Answer, room: protocol.VideoRoom | None) -> str:
     if not shown or accepted is None or shown >= accepted:
         return ""
     text = f"{shown} of {accepted} frames looked at"
-    if room is None:
-        return text
+    return text if room is None else f"{text}, {no_more_fit(room)}"
+
+
+def no_more_fit(room: protocol.VideoRoom) -> str:
+    """Why, and what helps."""
     limits = {"bundle": "the bundle", "positions": "the model's positions"}
     why = limits.get(room.limited_by, room.limited_by)
-    return f"{text}, no more fit ({why}): {room.remedy}"
+    return f"no more fit ({why}): {room.remedy}"
 
 
 def dropped_text(outcome: Outcome) -> str:
