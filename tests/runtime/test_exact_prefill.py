@@ -323,4 +323,4 @@ def test_ask_says_what_was_looked_at_and_what_helps(capsys: pytest.CaptureFixtur
         "9 frames, evenly over 2.8 s (the model was trained on 12; no more fit (kv_tokens): serve "
         "with a larger --kv-tokens)"
     )
-    assert said("--attention", "frame").startswith("12 frames, ")  # all of them
+    assert said("--attention", "frame").startswith("12 frames (")  # all of them
