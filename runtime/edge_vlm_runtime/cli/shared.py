@@ -59,6 +59,14 @@ async def take_offline_policy(args: argparse.Namespace, client: Client) -> None:
         await client.update({"policy": wanted})
 
 
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print every event as a line of JSON, see docs/python.md",
+    )
+
+
 def print_notes(notes: Sequence[str]) -> None:
     """What is to be known of the settings, beside the answers."""
     for note in notes:
