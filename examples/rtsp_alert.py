@@ -17,7 +17,8 @@ from edge_vlm_runtime.sources.open import open_source
 
 def main(source: str, question: str) -> None:
     camera = open_source(source, 2.0)  # pictures a second
-    with SyncClient(os.environ.get("EDGE_VLM_URL", "localhost:8765")) as client:
+    server = os.environ.get("EDGE_VLM_URL", "localhost:8765")
+    with SyncClient(server, {"delivery": "live" if camera.is_live else "wait"}) as client:
         alerts = client.alerts()
 
         def tell() -> None:

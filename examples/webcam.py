@@ -18,7 +18,7 @@ ASK_EVERY_S = 3.0
 
 async def main(source: str, address: str) -> None:
     camera = open_source(source, 2.0)  # pictures a second
-    async with connect(address, {"keep_ratio": 0.5}) as client:
+    async with connect(address, {"delivery": "live" if camera.is_live else "wait"}) as client:
         ask_at_s = ASK_EVERY_S
         pictures = camera.pictures()
         while picture := await asyncio.to_thread(next, pictures, None):

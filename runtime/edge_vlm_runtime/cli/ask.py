@@ -32,6 +32,7 @@ from edge_vlm_runtime.cli.shared import (
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.client import Client
+    from edge_vlm_runtime.protocol.typed import Settings
     from edge_vlm_runtime.sources.container import Source
 
 
@@ -86,7 +87,7 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
             if isinstance(result, Answer):
                 answers.append(result)
 
-    settings = {**settings_of(args), **own_session(args), "delivery": "wait"}
+    settings: Settings = {**settings_of(args), **own_session(args), "delivery": "wait"}
     async with await Client.connect(url, settings, access=access_of(args)) as client:
         await take_offline_policy(args, client)
         print_notes(client.notes)

@@ -12,6 +12,7 @@ from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.pixels.video import VideoTimes, clip_times
 from edge_vlm.text.subtitles import Subtitle, near_frames, subtitle_text
 from edge_vlm_runtime.protocol.settings import ModelLimits, SessionSettings
+from edge_vlm_runtime.protocol.typed import Settings
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.client import Client
@@ -58,7 +59,7 @@ async def choose(
     return Chosen(times_s=times_s, said=said)
 
 
-async def _room(client: Client, settings: dict[str, str]) -> int:
+async def _room(client: Client, settings: Settings) -> int:
     """Tokens of video that the session shows at most under these settings."""
     room = (await client.update(settings)).video
     assert room is not None, "a server that tells its frame rule tells this, too"

@@ -41,6 +41,7 @@ from edge_vlm_runtime.cli.shared import (
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
+    from edge_vlm_runtime.protocol.typed import Settings
 
 
 def _watch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +119,7 @@ async def _watch_session(
     questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     outcome = Outcome()
     access = access_of(args)
-    settings = {**settings_of(args), **own_session(args, args.record)}
+    settings: Settings = {**settings_of(args), **own_session(args, args.record)}
     if settings.get("policy") == CLIP:
         settings["delivery"] = "wait"  # a file; a live source is refused below
     async with await Client.connect(url, settings, access=access) as client:

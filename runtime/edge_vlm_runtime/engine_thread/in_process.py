@@ -194,17 +194,23 @@ class InProcessSession:
 
     def _call(self, key: str | int, begin: Callable[[], None]) -> protocol.ServerEvent:
         """Works until there is the event that answers it. Raises what the session says instead."""
-        self._waited_for, self._reply = key, None
+        self._waited_for = key
+        self._reply = None
         if self._handle.session is not None:
             begin()
             self._handle.take_messages()
         while self._reply is None and self.work():
             pass
-        reply, self._waited_for, self._reply = self._reply, None, None
+        self._waited_for = None
+        reply = self._take_reply()
         if isinstance(reply, protocol.Error):
             raise error_from_detail(reply.error)
         if reply is None:
             raise InternalError("the session has ended", remedy="begin another one")
+        return reply
+
+    def _take_reply(self) -> protocol.ServerEvent | None:
+        reply, self._reply = self._reply, None
         return reply
 
     def _request(self, kind: type[Reply], message: protocol.ClientMessage) -> Reply:
