@@ -11,6 +11,7 @@ import os
 import sys
 
 import openai
+from openai.types.chat import ChatCompletionContentPartParam
 
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.video import read_video
@@ -22,15 +23,14 @@ def main(path: str, question: str) -> None:
     key = os.environ.get("EDGE_VLM_API_KEY", "none")
     with openai.OpenAI(base_url=http_url(server, "/v1"), api_key=key) as client:
         model = client.models.list().data[0].id
-        parts = []
+        parts: list[ChatCompletionContentPartParam] = []
         for time_s, rgb in read_video(path, 2.0):
             uri = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(rgb)).decode()}"
             parts.append({"type": "text", "text": f"<{time_s:.1f} seconds>"})
             parts.append({"type": "image_url", "image_url": {"url": uri}})
+        parts.append({"type": "text", "text": question})
         stream = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": [*parts, {"type": "text", "text": question}]}],
-            stream=True,
+            model=model, messages=[{"role": "user", "content": parts}], stream=True
         )
         for chunk in stream:
             if chunk.choices:

@@ -1,5 +1,5 @@
-"""As much of rclpy, sensor_msgs and std_msgs as a node of ours touches: no ROS, but what ROS refuses
-is refused, a message of another type, a topic without a subscriber, a parameter declared twice."""
+"""As much of rclpy, sensor_msgs and std_msgs as a node of ours touches. No ROS, but what ROS
+refuses is refused: a message of another type, a topic without a subscriber, a parameter declared twice."""
 
 from __future__ import annotations
 

@@ -178,8 +178,8 @@ from edge_vlm_runtime import SyncClient, connect
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertTriggered
 
 async def right() -> AlertTriggered | AlertCleared | None:
-    async with connect("here", {"keep_ratio": 0.3, "delivery": "wait", "policy": "random"}) as client:
-        await client.update({"attention": "exact"})
+    async with connect("here", {"keep_ratio": 0.3, "policy": "random"}) as client:
+        await client.update({"attention": "exact", "delivery": "wait"})
         await client.create_alert("Is there a cat now?", on_threshold=0.9)
         async for alert in client.alerts():
             return alert
@@ -312,10 +312,10 @@ def test_the_blocking_client_for_several_threads(server: Server) -> None:
 
 def test_in_process_is_as_over_the_wire(server: Server) -> None:
     async def over_the_wire() -> tuple[list[list[int]], str]:
-        async with connect(address(server), {"delivery": "wait"}) as client:
+        settings: Settings = {"delivery": "wait", "raw_frames": True}
+        async with connect(address(server), settings) as client:
             outcomes = client.events(protocol.FrameAccepted)
             for time_s, rgb in read_video(CLIP, 2.0):
-                await client.update({"raw_frames": True})
                 await client.send_frame(rgb, round(time_s * 1e6))
             await client.wait_processed()
             answer = await client.ask(QUESTION)
@@ -333,7 +333,9 @@ def test_in_process_is_as_over_the_wire(server: Server) -> None:
         pieces = session.start_answer(QUESTION)
         with pytest.raises(Exception, match="no graph for pictures"):
             session.ask(QUESTION, "snapshot")
-        assert isinstance(session.send_frame(b"no picture"), protocol.FrameDropped)
+        assert isinstance(
+            session.send_frame(b"no picture", round((time_s + 0.5) * 1e6)), protocol.FrameDropped
+        )
         first = next(pieces)
         accepted = session.send_frame(rgb, round((time_s + 1) * 1e6))  # while it is decoded
         assert isinstance(accepted, protocol.FrameAccepted)

@@ -20,7 +20,7 @@ from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.inference.kv_arena import KVArena
 from edge_vlm_runtime.inference.language import LanguageModel
-from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.protocol.settings import Attention, ServerLimits
 from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.session.budget import default_settings
@@ -107,7 +107,7 @@ def test_answers_are_torchs_own(server: Server, attention: str) -> None:
 
     async def session() -> None:
         seen = Seen()
-        settings: Settings = {**FILE, "attention": attention}
+        settings: Settings = {**FILE, "attention": Attention(attention)}
         async with await Client.connect(server.url, settings, on_event=seen) as client:
             assert client.created.model.limits.snapshot_tokens > 0
             await send(client, 3)
