@@ -1,5 +1,6 @@
 """As much of rclpy, sensor_msgs and std_msgs as a node of ours touches. No ROS, but what ROS
-refuses is refused: a message of another type, a topic without a subscriber, a parameter declared twice."""
+refuses is refused: a message of another type, a topic without a subscriber, a parameter that is
+declared twice."""
 
 from __future__ import annotations
 
