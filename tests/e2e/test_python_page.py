@@ -352,6 +352,27 @@ def test_in_process_is_as_over_the_wire(server: Server) -> None:
         session.ask(QUESTION)
 
 
+def test_in_process_on_event_may_ask_and_may_fail() -> None:
+    answers: list[str] = []
+
+    def on_event(event: protocol.ServerEvent) -> None:
+        if isinstance(event, protocol.FrameAccepted):
+            if event.frame_sequence == 2:
+                raise KeyError("a bug of the caller's")
+            answers.append(session.ask(QUESTION).text)
+
+    jpegs = clip_frames()
+    with (
+        LoadedBundle.open(DEMO_BUNDLE, threads=1) as bundle,
+        bundle.session(on_event=on_event) as session,
+    ):
+        assert isinstance(session.send_frame(jpegs[0], 0), protocol.FrameAccepted)
+        with pytest.raises(KeyError, match="a bug of the caller's"):
+            session.send_frame(jpegs[1], 500_000)
+        assert isinstance(session.send_frame(jpegs[2], 1_000_000), protocol.FrameAccepted)
+    assert len(answers) == 2
+
+
 # ---- JSON ------------------------------------------------------------------------------------
 
 

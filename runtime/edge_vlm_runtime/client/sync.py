@@ -64,7 +64,9 @@ class SyncClient:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except (KeyboardInterrupt, CancelledError):
+        except CancelledError:
+            raise RuntimeError("the client was closed") from None
+        except KeyboardInterrupt:
             future.cancel()
             raise
 
