@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import re
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -147,6 +148,24 @@ def test_over_streamable_http(server: Server) -> None:
                 ):
                     reply = await http.post(url, json={}, headers=headers)
                     assert reply.status_code == status
+
+    run(scenario())
+
+
+def test_it_ends_with_an_interrupt_too() -> None:
+    async def scenario() -> None:
+        process = await asyncio.create_subprocess_exec(
+            *(str(PROGRAM), "mcp", "--url", "127.0.0.1:9"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}\n')
+        await process.stdin.drain()
+        assert json.loads(await process.stdout.readline())["id"] == 1
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == -signal.SIGINT
 
     run(scenario())
 
