@@ -307,6 +307,19 @@ def test_the_blocking_client_for_several_threads(server: Server) -> None:
     client.close()
 
 
+def test_an_iterator_of_another_thread_ends_with_the_client(server: Server) -> None:
+    for _ in range(5):  # whoever closes and whoever iterates meet at another moment each time
+        told: list[protocol.ServerEvent] = []
+        with SyncClient(address(server), {"delivery": "wait"}) as client:
+            stream = client.events()
+            reader = threading.Thread(target=told.extend, args=(stream,))
+            reader.start()
+            client.send_frame(clip_frames()[0])
+        reader.join(TIMEOUT_S)
+        assert not reader.is_alive()
+        assert isinstance(told[-1], protocol.SessionClosed)
+
+
 # ---- in process ------------------------------------------------------------------------------
 
 
