@@ -13,7 +13,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := edge_vlm export runtime training calibration tests benchmarks
+SOURCES := edge_vlm export runtime training calibration tests benchmarks examples
 # A file's tests share what they set up, so a file stays in one process.
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from edge_vlm.formats.qa_set import INDEX
 
 CHECKPOINT_CONFIGS = ("config.json", "config.yaml")
 """Of our folders and of the hub's; of those of Molmo2's training repository."""
+SCHEMES = ("ws://", "wss://", "http://", "https://")
+HOST_AND_PORT = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):\d+")
 OFFERS = {"server": ["served"], "checkpoint": ["torch"], "bundle": ["served", "bundle"]}
 """Paths of each kind of model, the usual one first."""
 
@@ -54,8 +57,15 @@ def plan(targets: Sequence[str], through: str | None = None) -> Plan:
     return Plan(found, None if questions is None else Path(questions))
 
 
+def is_server(target: str) -> bool:
+    """An address, HOST:PORT or with a scheme, and no file or folder."""
+    if target.startswith(SCHEMES):
+        return True
+    return HOST_AND_PORT.fullmatch(target) is not None and not Path(target).exists()
+
+
 def _kind_of(target: str) -> str:
-    if target.startswith(("ws://", "wss://")):
+    if is_server(target):
         return "server"
     path = Path(target)
     if not path.exists():

@@ -70,13 +70,13 @@ def due_frames(
         raise broken
 
 
-def read_video(path: Path, fps: float) -> Iterator[tuple[float, Rgb]]:
+def read_video(path: str | Path, fps: float) -> Iterator[tuple[float, Rgb]]:
     """`due_frames` of a file: seconds from the first frame, rgb.
 
     Raises VideoNotFound, VideoUnreadable (also at the end of a file that is cut off), VideoEmpty,
     MissingExtraError.
     """
-    with closing(open_video(path)) as video:
+    with closing(open_video(Path(path))) as video:
         for time_s, frame in due_frames(video.frames(), fps, video.epsilon_s):
             yield time_s, frame.rgb()
 

@@ -29,6 +29,7 @@ from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.live_table import LiveTable
 from edge_vlm_runtime.evaluation.alerts import Episode, Score, parse_rule
 from edge_vlm_runtime.protocol import alerts as messages
+from edge_vlm_runtime.protocol.typed import RuleFields, Settings
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.command_line import command_line
 from tests.runtime.live import open_server, run
@@ -36,9 +37,9 @@ from tests.runtime.pictures import jpeg, write_video
 from tests.runtime.receivers import WebServer, cleared, free_port, triggered
 from tests.tiny import tiny_bundle
 
-FILE = {"delivery": "wait", "max_answer_tokens": 6}
+FILE: Settings = {"delivery": "wait", "max_answer_tokens": 6}
 QUESTION = "is there a red ball ?"
-ALWAYS = {"on_threshold": 1e-6, "off_threshold": 0.0}
+ALWAYS: RuleFields = {"on_threshold": 1e-6, "off_threshold": 0.0}
 """The tiny model knows nothing, so this begins with the first frame and never ends by itself."""
 
 
@@ -90,7 +91,7 @@ def test_an_alert_from_its_creation_to_its_end(server: Server) -> None:
 
 def test_two_viewers_watch_for_different_things(server: Server) -> None:
     async def session() -> None:
-        settings = {"delivery": "wait"}
+        settings: Settings = {"delivery": "wait"}
         async with (
             await Client.connect(server.url, settings) as one,
             await Client.connect(server.url, settings) as other,

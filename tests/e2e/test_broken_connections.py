@@ -12,13 +12,14 @@ from edge_vlm.errors import ServerUnreachable, SessionGone
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Answer, Client
 from edge_vlm_runtime.protocol import alerts as alert_messages
+from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.cutting_proxy import CuttingProxy
 from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg
 from tests.runtime.seen import Seen
 
-SETTINGS = {"delivery": "wait", "max_answer_tokens": 40}
+SETTINGS: Settings = {"delivery": "wait", "max_answer_tokens": 40}
 QUESTION = "is there a red ball ?"
 FRAMES = 8
 

@@ -78,6 +78,12 @@ def test_for_a_server_of_its_own_it_is_told_of_all_that_takes(name: str, tmp_pat
         assert f"edge-vlm[{extra}]" in done.stderr
 
 
+def test_an_agents_machine_needs_no_server() -> None:
+    absent = ABSENT - {"mcp", "starlette", "uvicorn", "cryptography"}  # which mcp brings
+    done = without(sorted(absent), "import edge_vlm_runtime.mcp.server")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("library", "code", "extra"),
     [
@@ -86,6 +92,7 @@ def test_for_a_server_of_its_own_it_is_told_of_all_that_takes(name: str, tmp_pat
         ("av", "from edge_vlm.pixels.opening import av; av()", "client"),
         ("rich", "import edge_vlm_runtime.client.live_table", "client"),
         ("PIL", "from edge_vlm.pixels.frames import decode_jpeg; decode_jpeg(b'')", "client"),
+        ("mcp", "import edge_vlm_runtime.mcp.server", "mcp"),
         ("starlette", "import edge_vlm_runtime.server.app", "serve"),
         ("uvicorn", "import edge_vlm_runtime.server.app", "serve"),
         (

@@ -200,6 +200,8 @@ def test_what_is_named_is_told_apart_by_its_files(questions: Path) -> None:
         "bundle": bundle,
         "served": "ws://there/v1/realtime",
     }
+    for address in ("jetson:8765", "[::1]:8765", "https://jetson/yard/"):
+        assert plan([address]).targets == {"served": address}
     assert plan([]).targets == {"served": None}
     assert plan([], "bundle").targets == {"bundle": None}
     assert plan([str(questions)]).questions == questions

@@ -25,6 +25,7 @@ from websockets.asyncio.client import connect
 from edge_vlm.errors import ConfigError, EdgeVlmError, NoQuestion, ServerBusy, ServerUnreachable
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
@@ -33,7 +34,7 @@ from tests.runtime.pictures import jpeg
 from tests.runtime.seen import Seen
 from tests.tiny import ROOT, tiny_bundle
 
-FILE = {"delivery": "wait", "max_answer_tokens": 6}
+FILE: Settings = {"delivery": "wait", "max_answer_tokens": 6}
 QUESTION = "is there a red ball ?"
 
 
@@ -120,7 +121,7 @@ def test_budget_and_mode_change_in_mid_stream(server: Server) -> None:
     async def session() -> None:
         seen = Seen()
         async with await Client.connect(server.url, FILE, on_event=seen) as client:
-            changes: list[dict[str, Any]] = [
+            changes: list[Settings] = [
                 {"keep_ratio": 0.8},
                 {"keep_ratio": 0.3, "attention": "exact"},
                 {"vision_tokens_per_s": 9.0, "attention": "last_n", "last_n": 2},
@@ -149,7 +150,7 @@ def test_budget_and_mode_change_in_mid_stream(server: Server) -> None:
 
 def test_live_frames_all_get_one_outcome_even_in_a_flood(server: Server) -> None:
     async def session() -> None:
-        settings = {"delivery": "live", "fps_cap": 10.0, "drop_duplicates": False}
+        settings: Settings = {"delivery": "live", "fps_cap": 10.0, "drop_duplicates": False}
         async with await Client.connect(server.url, settings) as client:
             unbounded = dataclasses.replace(client.created.limits, max_unacknowledged_frames=1000)
             client.created.limits = unbounded
@@ -188,7 +189,7 @@ def test_frames_may_come_as_json(server: Server) -> None:
 def test_cancel_ping_stats_and_close(server: Server) -> None:
     async def session() -> None:
         events: list[protocol.ServerEvent] = []
-        settings = {"delivery": "wait", "max_answer_tokens": 100}
+        settings: Settings = {"delivery": "wait", "max_answer_tokens": 100}
         async with await Client.connect(server.url, settings, on_event=events.append) as client:
             await send(client, 0, 1)
             answers = [await client.start_answer(QUESTION) for _ in range(3)]
@@ -226,7 +227,7 @@ def test_settings_are_announced_changed_and_refused(server: Server) -> None:
 
 def test_a_client_that_vanishes_in_the_middle_of_an_answer_leaves_room(server: Server) -> None:
     async def vanish() -> None:
-        settings = {"delivery": "wait", "max_answer_tokens": 100}
+        settings: Settings = {"delivery": "wait", "max_answer_tokens": 100}
         client = await Client.connect(server.url, settings, reconnect=False)
         await send(client, 0, 2)
         await client.start_answer(QUESTION)
@@ -355,7 +356,7 @@ def test_a_bug_ends_one_session_with_1011_and_no_other(
 def test_stopping_lets_an_answer_end_and_says_goodbye() -> None:
     async def session(server: Server) -> None:
         events: list[protocol.ServerEvent] = []
-        settings = {"delivery": "wait", "max_answer_tokens": 40}
+        settings: Settings = {"delivery": "wait", "max_answer_tokens": 40}
         client = await Client.connect(server.url, settings, on_event=events.append)
         await send(client, 0, 2)
         answer = await client.start_answer(QUESTION)

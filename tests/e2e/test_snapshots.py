@@ -20,7 +20,8 @@ from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.inference.kv_arena import KVArena
 from edge_vlm_runtime.inference.language import LanguageModel
-from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.protocol.settings import Attention, ServerLimits
+from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.session.budget import default_settings
 from tests.e2e.test_page import CHROMIUM, Page, browser, text
@@ -34,7 +35,7 @@ from tests.tiny import tiny_bundle
 
 STEPS = 10
 QUESTION = "what colour is the cube ?"
-FILE = {"delivery": "wait", "max_answer_tokens": STEPS}
+FILE: Settings = {"delivery": "wait", "max_answer_tokens": STEPS}
 SAYS = (
     'the <tracks coords="0.0 1 100 200;1.0 1 300 400 2 050 999">red ball</tracks> '
     '<points coords="1 3 500 250">cube</points> <points coords="9.0 4 500 250">cars</points>.'
@@ -106,7 +107,7 @@ def test_answers_are_torchs_own(server: Server, attention: str) -> None:
 
     async def session() -> None:
         seen = Seen()
-        settings = {**FILE, "attention": attention}
+        settings: Settings = {**FILE, "attention": Attention(attention)}
         async with await Client.connect(server.url, settings, on_event=seen) as client:
             assert client.created.model.limits.snapshot_tokens > 0
             await send(client, 3)
@@ -149,7 +150,7 @@ def test_an_unknown_detail_is_a_protocol_error(server: Server) -> None:
 
 def test_points_come_with_their_frame_and_time() -> None:
     async def session(url: str) -> None:
-        settings = {**FILE, "max_answer_tokens": 200, "attention": "frame"}
+        settings: Settings = {**FILE, "max_answer_tokens": 200, "attention": "frame"}
         async with await Client.connect(url, settings) as client:
             await send(client, 3)
             done = await client.ask(QUESTION)

@@ -22,6 +22,7 @@ from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.client.run import Observer, Outcome, PlannedQuestion, stream
 from edge_vlm_runtime.client.terminal import LineOutput
 from edge_vlm_runtime.protocol.base import UnknownEvent
+from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.sources.container import Picture
 from tests.runtime.live import run
 from tests.runtime.memory_link import Break, network
@@ -30,7 +31,7 @@ from tests.runtime.scripted_server import DROP_EVERY, NUM_CELLS, scripted
 from tests.runtime.test_connection import fake_table
 
 URL = "ws://memory/v1/realtime"
-WAIT = {"delivery": "wait"}
+WAIT: Settings = {"delivery": "wait"}
 
 
 class CallbackBug(Exception):

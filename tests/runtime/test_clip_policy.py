@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.inference.vision import FrameTokens
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
+from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.session.budget import cache_capacity, clip_capacity
 from tests.runtime.command_line import command_line
@@ -36,7 +37,7 @@ from tests.runtime.seen import Seen
 from tests.runtime.viewer import Viewer
 from tests.tiny import TINY_LIMITS, kept, tiny_bundle, tiny_checkpoint
 
-CLIP = {"delivery": "wait", "policy": "clip", "max_answer_tokens": 4}
+CLIP: Settings = {"delivery": "wait", "policy": "clip", "max_answer_tokens": 4}
 QUESTION = "is there a red ball ?"
 FRAMES = 7
 
@@ -110,7 +111,7 @@ def test_the_server_keeps_the_cells_that_torch_keeps(
 ) -> None:
     async def session() -> tuple[Chosen, Client]:
         seen = Chosen()
-        settings = {**CLIP, "keep_ratio": keep_ratio}
+        settings: Settings = {**CLIP, "keep_ratio": keep_ratio}
         async with await Client.connect(server.url, settings, on_event=seen) as client:
             await send(client, 0, FRAMES)
             assert all(event.gathered and not event.kept_cells for event in seen.accepted.values())
@@ -206,7 +207,7 @@ def test_memory_for_held_frames_is_bounded(engines: LoadedBundle) -> None:
         Watched(engines, limits=dataclasses.replace(limits, max_session_bytes=cache))
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[Settings, str]] = {
     "live": ({"policy": "clip"}, "a live stream has no end"),
     "by time": ({**CLIP, "vision_tokens_per_s": 20.0}, "would be ignored"),
     "threshold": ({"delivery": "wait", "change_threshold": 0.1}, "--scorer change"),
@@ -239,8 +240,9 @@ def test_alerts_and_clips_exclude_each_other(server: Server) -> None:
 
 def test_a_stream_with_frames_cannot_become_a_clip(server: Server) -> None:
     async def session() -> None:
-        for before, after in (("stream", "clip"), ("clip", "stream")):
-            settings = {"delivery": "wait", "policy": before}
+        both: list[Literal["stream", "clip"]] = ["stream", "clip"]
+        for before, after in (both, both[::-1]):
+            settings: Settings = {"delivery": "wait", "policy": before}
             async with await Client.connect(server.url, settings) as client:
                 await send(client, 0, 1)
                 with pytest.raises(ConfigError, match="begin another session"):

@@ -22,6 +22,7 @@ from edge_vlm.pixels.frames import (
 )
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.session.frames import Encoding
 from tests.runtime.live import open_server, run
@@ -29,7 +30,7 @@ from tests.runtime.pictures import jpeg
 from tests.runtime.seen import Seen
 from tests.runtime.viewer import Viewer
 
-SETTINGS = {"delivery": "wait", "max_answer_tokens": 6}
+SETTINGS: Settings = {"delivery": "wait", "max_answer_tokens": 6}
 QUESTION = "how many cars are there now ?"
 
 
@@ -111,7 +112,7 @@ def test_evidence_of_a_raw_picture_is_a_jpeg() -> None:
 def test_a_raw_stream_gives_what_the_same_pictures_as_jpeg_give(server: Server) -> None:
     async def session(raw: bool) -> tuple[list[list[int]], str]:
         seen = Seen()
-        settings = {**SETTINGS, "raw_frames": raw}
+        settings: Settings = {**SETTINGS, "raw_frames": raw}
         async with await Client.connect(server.url, settings, on_event=seen) as client:
             for number in range(3):
                 data = jpeg(number)

@@ -32,6 +32,7 @@ from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.messages import CLIENT_MESSAGES
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
+from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.connection import MAX_WAITING_CALLS
 from edge_vlm_runtime.server.sessions import SessionRegistry
 from edge_vlm_runtime.session.budget import default_settings
@@ -329,7 +330,7 @@ def test_frames_of_any_size(width: int, height: int) -> None:
 
     async def session(url_table: SessionRegistry) -> None:
         seen = Seen()
-        settings = {"delivery": "live", "fps_cap": 10.0}
+        settings: Settings = {"delivery": "live", "fps_cap": 10.0}
         async with await Client.connect(URL, settings, on_event=seen) as client:
             for number in range(2):
                 await client.send_frame(buffer.getvalue(), number * 500_000)

@@ -8,8 +8,11 @@ import sys
 import pytest
 
 import edge_vlm_runtime
-from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.client.client import Client, connect
+from edge_vlm_runtime.client.sync import SyncClient
+from edge_vlm_runtime.engine_thread.in_process import InProcessSession
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
+from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.session.session import Session
 from tests.tiny import ROOT
@@ -20,6 +23,10 @@ def test_the_public_names_are_those_of_their_rooms() -> None:
     assert edge_vlm_runtime.LoadedBundle is LoadedBundle
     assert edge_vlm_runtime.Server is Server
     assert edge_vlm_runtime.Session is Session
+    assert edge_vlm_runtime.connect is connect
+    assert edge_vlm_runtime.SyncClient is SyncClient
+    assert edge_vlm_runtime.InProcessSession is InProcessSession
+    assert edge_vlm_runtime.Settings is Settings
     assert set(edge_vlm_runtime.__all__) <= set(dir(edge_vlm_runtime))
     with pytest.raises(AttributeError, match="no attribute 'Sessions'"):
         _ = edge_vlm_runtime.Sessions  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from edge_vlm_runtime.cli.options import (
     settings_of,
 )
 from edge_vlm_runtime.cli.shared import (
+    add_json_argument,
     finish,
     open_for,
     own_session,
@@ -31,6 +32,7 @@ from edge_vlm_runtime.cli.shared import (
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.client import Client
+    from edge_vlm_runtime.protocol.typed import Settings
     from edge_vlm_runtime.sources.container import Source
 
 
@@ -50,6 +52,7 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="SRT or WebVTT of the video: Molmo2 reads them behind its frames",
     )
+    add_json_argument(parser)
     add_settings_arguments(parser, asks_once=True)
     add_access_arguments(parser)
 
@@ -60,13 +63,16 @@ def _ask(args: argparse.Namespace) -> int:
             "a picture alone is asked about without subtitles", remedy="ask with --detail both"
         )
     args.url = address_of(args)
-    with server_url(args) as url:
+    from edge_vlm_runtime.client.json_lines import errors_told
+
+    with errors_told(args.json), server_url(args) as url:
         return asyncio.run(_ask_session(args, url))
 
 
 async def _ask_session(args: argparse.Namespace, url: str) -> int:
     from edge_vlm.errors import EdgeVlmError
     from edge_vlm_runtime.client.client import Answer, Client
+    from edge_vlm_runtime.client.json_lines import JsonLines, summary_fields, write
     from edge_vlm_runtime.client.run import Observer, PlannedQuestion, stream
     from edge_vlm_runtime.client.terminal import (
         answer_times,
@@ -85,13 +91,19 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
             if isinstance(result, Answer):
                 answers.append(result)
 
-    settings = {**settings_of(args), **own_session(args), "delivery": "wait"}
+    settings: Settings = {**settings_of(args), **own_session(args), "delivery": "wait"}
     async with await Client.connect(url, settings, access=access_of(args)) as client:
         await take_offline_policy(args, client)
         print_notes(client.notes)
+        if args.json:
+            client.on_event = JsonLines().event
+            client.on_event(client.created)
         source, shown = await _source(args, client)
         question = PlannedQuestion(text=args.question, detail=args.detail)
         outcome = await stream(source, client, [question], real_time=False, observer=Kept())
+    if args.json:
+        write(summary_fields(outcome))
+        return finish(outcome)
     chosen = ", chosen over the whole clip" if client.settings.policy == CLIP else ""
     for answer in answers:
         if seen := looked_at_text(answer, client.video):

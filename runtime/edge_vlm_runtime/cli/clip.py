@@ -14,6 +14,7 @@ from edge_vlm.text.subtitles import Subtitle, near_frames, subtitle_text
 from edge_vlm_runtime.client.terminal import no_more_fit
 from edge_vlm_runtime.protocol.messages import VideoRoom
 from edge_vlm_runtime.protocol.settings import ModelLimits, SessionSettings
+from edge_vlm_runtime.protocol.typed import Settings
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.client import Client
@@ -60,7 +61,7 @@ async def choose(
     return Chosen(times_s=times_s, said=said)
 
 
-async def _room(client: Client, settings: dict[str, str]) -> VideoRoom:
+async def _room(client: Client, settings: Settings) -> VideoRoom:
     """How much video the session shows at most under these settings."""
     room = (await client.update(settings)).video
     assert room is not None, "a server that tells its frame rule tells this, too"

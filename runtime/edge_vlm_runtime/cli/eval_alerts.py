@@ -7,12 +7,15 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import edge_vlm
 from edge_vlm.cli import Command
 from edge_vlm_runtime.cli.options import add_bundle_arguments, add_url_argument, address_of
 from edge_vlm_runtime.cli.shared import server_url
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.protocol.typed import Settings
 
 DEFAULT_RULES = ("0.5:0.5", "0.7:0.4", "0.7:0.4:0.5", "0.9:0.5", "0.9:0.5:0.5:0.5")
 
@@ -51,7 +54,7 @@ async def _evaluate(args: argparse.Namespace, url: str, rules: dict[str, dict[st
         if sys.stderr.isatty():
             print(f"\r{number} stretches of footage", end="", file=sys.stderr, flush=True)
 
-    settings = {} if args.keep_ratio is None else {"keep_ratio": args.keep_ratio}
+    settings: Settings = {} if args.keep_ratio is None else {"keep_ratio": args.keep_ratio}
     scores = await evaluate_alerts(url, read_event_set(args.footage), rules, settings, progress)
     if sys.stderr.isatty():
         print(file=sys.stderr)

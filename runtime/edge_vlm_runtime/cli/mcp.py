@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -48,6 +49,8 @@ def _run(args: argparse.Namespace) -> int:
     url = address_of(args) or f"localhost:{DEFAULT_PORT}"
     tools = StreamTools(LiveStreams(url, access), args.session)
     if not args.http:
+        # The thread that waits for standard input would outlive Ctrl-C; nothing is left to end.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         asyncio.run(serve_stdio(tools))
         return 0
     if access.api_key is None and args.host not in LOOPBACK:

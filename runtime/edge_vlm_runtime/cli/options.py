@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.options import About
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.client.connection import Access
     from edge_vlm_runtime.openai.media import MediaRules
     from edge_vlm_runtime.protocol.settings import ServerLimits
+    from edge_vlm_runtime.protocol.typed import Settings
     from edge_vlm_runtime.server.tls import Tls
 
 URL_VARIABLE = "EDGE_VLM_URL"
@@ -193,10 +194,10 @@ def add_settings_arguments(parser: argparse.ArgumentParser, *, asks_once: bool =
     )
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace) -> Settings:
     """Fields of SessionSettings that the command line sets."""
     options = (option for option in flat(client_settings()) if hasattr(args, option.key))
-    return given(options, args)
+    return cast("Settings", given(options, args))
 
 
 def add_access_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edge_vlm_runtime.cli.options import own_limits
 from edge_vlm_runtime.engines.names import backend_options
@@ -20,6 +20,7 @@ OWN_MESSAGE_BYTES = 64 << 20
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.client import Client
     from edge_vlm_runtime.client.run import Outcome
+    from edge_vlm_runtime.protocol.typed import Settings
     from edge_vlm_runtime.sources.container import Source
 
 
@@ -56,7 +57,15 @@ async def take_offline_policy(args: argparse.Namespace, client: Client) -> None:
     wanted, settings = client.created.model.limits.offline_policy, client.settings
     is_open = args.policy is None and settings.policy == SessionSettings.policy
     if wanted != settings.policy and is_open and not settings.vision_tokens_per_s:
-        await client.update({"policy": wanted})
+        await client.update(cast("Settings", {"policy": wanted}))
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print every event as a line of JSON, see docs/python.md",
+    )
 
 
 def print_notes(notes: Sequence[str]) -> None:
@@ -65,7 +74,7 @@ def print_notes(notes: Sequence[str]) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
-def own_session(args: argparse.Namespace, record_to: Path | None = None) -> dict[str, Any]:
+def own_session(args: argparse.Namespace, record_to: Path | None = None) -> Settings:
     """Settings of a session on a server of our own: its pictures are handed over as they are. A
     recording keeps what was sent, and raw pictures would make it ten times as large."""
     return {"raw_frames": args.url is None and record_to is None}

@@ -30,6 +30,7 @@ from edge_vlm_runtime.cli.options import (
     settings_of,
 )
 from edge_vlm_runtime.cli.shared import (
+    add_json_argument,
     finish,
     open_for,
     own_session,
@@ -40,6 +41,7 @@ from edge_vlm_runtime.cli.shared import (
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
+    from edge_vlm_runtime.protocol.typed import Settings
 
 
 def _watch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +76,7 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast", action="store_true", help="a file as fast as it is processed, not in real time"
     )
+    add_json_argument(parser)
     add_settings_arguments(parser)
     add_alert_arguments(parser)
     add_access_arguments(parser)
@@ -90,7 +93,13 @@ def _watch(args: argparse.Namespace) -> int:
         raise ConfigError(
             "a session is recorded by its server", remedy="give --record to `edge-vlm serve`"
         )
-    with alert_outputs(args) as outputs, server_url(args, record_to=args.record) as url:
+    from edge_vlm_runtime.client.json_lines import errors_told
+
+    with (
+        errors_told(args.json),
+        alert_outputs(args) as outputs,
+        server_url(args, record_to=args.record) as url,
+    ):
         return asyncio.run(_watch_session(args, url, outputs))
 
 
@@ -98,6 +107,7 @@ async def _watch_session(
     args: argparse.Namespace, url: str, outputs: AlertDispatcher | None
 ) -> int:
     from edge_vlm_runtime.client.client import Client
+    from edge_vlm_runtime.client.json_lines import JsonLines, summary_fields, write
     from edge_vlm_runtime.client.live_table import make_view
     from edge_vlm_runtime.client.run import Outcome, parse_question, stream
     from edge_vlm_runtime.client.terminal import summary_line
@@ -109,7 +119,7 @@ async def _watch_session(
     questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     outcome = Outcome()
     access = access_of(args)
-    settings = {**settings_of(args), **own_session(args, args.record)}
+    settings: Settings = {**settings_of(args), **own_session(args, args.record)}
     if settings.get("policy") == CLIP:
         settings["delivery"] = "wait"  # a file; a live source is refused below
     async with await Client.connect(url, settings, access=access) as client:
@@ -117,8 +127,11 @@ async def _watch_session(
         source = await open_for(open_it, args.source, args.fps, client)
         await client.update({"delivery": "live" if source.is_live else "wait"})
         print_notes(client.notes)
+        grid = client.created.model.limits.cell_grid
         title = f"{mask_credentials(args.source)} on {client.created.model.bundle}"
-        with make_view(client.created.model.limits.cell_grid, title) as view:
+        with JsonLines() if args.json else make_view(grid, title) as view:
+            if args.json:
+                view.event(client.created)
             client.on_event = tell_all(
                 view.event, *alert_handlers(args, client.created.session_id, outputs)
             )
@@ -136,6 +149,9 @@ async def _watch_session(
                 if not source.is_live:
                     raise  # Ctrl-C is how a live source ends, but it cuts a file short
             alerts = await client.list_alerts() if args.alerts else []
+    if args.json:
+        write(summary_fields(outcome))
+        return finish(outcome)
     for status in alerts:
         print(alert_summary(status))
     print(summary_line(outcome))

@@ -33,14 +33,16 @@ class EventStream(Generic[Kind]):
         return self
 
     async def __anext__(self) -> Kind:
-        while not self._waiting:
-            if self._failure is not None:
-                raise self._failure
-            if self._is_over:
-                raise StopAsyncIteration
+        while not self._waiting and not self._is_over:
             self._news.clear()
             await self._news.wait()
-        return self._waiting.popleft()
+        return self.take()
+
+    def take(self) -> Kind:
+        """One that waits already, or else the end, as iterating raises it."""
+        if self._waiting:
+            return self._waiting.popleft()
+        raise self._failure or StopAsyncIteration
 
     def push(self, event: protocol.ServerEvent) -> None:
         """The next event, whatever it is."""

@@ -49,6 +49,9 @@ class SyncClient:
             target=self._loop.run_forever, name="edge-vlm-client", daemon=True
         )
         self._thread.start()
+        self._lock = threading.Lock()
+        self._is_ended = False
+        """The loop takes no more work; set with the lock, so that none is given to it unseen."""
         try:
             opening = Client.connect(url, settings, access=access, reconnect=reconnect)
             self._client = self._wait(opening)
@@ -58,18 +61,26 @@ class SyncClient:
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Ctrl-C in this thread cancels the work."""
-        if not self._thread.is_alive():
-            work.close()
-            raise RuntimeError("the client was closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            if self._is_ended:
+                work.close()
+                raise _Closed("the client was closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except (KeyboardInterrupt, CancelledError):
+        except CancelledError:
+            raise _Closed("the client was closed") from None
+        except KeyboardInterrupt:
             future.cancel()
             raise
 
     def _end_loop(self) -> None:
-        asyncio.run_coroutine_threadsafe(_settle(), self._loop).result()
+        with self._lock:
+            if self._is_ended:
+                return
+            self._is_ended = True
+            settling = asyncio.run_coroutine_threadsafe(_settle(), self._loop)
+        settling.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -157,7 +168,7 @@ class SyncClient:
         self._shut(self._client.close)
 
     def _shut(self, close: Any) -> None:
-        if self._thread.is_alive():
+        if not self._is_ended:
             try:
                 self._wait(close())
             finally:
@@ -173,6 +184,10 @@ class SyncClient:
         trace: TracebackType | None,
     ) -> None:
         self._shut(lambda: self._client.__aexit__(kind, error, trace))
+
+
+class _Closed(RuntimeError):
+    pass
 
 
 async def _settle() -> None:
@@ -202,6 +217,11 @@ class SyncEvents(Generic[Kind]):
     def __next__(self) -> Kind:
         try:
             return self._client._wait(self._stream.__anext__())
+        except _Closed:  # the stream has its end, and perhaps events before it
+            try:
+                return self._stream.take()
+            except StopAsyncIteration:
+                raise StopIteration from None
         except StopAsyncIteration:
             raise StopIteration from None
 

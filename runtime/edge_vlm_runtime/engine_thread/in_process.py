@@ -71,10 +71,10 @@ class InProcessSession:
         )
         self._sequences = itertools.count(1)
         self._ids = itertools.count(1)
-        self._waited_for: str | int | None = None
-        """`event_id` or number of a frame: of the call under way."""
-        self._reply: protocol.ServerEvent | None = None
-        """What answers it."""
+        self._replies: dict[str | int, protocol.ServerEvent | None] = {}
+        """What answers the calls under way, by `event_id` or number of the frame."""
+        self._untold: deque[protocol.ServerEvent] = deque()
+        """For `on_event`, which is called when the session is done: what it raises is its own."""
         self._answers: dict[str, InProcessAnswer] = {}
         """Those that are not done, by `event_id` before they begin and `response_id` then."""
 
@@ -87,8 +87,11 @@ class InProcessSession:
         for event in events:
             self._route(event)
         if self.on_event is not None:
-            for event in events:
-                self.on_event(event)
+            self._untold.extend(events)
+
+    def _tell(self) -> None:
+        while self._untold and self.on_event is not None:
+            self.on_event(self._untold.popleft())
 
     def _route(self, event: protocol.ServerEvent) -> None:
         key = getattr(event, "event_id", None)
@@ -106,8 +109,8 @@ class InProcessSession:
                 self._answers[event.response_id].push(event.delta)
         elif isinstance(event, protocol.ResponseDone) and event.response_id in self._answers:
             self._answers.pop(event.response_id).finish(event)
-        if key is not None and key == self._waited_for:
-            self._reply = event
+        if key in self._replies:
+            self._replies[key] = event
 
     # ---- frames ------------------------------------------------------------------------------
 
@@ -137,6 +140,7 @@ class InProcessSession:
         assert isinstance(outcome, (protocol.FrameAccepted, protocol.FrameDropped))
         while self._handle.watch():  # the alerts that are due
             pass
+        self._tell()
         return outcome
 
     # ---- questions ---------------------------------------------------------------------------
@@ -153,6 +157,7 @@ class InProcessSession:
         answer = self._answers[event_id] = InProcessAnswer(self)
         self._handle.take(protocol.ResponseCreate(text=text, detail=detail, event_id=event_id))
         self._handle.take_messages()
+        self._tell()
         answer.raise_failure()
         return answer
 
@@ -160,6 +165,7 @@ class InProcessSession:
         """Stops one answer, or all that are under way or waiting."""
         self._handle.take(protocol.ResponseCancel(response_id=response_id))
         self._handle.take_messages()
+        self._tell()
 
     # ---- alerts ------------------------------------------------------------------------------
 
@@ -194,13 +200,17 @@ class InProcessSession:
 
     def _call(self, key: str | int, begin: Callable[[], None]) -> protocol.ServerEvent:
         """Works until there is the event that answers it. Raises what the session says instead."""
-        self._waited_for, self._reply = key, None
-        if self._handle.session is not None:
-            begin()
-            self._handle.take_messages()
-        while self._reply is None and self.work():
-            pass
-        reply, self._waited_for, self._reply = self._reply, None, None
+        self._replies[key] = None
+        try:
+            if self._handle.session is not None:
+                begin()
+                self._handle.take_messages()
+                self._tell()
+            while self._replies[key] is None and self.work():
+                pass
+            reply = self._replies[key]
+        finally:
+            del self._replies[key]
         if isinstance(reply, protocol.Error):
             raise error_from_detail(reply.error)
         if reply is None:
@@ -215,11 +225,14 @@ class InProcessSession:
 
     def work(self) -> bool:
         """One unit; False when there is nothing to do."""
-        return self._handle.watch() or self._handle.answer()
+        worked = self._handle.watch() or self._handle.answer()
+        self._tell()
+        return worked
 
     def close(self) -> None:
         """Ends the session and frees its memory; twice does no harm."""
         self._handle.close()
+        self._tell()
 
     def __enter__(self) -> InProcessSession:
         return self

@@ -18,6 +18,7 @@ from edge_vlm.tables import columns
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertRule, AlertTriggered
+from edge_vlm_runtime.protocol.typed import Settings
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ async def evaluate_alerts(
     url: str,
     footage: Iterable[Footage],
     rules: Mapping[str, Mapping[str, Any]],
-    settings: Mapping[str, Any],
+    settings: Settings,
     on_footage: Callable[[int], None] | None = None,
 ) -> dict[str, Score]:
     """Streams all footage and scores each of `rules`: fields of `alert.create` by a name.

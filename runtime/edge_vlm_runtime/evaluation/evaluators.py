@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from edge_vlm.evaluation.plan import is_server
 from edge_vlm.evaluation.runs import EvaluatorOptions
 from edge_vlm.formats.bundle import MANIFEST, sha256_of_file
 from edge_vlm_runtime.client.connection import Access
@@ -37,7 +38,7 @@ def open_served(target: str | None, options: EvaluatorOptions) -> Iterator[Serve
     BundleError, EngineError and their leaves, MissingExtraError.
     """
     with ExitStack() as stack:
-        if target is not None and target.startswith(("ws://", "wss://")):
+        if target is not None and is_server(target):
             key = read_api_key(options.api_key_file)
             evaluator = ServedEvaluator(target, Access(api_key=key, ca_file=options.tls_ca))
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from edge_vlm.config import VisionAttention
 from edge_vlm.errors import ConfigError, SessionError
@@ -31,17 +31,18 @@ from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import CLIP, POLICIES, Attention
+from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.session.budget import SCORED_POLICIES
 
 DUPLICATE = DropReason.DUPLICATE.value
 
 
-def settings_of(run: Run, clip: ClipQuestions) -> dict[str, Any]:
+def settings_of(run: Run, clip: ClipQuestions) -> Settings:
     """The session's settings for a run over a clip."""
     whole = run.policy in (FEWER_FRAMES, LAST_N)
     attention = Attention.FRAME if run.attention is VisionAttention.FRAME else Attention.EXACT
     by_threshold = run.policy == THRESHOLD
-    return {
+    fields: dict[str, Any] = {
         "delivery": "wait",
         "policy": KEEP_ALL if whole else "stream" if by_threshold else run.policy,
         "keep_ratio": 1.0 if whole or by_threshold else run.keep_ratio,
@@ -54,6 +55,7 @@ def settings_of(run: Run, clip: ClipQuestions) -> dict[str, Any]:
         "history_turns": 0,
         "window_tokens": 0,  # as many as fit: a default may be smaller than the clip
     }
+    return cast(Settings, fields)
 
 
 async def ask_clip(

@@ -145,19 +145,19 @@ class _Guard:
         self._key = key
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        status = 200
+        refusal: EdgeVlmError
         try:
             require_host(self._hosts, scope)
             if any(name.lower() == b"origin" for name, _ in scope["headers"]):
                 raise HostNotAllowed("a page may not use this server")
             check_key(self._key, scope)
         except HostNotAllowed as error:
-            status, told = 403, error
+            status, refusal = 403, error
         except Unauthorized as error:
-            status, told = 401, error
-        if status == 200:
+            status, refusal = 401, error
+        else:
             await self._app(scope, receive, send)
             return
         headers = [(b"content-type", b"text/plain; charset=utf-8")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": str(told).encode()})
+        await send({"type": "http.response.body", "body": str(refusal).encode()})

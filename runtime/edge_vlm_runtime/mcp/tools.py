@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_vlm.errors import NoFrameYet, SessionGone
+from edge_vlm.errors import NoFrameYet, SessionError, SessionGone
 from edge_vlm_runtime.client.live_streams import LiveStreams, Snapshot
 
 POLL_S = 30.0
@@ -91,15 +91,17 @@ class StreamTools:
         session_id = self._session()
         told = self._streams.events(session_id)
         events = [_event(each) for each in told["events"] if each["ago_s"] <= since_s]
-        note = ""
-        if (
-            told["events"]
-            and len(events) == len(told["events"])
-            and told["events"][0]["number"] > 1
-        ):
-            note = "Older events are not kept any more."
-        account = self._streams.ask(session_id, f"What happened in the last {since_s:g} seconds?")
-        return Happened(account=account, events=events, note=note)
+        notes = []
+        if len(events) == len(told["events"]) and events and told["events"][0]["number"] > 1:
+            notes.append("Older events are not kept any more.")
+        account = ""
+        try:
+            account = self._streams.ask(
+                session_id, f"What happened in the last {since_s:g} seconds?"
+            )
+        except SessionError as error:  # the events are known all the same
+            notes.append(f"The model gave no account: {error}")
+        return Happened(account=account, events=events, note=" ".join(notes))
 
     def watch_for(self, condition: str, wait_s: float = 0.0) -> Watched:
         """Watches from now on, once for each condition; waits until it begins, if asked to."""
