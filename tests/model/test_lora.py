@@ -201,6 +201,15 @@ def test_a_kind_that_is_not_computed_is_refused(
         open_folder(copied)
 
 
+def test_adapters_that_name_each_other_are_refused(copied: Path) -> None:
+    other = copied.with_name("other")
+    shutil.copytree(copied, other)
+    edit(copied / CONFIG, base_model_name_or_path="../other")
+    edit(other / CONFIG, base_model_name_or_path=f"../{copied.name}")
+    with pytest.raises(CheckpointError, match=rf"its own base \({copied.name} -> other -> "):
+        open_folder(copied)
+
+
 def _cut_off(folder: Path) -> None:
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])

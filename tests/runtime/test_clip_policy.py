@@ -169,6 +169,22 @@ def test_a_longer_clip_is_chosen_from_anew(engines: LoadedBundle, model: TorchMo
     assert [event.cells_seen for event in viewer.of(protocol.ClipChosen)] == [27, 63]
 
 
+def test_a_question_behind_a_cancelled_one_is_about_the_whole_clip(engines: LoadedBundle) -> None:
+    viewer, fresh = Watched(engines), Watched(engines)
+    viewer.show(*range(3))
+    viewer.ask()
+    viewer.step()  # the cells are chosen, one frame of three is encoded
+    viewer.cancel(None)
+    viewer.show(3, 4)
+    fresh.show(*range(5))
+    for asking in (viewer, fresh):
+        asking.ask()
+        asking.run()
+    done, expected = (asking.of(protocol.ResponseDone)[-1] for asking in (viewer, fresh))
+    assert [frame.seq for frame in viewer.remembered] == list(range(5))
+    assert (done.text, done.usage) == (expected.text, expected.usage)
+
+
 def test_another_share_is_chosen_by_at_the_next_question(engines: LoadedBundle) -> None:
     viewer = Watched(engines, keep_ratio=0.5)
     viewer.show(*range(FRAMES))

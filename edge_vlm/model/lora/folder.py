@@ -245,9 +245,22 @@ def _open_base(folder: Path, tokenizer: Path | None) -> ModelFolder:
             where=folder,
             remedy=f"fetch it if that is a name of the hub, and {_REMEDY}",
         )
-    if path.resolve() == folder.resolve():
-        raise CheckpointError("the adapter is its own base", where=folder, remedy=_REMEDY)
+    _require_end(folder)
     return open_folder(path, tokenizer)
+
+
+def _require_end(folder: Path) -> None:
+    """Raises CheckpointError for adapters that name each other and no whole weights."""
+    chain: list[Path] = []
+    link = folder
+    while is_adapter(link) and (name := peft_format.base_name(link)) is not None:
+        chain.append(link.resolve())
+        link = link / name
+        if link.resolve() in chain:
+            names = " -> ".join(path.name for path in [*chain, link.resolve()])
+            raise CheckpointError(
+                f"the adapter is its own base ({names})", where=folder, remedy=_REMEDY
+            )
 
 
 def _bare(cfg: ModelConfig) -> ModelConfig:

@@ -69,6 +69,11 @@ class ClipGatherer:
         if self._frames and any(getattr(old, f) != getattr(settings, f) for f in fields):
             self.reopen()
 
+    @property
+    def is_choosing(self) -> bool:
+        """Some of the chosen frames are not encoded yet."""
+        return self._chosen is not None
+
     def reopen(self) -> None:
         """Whatever was chosen is chosen anew for the next question."""
         self._chosen, self._done, self.is_open = None, [], bool(self._frames)

@@ -229,6 +229,12 @@ class FrameIngest:
         )
         return False
 
+    def stop_choosing(self) -> None:
+        """The question is gone that a clip's cells were being chosen for: the next one's clip may
+        be longer."""
+        if self._clip.is_choosing:
+            self._clip.reopen()
+
     def join(self) -> None:
         """Everything encoded joins the memory. Frames that the engines fail on are lost, with an
         `error` event."""

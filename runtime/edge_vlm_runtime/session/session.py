@@ -311,6 +311,7 @@ class Session:
         while self._questions:
             question = self._questions.popleft().question
             self._outbox.add_error(QuestionCancelled(why), question.event_id)
+        self._ingest.stop_choosing()
 
     def close(self, now_ns: int) -> None:
         """Ends the answer under way and gives every waiting question its outcome."""
@@ -368,6 +369,7 @@ class Session:
         except EdgeVlmError as error:
             question = self._questions.popleft().question
             self._outbox.add_error(error, question.event_id)
+            self._ingest.stop_choosing()
             return True
 
     # ---- answers -----------------------------------------------------------------------------
