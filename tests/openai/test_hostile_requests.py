@@ -188,7 +188,8 @@ def test_a_turn_does_not_go_to_one_who_has_just_left() -> None:
         leaves.cancel()
         await asyncio.wait_for(asyncio.gather(first, stays), TIMEOUT_S)
         await asyncio.wait_for(queue.idle.wait(), TIMEOUT_S)
-        assert leaves.cancelled() and queue.num_waiting == 0
+        assert leaves.cancelled()
+        assert queue.num_waiting == 0
 
     asyncio.run(crowd())
 
