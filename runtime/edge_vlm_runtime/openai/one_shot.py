@@ -300,13 +300,15 @@ class OneShots:
                 if isinstance(event, protocol.FrameAccepted):
                     under_way.pop(event.frame_sequence, None)
                 if isinstance(event, protocol.MemoryEvicted):
-                    raise self._too_many(number, request, under_way, first_s)
+                    raise self._too_many(
+                        number - max(len(under_way), event.frames), request, under_way, first_s
+                    )
                 yield event
         finally:
             await _close(shots)
 
     def _too_many(
-        self, number: int, request: ChatRequest, under_way: dict[int, Shot], first_s: float
+        self, about: int, request: ChatRequest, under_way: dict[int, Shot], first_s: float
     ) -> EdgeVlmError:
         kind = "pictures" if request.conversation.pictures else "frames of the video"
         reach_s = self.model.max_time_s
@@ -320,7 +322,7 @@ class OneShots:
                 else "send a shorter one",
             )
         return QuestionTooLong(
-            f"no more than {max(number - len(under_way), 1)} {kind} fit into the model's memory",
+            f"only about {max(about, 1)} {kind} fit into the model's memory",
             remedy="send fewer, or a lower edge_vlm.keep_ratio",
         )
 

@@ -263,7 +263,7 @@ class ServerLimits:
     max_answer_slowdown: float = 0.15
     """Time that video may take while answers are decoded, as a share of the answers' own."""
     max_request_bytes: int = 128 << 20
-    """Size of one HTTP request, and of a video that it names."""
+    """Size of one HTTP request, and of what it has fetched."""
     max_running_requests: int = 1
     """HTTP requests that are answered at once; each has a memory of its own meanwhile."""
     max_waiting_requests: int = 32
