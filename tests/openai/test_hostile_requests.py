@@ -17,6 +17,7 @@ from websockets.sync.client import connect
 
 from edge_vlm.errors import AnswerFormError, MediaRefused, QuestionTooLong
 from edge_vlm.pixels import video as video_module
+from edge_vlm.pixels.frames import decode_picture
 from edge_vlm.pixels.video import write_video
 from edge_vlm_runtime.inference.constraints import MAX_FORM, choice_grammar, schema_grammar
 from edge_vlm_runtime.openai import asgi, fetching
@@ -25,7 +26,7 @@ from edge_vlm_runtime.openai.content import Media
 from edge_vlm_runtime.openai.fetching import fetch, is_public
 from edge_vlm_runtime.openai.media import MediaRules, read_picture
 from edge_vlm_runtime.openai.request_queue import RequestQueue
-from edge_vlm_runtime.openai.shots import _moments
+from edge_vlm_runtime.openai.shots import _moments, shots_of
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.app import Server
 from tests.openai.served import CLIP, TIMEOUT_S, data_uri, picture_part, post, serving, user
@@ -130,6 +131,18 @@ def test_a_long_question_to_a_live_stream_is_not_counted_on_its_time(server: Ser
         own = {"edge_vlm": {"session": json.loads(viewer.recv())["session_id"]}}
         reply = post(server, {**HI, **own, "messages": user("a b " * 100_000)})
         assert "characters" in error_of(reply, 400, "E-QUESTION-TOO-LONG")["message"]
+
+
+def test_pictures_are_decoded_before_they_reach_the_engines() -> None:
+    """A picture of 64 megapixels takes seconds, which live streams would wait for."""
+    body = {**HI, "messages": user(picture_part(jpeg(1)), picture_part(jpeg(2)[:-300]), "Hi")}
+    request = read_chat_request(json.dumps(body).encode())
+    shots = shots_of(request, MediaRules(), fps=2.0, most=9)
+    assert np.array_equal(decode_picture(next(shots).data), decode_picture(jpeg(1)))
+    with pytest.raises(MediaRefused, match="broken") as refused:
+        next(shots)
+    assert refused.value.param == "messages[0].content[1].image_url.url"
+    assert next(shots_of(request, MediaRules(), fps=2.0, most=9)).data.startswith(b"P6")
 
 
 # ---- clients that do nothing -----------------------------------------------------------------

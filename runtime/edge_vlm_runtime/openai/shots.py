@@ -10,8 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_vlm.errors import MediaRefused, QuestionTooLong, RequestError, VideoError
-from edge_vlm.pixels.frames import raw_picture
+from edge_vlm.errors import (
+    FrameDecodeError,
+    MediaRefused,
+    QuestionTooLong,
+    RequestError,
+    VideoError,
+)
+from edge_vlm.pixels.frames import decode_picture, raw_picture
 from edge_vlm.pixels.video import open_video, read_moments
 from edge_vlm_runtime.openai.chat_request import ChatRequest
 from edge_vlm_runtime.openai.content import Media
@@ -26,7 +32,7 @@ class Shot:
     """A frame of a request."""
 
     data: bytes
-    """As sent, or as `raw_picture` makes it."""
+    """As `raw_picture` makes it."""
     time_s: float
     param: str
     """Where what it is from stands in the request."""
@@ -45,7 +51,19 @@ def shots_of(request: ChatRequest, rules: MediaRules, *, fps: float, most: int) 
     times = _times(media, request.frame_times, fps)
     pictures = [read_picture(each, rules) for each in media]
     for each, data, time_s in zip(media, pictures, times, strict=True):
-        yield Shot(data=data, time_s=time_s, param=each.param)
+        yield Shot(data=_decoded(data, each), time_s=time_s, param=each.param)
+
+
+def _decoded(data: bytes, media: Media) -> bytes:
+    """Here and not on the engines' thread, where live streams would wait for it."""
+    try:
+        return _raw(decode_picture(data))
+    except FrameDecodeError as error:
+        raise MediaRefused(str(error), param=media.param) from error
+
+
+def _raw(rgb: np.ndarray) -> bytes:
+    return raw_picture(np.ascontiguousarray(rgb).tobytes(), rgb.shape[1], rgb.shape[0])
 
 
 def _times(media: Sequence[Media], given: Sequence[float], fps: float) -> list[float]:
@@ -77,8 +95,7 @@ def _video(
             moments = [float(moment) for moment in wanted[shown]]
             pictures = read_moments(path, moments, foreign=times)
             for time_s, rgb in zip(moments, pictures, strict=True):
-                data = raw_picture(np.ascontiguousarray(rgb).tobytes(), rgb.shape[1], rgb.shape[0])
-                yield Shot(data=data, time_s=time_s, param=media.param)
+                yield Shot(data=_raw(rgb), time_s=time_s, param=media.param)
         except VideoError as error:
             raise MediaRefused(
                 f"the video cannot be read: {error.what}", param=media.param
