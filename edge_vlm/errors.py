@@ -18,6 +18,7 @@
     |-- FrameDecodeError        6  E-FRAME-DECODE       one picture that is not a JPEG we can read
     |-- ProtocolError           7  E-PROTOCOL           the other side broke the wire protocol
     |   |-- MessageTooLarge     7  E-MESSAGE-TOO-LARGE
+    |   |-- RequestTimeout      7  E-TIMEOUT            a request that does not come to its end
     |   |-- UnknownMessageType  7  E-UNKNOWN-TYPE
     |   `-- RequestError        7  E-REQUEST            an HTTP request is wrong; names the field
     |       |-- Unsupported     7  E-UNSUPPORTED        what the model or this server cannot do
@@ -214,6 +215,12 @@ class ProtocolError(EdgeVlmError):
 class MessageTooLarge(ProtocolError):
     code = "E-MESSAGE-TOO-LARGE"
     close_code = 1009
+
+
+class RequestTimeout(ProtocolError):
+    """A request that does not come to its end."""
+
+    code = "E-TIMEOUT"
 
 
 class UnknownMessageType(ProtocolError):

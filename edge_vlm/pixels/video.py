@@ -118,24 +118,27 @@ def read_moments(
     *,
     max_side: int | None = None,
     counts: Counter[str] | None = None,
+    foreign: VideoTimes | None = None,
 ) -> Iterator[Rgb]:
     """What is on screen at each of these ascending times (seconds from the first frame), rgb, its
     longer side at most `max_side`.
 
     A time after the last frame shows the last one; if the file breaks off clearly before a time
     that its packets promise, that is VideoUnreadable. Stretches between far moments are jumped over
-    where the file allows it. What was odd is added to `counts`, as `Video.counts`. Raises as
+    where the file allows it. What was odd is added to `counts`, as `Video.counts`. `foreign`: the
+    times of a stranger's file, which is opened and probed as such, and only once. Raises as
     `probe_video`, too.
     """
-    probed = probe_video(path)
+    probed = probe_video(path) if foreign is None else foreign
+    is_foreign = foreign is not None
     wanted = list(times_s)
     served = 0
     try:
-        for shown in _moments(path, probed, wanted, probed.keys_s, counts):
+        for shown in _moments(path, probed, wanted, probed.keys_s, counts, is_foreign):
             yield shown.rgb(max_side)
             served += 1
     except _LostJump:  # its index is wrong: every frame is decoded
-        for shown in _moments(path, probed, wanted[served:], (), counts):
+        for shown in _moments(path, probed, wanted[served:], (), counts, is_foreign):
             yield shown.rgb(max_side)
 
 
@@ -149,12 +152,13 @@ def _moments(
     wanted: list[float],
     keys_s: Sequence[float],
     counts: Counter[str] | None,
+    is_foreign: bool,
 ) -> Iterator[TimedFrame]:
     """As `read_moments`; jumps to `keys_s` only."""
     served = 0
     shown: TimedFrame | None = None
     jumped = False
-    with closing(open_video(path)) as video:
+    with closing(open_video(path, is_foreign=is_foreign)) as video:
         video.is_heard = False  # `probe_video` was
         if counts is not None:
             video.counts = counts

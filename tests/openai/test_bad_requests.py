@@ -213,8 +213,9 @@ def test_too_much_is_refused_before_it_is_read(server: Server) -> None:
 
 def test_pictures_that_do_not_fit_are_refused_rather_than_forgotten(server: Server) -> None:
     many = [picture_part(jpeg(number % 40)) for number in range(60)]
+    own = {"policy": "keep_all", "frame_times": [number / 10 for number in range(60)]}
     error = error_of(
-        post(server, {**HI, "messages": user("?", *many), "edge_vlm": {"policy": "keep_all"}}),
+        post(server, {**HI, "messages": user("?", *many), "edge_vlm": own}),
         *(400, "E-QUESTION-TOO-LONG"),
     )
     assert "pictures fit" in error["message"]

@@ -20,6 +20,8 @@ from edge_vlm.text.tokenizer import Tokenizer
 
 MAX_KEPT = 32
 """Grammars that stay compiled."""
+MAX_FORM = 1 << 18
+"""Characters of a form: a few times what OpenAI allows, and compiled within a second."""
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """Without room for a model to go on in white space for ever."""
 
@@ -40,15 +42,28 @@ def choice_grammar(choices: Sequence[str]) -> str:
     if not choices or not all(choices):
         raise AnswerFormError("a choice is of one or more texts, none of them empty")
     texts = " | ".join(json.dumps(text) for text in choices)
+    _require_short(texts)
     return str(_llguidance().LLMatcher.grammar_from_lark(f'start: " "? ({texts})'))
 
 
 def schema_grammar(schema: Any) -> str:
     """JSON of a schema, a dictionary. Raises AnswerFormError, MissingExtraError."""
     try:
-        return str(_llguidance().LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE))
+        grammar = str(_llguidance().LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE))
     except ValueError as error:
         raise AnswerFormError(f"not a JSON schema: {error}") from error
+    _require_short(grammar)
+    return grammar
+
+
+def _require_short(form: str) -> None:
+    if len(form) > MAX_FORM:
+        raise AnswerFormError(f"a form of {len(form)} characters", remedy=f"{MAX_FORM} are allowed")
+
+
+def _told(error: str) -> str:
+    """Without the state of the library, which comes after its words."""
+    return error.partition("<state>")[0].strip()
 
 
 class Matcher:
@@ -88,7 +103,9 @@ class Matcher:
 
     def _require(self) -> None:
         if self._matcher.is_error():
-            raise AnswerFormError(f"the form cannot be followed: {self._matcher.get_error()}")
+            raise AnswerFormError(
+                f"the form cannot be followed: {_told(self._matcher.get_error())}"
+            )
 
 
 class Constraints:
@@ -115,7 +132,7 @@ class Constraints:
                 compiled = library.LLMatcher(self._tokens(library), grammar, log_level=0)
                 if compiled.is_error():
                     raise AnswerFormError(
-                        f"the form cannot be followed: {compiled.get_error()}",
+                        f"the form cannot be followed: {_told(compiled.get_error())}",
                         remedy="see 'Structured answers' in docs/api.md",
                     )
                 first = Matcher(library, compiled.deep_copy(), self._num_tokens, self._never)

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from edge_vlm.errors import (
@@ -20,6 +20,7 @@ from edge_vlm.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NoSuchPath,
+    RequestTimeout,
     ServerBusy,
 )
 from edge_vlm.waiting import cancel
@@ -40,6 +41,12 @@ Send = Callable[[Message], Awaitable[None]]
 
 PREFIX = "/v1"
 MAX_SHOWN = 100
+LEFT = 499
+"""Status of a reply that nobody reads any more; of no RFC, but of others' servers."""
+PATIENCE_S = 30.0
+"""For a client that sends, or reads, nothing."""
+LEAST_BYTES_PER_S = 16_384.0
+"""Of a body, on the average after that time."""
 
 
 class OpenAiApi:
@@ -81,11 +88,13 @@ class OpenAiApi:
         reply = _Sender(send)
         try:
             await self._answer(scope, receive, reply)
-        except EdgeVlmError as error:
-            await reply.error(error)
+        except _NobodyReads:
+            reply.status = LEFT
         except Exception as error:
-            log.exception("a request failed")
-            await reply.error(error)
+            if not isinstance(error, EdgeVlmError):
+                log.exception("a request failed")
+            with suppress(_NobodyReads):
+                await reply.error(error)
         self._on_reply(reply.status)
 
     async def _answer(self, scope: Scope, receive: Receive, reply: _Sender) -> None:
@@ -137,6 +146,7 @@ class OpenAiApi:
         with self._queue.held() as held:
             body = await _read_body(headers, receive, held)
             if body is None:
+                reply.status = LEFT
                 return
             received_s = asyncio.get_running_loop().time()
             work = asyncio.create_task(self._complete(body, received_s, reply))
@@ -150,7 +160,7 @@ class OpenAiApi:
                 await cancel(work, gone)
             if work.cancelled():
                 if not gone.cancelled():
-                    reply.status = 499  # nobody reads it any more
+                    reply.status = LEFT
                 elif is_stopped:
                     raise ServerBusy("the server is stopping", remedy="try again later")
                 return
@@ -161,6 +171,7 @@ class OpenAiApi:
         self._require_model(request.model, "model")
         timing = Timing(received_s=received_s)
         if request.session is not None:
+            await asyncio.to_thread(self._one_shots.check, request)
             await self._tell(request, ask_live(request, self._live, self._one_shots), timing, reply)
             return
         plan = await asyncio.to_thread(self._one_shots.plan, request)
@@ -243,8 +254,17 @@ async def _read_body(headers: Mapping[str, str], receive: Receive, held: HeldByt
     if announced.isdecimal() and len(announced) < 20:
         held.grow(int(announced))
     body = bytearray()
+    clock = asyncio.get_running_loop().time
+    began_s = clock()
     while True:
-        message = await receive()
+        left_s = began_s + PATIENCE_S + len(body) / LEAST_BYTES_PER_S - clock()
+        try:
+            message = await asyncio.wait_for(receive(), left_s)
+        except asyncio.TimeoutError as error:
+            raise RequestTimeout(
+                f"{len(body)} bytes in {clock() - began_s:.0f} s, and not the whole request",
+                remedy="send it faster",
+            ) from error
         if message["type"] == "http.disconnect":
             return None
         body += message.get("body", b"")
@@ -259,13 +279,23 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
+class _NobodyReads(Exception):
+    """The client takes nothing any more; it may be gone, and its network silent about it."""
+
+
 class _Sender:
-    """One reply."""
+    """One reply. Each step of it raises _NobodyReads."""
 
     def __init__(self, send: Send) -> None:
-        self._send = send
+        self._send_now = send
         self.status = 0
         self._is_streaming = False
+
+    async def _send(self, message: Message) -> None:
+        try:
+            await asyncio.wait_for(self._send_now(message), PATIENCE_S)
+        except asyncio.TimeoutError as error:
+            raise _NobodyReads from error
 
     async def json(self, value: dict[str, Any], headers: Mapping[str, str] | None = None) -> None:
         await self._whole(200, value, headers or {})
@@ -301,6 +331,6 @@ class _Sender:
         if self.status:
             return
         status, headers = status_of(error), headers_of(error)
-        if isinstance(error, (MessageTooLarge, ServerBusy)):
+        if isinstance(error, (MessageTooLarge, RequestTimeout, ServerBusy)):
             headers["Connection"] = "close"  # the rest of the body is not read
         await self._whole(status, envelope(error), headers)

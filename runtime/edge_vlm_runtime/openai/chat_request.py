@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_vlm.errors import ProtocolError, RequestError, Unsupported
 from edge_vlm.pruning.policies import POLICY_NAMES
-from edge_vlm_runtime.openai.content import Conversation, read_messages
+from edge_vlm_runtime.openai.content import LATEST_S, Conversation, read_messages
 from edge_vlm_runtime.openai.fields import Fields, as_number, wrong
 from edge_vlm_runtime.protocol.base import json_value
 
@@ -103,7 +103,9 @@ def read_chat_request(body: bytes) -> ChatRequest:
     stream_options.require_empty()
     own = fields.object("edge_vlm")
     most = [fields.whole(name, 1) for name in ("max_completion_tokens", "max_tokens")]
-    video = fields.object("media_io_kwargs").object("video")
+    media = fields.object("media_io_kwargs")
+    video = media.object("video")
+    ignored += [f"media_io_kwargs.{name}" for name in ("image", "audio") if media.any(name)]
     request = ChatRequest(
         model=model,
         conversation=conversation,
@@ -126,6 +128,7 @@ def read_chat_request(body: bytes) -> ChatRequest:
         ignored=(*ignored, *(f"media_io_kwargs.video.{name}" for name in video.rest())),
     )
     own.require_empty()
+    media.require_empty()
     fields.require_empty()
     if not all(name.isascii() and name.isidentifier() for name in video.rest()):
         video.require_empty()  # they are repeated in a header
@@ -191,6 +194,7 @@ def _read_form(fields: Fields) -> tuple[tuple[str, ...], dict[str, Any] | None]:
                 param="response_format.type",
                 remedy="text, json_object and json_schema are",
             )
+    form.require_empty()
     for path in ("guided_decoding", "structured_outputs"):
         guided = fields.object(path)
         found += [(name, guided.any(name)) for name in ("choice", "json") if guided.has(name)]
@@ -209,8 +213,8 @@ def _read_form(fields: Fields) -> tuple[tuple[str, ...], dict[str, Any] | None]:
         return tuple(value), None
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError as error:
+            value = json_value(value.encode())
+        except ProtocolError as error:
             raise wrong(value, f"{path}.json", "a JSON schema") from error
     if not isinstance(value, dict):
         raise wrong(value, f"{path}.json", "a JSON schema")
@@ -222,12 +226,15 @@ def _schema_of(described: Fields) -> dict[str, Any]:
     schema = described.any("schema")
     if not isinstance(schema, dict):
         raise wrong(schema, "response_format.json_schema.schema", "an object")
+    for name in ("name", "description", "strict"):
+        described.any(name)
+    described.require_empty()
     return schema
 
 
 def _read_times(times: list[Any], num_pictures: int) -> tuple[float, ...]:
     path = "edge_vlm.frame_times"
-    found = [as_number(t, f"{path}[{i}]", 0.0, 1e6) for i, t in enumerate(times)]
+    found = [as_number(t, f"{path}[{i}]", 0.0, LATEST_S) for i, t in enumerate(times)]
     if found and len(found) != num_pictures:
         raise RequestError(f"{len(found)} frame_times for {num_pictures} pictures", param=path)
     if any(later <= earlier for earlier, later in itertools.pairwise(found)):

@@ -25,19 +25,16 @@ class Timing:
     """When its first text was there."""
     ended_s: float = 0.0
 
-    def figures(self, num_tokens: int) -> dict[str, float | None]:
-        """In milliseconds, None for what there was not."""
+    def figures(self, tokens_per_s: float | None) -> dict[str, float | None]:
+        """In milliseconds, None for what there was not. `tokens_per_s`: as the engines' thread
+        measured it; here several tokens may arrive at once."""
         first = self.first_s
-        decoding_s = 0.0 if first is None else self.ended_s - first
-        later = num_tokens - 1
         return {
             "time_to_first_token_ms": None if first is None else _ms(first - self.received_s),
             "generation_time_ms": _ms(self.ended_s - self.began_s),
             "queue_time_ms": _ms(self.began_s - self.received_s),
-            "mean_itl_ms": _ms(decoding_s / later) if first is not None and later > 0 else None,
-            "tokens_per_second": round(later / decoding_s, 3)
-            if later > 0 and decoding_s > 0
-            else None,
+            "mean_itl_ms": _ms(1.0 / tokens_per_s) if tokens_per_s else None,
+            "tokens_per_second": round(tokens_per_s, 3) if tokens_per_s else None,
         }
 
 
@@ -112,7 +109,7 @@ def usage_of(done: protocol.ResponseDone, timing: Timing) -> dict[str, Any]:
         "completion_tokens": usage.output_tokens,
         "total_tokens": prompt + usage.output_tokens,
         "prompt_tokens_details": {"cached_tokens": 0, "image_tokens": usage.vision_tokens},
-        **timing.figures(usage.output_tokens),
+        **timing.figures(done.tokens_per_s),
     }
 
 

@@ -13,6 +13,8 @@ from edge_vlm_runtime.openai.fields import Fields, wrong
 
 STAMP = re.compile(r"\s*<(\d+(?:\.\d+)?) seconds?>\s*")
 """A text part before a picture that says when it was taken, as lmms-eval writes it."""
+LATEST_S = 1e6
+"""The largest time of a picture, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,10 @@ def _stamped(parts: Sequence[str | Media]) -> list[str | Media]:
             match = STAMP.fullmatch(before)
             if match is not None:
                 stamps[place] = float(match[1])
+                if stamps[place] > LATEST_S:
+                    raise RequestError(
+                        f"a picture's time is at most {LATEST_S:g} seconds", param=part.param
+                    )
     pictures = [p for p in parts if isinstance(p, Media) and p.kind == "picture"]
     if not pictures or len(stamps) != len(pictures):
         return list(parts)

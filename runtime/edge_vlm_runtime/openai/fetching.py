@@ -11,8 +11,10 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import urljoin, urlsplit
 
 from edge_vlm.errors import MediaRefused
@@ -20,7 +22,7 @@ from edge_vlm.errors import MediaRefused
 TIMEOUT_S = 20.0
 """Of each wait for the other side."""
 LONGEST_S = 60.0
-"""Of reading all of it."""
+"""Of one address, from the first word to the last."""
 MAX_REDIRECTIONS = 3
 PIECE_BYTES = 1 << 16
 
@@ -39,9 +41,12 @@ def is_public(address: str) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    mapped = getattr(ip, "ipv4_mapped", None)
-    if mapped is not None:
-        ip = mapped
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.is_site_local:
+            return False
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is not None:
+            ip = inner
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 
@@ -55,6 +60,10 @@ def fetch(url: str, *, param: str, max_bytes: int, lookup: Lookup = look_up) -> 
             connection = _connect(parts.scheme, parts.hostname, parts.port, param, lookup)
         except (OSError, ValueError) as error:
             raise MediaRefused(f"nothing answers at the address: {error}", param=param) from error
+        # Each wait has an end; this is that of all of them together.
+        give_up = threading.Timer(LONGEST_S, _hang_up, [connection.sock])
+        give_up.start()
+        began_s = time.monotonic()
         try:
             target = parts.path or "/"
             if parts.query:
@@ -67,23 +76,37 @@ def fetch(url: str, *, param: str, max_bytes: int, lookup: Lookup = look_up) -> 
                 continue
             if reply.status != 200:
                 raise MediaRefused(f"the address answers {reply.status}", param=param)
-            return _read(reply, max_bytes, param)
+            data = _read(reply, max_bytes, param)
+            if time.monotonic() - began_s >= LONGEST_S:
+                raise _too_slow(param)  # what was cut off may look whole
+            return data
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if time.monotonic() - began_s >= LONGEST_S:
+                raise _too_slow(param) from error
             raise MediaRefused(f"the address cannot be read: {error}", param=param) from error
         finally:
+            give_up.cancel()
             connection.close()
     raise MediaRefused(f"more than {MAX_REDIRECTIONS} redirections", param=param)
 
 
+def _hang_up(line: socket.socket) -> None:
+    with suppress(OSError):  # it is closed already
+        line.shutdown(socket.SHUT_RDWR)
+
+
+def _too_slow(param: str) -> MediaRefused:
+    return MediaRefused(f"the address takes more than {LONGEST_S:g} s", param=param)
+
+
 def _read(reply: http.client.HTTPResponse, max_bytes: int, param: str) -> bytes:
     data = bytearray()
-    give_up_s = time.monotonic() + LONGEST_S
     while piece := reply.read1(PIECE_BYTES):
         data += piece
-        if time.monotonic() > give_up_s:
-            raise MediaRefused(f"the address takes more than {LONGEST_S:g} s", param=param)
         if len(data) > max_bytes:
             raise MediaRefused(f"more than {max_bytes} bytes lie at the address", param=param)
+    if reply.length:  # of what was announced
+        raise MediaRefused("the address breaks off in the middle", param=param)
     return bytes(data)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -93,7 +92,7 @@ def as_number(value: object, path: str, least: float, most: float) -> float:
     """Raises RequestError unless it is a finite number in the range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong(value, path, "a number")
-    if not (math.isfinite(value) and least <= value <= most):
+    if not least <= value <= most:  # whole numbers have no bound, and may be too large for a float
         raise wrong(value, path, f"a number in {least:g}..{most:g}")
     return float(value)
 
@@ -101,7 +100,9 @@ def as_number(value: object, path: str, least: float, most: float) -> float:
 def wrong(value: object, path: str, wanted: str) -> RequestError:
     """What to raise: the value at this path is something else than was wanted."""
     if value is None:
-        return RequestError(f"{path} is missing, it must be {wanted}", param=path)
+        return RequestError(
+            f"{path or 'the body'} is missing, it must be {wanted}", param=path or None
+        )
     shown = repr(value)
     shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
     return RequestError(f"{path or 'the body'} must be {wanted}, got {shown}", param=path or None)

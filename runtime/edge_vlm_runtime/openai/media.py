@@ -28,6 +28,11 @@ class MediaRules:
     """http(s) addresses of the public internet."""
     max_bytes: int = 128 << 20
 
+    def __post_init__(self) -> None:
+        # Once: who replaces a folder by a link later opens no other one.
+        folders = tuple(folder.resolve() for folder in self.folders)
+        object.__setattr__(self, "folders", folders)
+
 
 def read_picture(media: Media, rules: MediaRules) -> bytes:
     """A JPEG, PNG, WebP or GIF whose header can be read and announces no giant.
@@ -116,8 +121,7 @@ def _allowed_file(media: Media, rules: MediaRules) -> Path:
         if parts.netloc not in ("", "localhost"):
             raise refusal
         path = Path(unquote(parts.path)).resolve(strict=True)
-        folders = [folder.resolve(strict=True) for folder in rules.folders]
-        allowed = any(path.is_relative_to(folder) for folder in folders) and path.is_file()
+        allowed = any(map(path.is_relative_to, rules.folders)) and path.is_file()
     except (OSError, RuntimeError, ValueError):
         allowed = False
     if not allowed:

@@ -42,11 +42,13 @@ from edge_vlm_runtime.protocol.settings import (
 )
 from edge_vlm_runtime.session.budget import cache_capacity, video_window
 from edge_vlm_runtime.session.frames import EncodedFrame, Encoding
-from edge_vlm_runtime.session.questions import plan_question, question_of
+from edge_vlm_runtime.session.questions import QueuedQuestion, plan_question, question_of
 
 KEEP_ALL = "keep_all"
 LATEST_S = 9999.9
 """A time stamp of the greatest length that is counted with."""
+MOST_CHARACTERS = 64
+"""Of a token, more than there are in any text: what is longer is not counted."""
 BUSY_FRAMES = 4
 """Frames that are on their way to the engines at once."""
 
@@ -95,17 +97,9 @@ class OneShots:
     # ---- what is asked -----------------------------------------------------------------------
 
     def plan(self, request: ChatRequest) -> Plan:
-        """Raises QuestionTooLong, ConfigError, AnswerFormError; takes a while."""
-        prompt = self._engines.prompt
-        question = self.question(request, "")
-        asked = plan_question(question, question_of(question, "", 0), self._settings, prompt)
-        most = self.max_model_tokens // 4
-        if len(asked.ids) > most:
-            raise QuestionTooLong(
-                f"the messages have {len(asked.ids)} tokens", remedy=f"{most} are allowed"
-            )
-        if asked.grammar is not None:  # compiled here, not on the engines' thread
-            self._engines.constraints.matcher(asked.grammar)
+        """Raises what `check` does, ConfigError."""
+        prompt, most = self._engines.prompt, self.max_model_tokens // 4
+        asked = self.check(request)
         changes: dict[str, Any] = {
             "delivery": DropPolicy.WAIT,
             "drop_duplicates": False,
@@ -141,6 +135,27 @@ class OneShots:
             fps=settings.fps_cap,
             most_frames=max(1, room // per_frame),
         )
+
+    def check(self, request: ChatRequest) -> QueuedQuestion:
+        """What takes a while is done here, not on the engines' thread: a long text is refused, a
+        form compiled. Raises QuestionTooLong, ConfigError, AnswerFormError."""
+        talk, most = request.conversation, self.max_model_tokens // 4
+        length = len(talk.instructions) + sum(len(turn.text) for turn in talk.turns)
+        if length > MOST_CHARACTERS * most:
+            raise QuestionTooLong(
+                f"the messages have {length} characters", remedy=f"{most} tokens are allowed"
+            )
+        question = self.question(request, "")
+        asked = plan_question(
+            question, question_of(question, "", 0), self._settings, self._engines.prompt
+        )
+        if len(asked.ids) > most:
+            raise QuestionTooLong(
+                f"the messages have {len(asked.ids)} tokens", remedy=f"{most} are allowed"
+            )
+        if asked.grammar is not None:
+            self._engines.constraints.matcher(asked.grammar)
+        return asked
 
     def question(self, request: ChatRequest, event_id: str) -> protocol.ResponseCreate:
         """As a viewer would ask it. `event_id`: by which its answer is known."""
@@ -268,12 +283,13 @@ class OneShots:
         with."""
         shots = shots_of(request, self._rules, fps=plan.fps, most=plan.most_frames)
         under_way: dict[int, Shot] = {}
-        number = 0
+        number, first_s = 0, 0.0
         try:
             shot = await asyncio.to_thread(next, shots, None)
             while shot is not None or under_way:
                 if shot is not None and len(under_way) < BUSY_FRAMES:
                     under_way[number] = shot
+                    first_s = shot.time_s if number == 0 else first_s
                     handle.put_frame(self._frame(number, shot))
                     number += 1
                     shot = await asyncio.to_thread(next, shots, None)
@@ -284,10 +300,31 @@ class OneShots:
                 if isinstance(event, protocol.FrameAccepted):
                     under_way.pop(event.frame_sequence, None)
                 if isinstance(event, protocol.MemoryEvicted):
-                    raise _too_many(number, request, under_way)
+                    raise self._too_many(
+                        number - max(len(under_way), event.frames), request, under_way, first_s
+                    )
                 yield event
         finally:
             await _close(shots)
+
+    def _too_many(
+        self, about: int, request: ChatRequest, under_way: dict[int, Shot], first_s: float
+    ) -> EdgeVlmError:
+        kind = "pictures" if request.conversation.pictures else "frames of the video"
+        reach_s = self.model.max_time_s
+        last_s = max((shot.time_s for shot in under_way.values()), default=first_s)
+        if reach_s is not None and last_s - first_s > reach_s:
+            return QuestionTooLong(
+                f"the {kind} are further apart than the model can tell times: it was made for "
+                f"{reach_s:g} seconds, these reach {last_s - first_s:g}",
+                remedy="send fewer, or edge_vlm.frame_times closer together"
+                if request.conversation.pictures
+                else "send a shorter one",
+            )
+        return QuestionTooLong(
+            f"only about {max(about, 1)} {kind} fit into the model's memory",
+            remedy="send fewer, or a lower edge_vlm.keep_ratio",
+        )
 
     def _frame(self, number: int, shot: Shot) -> EncodedFrame:
         return EncodedFrame(
@@ -316,14 +353,6 @@ def _refusal_of(event: protocol.FrameDropped, shot: Shot) -> EdgeVlmError:
     if event.reason == DropReason.ENGINE_ERROR.value:
         return InternalError(event.message or "the engines failed")
     return InternalError(f"a frame was dropped ({event.reason})")
-
-
-def _too_many(number: int, request: ChatRequest, under_way: dict[int, Shot]) -> EdgeVlmError:
-    kind = "pictures" if request.conversation.pictures else "frames of the video"
-    return QuestionTooLong(
-        f"no more than {max(number - len(under_way), 1)} {kind} fit into the model's memory",
-        remedy="send fewer, or a lower edge_vlm.keep_ratio",
-    )
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., Any], *args: object) -> None:

@@ -86,7 +86,7 @@ class RequestQueue:
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
                     self._hand_on()
-                else:
+                elif turn in self._waiting:
                     self._waiting.remove(turn)
                 raise
         else:
@@ -101,9 +101,11 @@ class RequestQueue:
 
     def _hand_on(self) -> None:
         """The turn goes to whoever waits longest."""
-        if self._waiting:
-            self._waiting.popleft().set_result(None)
-            return
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():  # cancelled, and its task has not been told yet
+                turn.set_result(None)
+                return
         self._running -= 1
         if self._running == 0:
             self.idle.set()

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
-from edge_vlm.errors import MediaRefused, RequestError, VideoError
-from edge_vlm.pixels.frames import raw_picture
+from edge_vlm.errors import (
+    FrameDecodeError,
+    MediaRefused,
+    QuestionTooLong,
+    RequestError,
+    VideoError,
+)
+from edge_vlm.pixels.frames import decode_picture, raw_picture
 from edge_vlm.pixels.video import open_video, read_moments
 from edge_vlm_runtime.openai.chat_request import ChatRequest
 from edge_vlm_runtime.openai.content import Media
 from edge_vlm_runtime.openai.media import MediaRules, read_picture, video_file
+
+MOST_MOMENTS = 1 << 20
+"""Of a video, however long it says it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +32,7 @@ class Shot:
     """A frame of a request."""
 
     data: bytes
-    """As sent, or as `raw_picture` makes it."""
+    """As `raw_picture` makes it."""
     time_s: float
     param: str
     """Where what it is from stands in the request."""
@@ -41,7 +51,19 @@ def shots_of(request: ChatRequest, rules: MediaRules, *, fps: float, most: int) 
     times = _times(media, request.frame_times, fps)
     pictures = [read_picture(each, rules) for each in media]
     for each, data, time_s in zip(media, pictures, times, strict=True):
-        yield Shot(data=data, time_s=time_s, param=each.param)
+        yield Shot(data=_decoded(data, each), time_s=time_s, param=each.param)
+
+
+def _decoded(data: bytes, media: Media) -> bytes:
+    """Here and not on the engines' thread, where live streams would wait for it."""
+    try:
+        return _raw(decode_picture(data))
+    except FrameDecodeError as error:
+        raise MediaRefused(str(error), param=media.param) from error
+
+
+def _raw(rgb: np.ndarray) -> bytes:
+    return raw_picture(np.ascontiguousarray(rgb).tobytes(), rgb.shape[1], rgb.shape[0])
 
 
 def _times(media: Sequence[Media], given: Sequence[float], fps: float) -> list[float]:
@@ -68,27 +90,28 @@ def _video(
         try:
             with closing(open_video(path, name="the video", is_foreign=True)) as video:
                 times = video.times()
-            wanted = _moments(times.end_s, times.frame_s, request, fps, most)
+            wanted = _moments(times.end_s, request, fps, most)
             shown = times.each_frame_once(wanted)
             moments = [float(moment) for moment in wanted[shown]]
-            for time_s, rgb in zip(moments, read_moments(path, moments), strict=True):
-                data = raw_picture(np.ascontiguousarray(rgb).tobytes(), rgb.shape[1], rgb.shape[0])
-                yield Shot(data=data, time_s=time_s, param=media.param)
+            pictures = read_moments(path, moments, foreign=times)
+            for time_s, rgb in zip(moments, pictures, strict=True):
+                yield Shot(data=_raw(rgb), time_s=time_s, param=media.param)
         except VideoError as error:
             raise MediaRefused(
                 f"the video cannot be read: {error.what}", param=media.param
             ) from error
 
 
-def _moments(
-    end_s: float, frame_s: float, request: ChatRequest, fps: float, most: int
-) -> np.ndarray:
+def _moments(end_s: float, request: ChatRequest, fps: float, most: int) -> np.ndarray:
     """Seconds, ascending: at the wanted rate if so many fit, else evenly over the whole."""
     if request.num_frames is not None:
         return np.linspace(0.0, end_s, request.num_frames)
     rate = request.fps or fps
-    wanted = np.arange(0.0, end_s + frame_s, 1.0 / rate)
-    wanted = wanted[wanted <= end_s + 1e-6]
-    if len(wanted) <= most or request.fps is not None:
-        return wanted
+    number = math.floor((end_s + 1e-6) * rate) + 1
+    if number > MOST_MOMENTS and request.fps is not None:
+        raise QuestionTooLong(
+            f"{number} frames of the video are wanted", remedy=f"{MOST_MOMENTS} are looked at"
+        )
+    if number <= most or request.fps is not None:
+        return np.arange(number) / rate
     return np.linspace(0.0, end_s, most)

@@ -22,6 +22,9 @@ CLIP, KEEP_ALL = "clip", "keep_all"
 POLICIES = (*POLICY_NAMES, CLIP)
 MAX_WHOLE = 1 << 53
 """The largest whole number that every reader of JSON counts exactly."""
+LEAST_RATIO = 1e-6
+"""Less than a cell in a day of video."""
+_RATIO = f"must be in (0, 1], and at least {LEAST_RATIO:g}"
 
 
 class DropPolicy(str, Enum):
@@ -113,7 +116,7 @@ class SessionSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", _member(Attention, "attention", self.attention))
         object.__setattr__(self, "delivery", _member(DropPolicy, "delivery", self.delivery))
-        self._require("keep_ratio", 0.0 < self.keep_ratio <= 1.0, "must be in (0, 1]")
+        self._require("keep_ratio", LEAST_RATIO <= self.keep_ratio <= 1.0, _RATIO)
         rate = self.vision_tokens_per_s
         self._require("vision_tokens_per_s", 0.0 <= rate < math.inf, "must be 0 or positive")
         threshold = self.change_threshold
@@ -260,7 +263,7 @@ class ServerLimits:
     max_answer_slowdown: float = 0.15
     """Time that video may take while answers are decoded, as a share of the answers' own."""
     max_request_bytes: int = 128 << 20
-    """Size of one HTTP request, and of a video that it names."""
+    """Size of one HTTP request, and of what it has fetched."""
     max_running_requests: int = 1
     """HTTP requests that are answered at once; each has a memory of its own meanwhile."""
     max_waiting_requests: int = 32

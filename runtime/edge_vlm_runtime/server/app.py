@@ -150,6 +150,7 @@ class Server:
             on_reply=self._table.metrics.replied,
         )
         self._live_api = LiveApi(self._table)
+        self._page = _Page(directory=WEB, html=True)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
@@ -350,9 +351,14 @@ class Server:
                 Route("/v1/{path:path}", self._api),
             ]
         )
-        application.router.default = _Page(directory=WEB, html=True)
+        application.router.default = self._elsewhere
         application.add_middleware(_Guard, hosts=self._allowed_hosts, key=self._api_key)
         return application
+
+    async def _elsewhere(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A route matches no path with a line break in it.
+        below = scope["type"] == "http" and scope["path"].startswith("/v1/")
+        await (self._api if below else self._page)(scope, receive, send)
 
     async def _healthz(self, request: Request) -> Response:
         alive = self._worker.is_alive
