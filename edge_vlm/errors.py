@@ -227,48 +227,6 @@ class UnknownMessageType(ProtocolError):
     code = "E-UNKNOWN-TYPE"
 
 
-class RequestError(ProtocolError):
-    """`param`: path of the field that is wrong, as `messages[0].content[1]`; None for all of it."""
-
-    code = "E-REQUEST"
-
-    def __init__(
-        self,
-        what: str,
-        *,
-        where: object = None,
-        remedy: str | None = None,
-        param: str | None = None,
-    ) -> None:
-        super().__init__(what, where=where, remedy=remedy)
-        self.param = param
-
-
-class Unsupported(RequestError):
-    code = "E-UNSUPPORTED"
-
-
-class ModelNotFound(RequestError):
-    code = "E-MODEL"
-    close_code = 1008
-
-
-class MediaRefused(RequestError):
-    code = "E-MEDIA"
-
-
-class AnswerFormError(RequestError):
-    code = "E-ANSWER-FORM"
-
-
-class NoSuchPath(RequestError):
-    code = "E-NOT-FOUND"
-
-
-class MethodNotAllowed(RequestError):
-    code = "E-METHOD"
-
-
 class ServerUnreachable(EdgeVlmError):
     code = "E-SERVER-UNREACHABLE"
     exit_code = 8

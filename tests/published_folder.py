@@ -12,11 +12,12 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from edge_vlm.config import ModelConfig, VisionAttention, tiny
+from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.model.published.folder import load_published
 from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig
+from edge_vlm.presets import tiny
 from edge_vlm_export.graphs.graphs import GraphLimits
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from tests.tiny import WORDS, kept

@@ -21,12 +21,14 @@ from typing import Any
 
 import pytest
 
-from edge_vlm.config import ModelConfig, tiny
+from edge_vlm.config import ModelConfig
+from edge_vlm.presets import tiny
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".pytest_cache" / "edge-vlm-tiny"
 SOURCES = (
     "edge_vlm/config.py",
+    "edge_vlm/presets.py",
     "edge_vlm/formats/**/*.py",
     "edge_vlm/model/**/*.py",
     "edge_vlm/pixels/**/*.py",
@@ -79,7 +81,7 @@ def tiny_footage() -> Path:
 
 @lru_cache(maxsize=1)
 def tiny_config() -> ModelConfig:
-    """`edge_vlm.config.tiny` with the vocabulary of WORDS."""
+    """`edge_vlm.presets.tiny` with the vocabulary of WORDS."""
     from edge_vlm.formats.bundle import EngineBundle
 
     return EngineBundle.open(tiny_bundle()).config

@@ -33,11 +33,12 @@ from benchmarks.harness import (
     summary,
     write_result,
 )
-from edge_vlm.config import ModelConfig, Rescale, VisionAttention, molmo2_4b, tiny
+from edge_vlm.config import ModelConfig, Rescale, VisionAttention
 from edge_vlm.flops import language_flops, vision_flops
 from edge_vlm.model.clips import encode_clips
 from edge_vlm.model.llm import rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import molmo2_4b, tiny
 from edge_vlm.text.masks import CAUSAL, MASKED
 
 STAMP_TOKENS = 5

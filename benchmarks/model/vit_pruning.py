@@ -34,10 +34,11 @@ from benchmarks.harness import (
     summary,
     write_result,
 )
-from edge_vlm.config import ModelConfig, Rescale, molmo2_4b, tiny
+from edge_vlm.config import ModelConfig, Rescale
 from edge_vlm.flops import block_flops, connector_flops, vision_flops
 from edge_vlm.model.clips import EncodedClips, encode_clips
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import molmo2_4b, tiny
 from edge_vlm.pruning.clip_budget import pack_rows
 
 UNPRUNED = "unpruned"

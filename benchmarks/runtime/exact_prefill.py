@@ -25,9 +25,10 @@ import torch
 
 from benchmarks.export.full_size_export import Memory
 from benchmarks.harness import CHECKPOINT, RESULTS, result_head, script_parser, write_result
-from edge_vlm.config import VisionAttention, molmo2_4b, tiny
+from edge_vlm.config import VisionAttention
 from edge_vlm.formats.precision import Precision, Variant
 from edge_vlm.model.checkpoint import read_config
+from edge_vlm.presets import molmo2_4b, tiny
 from edge_vlm.text.masks import CAUSAL
 from edge_vlm_export.graphs.weights import made_up_weights
 from edge_vlm_export.to_onnx import ExportOptions, export_source

@@ -20,9 +20,10 @@ import torch
 
 from benchmarks.export.full_size_export import TOKENIZER
 from benchmarks.harness import RESULTS, progress, result_head, script_parser, write_result
-from edge_vlm.config import ModelConfig, molmo2_4b, tiny
+from edge_vlm.config import ModelConfig
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import Precision
+from edge_vlm.presets import molmo2_4b, tiny
 from edge_vlm_export.graphs.graphs import KVForm
 from edge_vlm_export.graphs.weights import made_up_weights
 from edge_vlm_export.to_onnx import ExportOptions, export_source

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import command_line, device_record, progress, write_result
-from edge_vlm.config import molmo2_4b
+from edge_vlm.presets import molmo2_4b
 from edge_vlm.pruning.clip_budget import num_kept
 from edge_vlm_training.data.packing.knapsack import fill_row
 

@@ -49,10 +49,9 @@ from edge_vlm.config import (
     ScorerConfig,
     VisionAttention,
     VisionConfig,
-    molmo2_4b,
-    tiny,
 )
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import molmo2_4b, tiny
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.data.packing.assemble import assemble

@@ -14,10 +14,11 @@ import torch
 
 from benchmarks.harness import in_turn, speed_up
 from benchmarks.model import full_size, vit_pruning
-from edge_vlm.config import VisionAttention, tiny
+from edge_vlm.config import VisionAttention
 from edge_vlm.flops import language_flops, vision_flops
 from edge_vlm.model.clips import encode_clips
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from tests.model import prompts
 
 CFG = vit_pruning.vision_only(tiny())

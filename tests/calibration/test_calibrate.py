@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from edge_vlm import errors
-from edge_vlm.config import tiny
 from edge_vlm.formats.calibration import FP16_LIMIT, CalibrationTable
 from edge_vlm.formats.footage import read_footage
 from edge_vlm.formats.qa_set import ClipQuestions, write_question_set
@@ -22,6 +21,7 @@ from edge_vlm.model.checkpoint import load_checkpoint, save_checkpoint
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.frames import decode_jpeg, encode_jpeg
 from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.presets import tiny
 from edge_vlm_calibration.collect import KEEP_RATIOS, VISION_PARTS, calibrate, threshold
 from edge_vlm_calibration.commands import calibrate as command
 from edge_vlm_training.world.vocabulary import build_tokenizer

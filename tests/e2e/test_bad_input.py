@@ -12,7 +12,12 @@ import pytest
 import websockets
 from websockets.asyncio.client import connect
 
-from edge_vlm.errors import BundleHashMismatch, BundleNotFound, MessageTooLarge, NoFrameYet
+from edge_vlm.errors import (
+    BundleHashMismatch,
+    BundleNotFound,
+    MessageTooLarge,
+    NoFrameYet,
+)
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.cli.ask import ask
 from edge_vlm_runtime.cli.demo import demo

@@ -22,7 +22,13 @@ import pytest
 import websockets
 from websockets.asyncio.client import connect
 
-from edge_vlm.errors import ConfigError, EdgeVlmError, NoQuestion, ServerBusy, ServerUnreachable
+from edge_vlm.errors import (
+    ConfigError,
+    EdgeVlmError,
+    NoQuestion,
+    ServerBusy,
+    ServerUnreachable,
+)
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.protocol.typed import Settings

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_vlm.config import tiny
 from edge_vlm.errors import (
     BundleError,
     BundleFileMissing,
@@ -32,6 +31,7 @@ from edge_vlm.formats.bundle import (
     write_bundle,
 )
 from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
+from edge_vlm.presets import tiny
 
 SPEC = GraphSpec(
     name="llm",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_vlm.config import ModelConfig, ScorerConfig, tiny
+from edge_vlm.config import ModelConfig, ScorerConfig
+from edge_vlm.presets import tiny
 from edge_vlm.pruning.change import LastKept, frame_changes
 from edge_vlm.pruning.policies import OverThreshold
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_vlm.config import tiny
 from edge_vlm.flops import language_flops, scorer_flops, vision_flops
 from edge_vlm.model.ragged import Method
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from tests.model.prompts import read
 
 CELLS = tiny().vision.num_cells

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_vlm.config import demo, molmo2_4b, tiny
 from edge_vlm.pixels.patches import (
     patch_indices_of_cells,
     resize_bilinear,
     to_pixel_values,
 )
+from edge_vlm.presets import demo, molmo2_4b, tiny
 from tests.preprocessing_record import FRAMES_OF_EACH, digest, load, picture
 
 

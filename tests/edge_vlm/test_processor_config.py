@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from edge_vlm.config import molmo2_4b
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.formats.usage import FrameRule, Usage
 from edge_vlm.model.published.processor import read_processors
 from edge_vlm.pixels.stills import ImageConfig
+from edge_vlm.presets import molmo2_4b
 from edge_vlm.text.prompt import RELEASED
 from tests.preprocessing_record import PUBLISHED_4B
 

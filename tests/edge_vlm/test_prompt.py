@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from edge_vlm.config import molmo2_4b
 from edge_vlm.pixels.stills import ImageConfig, ImageGrid, image_grid
+from edge_vlm.presets import molmo2_4b
 from edge_vlm.text.prompt import PLAIN, RELEASED, PromptFormat, PromptStyle
 from edge_vlm.text.tokenizer import Tokenizer
 from tests.preprocessing_record import (

@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 
-from edge_vlm.config import ModelConfig, RopeScaling, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
+from edge_vlm.config import ModelConfig, RopeScaling
 from edge_vlm.errors import ConfigError
 from edge_vlm.model.published.config import config_from_published, published_config
+from edge_vlm.presets import (
+    molmo2_4b,
+    molmo2_8b,
+    molmo2_o_7b,
+    tiny,
+)
 
 
 def without_scorer(cfg: ModelConfig) -> ModelConfig:

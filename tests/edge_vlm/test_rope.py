@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from edge_vlm.config import LanguageConfig, RopeScaling, molmo2_o_7b, tiny
+from edge_vlm.config import LanguageConfig, RopeScaling
+from edge_vlm.presets import molmo2_o_7b, tiny
 from edge_vlm.text.rope import rope_frequencies, rope_table
 
 SCALING = molmo2_o_7b().language.rope_scaling

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_vlm.config import demo, molmo2_4b, tiny
 from edge_vlm.pixels.patches import cell_table, resize_bilinear
 from edge_vlm.pixels.stills import (
     PADDING,
@@ -22,6 +21,7 @@ from edge_vlm.pixels.stills import (
     pooling_windows,
     prepare_image,
 )
+from edge_vlm.presets import demo, molmo2_4b, tiny
 from tests.preprocessing_record import digest, load, picture
 
 RECORD = load()

@@ -16,7 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_vlm.errors import VideoEmpty, VideoError, VideoNotFound, VideoUnreadable
+from edge_vlm.errors import (
+    VideoEmpty,
+    VideoError,
+    VideoNotFound,
+    VideoUnreadable,
+)
 from edge_vlm.evaluation.qa_jsonl import read_questions
 from edge_vlm.formats.footage import read_footage
 from edge_vlm.pixels import video

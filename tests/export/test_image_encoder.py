@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from edge_vlm.cli import main
-from edge_vlm.config import molmo2_4b
 from edge_vlm.errors import BundleSchemaError, ConfigError
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle
 from edge_vlm.formats.precision import Precision, Variant
 from edge_vlm.model.images import encode_images
 from edge_vlm.model.published.mapping import shapes
 from edge_vlm.pixels.stills import ImageConfig, image_grid, prepare_image
+from edge_vlm.presets import molmo2_4b
 from edge_vlm.text.prompt import RELEASED
 from edge_vlm_export.graphs.graphs import graph_specs
 from edge_vlm_export.graphs.weights import open_weights, random_weights

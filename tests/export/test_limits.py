@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
-from edge_vlm.config import VisionAttention, molmo2_4b, tiny
+from edge_vlm.config import VisionAttention
 from edge_vlm.formats.precision import KVLayout, Variant
 from edge_vlm.pixels.stills import ImageConfig
+from edge_vlm.presets import molmo2_4b, tiny
 from edge_vlm.text.prompt import RELEASED, longest_frame, longest_image
 from edge_vlm_export.graphs.graphs import (
     DEFAULT_FRAMES,

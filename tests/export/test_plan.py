@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edge_vlm.config import tiny
 from edge_vlm.errors import BundleSchemaError, RangeFp16
 from edge_vlm.formats.calibration import FP16_LIMIT
 from edge_vlm.formats.precision import FP32, PRESETS, Precision, Variant
+from edge_vlm.presets import tiny
 from edge_vlm_export.graphs.graphs import graph_specs
 from edge_vlm_export.quantize.convert import Ranges, convert
 from edge_vlm_export.quantize.plan import MOVEMENT, NodePlan, PrecisionPlan, plan_graph

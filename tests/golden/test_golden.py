@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from edge_vlm.config import ConnectorConfig, Rescale, ScorerConfig, tiny
+from edge_vlm.config import ConnectorConfig, Rescale, ScorerConfig
 from edge_vlm.model.published.mapping import to_published
 from edge_vlm.model.published.names import STTS
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from tests.golden.compare import PRUNE_AT, TOLERANCE, VIDEO, differences, main, read
 from tests.model import literal_reference
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_vlm.config import tiny
 from edge_vlm.model.ragged import Method, best_method
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU that this torch can use"

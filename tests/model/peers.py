@@ -16,8 +16,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from edge_vlm.config import ModelConfig, RopeScaling, VisionAttention, tiny
+from edge_vlm.config import ModelConfig, RopeScaling, VisionAttention
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from tests.model.prompts import read
 
 NUM_FRAMES = 3

@@ -14,7 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edge_vlm.errors import CheckpointError, ConfigError, WeightFilesError, WeightNamesError
+from edge_vlm.errors import (
+    CheckpointError,
+    ConfigError,
+    WeightFilesError,
+    WeightNamesError,
+)
 from edge_vlm.model.published.files import INDEX, WEIGHTS
 from edge_vlm.model.published.folder import load_published
 from edge_vlm.model.published.hub import save_published

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_vlm.config import ModelConfig, Rescale, tiny
+from edge_vlm.config import ModelConfig, Rescale
 from edge_vlm.model.clips import encode_clips
 from edge_vlm.model.reference import encode_reference
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from edge_vlm.pruning.clip_budget import num_kept
 from tests.model import literal_reference
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_vlm.config import ModelConfig, Rescale, tiny
+from edge_vlm.config import ModelConfig, Rescale
 from edge_vlm.model.ragged import Method
 from edge_vlm.model.reference import encode_reference
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from tests.model.prompts import cut, read
 
 FRAMES = 4

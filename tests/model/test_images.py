@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_vlm.config import tiny
 from edge_vlm.model.images import encode_images
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig, ImageCrops, join_images, prepare_image
+from edge_vlm.presets import tiny
 
 CFG = tiny()
 CUT = ImageConfig(max_crops=4, overlap=(2, 3))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from edge_vlm import cli
-from edge_vlm.config import ModelConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
+from edge_vlm.config import ModelConfig
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import weights_bytes
 from edge_vlm.model.checkpoint import save_checkpoint
@@ -23,6 +23,12 @@ from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.published.mapping import published_shapes, shapes
 from edge_vlm.model.published.names import HUB
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import (
+    molmo2_4b,
+    molmo2_8b,
+    molmo2_o_7b,
+    tiny,
+)
 from tests.model.peers import parameters_of, variant
 from tests.tiny import tiny_bundle, tiny_variant
 

@@ -17,7 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edge_vlm.cli import main
-from edge_vlm.errors import CheckpointError, ConfigError, EdgeVlmError, WeightNamesError
+from edge_vlm.errors import (
+    CheckpointError,
+    ConfigError,
+    EdgeVlmError,
+    WeightNamesError,
+)
 from edge_vlm.formats.usage import Usage
 from edge_vlm.model.convert_command import OURS, convert
 from edge_vlm.model.lora.folder import RECORD, fingerprint, identify, save_adapter

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edge_vlm.config import ModelConfig, Rescale, tiny
+from edge_vlm.config import ModelConfig, Rescale
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.model.published.config import published_config
 from edge_vlm.model.published.folder import load_published, open_published
@@ -21,6 +21,7 @@ from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.published.mapping import to_ours, to_published
 from edge_vlm.model.published.names import HUB, TRAINING, TRANSFORMERS
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from tests.model.peers import (
     TOLERANCE,
     largest,

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from edge_vlm.cli import main
-from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
+from edge_vlm.config import ModelConfig, Rescale, VisionAttention
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightFilesError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.usage import FrameRule, Usage
@@ -29,6 +29,7 @@ from edge_vlm.model.published.folder import load_published, open_folder
 from edge_vlm.model.published.hub import save_published, write_hub
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig
+from edge_vlm.presets import tiny
 from edge_vlm.text.prompt import PAD, PromptStyle
 from edge_vlm_calibration.collect import calibrate
 from edge_vlm_export.graphs.weights import identity_of

@@ -19,14 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import filesystem
 
-from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
-from edge_vlm.errors import CheckpointError, ConfigError, WeightFilesError, WeightNamesError
+from edge_vlm.config import ModelConfig, Rescale, VisionAttention
+from edge_vlm.errors import (
+    CheckpointError,
+    ConfigError,
+    WeightFilesError,
+    WeightNamesError,
+)
 from edge_vlm.formats.usage import FrameRule
 from edge_vlm.model.published.folder import ModelFolder, load_published, open_published
 from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.published.torch_files import ShardedTensors
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig
+from edge_vlm.presets import tiny
 from tests.golden import compare
 from tests.model.peers import variant
 from tests.published_training import (

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_vlm.config import Rescale, tiny
+from edge_vlm.config import Rescale
 from edge_vlm.model.reference import encode_reference
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from edge_vlm.pruning.clip_budget import frames_alone
 from tests.model import literal_reference
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_vlm.config import tiny
 from edge_vlm.model.llm import KeyValue, rope_tables
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from edge_vlm.text.masks import MASKED
 from tests.model.prompts import attention_bias
 

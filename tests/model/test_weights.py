@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from edge_vlm.config import ModelConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
+from edge_vlm.config import ModelConfig
 from edge_vlm.errors import WeightNamesError
 from edge_vlm.model.published.config import config_from_published, published_config
 from edge_vlm.model.published.mapping import (
@@ -30,6 +30,12 @@ from edge_vlm.model.published.names import (
     recognise,
 )
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import (
+    molmo2_4b,
+    molmo2_8b,
+    molmo2_o_7b,
+    tiny,
+)
 from tests.model.peers import variant
 
 PUBLISHED_4B = Path(__file__).parents[3] / "shared" / "molmo2-4b"

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from edge_vlm.config import molmo2_4b, molmo2_8b, molmo2_o_7b
 from edge_vlm.evaluation.qa_jsonl import read_questions
 from edge_vlm.model.images import encode_images
 from edge_vlm.model.llm import rope_tables
@@ -25,6 +24,7 @@ from edge_vlm.model.published.folder import open_folder
 from edge_vlm.pixels.frames import decode_picture, encode_jpeg
 from edge_vlm.pixels.stills import prepare_image
 from edge_vlm.pixels.video import write_video
+from edge_vlm.presets import molmo2_4b, molmo2_8b, molmo2_o_7b
 from edge_vlm.text.masks import CAUSAL, block_bias
 from tests.model.weights_check import (
     CAT_AT,

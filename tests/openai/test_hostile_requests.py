@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-from edge_vlm.errors import AnswerFormError, MediaRefused, QuestionTooLong
+from edge_vlm.errors import QuestionTooLong
 from edge_vlm.pixels import video as video_module
 from edge_vlm.pixels.frames import decode_picture
 from edge_vlm.pixels.video import write_video
+from edge_vlm.request_errors import AnswerFormError, MediaRefused
 from edge_vlm_runtime.inference.constraints import MAX_FORM, choice_grammar, schema_grammar
 from edge_vlm_runtime.openai import asgi, fetching
 from edge_vlm_runtime.openai.chat_request import read_chat_request

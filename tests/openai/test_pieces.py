@@ -13,15 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from edge_vlm.errors import AnswerFormError, FrameDecodeError, RequestError
+from edge_vlm.errors import FrameDecodeError
 from edge_vlm.pixels.frames import decode_picture, shrink_jpeg, still_size
+from edge_vlm.request_errors import AnswerFormError, RequestError
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.constraints import Constraints, choice_grammar, schema_grammar
 from edge_vlm_runtime.openai.chat_request import read_chat_request
 from edge_vlm_runtime.openai.one_shot import OneShots
+from edge_vlm_runtime.session.asking.questions import StopText
 from edge_vlm_runtime.session.frames import Encoding
-from edge_vlm_runtime.session.questions import StopText
 from tests.openai.served import png, post, serving
 from tests.runtime.pictures import jpeg, picture
 from tests.runtime.viewer import Viewer

@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_vlm.errors import AlertsUnsupported, ConfigError, TooManyAlerts, UnknownAlert
+from edge_vlm.errors import (
+    AlertsUnsupported,
+    ConfigError,
+    TooManyAlerts,
+    UnknownAlert,
+)
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.protocol.alerts import AlertCreate, AlertRule

@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_vlm.errors import ConfigError, ProtocolError, ServerBusy, ServerUnreachable
+from edge_vlm.errors import (
+    ConfigError,
+    ProtocolError,
+    ServerBusy,
+    ServerUnreachable,
+)
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client import connection as client_connection
 from edge_vlm_runtime.client.client import AnswerStream, Client

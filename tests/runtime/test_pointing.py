@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.session.asking.pointing import NEAR_S, pointed_at
 from edge_vlm_runtime.session.context import ShownFrame
-from edge_vlm_runtime.session.pointing import NEAR_S, pointed_at
 
 # The anchor, and a window that was moved by 90 s when stamps ran out.
 FRAMES = [

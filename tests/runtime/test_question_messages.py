@@ -8,7 +8,12 @@ from typing import Any, cast
 
 import pytest
 
-from edge_vlm.errors import NoFrameYet, NoQuestion, ProtocolError, QuestionTooLong
+from edge_vlm.errors import (
+    NoFrameYet,
+    NoQuestion,
+    ProtocolError,
+    QuestionTooLong,
+)
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.base import MAX_TEXT
 from edge_vlm_runtime.recording.report import Report

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_vlm.errors import ConfigError, NoFrameYet, QuestionTooLong, TooManyQuestions
+from edge_vlm.errors import (
+    ConfigError,
+    NoFrameYet,
+    QuestionTooLong,
+    TooManyQuestions,
+)
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import Attention, DropPolicy

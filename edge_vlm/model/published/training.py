@@ -18,7 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.config import CELL, ModelConfig, Rescale, ScorerConfig, VisionAttention
+from edge_vlm.config import (
+    CELL,
+    ModelConfig,
+    Rescale,
+    ScorerConfig,
+    VisionAttention,
+)
 from edge_vlm.errors import CheckpointError, ConfigError, MissingExtraError
 from edge_vlm.formats.usage import FrameRule, Usage
 from edge_vlm.model.published.config import MODEL_TYPE, config_from_published

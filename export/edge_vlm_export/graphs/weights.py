@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import edge_vlm.config as recipes
+import edge_vlm.presets as recipes
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import sha256_of_file

@@ -10,7 +10,12 @@ import ssl
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from edge_vlm.errors import ConfigError, DeliveryError, DeliveryRefused, MissingExtraError
+from edge_vlm.errors import (
+    ConfigError,
+    DeliveryError,
+    DeliveryRefused,
+    MissingExtraError,
+)
 from edge_vlm.waiting import cancel, within
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.alert_sinks.picture_limit import PictureLimit

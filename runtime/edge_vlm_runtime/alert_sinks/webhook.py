@@ -7,7 +7,12 @@ import json
 import ssl
 from typing import Any
 
-from edge_vlm.errors import ConfigError, DeliveryError, DeliveryRefused, MissingExtraError
+from edge_vlm.errors import (
+    ConfigError,
+    DeliveryError,
+    DeliveryRefused,
+    MissingExtraError,
+)
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.alert_sinks.picture_limit import PictureLimit
 from edge_vlm_runtime.alert_sinks.queue import QueuedAlert, receiver_key

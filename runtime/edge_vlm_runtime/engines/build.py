@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from edge_vlm import errors
-from edge_vlm.errors import ConfigError, EngineStale, NoSpaceLeft, OutOfDeviceMemory, TrtBuildFailed
+from edge_vlm.errors import (
+    ConfigError,
+    EngineStale,
+    NoSpaceLeft,
+    OutOfDeviceMemory,
+    TrtBuildFailed,
+)
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_runtime.engines.cuda import Cuda
 from edge_vlm_runtime.engines.store import EngineStore, Entry, Fingerprint, graph_bytes

@@ -13,7 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edge_vlm.errors import EngineError, EngineStale, GpuMissing, OutOfDeviceMemory, ShapeRange
+from edge_vlm.errors import (
+    EngineError,
+    EngineStale,
+    GpuMissing,
+    OutOfDeviceMemory,
+    ShapeRange,
+)
 from edge_vlm.formats.graph_spec import GraphSpec, TensorSpec
 from edge_vlm_runtime.engines.base import Engine, Shape
 from edge_vlm_runtime.engines.trt_library import TrtLibrary

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.errors import (
-    BundleSchemaError,
-)
+from edge_vlm.errors import BundleSchemaError
 from edge_vlm.formats.bundle import IMAGE_ENCODER, EngineBundle
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import KeepAll

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.errors import AnswerFormError, MissingExtraError
+from edge_vlm.errors import MissingExtraError
+from edge_vlm.request_errors import AnswerFormError
 from edge_vlm.text.tokenizer import Tokenizer
 
 MAX_KEPT = 32

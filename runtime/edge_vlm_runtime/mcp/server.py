@@ -10,7 +10,12 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 import edge_vlm
-from edge_vlm.errors import EdgeVlmError, HostNotAllowed, MissingExtraError, Unauthorized
+from edge_vlm.errors import (
+    EdgeVlmError,
+    HostNotAllowed,
+    MissingExtraError,
+    Unauthorized,
+)
 from edge_vlm_runtime.mcp.tools import LONGEST_WAIT_S, Happened, StreamTools, Watched
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.asgi_server import AsgiServer, listen

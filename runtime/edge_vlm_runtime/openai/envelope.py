@@ -12,13 +12,9 @@ from edge_vlm.errors import (
     InternalError,
     KvFull,
     MessageTooLarge,
-    MethodNotAllowed,
-    ModelNotFound,
-    NoSuchPath,
     PositionsUsedUp,
     ProtocolError,
     QuestionTooLong,
-    RequestError,
     RequestTimeout,
     ServerBusy,
     SessionError,
@@ -28,6 +24,12 @@ from edge_vlm.errors import (
     TooManyRequests,
     Unauthorized,
     VideoError,
+)
+from edge_vlm.request_errors import (
+    MethodNotAllowed,
+    ModelNotFound,
+    NoSuchPath,
+    RequestError,
 )
 
 STATUS: tuple[tuple[type[EdgeVlmError], int], ...] = (

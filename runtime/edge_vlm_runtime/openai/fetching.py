@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urljoin, urlsplit
 
-from edge_vlm.errors import MediaRefused
+from edge_vlm.request_errors import MediaRefused
 
 TIMEOUT_S = 20.0
 """Of each wait for the other side."""

@@ -13,11 +13,10 @@ from typing import Any
 from edge_vlm.errors import (
     EdgeVlmError,
     InternalError,
-    MediaRefused,
     QuestionTooLong,
     ServerBusy,
-    Unsupported,
 )
+from edge_vlm.request_errors import MediaRefused, Unsupported
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
@@ -40,9 +39,9 @@ from edge_vlm_runtime.protocol.settings import (
     ServerLimits,
     SessionSettings,
 )
+from edge_vlm_runtime.session.asking.questions import QueuedQuestion, plan_question, question_of
 from edge_vlm_runtime.session.budget import cache_capacity, video_window
 from edge_vlm_runtime.session.frames import EncodedFrame, Encoding
-from edge_vlm_runtime.session.questions import QueuedQuestion, plan_question, question_of
 
 KEEP_ALL = "keep_all"
 LATEST_S = 9999.9

@@ -10,15 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_vlm.errors import (
-    FrameDecodeError,
-    MediaRefused,
-    QuestionTooLong,
-    RequestError,
-    VideoError,
-)
+from edge_vlm.errors import FrameDecodeError, QuestionTooLong, VideoError
 from edge_vlm.pixels.frames import decode_picture, raw_picture
 from edge_vlm.pixels.video import open_video, read_moments
+from edge_vlm.request_errors import MediaRefused, RequestError
 from edge_vlm_runtime.openai.chat_request import ChatRequest
 from edge_vlm_runtime.openai.content import Media
 from edge_vlm_runtime.openai.media import MediaRules, read_picture, video_file

@@ -1,5 +1,14 @@
 """What client and server say to each other; `docs/protocol.md` is made from it."""
 
+from edge_vlm_runtime.protocol.answer_events import (
+    NewestFrame,
+    PointedAt,
+    ResponseCreated,
+    ResponseDone,
+    ResponseOutputTextDelta,
+    Snapshot,
+    Usage,
+)
 from edge_vlm_runtime.protocol.base import (
     MAX_CAPTURE_TIME_US,
     ClientMessage,
@@ -20,28 +29,25 @@ from edge_vlm_runtime.protocol.frames import (
     frame_message,
     raw_frame_message,
 )
+from edge_vlm_runtime.protocol.memory_events import (
+    ChosenFrame,
+    ClipChosen,
+    FrameAccepted,
+    FrameDropped,
+    MemoryEvicted,
+    MemoryRebased,
+)
 from edge_vlm_runtime.protocol.messages import (
     PATH,
     PROTOCOL_VERSION,
     RESUME_PARAMETER,
-    ChosenFrame,
-    ClipChosen,
     Error,
     ErrorDetail,
-    FrameAccepted,
-    FrameDropped,
     InputVideoFrameAppend,
-    MemoryEvicted,
-    MemoryRebased,
     Model,
-    NewestFrame,
     OwnSettings,
     Ping,
-    PointedAt,
     Pong,
-    ResponseCreated,
-    ResponseDone,
-    ResponseOutputTextDelta,
     SessionClose,
     SessionClosed,
     SessionCreated,
@@ -52,8 +58,6 @@ from edge_vlm_runtime.protocol.messages import (
     SessionUpdate,
     SessionUpdated,
     SettingsPatch,
-    Snapshot,
-    Usage,
     VideoRoom,
     decode_client_message,
     decode_server_event,

@@ -23,11 +23,11 @@ from edge_vlm.errors import (
     HostNotAllowed,
     MessageTooLarge,
     MissingExtraError,
-    ModelNotFound,
     ServerBusy,
     Unauthorized,
 )
 from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.request_errors import ModelNotFound
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.worker import EngineWorker

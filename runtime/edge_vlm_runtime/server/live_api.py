@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from edge_vlm.errors import MethodNotAllowed, NoFrameYet, NoSuchPath, RequestError, SessionGone
+from edge_vlm.errors import NoFrameYet, SessionGone
 from edge_vlm.pixels.frames import decode_picture, encode_jpeg
+from edge_vlm.request_errors import MethodNotAllowed, NoSuchPath, RequestError
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol import alerts as messages

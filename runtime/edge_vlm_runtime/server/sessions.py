@@ -18,7 +18,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import edge_vlm
-from edge_vlm.errors import EdgeVlmError, InternalError, ServerBusy, SessionGone
+from edge_vlm.errors import (
+    EdgeVlmError,
+    InternalError,
+    ServerBusy,
+    SessionGone,
+)
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.worker import EngineWorker

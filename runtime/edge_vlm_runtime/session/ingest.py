@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.errors import ClipTooLong, EdgeVlmError, EngineError, FrameDecodeError
+from edge_vlm.errors import (
+    ClipTooLong,
+    EdgeVlmError,
+    EngineError,
+    FrameDecodeError,
+)
 from edge_vlm.pixels.frames import Frame, decode_jpeg, decode_picture, thumbnail
 from edge_vlm.pruning.policies import KeepAll, OverThreshold, RatedPolicy, make_policy
 from edge_vlm_runtime import protocol

@@ -39,7 +39,14 @@ from edge_vlm_runtime.protocol.settings import (
     SessionSettings,
 )
 from edge_vlm_runtime.session.alerts import AlertMessage, AlertMonitor
-from edge_vlm_runtime.session.answer import Answer
+from edge_vlm_runtime.session.asking.answer import Answer
+from edge_vlm_runtime.session.asking.prompt_view import PromptBuilder
+from edge_vlm_runtime.session.asking.questions import (
+    QueuedQuestion,
+    has_own_dialogue,
+    plan_question,
+    question_of,
+)
 from edge_vlm_runtime.session.budget import (
     MemoryPlan,
     cache_capacity,
@@ -54,13 +61,6 @@ from edge_vlm_runtime.session.context import StreamContext
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
 from edge_vlm_runtime.session.outbox import Outbox
-from edge_vlm_runtime.session.prompt_view import PromptBuilder
-from edge_vlm_runtime.session.questions import (
-    QueuedQuestion,
-    has_own_dialogue,
-    plan_question,
-    question_of,
-)
 from edge_vlm_runtime.session.stats import SessionStatsCounter
 from edge_vlm_runtime.session.stream_clock import StreamClock
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from edge_vlm.config import Rescale, VisionAttention, demo
+from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import demo
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.config import msgspec

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from edge_vlm.config import VisionAttention, tiny
+from edge_vlm.config import VisionAttention
 from edge_vlm.model.llm import LanguageModel, rope_tables
+from edge_vlm.presets import tiny
 from edge_vlm.text.masks import MASKED
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer

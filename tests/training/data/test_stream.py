@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from edge_vlm.config import VisionAttention
-from edge_vlm.errors import CheckpointError, DataError, RecordTooLong, VideoUnreadable
+from edge_vlm.errors import (
+    CheckpointError,
+    DataError,
+    RecordTooLong,
+    VideoUnreadable,
+)
 from edge_vlm_training.data.packing.batch import PackedBatch, PackedTokens
 from edge_vlm_training.data.packing.row_stream import PackingConfig
 from edge_vlm_training.data.packing.stream import PackedStream, merge_states

@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_vlm.errors import RecordInvalid, VideoEmpty, VideoError, VideoNotFound, VideoUnreadable
+from edge_vlm.errors import (
+    RecordInvalid,
+    VideoEmpty,
+    VideoError,
+    VideoNotFound,
+    VideoUnreadable,
+)
 from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.pixels.video import write_video
 from edge_vlm_training.data.sample import LAST

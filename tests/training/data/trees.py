@@ -11,8 +11,9 @@ import numpy as np
 import tokenizers
 import torch
 
-from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
+from edge_vlm.config import ModelConfig, Rescale, VisionAttention
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from edge_vlm.text.prompt import OWN_FRAME_END, OWN_FRAME_START, PLAIN, PromptFormat, PromptStyle
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.data.packing.row_stream import PackingConfig

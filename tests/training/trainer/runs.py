@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from edge_vlm.config import tiny
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.recipes.base import Recipe

@@ -14,11 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edge_vlm.cli import main
-from edge_vlm.config import molmo2_4b
-from edge_vlm.errors import CheckpointError, ConfigError, MissingExtraError, RecipeTooLarge
+from edge_vlm.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    RecipeTooLarge,
+)
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm.model.lora.layers import LoraLinear
 from edge_vlm.model.published.folder import open_folder
+from edge_vlm.presets import molmo2_4b
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.config import msgspec

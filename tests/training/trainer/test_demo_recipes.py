@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from edge_vlm.config import VisionAttention, tiny
+from edge_vlm.config import VisionAttention
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.model.checkpoint import load_checkpoint, save_checkpoint
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from edge_vlm_training.config import msgspec
 from edge_vlm_training.objective.vision import choose_cells
 from edge_vlm_training.recipes.base import Clips, Minutes, Recipe, Stage, Steps

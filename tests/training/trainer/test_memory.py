@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from edge_vlm.config import molmo2_4b, tiny
 from edge_vlm.errors import RecipeTooLarge
+from edge_vlm.presets import molmo2_4b, tiny
 from edge_vlm_training.recipes.base import Recipe
 from edge_vlm_training.recipes.molmo2 import molmo2_4b_stts_50, stts_smoke
 from edge_vlm_training.recipes.overrides import override

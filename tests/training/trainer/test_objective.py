@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
+from edge_vlm.config import ModelConfig, Rescale, VisionAttention
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from edge_vlm_training.data.packing.batch import IGNORED, NOWHERE, PackedBatch
 from edge_vlm_training.objective.losses import answer_sums, similarity_errors
 from edge_vlm_training.objective.objective import Objective, totals_of

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from edge_vlm.config import ModelConfig, Rescale, VisionAttention, tiny
+from edge_vlm.config import ModelConfig, Rescale, VisionAttention
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.flops import language_flops, vision_flops
 from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import tiny
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.data.packing.batch import IGNORED, NOWHERE
 from edge_vlm_training.objective.objective import Objective, totals_of

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edge_vlm.config import ModelConfig, ScorerConfig, molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
-from edge_vlm.config import demo as demo_config
+from edge_vlm.config import ModelConfig, ScorerConfig
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.formats.usage import FrameRule, Usage
 from edge_vlm.model.checkpoint import TOKENIZER
@@ -19,6 +18,13 @@ from edge_vlm.model.published.files import read_json
 from edge_vlm.model.published.folder import ModelFolder, open_folder, stts_scorer
 from edge_vlm.model.scorer import TokenScorer
 from edge_vlm.model.video_lm import VideoLM
+from edge_vlm.presets import demo as demo_config
+from edge_vlm.presets import (
+    molmo2_4b,
+    molmo2_8b,
+    molmo2_o_7b,
+    tiny,
+)
 from edge_vlm.text.prompt import PromptStyle
 from edge_vlm_training.recipes.base import Clips, Recipe, Rows
 from edge_vlm_training.trainer.adapters import frozen_model, with_adapters

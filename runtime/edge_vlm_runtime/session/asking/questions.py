@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_vlm.errors import ConfigError, RequestError
+from edge_vlm.errors import ConfigError
+from edge_vlm.request_errors import RequestError
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.constraints import choice_grammar, schema_grammar
@@ -21,7 +22,7 @@ from edge_vlm_runtime.protocol.responses import (
     ResponseOptions,
 )
 from edge_vlm_runtime.protocol.settings import SessionSettings
-from edge_vlm_runtime.session.prompt_view import Detail
+from edge_vlm_runtime.session.asking.prompt_view import Detail
 
 MAX_STOPS = 16
 

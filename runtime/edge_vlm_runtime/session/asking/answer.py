@@ -11,9 +11,9 @@ from edge_vlm.errors import EdgeVlmError
 from edge_vlm.text.tokenizer import StreamDetokenizer
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.generate import generate
-from edge_vlm_runtime.session.pointing import pointed_at
-from edge_vlm_runtime.session.prompt_view import PromptView
-from edge_vlm_runtime.session.questions import QueuedQuestion, StopText
+from edge_vlm_runtime.session.asking.pointing import pointed_at
+from edge_vlm_runtime.session.asking.prompt_view import PromptView
+from edge_vlm_runtime.session.asking.questions import QueuedQuestion, StopText
 from edge_vlm_runtime.session.stream_times import in_stream_time
 
 if TYPE_CHECKING:
