@@ -20,7 +20,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     spread = share * (1 - share) / count + z2 / (4 * count * count)
     half = Z95 / (1 + z2 / count) * math.sqrt(max(spread, 0.0))
-    return (middle - half, middle + half)
+    return (max(middle - half, 0.0), min(middle + half, 1.0))
 
 
 @dataclass

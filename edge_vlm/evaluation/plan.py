@@ -13,8 +13,10 @@ from edge_vlm.evaluation.runs import ATTENTIONS, KEEP_RATIOS, PATHS, TABLE_POLIC
 from edge_vlm.formats.bundle import MANIFEST
 from edge_vlm.formats.qa_set import INDEX
 
-CHECKPOINT_CONFIGS = ("config.json", "config.yaml")
-"""Of our folders and of the hub's; of those of Molmo2's training repository."""
+CHECKPOINT_CONFIGS = ("config.json", "config.yaml", "adapter_config.json")
+"""Of our folders and of the hub's; of those of Molmo2's training repository; of adapters."""
+RUN_STEPS = "step[0-9]*"
+"""Folders of weights in a whole run of the training repository."""
 SCHEMES = ("ws://", "wss://", "http://", "https://")
 HOST_AND_PORT = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):\d+")
 OFFERS = {"server": ["served"], "checkpoint": ["torch"], "bundle": ["served", "bundle"]}
@@ -74,7 +76,7 @@ def _kind_of(target: str) -> str:
         return "question set"
     if (path / MANIFEST).is_file():
         return "bundle"
-    if any((path / name).is_file() for name in CHECKPOINT_CONFIGS):
+    if any((path / name).is_file() for name in CHECKPOINT_CONFIGS) or any(path.glob(RUN_STEPS)):
         return "checkpoint"
     raise ConfigError(
         "neither a checkpoint nor a bundle nor a question set",

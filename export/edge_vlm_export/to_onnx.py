@@ -245,9 +245,24 @@ class _Export:
 
     def _defaults(self) -> dict[str, Any]:
         given = {**self.source.defaults, **(self.options.defaults or {})}
+        ratio = given.get("keep_ratio", 1.0)
+        if type(ratio) not in (int, float) or not 0 < ratio <= 1:
+            raise ConfigError(f"keep_ratio={ratio}: must be in (0, 1]", where="defaults")
+        if given.get("change_threshold") and self.source.cfg.change is None:
+            raise ConfigError(
+                "change_threshold is about changes, and the weights have no scorer of these",
+                where="defaults",
+                remedy="add --scorer change",
+            )
         if self.source.cfg.has_scores:
             return given
         defaults = {"policy": "keep_all", "keep_ratio": 1.0, **given}
+        if defaults["policy"] in ("stream", "frame_topk", "clip"):
+            raise ConfigError(
+                f"policy={defaults['policy']} chooses by scores, and the weights have no scorer",
+                where="defaults",
+                remedy="add --scorer change, or --default policy=difference (by pixels)",
+            )
         budget = [
             f"{name}={defaults[name]}"
             for name, none in (("keep_ratio", 1.0), ("vision_tokens_per_s", 0.0))

@@ -137,6 +137,15 @@ def test_subtitles_near_a_frame_are_told(
     assert ", 2 of 3 subtitles, 36 of 36 cells" in capsys.readouterr().err
 
 
+def test_more_subtitles_than_a_prompt_takes_are_refused_by_name(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = "{0}\n00:00:01,{0:03} --> 00:00:02,000\n" + 100 * "the red dog " + "\n\n"
+    (tmp_path / "a.srt").write_text("".join(map(entry.format, range(200))))
+    assert run(videos / "short.mp4", "--subtitles", str(tmp_path / "a.srt")) != 0
+    assert "E-CONFIG: the subtitles near the frames have 24" in capsys.readouterr().err
+
+
 def test_a_model_of_streams_knows_no_subtitles(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

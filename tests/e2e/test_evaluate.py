@@ -189,7 +189,7 @@ def test_without_questions_the_benchmark_is_rendered_once(
     assert "holds another benchmark" in capsys.readouterr().err
 
 
-def test_what_is_named_is_told_apart_by_its_files(questions: Path) -> None:
+def test_what_is_named_is_told_apart_by_its_files(questions: Path, tmp_path: Path) -> None:
     file = str(ROOT / "README.md")
     bundle, checkpoint = str(tiny_bundle()), str(tiny_checkpoint())
     assert plan([bundle]).targets == {"served": bundle}
@@ -202,6 +202,12 @@ def test_what_is_named_is_told_apart_by_its_files(questions: Path) -> None:
     }
     for address in ("jetson:8765", "[::1]:8765", "https://jetson/yard/"):
         assert plan([address]).targets == {"served": address}
+    adapter, steps = tmp_path / "adapter", tmp_path / "run"
+    (steps / "step20-unsharded").mkdir(parents=True)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").touch()
+    for model in map(str, (adapter, steps)):
+        assert plan([model]).targets == {"torch": model}
     assert plan([]).targets == {"served": None}
     assert plan([], "bundle").targets == {"bundle": None}
     assert plan([str(questions)]).questions == questions

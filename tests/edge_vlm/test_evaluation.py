@@ -67,6 +67,7 @@ def test_fewer_frames_cost_what_was_asked_for(keep: float, num_frames: int) -> N
 def test_wilson_is_the_textbook_interval() -> None:
     # scipy.stats.binomtest(81, 263).proportion_ci(method="wilson") with z = 1.96
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert repr(wilson(0.0, 2)[0]) == "0.0"
     low, high = wilson(1.0, 10)
     assert high == pytest.approx(1.0)
     assert 0.6 < low < 0.8

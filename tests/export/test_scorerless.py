@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,8 +88,19 @@ def test_what_would_have_no_effect_is_refused_with_the_way_out(
         assert video_window(settings.changed({"policy": "difference"}), model, limits) > 0
 
 
-def test_an_export_refuses_defaults_without_effect(source: WeightSource, tmp_path: Path) -> None:
-    options = ExportOptions(defaults={"keep_ratio": 0.5})
-    with pytest.raises(ConfigError, match="would be ignored"):
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ({"keep_ratio": 0.5}, "would be ignored"),
+        ({"keep_ratio": 2.0}, r"must be in \(0, 1\]"),
+        ({"change_threshold": 0.1}, "change_threshold .*--scorer change"),
+        ({"policy": "stream"}, "policy=stream chooses by scores"),
+    ],
+)
+def test_an_export_refuses_defaults_that_cannot_be(
+    source: WeightSource, tmp_path: Path, defaults: dict[str, Any], message: str
+) -> None:
+    options = ExportOptions(defaults=defaults)
+    with pytest.raises(ConfigError, match=message):
         export_source(source, tmp_path / "bundle", options)
     assert not list(tmp_path.iterdir())

@@ -76,6 +76,12 @@ def test_ids_alone_are_enough(tmp_path: Path) -> None:
     assert tokens_of(tmp_path, **generation) == ("<|endoftext|>", ("<|im_end|>",))
 
 
+def test_ids_without_a_tokenizer_name_the_file_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json says .*: fetch the tokenizer"):
+        with_tokens(Usage(), tmp_path)
+
+
 @pytest.mark.parametrize(
     "generation",
     [

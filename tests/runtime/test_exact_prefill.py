@@ -316,11 +316,11 @@ def test_ask_says_what_was_looked_at_and_what_helps(capsys: pytest.CaptureFixtur
         return next(line for line in lines if not line.startswith("note: "))
 
     assert said().startswith(
-        "10 frames, evenly over 2.8 s (the model was trained on 12; no more fit (the bundle): "
+        "10 frames, evenly over 2.8 s (12 at 4 a second; no more fit (the bundle): "
         "export it again with a larger --frames)"
     )
     assert said("--kv-tokens", "310").startswith(
-        "9 frames, evenly over 2.8 s (the model was trained on 12; no more fit (kv_tokens): serve "
+        "9 frames, evenly over 2.8 s (12 at 4 a second; no more fit (kv_tokens): serve "
         "with a larger --kv-tokens)"
     )
     assert said("--attention", "frame").startswith("12 frames (")  # all of them

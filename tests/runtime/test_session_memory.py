@@ -50,7 +50,7 @@ def test_an_endless_stream_stays_within_its_bytes() -> None:
 def test_too_little_memory_is_said_at_once() -> None:
     with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
         limits = ServerLimits(max_session_bytes=1 << 10)
-        with pytest.raises(ConfigError, match="more memory"):
+        with pytest.raises(ConfigError, match="larger cache"):
             Viewer(engines, FakeClock(), limits=limits)
 
 

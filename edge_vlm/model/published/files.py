@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot be read as JSON: {error}", where=path, remedy=REMEDY
+            f"cannot be read as JSON: {error}", where=path, remedy="fetch or save the file again"
         ) from error
     if not isinstance(data, dict):
         raise CheckpointError("not a JSON object", where=path, remedy=REMEDY)

@@ -97,6 +97,12 @@ class _Folder:
         if self._contents is None:
             self._contents = self._added_tokens()
         token = self._contents.get(token_id) if type(token_id) is int else None
+        if token is None and not self._contents:
+            raise ConfigError(
+                f"{field} is {token_id!r}, and no {TOKENIZER} says which token that is",
+                where=self.folder,
+                remedy=f"fetch the {TOKENIZER} that was published with the weights",
+            )
         if token is None:
             raise self._wrong(field, token_id, "a special token of the tokenizer")
         return token

@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from edge_vlm.errors import ConfigError
 from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.pixels.video import VideoTimes, clip_times
 from edge_vlm.text.subtitles import Subtitle, near_frames, subtitle_text
 from edge_vlm_runtime.client.terminal import no_more_fit
+from edge_vlm_runtime.protocol.base import MAX_SUBTITLES
 from edge_vlm_runtime.protocol.messages import VideoRoom
 from edge_vlm_runtime.protocol.settings import ModelLimits, SessionSettings
 from edge_vlm_runtime.protocol.typed import Settings
@@ -52,10 +54,18 @@ async def choose(
         if not subtitles:
             break
         near = near_frames(subtitles, times_s)
-        room = await _room(client, {"subtitles": subtitle_text(near)})
+        text = subtitle_text(near)
+        if len(text) > MAX_SUBTITLES:
+            raise ConfigError(
+                f"the subtitles near the frames have {len(text):,} characters, and a prompt takes "
+                f"{MAX_SUBTITLES:,}",
+                where="subtitles",
+                remedy="give a file with fewer of them",
+            )
+        room = await _room(client, {"subtitles": text})
         if fits.num_frames == 1 or num_tokens(times_s, client.settings, model) <= room.tokens:
             break
-    said = _said(fits, rule, probed, room)
+    said = _said(fits, rule, probed, room, model)
     if subtitles:
         said += f", {len(near)} of {len(subtitles)} subtitles"
     return Chosen(times_s=times_s, said=said)
@@ -93,11 +103,17 @@ def num_tokens(times_s: Sequence[float], settings: SessionSettings, model: Model
     return stamps + model.num_cells + cells * (len(times_s) - 1)
 
 
-def _said(fits: FrameRule, wanted: FrameRule, probed: VideoTimes, room: VideoRoom) -> str:
+def _said(
+    fits: FrameRule, wanted: FrameRule, probed: VideoTimes, room: VideoRoom, model: ModelLimits
+) -> str:
     if not fits.spreads(probed.end_s):
         return f" ({fits.max_fps:g} a second and the last one)"
     text = f", evenly over {probed.end_s:.1f} s"
     if fits.num_frames < wanted.num_frames:
-        meant = len(clip_times(probed, wanted))
-        text += f" (the model was trained on {meant}; {no_more_fit(room)})"
+        meant = f"{len(clip_times(probed, wanted))}"
+        if wanted.max_fps == model.clip_fps:
+            meant = f"the model was trained on {meant}"
+        else:
+            meant += f" at {wanted.max_fps:g} a second"
+        text += f" ({meant}; {no_more_fit(room)})"
     return text

@@ -192,7 +192,7 @@ def video_window(
             where="session settings",
             remedy="lower max_answer_tokens or history_turns, "
             + ("take fewer subtitles, " if subtitle_tokens else "")
-            + "or give the session more memory",
+            + "or give the session a larger cache (--kv-tokens, --session-memory)",
         )
     if settings.window_tokens == 0:
         return room
