@@ -360,6 +360,7 @@ class Video:
         frame has been decoded, and where the clock does not jump."""
         place = round((time_s + self._timeline.start_s) / self._stream.time_base)
         self._container.seek(place, stream=self._stream, backward=True)
+        self._timeline.look_ahead(time_s)
 
     def packets(self) -> Iterator[FramePacket]:
         """Of each frame that is shown, in that order and undecoded. Raises as `decoded`.

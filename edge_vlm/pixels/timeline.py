@@ -39,6 +39,10 @@ class Timeline:
         """The first time on the stream's own clock; 0 before it."""
         return 0.0 if self._offset_s is None else self._offset_s
 
+    def look_ahead(self, time_s: float) -> None:
+        """What comes next may be from as late as this: whoever shows the stream jumps there."""
+        self.end_s = max(self.end_s, time_s)
+
     def place(self, clock_s: float | None, length_s: float | None = None) -> float:
         """Where something is shown that its stream calls `clock_s` (None: right after the last).
 

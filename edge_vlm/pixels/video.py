@@ -157,16 +157,19 @@ def _moments(
     """As `read_moments`; jumps to `keys_s` only."""
     served = 0
     shown: TimedFrame | None = None
-    jumped = False
+    jumped_to: float | None = None
     with closing(open_video(path, is_foreign=is_foreign)) as video:
         video.is_heard = False  # `probe_video` was
         if counts is not None:
             video.counts = counts
         frames = video.decoded()
         while (following := next(frames, None)) is not None:
-            if jumped and following.time_s > wanted[served] + probed.epsilon_s:
-                raise _LostJump
-            jumped = False
+            if jumped_to is not None:
+                if following.time_s > wanted[served] + probed.epsilon_s:
+                    raise _LostJump
+                if following.time_s < jumped_to - _JUMP_S:  # it would be jumped to for ever
+                    raise _LostJump
+            jumped_to = None
             while shown is not None and wanted[served] < following.time_s - probed.epsilon_s:
                 yield shown
                 served += 1
@@ -177,8 +180,8 @@ def _moments(
             if nearest >= 0 and keys_s[nearest] > shown.time_s + _JUMP_S:
                 video.seek(keys_s[nearest])
                 frames = video.decoded()
-                jumped = True
-    if jumped:
+                jumped_to = keys_s[nearest]
+    if jumped_to is not None:
         raise _LostJump
     for time_s in wanted[served:]:
         shown_s = -math.inf if shown is None else shown.time_s

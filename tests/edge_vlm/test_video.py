@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -353,3 +354,22 @@ def test_keyframes_in_wrong_places_are_not_trusted(
     monkeypatch.setattr(video, "probe_video", lambda path: told)
     moments = read_moments(path, [0.0, 7.9, 15.2, 19.9])
     assert [bars(picture) for picture in moments] == [0, 79, 152, 199]
+
+
+def test_a_jump_over_minutes_is_no_other_clock(tmp_path: Path) -> None:
+    """A long film is jumped through, and shows the frames that it should."""
+    path = numbered_video(tmp_path / "a.mp4", 250, key_every=10, rate=1)
+    counts: Counter[str] = Counter()
+    moments = read_moments(path, [0.0, 83.0, 166.0, 249.0], counts=counts)
+    assert [bars(picture) for picture in moments] == [0, 83, 166, 249]
+    assert not counts
+
+
+def test_a_jump_that_lands_before_its_aim_is_not_tried_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = numbered_video(tmp_path / "a.mp4", 60, key_every=10, rate=1)
+    seek = video.Video.seek
+    monkeypatch.setattr(video.Video, "seek", lambda self, time_s: seek(self, 0.0))
+    moments = read_moments(path, [0.0, 30.0, 59.0])
+    assert [bars(picture) for picture in moments] == [0, 30, 59]

@@ -15,7 +15,11 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
+<<<<<<< HEAD
 from edge_vlm.errors import QuestionTooLong
+=======
+from edge_vlm.errors import AnswerFormError, MediaRefused, QuestionCancelled, QuestionTooLong
+>>>>>>> brk17
 from edge_vlm.pixels import video as video_module
 from edge_vlm.pixels.frames import decode_picture
 from edge_vlm.pixels.video import write_video
@@ -24,6 +28,7 @@ from edge_vlm_runtime.inference.constraints import MAX_FORM, choice_grammar, sch
 from edge_vlm_runtime.openai import asgi, fetching
 from edge_vlm_runtime.openai.chat_request import read_chat_request
 from edge_vlm_runtime.openai.content import Media
+from edge_vlm_runtime.openai.envelope import headers_of, status_of
 from edge_vlm_runtime.openai.fetching import fetch, is_public
 from edge_vlm_runtime.openai.media import MediaRules, read_picture
 from edge_vlm_runtime.openai.request_queue import RequestQueue
@@ -275,3 +280,8 @@ def test_a_path_with_a_line_break_is_answered_in_the_envelope(server: Server) ->
         line.sendall(b"GET /v1/a%0Ab HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
         reply = b"".join(iter(lambda: line.recv(65536), b""))
     assert b"E-NOT-FOUND" in reply
+
+
+def test_a_question_that_was_cancelled_may_be_asked_again() -> None:
+    assert status_of(QuestionCancelled("before its answer began")) == 503
+    assert headers_of(QuestionCancelled("before its answer began")) == {"Retry-After": "1"}
