@@ -15,11 +15,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-<<<<<<< HEAD
-from edge_vlm.errors import QuestionTooLong
-=======
-from edge_vlm.errors import AnswerFormError, MediaRefused, QuestionCancelled, QuestionTooLong
->>>>>>> brk17
+from edge_vlm.errors import QuestionCancelled, QuestionTooLong
 from edge_vlm.pixels import video as video_module
 from edge_vlm.pixels.frames import decode_picture
 from edge_vlm.pixels.video import write_video
