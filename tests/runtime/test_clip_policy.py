@@ -210,6 +210,24 @@ def test_a_clip_that_does_not_fit_is_an_error_not_half_a_clip(engines: LoadedBun
     assert not viewer.of(protocol.ResponseCreated)
 
 
+def test_a_clip_that_grows_too_long_behind_an_answer_is_an_error(engines: LoadedBundle) -> None:
+    viewer = Watched(engines, keep_ratio=1.0, window_tokens=80)
+    number = 0
+    while not viewer.drop_reasons():  # all that fits was asked about before
+        answers = len(viewer.of(protocol.ResponseDone))
+        assert answers == number < 12
+        viewer.show(number)
+        if not viewer.drop_reasons():
+            viewer.ask(QUESTION)
+            viewer.run()
+        number += 1
+    assert set(viewer.drop_reasons().values()) == {"clip_full"}
+    viewer.ask(QUESTION)
+    viewer.run()
+    assert viewer.of(protocol.Error)[-1].error.code == ClipTooLong.code
+    assert len(viewer.of(protocol.ResponseDone)) == answers
+
+
 def test_memory_for_held_frames_is_bounded(engines: LoadedBundle) -> None:
     model = ModelLimits.from_bundle(engines.bundle)
     assert model.frame_bytes == 81 * 32 * 4

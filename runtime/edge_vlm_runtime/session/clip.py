@@ -94,6 +94,7 @@ class ClipGatherer:
         if why is not None:
             message = f"the clip is too long for a choice over all of it: {why}"
             self._too_long = ClipTooLong(message, remedy=REMEDY)
+            self.is_open = True  # what was chosen before is a part of the clip now
             raise self._too_long
 
     def add(self, stem: FrameStem) -> None:
