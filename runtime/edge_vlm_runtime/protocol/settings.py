@@ -24,7 +24,6 @@ MAX_WHOLE = 1 << 53
 """The largest whole number that every reader of JSON counts exactly."""
 LEAST_RATIO = 1e-6
 """Less than a cell in a day of video."""
-_RATIO = f"must be in (0, 1], and at least {LEAST_RATIO:g}"
 
 
 class DropPolicy(str, Enum):
@@ -116,7 +115,9 @@ class SessionSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", _member(Attention, "attention", self.attention))
         object.__setattr__(self, "delivery", _member(DropPolicy, "delivery", self.delivery))
-        self._require("keep_ratio", LEAST_RATIO <= self.keep_ratio <= 1.0, _RATIO)
+        self._require("keep_ratio", 0.0 < self.keep_ratio <= 1.0, "must be in (0, 1]")
+        least = f"must be at least {LEAST_RATIO:g}"
+        self._require("keep_ratio", self.keep_ratio >= LEAST_RATIO, least)
         rate = self.vision_tokens_per_s
         self._require("vision_tokens_per_s", 0.0 <= rate < math.inf, "must be 0 or positive")
         threshold = self.change_threshold
