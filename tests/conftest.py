@@ -19,22 +19,34 @@ pytest_plugins = ["pytester"]
 # Measured with `pytest --durations=0`: files whose tests or fixtures take more than about a second
 # of a processor each. `make quick` leaves them out.
 SLOW = (
-    *("benchmarks/", "e2e/", "golden/", "gpu/", "openai/"),
-    *("edge_vlm/test_points.py", "edge_vlm/test_video.py", "export/test_export.py"),
-    *("runtime/test_recording.py", "runtime/test_stream_times.py"),
-    "model/test_weights_of_ones_own.py",
-    *("edge_vlm/test_wheel.py", "edge_vlm/test_telemetry.py", "model/test_images.py"),
-    *("edge_vlm/test_awkward_footage.py", "edge_vlm/test_output.py", "model/test_published.py"),
-    *(f"model/test_published_{name}.py" for name in ("convert", "tokens", "training")),
-    "model/test_lora.py",
-    *(f"export/test_{name}.py" for name in ("bad_input", "footage", "image_encoder")),
-    *(f"runtime/test_{name}.py" for name in ("exact_prefill",)),
-    *(f"export/test_{name}.py" for name in ("change_scorer", "scorerless", "trt_lint", "variants")),
-    *(f"runtime/test_{name}.py" for name in ("clip_policy", "prompt_view", "resume", "schedules")),
-    *("runtime/test_token_budget.py", "training/data/test_train_on_records.py"),
-    *(f"runtime/test_{name}.py" for name in ("alert_sinks", "backends", "client", "hostile_input")),
-    *(f"runtime/test_{name}.py" for name in ("addresses", "interleaved", "rtsp_server", "sources")),
-    *("training/data/test_forms.py", "training/data/test_world_source.py", "training/trainer/"),
+    *("benchmarks/", "e2e/", "golden/", "gpu/", "openai/", "training/trainer/"),
+    *(
+        f"edge_vlm/test_{name}.py"
+        for name in ("awkward_footage", "output", "points", "telemetry", "video", "wheel")
+    ),
+    *(
+        f"export/test_{name}.py"
+        for name in (
+            *("bad_input", "change_scorer", "check_inputs", "export", "footage", "image_encoder"),
+            *("scorerless", "trt_lint", "variants"),
+        )
+    ),
+    *(
+        f"model/test_{name}.py"
+        for name in (
+            *("images", "lora", "published", "published_convert", "published_tokens"),
+            *("published_training", "weights_of_ones_own"),
+        )
+    ),
+    *(
+        f"runtime/test_{name}.py"
+        for name in (
+            *("addresses", "alert_sinks", "backends", "client", "clip_policy", "exact_prefill"),
+            *("hostile_input", "interleaved", "prompt_view", "recording", "resume", "rtsp_server"),
+            *("schedules", "sources", "stream_times", "token_budget"),
+        )
+    ),
+    *(f"training/data/test_{name}.py" for name in ("forms", "train_on_records", "world_source")),
 )
 
 
