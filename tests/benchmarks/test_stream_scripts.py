@@ -68,4 +68,4 @@ def test_an_exact_prefill_is_measured(tmp_path: Path) -> None:
     (row,) = json.loads(path.read_text())["frames"]
     assert row["tokens"] == exact_prefill.TOKENS
     assert abs(row["prefill_gb"]) < 1
-    assert row["second_s"] > 0
+    assert row["second_of_first"] > 0
