@@ -12,8 +12,8 @@ from edge_vlm.formats.precision import KVLayout, Variant
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import FrameTopK
 from edge_vlm_export.quantize.plan import PrecisionPlan
-from edge_vlm_export.verify.compare import cosine
 from edge_vlm_export.verify.check_inputs import LARGEST_CHECK
+from edge_vlm_export.verify.compare import cosine
 from edge_vlm_export.verify.verify import verify_bundle
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from tests.tiny import VARIANTS, tiny_bundle, tiny_checkpoint, tiny_variant
