@@ -34,9 +34,8 @@ serve: $(VENV)/.ort  ## serve the demo model, with a browser page at http://127.
 quick: $(VENV)/.dev  ## lint, types and the tests that take no second: the lane to work by
 	@$(MAKE) --no-print-directory -j2 --output-sync lint unit JOBS=$(JOBS)
 
-test: lint  ## everything: lint, types, all tests, and how much of the code they reach
-	@# sys.monitoring, from Python 3.12 on, measures for next to nothing; a tracer, before it, costs a
-	@# third of the time: it measures the tests of `make quick` alone (tests/conftest.py)
+test: lint  ## everything: lint, types, all tests and how much of the code they reach
+	@# sys.monitoring, from Python 3.12 on, measures for next to nothing; before it costs about a third
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 		$(PYTEST) $(ARGS) --cov --cov-report=term
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -66,25 +65,6 @@ def _make_debugged_loop(loop: asyncio.BaseEventLoop) -> None:
 
 
 asyncio.BaseEventLoop.__init__ = _make_debugged_loop  # type: ignore[method-assign, assignment]
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Slow tests are not measured by a tracer: it would take a third of their time again."""
-    from coverage import Coverage
-
-    measured = Coverage.current()
-    if measured is None or os.environ.get("COVERAGE_CORE") != "ctrace" or not _is_slow(item):
-        return (yield)
-    measured.stop()
-    try:
-        return (yield)
-    finally:
-        measured.start()
-
-
-def _is_slow(item: pytest.Item) -> bool:
-    return item.get_closest_marker("slow") is not None
 
 
 def pytest_runtest_setup() -> None:
