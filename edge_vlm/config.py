@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,12 @@ STTS_BLOCK = 3
 """Behind this block the published STTS models are scored (arXiv 2603.18004)."""
 CELL = 3
 """Patches along one side of a cell (Molmo2 pools video 3x3)."""
+MOST = {"num_layers": 1000, "image_size": 1 << 13}
+MOST_OF_ANYTHING = 1 << 20
+"""Tables of angles, caches and buffers are made by these numbers before anything else could show
+that a file holds no such model."""
+MOST_FPS = 1000.0
+"""Frames per second that are taken from files and from the other end of a wire."""
 
 
 class VisionAttention(str, enum.Enum):
@@ -49,6 +56,31 @@ def _require_positive(owner: object, *fields: str) -> None:
         _require(getattr(owner, field) > 0, owner, field, "must be positive")
 
 
+def require_numbers(owner: Any, most_of_anything: int = MOST_OF_ANYTHING) -> None:
+    """Of a dataclass: whole numbers are whole and no larger than any model's, others finite,
+    switches bool. Raises ValueError."""
+    for field in dataclasses.fields(owner):
+        value, name = getattr(owner, field.name), field.name
+        kind = str(field.type).removeprefix("Annotated[").partition(", About")[0]
+        if value is None and kind.endswith(" | None"):
+            continue
+        kind = kind.removesuffix(" | None")
+        if kind == "bool":
+            _require(isinstance(value, bool), owner, name, "must be true or false")
+        elif kind == "int":
+            is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            _require(is_whole, owner, name, "must be a whole number")
+            most = MOST.get(name, most_of_anything)
+            _require(value <= most, owner, name, f"must not be above {most}")
+        elif kind == "float":
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            _require(is_number and math.isfinite(value), owner, name, "must be a number")
+        elif kind == "tuple[int, ...]":
+            rule = f"must name at most {MOST['num_layers']} blocks by whole numbers"
+            _require(len(value) <= MOST["num_layers"], owner, name, rule)
+            _require(all(type(each) is int for each in value), owner, name, rule)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """SigLIP-style vision transformer; only the blocks that are read are built."""
@@ -66,6 +98,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feature_layers", tuple(self.feature_layers))
+        require_numbers(self)
         _require_positive(
             self,
             "image_size",
@@ -124,6 +157,7 @@ class ScorerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rescale", Rescale(self.rescale))
+        require_numbers(self)
         _require_positive(self, "num_heads", "head_dim", "mlp_width")
         _require(self.prune_at >= 0, self, "prune_at", "must not be negative")
         _require(0 < self.rescale_min < 1, self, "rescale_min", "must lie between 0 and 1")
@@ -138,6 +172,7 @@ class ChangeConfig:
     after_block: int
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         _require(self.after_block >= 0, self, "after_block", "must not be negative")
 
 
@@ -151,6 +186,7 @@ class ConnectorConfig:
     mlp_width: int
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         _require_positive(self, "width", "num_heads", "head_dim", "mlp_width")
 
 
@@ -175,6 +211,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        require_numbers(self)
         _require_positive(self, "original_max_positions", "attention_factor", "beta_slow")
         _require(self.factor >= 1, self, "factor", "must not be below 1")
         _require(self.beta_fast >= self.beta_slow, self, "beta_fast", "must not be below beta_slow")
@@ -211,6 +248,7 @@ class LanguageConfig:
         scaling: object = self.rope_scaling
         if isinstance(scaling, Mapping):  # as JSON has it
             object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
+        require_numbers(self)
         _require_positive(
             self,
             "width",
@@ -358,6 +396,8 @@ class ModelConfig:
                 continue
             if name not in data:
                 raise ValueError(f"model config lacks section {name!r}")
+            if data[name] is None and name not in ("scorer", "change"):
+                raise ValueError(f"model config, section {name!r}: must not be null")
             try:
                 parts[name] = None if data[name] is None else section(**data[name])
             except TypeError as error:

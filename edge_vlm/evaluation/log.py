@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.runs import ClipAnswers
+from edge_vlm.json_text import parse_json
 
 FORMAT = 1
 Key = tuple[str, str, str]
@@ -55,12 +56,12 @@ class AnswerLog:
             self._write({"format": FORMAT, "measured": measured})
             return
         try:
-            head = json.loads(lines[0])
+            head = parse_json(lines[0])
             if head["format"] != FORMAT:
                 raise ValueError(f"format {head['format']}, expected {FORMAT}")
             before = dict(head["measured"])
             for line in lines[1:]:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if "measured" in entry:
                     before |= entry["measured"]
                     continue

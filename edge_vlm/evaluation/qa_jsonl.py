@@ -15,7 +15,6 @@ Lines about the same video become one clip. Empty lines are skipped.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 
 from edge_vlm.errors import ConfigError, VideoEmpty, VideoNotFound
 from edge_vlm.formats.qa_set import AskedQuestion, Box, ClipQuestions, boxes_of, read_question_set
+from edge_vlm.json_text import parse_json
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.pixels.video import read_clip, read_video
@@ -76,7 +76,7 @@ def read_question_file(path: Path) -> list[FileQuestion]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                questions.append(_question(path, number, json.loads(line)))
+                questions.append(_question(path, number, parse_json(line)))
             except (ValueError, TypeError) as error:
                 raise ConfigError(
                     f"bad question: {error}",

@@ -19,9 +19,13 @@ import dataclasses
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_vlm.config import ModelConfig
+from edge_vlm.config import MOST_OF_ANYTHING, ModelConfig
 from edge_vlm.errors import (
     BundleError,
     BundleFileMissing,
@@ -42,6 +46,7 @@ from edge_vlm.errors import (
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.formats.usage import FrameRule
+from edge_vlm.json_text import parse_json
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import PLAIN, PromptStyle
 
@@ -54,6 +59,16 @@ IMAGE_ENCODER = "image_encoder"
 """The graph of still pictures; only checkpoints with an image path have it."""
 BORROWED = {"llm_decode": ("llm",), IMAGE_ENCODER: ("vit_stem", "vit_trunk")}
 """Graphs whose tensors may lie in the weights files of others."""
+MOST_SECONDS = 1e9
+"""Of video, some 30 years."""
+MOST_MANIFEST_BYTES = 16 << 20
+MOST_REFERENCE_BYTES = 1 << 30
+"""Of one graph, unpacked: those of a full-size model have some 10 MB."""
+UNREADABLE_ARRAYS = (
+    *(ValueError, OverflowError, MemoryError, EOFError, KeyError, OSError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError, NotImplementedError),
+)
+"""What numpy raises on files that are none of its own."""
 TOKENIZER = "tokenizer.json"
 EMBED_TABLE = "embed_table.npy"
 
@@ -133,23 +148,54 @@ class EngineBundle:
         """Token embeddings f32 or f16 [vocab, width], read-only and mapped: rows are read when
         used."""
         try:
+            _require_whole(self.path / EMBED_TABLE)
             table: np.ndarray = np.load(self.path / EMBED_TABLE, mmap_mode="r", allow_pickle=False)
             return table
-        except ValueError as error:
+        except UNREADABLE_ARRAYS as error:
             raise BundleSchemaError(f"{EMBED_TABLE}: {error}", where=self.path) from error
 
     def has_reference(self, name: str) -> bool:
         return (self.path / "reference" / f"{name}.npz").is_file()
 
     def reference(self, name: str) -> dict[str, np.ndarray]:
-        """Recorded arrays; of a graph, keyed "inputs/NAME" and "outputs/NAME"."""
-        with np.load(self.path / "reference" / f"{name}.npz", allow_pickle=False) as arrays:
-            return dict(arrays)
+        """Recorded arrays; of a graph, keyed "inputs/NAME" and "outputs/NAME". Raises
+        BundleSchemaError."""
+        path = self.path / "reference" / f"{name}.npz"
+        try:
+            _require_small(path)
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except UNREADABLE_ARRAYS as error:
+            raise BundleSchemaError(f"{path.name}: {error}", where=self.path) from error
+
+
+def _require_whole(path: Path) -> None:
+    """Raises ValueError for an array that is larger than its file, SyntaxError and its kind for a
+    header that is none."""
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0
+        if version > (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        needed = file.tell() + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or needed > path.stat().st_size:
+        raise ValueError(f"its header says {list(shape)}, which the file does not hold")
+
+
+def _require_small(path: Path) -> None:
+    """Raises ValueError for an archive that would unpack to more than any reference is."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > MOST_REFERENCE_BYTES:
+        raise ValueError(f"it would unpack to {size:,} bytes")
 
 
 def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
     try:
-        data = json.loads((root / MANIFEST).read_text(encoding="utf-8-sig"))
+        if (size := (root / MANIFEST).stat().st_size) > MOST_MANIFEST_BYTES:
+            raise ValueError(f"{size:,} bytes are no manifest's")
+        data = parse_json((root / MANIFEST).read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise BundleSchemaError(f"{MANIFEST} is not JSON: {error}", where=root) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
@@ -183,6 +229,7 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleSchemaError(f"{MANIFEST} is malformed: {error!r}", where=root) from error
+    _check_limits(bundle)
     for name in files:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in name:
@@ -191,6 +238,21 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
         if name not in files:
             raise BundleSchemaError(f"{MANIFEST} has no hash for {name}", where=root)
     return bundle, files
+
+
+def _check_limits(bundle: EngineBundle) -> None:
+    """The name, and of `defaults` what is no session's setting. Raises BundleSchemaError."""
+    if not bundle.name.isprintable():  # it is shown in terminals
+        raise BundleSchemaError(f"{MANIFEST}: the name is {bundle.name!r:.80}", where=bundle.path)
+    for name, most in (("max_positions", MOST_OF_ANYTHING), ("max_time_s", MOST_SECONDS)):
+        value = bundle.defaults.get(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value <= most):
+            raise BundleSchemaError(
+                f"{MANIFEST}: defaults.{name} must be a number above 0 and at most {most}, "
+                f"got {value!r:.40}",
+                where=bundle.path,
+            )
 
 
 def _images(fields: Mapping[str, Any] | None, graphs: Mapping[str, str]) -> ImageConfig | None:

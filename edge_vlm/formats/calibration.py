@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edge_vlm.errors import ConfigError
+from edge_vlm.json_text import parse_json
 
 SCHEMA_VERSION = 1
 FP16_LIMIT = 0.5 * 65_504
@@ -84,7 +85,7 @@ class CalibrationTable:
     def from_json(cls, text: str, where: object = None) -> CalibrationTable:
         """Inverse of `to_json`. Raises ConfigError for anything else, naming `where`."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if (version := data.pop("schema_version")) != SCHEMA_VERSION:
                 raise ValueError(f"schema_version is {version!r}, not {SCHEMA_VERSION}")
             unsafe = data.pop("fp16_unsafe")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.formats.bundle import PRECISION_PLAN, EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.report import Report
+from edge_vlm.json_text import parse_json
 from edge_vlm.pruning.clip_budget import Variant, variant_of
 
 
@@ -129,7 +129,7 @@ def _ranges(spec: GraphSpec) -> str:
 
 def _plan(bundle: EngineBundle) -> dict[str, Any] | None:
     path = bundle.path / PRECISION_PLAN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _formats(plan: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_vlm.errors import ConfigError
+from edge_vlm.json_text import parse_json
 
 INDEX = "clips.jsonl"
 
@@ -97,7 +98,7 @@ def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
         )
     for number, line in enumerate(index.read_text("utf-8-sig").splitlines(), start=1):
         try:
-            data: dict[str, Any] = json.loads(line)
+            data: dict[str, Any] = parse_json(line)
             name, times_s = str(data["name"]), [float(t) for t in data["times_s"]]
             questions = [_question(fields) for fields in data["questions"]]
             paths = [folder / "frames" / f"{name}-{i}.jpg" for i in range(len(times_s))]

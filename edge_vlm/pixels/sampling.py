@@ -12,6 +12,8 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.config import MOST_FPS, require_numbers
+
 UNIFORM_LAST_FRAME = "uniform_last_frame"
 
 
@@ -31,10 +33,11 @@ class FrameRule:
     `num_frames` spreads evenly over the whole clip."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if self.num_frames < 1:
             raise ValueError(f"FrameRule.num_frames = {self.num_frames!r}: must be positive")
-        if not 0 < self.max_fps < float("inf"):
-            raise ValueError(f"FrameRule.max_fps = {self.max_fps!r}: must be positive")
+        if not 0 < self.max_fps <= MOST_FPS:
+            raise ValueError(f"FrameRule.max_fps = {self.max_fps!r}: must be in (0, {MOST_FPS:g}]")
         if self.mode != UNIFORM_LAST_FRAME:
             raise ValueError(
                 f"FrameRule.mode = {self.mode!r}: only {UNIFORM_LAST_FRAME!r} is known"

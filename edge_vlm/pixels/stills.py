@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_vlm.config import VisionConfig
+from edge_vlm.config import VisionConfig, require_numbers
 from edge_vlm.pixels.patches import cut_patches, normalise, require_rgb, resize_bilinear
 
 PADDING = -1
@@ -42,6 +42,7 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overlap", tuple(self.overlap))
+        require_numbers(self)
         for field, rule, holds in (
             ("max_crops", "must be positive", self.max_crops > 0),
             ("overlap", "must be two counts", len(self.overlap) == 2 and min(self.overlap) >= 0),

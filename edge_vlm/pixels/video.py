@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.errors import VideoError, VideoUnreadable
+from edge_vlm.config import MOST_FPS
+from edge_vlm.errors import ConfigError, VideoError, VideoUnreadable
 from edge_vlm.pixels.colour import AVCOL_SPC_SMPTE170M, is_hd
 from edge_vlm.pixels.frames import Rgb
 from edge_vlm.pixels.opening import av
@@ -42,8 +43,11 @@ def due_frames(
     """What is on screen at 0, 1/fps, 2/fps ... seconds, with the first such time; each frame once.
 
     `epsilon_s`: the video's. What `frames` raises as VideoError comes after the last frame that
-    could be decoded.
+    could be decoded. Raises ConfigError for an `fps` that no video has.
     """
+
+    if not 0 < fps <= MOST_FPS:
+        raise ConfigError(f"fps must be in (0, {MOST_FPS:g}], got {fps!r}")
 
     def ticks_before(time_s: float) -> int:
         """How many of these times show what was on screen before a frame that comes then."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.config import VisionConfig
+from edge_vlm.config import VisionConfig, require_numbers
 from edge_vlm.pixels.stills import ImageConfig, ImageGrid, all_tilings, grid_of
 from edge_vlm.text.tokenizer import Tokenizer
 
@@ -67,6 +67,7 @@ class PromptStyle:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", tuple(self.ends))
+        require_numbers(self)
         if not self.ends or not all(isinstance(token, str) for token in (self.begin, *self.ends)):
             raise ValueError(f"begin = {self.begin!r}, ends = {self.ends!r}: must be tokens")
 

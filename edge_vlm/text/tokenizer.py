@@ -40,6 +40,9 @@ class Tokenizer:
         self._backend = backend
         added = backend.get_added_tokens_decoder().values()
         special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        for content in special:  # `plain` would break one character up for ever
+            if len(content) < 2:
+                raise ValueError(f"the special token {content!r} is shorter than two characters")
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     @classmethod

@@ -8,13 +8,13 @@ never opened: a pickle runs code.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edge_vlm.errors import CheckpointError, WeightFilesError
+from edge_vlm.json_text import parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCORER = "scorer.safetensors"
@@ -95,7 +95,7 @@ def read_layout(folder: Path) -> dict[str, StoredTensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises CheckpointError if there is no such file or no JSON object in it."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"there is no {path.name}", where=path.parent, remedy="point to a model's folder"
@@ -159,7 +159,7 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
     if len(text) < length:
         raise ValueError(f"is cut off: {size:,} bytes, its header alone has {length:,}")
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         tensors = {
             str(name): (StoredTensor(file, str(item["dtype"]), _shape(item["shape"])), item)
             for name, item in header.items()

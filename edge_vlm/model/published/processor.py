@@ -8,7 +8,6 @@ a file is missing, what holds is what all released checkpoints have in common.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from edge_vlm.config import CELL, VisionConfig
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.formats.usage import FrameRule, Usage
+from edge_vlm.json_text import parse_json
 from edge_vlm.model.published.section import Section
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import RELEASED, PromptStyle
@@ -127,7 +127,7 @@ def _style(section: Section) -> PromptStyle:
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file."""
     try:
-        data = json.loads(path.read_text("utf-8-sig"))
+        data = parse_json(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         return None
     except ValueError as error:

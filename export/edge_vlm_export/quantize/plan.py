@@ -18,6 +18,7 @@ from edge_vlm.formats.bundle import IMAGE_ENCODER
 from edge_vlm.formats.calibration import FP16_LIMIT
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import LLM_PRODUCTS, VIT_PRODUCTS, Precision
+from edge_vlm.json_text import parse_json
 from edge_vlm_export.quantize.quantize import block_size
 
 SCHEMA_VERSION = 1
@@ -100,7 +101,7 @@ class PrecisionPlan:
     def from_json(cls, text: str, where: object = None) -> PrecisionPlan:
         """Raises BundleSchemaError for anything `to_json` does not write."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"schema_version {data['schema_version']!r}")
             return cls(

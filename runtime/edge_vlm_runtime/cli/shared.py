@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edge_vlm.config import MOST_FPS
+from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.cli.options import own_limits
 from edge_vlm_runtime.engines.names import backend_options
 
@@ -82,6 +84,8 @@ def own_session(args: argparse.Namespace, record_to: Path | None = None) -> Sett
 
 async def open_for(open_it: Any, text: str, fps: float | None, client: Any) -> Source:
     """Opened off the event loop: a camera may take seconds. The rate is the model's by default."""
+    if fps is not None and not 0 < fps <= MOST_FPS:
+        raise ConfigError(f"must be in (0, {MOST_FPS:g}], got {fps!r}", where="--fps")
     return await asyncio.to_thread(open_it, text, fps or client.created.settings.fps_cap)
 
 

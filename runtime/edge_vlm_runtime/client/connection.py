@@ -8,7 +8,6 @@ a gap is noticed. websockets is imported only here.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import ssl
 from collections import deque
@@ -30,6 +29,7 @@ from edge_vlm.errors import (
     SessionGone,
     UnknownMessageType,
 )
+from edge_vlm.json_text import parse_json
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.address import websocket_url
@@ -262,7 +262,7 @@ async def _connect(url: str, access: Access) -> ClientConnection:
     except (OSError, TimeoutError, websockets.WebSocketException, ValueError) as error:
         if isinstance(error, websockets.InvalidStatus):
             with suppress(ValueError, KeyError, TypeError):  # it may be no server of ours
-                detail = json.loads(error.response.body or b"")["error"]
+                detail = parse_json(error.response.body or b"")["error"]
                 raise error_from_detail(protocol.ErrorDetail(**detail)) from error
         raise ServerUnreachable(
             f"no edge-vlm server answers: {error}", where=url, remedy="start `edge-vlm serve`"

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from edge_vlm.errors import ConfigError, ProtocolError, ServerUnreachable
+from edge_vlm.json_text import parse_json
 from edge_vlm_runtime.client.address import http_url
 from edge_vlm_runtime.client.connection import Access, error_from_detail
 from edge_vlm_runtime.protocol.messages import ErrorDetail
@@ -103,7 +104,7 @@ class LiveStreams:
     def _json(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         data, _ = self._get(path, None if body is None else json.dumps(body).encode())
         try:
-            found: dict[str, Any] = json.loads(data)
+            found: dict[str, Any] = parse_json(data)
         except ValueError as error:
             raise ProtocolError(f"the server's answer is not JSON: {error}") from error
         return found
@@ -132,7 +133,7 @@ def _path(session_id: str) -> str:
 
 def _told(status: int, body: bytes, url: str) -> Exception:
     try:
-        detail = json.loads(body)["error"]
+        detail = parse_json(body)["error"]
         code, message = str(detail["code"]), str(detail["message"])
     except (ValueError, KeyError, TypeError):
         return ProtocolError(f"status {status}, which is no answer of this server", where=url)

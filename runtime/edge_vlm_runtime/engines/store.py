@@ -20,6 +20,7 @@ from typing import Any
 
 from edge_vlm.errors import BundleSchemaError, EngineMissing, EngineStale
 from edge_vlm.formats.bundle import BORROWED, MANIFEST, EngineBundle, sha256_of_file
+from edge_vlm.json_text import parse_json
 from edge_vlm_runtime.engines.cuda import Gpu
 
 FORMAT = 1
@@ -122,7 +123,7 @@ class EngineStore:
         if not path.is_file():
             return None
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, this program reads {FORMAT}")
             fields = dict(data["fingerprint"])
@@ -190,7 +191,7 @@ def graph_bytes(bundle: EngineBundle, name: str) -> int:
 def _graph_digest(bundle: EngineBundle, name: str) -> str:
     """Made of the manifest's hashes, which were checked when the bundle was opened."""
     try:
-        manifest = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((bundle.path / MANIFEST).read_text(encoding="utf-8"))
         hashes = [f"{file} {manifest['files'][file]}" for file in _graph_files(bundle, name)]
     except (OSError, ValueError, KeyError) as error:
         raise BundleSchemaError(f"{MANIFEST}: {error!r}", where=bundle.path) from error

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from edge_vlm.config import MOST_FPS, require_numbers
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.options import About
@@ -23,6 +24,8 @@ POLICIES = (*POLICY_NAMES, CLIP)
 MAX_WHOLE = 1 << 53
 """The largest whole number that every reader of JSON counts exactly."""
 LEAST_RATIO = 1e-6
+LEAST, MOST = 1e-6, 1e9
+"""Of other numbers that may be broken: beyond these their products are no numbers any more."""
 """Less than a cell in a day of video."""
 
 
@@ -113,13 +116,14 @@ class SessionSettings:
     gets the same answer, whatever other sessions do."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, MAX_WHOLE)
         object.__setattr__(self, "attention", _member(Attention, "attention", self.attention))
         object.__setattr__(self, "delivery", _member(DropPolicy, "delivery", self.delivery))
         self._require("keep_ratio", 0.0 < self.keep_ratio <= 1.0, "must be in (0, 1]")
         least = f"must be at least {LEAST_RATIO:g}"
         self._require("keep_ratio", self.keep_ratio >= LEAST_RATIO, least)
         rate = self.vision_tokens_per_s
-        self._require("vision_tokens_per_s", 0.0 <= rate < math.inf, "must be 0 or positive")
+        self._require("vision_tokens_per_s", rate >= 0.0, "must be 0 or positive")
         threshold = self.change_threshold
         self._require("change_threshold", 0.0 <= threshold < 2.0, "must be in 0..2, 2 excluded")
         self._require("policy", self.policy in POLICIES, f"must be one of {POLICIES}")
@@ -130,8 +134,15 @@ class SessionSettings:
             self._require(field, 0 <= getattr(self, field) <= MAX_WHOLE, f"must be 0..{MAX_WHOLE}")
         for field in ("last_n", "max_answer_tokens"):
             self._require(field, 1 <= getattr(self, field) <= MAX_WHOLE, f"must be 1..{MAX_WHOLE}")
+        self._require("fps_cap", self.fps_cap <= MOST_FPS, f"must be at most {MOST_FPS:g}")
         for field in ("fps_cap", "heartbeat_s", "max_frame_age_s"):
-            self._require(field, 0.0 < getattr(self, field) < math.inf, "must be positive")
+            self._require(field, getattr(self, field) > 0.0, "must be positive")
+        for field in (
+            *("fps_cap", "heartbeat_s", "max_frame_age_s", "vision_tokens_per_s"),
+            *("change_threshold", "duplicate_threshold", "temperature", "top_p"),
+        ):
+            holds = getattr(self, field) == 0 or LEAST <= getattr(self, field) <= MOST
+            self._require(field, holds, f"must be 0 or in {LEAST:g}..{MOST:g}")
         self._require("instructions", isinstance(self.instructions, str), "must be text")
         self._require("subtitles", isinstance(self.subtitles, str), "must be text")
         self._require("temperature", 0.0 <= self.temperature <= 10.0, "must be in 0..10")
@@ -193,6 +204,9 @@ class ModelLimits:
     by `clip_fps` with its last frame, or, past so many, evenly from begin to end."""
     clip_fps: float = 0.0
     """Frames per second of a whole clip that is short enough."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, MAX_WHOLE)
 
     @property
     def frame_tokens(self) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_vlm.errors import EdgeVlmError, RecordingError
+from edge_vlm.json_text import parse_json
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.session.calls import (
@@ -176,7 +177,7 @@ def _read_record(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
     if zlib.crc32(payload) != crc:
         raise _Damaged("a checksum does not fit")
     line, _, picture = payload.partition(b"\n")
-    fields = json.loads(line)
+    fields = parse_json(line)
     if not isinstance(fields, dict):
         raise _Damaged("a record without fields")
     return fields, picture

@@ -17,6 +17,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.errors import InternalError, RecordingError
+from edge_vlm.json_text import parse_json
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
@@ -58,9 +59,9 @@ class Comparison:
         self.num_events += len(recorded)
         for was_text, now_text in zip_longest(recorded, replayed):
             if now_text is None:
-                self.add(f"{_name(json.loads(was_text))} did not come")
+                self.add(f"{_name(parse_json(was_text))} did not come")
             elif was_text is None:
-                self.add(f"{_name(json.loads(now_text))} came, but is not in the recording")
+                self.add(f"{_name(parse_json(now_text))} came, but is not in the recording")
             else:
                 self._compare(_comparable(was_text), _comparable(now_text))
 
@@ -149,7 +150,7 @@ def _frame_of(entry: Called | DroppedFrame) -> EncodedFrame | None:
 
 
 def _comparable(text: str) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(text)
+    fields: dict[str, Any] = parse_json(text)
     for part in (fields, fields.get("snapshot")):
         if isinstance(part, dict):
             for name in ("sequence", *MEASURED):

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from edge_vlm.config import VisionAttention
-from edge_vlm.errors import ConfigError
-from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.errors import BundleSchemaError, ConfigError
+from edge_vlm.formats.bundle import MANIFEST, EngineBundle
 from edge_vlm.text.prompt import longest_frame
 from edge_vlm_runtime.protocol.messages import VideoRoom
 from edge_vlm_runtime.protocol.settings import (
@@ -42,15 +42,18 @@ def default_settings(bundle: EngineBundle, limits: ServerLimits) -> SessionSetti
 
     A bundle's `defaults` may hold any field of SessionSettings, and `fps` for `fps_cap`; other keys
     are not about sessions. An answer may take a quarter of the cache, as a question may, where the
-    bundle would let it take more. Raises ConfigError on a value out of range.
+    bundle would let it take more. Raises BundleSchemaError on a value out of range.
     """
     names = {field.name for field in dataclasses.fields(SessionSettings)}
     fields = {name: value for name, value in bundle.defaults.items() if name in names}
     if "fps" in bundle.defaults:
-        fields.setdefault("fps_cap", float(bundle.defaults["fps"]))
+        fields.setdefault("fps_cap", bundle.defaults["fps"])
     trained_by_frame = bundle.config.attention is VisionAttention.FRAME
     fields.setdefault("attention", Attention.FRAME if trained_by_frame else Attention.EXACT)
-    settings = SessionSettings().changed(fields)
+    try:
+        settings = SessionSettings().changed(fields)
+    except ConfigError as error:
+        raise BundleSchemaError(f"{MANIFEST}, defaults: {error}", where=bundle.path) from error
     if "max_answer_tokens" in fields:
         most = max(1, cache_capacity(ModelLimits.from_bundle(bundle), limits) // 4)
         settings = settings.changed({"max_answer_tokens": min(settings.max_answer_tokens, most)})

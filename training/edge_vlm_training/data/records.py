@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_vlm.errors import DataError, RecordInvalid
+from edge_vlm.json_text import parse_json
 from edge_vlm_training.data.schema import REMEDY, Record, parse_record
 
 INDEX = "records.jsonl"
@@ -67,7 +68,7 @@ def _sidecars(folder: Path) -> Iterator[Located | RecordInvalid]:
         where = str(sidecar)
         videos = [path for path in files if path.stem == sidecar.stem and path != sidecar]
         try:
-            fields = json.loads(sidecar.read_bytes())
+            fields = parse_json(sidecar.read_bytes())
         except ValueError as error:
             yield RecordInvalid(f"not JSON: {error}", where=where, remedy=REMEDY)
             continue

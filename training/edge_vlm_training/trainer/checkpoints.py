@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
+from edge_vlm.json_text import parse_json
 from edge_vlm_training.data.packing.stream import merge_states
 from edge_vlm_training.trainer.distributed import Ranks, whole
 from edge_vlm_training.trainer.optimizer import Updater
@@ -274,7 +275,7 @@ def _process_file(rank: int) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint's {path.name} cannot be read: {error}",

@@ -1,0 +1,171 @@
+"""Bundles of strangers: whatever stands in their files, a typed error or a bundle that works."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_vlm.errors import BundleError, BundleSchemaError, EdgeVlmError
+from edge_vlm.formats.bundle import MANIFEST, EngineBundle
+from edge_vlm.text.prompt import PromptFormat
+from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
+from edge_vlm_runtime.session.budget import cache_capacity, default_settings
+
+VALUES: list[Any] = [
+    *(None, True, -1, 0, 0.5, 10**9, 1 << 60, 1 << 70, 1e308, 5e-324, math.nan, math.inf),
+    *("", "x", "\x1b]0;owned\x07", "../x", [], {}, [[]], {"a": 1}, ["p+s"] * 3),
+]
+
+
+def linked_bundle(folder: Path) -> Path:
+    """The demo bundle; its files but the manifest are shared."""
+    for path in DEMO_BUNDLE.rglob("*"):
+        target = folder / path.relative_to(DEMO_BUNDLE)
+        if path.is_dir():
+            target.mkdir(parents=True)
+        elif path.name != MANIFEST:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(path, target)
+    shutil.copy(DEMO_BUNDLE / MANIFEST, folder / MANIFEST)
+    return folder
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path] if path else []
+    if isinstance(value, dict):
+        return found + [p for key in value for p in places(value[key], (*path, key))]
+    if isinstance(value, list):
+        return found + [p for i, each in enumerate(value) for p in places(each, (*path, i))]
+    return found
+
+
+MANIFEST_DATA = json.loads((DEMO_BUNDLE / MANIFEST).read_text())
+PLACES = places({key: value for key, value in MANIFEST_DATA.items() if key != "files"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return linked_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def opened(folder: Path) -> None:
+    """What a server does before it loads graphs."""
+    bundle = EngineBundle.open(folder)
+    model, limits = ModelLimits.from_bundle(bundle), ServerLimits()
+    chosen = default_settings(bundle, limits)
+    assert 1 <= cache_capacity(model, limits) <= model.max_positions
+    assert chosen.max_answer_tokens <= model.max_positions
+    assert bundle.name.isprintable()
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(PLACES), st.sampled_from(VALUES))
+def test_a_changed_manifest_is_read_or_refused(
+    folder: Path, place: tuple[Any, ...], value: Any
+) -> None:
+    data = copy.deepcopy(MANIFEST_DATA)
+    owner = data
+    for key in place[:-1]:
+        owner = owner[key]
+    owner[place[-1]] = value
+    (folder / MANIFEST).write_text(json.dumps(data))
+    try:
+        opened(folder)
+    except EdgeVlmError as error:
+        assert str(error).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("model", "language", "num_layers"), 10**9, "num_layers"),
+        (("model", "language", "max_positions"), 1 << 60, "max_positions"),
+        (("model", "vision", "image_size"), 24 * 10**6, "image_size"),
+        (("model", "language", "width"), 1.5, "whole number"),
+        (("defaults", "max_time_s"), -5, "max_time_s"),
+        (("defaults", "max_positions"), 1 << 70, "max_positions"),
+        (("defaults", "fps"), "fast", "fps_cap"),
+        (("defaults", "policy"), [], "policy"),
+        (("defaults", "instructions"), 5, "instructions"),
+        (("name",), "x\x1b]0;owned\x07", "name"),
+    ],
+)
+def test_a_number_that_no_model_has_is_named(
+    folder: Path, place: tuple[str, ...], value: Any, words: str
+) -> None:
+    data = copy.deepcopy(MANIFEST_DATA)
+    owner = data
+    for key in place[:-1]:
+        owner = owner[key]
+    owner[place[-1]] = value
+    (folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleSchemaError, match=words):
+        opened(folder)
+
+
+def test_a_manifest_nested_without_end_is_refused(folder: Path) -> None:
+    (folder / MANIFEST).write_text('{"schema_version": ' + "[" * 100_000)
+    with pytest.raises(BundleSchemaError, match="nested"):
+        EngineBundle.open(folder)
+
+
+HEADERS = [
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d), }" % (1 << 62, 192),
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (-4, 192), }",
+    b"{'descr': '|O', 'fortran_order': False, 'shape': (4, 192), }",
+    b"(" * 5000,
+    b"",
+]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=["huge", "negative", "object", "deep", "empty"])
+def test_a_table_whose_header_lies_is_refused(tmp_path: Path, header: bytes) -> None:
+    folder = linked_bundle(tmp_path / "bundle")
+    table = folder / "embed_table.npy"
+    table.unlink()
+    text = header + b"\n"
+    table.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 64)
+    data = copy.deepcopy(MANIFEST_DATA)
+    data["files"]["embed_table.npy"] = hashlib.sha256(table.read_bytes()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleSchemaError, match=r"embed_table\.npy"):
+        _ = EngineBundle.open(folder).embed_table
+
+
+def test_references_that_unpack_to_gigabytes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = linked_bundle(tmp_path / "bundle")
+    path = folder / "reference" / "llm.npz"
+    path.unlink()
+    np.savez_compressed(path, big=np.zeros(1 << 20))
+    bundle = EngineBundle.open(DEMO_BUNDLE)
+    object.__setattr__(bundle, "path", folder)
+    monkeypatch.setattr("edge_vlm.formats.bundle.MOST_REFERENCE_BYTES", 1 << 20)
+    with pytest.raises(BundleSchemaError, match="unpack"):
+        bundle.reference("llm")
+    path.write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(BundleSchemaError, match=r"llm\.npz"):
+        bundle.reference("llm")
+
+
+def test_a_special_token_of_one_character_is_refused(tmp_path: Path) -> None:
+    data = json.loads((DEMO_BUNDLE / "tokenizer.json").read_text())
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 999, "content": "?"})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="shorter than two"):
+        PromptFormat(Tokenizer.from_file(path))
