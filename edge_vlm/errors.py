@@ -89,8 +89,18 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def visible(text: str) -> str:
+    """`text` with control characters written out: names of files and words of strangers are shown
+    in terminals, which obey such characters."""
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
 class EdgeVlmError(Exception):
-    """Base of the tree. `str(error)` is one line: what (where): remedy."""
+    """Base of the tree. `str(error)` is one printable line: what (where): remedy."""
 
     code: ClassVar[str] = "E-EDGE-VLM"
     exit_code: ClassVar[int] = 1
@@ -104,7 +114,7 @@ class EdgeVlmError(Exception):
     def __str__(self) -> str:
         line = self.what if self.where is None else f"{self.what} ({self.where})"
         line = line if self.remedy is None else f"{line}: {self.remedy}"
-        return " ".join(line.split())
+        return visible(" ".join(line.split()))
 
 
 class ConfigError(EdgeVlmError):

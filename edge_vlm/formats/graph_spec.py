@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from edge_vlm.config import require_numbers
 from edge_vlm.errors import BundleSchemaError, ShapeRange
 
+LARGEST = 1 << 40
 DTYPES = ("float32", "float16", "int32", "int64", "bool")
 
 
@@ -26,6 +28,7 @@ class DynamicDim:
     max: int
 
     def __post_init__(self) -> None:
+        require_numbers(self, LARGEST)
         if not 0 <= self.min <= self.opt <= self.max:
             raise ValueError(f"need 0 <= min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
 

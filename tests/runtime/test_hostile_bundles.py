@@ -71,7 +71,7 @@ def opened(folder: Path) -> None:
     assert bundle.name.isprintable()
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(PLACES), st.sampled_from(VALUES))
 def test_a_changed_manifest_is_read_or_refused(
     folder: Path, place: tuple[Any, ...], value: Any

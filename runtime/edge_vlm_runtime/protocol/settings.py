@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import numpy as np
 
 from edge_vlm.config import MOST_FPS, require_numbers
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import BundleSchemaError, ConfigError
 from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.options import About
 from edge_vlm.pruning.clip_budget import variant_of
 from edge_vlm.pruning.policies import POLICY_NAMES
@@ -215,7 +216,9 @@ class ModelLimits:
 
     @classmethod
     def from_bundle(cls, bundle: EngineBundle) -> ModelLimits:
+        """Raises BundleSchemaError."""
         vision, language = bundle.config.vision, bundle.config.language
+        llm = _language_graph(bundle)
         max_time_s = bundle.defaults.get("max_time_s")
         return cls(
             num_cells=vision.num_cells,
@@ -225,8 +228,8 @@ class ModelLimits:
                 language.max_positions,
                 int(bundle.defaults.get("max_positions", language.max_positions)),
             ),
-            max_prefill_tokens=bundle.specs["llm"].dims["s"].max,
-            max_cache_tokens=bundle.specs["llm"].dims["p"].max,
+            max_prefill_tokens=llm.dims["s"].max,
+            max_cache_tokens=llm.dims["p"].max,
             max_time_s=None if max_time_s is None else float(max_time_s),
             trained_attention=bundle.config.attention.value,
             has_scorer=bundle.config.has_scores,
@@ -292,6 +295,21 @@ class ServerLimits:
             least = 0 if field.name in CAN_BE_NONE else 1
             if not least <= value < math.inf:
                 raise ValueError(f"{field.name} must be at least {least}, got {value}")
+
+
+def _language_graph(bundle: EngineBundle) -> GraphSpec:
+    """Raises BundleSchemaError if it is not that of so many layers."""
+    spec, num_layers = bundle.specs.get("llm"), bundle.config.language.num_layers
+    wanted = {f"past_{kind}_{layer}" for kind in "kv" for layer in range(num_layers)}
+    if (
+        spec is None
+        or wanted - {tensor.name for tensor in spec.inputs}
+        or {"s", "p"} - set(spec.dims)
+    ):
+        raise BundleSchemaError(
+            f"there is no graph llm with the caches of {num_layers} layers", where=bundle.path
+        )
+    return spec
 
 
 def _token_bytes(bundle: EngineBundle) -> int:
