@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 # of those that test rewrite each test again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve quick test lint style types unit all clean
+.PHONY: help demo serve quick test lint style types unit measured clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -39,9 +39,9 @@ quick: $(VENV)/.dev  ## lint, types and the tests that take no second: the lane 
 	@$(MAKE) --no-print-directory -j2 --output-sync lint unit JOBS=$(JOBS)
 
 test: $(VENV)/.dev  ## everything: lint, types, all tests and how much of the code they reach
-	@$(MAKE) --no-print-directory -j2 lint all JOBS=$(JOBS)
+	@$(MAKE) --no-print-directory -j2 lint measured JOBS=$(JOBS)
 
-all: $(VENV)/.dev
+measured: $(VENV)/.dev
 	@# sys.monitoring, from Python 3.12 on, measures for next to nothing; before it costs about a third
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 		$(PYTEST) $(ARGS) --cov --cov-report=term
