@@ -17,7 +17,11 @@ SOURCES := edge_vlm export runtime training calibration tests benchmarks example
 # A file's tests share what they set up, so a file stays in one process.
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: help demo serve quick test lint style types unit clean
+# Images of containers often forbid bytecode: each process would compile each module again, and each
+# of those that test rewrite each test again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help demo serve quick test lint style types unit measured clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -34,7 +38,10 @@ serve: $(VENV)/.ort  ## serve the demo model, with a browser page at http://127.
 quick: $(VENV)/.dev  ## lint, types and the tests that take no second: the lane to work by
 	@$(MAKE) --no-print-directory -j2 --output-sync lint unit JOBS=$(JOBS)
 
-test: lint  ## everything: lint, types, all tests and how much of the code they reach
+test: $(VENV)/.dev  ## everything: lint, types, all tests and how much of the code they reach
+	@$(MAKE) --no-print-directory -j2 lint measured JOBS=$(JOBS)
+
+measured: $(VENV)/.dev
 	@# sys.monitoring, from Python 3.12 on, measures for next to nothing; before it costs about a third
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 		$(PYTEST) $(ARGS) --cov --cov-report=term

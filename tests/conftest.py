@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -50,6 +51,11 @@ SLOW = (
 )
 
 
+def _is_slow(path: Path) -> bool:
+    name = path.relative_to(ROOT / "tests").as_posix()
+    return name.startswith(SLOW) or f"{name}/" in SLOW
+
+
 _make_loop = asyncio.BaseEventLoop.__init__
 
 
@@ -73,9 +79,32 @@ def pytest_runtest_setup() -> None:
         torch.set_num_threads(1)
 
 
+# What most tests import anyway, and takes longest.
+LARGE = ("torch.onnx", "torch._dynamo", "torch.distributed.fsdp", "onnxscript.optimizer")
+
+
+def pytest_collection() -> None:
+    """A tracer (of coverage, before Python 3.12) would make these imports take twice as long, and
+    has nothing to measure there."""
+    watcher = sys.gettrace()
+    if watcher is not None:
+        sys.settrace(None)
+        try:
+            for name in LARGE:
+                importlib.import_module(name)
+        finally:
+            sys.settrace(watcher)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make quick` does not import what it leaves out."""
+    left_out = config.getoption("markexpr") == "not slow" and _is_slow(collection_path)
+    return True if left_out else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW):
+        if _is_slow(item.path):
             item.add_marker(pytest.mark.slow)
 
 

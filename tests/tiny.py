@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -168,8 +169,8 @@ def traced_once() -> Iterator[None]:
             exports.pop()
 
     def captured(module: Any, spec: Any, *rest: Any) -> ir.Model:
-        options, tensors = exports[-1].options, [(t.name, t.shape, t.dtype) for t in spec.tensors]
-        facts = exports[-1].source.cfg, options.variant, options.kv_form, spec.name, tensors
+        tensors = [(t.name, t.shape, t.dtype) for t in spec.tensors]
+        facts = _computed_by(module, exports[-1].source.cfg), tensors
         name = f"trace-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.onnx"
 
         def make(path: Path) -> None:
@@ -187,6 +188,18 @@ def traced_once() -> Iterator[None]:
         patch.setattr("edge_vlm_export.to_onnx._Export._trace", trace)
         patch.setattr("edge_vlm_export.trace.trace._capture", captured)
         yield
+
+
+def _computed_by(module: Any, cfg: ModelConfig) -> tuple[object, ...]:
+    """What decides about the nodes of a graph: variants differ in few of their graphs.
+
+    Language graphs hold nothing of the vision side, which knows of the language side its width.
+    """
+    kind = type(module).__name__
+    if kind == "LlmGraph":
+        return kind, module.attention.__name__, cfg.language
+    seen = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name != "language"}
+    return kind, seen, cfg.language.width
 
 
 @lru_cache(maxsize=1)

@@ -11,12 +11,10 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import mcp
 import pytest
-from mcp import StdioServerParameters
 
 from edge_vlm_runtime import connect
 from edge_vlm_runtime.client.client import Client
@@ -26,6 +24,9 @@ from edge_vlm_runtime.server.app import Server
 from tests.openai.served import clip_frames, serving
 from tests.runtime.live import TIMEOUT_S, run
 from tests.tiny import ROOT
+
+if TYPE_CHECKING:
+    import mcp
 
 PROGRAM = Path(sys.executable).parent / "edge-vlm"
 MUSHROOM = "Is there a mushroom now?"
@@ -118,8 +119,10 @@ async def use(agent: mcp.Client, client: Client) -> None:
 
 
 def test_over_standard_input_and_output(server: Server) -> None:
+    import mcp
+
     async def scenario() -> None:
-        started = StdioServerParameters(
+        started = mcp.StdioServerParameters(
             command=str(PROGRAM), args=["mcp", "--url", address(server)]
         )
         async with mcp.Client(started) as agent:
@@ -134,6 +137,8 @@ def test_over_standard_input_and_output(server: Server) -> None:
 
 
 def test_over_streamable_http(server: Server) -> None:
+    import mcp
+
     async def scenario() -> None:
         async with (
             connect(address(server), {"delivery": "wait"}) as client,
@@ -170,8 +175,10 @@ def test_it_ends_with_an_interrupt_too() -> None:
     run(scenario())
 
 
-def started_by(text: str, server: Server) -> StdioServerParameters | None:
+def started_by(text: str, server: Server) -> mcp.StdioServerParameters | None:
     """What an agent with this configuration starts; None for one with an address."""
+    import mcp
+
     configuration = json.loads(text.replace("localhost:8765", address(server)))
     ((name, entry),) = configuration.get("mcpServers", configuration.get("servers")).items()
     assert name == "camera"
@@ -180,7 +187,7 @@ def started_by(text: str, server: Server) -> StdioServerParameters | None:
         return None
     assert entry.get("type", "stdio") == "stdio"
     assert entry["command"] == "edge-vlm"
-    return StdioServerParameters(command=str(PROGRAM), args=entry["args"], env=entry.get("env"))
+    return mcp.StdioServerParameters(command=str(PROGRAM), args=entry["args"], env=entry.get("env"))
 
 
 def test_there_are_three_configurations() -> None:
@@ -189,6 +196,8 @@ def test_there_are_three_configurations() -> None:
 
 @pytest.mark.parametrize("text", CONFIGURATIONS)
 def test_the_configurations_of_the_page_run(text: str, server: Server) -> None:
+    import mcp
+
     started = started_by(text, server)
 
     async def scenario() -> None:

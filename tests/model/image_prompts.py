@@ -17,7 +17,6 @@ from edge_vlm.pixels.stills import ImageConfig, join_images, prepare_image
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from tests.model.peers import Prompt
-from tests.published_processors import published_images
 
 CUT = ImageConfig(max_crops=4, overlap=(2, 3))
 TEXT_SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
@@ -57,6 +56,8 @@ def words(cfg: ModelConfig) -> Tokenizer:
 
 
 def image_prompt(cfg: ModelConfig, sizes: Sequence[tuple[int, int]]) -> ImagePrompt:
+    from tests.published_processors import published_images
+
     rng = np.random.default_rng(len(sizes))
     pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     images = [prepare_image(picture, cfg.vision, CUT) for picture in pictures]

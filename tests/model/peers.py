@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from edge_vlm.config import ModelConfig, RopeScaling, VisionAttention
@@ -65,6 +64,8 @@ def peer_config(cfg: ModelConfig) -> Any:
             "beta_slow": scaling.beta_slow,
             "truncate": scaling.truncate,
         }
+    import transformers
+
     return transformers.Molmo2Config(
         vision_config={
             "hidden_size": vision.width,
@@ -108,6 +109,8 @@ def peer_config(cfg: ModelConfig) -> Any:
 
 def random_peer(cfg: ModelConfig) -> Any:
     """`Molmo2ForConditionalGeneration` with random weights, fp32."""
+    import transformers
+
     torch.manual_seed(0)
     config = peer_config(cfg)
     config._attn_implementation = "eager"
@@ -122,6 +125,8 @@ def random_peer(cfg: ModelConfig) -> Any:
 
 def load_peer(folder: Path, **settings: Any) -> Any:
     """As a user of transformers does; every weight of the folder must have found its place."""
+    import transformers
+
     model, report = transformers.Molmo2ForConditionalGeneration.from_pretrained(
         folder,
         attn_implementation="eager",

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -110,6 +109,8 @@ def test_an_adapter_that_was_not_trained_changes_nothing() -> None:
 @OLD_NAME
 def test_peft_puts_our_adapter_on_transformers_own_model(unmerged: VideoLM, adapter: Path) -> None:
     """Every tensor finds its place: peft warns of others, and warnings are errors."""
+    import transformers
+
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     with_adapters = peft.PeftModel.from_pretrained(load_peer(published_folder()), adapter)
     prompt = video_prompt(unmerged.cfg)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import WeightNamesError
@@ -78,6 +77,8 @@ def test_every_published_4b_name_has_its_place_and_shape() -> None:
 @pytest.mark.parametrize("make", [molmo2_4b, molmo2_8b, molmo2_o_7b])
 def test_full_size_shapes_are_those_of_transformers(make: object) -> None:
     """Every tensor of all three models, on the meta device."""
+    import transformers
+
     cfg = dataclasses.replace(make(), scorer=None)  # type: ignore[operator]
     with torch.device("meta"):
         peer = transformers.Molmo2ForConditionalGeneration(

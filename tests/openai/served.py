@@ -8,10 +8,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
 
 from edge_vlm.pixels.frames import encode_jpeg
@@ -21,6 +20,9 @@ from edge_vlm_runtime.inference.language import LanguageModel
 from edge_vlm_runtime.openai.media import MediaRules
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.app import Server
+
+if TYPE_CHECKING:
+    import openai
 
 CLIP = DEMO_FOLDER / "clip.mp4"
 TIMEOUT_S = 120.0
@@ -64,6 +66,8 @@ def held_answers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 @contextmanager
 def client_of(server: Server, key: str = "none") -> Iterator[openai.OpenAI]:
     """OpenAI's own, which does not try again."""
+    import openai
+
     with openai.OpenAI(
         base_url=f"{server.page_url}v1", api_key=key, max_retries=0, timeout=TIMEOUT_S
     ) as client:

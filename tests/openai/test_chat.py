@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import openai
 import pytest
 
 from edge_vlm.pixels.frames import decode_jpeg
@@ -24,6 +23,9 @@ from tests.openai.served import (
     user,
 )
 from tests.published_folder import image_bundle
+
+if TYPE_CHECKING:
+    import openai
 
 FIGURES = {
     *("time_to_first_token_ms", "generation_time_ms", "queue_time_ms"),
@@ -73,6 +75,8 @@ def test_the_model_is_listed_with_its_length(client: openai.OpenAI) -> None:
     found = client.models.retrieve("demo")
     assert found.model_extra is not None
     assert found.model_extra["max_model_len"] > 256
+    import openai
+
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.models.retrieve("gpt-4o")
 
@@ -278,6 +282,8 @@ def test_an_answer_keeps_to_a_schema(letters: openai.OpenAI, seed: int | None) -
 
 
 def test_a_vocabulary_that_cannot_write_a_form_says_so(client: openai.OpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="vocabulary cannot write"):
         ask(client, user(NOW), response_format={"type": "json_object"})
     with pytest.raises(openai.BadRequestError, match="cannot be followed"):

@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import openai
 import pytest
 import yaml
 
@@ -57,6 +56,8 @@ def frames() -> list[bytes]:
 
 def test_frigate(server: Server, frames: list[bytes]) -> None:
     """Descriptions, review summaries and chat, with the settings of its page."""
+    import openai
+
     settings = yaml_of("frigate.md")["genai"]["edge_vlm"]
     assert settings["provider"] == "openai"
     with openai.OpenAI(
@@ -205,6 +206,8 @@ def test_lmms_eval(server: Server, frames: list[bytes]) -> None:
         "media_io_kwargs": {"video": {"num_frames": 4}},
         "chat_template_kwargs": {"enable_thinking": False},
     }
+    import openai
+
     with openai.OpenAI(
         api_key=key,
         base_url=here(server, options["base_url"]),

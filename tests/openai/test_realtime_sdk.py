@@ -6,14 +6,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 import websockets
-from openai.types.realtime import RealtimeServerEvent
-from pydantic import TypeAdapter
 
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
@@ -30,7 +28,9 @@ from tests.openai.served import (
 )
 from tests.runtime.pictures import jpeg, picture
 
-EVENTS: TypeAdapter[Any] = TypeAdapter(RealtimeServerEvent)
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 OURS = {
     "frame.accepted",
     "frame.dropped",
@@ -64,7 +64,7 @@ class Talk:
             raw = await self.sdk.recv_bytes()
             event = self.sdk.parse_event(raw)
             if event.type not in OURS:
-                EVENTS.validate_json(raw)
+                events().validate_json(raw)
             assert json.loads(raw)["event_id"]
             self.seen.append(event)
             if event.type == kind:
@@ -89,8 +89,18 @@ class Talk:
         return [event for event in self.seen if event.type == kind]
 
 
+@lru_cache(maxsize=1)
+def events() -> TypeAdapter[Any]:
+    from openai.types.realtime import RealtimeServerEvent
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RealtimeServerEvent)
+
+
 @asynccontextmanager
 async def talking(server: Server, model: str = "demo") -> AsyncIterator[Talk]:
+    import openai
+
     async with (
         openai.AsyncOpenAI(
             base_url=f"{server.page_url}v1",
@@ -261,7 +271,7 @@ def refusal(server: Server, message: dict[str, Any]) -> dict[str, Any]:
                 event = json.loads(await line.recv())
                 assert event["type"] != "session.updated"
                 if event["type"] == "error":
-                    EVENTS.validate_python(event)
+                    events().validate_python(event)
                     assert event["error"]["event_id"] == "mine"
                     error: dict[str, Any] = event["error"]
                     return error
