@@ -56,8 +56,13 @@ class Exchange:
         """Somebody has been given the failure."""
         self._bug: Exception | None = None
         """What `on_event` raised."""
+        self._said: str | None = None
+        """Of the last frame that was dropped for an error: a thousand alike are said once."""
         self._unacknowledged: set[int] = set()
         self._last_sequence = 0
+        self._newest_us = -1
+        """Capture time of the newest frame sent."""
+        self._is_told_of_times = False
         self._next_event_id = 0
         self._id_prefix = secrets.token_hex(3)  # a session may have had another client before
         self._by_event_id: dict[str, AnswerStream] = {}
@@ -218,6 +223,9 @@ class Exchange:
     def _take(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):
             self.frames.add(event)
+            if isinstance(event, protocol.FrameDropped) and event.message not in (None, self._said):
+                self._said = event.message
+                log.warning("frame %d was dropped: %s", event.frame_sequence, event.message)
             self._unacknowledged.discard(event.frame_sequence)
             self._wake()
         elif isinstance(event, protocol.ClipChosen):
