@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edge_vlm.errors import ConfigError, MessageTooLarge
+from edge_vlm.errors import ConfigError, MessageTooLarge, ProtocolError
 from edge_vlm.pixels.frames import encode_jpeg
-from edge_vlm_runtime import SyncClient
+from edge_vlm_runtime import Client, SyncClient, connect
 from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.client.live_streams import LiveStreams
 from edge_vlm_runtime.server.app import Server
-from tests.runtime.live import open_server
+from tests.runtime.live import open_server, run
 from tests.runtime.pictures import jpeg
 
 PICTURE = np.arange(36 * 48 * 3, dtype=np.uint8).reshape(36, 48, 3)
@@ -96,3 +99,59 @@ def test_a_key_that_is_none_is_not_repeated(key: Any) -> None:
     with pytest.raises(ConfigError) as refused:
         Access(api_key=key)
     assert str(key) not in str(refused.value)
+
+
+def test_a_text_that_is_too_large_does_not_end_the_session(client: SyncClient) -> None:
+    client.send_frame(PICTURE, 0)
+    for call in (client.ask, client.say):
+        with pytest.raises(MessageTooLarge, match="the server takes 300000"):
+            call("x" * 300_000)
+    assert client.ask("is there a red ball ?").status == "completed"
+
+
+def test_events_of_no_kind(client: SyncClient) -> None:
+    wrong: Any
+    for wrong in (int, "alert.triggered"):
+        with pytest.raises(ConfigError, match="not a kind of event"):
+            client.events(wrong)
+    assert client.list_alerts() == []
+
+
+def test_a_callback_that_nobody_would_wait_for(server: Server) -> None:
+    async def on_event(event: object) -> None: ...
+
+    wrong: Any
+    for wrong in (on_event, "print"):
+        with pytest.raises(ConfigError, match="plain function"):
+            run(Client.connect(server.url, on_event=wrong))
+
+
+def test_another_loop_is_refused(server: Server) -> None:
+    async def scenario() -> None:
+        async with connect(server.url) as client:
+            with pytest.raises(RuntimeError, match="SyncClient"):
+                await asyncio.to_thread(asyncio.run, client.ask("is there a red ball ?"))
+            assert await client.list_alerts() == []
+
+    run(scenario())
+
+
+def test_a_key_does_not_follow_a_redirection() -> None:
+    seen = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/elsewhere")  # type: ignore[attr-defined]
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        streams = LiveStreams(f"127.0.0.1:{elsewhere.server_port}", Access(api_key="secret"))
+        with pytest.raises(ProtocolError, match="302"):
+            streams.sessions()
+        elsewhere.shutdown()
+    assert seen == ["/v1/edge_vlm/sessions"]

@@ -28,7 +28,13 @@ from edge_vlm_runtime.client.events import Kind
 from edge_vlm_runtime.client.exchange import Exchange
 from edge_vlm_runtime.client.exchange import OnEvent as OnEvent
 from edge_vlm_runtime.protocol import alerts as messages
-from edge_vlm_runtime.protocol.typed import RuleFields, Settings, checked, require_known
+from edge_vlm_runtime.protocol.typed import (
+    RuleFields,
+    Settings,
+    checked,
+    require_known,
+    require_plain_function,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +71,7 @@ class Client(Exchange):
         Raises ServerUnreachable, ServerBusy, ProtocolError, and ConfigError for settings that the
         server refuses.
         """
+        require_plain_function(on_event)
         line = await ResumableConnection.open(url, access or Access(), reconnect=reconnect)
         return await cls(line, on_event)._begin(settings)
 
@@ -83,6 +90,7 @@ class Client(Exchange):
         Every event after `point` comes, none twice; answers to questions of the other client come
         as events only. Raises SessionGone, ReplayLost, and as `connect`.
         """
+        require_plain_function(on_event)
         line = await ResumableConnection.resume(url, access or Access(), point, reconnect=reconnect)
         return await cls(line, on_event)._begin(None)
 
@@ -213,7 +221,11 @@ class Client(Exchange):
         stream = AnswerStream(text, self.wait)
         self._by_event_id[event_id] = stream
         asked = None if detail == "video" else detail  # an older server knows nothing else
-        await self._send_json("response.create", event_id, text=text, detail=asked)
+        try:
+            await self._send_json("response.create", event_id, text=text, detail=asked)
+        except BaseException:
+            self._by_event_id.pop(event_id, None)
+            raise
         return stream
 
     async def ask(self, text: str, detail: Detail = "video") -> Answer:

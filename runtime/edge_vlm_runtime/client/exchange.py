@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from edge_vlm.errors import EdgeVlmError, ProtocolError, ServerUnreachable
+from edge_vlm.errors import EdgeVlmError, MessageTooLarge, ProtocolError, ServerUnreachable
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.answers import AnswerStream, FrameCounts
@@ -109,7 +109,16 @@ class Exchange:
             self._raise_failure()
         return future.result()
 
+    def _require_own_loop(self) -> None:
+        """Raises RuntimeError: whoever waits in another loop may never be woken."""
+        if asyncio.get_running_loop() is not self._reader.get_loop():
+            raise RuntimeError(
+                "a Client belongs to the event loop that it was made in; "
+                "SyncClient is for several threads"
+            )
+
     async def _until(self, is_met: Callable[[], bool]) -> None:
+        self._require_own_loop()
         while self._failure is None and not is_met():
             await self._changed.wait()
         self._raise_failure()
@@ -147,6 +156,11 @@ class Exchange:
 
     async def _send_json(self, kind: str, event_id: str, **fields: Any) -> None:
         text = protocol.json_object({"type": kind, "event_id": event_id, **fields})
+        most = self.created.limits.max_message_bytes
+        if len(text.encode()) > most:  # the server would end the session
+            raise MessageTooLarge(
+                f"a message of {len(text.encode())} bytes, the server takes {most}"
+            )
         await self._send(text, event_id)
 
     async def _request(self, kind: type[Reply], message: str, **fields: Any) -> Reply:
@@ -164,6 +178,7 @@ class Exchange:
         return reply
 
     async def _send(self, data: str | bytes, key: str) -> None:
+        self._require_own_loop()
         self._raise_failure()
         try:
             await self._line.send(data, key)

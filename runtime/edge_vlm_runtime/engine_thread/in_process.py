@@ -24,7 +24,13 @@ from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.messages import error_from_detail
 from edge_vlm_runtime.protocol.settings import DropPolicy, ServerLimits, SessionSettings
-from edge_vlm_runtime.protocol.typed import RuleFields, Settings, checked, require_known
+from edge_vlm_runtime.protocol.typed import (
+    RuleFields,
+    Settings,
+    checked,
+    require_known,
+    require_plain_function,
+)
 from edge_vlm_runtime.session.budget import default_settings
 from edge_vlm_runtime.session.frames import EncodedFrame, Encoding
 from edge_vlm_runtime.session.session import Session
@@ -58,6 +64,7 @@ class InProcessSession:
         self._engines = engines
         self._require_open()
         limits = limits or ServerLimits()
+        require_plain_function(on_event)
         require_known(settings or {}, Settings, "session settings")
         own: dict[str, Any] = {"delivery": DropPolicy.WAIT, **(settings or {}), "raw_frames": True}
         update = checked(protocol.SessionUpdate, "session settings", session=own)
@@ -236,9 +243,9 @@ class InProcessSession:
     def _alone(self) -> Iterator[None]:
         """Raises as `_in_turn`, and SessionGone after the end."""
         with self._in_turn():
-            self._require_open()
             if self._handle.session is None:
                 raise SessionGone("the session has ended", remedy="begin another one")
+            self._require_open()
             yield
 
     def _call(self, key: str | int, begin: Callable[[], None]) -> protocol.ServerEvent:

@@ -4,6 +4,7 @@ and at run time a typed error that names the closest one. No I/O here."""
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable
 from typing import Any, Literal, TypedDict
 
@@ -66,6 +67,17 @@ def require_known(given: Iterable[str], kind: type, where: str) -> None:
             raise ConfigError(
                 f"unknown name {name!r}", where=where, remedy=f"{hint}known are {', '.join(known)}"
             )
+
+
+def require_plain_function(on_event: object) -> None:
+    """Raises ConfigError for a callback that is none, or whose work nobody would wait for."""
+    if on_event is None:
+        return
+    if not callable(on_event) or inspect.iscoroutinefunction(on_event):
+        raise ConfigError(
+            f"on_event must be a plain function, got {on_event!r:.80}",
+            remedy="in a coroutine iterate over client.events() instead",
+        )
 
 
 def checked(kind: type[ClientMessage], where: str, **fields: Any) -> ClientMessage:
