@@ -75,7 +75,7 @@ def test_another_thread_in_a_call_is_an_error_and_harms_nothing(bundle: LoadedBu
 
     def meddle() -> None:
         try:
-            session.ask(QUESTION)
+            watched.ask(QUESTION)
             outcomes.append(None)
         except SessionError as error:
             outcomes.append(error)
@@ -86,23 +86,25 @@ def test_another_thread_in_a_call_is_an_error_and_harms_nothing(bundle: LoadedBu
             other.start()
             other.join(TIMEOUT_S)
 
-    with bundle.session(on_event=on_event) as session:
-        session.send_frame(jpeg(1), 0)
-        assert session.ask(QUESTION).status == "completed"
+    with bundle.session(on_event=on_event) as watched:
+        watched.send_frame(jpeg(1), 0)
+        assert watched.ask(QUESTION).status == "completed"
     (outcome,) = outcomes
     assert "another thread" in str(outcome)
 
 
 def test_after_the_end(bundle: LoadedBundle) -> None:
-    session = bundle.session()
-    session.close()
-    for call in (lambda: session.ask(QUESTION), lambda: session.send_frame(jpeg(1), 0)):
-        with pytest.raises(SessionGone, match="the session has ended"):
-            call()
+    ended = bundle.session()
+    ended.close()
+    with pytest.raises(SessionGone, match="the session has ended"):
+        ended.ask(QUESTION)
+    with pytest.raises(SessionGone, match="the session has ended"):
+        ended.send_frame(jpeg(1), 0)
     own = LoadedBundle.open(tiny_bundle(), 1)
-    session = own.session()
+    left = own.session()
     own.close()
-    for call in (lambda: session.ask(QUESTION), lambda: own.session()):
-        with pytest.raises(SessionGone, match="the bundle was closed"):
-            call()
-    session.close()
+    with pytest.raises(SessionGone, match="the bundle was closed"):
+        left.ask(QUESTION)
+    with pytest.raises(SessionGone, match="the bundle was closed"):
+        own.session()
+    left.close()
