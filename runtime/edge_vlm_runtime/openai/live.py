@@ -60,18 +60,20 @@ class LiveQuestions:
         events: asyncio.Queue[protocol.ServerEvent | None] = asyncio.Queue()
         question = _Question(events.put_nowait)
         question.listening = self._sessions.listen(name, question.hear)
-        if self._waiting[name] >= self._most:
+        try:
+            if self._waiting[name] >= self._most:
+                raise TooManyRequests(
+                    f"{self._most} questions to this stream are waiting already",
+                    remedy="ask again in a moment",
+                )
+            message = self._one_shots.question(request, question.listening.event_id)
+        except BaseException:
             question.listening.stop()
-            raise TooManyRequests(
-                f"{self._most} questions to this stream are waiting already",
-                remedy="ask again in a moment",
-            )
+            raise
         self._waiting[name] += 1
         question.on_begin = lambda: self._began(name)
+        question.listening.handle.take(message)
         try:
-            question.listening.handle.take(
-                self._one_shots.question(request, question.listening.event_id)
-            )
             while True:
                 event = await events.get()
                 if event is None:
