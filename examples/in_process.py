@@ -33,4 +33,6 @@ def main(path: str, bundle: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else str(DEMO_BUNDLE))

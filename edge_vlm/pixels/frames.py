@@ -32,6 +32,8 @@ MADE_UP = bytes(range(1, 255)) * 4
 STILL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 RAW_HEADER = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")
 """Of a binary PPM, https://netpbm.sourceforge.net/doc/ppm.html, in its plainest form."""
+MAX_JPEG_SIDE = 65_500
+"""Of the encoder."""
 MAX_PIXELS = 64_000_000
 """A larger picture is refused before it is decompressed (a small file can claim any size)."""
 ORIENTATION_TAG = 274
@@ -226,8 +228,11 @@ def _decode_still(data: bytes) -> np.ndarray:
 def encode_jpeg(rgb: np.ndarray, quality: int = 92) -> bytes:
     """rgb u8 [H, W, 3] -> JPEG bytes.
 
-    Colour keeps its full resolution (4:4:4): small coloured things must survive.
+    Colour keeps its full resolution (4:4:4): small coloured things must survive. Raises ValueError
+    for a side of more than MAX_JPEG_SIDE.
     """
+    if max(rgb.shape) > MAX_JPEG_SIDE:
+        raise ValueError(f"a JPEG has sides of up to {MAX_JPEG_SIDE}, got {list(rgb.shape)}")
     image_module = _pillow_image()
     buffer = io.BytesIO()
     image_module.fromarray(rgb).save(buffer, format="JPEG", quality=quality, subsampling=0)

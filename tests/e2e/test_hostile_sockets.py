@@ -14,6 +14,7 @@ import pytest
 
 import edge_vlm_runtime.server.app
 from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.server import asgi_server
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.live import TIMEOUT_S, open_server, run
 from tests.runtime.pictures import jpeg
@@ -147,6 +148,41 @@ def test_connections_that_say_nothing_cost_no_session(server: Server) -> None:
     run(_watch(server))
     for plain in silent:
         plain.close()
+
+
+def test_headers_that_stop_half_way_are_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asgi_server, "HEADERS_S", 0.2)
+    at = ("127.0.0.1", server.port)
+    half, whole = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A", b"GET /healthz HTTP/1.1\r\n"
+    with socket.create_connection(at, timeout=TIMEOUT_S) as plain:
+        plain.sendall(half)
+        assert end_of(plain).startswith(b"HTTP/1.1 408 ")
+    with socket.create_connection(at, timeout=TIMEOUT_S) as plain:  # behind a whole one
+        plain.sendall(whole + b"Host: 127.0.0.1\r\n\r\n")
+        assert plain.recv(15) == b"HTTP/1.1 200 OK"
+        plain.sendall(half)
+        assert b"HTTP/1.1 408 " in end_of(plain)
+    with connect(server) as websocket:
+        with socket.create_connection(at, timeout=TIMEOUT_S) as plain:
+            assert end_of(plain) == b""  # nothing was asked
+        websocket.sendall(frame(b'{"type":"ping","event_id":"still here"}'))
+        data = b""
+        while b'"event_id":"still here"' not in data:
+            piece = websocket.recv(1 << 16)
+            assert piece, "it was closed, too"
+            data += piece
+
+
+def test_a_small_body_that_does_not_come_is_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge_vlm_runtime.server.app, "BODY_S", 0.2)
+    head = b"POST /v1/edge_vlm/sessions/x/alerts HTTP/1.1\r\nHost: localhost\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S) as plain:
+        plain.sendall(head + b"Content-Length: 20\r\n\r\n{")
+        assert plain.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
 async def _watch(server: Server) -> None:

@@ -136,6 +136,39 @@ def test_over_standard_input_and_output(server: Server) -> None:
     run(scenario())
 
 
+def test_calls_that_wait_keep_no_other_one_waiting(server: Server) -> None:
+    async def scenario() -> None:
+        started = StdioServerParameters(
+            command=str(PROGRAM), args=["mcp", "--url", address(server)]
+        )
+        async with (
+            connect(address(server), {"delivery": "wait"}) as client,
+            mcp.Client(started) as agent,
+        ):
+            await client.send_frame(clip_frames()[0], 0)
+            await client.wait_processed()
+            asked = [{"condition": c} for c in (MUSHROOM, f" {MUSHROOM}", f"{MUSHROOM}\n") * 5]
+            await asyncio.gather(*(agent.call_tool("watch_for", each) for each in asked))
+            assert len(await client.list_alerts()) == 1
+            waiting = [
+                asyncio.create_task(agent.call_tool("watch_for", {**each, "wait_s": 600}))
+                for each in asked
+            ]
+            seen = await asyncio.wait_for(agent.call_tool("snapshot", {}), TIMEOUT_S)
+            assert not seen.is_error
+            assert not any(task.done() for task in waiting)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            for number in range(client.created.limits.max_alerts - 1):
+                await client.create_alert(f"Is there a dog now? {number}")
+            full = await agent.call_tool("watch_for", {"condition": "Is there a cat now?"})
+            assert full.is_error
+            assert MUSHROOM in of(full)
+
+    run(scenario())
+
+
 def test_over_streamable_http(server: Server) -> None:
     import mcp
 

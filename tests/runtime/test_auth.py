@@ -72,6 +72,10 @@ def test_where_the_key_comes_from(tmp_path: Path) -> None:
     assert read_api_key(None, {VARIABLE: "other"}) == "other"
     assert read_api_key(None, {VARIABLE: ""}) is None
     assert read_api_key(None, {}) is None
+    assert read_api_key(None, {VARIABLE: f"{KEY}\n"}) == KEY  # as of a secret's file
+    for text in (" ", "two\nlines", "schlüssel"):
+        with pytest.raises(ConfigError, match=VARIABLE):
+            read_api_key(None, {VARIABLE: text})
     with pytest.raises(ConfigError, match="cannot be read"):
         read_api_key(tmp_path / "nothing", {})
     for content in (b"", b"\n", b"two\nlines", "schlüssel".encode(), b"\xff"):

@@ -22,6 +22,10 @@ FORMS = {
         "ws://cam:1/v1/realtime?model=a",
         "http://cam:1/v1/models",
     ),
+    "cam:1/v1": ("ws://cam:1/v1/realtime", "http://cam:1/v1/models"),
+    "cam:1/yard": ("ws://cam:1/yard/v1/realtime", "http://cam:1/yard/v1/models"),
+    "ws://cam:1/v1": ("ws://cam:1/v1/realtime", "http://cam:1/v1/models"),
+    "http://cam#top": ("ws://cam/v1/realtime", "http://cam/v1/models"),
     "wss://cam:1": ("wss://cam:1/v1/realtime", "https://cam:1/v1/models"),
     "ws://cam:1/elsewhere": ("ws://cam:1/elsewhere", "http://cam:1/elsewhere/v1/models"),
 }
@@ -39,6 +43,11 @@ def test_a_form(form: str) -> None:
 def test_what_is_none(form: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         websocket_url(form)
+
+
+def test_a_variable_that_is_not_set() -> None:
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        websocket_url(None)  # type: ignore[arg-type]
 
 
 def test_the_path_is_that_of_the_protocol() -> None:

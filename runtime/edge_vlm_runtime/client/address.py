@@ -19,9 +19,10 @@ def websocket_url(address: str) -> str:
     of a websocket stays as it is. Raises ConfigError."""
     parts = _parts(address)
     path = parts.path
-    if parts.scheme in ("http", "https") or path in ("", "/"):
+    is_base = path in ("", "/") or path.rstrip("/").endswith(API)
+    if parts.scheme in ("http", "https") or is_base or "://" not in address:
         path = f"{_folder(path)}{PATH}"
-    return parts._replace(scheme=SECURE[parts.scheme], path=path).geturl()
+    return parts._replace(scheme=SECURE[parts.scheme], path=path, fragment="").geturl()
 
 
 def http_url(address: str, path: str) -> str:
@@ -39,6 +40,8 @@ def _folder(path: str) -> str:
 
 
 def _parts(address: str) -> SplitResult:
+    if not isinstance(address, str):  # such as a variable that is not set
+        raise ConfigError(f"not the address of a server: {address!r}", remedy=FORMS)
     text = address.strip()
     _, separator, _ = text.partition("://")
     try:

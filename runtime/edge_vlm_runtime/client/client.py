@@ -11,12 +11,13 @@ docs/python.md shows the rest.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Coroutine, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from edge_vlm.errors import EdgeVlmError
+from edge_vlm.errors import ConfigError, EdgeVlmError, MessageTooLarge
 from edge_vlm.pixels.frames import encode_jpeg, require_rgb
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.answers import Answer as Answer
@@ -27,11 +28,19 @@ from edge_vlm_runtime.client.events import Kind
 from edge_vlm_runtime.client.exchange import Exchange
 from edge_vlm_runtime.client.exchange import OnEvent as OnEvent
 from edge_vlm_runtime.protocol import alerts as messages
-from edge_vlm_runtime.protocol.typed import RuleFields, Settings, require_known
+from edge_vlm_runtime.protocol.typed import (
+    RuleFields,
+    Settings,
+    checked,
+    require_known,
+    require_plain_function,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
+
+log = logging.getLogger(__name__)
 
 Detail = Literal["video", "snapshot", "both", "text"]
 
@@ -62,6 +71,7 @@ class Client(Exchange):
         Raises ServerUnreachable, ServerBusy, ProtocolError, and ConfigError for settings that the
         server refuses.
         """
+        require_plain_function(on_event)
         line = await ResumableConnection.open(url, access or Access(), reconnect=reconnect)
         return await cls(line, on_event)._begin(settings)
 
@@ -80,6 +90,7 @@ class Client(Exchange):
         Every event after `point` comes, none twice; answers to questions of the other client come
         as events only. Raises SessionGone, ReplayLost, and as `connect`.
         """
+        require_plain_function(on_event)
         line = await ResumableConnection.resume(url, access or Access(), point, reconnect=reconnect)
         return await cls(line, on_event)._begin(None)
 
@@ -98,6 +109,7 @@ class Client(Exchange):
     async def update(self, settings: Settings) -> protocol.SessionUpdated:
         """Changes settings, see `SessionSettings`. Raises ConfigError."""
         require_known(settings, Settings, "session settings")
+        checked(protocol.SessionUpdate, "session settings", session=dict(settings))
         return await self._request(
             protocol.SessionUpdated, "session.update", session=dict(settings)
         )
@@ -109,6 +121,7 @@ class Client(Exchange):
         TooManyAlerts, AlertsUnsupported.
         """
         require_known(rule, RuleFields, "alert rule")
+        checked(messages.AlertCreate, "alert rule", question=question, **rule)
         kind = messages.AlertCreated
         return (await self._request(kind, "alert.create", question=question, **rule)).alert
 
@@ -127,7 +140,15 @@ class Client(Exchange):
     def events(self, *kinds: type[Kind]) -> EventStream[Kind]: ...
 
     def events(self, *kinds: type[Any]) -> EventStream[Any]:
-        """All that the server says from now on, or what of it is of these kinds: `async for`."""
+        """All that the server says from now on, or what of it is of these kinds: `async for`.
+
+        Raises ConfigError for what is no class of an event."""
+        for kind in kinds:
+            if not (isinstance(kind, type) and issubclass(kind, protocol.ServerEvent)):
+                raise ConfigError(
+                    f"not a kind of event: {kind!r}",
+                    remedy="give classes of edge_vlm_runtime.protocol, such as FrameAccepted",
+                )
         return self._listen(*(kinds or (protocol.ServerEvent,)))
 
     def alerts(self) -> EventStream[messages.AlertTriggered | messages.AlertCleared]:
@@ -142,24 +163,40 @@ class Client(Exchange):
         session has one kind of times: the time of day does not follow those of a file.
 
         Waits while as many frames as the server allows are unacknowledged. Raises ValueError for
-        what is neither.
+        what is no picture or time, MessageTooLarge for more than the server takes. Bytes go as they
+        are: those that are no JPEG are dropped there, as `decode_error`.
         """
         if not isinstance(picture, bytes):
             require_rgb(picture)
         if pts_us is None:
             pts_us = self._epoch_us + time.monotonic_ns() // 1000
-        allowed = self.created.limits.max_unacknowledged_frames
-        await self._until(lambda: len(self._unacknowledged) < allowed)
-        self._last_sequence += 1
-        sequence = self._last_sequence
-        self._unacknowledged.add(sequence)
+        pts_us = protocol.capture_time(pts_us)
+        limits = self.created.limits
+        await self._until(lambda: len(self._unacknowledged) < limits.max_unacknowledged_frames)
+        sequence = self._last_sequence + 1
         if isinstance(picture, bytes):
             message = protocol.frame_message(sequence, pts_us, picture)
         elif self.settings.raw_frames:
             message = protocol.raw_frame_message(sequence, pts_us, picture)
         else:
             message = protocol.frame_message(sequence, pts_us, encode_jpeg(picture))
-        await self._send(message.encode(), frame_key(sequence))
+        data = message.encode()
+        if len(data) > limits.max_message_bytes:  # the server would end the session
+            raise MessageTooLarge(
+                f"a frame of {len(data)} bytes, the server takes {limits.max_message_bytes}",
+                remedy="make it smaller, or start the server with a larger --max-message-bytes",
+            )
+        if pts_us <= self._newest_us and not self._is_told_of_times:
+            self._is_told_of_times = True
+            log.warning(
+                "frame %d is of %d us, not after the %d us before it: it will be dropped as stale. "
+                "One session has one kind of times",
+                *(sequence, pts_us, self._newest_us),
+            )
+        self._newest_us = max(self._newest_us, pts_us)
+        self._last_sequence = sequence  # from here on there will be an outcome
+        self._unacknowledged.add(sequence)
+        await self._send(data, frame_key(sequence))
         return sequence
 
     async def wait_processed(self) -> None:
@@ -184,7 +221,11 @@ class Client(Exchange):
         stream = AnswerStream(text, self.wait)
         self._by_event_id[event_id] = stream
         asked = None if detail == "video" else detail  # an older server knows nothing else
-        await self._send_json("response.create", event_id, text=text, detail=asked)
+        try:
+            await self._send_json("response.create", event_id, text=text, detail=asked)
+        except BaseException:
+            self._by_event_id.pop(event_id, None)
+            raise
         return stream
 
     async def ask(self, text: str, detail: Detail = "video") -> Answer:

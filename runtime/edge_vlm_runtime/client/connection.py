@@ -70,6 +70,14 @@ class Access:
     ca_file: Path | None = None
     """Certificate to trust for wss://, such as the one the server made for itself."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError, without the key in it."""
+        key = self.api_key
+        if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
+            raise ConfigError(
+                "an API key has letters, digits and signs of ASCII only", remedy="check the key"
+            )
+
 
 @dataclass(frozen=True)
 class _Sent:

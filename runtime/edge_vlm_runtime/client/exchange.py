@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from edge_vlm.errors import EdgeVlmError, ProtocolError, ServerUnreachable
+from edge_vlm.errors import EdgeVlmError, MessageTooLarge, ProtocolError, ServerUnreachable
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.answers import AnswerStream, FrameCounts
@@ -56,8 +56,13 @@ class Exchange:
         """Somebody has been given the failure."""
         self._bug: Exception | None = None
         """What `on_event` raised."""
+        self._said: str | None = None
+        """Of the last frame that was dropped for an error: a thousand alike are said once."""
         self._unacknowledged: set[int] = set()
         self._last_sequence = 0
+        self._newest_us = -1
+        """Capture time of the newest frame sent."""
+        self._is_told_of_times = False
         self._next_event_id = 0
         self._id_prefix = secrets.token_hex(3)  # a session may have had another client before
         self._by_event_id: dict[str, AnswerStream] = {}
@@ -104,7 +109,16 @@ class Exchange:
             self._raise_failure()
         return future.result()
 
+    def _require_own_loop(self) -> None:
+        """Raises RuntimeError: whoever waits in another loop may never be woken."""
+        if asyncio.get_running_loop() is not self._reader.get_loop():
+            raise RuntimeError(
+                "a Client belongs to the event loop that it was made in; "
+                "SyncClient is for several threads"
+            )
+
     async def _until(self, is_met: Callable[[], bool]) -> None:
+        self._require_own_loop()
         while self._failure is None and not is_met():
             await self._changed.wait()
         self._raise_failure()
@@ -142,6 +156,11 @@ class Exchange:
 
     async def _send_json(self, kind: str, event_id: str, **fields: Any) -> None:
         text = protocol.json_object({"type": kind, "event_id": event_id, **fields})
+        most = self.created.limits.max_message_bytes
+        if len(text.encode()) > most:  # the server would end the session
+            raise MessageTooLarge(
+                f"a message of {len(text.encode())} bytes, the server takes {most}"
+            )
         await self._send(text, event_id)
 
     async def _request(self, kind: type[Reply], message: str, **fields: Any) -> Reply:
@@ -159,6 +178,7 @@ class Exchange:
         return reply
 
     async def _send(self, data: str | bytes, key: str) -> None:
+        self._require_own_loop()
         self._raise_failure()
         try:
             await self._line.send(data, key)
@@ -218,6 +238,9 @@ class Exchange:
     def _take(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):
             self.frames.add(event)
+            if isinstance(event, protocol.FrameDropped) and event.message not in (None, self._said):
+                self._said = event.message
+                log.warning("frame %d was dropped: %s", event.frame_sequence, event.message)
             self._unacknowledged.discard(event.frame_sequence)
             self._wake()
         elif isinstance(event, protocol.ClipChosen):

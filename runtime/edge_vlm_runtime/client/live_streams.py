@@ -38,6 +38,13 @@ class Snapshot:
     """Since it arrived."""
 
 
+class _StaysHere(urllib.request.HTTPRedirectHandler):
+    """A redirection is an error: the key would go along to wherever it leads."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
 class LiveStreams:
     """Those of one server. Raises ServerUnreachable, Unauthorized, ProtocolError, and what the
     server says instead of an answer."""
@@ -50,7 +57,10 @@ class LiveStreams:
         self._headers = {}
         if access.api_key is not None:
             self._headers["Authorization"] = f"Bearer {access.api_key}"
-        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+        handlers: list[urllib.request.BaseHandler] = [
+            urllib.request.ProxyHandler({}),
+            _StaysHere(),
+        ]
         if access.ca_file is not None:
             try:
                 trusted = ssl.create_default_context(cafile=access.ca_file)

@@ -13,17 +13,24 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from edge_vlm.errors import EdgeVlmError, InternalError
+from edge_vlm.errors import EdgeVlmError, InternalError, SessionError, SessionGone
 from edge_vlm.pixels.frames import raw_picture, require_rgb
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.messages import error_from_detail
 from edge_vlm_runtime.protocol.settings import DropPolicy, ServerLimits, SessionSettings
-from edge_vlm_runtime.protocol.typed import RuleFields, Settings, require_known
+from edge_vlm_runtime.protocol.typed import (
+    RuleFields,
+    Settings,
+    checked,
+    require_known,
+    require_plain_function,
+)
 from edge_vlm_runtime.session.budget import default_settings
 from edge_vlm_runtime.session.frames import EncodedFrame, Encoding
 from edge_vlm_runtime.session.session import Session
@@ -54,14 +61,19 @@ class InProcessSession:
         """What `settings` leaves out is as the bundle was made for, except that no frame is dropped
         (`delivery` is "wait"). `on_event` gets everything that the session says, inside the call
         that leads to it. Raises ConfigError."""
+        self._engines = engines
+        self._require_open()
         limits = limits or ServerLimits()
+        require_plain_function(on_event)
         require_known(settings or {}, Settings, "session settings")
         own: dict[str, Any] = {"delivery": DropPolicy.WAIT, **(settings or {}), "raw_frames": True}
+        update = checked(protocol.SessionUpdate, "session settings", session=own)
+        assert isinstance(update, protocol.SessionUpdate)
         self.on_event = on_event
         self._clock_ns = time.monotonic_ns
         self._session = Session(
             engines=engines,
-            settings=default_settings(engines.bundle, limits).changed(own),
+            settings=default_settings(engines.bundle, limits).changed(update.session.fields()),
             limits=limits,
             now_ns=self._clock_ns(),
             stopwatch_ns=self._clock_ns,
@@ -131,16 +143,17 @@ class InProcessSession:
         sequence = next(self._sequences)
         frame = EncodedFrame(
             seq=sequence,
-            capture_us=now_ns // 1000 if pts_us is None else pts_us,
+            capture_us=now_ns // 1000 if pts_us is None else protocol.capture_time(pts_us),
             received_ns=now_ns,
             data=data,
             encoding=encoding,
         )
-        outcome = self._call(sequence, lambda: self._handle.put_frame(frame))
-        assert isinstance(outcome, (protocol.FrameAccepted, protocol.FrameDropped))
-        while self._handle.watch():  # the alerts that are due
-            pass
-        self._tell()
+        with self._alone():
+            outcome = self._call(sequence, lambda: self._handle.put_frame(frame))
+            assert isinstance(outcome, (protocol.FrameAccepted, protocol.FrameDropped))
+            while self._handle.watch():  # the alerts that are due
+                pass
+            self._tell()
         return outcome
 
     # ---- questions ---------------------------------------------------------------------------
@@ -154,18 +167,23 @@ class InProcessSession:
         """Iterate over it for the pieces of the answer, each decoded when it is asked for; frames
         may be sent in between. A question waits for the answer before it."""
         event_id = self._event_id()
-        answer = self._answers[event_id] = InProcessAnswer(self)
-        self._handle.take(protocol.ResponseCreate(text=text, detail=detail, event_id=event_id))
-        self._handle.take_messages()
-        self._tell()
+        message = checked(
+            protocol.ResponseCreate, "question", text=text, detail=detail, event_id=event_id
+        )
+        with self._alone():
+            answer = self._answers[event_id] = InProcessAnswer(self)
+            self._handle.take(message)
+            self._handle.take_messages()
+            self._tell()
         answer.raise_failure()
         return answer
 
     def cancel(self, response_id: str | None = None) -> None:
         """Stops one answer, or all that are under way or waiting."""
-        self._handle.take(protocol.ResponseCancel(response_id=response_id))
-        self._handle.take_messages()
-        self._tell()
+        with self._alone():
+            self._handle.take(protocol.ResponseCancel(response_id=response_id))
+            self._handle.take_messages()
+            self._tell()
 
     # ---- alerts ------------------------------------------------------------------------------
 
@@ -173,7 +191,9 @@ class InProcessSession:
         """Watches for something from now on; `rule`: the other fields of `alert.create`. Begins and
         ends come to `on_event`. Raises as `Client.create_alert`."""
         require_known(rule, RuleFields, "alert rule")
-        message = messages.AlertCreate(question=question, event_id=self._event_id(), **rule)
+        event_id = self._event_id()
+        kind = messages.AlertCreate
+        message = checked(kind, "alert rule", question=question, event_id=event_id, **rule)
         return self._request(messages.AlertCreated, message).alert
 
     def list_alerts(self) -> list[messages.AlertStatus]:
@@ -183,14 +203,17 @@ class InProcessSession:
 
     def delete_alert(self, alert_id: str) -> None:
         """Raises UnknownAlert."""
-        message = messages.AlertDelete(alert_id=alert_id, event_id=self._event_id())
+        kind = messages.AlertDelete
+        message = checked(kind, "alert", alert_id=alert_id, event_id=self._event_id())
         self._request(messages.AlertDeleted, message)
 
     def update(self, settings: Settings) -> SessionSettings:
         """Changes settings from the next frame and question on. Raises ConfigError."""
         require_known(settings, Settings, "session settings")
-        patch = protocol.SettingsPatch(**settings)
-        message = protocol.SessionUpdate(session=patch, event_id=self._event_id())
+        own = {**settings, "raw_frames": True}  # arrays are sent as they are
+        event_id = self._event_id()
+        kind = protocol.SessionUpdate
+        message = checked(kind, "session settings", session=own, event_id=event_id)
         return self._request(protocol.SessionUpdated, message).settings
 
     # ---- the work ----------------------------------------------------------------------------
@@ -198,14 +221,40 @@ class InProcessSession:
     def _event_id(self) -> str:
         return f"event_{next(self._ids)}"
 
+    def _require_open(self) -> None:
+        """Raises SessionGone."""
+        if self._engines.is_closed:
+            raise SessionGone("the bundle was closed", remedy="close it after its sessions")
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Raises SessionError when another thread is in a call."""
+        if not self._engines.in_call.acquire(blocking=False):
+            raise SessionError(
+                "another thread is using this bundle",
+                remedy="keep a bundle and its sessions to one thread, or share a lock",
+            )
+        try:
+            yield
+        finally:
+            self._engines.in_call.release()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raises as `_in_turn`, and SessionGone after the end."""
+        with self._in_turn():
+            if self._handle.session is None:
+                raise SessionGone("the session has ended", remedy="begin another one")
+            self._require_open()
+            yield
+
     def _call(self, key: str | int, begin: Callable[[], None]) -> protocol.ServerEvent:
         """Works until there is the event that answers it. Raises what the session says instead."""
         self._replies[key] = None
         try:
-            if self._handle.session is not None:
-                begin()
-                self._handle.take_messages()
-                self._tell()
+            begin()
+            self._handle.take_messages()
+            self._tell()
             while self._replies[key] is None and self.work():
                 pass
             reply = self._replies[key]
@@ -214,24 +263,30 @@ class InProcessSession:
         if isinstance(reply, protocol.Error):
             raise error_from_detail(reply.error)
         if reply is None:
-            raise InternalError("the session has ended", remedy="begin another one")
+            raise _failed()
         return reply
 
     def _request(self, kind: type[Reply], message: protocol.ClientMessage) -> Reply:
         assert message.event_id is not None
-        reply = self._call(message.event_id, lambda: self._handle.take(message))
+        event_id = message.event_id
+        with self._alone():
+            reply = self._call(event_id, lambda: self._handle.take(message))
         assert isinstance(reply, kind)
         return reply
 
     def work(self) -> bool:
         """One unit; False when there is nothing to do."""
-        worked = self._handle.watch() or self._handle.answer()
-        self._tell()
+        with self._alone():
+            worked = self._handle.watch() or self._handle.answer()
+            self._tell()
         return worked
 
     def close(self) -> None:
-        """Ends the session and frees its memory; twice does no harm."""
-        self._handle.close()
+        """Ends the session and frees its memory; twice does no harm. Raises SessionError while
+        another thread is in a call."""
+        if self._handle.session is not None:
+            with self._in_turn():
+                self._handle.close()
         self._tell()
 
     def __enter__(self) -> InProcessSession:
@@ -244,6 +299,10 @@ class InProcessSession:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _failed() -> InternalError:
+    return InternalError("the session failed", remedy="see the log, and begin another one")
 
 
 class InProcessAnswer:
@@ -276,7 +335,7 @@ class InProcessAnswer:
 
     def _work(self) -> None:
         if not self._session.work() and self._result is None:
-            self.finish(InternalError("the session has ended", remedy="begin another one"))
+            self.finish(_failed())
 
     def raise_failure(self) -> None:
         """Raises what came instead of an answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -41,6 +42,9 @@ class LoadedBundle:
     ) -> None:
         """`cache_memory`: of the device on which the graphs run; None is the host."""
         self.bundle = bundle
+        self.in_call = threading.RLock()
+        """Held by whoever uses the engines, where that may be several threads by mistake."""
+        self.is_closed = False
         self._graphs = graphs
         cfg = bundle.config
         self.prompt = _prompt(bundle)
@@ -109,6 +113,7 @@ class LoadedBundle:
 
     def close(self) -> None:
         """Frees the graphs; twice does no harm."""
+        self.is_closed = True
         for graph in self._graphs.values():
             graph.close()
 

@@ -6,7 +6,9 @@ It holds nothing itself: the stream's memory is in the server that the camera is
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 import edge_vlm
@@ -38,6 +40,10 @@ INSTRUCTIONS = (
     "so questions may be about now or about before. Ask short, plain questions."
 )
 Result = TypeVar("Result")
+IsLeft = Callable[[], bool]
+THREAD = "edge-vlm-mcp-call"
+MAX_CALLS = 64
+"""At once; most of them wait for something to begin."""
 
 Question = Annotated[str, Field(description="A short question about what the camera sees.")]
 Detail = Annotated[
@@ -77,31 +83,53 @@ def make_server(tools: StreamTools) -> MCPServer[Any]:
     @server.tool(annotations=reads)
     async def what_do_you_see(question: Question, detail: Detail = "video") -> str:
         """Asks the model about what the camera sees now or has seen so far."""
-        return await _done(lambda: tools.what_do_you_see(question, detail))
+        return await _done(lambda is_left: tools.what_do_you_see(question, detail))
 
     @server.tool(annotations=reads)
     async def what_happened(since: Since = 60.0) -> Happened:
         """Tells what the camera has seen in the last seconds: the model's own account, and when
         conditions of watch_for began and ended."""
-        return await _done(lambda: tools.what_happened(since))
+        return await _done(lambda is_left: tools.what_happened(since))
 
     @server.tool(annotations=ToolAnnotations(read_only_hint=False, idempotent_hint=True))
     async def watch_for(condition: Condition, wait_s: Wait = 0.0) -> Watched:
         """Watches for a condition from now on, for as long as the camera runs. Tells whether it
         holds, or waits for it to begin; what_happened tells later when it began and ended."""
-        return await _done(lambda: tools.watch_for(condition, wait_s))
+        return await _done(lambda is_left: tools.watch_for(condition, wait_s, is_left))
 
     @server.tool(annotations=reads)
     async def snapshot() -> Image:
         """The newest picture of the camera."""
-        return Image(data=(await _done(tools.snapshot)).jpeg, format="jpeg")
+        return Image(data=(await _done(lambda is_left: tools.snapshot())).jpeg, format="jpeg")
 
     return server
 
 
-async def _done(work: Callable[[], Result]) -> Result:
+async def _done(work: Callable[[IsLeft], Result]) -> Result:
+    """What `work` returns, on a thread of its own: one that waits keeps no other one waiting, and
+    nobody waits for it at the end. It gets a function that says whether its caller has left."""
+    if sum(thread.name == THREAD for thread in threading.enumerate()) >= MAX_CALLS:
+        raise ToolError(f"{MAX_CALLS} calls are under way already: try again in a moment")
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def finish(tell: Callable[[Any], None], outcome: Any) -> None:
+        if not done.done():
+            tell(outcome)
+
+    def run() -> None:
+        tell: Callable[[Any], None] = done.set_result
+        outcome: Any
+        try:
+            outcome = work(done.cancelled)
+        except Exception as error:  # noqa: BLE001 - handed over
+            tell, outcome = done.set_exception, error
+        with suppress(RuntimeError):  # the loop is closed: there is nobody left to tell
+            loop.call_soon_threadsafe(finish, tell, outcome)
+
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
     try:
-        return await asyncio.to_thread(work)
+        return await done
     except EdgeVlmError as error:
         raise ToolError(f"{error.code}: {error}") from error
 

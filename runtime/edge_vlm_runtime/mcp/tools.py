@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_vlm.errors import NoFrameYet, SessionError, SessionGone
+from edge_vlm.errors import NoFrameYet, SessionError, SessionGone, TooManyAlerts
 from edge_vlm_runtime.client.live_streams import LiveStreams, Snapshot
 
 POLL_S = 30.0
@@ -57,6 +59,7 @@ class StreamTools:
     def __init__(self, streams: LiveStreams, session_id: str | None = None) -> None:
         self._streams = streams
         self._session_id = session_id
+        self._making = threading.Lock()
 
     def _session(self) -> str:
         """Raises SessionGone, NoFrameYet."""
@@ -103,22 +106,21 @@ class StreamTools:
             notes.append(f"The model gave no account: {error}")
         return Happened(account=account, events=events, note=" ".join(notes))
 
-    def watch_for(self, condition: str, wait_s: float = 0.0) -> Watched:
-        """Watches from now on, once for each condition; waits until it begins, if asked to."""
+    def watch_for(
+        self, condition: str, wait_s: float = 0.0, is_left: Callable[[], bool] = lambda: False
+    ) -> Watched:
+        """Watches from now on, once for each condition; waits until it begins, if asked to, and no
+        longer when the caller has left."""
+        condition = " ".join(condition.split())  # one condition, however it is spaced
         session_id = self._session()
         newest = int(self._streams.events(session_id)["newest_event"])
-        watched = [
-            each
-            for each in self._streams.alerts(session_id)
-            if each["rule"]["question"] == condition
-        ]
-        status = watched[0] if watched else self._streams.create_alert(session_id, condition)
+        status = self._watched(session_id, condition)
         alert_id = status["alert_id"]
         began = False
         deadline = time.monotonic() + min(wait_s, LONGEST_WAIT_S)
         while not began and status["state"] != "active":
             left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            if left_s <= 0 or is_left():
                 break
             told = self._streams.events(session_id, newest, min(left_s, POLL_S))
             newest = told["newest_event"]
@@ -140,6 +142,22 @@ class StreamTools:
             began_while_waiting=began,
             note=_mass_note(status),
         )
+
+    def _watched(self, session_id: str, condition: str) -> dict[str, Any]:
+        """Its alert, made if there is none; two calls at once make one."""
+        with self._making:
+            alerts = self._streams.alerts(session_id)
+            for each in alerts:
+                if each["rule"]["question"] == condition:
+                    return each
+            try:
+                return self._streams.create_alert(session_id, condition)
+            except TooManyAlerts as error:  # an agent cannot delete any
+                asked = ", ".join(repr(each["rule"]["question"]) for each in alerts)
+                raise TooManyAlerts(
+                    f"the stream watches for {len(alerts)} conditions, and takes no more",
+                    remedy=f"use one of them: {asked}",
+                ) from error
 
 
 def _event(fields: dict[str, Any]) -> Event:

@@ -26,7 +26,7 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.openai.chat_request import ChatRequest, read_chat_request
 from edge_vlm_runtime.openai.completion import DONE, Reply, Timing, sse
 from edge_vlm_runtime.openai.envelope import envelope, headers_of, status_of
-from edge_vlm_runtime.openai.live import LiveSessions, ask_live
+from edge_vlm_runtime.openai.live import LiveQuestions, LiveSessions
 from edge_vlm_runtime.openai.one_shot import OneShots
 from edge_vlm_runtime.openai.request_queue import HeldBytes, RequestQueue
 
@@ -62,7 +62,7 @@ class OpenAiApi:
     ) -> None:
         """`on_reply` gets the status of each reply."""
         self._one_shots = one_shots
-        self._live = live
+        self._live = LiveQuestions(live, one_shots, queue.limits.max_queued_questions)
         self._queue = queue
         self._model_id = model_id
         self._allows_origin = allows_origin
@@ -170,7 +170,7 @@ class OpenAiApi:
         timing = Timing(received_s=received_s)
         if request.session is not None:
             await asyncio.to_thread(self._one_shots.check, request)
-            await self._tell(request, ask_live(request, self._live, self._one_shots), timing, reply)
+            await self._tell(request, self._live.ask(request), timing, reply)
             return
         plan = await asyncio.to_thread(self._one_shots.plan, request)
         async with self._queue.turn():
@@ -250,8 +250,8 @@ def _require_method(method: str, *allowed: str) -> None:
 async def _read_body(headers: Mapping[str, str], receive: Receive, held: HeldBytes) -> bytes | None:
     """None when the client left. Raises MessageTooLarge, ServerBusy, before more is read."""
     announced = headers.get("content-length", "")
-    if announced.isdecimal() and len(announced) < 20:
-        held.grow(int(announced))
+    if announced.isdecimal():
+        held.grow(int(announced) if len(announced) < 19 else 1 << 62)
     body = bytearray()
     clock = asyncio.get_running_loop().time
     began_s = clock()

@@ -5,9 +5,10 @@ Texts are JSON objects with a `type`. No I/O here. msgspec is imported only here
 
 from __future__ import annotations
 
+import numbers
 from typing import Annotated, Any, TypeVar
 
-from edge_vlm.errors import MissingExtraError, ProtocolError, UnknownMessageType
+from edge_vlm.errors import ConfigError, MissingExtraError, ProtocolError, UnknownMessageType
 
 try:
     import msgspec
@@ -140,7 +141,17 @@ def json_value(text: bytes) -> Any:
 
 def json_object(fields: dict[str, Any]) -> str:
     """JSON text of plain values; None is left out."""
-    return msgspec.json.encode({k: v for k, v in fields.items() if v is not None}).decode()
+    told = {name: value for name, value in fields.items() if value is not None}
+    return msgspec.json.encode(told, enc_hook=_plain).decode()
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and the like as Python's."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise ConfigError(f"{type(value).__name__} cannot be sent: {value!r:.60}")
 
 
 def json_bytes(value: Any) -> bytes:

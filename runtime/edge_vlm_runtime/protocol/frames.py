@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ TYPE_JPEG = 1
 TYPE_RAW = 2
 RAW_SIZE = struct.Struct("<HH")
 """width u16, height u16, little-endian: before the samples of a raw picture."""
+MAX_RAW_SIDE = 0xFFFF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,24 @@ def frame_message(sequence: int, capture_time_us: int, jpeg: bytes) -> FrameMess
     )
 
 
+def capture_time(pts_us: object) -> int:
+    """The time as the header takes it. Raises ValueError for anything but whole microseconds that
+    fit there."""
+    try:
+        time_us = operator.index(pts_us)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(
+            f"pts_us must be a whole number of microseconds, got {pts_us!r}: round(seconds * 1e6)"
+        ) from None
+    if not 0 <= time_us <= MAX_CAPTURE_TIME_US:
+        raise ValueError(f"pts_us must be 0..{MAX_CAPTURE_TIME_US} microseconds, got {time_us}")
+    return time_us
+
+
 def raw_frame_message(sequence: int, capture_time_us: int, rgb: np.ndarray) -> FrameMessage:
-    """rgb u8 [H, W, 3], sides up to 65535."""
+    """rgb u8 [H, W, 3]. Raises ValueError for a side of more than MAX_RAW_SIDE."""
+    if max(rgb.shape) > MAX_RAW_SIDE:
+        raise ValueError(f"a raw frame has sides of up to {MAX_RAW_SIDE}, got {list(rgb.shape)}")
     payload = RAW_SIZE.pack(rgb.shape[1], rgb.shape[0]) + rgb.tobytes()
     return FrameMessage(
         sequence=sequence,

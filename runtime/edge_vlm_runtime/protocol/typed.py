@@ -4,10 +4,13 @@ and at run time a typed error that names the closest one. No I/O here."""
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, ProtocolError
+from edge_vlm_runtime.protocol.base import ClientMessage, json_object, tag_of
+from edge_vlm_runtime.protocol.messages import decode_client_message
 from edge_vlm_runtime.protocol.settings import Attention, DropPolicy
 
 
@@ -59,8 +62,28 @@ def require_known(given: Iterable[str], kind: type, where: str) -> None:
     known = kind.__annotations__
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(
                 f"unknown name {name!r}", where=where, remedy=f"{hint}known are {', '.join(known)}"
             )
+
+
+def require_plain_function(on_event: object) -> None:
+    """Raises ConfigError for a callback that is none, or whose work nobody would wait for."""
+    if on_event is None:
+        return
+    if not callable(on_event) or inspect.iscoroutinefunction(on_event):
+        raise ConfigError(
+            f"on_event must be a plain function, got {on_event!r:.80}",
+            remedy="in a coroutine iterate over client.events() instead",
+        )
+
+
+def checked(kind: type[ClientMessage], where: str, **fields: Any) -> ClientMessage:
+    """The message with these fields, read as a server reads it. Raises ConfigError for values that
+    it would not take."""
+    try:
+        return decode_client_message(json_object({"type": tag_of(kind), **fields}))
+    except (ProtocolError, UnicodeError) as error:
+        raise ConfigError(str(error), where=where) from error

@@ -23,12 +23,13 @@ from edge_vlm.errors import (
     HostNotAllowed,
     MessageTooLarge,
     MissingExtraError,
+    RequestTimeout,
     ServerBusy,
     Unauthorized,
 )
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.request_errors import ModelNotFound
-from edge_vlm.waiting import cancel
+from edge_vlm.waiting import cancel, within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.engines.names import Backend
@@ -80,6 +81,8 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 DRAIN_S = 5.0
 CONNECTIONS_PER_SESSION = 4
 """Connections that have no session yet, or none any more, count too."""
+BODY_S = 30.0
+"""For the body of a request about live streams."""
 LINGER_S = 5.0
 """For the closing handshake of a websocket; then its connection is cut."""
 
@@ -385,15 +388,9 @@ class Server:
             headers = request.headers
             if not self._origins.allows(headers.get("origin"), headers.get("host")):
                 raise HostNotAllowed("a page from elsewhere may not look")
-            body = bytearray()
-            async for piece in request.stream():
-                body += piece
-                if len(body) > MAX_BODY_BYTES:
-                    raise MessageTooLarge(f"more than {MAX_BODY_BYTES} bytes")
+            body = await _small_body(request)
             path = request.path_params["path"]
-            answer = await self._live_api.answer(
-                request.method, path, request.query_params, bytes(body)
-            )
+            answer = await self._live_api.answer(request.method, path, request.query_params, body)
         except EdgeVlmError as error:
             return JSONResponse(envelope(error), status_of(error), headers_of(error))
         except ClientDisconnect:
@@ -435,6 +432,23 @@ class Server:
             if transport is not None and self._loop is not None:
                 # Closing waits for the other side to read what was sent; that may be never.
                 self._loop.call_later(LINGER_S, transport.abort)
+
+
+async def _small_body(request: Request) -> bytes:
+    """Raises MessageTooLarge, RequestTimeout."""
+
+    async def read() -> bytes:
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_BODY_BYTES:
+                raise MessageTooLarge(f"more than {MAX_BODY_BYTES} bytes")
+        return bytes(body)
+
+    try:
+        return await within(BODY_S, read())
+    except asyncio.TimeoutError:
+        raise RequestTimeout(f"no whole request in {BODY_S:g} s", remedy="send it faster") from None
 
 
 class _Guard:

@@ -13,11 +13,16 @@ from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.tls import Tls
 
 try:
+    import h11
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise MissingExtraError.for_library(error.name or "uvicorn", "serve") from error
 
 PING_INTERVAL_S = 20.0
+HEADERS_S = 30.0
+"""For a request up to the end of its headers; whoever needs longer is told 408 and cut off."""
+TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 class AsgiServer(uvicorn.Server):
@@ -37,6 +42,7 @@ class AsgiServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 application,
+                http=_HeadersInTime,
                 ws="websockets-sansio",
                 # Twice the announced limit: just above it the client gets a typed error first.
                 ws_max_size=2 * limits.max_message_bytes,
@@ -76,6 +82,41 @@ class AsgiServer(uvicorn.Server):
                 if peer is not None and tuple(peer[:2]) == tuple(client):
                     return transport
         return None
+
+
+class _HeadersInTime(H11Protocol):
+    """uvicorn waits for ever for the second half of a request's headers."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch_headers(self) -> None:
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEADERS_S, self._give_up)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        begun = bool(self.conn.trailing_data[0])
+        if begun and not self.transport.is_closing():
+            self.transport.write(TOO_SLOW)
+        self.transport.close()
 
 
 def listen(host: str, port: int) -> socket.socket:

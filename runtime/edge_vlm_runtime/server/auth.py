@@ -33,13 +33,17 @@ def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ)
     Not an argument of a command: those can be seen by every user of the machine.
     """
     if file is None:
-        return environment.get(VARIABLE) or None
-    try:
-        key = file.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the API key cannot be read: {error}", where=file) from error
+        text = environment.get(VARIABLE)
+        if not text:
+            return None
+    else:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the API key cannot be read: {error}", where=file) from error
+    key = text.strip()
     if not key or not key.isprintable() or not key.isascii():
-        raise ConfigError("an API key is one line of printable ASCII", where=file)
+        raise ConfigError("an API key is one line of printable ASCII", where=file or VARIABLE)
     return key
 
 

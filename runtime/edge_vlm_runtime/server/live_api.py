@@ -13,7 +13,6 @@ Questions go to /v1/chat/completions with `edge_vlm: {session: ID}`. Lives on th
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +49,6 @@ class LiveApi:
 
     def __init__(self, table: SessionRegistry) -> None:
         self._table = table
-        self._numbers = itertools.count(1)
 
     async def answer(self, method: str, path: str, query: Mapping[str, str], body: bytes) -> Answer:
         """`path`: behind PREFIX. Raises RequestError and its leaves, SessionError and its."""
@@ -137,17 +135,17 @@ class LiveApi:
     async def _request(
         self, session: ClientSession, message: protocol.ClientMessage, kind: type[Reply]
     ) -> Reply:
-        """What the session answers; its viewer sees it, too. Raises the error instead."""
+        """What the session answers; its viewer sees what is made, too. Raises the error instead."""
         events: asyncio.Queue[protocol.ServerEvent | None] = asyncio.Queue()
-        handle, stop = self._table.listen(session.session_id, events.put_nowait)
-        message.event_id = f"http_live_{next(self._numbers)}"
+        listening = self._table.listen(session.session_id, events.put_nowait)
+        message.event_id = listening.event_id
         try:
-            handle.take(message)
+            listening.handle.take(message)
             return await within(REPLY_TIMEOUT_S, _reply(events, message.event_id, kind))
         except asyncio.TimeoutError:
             raise SessionGone("the live session did not answer", remedy="try again") from None
         finally:
-            stop()
+            listening.stop()
 
     async def _events(self, session: ClientSession, query: Mapping[str, str]) -> dict[str, Any]:
         after = int(_number(query, "after", 0, 1 << 53))

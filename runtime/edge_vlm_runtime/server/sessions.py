@@ -27,7 +27,9 @@ from edge_vlm.errors import (
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
+from edge_vlm_runtime.openai.live import Listening
 from edge_vlm_runtime.openai.realtime import RealtimeShape
+from edge_vlm_runtime.protocol.alerts import AlertListed
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.event_log import EventLog
@@ -83,6 +85,10 @@ class ClientSession:
         """Set whenever the engines have done something, and at the end."""
         self.listeners: set[Callable[[protocol.ServerEvent | None], None]] = set()
         """Get every event as well, and None at the end."""
+        self.stranger_ids = f"http_{secrets.token_hex(4)}_"
+        """How the `event_id` of a message begins that did not come from the viewer: that it is
+        refused, and lists for it, are told to the listeners alone."""
+        self.num_strangers = 0
         self.view = LiveView()
         self.settings: SessionSettings | None = None
         """Those last announced."""
@@ -112,6 +118,8 @@ class ClientSession:
         self._observe(event)
         for listener in tuple(self.listeners):
             listener(event)
+        if self._is_for_strangers(event):
+            return
         if self.viewer is None and isinstance(event, protocol.SessionStats):
             return
         if isinstance(event, (protocol.SessionCreated, protocol.SessionUpdated)):
@@ -120,6 +128,13 @@ class ClientSession:
             self.log.append(dressed)
         if self.viewer is not None:
             self.viewer.wake()
+
+    def _is_for_strangers(self, event: protocol.ServerEvent) -> bool:
+        if isinstance(event, protocol.Error):
+            event_id = event.error.event_id
+        else:
+            event_id = event.event_id if isinstance(event, AlertListed) else None
+        return event_id is not None and event_id.startswith(self.stranger_ids)
 
     def _observe(self, event: protocol.ServerEvent) -> None:
         if self._on_event is None:
@@ -294,13 +309,18 @@ class SessionRegistry:
 
     def listen(
         self, session_id: str, tell: Callable[[protocol.ServerEvent | None], None]
-    ) -> tuple[SessionHandle, Callable[[], None]]:
+    ) -> Listening:
         """See `openai.live.LiveSessions`."""
         session = self.live_session(session_id)
         if session is None or session.handle is None:
             raise SessionGone("there is no such live session", remedy="start one, or ask another")
         session.listeners.add(tell)
-        return session.handle, lambda: session.listeners.discard(tell)
+        session.num_strangers += 1
+        return Listening(
+            handle=session.handle,
+            event_id=f"{session.stranger_ids}{session.num_strangers}",
+            stop=lambda: session.listeners.discard(tell),
+        )
 
     def find(self, wanted: protocol.SessionResume) -> ClientSession:
         """The session to go on with. Raises SessionGone, ReplayLost, ProtocolError."""
