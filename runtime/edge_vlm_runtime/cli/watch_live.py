@@ -62,9 +62,9 @@ async def watch_live(args: argparse.Namespace, url: str, outputs: AlertDispatche
             )
             made = await create_alerts(args, client)
             if is_later:
-                again = "" if not made else f", {len(made)} alerts are watched for again"
-                memory = "" if args.stream is not None else ", its memory is empty"
-                view.say(f"connected again: a new session{memory}{again}")
+                new = "" if args.stream is not None else ": a new session, its memory is empty"
+                again = f"; alerts that are watched for again: {len(made)}" if made else ""
+                view.say(f"connected again{new}{again}")
             own_alerts[:] = made
 
         async def end(client: Client) -> None:
