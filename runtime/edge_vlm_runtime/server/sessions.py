@@ -65,9 +65,7 @@ class SessionRegistry:
         self._sessions: dict[str, ClientSession] = {}
         self._streams: dict[str, ClientSession] = {}
         """Sessions of the server's own cameras, by the camera's name."""
-        self.on_stream_event: Callable[[str, protocol.ServerEvent], None] = lambda camera, event: (
-            None
-        )
+        self.on_stream_event: OnEvent = lambda camera, event: None
         """Gets a camera's name and every event of its session."""
         self._expiries: dict[str, asyncio.TimerHandle] = {}
         self._openings: set[asyncio.Task[None]] = set()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from edge_vlm.errors import ConfigError, EdgeVlmError, ServerBusy
@@ -15,6 +15,7 @@ from edge_vlm.request_errors import MethodNotAllowed
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.cameras.camera import Camera
 from edge_vlm_runtime.cameras.keeper import CameraKeeper
+from edge_vlm_runtime.cameras.reader import LIVE
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.base import json_bytes
 from edge_vlm_runtime.protocol.settings import ModelLimits
@@ -61,27 +62,27 @@ class StreamHub:
             session = self._table.live_session(camera.name)
             if session is not None and session.view.newest is not None:
                 ages[(camera.name,)] = (now_ns - session.view.newest.frame.received_ns) * 1e-9
+
+        def each(value: Callable[[Camera], float]) -> dict[tuple[str, ...], float]:
+            return {(camera.name,): float(value(camera)) for camera in cameras}
+
         for name, help, samples in (
-            (
-                "camera_up",
-                "1 while a camera gives pictures.",
-                {(each.name,): float(each.state == "live") for each in cameras},
-            ),
+            ("camera_up", "1 while a camera gives pictures.", each(lambda c: c.state == LIVE)),
             ("camera_newest_frame_age_seconds", "Since the newest accepted frame came.", ages),
             (
                 "camera_returns_total",
                 "How often a camera came back after an absence.",
-                {(each.name,): float(each.times_back) for each in cameras},
+                each(lambda c: c.times_back),
             ),
             (
                 "camera_frames_untaken_total",
                 "Pictures that never reached a session, because there was none or it was busy.",
-                {(each.name,): float(each.untaken) for each in cameras},
+                each(lambda c: c.untaken),
             ),
             (
                 "camera_subscribers",
                 "Connections that watch a camera.",
-                {(each.name,): float(self.num_subscribers(each.name)) for each in cameras},
+                each(lambda c: self.num_subscribers(c.name)),
             ),
         ):
             yield LabelledFamily(name=name, help=help, labels=("camera",), samples=samples)
