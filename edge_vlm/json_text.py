@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes | bytearray) -> Any:
     """Raises ValueError, for what is nested too deeply too (`json` has RecursionError for that)."""
     try:
         return json.loads(text)

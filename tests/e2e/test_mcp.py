@@ -137,8 +137,10 @@ def test_over_standard_input_and_output(server: Server) -> None:
 
 
 def test_calls_that_wait_keep_no_other_one_waiting(server: Server) -> None:
+    import mcp
+
     async def scenario() -> None:
-        started = StdioServerParameters(
+        started = mcp.StdioServerParameters(
             command=str(PROGRAM), args=["mcp", "--url", address(server)]
         )
         async with (

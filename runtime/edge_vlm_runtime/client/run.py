@@ -13,11 +13,8 @@ from edge_vlm.pixels.frames import Rgb, encode_jpeg, shrink_jpeg
 from edge_vlm.pixels.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime.client.client import Answer, AnswerStream, Client, Detail
-from edge_vlm_runtime.protocol.settings import ModelLimits
 from edge_vlm_runtime.sources.container import Picture, Source
 
-VIDEO_SIDE, SNAPSHOT_SIDE = 1280, 4096
-"""Pixels of a picture's longer side that are sent at most, to models that see less anyway."""
 MESSAGE_HEAD_BYTES = 1024
 """Room for what a message says about its picture."""
 
@@ -118,8 +115,7 @@ class _Run:
         self.observer = observer
         self.outcome = outcome
         self.loop = asyncio.get_running_loop()
-        self._most_bytes = client.created.limits.max_message_bytes - MESSAGE_HEAD_BYTES
-        source.max_side = useful_side(client.created.model.limits)
+        source.max_side = client.created.model.limits.useful_side
         self._answers: set[asyncio.Task[None]] = set()
         """Of questions that wait for the rest of their answer."""
 
@@ -154,7 +150,7 @@ class _Run:
                     begin_s = self.loop.time() - picture.time_s if begin_s is None else begin_s
                     await asyncio.sleep(max(0.0, begin_s + picture.time_s - self.loop.time()))
                 last_s = picture.time_s
-                sent = await asyncio.to_thread(self._encoded, picture.rgb)
+                sent = await asyncio.to_thread(encoded, self.client, picture.rgb)
                 sequence = await self.client.send_frame(sent, round(last_s * 1e6))
                 self.outcome.frames_sent += 1
                 self.observer.sent(sequence, picture)
@@ -166,13 +162,6 @@ class _Run:
             await self.client.wait_processed()  # raises what the observer raised meanwhile
         finally:
             await cancel(*self._answers)
-
-    def _encoded(self, rgb: Rgb) -> bytes | Rgb:
-        """As it is where the session takes that, else as a JPEG that the server takes."""
-        if self.client.settings.raw_frames and rgb.nbytes <= self._most_bytes:
-            return rgb
-        jpeg = encode_jpeg(rgb)
-        return jpeg if len(jpeg) <= self._most_bytes else shrink_jpeg(jpeg, self._most_bytes)
 
     async def _next(self, pictures: Iterator[Picture]) -> Picture | None:
         """A camera may be silent for long: what ends the client does not wait for it."""
@@ -225,10 +214,13 @@ class _Run:
         self.observer.answered(question, result)
 
 
-def useful_side(limits: ModelLimits) -> int:
-    """Pixels of a picture's longer side that are worth sending."""
-    least = SNAPSHOT_SIDE if limits.snapshot_tokens else VIDEO_SIDE
-    return max(least, 2 * limits.image_size)
+def encoded(client: Client, rgb: Rgb) -> bytes | Rgb:
+    """As it is where the session takes that, else as a JPEG that the server takes."""
+    most_bytes = client.created.limits.max_message_bytes - MESSAGE_HEAD_BYTES
+    if client.settings.raw_frames and rgb.nbytes <= most_bytes:
+        return rgb
+    jpeg = encode_jpeg(rgb)
+    return jpeg if len(jpeg) <= most_bytes else shrink_jpeg(jpeg, most_bytes)
 
 
 def parse_question(text: str, every_s: float | None, detail: Detail = "video") -> PlannedQuestion:

@@ -72,14 +72,22 @@ from edge_vlm_runtime.protocol.questions import (
     ResponseCancel,
     ResponseCreate,
 )
+from edge_vlm_runtime.protocol.streams import (
+    PICTURES_PARAMETER,
+    STREAM_PARAMETER,
+    Stream,
+    StreamUpdated,
+)
 
 __all__ = [
     "HEADER",
     "HEADER_VERSION",
     "MAX_CAPTURE_TIME_US",
     "PATH",
+    "PICTURES_PARAMETER",
     "PROTOCOL_VERSION",
     "RESUME_PARAMETER",
+    "STREAM_PARAMETER",
     "TYPE_JPEG",
     "TYPE_RAW",
     "ChosenFrame",
@@ -119,6 +127,8 @@ __all__ = [
     "SessionUpdated",
     "SettingsPatch",
     "Snapshot",
+    "Stream",
+    "StreamUpdated",
     "Usage",
     "VideoRoom",
     "capture_time",
