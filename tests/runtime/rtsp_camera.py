@@ -23,10 +23,10 @@ JPEG_TYPE, MULAW_TYPE = 26, 0
 class RtspCamera:
     """Serves any number of clients, one after another; `unplug` ends the present one."""
 
-    def __init__(self, size: int = 64, fps: float = 25.0) -> None:
+    def __init__(self, size: int = 64, fps: float = 25.0, port: int = 0) -> None:
         self._size = size
         self._fps = fps
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port = int(self._listener.getsockname()[1])
         self._client: socket.socket | None = None
         self._stopping = False

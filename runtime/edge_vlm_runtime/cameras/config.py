@@ -117,7 +117,7 @@ def _tables(table: Mapping[str, Any], kind: str, file: Path) -> list[dict[str, A
     found = table.get(kind, [])
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise ConfigError(
-            f"{kind} must be tables", where=file, remedy=f"begin each with [[{kind}]]"
+            f"{kind} must be tables", where=file, remedy=f"write [[{kind}]]"
         )
     return found
 

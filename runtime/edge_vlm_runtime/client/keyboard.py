@@ -134,13 +134,21 @@ def _single_keys(descriptor: int) -> Iterator[None]:
     # In the background, reading fails instead of stopping the whole program.
     heeded = signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     try:
-        if os.tcgetpgrp(descriptor) == os.getpgrp():
+        if _is_ours(descriptor):
             termios.tcsetattr(descriptor, termios.TCSADRAIN, now)
         yield
     finally:
-        if os.tcgetpgrp(descriptor) == os.getpgrp():
+        if _is_ours(descriptor):
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
         signal.signal(signal.SIGTTIN, heeded)
+
+
+def _is_ours(descriptor: int) -> bool:
+    """False while this program runs in the background of the terminal."""
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:  # a terminal without jobs
+        return True
 
 
 def _termios() -> ModuleType | None:
