@@ -41,7 +41,8 @@ class LineEditor:
             elif key == "\x15":  # Ctrl-U
                 self.text = ""
             elif key == "\x17":  # Ctrl-W
-                self.text = self.text.rstrip().rpartition(" ")[0]
+                kept = self.text.rstrip().rfind(" ") + 1
+                self.text = self.text[:kept]
             elif key.isprintable() and len(self.text) < MAX_LINE:
                 self.text += key
 

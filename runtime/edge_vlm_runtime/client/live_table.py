@@ -189,9 +189,8 @@ class LiveTable(LineOutput):
         self._gauges.sent(picture.age_s)
 
     def event(self, event: protocol.ServerEvent) -> None:
-        if self.is_subscriber and isinstance(
-            event, (protocol.FrameAccepted, protocol.FrameDropped)
-        ):
+        outcomes = (protocol.FrameAccepted, protocol.FrameDropped)
+        if self.is_subscriber and isinstance(event, outcomes):
             self._gauges.sent()
         self._gauges.event(event)
         if isinstance(event, (AlertTriggered, AlertCleared)):
