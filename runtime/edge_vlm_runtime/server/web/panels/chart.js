@@ -22,14 +22,13 @@ export class Chart {
     this.#values.push(value);
     if (this.#values.length > POINTS) this.#values.shift();
     const most = Math.max(...this.#values);
-    const step = WIDTH / (POINTS - 1);
-    const begin = POINTS - this.#values.length;
+    const step = WIDTH / Math.max(this.#values.length - 1, 9);
     this.line.setAttribute("points", this.#values.map((each, number) => {
       const y = most > 0 ? (HEIGHT - 2) * (1 - each / most) + 1 : HEIGHT - 1;
-      return `${((begin + number) * step).toFixed(1)},${y.toFixed(1)}`;
+      return `${(number * step).toFixed(1)},${y.toFixed(1)}`;
     }).join(" "));
     const mean = this.#values.reduce((sum, each) => sum + each, 0) / this.#values.length;
-    const words = `mean ${this.format(mean)}, most ${this.format(most)}`;
+    const words = `mean ${this.format(mean)}, max ${this.format(most)}`;
     this.svg.setAttribute("aria-label", `last ${this.#values.length} values: ${words}`);
     this.svg.nextElementSibling.textContent = words;
   }
