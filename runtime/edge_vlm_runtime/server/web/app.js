@@ -3,7 +3,7 @@
 
 import { Capture } from "./capture.js";
 import { $ } from "./dom.js";
-import { askForKey, readFacts, showAddresses, showModel } from "./panels/about.js";
+import { askForKey, readFacts, showAddresses, showModel, whyRefused } from "./panels/about.js";
 import { Alerts } from "./panels/alerts.js";
 import { Cameras } from "./panels/cameras.js";
 import { Dialogue } from "./panels/dialogue.js";
@@ -11,7 +11,7 @@ import * as gauges from "./panels/gauges.js";
 import { Settings } from "./panels/settings.js";
 import "./panels/tabs.js";
 import { Session } from "./session.js";
-import { Source, listDevices } from "./source.js";
+import { Source, listDevices, takeDrops } from "./source.js";
 import { forget, showCells, showStill } from "./stage.js";
 import { subscribedPicture } from "./subscribed.js";
 
@@ -53,6 +53,7 @@ const own = {
     dialogue.showExamples(event.model.card ?? null);
     settings.begin(event, source.kind === "camera" ? "live" : "wait", isOwn);
     alerts.begin(isOwn);
+    if (event.stream) own["stream.updated"](event);
     capture?.start();
   },
   "session.resumed"() {
@@ -65,6 +66,11 @@ const own = {
   "frame.dropped"(event) {
     if (event.message) notice(event.message);
     source.resume();
+  },
+  "stream.updated"({ stream }) {
+    source.trouble = stream.state === "live" ? null
+      : stream.detail ?? `The camera is ${stream.state}.`;
+    troubleChanged();
   },
   "session.go_away"() {
     notice("The server is stopping.");
@@ -111,19 +117,10 @@ function ended(closed, hadBegun) {
     notice(closed.reason);
     refused(new Error(closed.reason));
   } else if (!hadBegun && closed.code === 1006) {
-    explainRefusal();
+    whyRefused().then(notice);
   } else if (closed.code !== 1000) {
     notice(`The session ended (${closed.code}) ${closed.reason}`);
   }
-}
-
-// The browser does not tell a page why a websocket was not opened.
-async function explainRefusal() {
-  const answers = await fetch("healthz").then((reply) => reply.ok, () => false);
-  if (!answers) notice("The server does not answer.");
-  else notice("The server answers, but takes no websocket from this page. Behind a proxy: it must " +
-    "pass websockets on (Upgrade and Connection), and if it changes Host, start the server with " +
-    `--allow-origin ${location.origin}`);
 }
 
 function ask(text, detail) {
@@ -216,7 +213,7 @@ function startFile(file) {
 // What is wrong with the camera stands there for as long as it is.
 function notice(text) {
   $("notice").textContent = text || source?.trouble || "";
-  $("again").hidden = !source?.trouble;
+  $("again").hidden = !(source?.trouble && source.kind === "camera");
 }
 
 // ---- controls -----------------------------------------------------------------------------
@@ -235,20 +232,7 @@ $("file").onchange = (event) => {
   event.target.value = "";
   if (file) startFile(file);
 };
-document.ondragover = (event) => {
-  event.preventDefault();
-  document.body.classList.add("dropping");
-};
-document.ondragleave = (event) => {
-  if (event.relatedTarget === null) document.body.classList.remove("dropping");
-};
-document.ondrop = (event) => {
-  event.preventDefault();
-  document.body.classList.remove("dropping");
-  const [file] = event.dataTransfer.files;
-  if (file) startFile(file);
-  else notice("Drop a file of this device: a video or a picture.");
-};
+takeDrops(startFile, () => notice("Drop a file of this device: a video or a picture."));
 video.onseeked = () => {
   if (session.created === null || !capture?.wentBack) return;
   leave(); // another stream: another session

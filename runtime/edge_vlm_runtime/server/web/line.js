@@ -102,7 +102,8 @@ export class Line {
     const now = performance.now();
     this.isUp = false;
     this.why ??= closed;
-    const grace = this.created?.limits.resume_grace_s ?? 0;
+    // A subscription to a camera has no token: it is begun anew.
+    const grace = this.created?.resume_token ? this.created.limits.resume_grace_s : 0;
     if (this.deadline === 0) this.deadline = now + 1000 * grace;
     if (this.isClosed || !BROKEN.has(closed.code) || now + this.pause > this.deadline) {
       this.isClosed = true;

@@ -17,7 +17,7 @@ export class Session {
     this.handlers = handlers;
     this.state = "idle";
     this.created = null; // the session.created event
-    this.isAgain = false; // it follows one that the server has lost
+    this.isAgain = false; // it follows one that the server has lost, and with it its memory
     this.line = null;
     this.stream = null;
     this.timer = null;
@@ -90,7 +90,7 @@ export class Session {
 
   take(event) {
     if (event.type === "session.created") {
-      this.isAgain = this.created !== null;
+      this.isAgain = this.created !== null && this.created.session_id !== event.session_id;
       this.created = event;
       this.pause = FIRST_PAUSE_MS;
       this.enter("up");
@@ -107,7 +107,9 @@ export class Session {
   ended(closed) {
     this.line = null;
     const hadBegun = this.created !== null;
-    if (hadBegun && (PASSING.has(closed.code) || GONE.has(this.code))) {
+    // A camera of the server may have no session yet.
+    const isAwaited = this.stream !== null && closed.code === 1013;
+    if (isAwaited || hadBegun && (PASSING.has(closed.code) || GONE.has(this.code))) {
       this.enter("restarting");
       this.timer = setTimeout(() => this.connect("restarting"), this.pause);
       this.pause = Math.min(2 * this.pause, LONGEST_PAUSE_MS);

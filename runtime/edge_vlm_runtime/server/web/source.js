@@ -163,3 +163,21 @@ export async function listDevices(select, chosen) {
     new Option(label || `Camera ${number + 1}`, deviceId, false, deviceId === chosen)));
   select.hidden = cameras.length < 2;
 }
+
+// Files that are dropped anywhere on the page; other() is called for anything else.
+export function takeDrops(taken, other) {
+  document.ondragover = (event) => {
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  };
+  document.ondragleave = (event) => {
+    if (event.relatedTarget === null) document.body.classList.remove("dropping");
+  };
+  document.ondrop = (event) => {
+    event.preventDefault();
+    document.body.classList.remove("dropping");
+    const [file] = event.dataTransfer.files;
+    if (file) taken(file);
+    else other();
+  };
+}

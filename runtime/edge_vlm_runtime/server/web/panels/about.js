@@ -50,6 +50,15 @@ export function showAddresses(facts) {
   $("address-notes").textContent = notes.join(" ");
 }
 
+// The browser does not tell a page why a websocket was not opened.
+export async function whyRefused() {
+  const answers = await fetch("healthz").then((reply) => reply.ok, () => false);
+  return !answers ? "The server does not answer."
+    : "The server answers, but takes no websocket from this page. Behind a proxy: it must pass " +
+      "websockets on (Upgrade and Connection), and if it changes Host, start the server with " +
+      `--allow-origin ${location.origin}`;
+}
+
 // taken() is called when somebody has given a key.
 export function askForKey(message, taken) {
   const isFirst = apiKey() === null;

@@ -5,6 +5,9 @@ import { keep, recall } from "../store.js";
 
 const MAX_KEPT = 40;
 const PICTURE_WIDTH = 200;
+const SAME_MS = 3000; // two that began so close to each other are one
+
+const keyOf = ({ alert_id, episode }) => `${alert_id} ${episode}`;
 
 export class AlertHistory {
   #entries = recall("alert-history", []); // {question, camera, at, probability, lasted_s, picture}
@@ -27,18 +30,10 @@ export class AlertHistory {
     $("sound").onclick = () => this.#toggleSound();
   }
 
-  // An alert.triggered, or one of the events that a camera keeps.
-  async began(event, at = new Date()) {
-    const entry = {
-      question: event.question, name: event.alert_name ?? "", camera: event.camera ?? "",
-      at: at.toISOString(), probability: event.probability, lasted_s: null, picture: null,
-    };
-    const key = `${event.alert_id} ${event.episode}`;
-    if (this.#open.has(key)) return;
-    this.#open.set(key, entry);
-    this.#entries.push(entry);
-    while (this.#entries.length > MAX_KEPT) this.#entries.shift().item.remove();
-    this.#show(entry);
+  // An alert.triggered.
+  async began(event) {
+    if (this.#open.has(keyOf(event))) return;
+    const entry = this.#add(event, new Date());
     this.#beep();
     if (event.evidence) {
       entry.picture = await small(event.evidence.jpeg).catch(() => null);
@@ -47,8 +42,36 @@ export class AlertHistory {
     this.#keep();
   }
 
+  // The same from a camera's list of what happened, `ago_s` before now; known perhaps.
+  found(event) {
+    if (this.#open.has(keyOf(event))) return;
+    const at = new Date(Date.now() - 1000 * event.ago_s);
+    const known = this.#entries.find((entry) => entry.question === event.question &&
+      entry.camera === (event.camera ?? "") && Math.abs(new Date(entry.at) - at) < SAME_MS);
+    if (known) {
+      known.lasted_s = null;
+      this.#open.set(keyOf(event), known);
+      this.#fill(known);
+    } else {
+      this.#add(event, at);
+    }
+    this.#keep();
+  }
+
+  #add(event, at) {
+    const entry = {
+      question: event.question, name: event.alert_name ?? "", camera: event.camera ?? "",
+      at: at.toISOString(), probability: event.probability, lasted_s: null, picture: null,
+    };
+    this.#open.set(keyOf(event), entry);
+    this.#entries.push(entry);
+    while (this.#entries.length > MAX_KEPT) this.#entries.shift().item.remove();
+    this.#show(entry);
+    return entry;
+  }
+
   ended(event) {
-    const key = `${event.alert_id} ${event.episode}`;
+    const key = keyOf(event);
     const entry = this.#open.get(key);
     if (!entry) return;
     this.#open.delete(key);

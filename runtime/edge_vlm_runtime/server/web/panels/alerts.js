@@ -1,6 +1,7 @@
 // Alerts: yes/no questions that are asked of every picture. Those set here are kept by the browser
 // and watched for in each session of its own; a camera of the server has its own.
 
+import { json } from "../access.js";
 import { $, make } from "../dom.js";
 import { keep, recall } from "../store.js";
 import { AlertHistory } from "./alert_history.js";
@@ -45,9 +46,24 @@ export class Alerts {
     this.#isOwn = isOwn;
     this.#statuses.clear();
     this.#wanted.clear();
-    if (isOwn) for (const rule of this.#rules) this.#send(rule);
-    else this.session.send("alert.list");
+    if (isOwn) {
+      for (const rule of this.#rules) this.#send(rule);
+    } else {
+      this.session.send("alert.list");
+      this.#readHistory(this.session.stream);
+    }
     this.#render();
+  }
+
+  // What a camera's alerts have found before somebody looked.
+  async #readHistory(stream) {
+    const path = `v1/streams/${encodeURIComponent(stream)}/events`;
+    const { events } = await json(path).catch(() => ({ events: [] })); // an alert will tell itself
+    if (this.session.stream !== stream) return;
+    for (const event of events) {
+      if (event.type === "alert.triggered") this.history.found(event);
+      else this.history.ended(event);
+    }
   }
 
   end() {

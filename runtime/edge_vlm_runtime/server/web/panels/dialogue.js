@@ -59,8 +59,7 @@ export class Dialogue {
 
   handlers = {
     "response.created": (event) => {
-      const entry = this.#open.get(event.event_id);
-      if (!entry) return;
+      const entry = this.#open.get(event.event_id) ?? this.#elsewhere(event.text);
       this.#open.delete(event.event_id);
       this.#open.set(event.response_id, entry);
     },
@@ -109,6 +108,14 @@ export class Dialogue {
     $("cancel").disabled = false;
     scrollDown();
     return true;
+  }
+
+  // Somebody else has asked the same session: another viewer of a camera, or a program.
+  #elsewhere(question) {
+    const at = new Date().toISOString();
+    const entry = { question: `${question} (asked elsewhere)`, answer: "", times: "", at, raw: "" };
+    this.#show(entry);
+    return entry;
   }
 
   #finish(entry, times) {
