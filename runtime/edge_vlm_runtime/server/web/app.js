@@ -3,12 +3,13 @@
 
 import { Capture } from "./capture.js";
 import { $ } from "./dom.js";
-import { askForKey, readFacts, showAddresses, showModel, whyRefused } from "./panels/about.js";
+import { askForKey, lookAround, showModel, whyRefused } from "./panels/about.js";
 import { Alerts } from "./panels/alerts.js";
 import { Cameras } from "./panels/cameras.js";
 import { Dialogue } from "./panels/dialogue.js";
 import * as gauges from "./panels/gauges.js";
 import { Settings } from "./panels/settings.js";
+import { showStatus } from "./panels/status.js";
 import "./panels/tabs.js";
 import { Session } from "./session.js";
 import { Source, listDevices, takeDrops } from "./source.js";
@@ -16,11 +17,6 @@ import { forget, showCells, showStill } from "./stage.js";
 import { subscribedPicture } from "./subscribed.js";
 
 const video = $("video");
-const STATUS = {
-  idle: ["not connected", ""], connecting: ["connecting", ""], up: ["connected", "on"],
-  broken: ["connection lost, trying again", "off"],
-  restarting: ["the server is away, trying again", "off"],
-};
 
 let source = null;
 let capture = null;
@@ -34,7 +30,7 @@ const session = new Session({
 });
 const settings = new Settings(session, () => capture?.retime(), notice);
 const alerts = new Alerts(session);
-const dialogue = new Dialogue(session, ask);
+const dialogue = new Dialogue(session, notice);
 const cameras = new Cameras((name) => start(() => new Source("stream", name)), refused);
 
 // ---- the session --------------------------------------------------------------------------
@@ -49,8 +45,7 @@ const own = {
     }
     dialogue.pictures.clear();
     const isOwn = source.kind !== "stream";
-    showModel(event.model);
-    dialogue.showExamples(event.model.card ?? null);
+    showModel(event.model, dialogue, alerts);
     settings.begin(event, source.kind === "camera" ? "live" : "wait", isOwn);
     alerts.begin(isOwn);
     if (event.stream) own["stream.updated"](event);
@@ -69,7 +64,8 @@ const own = {
   },
   "stream.updated"({ stream }) {
     source.trouble = stream.state === "live" ? null
-      : stream.detail ?? `The camera is ${stream.state}.`;
+      : stream.detail ?? (stream.state === "ended" ? "This film is over. It can still be asked about."
+        : "The camera gives no pictures.");
     troubleChanged();
   },
   "session.go_away"() {
@@ -89,21 +85,16 @@ function take(event) {
 }
 
 async function takePicture(bytes) {
-  const picture = subscribedPicture(bytes);
-  if (picture === null || source?.kind !== "stream") return;
-  const bitmap = await createImageBitmap(picture.blob).catch(() => null);
-  if (bitmap === null || source?.kind !== "stream") return;
+  const watched = source;
+  const picture = await subscribedPicture(bytes);
+  if (picture === null || source !== watched) return;
   dialogue.pictures.add(picture.sequence, picture.blob);
-  showStill(bitmap);
-  bitmap.close();
+  showStill(picture.bitmap);
+  picture.bitmap.close();
 }
 
 function showState(state) {
-  const [text, kind] = STATUS[state];
-  const isMute = state === "up" && source?.trouble;
-  $("status").textContent = isMute ? "connected, no pictures" : text;
-  $("status").className = `pill ${isMute ? "off" : kind}`;
-  document.body.classList.toggle("stale", state !== "up");
+  showStatus(state, source?.trouble);
   if (state !== "up") forget(); // what it looked at was of another picture
 }
 
@@ -121,15 +112,6 @@ function ended(closed, hadBegun) {
   } else if (closed.code !== 1000) {
     notice(`The session ended (${closed.code}) ${closed.reason}`);
   }
-}
-
-function ask(text, detail) {
-  notice("");
-  if (session.created === null) {
-    notice("Start the camera or choose a file first.");
-    return null;
-  }
-  return session.send("response.create", { text, detail });
 }
 
 // ---- what is watched ----------------------------------------------------------------------
@@ -210,6 +192,28 @@ function startFile(file) {
   start(async () => isPicture ? Source.picture(file) : Source.file(file));
 }
 
+function refused(error) {
+  askForKey(error.message, () => {
+    notice("");
+    look();
+  });
+}
+
+// What there is before anything runs.
+async function look() {
+  try {
+    const facts = await lookAround();
+    if (facts !== null && session.created === null) {
+      showModel(facts.model, dialogue, alerts);
+      settings.showDefaults(facts);
+    }
+    cameras.look();
+  } catch (error) {
+    if (error.status === 401) refused(error);
+    else notice(`The page cannot look: ${error.message}.`);
+  }
+}
+
 // What is wrong with the camera stands there for as long as it is.
 function notice(text) {
   $("notice").textContent = text || source?.trouble || "";
@@ -243,31 +247,4 @@ document.addEventListener("visibilitychange", () => { // a hidden page is shown 
   else if (source?.kind === "file") video.pause(); // a file waits
 });
 
-// ---- before anything runs -----------------------------------------------------------------
-
-function refused(error) {
-  askForKey(error.message, () => {
-    notice("");
-    look();
-  });
-}
-
-async function look() {
-  try {
-    const facts = await readFacts();
-    showAddresses(facts);
-    if (facts !== null && session.created === null) {
-      showModel(facts.model);
-      settings.showDefaults(facts);
-      dialogue.showExamples(facts.model.card ?? null);
-      alerts.showExamples(facts.model.card ?? null);
-    }
-    cameras.look();
-  } catch (error) {
-    if (error.status === 401) refused(error);
-    else notice(`The page cannot look: ${error.message}.`);
-  }
-}
-
-alerts.showExamples(null);
 look();

@@ -6,18 +6,21 @@ import { $, make } from "../dom.js";
 import { keep, recall } from "../store.js";
 
 // The answer of v1/edge_vlm/page, or null from an older server. Raises Refused for a wrong key.
-export async function readFacts() {
+export async function lookAround() {
+  let facts = null;
   try {
-    return await json("v1/edge_vlm/page");
+    facts = await json("v1/edge_vlm/page");
   } catch (error) {
-    if (error instanceof Refused && [401, 0].includes(error.status)) throw error;
-    return null;
+    if (error instanceof Refused && error.status !== 404) throw error;
   }
+  showAddresses(facts);
+  return facts;
 }
 
-export function showModel(model) {
+export function showModel(model, ...panels) {
   $("model").textContent = model.bundle;
   const card = model.card ?? null; // null from an older server, too
+  for (const panel of panels) panel.showExamples(card);
   const hidden = recall("banner-hidden", "");
   $("banner").hidden = card === null || hidden === model.bundle;
   if (card === null) return;
@@ -29,7 +32,7 @@ export function showModel(model) {
   };
 }
 
-export function showAddresses(facts) {
+function showAddresses(facts) {
   const isHere = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
   const list = facts?.addresses ?? [];
   $("addresses").replaceChildren(...list.map(({ url, qr }) => make("li", {},

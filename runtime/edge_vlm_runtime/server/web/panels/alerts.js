@@ -30,6 +30,7 @@ export class Alerts {
     setInterval(() => {
       if (this.#statuses.size > 0 && session.isUp) session.send("alert.list");
     }, POLL_MS);
+    this.showExamples(null);
     this.#render();
   }
 

@@ -17,10 +17,9 @@ export class Dialogue {
   #entries = []; // {question, answer, times, at, figures: [{picture, caption}]} or {note, at}
   #asked = -1; // arrow up: which earlier question is shown
 
-  // ask(text, detail) sends the question and returns its event_id, or null if it cannot be asked.
-  constructor(session, ask) {
-    this.session = session;
-    this.ask = ask;
+  // notice(text) says what went wrong.
+  constructor(session, notice) {
+    Object.assign(this, { session, notice });
     for (const entry of recall("dialogue", [])) this.#show(entry);
     $("ask").onsubmit = (event) => {
       event.preventDefault();
@@ -98,8 +97,12 @@ export class Dialogue {
 
   #put(text) {
     const detail = $("detail").checked && !$("detail").disabled ? "snapshot" : "video";
-    const event_id = this.ask(text, detail);
-    if (event_id === null) return false;
+    this.notice("");
+    if (this.session.created === null) {
+      this.notice("Start the camera or choose a file first.");
+      return false;
+    }
+    const event_id = this.session.send("response.create", { text, detail });
     const entry = { question: text, answer: "", times: "", at: new Date().toISOString(), raw: "" };
     this.#show(entry);
     entry.parts.answer.classList.add("open");
