@@ -71,8 +71,8 @@ class Page:
         self._session: str | None = None
         self.console: list[str] = []
 
-    async def open(self, url: str) -> None:
-        target = await self.call("Target.createTarget", url="about:blank")
+    async def open(self, url: str, **where: str) -> None:
+        target = await self.call("Target.createTarget", url="about:blank", **where)
         attached = await self.call(
             "Target.attachToTarget", targetId=target["targetId"], flatten=True
         )
