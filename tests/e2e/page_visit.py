@@ -18,9 +18,11 @@ DESKTOP, PHONE, LARGE = (1280, 800), (390, 664), (2560, 1440)
 class Visit(Page):
     """A page in a browser context of its own."""
 
+    context: str
+
     async def go(self, url: str, size: tuple[int, int] = DESKTOP) -> None:
-        context = (await self.call("Target.createBrowserContext"))["browserContextId"]
-        await self.open(url, browserContextId=context)
+        self.context = (await self.call("Target.createBrowserContext"))["browserContextId"]
+        await self.open(url, browserContextId=self.context)
         await self.resize(size)
         await self.loaded()
 
