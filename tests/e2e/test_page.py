@@ -32,7 +32,7 @@ CHROMIUM = next(
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
+    *("--use-fake-device-for-media-stream=device-count=2", "--use-fake-ui-for-media-stream"),
     *("--remote-debugging-port=0", "--window-size=1280,800"),
 )
 PATIENCE_S = 100.0

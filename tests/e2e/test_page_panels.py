@@ -234,7 +234,18 @@ def test_a_restarted_server_is_had_again(debugger: str) -> None:
                 await page.click("#camera")
                 await page.until(f"parseInt({text('g-frame')}) >= 2")
                 await page.until("!document.querySelector('#alert-list meter').hidden")
+                # Another camera of this device: the session stays.
+                await page.until("document.querySelectorAll('#device option').length === 2")
+                other = "document.getElementById('device').options[1].value"
+                await page.put("device", await page.value(other))
+                track = "document.getElementById('video').srcObject.getVideoTracks()[0]"
+                await page.until(f"{track}.getSettings().deviceId === {other}")
+                assert len(first._table.all_sessions) == 1
+                before = int((await page.value(text("g-frame"))).split()[0])
+                await page.until(f"parseInt({text('g-frame')}) > {before}")
             await page.says("status", "the server is away")
+            await page.submit("ask", "question", "Is anybody there?")
+            await page.says("notice", "ask when it is back")
             assert await page.value("document.body.classList.contains('stale')")
             with Server.open(DEMO_BUNDLE, threads=1) as second:
                 proxy.upstream_port = second.port

@@ -38,7 +38,6 @@ const cameras = new Cameras((name) => start(() => new Source("stream", name)), r
 const own = {
   "session.created"(event) {
     if (session.isAgain) {
-      dialogue.endAll();
       gauges.sessionEnded();
       notice("");
       dialogue.note("Restarted: this is a new session and its memory is empty.");
@@ -96,6 +95,7 @@ async function takePicture(bytes) {
 function showState(state) {
   showStatus(state, source?.trouble);
   if (state !== "up") forget(); // what it looked at was of another picture
+  if (state === "restarting") dialogue.endAll();
 }
 
 function ended(closed, hadBegun) {

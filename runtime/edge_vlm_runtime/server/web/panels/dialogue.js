@@ -98,8 +98,9 @@ export class Dialogue {
   #put(text) {
     const detail = $("detail").checked && !$("detail").disabled ? "snapshot" : "video";
     this.notice("");
-    if (this.session.created === null) {
-      this.notice("Start the camera or choose a file first.");
+    if (!this.session.isOpen) {
+      this.notice(this.session.state === "restarting" ? "The server is away: ask when it is back."
+        : "Start the camera or choose a file first.");
       return false;
     }
     const event_id = this.session.send("response.create", { text, detail });

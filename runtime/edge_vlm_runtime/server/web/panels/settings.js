@@ -134,7 +134,7 @@ export class Settings {
   #apply(patch) {
     const names = Object.keys(patch);
     this.#show({ ...this.#inForce, ...patch });
-    if (names.length === 0 || this.session.created === null) return;
+    if (names.length === 0 || !this.session.isOpen) return; // the next one begins with it
     this.#updates.set(this.session.send("session.update", { session: patch }), names);
   }
 
