@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import os
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -178,12 +179,20 @@ def test_what_cannot_be_shown_is_said(site: Site, tmp_path: Path) -> None:
     no_picture.write_bytes(b"\x89PNG no picture")
     no_video = tmp_path / "README.md"
     no_video.write_text("# words")
+    no_pictures = tmp_path / "tone.wav"
+    with wave.open(str(no_pictures), "wb") as tone:
+        tone.setnchannels(1)
+        tone.setsampwidth(2)
+        tone.setframerate(8000)
+        tone.writeframes(bytes(16000))
 
     async def steps(page: Visit) -> None:
         await page.choose("#file", no_picture)
         await page.says("notice", "broken.png is no picture that this browser can read")
         await page.choose("#file", no_video)
         await page.says("notice", "cannot play README.md: it is no video")
+        await page.choose("#file", no_pictures)
+        await page.says("notice", "tone.wav has sound alone")
         assert await page.value(text("status")) == "not connected"
         drop = (
             "document.dispatchEvent(Object.assign(new Event('drop', {cancelable: true}), "

@@ -44,6 +44,9 @@ test("what the slider says follows the number of parts", async () => {
   assert.match(keepWords(0.5, "stream", 81), /^Of the 81 parts of a picture about 41 are read/);
   assert.match(keepWords(0.05, "random", 16), /about 1 is read: any, by chance.*small things/);
   assert.match(keepWords(0.2, "keep_all", 16), /Every part .* nothing is saved/);
+  // Where something else decides, the slider does not claim to.
+  assert.match(keepWords(0.2, "stream", 81, { vision_tokens_per_s: 40 }), /40 parts a second/);
+  assert.match(keepWords(0.2, "stream", 81, { change_threshold: 0.4 }), /changed enough/);
 });
 
 function begun() {

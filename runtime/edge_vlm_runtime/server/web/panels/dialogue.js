@@ -76,7 +76,7 @@ export class Dialogue {
       entry.answer = withoutMarkup(event.text_in_stream_time ?? event.text) || "(nothing)";
       entry.parts.answer.textContent = entry.answer;
       this.#finish(entry, timesOf(event));
-      pointedPictures(event.points, this.pictures).then((figures) => {
+      pointedPictures(event.points ?? [], this.pictures).then((figures) => {
         entry.parts.item.append(...figures);
         entry.figures = figures.map((figure) => ({
           picture: figure.querySelector("canvas").toDataURL("image/jpeg", 0.8),
