@@ -17,7 +17,7 @@ from edge_vlm_runtime.cameras.keeper import CameraFile
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
 from edge_vlm_runtime.server.app import Server
 from tests.e2e.page_visit import DESKTOP, LARGE, PHONE, Visit, visit, visited
-from tests.e2e.test_page import CHROMIUM, browser, text
+from tests.e2e.test_page import CHROMIUM, text
 from tests.runtime.live import run
 from tests.runtime.pictures import jpeg
 from tests.runtime.reverse_proxy import ReverseProxy
@@ -34,12 +34,6 @@ HIGHEST = "document.documentElement"
 class Site(NamedTuple):
     debugger: str
     url: str
-
-
-@pytest.fixture(scope="module")
-def debugger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with browser(tmp_path_factory.mktemp("profile") / "p") as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
