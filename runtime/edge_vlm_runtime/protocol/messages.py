@@ -14,6 +14,7 @@ from edge_vlm.errors import (
     ProtocolError,
     SessionError,
 )
+from edge_vlm.formats.usage import ModelCard
 from edge_vlm.request_errors import RequestError
 from edge_vlm_runtime.protocol import alerts as alert_messages
 from edge_vlm_runtime.protocol import questions as question_messages
@@ -224,6 +225,8 @@ class Model(Part, kw_only=True):
     """Name of the bundle."""
     limits: ModelLimits
     """See below."""
+    card: ModelCard | None = None
+    """What it knows, in words, with examples of questions; null where nobody wrote one."""
 
 
 class VideoRoom(Part, kw_only=True):

@@ -44,6 +44,7 @@ from edge_vlm_runtime.openai.envelope import envelope, headers_of, status_of
 from edge_vlm_runtime.openai.media import MediaRules
 from edge_vlm_runtime.openai.one_shot import OneShots
 from edge_vlm_runtime.openai.request_queue import RequestQueue
+from edge_vlm_runtime.protocol.base import json_bytes
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.asgi_server import AsgiServer, listen
@@ -55,6 +56,7 @@ from edge_vlm_runtime.server.live_api import PREFIX as LIVE_PREFIX
 from edge_vlm_runtime.server.memory_need import require_memory
 from edge_vlm_runtime.server.metrics import CONTENT_TYPE
 from edge_vlm_runtime.server.origins import Origins
+from edge_vlm_runtime.server.page import DEMO_CLIP, FACTS_PATH, PAGE_HEADERS, WEB, page_facts
 from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
 from edge_vlm_runtime.server.streams.hub import PREFIX as STREAMS_PREFIX
 from edge_vlm_runtime.server.streams.hub import StreamHub
@@ -64,7 +66,7 @@ from edge_vlm_runtime.session.budget import default_settings, notes_on, video_wi
 try:
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import JSONResponse, Response
+    from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -74,15 +76,6 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-WEB = Path(__file__).parent / "web"
-PAGE_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": (
-        "default-src 'self'; connect-src 'self' ws: wss:; media-src 'self' blob:; "
-        "img-src 'self' blob: data:"
-    ),
-    "X-Content-Type-Options": "nosniff",
-}
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 """Are told apart by what is asked."""
 DRAIN_S = 5.0
@@ -143,6 +136,7 @@ class Server:
             limits=self.limits,
             recorder=recorder,
             on_event=on_event,
+            card=engines.bundle.card,
         )
         self._keeper = self._make_keeper(cameras or CameraFile(plan=CameraPlan()), recorder_of)
         self._socket = listen(host, port)
@@ -408,6 +402,8 @@ class Server:
                 Route("/version", self._version),
                 Route("/metrics", self._metrics),
                 WebSocketRoute(protocol.PATH, self._realtime),
+                Route("/demo/clip.mp4", self._demo_clip),
+                Route(FACTS_PATH, self._page_facts),
                 Route(f"{LIVE_PREFIX}/{{path:path}}", self._live, methods=METHODS),
                 Route(STREAMS_PREFIX, self._streams, methods=METHODS),
                 Route(f"{STREAMS_PREFIX}/{{path:path}}", self._streams, methods=METHODS),
@@ -443,6 +439,20 @@ class Server:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._table.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def _demo_clip(self, request: Request) -> Response:
+        return FileResponse(DEMO_CLIP, media_type="video/mp4", headers=PAGE_HEADERS)
+
+    async def _page_facts(self, request: Request) -> Response:
+        bound = self._socket.getsockname()[0]
+        body = {
+            **await asyncio.to_thread(page_facts, bound, self.port, self._is_tls, self._api_key),
+            "model": self._table.model_part(),
+            "settings": self.settings,
+            "limits": self.limits,
+            "notes": self.notes,
+        }
+        return Response(json_bytes(body), media_type="application/json")
 
     async def _live(self, request: Request) -> Response:
         return await self._answered(request, self._live_api.answer)

@@ -22,6 +22,7 @@ from edge_vlm.errors import (
     SessionGone,
     UnknownStream,
 )
+from edge_vlm.formats.usage import ModelCard
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
@@ -50,6 +51,7 @@ class SessionRegistry:
         limits: ServerLimits,
         recorder: Recorder | None = None,
         on_event: OnEvent | None = None,
+        card: ModelCard | None = None,
     ) -> None:
         """`on_event` gets a session's name and every event of it, connected or not."""
         self._on_event = on_event
@@ -61,6 +63,7 @@ class SessionRegistry:
         self._bundle_name = bundle_name
         self._settings = settings
         self._model = model
+        self._card = card
         self.limits = limits
         self.draining = False
         self._sessions: dict[str, ClientSession] = {}
@@ -197,7 +200,7 @@ class SessionRegistry:
             resume_token="" if session.camera is not None else session.resume_token,
             protocol_version=protocol.PROTOCOL_VERSION,
             server=f"edge-vlm {edge_vlm.__version__}",
-            model=self._model_part(),
+            model=self.model_part(),
             settings=settings,
             limits=self.limits,
             video=video_room(settings, self._model, self.limits),
@@ -286,7 +289,7 @@ class SessionRegistry:
             events_to_come=session.log.newest - last_sequence,
             protocol_version=protocol.PROTOCOL_VERSION,
             server=f"edge-vlm {edge_vlm.__version__}",
-            model=self._model_part(),
+            model=self.model_part(),
             settings=settings,
             limits=self.limits,
             video=video_room(settings, self._model, self.limits),
@@ -353,8 +356,9 @@ class SessionRegistry:
         if self._on_event is not None:
             self._on_event(session_id, event)
 
-    def _model_part(self) -> protocol.Model:
-        return protocol.Model(bundle=self._bundle_name, limits=self._model)
+    def model_part(self) -> protocol.Model:
+        """What answers."""
+        return protocol.Model(bundle=self._bundle_name, limits=self._model, card=self._card)
 
     # ---- the end of all ----------------------------------------------------------------------
 
