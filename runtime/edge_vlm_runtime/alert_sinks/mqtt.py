@@ -109,7 +109,9 @@ class MqttSink:
     through is sent smaller, then left out.
     """
 
-    def __init__(self, url: str, evidence: EvidenceSize = EvidenceSize.FULL) -> None:
+    def __init__(
+        self, url: str, evidence: EvidenceSize = EvidenceSize.FULL, *, name: str | None = None
+    ) -> None:
         """`mqtt://HOST:PORT/TOPIC` or `mqtts://`, with user and password if need be.
 
         Raises ConfigError.
@@ -125,8 +127,8 @@ class MqttSink:
         odd = set("#?") & set(url) or set("+#\0") & set(self._topic)
         if odd or not self._topic or not parts.hostname:
             raise ConfigError(f"not an MQTT topic: {masked!r}", remedy="write mqtt://HOST/TOPIC")
-        self.name = f"mqtt {masked}"
-        self.key = receiver_key(self.name, url)
+        self.name = f"mqtt {masked}" if name is None else f"sink {name} ({masked})"
+        self.key = receiver_key(self.name, url) if name is None else f"sink {name}"
         self._host, self._port = parts.hostname, port
         self._is_secure = parts.scheme == "mqtts"
         self._user = None if parts.username is None else unquote(parts.username)

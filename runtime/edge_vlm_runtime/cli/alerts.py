@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +19,8 @@ from edge_vlm_runtime.cli.arguments import Option, given, options_of
 
 if TYPE_CHECKING:
     from edge_vlm_runtime import protocol
-    from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher, Sink
+    from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher, Sink, Wants
+    from edge_vlm_runtime.alert_sinks.tables import SinkTable
     from edge_vlm_runtime.client.client import Client, OnEvent
     from edge_vlm_runtime.protocol import alerts as alert_messages
 
@@ -97,7 +100,8 @@ def alert_outputs(args: argparse.Namespace) -> Iterator[AlertDispatcher | None]:
     At the end what is under way has a few seconds. Raises ConfigError, MissingExtraError, and
     DeliveryError if a receiver did not take everything.
     """
-    if not args.webhook and not args.mqtt:
+    tables = sinks_of_file(args)
+    if not args.webhook and not args.mqtt and not tables:
         yield None
         return
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
@@ -105,6 +109,10 @@ def alert_outputs(args: argparse.Namespace) -> Iterator[AlertDispatcher | None]:
 
     evidence = EvidenceSize(args.evidence)
     sinks: list[Sink] = []
+    wants: dict[str, Wants] = {}
+    for table in tables:
+        sinks.append(table.open(evidence))
+        wants[sinks[-1].key] = functools.partial(_is_one_of, table.events)
     if args.webhook:
         from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 
@@ -113,11 +121,30 @@ def alert_outputs(args: argparse.Namespace) -> Iterator[AlertDispatcher | None]:
         from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
 
         sinks += [MqttSink(url, evidence) for url in dict.fromkeys(args.mqtt)]
-    with_pictures = evidence is not EvidenceSize.NONE
+    sizes = {evidence, *(table.evidence for table in tables)} - {None}
+    with_pictures = sizes != {EvidenceSize.NONE}
     queue = DeliveryQueue(args.alert_queue)
-    with AlertDispatcher(sinks, queue, with_pictures=with_pictures) as outputs:
+    with AlertDispatcher(sinks, queue, wants=wants, with_pictures=with_pictures) as outputs:
         yield outputs
     outputs.raise_undelivered()
+
+
+def sinks_of_file(args: argparse.Namespace) -> list[SinkTable]:
+    """`[[sink]]` of the configuration file, for `serve`; other commands leave them alone. Raises
+    ConfigError."""
+    if not getattr(args, "has_tables", False):
+        return []
+    from edge_vlm_runtime.alert_sinks.tables import read_sinks
+    from edge_vlm_runtime.cli.config import read_tables
+
+    file, tables = read_tables(args, os.environ)
+    return read_sinks(tables["sink"], file) if file is not None and "sink" in tables else []
+
+
+def _is_one_of(kinds: frozenset[str], event: protocol.ServerEvent) -> bool:
+    from edge_vlm_runtime import protocol
+
+    return protocol.tag_of(type(event)) in kinds
 
 
 async def create_alerts(args: argparse.Namespace, client: Client) -> None:

@@ -37,7 +37,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 serve = configured(
     Command(
-        add_arguments=lambda parser: None,
+        add_arguments=lambda parser: parser.set_defaults(has_tables=True),
         run=_serve,
     ),
     serve_options,
