@@ -42,7 +42,7 @@ FLOORS = (
     {"engines", "protocol"},
     {"inference", "sources"},
     {"session", "client", "alert_sinks"},
-    {"engine_thread", "recording"},
+    {"engine_thread", "recording", "home_assistant"},
     {"openai"},
     {"server"},
     {"evaluation", "demo", "doctor", "mcp"},

@@ -8,7 +8,7 @@ import logging
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from edge_vlm.errors import ConfigError, MissingExtraError
@@ -23,7 +23,8 @@ try:
 except ImportError as error:
     raise MissingExtraError.for_library("aiomqtt", "alerts") from error
 
-MqttError, Message = aiomqtt.MqttError, aiomqtt.Message
+MqttError: TypeAlias = aiomqtt.MqttError
+Message: TypeAlias = aiomqtt.Message
 AT_LEAST_ONCE = 1
 MQTT_5, MQTT_3 = aiomqtt.ProtocolVersion.V5, aiomqtt.ProtocolVersion.V311
 UNSUPPORTED_VERSION = 132
