@@ -22,7 +22,7 @@ SLOW = (
     *("benchmarks/", "e2e/", "golden/", "gpu/", "openai/", "training/trainer/"),
     *(
         f"edge_vlm/test_{name}.py"
-        for name in ("awkward_footage", "output", "points", "telemetry", "video", "wheel")
+        for name in ("awkward_footage", "hub", "output", "points", "telemetry", "video", "wheel")
     ),
     *(
         f"export/test_{name}.py"

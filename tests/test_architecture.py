@@ -31,7 +31,7 @@ RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
     *("PIL", "aiomqtt", "av", "bitsandbytes", "httpx", "llguidance", "mcp", "msgspec", "onnx"),
-    *("onnxruntime", "rich", "safetensors", "tensorrt", "tensorrt_rtx"),
+    *("huggingface_hub", "onnxruntime", "rich", "safetensors", "tensorrt", "tensorrt_rtx"),
     *("starlette", "tokenizers", "tomli", "transformers", "uvicorn", "websockets"),
 }
 GUARDED_PACKAGES = (CORE, RUNTIME)
