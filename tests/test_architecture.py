@@ -43,7 +43,7 @@ FLOORS = (
     {"inference", "sources"},
     {"session", "client", "alert_sinks"},
     {"engine_thread", "recording", "home_assistant"},
-    {"openai"},
+    {"openai", "cameras"},
     {"server"},
     {"evaluation", "demo", "doctor", "mcp"},
     {"cli"},

@@ -26,8 +26,8 @@ from edge_vlm_runtime.cli.options import URL_VARIABLE
 from edge_vlm_runtime.server.auth import VARIABLE as KEY_VARIABLE
 
 FILE_VARIABLE = "EDGE_VLM_CONFIG"
-TABLES = ("sink",)
-"""Keys of a file that are lists of tables, `[[sink]]`, and no options: `serve` reads them."""
+TABLES = ("alert", "camera", "sink")
+"""Keys of a file that are lists of tables, `[[camera]]`, and no options: `serve` reads them."""
 SERVICE_VARIABLE = re.compile(PREFIX + r"(\w+_)?(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 """What Kubernetes sets in every container for each Service of its namespace."""

@@ -18,6 +18,7 @@ from edge_vlm.request_errors import RequestError
 from edge_vlm_runtime.protocol import alerts as alert_messages
 from edge_vlm_runtime.protocol import questions as question_messages
 from edge_vlm_runtime.protocol import realtime as realtime_events
+from edge_vlm_runtime.protocol import streams as stream_messages
 from edge_vlm_runtime.protocol.answer_events import (
     NewestFrame,
     PointedAt,
@@ -76,6 +77,7 @@ from edge_vlm_runtime.protocol.responses import (
     TokenDetails,
 )
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
+from edge_vlm_runtime.protocol.streams import Stream
 
 PATH = "/v1/realtime"
 MAX_ERROR_TEXT = 1000
@@ -255,6 +257,8 @@ class SessionCreated(ServerEvent, tag="session.created"):
     """Null from an older server."""
     notes: list[str] | None = None
     """What a viewer should know about these settings with this model, in words."""
+    stream: Stream | UnsetType = UNSET
+    """The camera of the server that this connection subscribes to."""
 
 
 class SessionResumed(ServerEvent, tag="session.resumed"):
@@ -356,6 +360,7 @@ PARTS: tuple[type[Part], ...] = (
     *(RealtimeSession, RealtimeResponse, RealtimeUsage, TokenDetails, ConversationItem, OutputPart),
     *realtime_events.PARTS,
     *alert_messages.PARTS,
+    *stream_messages.PARTS,
 )
 CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
     SessionUpdate,
@@ -381,6 +386,7 @@ SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
     MemoryEvicted,
     MemoryRebased,
     *alert_messages.SERVER_EVENTS,
+    *stream_messages.SERVER_EVENTS,
     SessionStats,
     SessionGoAway,
     SessionClosed,
