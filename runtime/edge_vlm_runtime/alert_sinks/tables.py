@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,16 +217,3 @@ class _Reader:
                 f"events cannot be {given!r}", f"a list of {' and '.join(EVENTS)}, or one of them"
             )
         return frozenset(given)
-
-
-def require_known(wanted: Sequence[str], names: Collection[str], where: object) -> None:
-    """Raises ConfigError for a sink that an alert names and nobody has."""
-    for name in wanted:
-        if name not in names:
-            near = next(iter(difflib.get_close_matches(name, sorted(names), n=1)), None)
-            hint = f"did you mean {near!r}? " if near else ""
-            raise ConfigError(
-                f"no sink is called {name!r}",
-                where=where,
-                remedy=f"{hint}there are {', '.join(sorted(names)) or 'none'}; add a [[sink]]",
-            )

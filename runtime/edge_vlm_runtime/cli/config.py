@@ -139,7 +139,7 @@ def resolve(
             elif option.variable in variables.keys() - injected:
                 origin = option.variable
                 value = option.of_text(variables[origin])
-            elif key in table:
+            elif file is not None and key in table:
                 origin = str(file)
                 value = option.of_toml(table[key], file.absolute().parent)
             if origin != "default":
@@ -216,7 +216,8 @@ def as_toml(options: Iterable[Option], settings: Mapping[str, Setting], *, has_k
         if value is None or value == []:
             lines.append(f"# {key} is not set")
         elif option.about.is_secret:
-            shown = [_without_secrets(address) for address in value]
+            addresses = [value] if isinstance(value, str) else value
+            shown = [_without_secrets(address) for address in addresses]
             lines.append(f"# {key} = {_toml(shown)}  # {origin}; may hold a secret: set it again")
         else:
             lines.append(f"{key} = {_toml(value)}  # {origin}")

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from edge_vlm.errors import EdgeVlmError, InternalError, TooManyQuestions
 from edge_vlm.request_errors import RequestError
@@ -60,9 +60,8 @@ MAX_QUESTION_BYTES = 16_000
 MAX_ID = 200
 
 
-class Ask(Protocol):
-    def __call__(self, stream: str, question: str) -> Future[protocol.ResponseDone]:
-        """Asks a stream. The future raises what the question is refused with."""
+Ask = Callable[[str, str], "Future[protocol.ResponseDone]"]
+"""Asks a stream, by name, a question. The future raises what the question is refused with."""
 
 
 class HomeAssistant:
@@ -118,6 +117,10 @@ class HomeAssistant:
         """Which streams there are and what is watched for in each; others are removed."""
         plan = {name: tuple(alerts) for name, alerts in streams.items()}
         self._call(self._declare, plan)
+
+    def begin(self, stream: str) -> None:
+        """It has a new session: nothing of the one before is left."""
+        self._call(self._home.begin, stream)
 
     def note(self, stream: str, *, is_live: bool) -> None:
         """Whether its camera gives pictures."""

@@ -24,7 +24,6 @@ from edge_vlm_runtime.protocol import alerts as messages
 MAX_UNANSWERED = 64
 """Questions of a stream, from anywhere, whose text is kept until they are answered."""
 INTERESTING = (
-    protocol.SessionCreated,
     protocol.ResponseCreated,
     protocol.ResponseDone,
     messages.AlertCreated,
@@ -138,22 +137,26 @@ class HomeStates:
         if (stream := self._streams.get(name)) is not None:
             self._state(stream.entities.camera_topic, ONLINE if is_live else OFFLINE)
 
+    def begin(self, name: str) -> None:
+        """A stream has a new session: nothing of the one before is left."""
+        if (stream := self._streams.get(name)) is None:
+            return
+        stream.names.clear()
+        stream.questions.clear()
+        for alert in list(stream.alerts.values()):
+            if alert.is_declared:
+                self._alert_state(stream, alert.name, OFF, {"question": alert.question})
+            else:
+                self._remove_alert(stream, alert.name)
+
     def take(self, name: str, event: protocol.ServerEvent) -> None:
         """An event, of INTERESTING, of a stream's session."""
         stream = self._streams.get(name)
         if stream is None:
             return
-        if isinstance(event, protocol.SessionCreated):  # nothing of the one before is left
-            stream.names.clear()
-            stream.questions.clear()
-            for alert in list(stream.alerts.values()):
-                if alert.is_declared:
-                    self._alert_state(stream, alert.name, OFF, {"question": alert.question})
-                else:
-                    self._remove_alert(stream, alert.name)
-        elif isinstance(event, messages.AlertCreated):
+        if isinstance(event, messages.AlertCreated):
             status = event.alert
-            alert_name = getattr(status, "name", None) or status.rule.question
+            alert_name = status.name or status.rule.question
             stream.names[status.alert_id] = alert_name
             self._add_alert(stream, alert_name, status.rule.question, is_declared=False)
         elif isinstance(event, messages.AlertDeleted):
