@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import aiomqtt
 import jinja2
 import pytest
+import yaml
 
 from edge_vlm.errors import ConfigError, NoFrameYet
 from edge_vlm_runtime import protocol
@@ -30,9 +28,16 @@ from edge_vlm_runtime.home_assistant.entities import (
 )
 from edge_vlm_runtime.home_assistant.states import WatchedAlert
 from edge_vlm_runtime.protocol import alerts as messages
-from tests.runtime.live import TIMEOUT_S
 from tests.runtime.pictures import jpeg
-from tests.runtime.receivers import MOSQUITTO, Broker, cleared, free_port, triggered, wait_until
+from tests.runtime.receivers import (
+    MOSQUITTO,
+    Broker,
+    Home,
+    cleared,
+    free_port,
+    triggered,
+    wait_until,
+)
 
 needs_broker = pytest.mark.skipif(
     MOSQUITTO is None, reason="no MQTT broker here (apt-get install mosquitto)"
@@ -40,62 +45,6 @@ needs_broker = pytest.mark.skipif(
 QUESTION = "is there a red ball ?"
 DOOR = {"door": [WatchedAlert(QUESTION, QUESTION)]}
 BALL_NAME = safe_name(QUESTION)
-
-
-class Home:
-    """Another client of the broker: the newest message of each topic."""
-
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
-        self.seen: dict[str, bytes] = {}
-        self.heard: list[tuple[str, bytes]] = []
-        self._ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._task = self._loop.create_task(self._listen())
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        assert self._ready.wait(TIMEOUT_S)
-
-    def _run(self) -> None:
-        self._loop.run_until_complete(asyncio.wait([self._task]))
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
-
-    async def _listen(self) -> None:
-        self._client = aiomqtt.Client(
-            "127.0.0.1", self._broker.port, username=Broker.USER, password=Broker.PASSWORD
-        )
-        async with self._client as client:
-            await client.subscribe("#", qos=1)
-            self._ready.set()
-            async for message in client.messages:
-                assert isinstance(message.payload, bytes)
-                topic = message.topic.value
-                self.heard.append((topic, message.payload))
-                if message.payload:
-                    self.seen[topic] = message.payload
-                else:
-                    self.seen.pop(topic, None)
-
-    def say(self, topic: str, payload: str | bytes, *, retain: bool = False) -> None:
-        sending = self._client.publish(topic, payload, qos=1, retain=retain)
-        asyncio.run_coroutine_threadsafe(sending, self._loop).result(TIMEOUT_S)
-
-    def text(self, topic: str) -> str:
-        return self.seen.get(topic, b"").decode()
-
-    def json(self, topic: str) -> dict[str, Any]:
-        found = json.loads(self.seen.get(topic, b"{}"))
-        assert isinstance(found, dict)
-        return found
-
-    @property
-    def configs(self) -> list[str]:
-        return sorted(topic for topic in self.seen if topic.startswith("homeassistant/"))
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join()
 
 
 class Asked:
@@ -459,6 +408,8 @@ def test_home_assistants_own_schema_takes_every_message() -> None:
         pytest.skip("EDGE_VLM_HOME_ASSISTANT names no Python that has Home Assistant")
     script = str(HERE / "home_assistant_schema.py")
     messages_ = [(entity.topic.split("/")[1], entity.config) for entity in all_entities()]
+    page = (HERE.parents[1] / "docs" / "home-assistant.md").read_text()
+    automation = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
 
     def check(given: object) -> list[str]:
         ran = subprocess.run(
@@ -468,7 +419,8 @@ def test_home_assistants_own_schema_takes_every_message() -> None:
         assert isinstance(found, list)
         return found
 
-    assert check(messages_) == []
+    assert check([*messages_, ("automation", automation)]) == []
+    assert check([("automation", {**automation, "actions": [{"acton": "x"}]})])
     broken = [("sensor", {**messages_[1][1], "state_topics": "x", "qos": 9}), ("text", {})]
     assert len(check(broken)) == 2
 
