@@ -6,8 +6,8 @@
     ha/bin/python tests/runtime/home_assistant_schema.py --record tests/data/home_assistant.json
     EDGE_VLM_HOME_ASSISTANT=ha/bin/python pytest tests/runtime/test_home_assistant.py
 
-Standard input: a JSON list of [component, config], or ["automation", its fields]; standard output: a list of what is wrong. With
---record it writes which keys each component knows: what it does not know it drops without a word.
+Standard input: a JSON list of [component, config], or ["automation", its fields]; standard output:
+a list of what is wrong. With --record it writes which keys each component knows: what it does not know it drops without a word.
 """
 
 from __future__ import annotations
