@@ -7,7 +7,8 @@
     EDGE_VLM_HOME_ASSISTANT=ha/bin/python pytest tests/runtime/test_home_assistant.py
 
 Standard input: a JSON list of [component, config], or ["automation", its fields]; standard output:
-a list of what is wrong. With --record it writes which keys each component knows: what it does not know it drops without a word.
+a list of what is wrong. With --record it writes which keys each component knows: what it does not
+know it drops without a word.
 """
 
 from __future__ import annotations
