@@ -21,7 +21,7 @@ COPY --from=wheel /wheels /wheels
 # TensorRT's bindings are the system's.
 RUN python3 -m venv --system-site-packages /opt/edge-vlm \
     && set -- /wheels/*.whl \
-    && /opt/edge-vlm/bin/pip install --no-cache-dir "$1[serve,alerts]" \
+    && /opt/edge-vlm/bin/pip install --no-cache-dir "$1[ort,alerts]" \
     && useradd --uid 10001 --groups video --home-dir /data --create-home edge-vlm
 ENV PATH=/opt/edge-vlm/bin:$PATH PYTHONUNBUFFERED=1 EDGE_VLM_HOST=0.0.0.0 EDGE_VLM_BACKEND=trt
 USER 10001
