@@ -89,7 +89,9 @@ def created(text: str) -> protocol.ResponseCreated:
     return protocol.ResponseCreated(response_id="r1", text=text, newest_frame=newest)
 
 
-def alert_created(question: str = QUESTION, alert_id: str = "alert_1") -> messages.AlertCreated:
+def alert_created(
+    question: str = QUESTION, alert_id: str = "alert_1", name: str = ""
+) -> messages.AlertCreated:
     return messages.AlertCreated(
         alert=messages.AlertStatus(
             alert_id=alert_id,
@@ -100,6 +102,7 @@ def alert_created(question: str = QUESTION, alert_id: str = "alert_1") -> messag
             answer_mass=None,
             frame_sequence=None,
             time_s=None,
+            **({"name": name} if name else {}),
         )
     )
 
@@ -186,8 +189,12 @@ def test_what_is_no_more_is_taken_away(broker: Broker, home: Home) -> None:
         bridged.declare(DOOR)
         wait_until(lambda: home.configs == ENTITIES)
         assert not [topic for topic in home.seen if topic.startswith("edge-vlm/box/yard/")]
-        bridged.put("door", alert_created("is it dark ?", "alert_2"))
+        bridged.put("door", alert_created("is it dark ?", "alert_2", name="dark"))
         wait_until(lambda: len(home.configs) == 7)
+        assert home.text(f"{DOOR_TOPIC}/alert/dark") == "OFF"
+        bridged.begin("door")  # a new session: what a viewer had made is gone, the file's are off
+        wait_until(lambda: home.configs == ENTITIES)
+        assert home.text(BALL) == "OFF"
     other = "homeassistant/sensor/other_node/door__answer/config"
     home.say(other, "{}", retain=True)
     with bridge(broker) as bridged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import threading
@@ -20,6 +21,8 @@ from edge_vlm_runtime.alert_sinks.signature import Signer
 from edge_vlm_runtime.alert_sinks.tables import SinkTable, read_sinks
 from edge_vlm_runtime.alert_sinks.template import BodyTemplate
 from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
+from edge_vlm_runtime.cameras.config import read_plan
+from edge_vlm_runtime.cli.alerts import AlertRoutes, alert_outputs
 from edge_vlm_runtime.cli.config import read_toml
 from tests.runtime.pictures import jpeg
 from tests.runtime.receivers import cleared, triggered
@@ -286,3 +289,82 @@ def test_a_signature_of_the_standards_own_example() -> None:
         "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330.9, b'{"test": 2432232314}'
     )
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+# ---- which alert goes where ------------------------------------------------------------------
+
+TABLES = """
+[[camera]]
+name = "door"
+source = "webcam"
+
+[[alert]]
+name = "everywhere"
+camera = "door"
+question = "is there a dog ?"
+
+[[alert]]
+name = "cat"
+camera = "door"
+question = "is there a cat ?"
+sinks = ["phone", "OWN"]
+
+[[sink]]
+name = "phone"
+url = "PHONE"
+events = ["alert.triggered"]
+
+[[sink]]
+name = "log"
+url = "LOG"
+"""
+
+
+def of_camera(alert: str) -> list[Any]:
+    events: list[Any] = [triggered(1), cleared(1)]
+    for event in events:
+        event.camera, event.alert_name = "door", alert
+    return events
+
+
+def test_each_alert_of_a_camera_goes_where_its_table_says(
+    tmp_path: Path, serve: Callable[[Any], Service], caplog: pytest.LogCaptureFixture
+) -> None:
+    places = {name: serve(lambda *request: 204) for name in ("PHONE", "LOG", "OWN", "HOOK")}
+    text = TABLES
+    for name, service in places.items():
+        text = text.replace(name, f"{service.url}/{name.lower()}")
+    file = tmp_path / "edge-vlm.toml"
+    file.write_text(text)
+    plan = read_plan(read_toml(file), file)
+    args = argparse.Namespace(
+        config=file,
+        has_tables=True,
+        webhook=[f"{places['HOOK'].url}/hook"],
+        mqtt=[],
+        evidence="none",
+        alert_queue=None,
+    )
+    routes = AlertRoutes(plan)
+    with alert_outputs(args, routes) as outputs:
+        assert outputs is not None
+        outputs.put("viewer", triggered(1))
+        for event in (*of_camera("everywhere"), *of_camera("cat")):
+            outputs.put("door's", event)
+        outputs.put("door's", of_camera("made by a viewer")[0])
+    got = {
+        name: [body.get("alert_name", "a viewer's") for body in service.bodies]
+        for name, service in places.items()
+    }
+    others = ["a viewer's", "everywhere", "everywhere", "made by a viewer"]
+    assert got == {
+        "PHONE": ["a viewer's", "everywhere", "cat", "made by a viewer"],  # begins alone
+        "OWN": ["cat", "cat"],
+        "LOG": others,
+        "HOOK": others,
+    }
+    assert caplog.text == ""
+    file.write_text(text.replace('"phone", ', '"http://user:secret@127.0.0.1:9/new", "phone", '))
+    routes.planned(read_plan(read_toml(file), file))
+    assert "restart to send alerts there" in caplog.text
+    assert "secret" not in caplog.text
