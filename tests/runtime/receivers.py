@@ -452,6 +452,11 @@ class Home:
         sending = self._client.publish(topic, payload, qos=1, retain=retain)
         asyncio.run_coroutine_threadsafe(sending, self._loop).result(TIMEOUT_S)
 
+    def send(self, topic: str, payload: str) -> None:
+        """Without waiting for the broker."""
+        sending = self._client.publish(topic, payload, qos=0)
+        asyncio.run_coroutine_threadsafe(sending, self._loop)
+
     def text(self, topic: str) -> str:
         return self.seen.get(topic, b"").decode()
 

@@ -305,6 +305,31 @@ def test_too_many_questions_at_once_are_refused(broker: Broker, home: Home) -> N
 
 
 @needs_broker
+def test_a_flood_of_questions_is_bounded(
+    broker: Broker, home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = Asked()
+    asked.answers = False
+    with bridge(broker, asked) as bridged:
+        bridged.declare(DOOR)
+        wait_until(lambda: home.text(STATUS) == "online")
+        most = 0
+        for _ in range(150):
+            home.send(f"{DOOR_TOPIC}/ask", "What is there?")
+            most = max(most, len(bridged._questions))
+        wait_until(lambda: home.seen.get(f"{DOOR_TOPIC}/reply"))
+        assert most <= 64
+        assert len(asked.questions) == 8
+        assert "E-TOO-MANY" in home.json(f"{DOOR_TOPIC}/reply")["error"]
+        asked.answers = True
+        for future in asked.waiting:
+            future.set_result(done("yes"))
+        wait_until(lambda: not bridged._questions)
+        home.say(f"{DOOR_TOPIC}/ask", json.dumps({"question": "And now?", "id": "after"}))
+        wait_until(lambda: home.json(f"{DOOR_TOPIC}/reply").get("id") == "after")
+
+
+@needs_broker
 def test_two_servers_of_one_name_are_told(
     broker: Broker, home: Home, caplog: pytest.LogCaptureFixture
 ) -> None:

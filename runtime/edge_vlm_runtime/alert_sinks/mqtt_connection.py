@@ -55,6 +55,7 @@ class MqttAddress:
         try:
             parts = urlsplit(url)
             port = parts.port or DEFAULT_PORTS.get(parts.scheme, 0)
+            port = port if parts.scheme in DEFAULT_PORTS else 0
         except ValueError:
             port = 0
         topic = (unquote(parts.path).strip("/") or default_topic) if port else ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from edge_vlm.options import About
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
+from edge_vlm_runtime.cli.shared import print_notes
 from edge_vlm_runtime.client.address import DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ class HomeOptions:
 
 
 @contextmanager
-def home_assistant(args: argparse.Namespace, server: Server) -> Iterator[None]:
+def home_assistant(
+    args: argparse.Namespace, server: Server, *, has_cameras: bool
+) -> Iterator[None]:
     """Tells it of the server's cameras, if it was named. Raises ConfigError, MissingExtraError."""
     if args.home_assistant is None:
         yield
@@ -50,6 +53,8 @@ def home_assistant(args: argparse.Namespace, server: Server) -> Iterator[None]:
         evidence=EvidenceSize(args.evidence),
     ) as bridge:
         server.observe_streams(_Observer(bridge))
+        if not has_cameras:
+            print_notes(["Home Assistant is told of cameras alone, and there is no [[camera]] yet"])
         yield
 
 

@@ -40,7 +40,7 @@ def _serve(args: argparse.Namespace) -> int:
             server.on_plan(routes.planned)
             print_notes(server.notes)
             where = f"{server.page_url}  (clients: {server.url})"
-            with home_assistant(args, server):
+            with home_assistant(args, server, has_cameras=bool(cameras.plan.cameras)):
                 server.serve(lambda: print(f"serving {args.bundle} at {where}", flush=True))
         print("stopped", flush=True)
     return 0

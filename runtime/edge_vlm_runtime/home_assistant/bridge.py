@@ -56,6 +56,8 @@ GRACE_S = 5.0
 """At the end, for what is still to be published."""
 MAX_QUESTIONS = 8
 """Under way at once, over MQTT."""
+MAX_REPLIES = 64
+"""That wait to be sent, refusals included."""
 MAX_QUESTION_BYTES = 16_000
 MAX_ID = 200
 
@@ -95,6 +97,8 @@ class HomeAssistant:
         self._client: Connection | None = None
         """None while there is no connection."""
         self._questions: set[asyncio.Task[None]] = set()
+        self._is_flooded = False
+        """It was said that there are too many to answer."""
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._news = asyncio.Event()
         self._home = HomeStates(
@@ -293,6 +297,11 @@ class HomeAssistant:
     # ---- questions ---------------------------------------------------------------------------
 
     def _take_question(self, client: Connection, topic: str, payload: bytes) -> None:
+        if len(self._questions) >= MAX_REPLIES:  # a flood: not even worth a refusal each
+            if not self._is_flooded:
+                log.warning("%s: questions come faster than they can be refused", self.name)
+            self._is_flooded = True
+            return
         task = asyncio.create_task(self._reply(client, topic.rpartition("/")[0], payload))
         self._questions.add(task)
         task.add_done_callback(self._question_ended)
