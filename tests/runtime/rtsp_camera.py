@@ -21,14 +21,14 @@ JPEG_TYPE, MULAW_TYPE = 26, 0
 
 
 class RtspCamera:
-    """Serves any number of clients, one after another; `unplug` ends the present one."""
+    """Serves any number of clients; `unplug` ends the present ones."""
 
-    def __init__(self, size: int = 64, fps: float = 25.0) -> None:
+    def __init__(self, size: int = 64, fps: float = 25.0, port: int = 0) -> None:
         self._size = size
         self._fps = fps
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port = int(self._listener.getsockname()[1])
-        self._client: socket.socket | None = None
+        self._clients: list[socket.socket] = []
         self._stopping = False
         self.sound_only = False
         """Of clients to come: as a camera that lost its picture."""
@@ -38,9 +38,9 @@ class RtspCamera:
         self._thread.start()
 
     def unplug(self) -> None:
-        client = self._client
-        if client is not None:
-            client.shutdown(socket.SHUT_RDWR)
+        for client in tuple(self._clients):
+            with contextlib.suppress(OSError):  # it left
+                client.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> RtspCamera:
         return self
@@ -53,8 +53,7 @@ class RtspCamera:
     ) -> None:
         self._stopping = True
         self._listener.close()
-        with contextlib.suppress(OSError):
-            self.unplug()
+        self.unplug()
         self._thread.join(5.0)
 
     def _serve(self) -> None:
@@ -63,11 +62,13 @@ class RtspCamera:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            with client:
-                self._client = client
-                with contextlib.suppress(OSError):
-                    self._talk(client)
-                self._client = None
+            self._clients.append(client)
+            threading.Thread(target=self._serve_one, args=(client,), daemon=True).start()
+
+    def _serve_one(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            self._talk(client)
+        self._clients.remove(client)
 
     def _talk(self, client: socket.socket) -> None:
         lines = client.makefile("rb")

@@ -136,16 +136,16 @@ class Camera:
         self._running = self._loop.create_task(self._run())
         self._read()
 
-    def stop_reading(self) -> None:
-        """No more pictures; the session stays."""
+    async def stop_reading(self) -> None:
+        """No more pictures and no other session; the present one stays."""
         if self._reader is not None:
             self._reader.close()
+        if self._running is not None:
+            await cancel(self._running)
 
     async def stop(self, reason: str) -> None:
         """Ends the session, too; its subscribers are told why."""
-        self.stop_reading()
-        if self._running is not None:
-            await cancel(self._running)
+        await self.stop_reading()
         session, self.session = self.session, None
         if session is not None:
             await self._sessions.close_stream(session, reason)

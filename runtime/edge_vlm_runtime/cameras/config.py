@@ -116,9 +116,7 @@ def read_plan(table: Mapping[str, Any], file: Path) -> CameraPlan:
 def _tables(table: Mapping[str, Any], kind: str, file: Path) -> list[dict[str, Any]]:
     found = table.get(kind, [])
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
-        raise ConfigError(
-            f"{kind} must be tables", where=file, remedy=f"begin each with [[{kind}]]"
-        )
+        raise ConfigError(f"{kind} must be tables", where=file, remedy=f"write [[{kind}]]")
     return found
 
 

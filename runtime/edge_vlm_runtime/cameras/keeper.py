@@ -104,7 +104,7 @@ class CameraKeeper:
         """No more pictures and no more changes; the sessions stay."""
         await cancel(*self._tasks)
         for camera in self._cameras.values():
-            camera.stop_reading()
+            await camera.stop_reading()
 
     async def stop(self, reason: str) -> None:
         """Ends all."""

@@ -90,7 +90,7 @@ async def watch_live(args: argparse.Namespace, url: str, outputs: AlertDispatche
             comes_back=args.url is not None,
         )
         if isinstance(view, LiveTable):
-            view.takes_questions = True
+            view.takes_questions, view.is_subscriber = True, args.stream is not None
         try:
             with Keyboard(run.ask, view.typing).reading():
                 await run.run(first)

@@ -41,7 +41,8 @@ class LineEditor:
             elif key == "\x15":  # Ctrl-U
                 self.text = ""
             elif key == "\x17":  # Ctrl-W
-                self.text = self.text.rstrip().rpartition(" ")[0]
+                kept = self.text.rstrip().rfind(" ") + 1
+                self.text = self.text[:kept]
             elif key.isprintable() and len(self.text) < MAX_LINE:
                 self.text += key
 
@@ -134,13 +135,21 @@ def _single_keys(descriptor: int) -> Iterator[None]:
     # In the background, reading fails instead of stopping the whole program.
     heeded = signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     try:
-        if os.tcgetpgrp(descriptor) == os.getpgrp():
+        if _is_ours(descriptor):
             termios.tcsetattr(descriptor, termios.TCSADRAIN, now)
         yield
     finally:
-        if os.tcgetpgrp(descriptor) == os.getpgrp():
+        if _is_ours(descriptor):
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
         signal.signal(signal.SIGTTIN, heeded)
+
+
+def _is_ours(descriptor: int) -> bool:
+    """False while this program runs in the background of the terminal."""
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:  # a terminal without jobs
+        return True
 
 
 def _termios() -> ModuleType | None:

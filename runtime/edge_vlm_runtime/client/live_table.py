@@ -160,6 +160,8 @@ class LiveTable(LineOutput):
         self.typing = self.show_typed
         self.takes_questions = False
         """A line at the foot says that one may type."""
+        self.is_subscriber = False
+        """Somebody else sends the pictures: they are counted by their outcomes."""
         self._drawn_s = 0.0
         # Drawn by us, not by a thread of rich: an output that is gone is noticed here.
         self._live = Live(console=Console(), auto_refresh=False, get_renderable=self._render)
@@ -187,6 +189,9 @@ class LiveTable(LineOutput):
         self._gauges.sent(picture.age_s)
 
     def event(self, event: protocol.ServerEvent) -> None:
+        outcomes = (protocol.FrameAccepted, protocol.FrameDropped)
+        if self.is_subscriber and isinstance(event, outcomes):
+            self._gauges.sent()
         self._gauges.event(event)
         if isinstance(event, (AlertTriggered, AlertCleared)):
             self._alerts = [*self._alerts, alert_line(event)][-MAX_ALERTS:]

@@ -45,6 +45,11 @@ class EventLog:
         ):
             self._num_bytes -= len(self._texts.popleft())
 
+    def forget(self, last_sequence: int) -> None:
+        """Nobody will ask for the events up to this one again."""
+        while self._texts and self.oldest <= last_sequence:
+            self._num_bytes -= len(self._texts.popleft())
+
     def covers(self, last_sequence: int) -> bool:
         """Whether every event after this one is still here."""
         return self.oldest - 1 <= last_sequence <= self.newest

@@ -234,6 +234,7 @@ class Subscription:
             while self._sent < self._log.newest:
                 await self._websocket.send_text(self._log.text(self._sent + 1))
                 self._sent += 1
+                self._log.forget(self._sent)
             if self._picture is not None:
                 picture, self._picture = self._picture, None
                 await self._websocket.send_bytes(picture)

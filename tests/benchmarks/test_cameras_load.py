@@ -1,0 +1,20 @@
+"""The script about a server's own cameras, at small size: nothing is lost, all are answered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.runtime import cameras_load
+
+
+def test_cameras_load_states_what_it_measured(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    assert cameras_load.main(["--seconds", "4", "--out", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["goals"]["each_frame_one_outcome"], result
+    assert result["goals"]["all_answered"], result
+    assert result["frames_seen"] >= cameras_load.CAMERAS
+    assert min(result["frames_accepted"]) > 0
+    assert result["questions"]["all"] > 0
+    assert result["states"] == ["live"]

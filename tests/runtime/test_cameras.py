@@ -1,0 +1,513 @@
+"""Cameras that the server owns: sessions without a viewer, subscribers, absence, a changed file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import websockets
+from websockets.asyncio.client import ClientConnection
+
+from edge_vlm.errors import ConfigError, NotForSubscribers, ServerBusy, UnknownStream
+from edge_vlm_runtime import protocol
+from edge_vlm_runtime.cameras import keeper
+from edge_vlm_runtime.cameras.config import read_plan
+from edge_vlm_runtime.cameras.keeper import CameraFile
+from edge_vlm_runtime.cli.config import read_toml
+from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.client.connection import Access
+from edge_vlm_runtime.client.live_streams import LiveStreams
+from edge_vlm_runtime.mcp.tools import StreamTools
+from edge_vlm_runtime.protocol.alerts import AlertCreated, AlertTriggered
+from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.sources import live, waiting
+from tests.runtime.live import TIMEOUT_S, run
+from tests.runtime.pictures import write_video
+from tests.runtime.rtsp_camera import RtspCamera
+from tests.tiny import tiny_bundle
+
+KEY = "the key"
+ACCESS = Access(api_key=KEY)
+QUESTION = "what colour is the cube ?"
+ALWAYS = {"on_threshold": 1e-9, "off_threshold": 0.0}
+"""An alert of a model with random weights, from the first check on."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def impatience() -> Iterator[None]:
+    """Files are looked at and cameras are tried more often than they would be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeper, "POLL_S", 0.1)
+        for module in (live, waiting):
+            patch.setattr(module, "LONGEST_BACK_OFF_S", 0.2)
+        yield
+
+
+class Owned:
+    """A running server with a file of cameras that may be written anew."""
+
+    def __init__(self, file: Path, **limits: Any) -> None:
+        self.file = file
+        self.heard: list[tuple[str, protocol.ServerEvent]] = []
+        self.server = Server.open(
+            tiny_bundle(),
+            threads=1,
+            limits=ServerLimits(**limits),
+            api_key=KEY,
+            on_event=lambda session, event: self.heard.append((session, event)),
+            cameras=CameraFile(
+                plan=read_plan(read_toml(file), file),
+                path=file,
+                read=lambda: read_plan(read_toml(file), file),
+            ),
+        )
+        self.server.start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    def get(self, path: str, key: str = KEY) -> Any:
+        request = urllib.request.Request(
+            f"http://{self.address}{path}", headers={"Authorization": f"Bearer {key}"}
+        )
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
+            data = reply.read()
+        return json.loads(data) if data[:1] in (b"{", b"[") else data
+
+    def stream(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.get(f"/v1/streams/{name}")
+        return found
+
+    def until(self, name: str, is_met: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The stream, once it is so."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not is_met(found := self.stream(name)):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.02)
+        return found
+
+
+def table(kind: str, **fields: Any) -> str:
+    return f"[[{kind}]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in fields.items())
+
+
+def camera(name: str, source: RtspCamera | str, **fields: Any) -> str:
+    if isinstance(source, RtspCamera):
+        source = f"rtsp://user:secret@127.0.0.1:{source.port}/live"
+    # Grey pictures: whatever changes is shown to the model.
+    settings = {"drop_duplicates": False}
+    inline = ", ".join(f"{k} = {json.dumps(v)}" for k, v in settings.items())
+    return table("camera", name=name, source=source, **fields) + f"settings = {{ {inline} }}\n"
+
+
+def alert(name: str, of: str, **fields: Any) -> str:
+    return table("alert", name=name, camera=of, **{"question": "is there a red ball ?"}, **fields)
+
+
+@contextmanager
+def owned(file: Path, text: str, **limits: Any) -> Iterator[Owned]:
+    file.write_text(text)
+    running = Owned(file, **limits)
+    try:
+        yield running
+    finally:
+        running.server.close()
+
+
+@pytest.fixture(scope="module")
+def source() -> Iterator[RtspCamera]:
+    with RtspCamera() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def running(source: RtspCamera, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owned]:
+    """With a camera that is there and one that never comes."""
+    text = camera("door", source, fps=10, keep_ratio=0.4) + alert("ball", "door", **ALWAYS)
+    text += camera("away", "rtsp://user:secret@127.0.0.1:1/none")
+    with owned(tmp_path_factory.mktemp("cameras") / "edge-vlm.toml", text, max_sessions=1) as found:
+        found.until("door", lambda stream: stream["frames_accepted"] > 0)
+        yield found
+
+
+# ---- HTTP ------------------------------------------------------------------------------------
+
+
+def test_streams_are_listed_with_where_they_stand(running: Owned) -> None:
+    running.until("door", lambda stream: bool(stream["alerts"][0]["episodes"]))
+    running.until("door", lambda stream: stream["fps"] is not None)
+    door, away = running.get("/v1/streams")["data"]
+    assert (door["id"], door["object"], door["state"]) == ("door", "edge_vlm.stream", "live")
+    assert (door["keep_ratio"], door["cells"], door["recording"]) == (0.4, 9, False)
+    assert 0 < door["kept_ratio"] < 1
+    assert door["newest_frame"]["time_s"] >= 0
+    assert [(each["name"], each["state"]) for each in door["alerts"]] == [("ball", "active")]
+    assert away["state"] == "waiting"
+    assert "does not answer" in away["detail"]
+    assert away["newest_frame"] is None
+    assert away["alerts"] == []
+    assert "secret" not in json.dumps([door, away])
+    assert running.get("/v1/streams/door/snapshot")[:2] == b"\xff\xd8"
+    [begun, *_] = running.get("/v1/streams/door/events")["events"]
+    assert (begun["alert_name"], begun["camera"]) == ("ball", "door")
+    listed = running.get("/v1/edge_vlm/sessions")["data"]
+    assert {each["id"]: each.get("stream") for each in listed}[door["session"]] == "door"
+
+
+@pytest.mark.parametrize("path", ["/v1/streams/dor", "/v1/streams/dor/snapshot"])
+def test_an_unknown_stream_is_told_with_those_there_are(running: Owned, path: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        running.get(path)
+    assert caught.value.code == 404
+    with caught.value:
+        error = json.loads(caught.value.read())["error"]
+    assert error["code"] == "E-UNKNOWN-STREAM"
+    assert "door, away" in error["message"]
+
+
+def test_without_the_key_nothing_is_seen(running: Owned) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        running.get("/v1/streams", key="another")
+    caught.value.close()
+    assert caught.value.code == 401
+
+    async def subscribe() -> None:
+        with pytest.raises(Exception, match="wants an API key"):
+            await Client.subscribe(running.address, "door")
+
+    run(subscribe())
+
+
+def test_a_camera_is_asked_by_its_name_over_http_and_by_agents(running: Owned) -> None:
+    streams = LiveStreams(running.address, ACCESS)
+    answer = streams.ask("door", QUESTION)
+    assert isinstance(answer, str)
+    assert isinstance(StreamTools(streams, "door").what_do_you_see(QUESTION), str)
+    with pytest.raises(UnknownStream, match="door, away"):
+        streams.ask("dor", QUESTION)
+    answered = 'edge_vlm_camera_responses_total{camera="door",status="completed"}'
+    page = running.get("/metrics").decode()
+    assert answered in page
+    assert 'edge_vlm_camera_up{camera="away"} 0' in page
+    assert 'edge_vlm_camera_frames_total{camera="door",outcome="accepted"}' in page
+
+
+def test_alerts_have_names_for_whoever_hears_of_them(running: Owned) -> None:
+    running.until("door", lambda stream: bool(stream["alerts"][0]["episodes"]))
+    begun = [event for _, event in running.heard if isinstance(event, AlertTriggered)]
+    assert {(event.camera, event.alert_name) for event in begun} == {("door", "ball")}
+
+
+# ---- subscribers -----------------------------------------------------------------------------
+
+
+def subscribe_raw(running: Owned, query: str) -> Any:
+    return websockets.connect(
+        f"ws://{running.address}/v1/realtime?{query}",
+        additional_headers={"Authorization": f"Bearer {KEY}"},
+    )
+
+
+async def next_of(connection: ClientConnection, *kinds: str) -> dict[str, Any]:
+    while True:
+        message = await connection.recv()
+        if isinstance(message, str) and (event := json.loads(message))["type"] in kinds:
+            return dict(event)
+
+
+def test_a_subscriber_gets_pictures_behind_their_outcomes(running: Owned) -> None:
+    async def watch() -> None:
+        async with subscribe_raw(running, "stream=door&subscribe_pictures=true") as connection:
+            created = json.loads(await connection.recv())
+            assert created["type"] == "session.created"
+            assert created["resume_token"] == ""
+            assert created["stream"] == {"name": "door", "state": "live", "detail": None}
+            accepted: list[int] = []
+            pictures: list[int] = []
+            while len(pictures) < 3:
+                message = await connection.recv()
+                if isinstance(message, bytes):
+                    picture = protocol.decode_frame_message(message)
+                    assert picture.picture()[:2] == b"\xff\xd8"
+                    assert picture.sequence == accepted[-1]
+                    pictures.append(picture.sequence)
+                elif (event := json.loads(message))["type"] == "frame.accepted":
+                    accepted.append(event["frame_sequence"])
+            assert set(pictures) <= set(accepted)
+
+    run(watch())
+
+
+def test_all_see_all_answers_but_only_their_own_errors(running: Owned) -> None:
+    async def watch() -> None:
+        async with (
+            subscribe_raw(running, "stream=door") as asker,
+            subscribe_raw(running, "stream=door") as other,
+        ):
+            for connection in (asker, other):
+                await next_of(connection, "session.created")
+            bad = {"type": "alert.delete", "alert_id": "alert_99", "event_id": "one"}
+            await asker.send(json.dumps(bad))
+            error = await next_of(asker, "error")
+            assert error["error"]["event_id"] == "one"
+            question = {"type": "response.create", "text": QUESTION, "event_id": "two"}
+            await asker.send(json.dumps(question))
+            own = await next_of(asker, "response.created")
+            seen = await next_of(other, "error", "response.created")
+            assert own["event_id"] == "two"
+            assert seen["event_id"].startswith("srv_")
+            assert own["response_id"] == seen["response_id"]
+            for connection in (asker, other):
+                done = await next_of(connection, "response.done")
+                assert done["response_id"] == own["response_id"]
+
+    run(watch())
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "session.update", "session": {"keep_ratio": 1.0}},
+        {"type": "input_video_frame.append", "sequence": 1, "capture_time_us": 1, "frame": ""},
+        {"type": "alert.delete", "alert_id": "alert_1"},
+        b"a picture",
+    ],
+)
+def test_what_is_the_owners_is_refused_and_the_connection_stays(
+    running: Owned, message: dict[str, Any] | bytes
+) -> None:
+    async def watch() -> None:
+        async with subscribe_raw(running, "stream=door") as connection:
+            data = message if isinstance(message, bytes) else json.dumps(message)
+            await connection.send(data)
+            error = await next_of(connection, "error")
+            assert error["error"]["code"] == NotForSubscribers.code, error
+            await connection.send(json.dumps({"type": "ping"}))
+            await next_of(connection, "pong")
+
+    run(watch())
+
+
+def test_what_is_said_before_a_question_is_that_subscribers_own(running: Owned) -> None:
+    async def watch() -> None:
+        one = await Client.subscribe(running.address, "door", access=ACCESS)
+        other = await Client.subscribe(running.address, "door", access=ACCESS)
+        async with one, other:
+            created = one.events(protocol.ResponseCreated)
+            await one.say("the cube is blue .")
+            await other.ask(QUESTION)
+            assert (await created.__anext__()).text == QUESTION
+            await one.ask(QUESTION)
+            assert (await created.__anext__()).text == f"the cube is blue .\n{QUESTION}"
+
+    run(watch())
+
+
+def test_a_subscribers_alert_is_seen_by_all_and_can_be_deleted(running: Owned) -> None:
+    async def watch() -> None:
+        async with await Client.subscribe(running.address, "door", access=ACCESS) as client:
+            other = await Client.subscribe(running.address, "door", access=ACCESS)
+            async with other:
+                created = other.events(AlertCreated)
+                made = await client.create_alert("is there a red ball ?")
+                assert (await created.__anext__()).alert.alert_id == made.alert_id
+                await other.delete_alert(made.alert_id)
+                assert [each.alert_id for each in await client.list_alerts()] == ["alert_1"]
+                with pytest.raises(NotForSubscribers, match="belongs to the server's file"):
+                    await client.delete_alert("alert_1")
+
+    run(watch())
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ("stream=dor", UnknownStream),
+        ("stream=door&subscribe_pictures=perhaps", ConfigError),
+        ("stream=door&resume=1", ConfigError),
+    ],
+)
+def test_a_subscription_that_cannot_be_is_told_why(
+    running: Owned, query: str, error: type[ConfigError]
+) -> None:
+    async def watch() -> None:
+        async with subscribe_raw(running, query) as connection:
+            told = await next_of(connection, "error")
+            assert told["error"]["code"] == error.code
+            with pytest.raises(websockets.ConnectionClosed):
+                await connection.recv()
+
+    run(watch())
+
+
+def test_cameras_and_subscribers_take_no_viewers_place(running: Owned) -> None:
+    """There is one place."""
+
+    async def watch() -> None:
+        async with (
+            await Client.subscribe(running.address, "door", access=ACCESS),
+            await Client.connect(running.address, access=ACCESS),
+        ):
+            with pytest.raises(ServerBusy, match="1 of 1 sessions are taken"):
+                await Client.connect(running.address, access=ACCESS)
+
+    run(watch())
+
+
+# ---- absence ---------------------------------------------------------------------------------
+
+
+def test_a_camera_that_is_late_and_goes_away_has_one_session(tmp_path: Path) -> None:
+    with RtspCamera() as camera_there:
+        port = camera_there.port
+    address = f"rtsp://user:secret@127.0.0.1:{port}/live"
+
+    async def watch(found: Owned, before: str) -> None:
+        client = await Client.subscribe(found.address, "door", access=ACCESS)
+        async with client:
+            assert isinstance(client.created, protocol.SessionCreated)
+            assert client.created.session_id == before
+            states = client.events(protocol.StreamUpdated)
+            with RtspCamera(port=port) as there:
+                assert (await states.__anext__()).stream.state == "live"
+                await client.wait(asyncio.ensure_future(_accepted(client)))
+                there.unplug()
+                gone = (await states.__anext__()).stream
+                assert gone.state == "waiting"
+                assert gone.detail
+                assert (await states.__anext__()).stream.state == "live"
+
+    with owned(tmp_path / "cameras.toml", camera("door", address, fps=10)) as found:
+        waiting = found.until(
+            "door", lambda stream: stream["session"] and "answer" in stream["detail"]
+        )
+        assert waiting["state"] == "waiting"
+        run(watch(found, waiting["session"]))
+        assert found.stream("door")["session"] == waiting["session"]
+
+
+async def _accepted(client: Client) -> None:
+    await client.events(protocol.FrameAccepted).__anext__()
+
+
+# ---- a changed file --------------------------------------------------------------------------
+
+
+def test_a_changed_file_changes_what_it_changes(source: RtspCamera, tmp_path: Path) -> None:
+    door = camera("door", source, fps=10)
+    shed = camera("shed", source, fps=5)
+    file = tmp_path / "cameras.toml"
+    with owned(file, door + shed + alert("ball", "door") + alert("cube", "door")) as found:
+        found.until("shed", lambda stream: stream["frames_accepted"] > 0)
+        before = found.until("door", lambda stream: len(stream["alerts"]) == 2)
+        old = found.stream("shed")["session"]
+        ids = {each["name"]: each["alert_id"] for each in before["alerts"]}
+
+        # Another threshold, an alert less, another share, a camera more and one less.
+        changed = camera("door", source, fps=10, keep_ratio=0.25) + camera("gate", source)
+        file.write_text(changed + alert("ball", "door", on_threshold=0.9))
+        after = found.until("door", lambda stream: stream["keep_ratio"] == 0.25)
+        after = found.until("door", lambda stream: len(stream["alerts"]) == 1)
+        assert after["session"] == before["session"]
+        [ball] = after["alerts"]
+        assert ball["rule"]["on_threshold"] == 0.9
+        assert ball["alert_id"] != ids["ball"]
+        found.until("gate", lambda stream: stream["frames_accepted"] > 0)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            found.stream("shed")
+        caught.value.close()
+        listed = [each["id"] for each in found.get("/v1/edge_vlm/sessions")["data"]]
+        assert old not in listed
+        assert 'camera="shed"' not in found.get("/metrics").decode()
+
+
+def test_a_bad_file_is_said_and_the_old_one_stays(
+    source: RtspCamera, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "cameras.toml"
+    door = camera("door", source, fps=10)
+    with owned(file, door) as found:
+        before = found.until("door", lambda stream: stream["frames_accepted"] > 0)
+        for wrong in (door + door, "[[camera", alert("ball", "dor")):
+            caplog.clear()
+            file.write_text(wrong)
+            deadline = time.monotonic() + TIMEOUT_S
+            while not (said := [r for r in caplog.records if "stay as they are" in r.message]):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert str(file) in said[0].message
+        after = found.stream("door")
+        assert after["session"] == before["session"]
+        assert after["frames_accepted"] > before["frames_accepted"]
+
+
+def test_another_source_is_another_session_and_its_subscribers_are_told(
+    source: RtspCamera, tmp_path: Path
+) -> None:
+    async def watch(found: Owned) -> None:
+        client = await Client.subscribe(found.address, "door", access=ACCESS)
+        async with client:
+            closed = client.events(protocol.SessionClosed)
+            found.file.write_text(camera("door", f"rtsp://127.0.0.1:{source.port}/other"))
+            assert "another camera now" in (await closed.__anext__()).reason
+
+    with owned(tmp_path / "cameras.toml", camera("door", source)) as found:
+        before = found.until("door", lambda stream: stream["session"] is not None)
+        run(watch(found))
+        found.until("door", lambda stream: stream["session"] not in (None, before["session"]))
+
+
+# ---- the end ---------------------------------------------------------------------------------
+
+
+def test_a_file_ends_and_is_recorded_and_can_still_be_asked(tmp_path: Path) -> None:
+    write_video(tmp_path / "clip.mp4", num_frames=3, fps=10)
+    text = camera("clip", "clip.mp4", fps=10, record="kept")
+    with owned(tmp_path / "cameras.toml", text) as found:
+        ended = found.until("clip", lambda stream: stream["state"] == "ended")
+        assert ended["recording"]
+        assert ended["detail"] is None
+        found.until("clip", lambda stream: stream["frames_accepted"] > 0)
+        assert isinstance(LiveStreams(found.address, ACCESS).ask("clip", QUESTION), str)
+    assert len(list((tmp_path / "kept").glob("*.evlm"))) == 1
+
+
+def test_what_is_wrong_with_a_camera_is_said_before_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "cameras.toml"
+    cases = {
+        "record = true\n": "record = true needs a folder.*'door'",
+        'record = "cameras.toml"\n': "cannot be written",
+        "settings = { window_tokens = 1 }\n": "camera 'door'",
+    }
+    for line, message in cases.items():
+        file.write_text(table("camera", name="door", source="webcam") + line)
+        with pytest.raises(Exception, match=message):
+            Owned(file)
+
+
+def test_subscribers_are_told_that_the_server_stops(source: RtspCamera, tmp_path: Path) -> None:
+    async def watch(found: Owned, stop: Callable[[], Awaitable[None]]) -> None:
+        async with subscribe_raw(found, "stream=door") as connection:
+            await next_of(connection, "session.created")
+            stopping = asyncio.create_task(stop())  # type: ignore[arg-type]
+            await next_of(connection, "session.go_away")
+            assert "stopping" in (await next_of(connection, "session.closed"))["reason"]
+            with pytest.raises(websockets.ConnectionClosed) as caught:
+                await connection.recv()
+            assert caught.value.rcvd is not None
+            assert caught.value.rcvd.code == 1001
+            await stopping
+
+    with owned(tmp_path / "cameras.toml", camera("door", source)) as found:
+        found.until("door", lambda stream: stream["session"] is not None)
+        run(watch(found, lambda: asyncio.to_thread(found.server.stop)))
