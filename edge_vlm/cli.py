@@ -36,6 +36,7 @@ COMMANDS = {
     "eval": ("ort", "measure models on questions: policies, budgets and paths in one table"),
     "eval-alerts": ("ort", "measure a bundle's alerts on footage with known events"),
     "calibrate": ("train", "measure a checkpoint's scores and ranges on footage"),
+    "pull": ("pull", "fetch published weights from a model hub, to inspect, export and serve"),
     "inspect": ("train", "say what a model or bundle holds: parts, sizes, precision"),
     "convert": ("train", "write weights of any known kind in our format or the model hub's"),
     "export": ("export", "turn a checkpoint into a bundle of ONNX graphs"),

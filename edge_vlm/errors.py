@@ -74,6 +74,11 @@
     |-- DataError              15  E-DATA               training data: a file, or all of a source
     |   |-- RecordInvalid      15  E-DATA-RECORD        names the record (file:line) and the field
     |   `-- RecordTooLong      15  E-DATA-TOO-LONG      does not fit a packed row
+    |-- HubError               17  E-HUB                weights cannot be fetched from a model hub
+    |   |-- HubUnreachable     17  E-HUB-UNREACHABLE    no connection, or it ended on the way
+    |   |-- HubNotFound        17  E-HUB-NOT-FOUND      no such repository, revision or weights
+    |   |-- HubRefused         17  E-HUB-REFUSED        its licence is to be accepted, or a token
+    |   `-- HubFileDamaged     17  E-HUB-FILE           a file is not what the hub says it is
     |-- NoSpaceLeft            12  E-NO-SPACE           a disk is, or would become, full
     `-- ExportError            12  E-EXPORT
         |-- Specialised        12  E-EXPORT-SPECIALISED a free dimension became a constant
@@ -492,6 +497,27 @@ class RecordInvalid(DataError):
 
 class RecordTooLong(DataError):
     code = "E-DATA-TOO-LONG"
+
+
+class HubError(EdgeVlmError):
+    code = "E-HUB"
+    exit_code = 17
+
+
+class HubUnreachable(HubError):
+    code = "E-HUB-UNREACHABLE"
+
+
+class HubNotFound(HubError):
+    code = "E-HUB-NOT-FOUND"
+
+
+class HubRefused(HubError):
+    code = "E-HUB-REFUSED"
+
+
+class HubFileDamaged(HubError):
+    code = "E-HUB-FILE"
 
 
 class NoSpaceLeft(EdgeVlmError):

@@ -20,10 +20,10 @@ pytest_plugins = ["pytester"]
 # Measured with `pytest --durations=0`: files whose tests or fixtures take more than about a second
 # of a processor each. `make quick` leaves them out.
 SLOW = (
-    *("benchmarks/", "e2e/", "golden/", "gpu/", "openai/", "training/trainer/"),
+    *("benchmarks/", "deployment/", "e2e/", "golden/", "gpu/", "openai/", "training/trainer/"),
     *(
         f"edge_vlm/test_{name}.py"
-        for name in ("awkward_footage", "output", "points", "telemetry", "video", "wheel")
+        for name in ("awkward_footage", "hub", "output", "points", "telemetry", "video", "wheel")
     ),
     *(
         f"export/test_{name}.py"
@@ -42,7 +42,8 @@ SLOW = (
     *(
         f"runtime/test_{name}.py"
         for name in (
-            *("addresses", "alert_sinks", "backends", "cameras", "client", "clip_policy", "exact_prefill"),
+            *("addresses", "alert_sinks", "backends", "cameras", "client", "clip_policy"),
+            *("exact_prefill", "home_assistant", "sinks"),
             *("hostile_input", "interleaved", "prompt_view", "recording", "resume", "rtsp_server"),
             *("schedules", "sources", "stream_times", "token_budget"),
         )

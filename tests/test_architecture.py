@@ -31,7 +31,7 @@ RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
     *("PIL", "aiomqtt", "av", "bitsandbytes", "httpx", "llguidance", "mcp", "msgspec", "onnx"),
-    *("onnxruntime", "rich", "safetensors", "segno", "tensorrt", "tensorrt_rtx"),
+    *("huggingface_hub", "onnxruntime", "rich", "safetensors", "segno", "tensorrt", "tensorrt_rtx"),
     *("starlette", "tokenizers", "tomli", "transformers", "uvicorn", "websockets"),
 }
 GUARDED_PACKAGES = (CORE, RUNTIME)
@@ -42,7 +42,7 @@ FLOORS = (
     {"engines", "protocol"},
     {"inference", "sources"},
     {"session", "client", "alert_sinks"},
-    {"engine_thread", "recording"},
+    {"engine_thread", "recording", "home_assistant"},
     {"openai", "cameras"},
     {"server"},
     {"evaluation", "demo", "doctor", "mcp"},

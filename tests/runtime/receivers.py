@@ -226,21 +226,27 @@ class Broker:
     """mosquitto with sessions that outlive it, for user `edge` with password `s e:cret`."""
 
     USER, PASSWORD = "edge", "s e:cret"
+    READER = "home"
+    """May do everything, whatever the other one's rights are."""
 
     def __init__(
-        self, folder: Path, certificate: Path | None = None, max_packet_bytes: int | None = None
+        self,
+        folder: Path,
+        certificate: Path | None = None,
+        max_packet_bytes: int | None = None,
+        rights: str | None = None,
     ) -> None:
-        """With a certificate, its key beside it in `key.pem`, it speaks TLS."""
+        """With a certificate, its key beside it in `key.pem`, it speaks TLS. `rights`: lines of an
+        acl_file."""
         assert MOSQUITTO is not None
         self.port = free_port()
         passwords = folder / "passwords"
         tool = str(Path(MOSQUITTO).with_name("mosquitto_passwd"))
         tool = tool if Path(tool).exists() else str(shutil.which("mosquitto_passwd"))
-        subprocess.run(
-            [tool, "-b", "-c", str(passwords), self.USER, self.PASSWORD],
-            check=True,
-            capture_output=True,
-        )
+        passwords.touch(0o600)
+        for user in (self.USER, self.READER):
+            line = [tool, "-b", str(passwords), user, self.PASSWORD]
+            subprocess.run(line, check=True, capture_output=True)
         passwords.chmod(0o644)
         folder.chmod(0o777)
         self._config = folder / "mosquitto.conf"
@@ -248,8 +254,13 @@ class Broker:
             f"listener {self.port} 127.0.0.1\nallow_anonymous false\npassword_file {passwords}\n"
             f"persistence true\npersistence_location {folder}/\nuser {_user()}\n"
             + (f"certfile {certificate}\nkeyfile {folder}/key.pem\n" if certificate else "")
+            + (f"acl_file {folder}/rights\n" if rights else "")
             + (f"max_packet_size {max_packet_bytes}\n" if max_packet_bytes else "")
         )
+        if rights:
+            (folder / "rights").write_text(f"{rights}\nuser {self.READER}\ntopic readwrite #\n")
+            (folder / "rights").chmod(0o644)
+        self.url = f"mqtt://edge:s%20e%3Acret@127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -396,6 +407,67 @@ class Subscriber:
 
     def bodies(self, topic: str) -> list[dict[str, Any]]:
         return [json.loads(payload) for name, payload in self.messages if name == topic]
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()
+
+
+class Home:
+    """Another client of the broker: the newest message of each topic."""
+
+    def __init__(self, broker: Broker, user: str = Broker.USER) -> None:
+        self._broker, self._user = broker, user
+        self.seen: dict[str, bytes] = {}
+        self.heard: list[tuple[str, bytes]] = []
+        self._ready = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(self._listen())
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(TIMEOUT_S)
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(asyncio.wait([self._task]))
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        self._client = aiomqtt.Client(
+            "127.0.0.1", self._broker.port, username=self._user, password=Broker.PASSWORD
+        )
+        async with self._client as client:
+            await client.subscribe("#", qos=1)
+            self._ready.set()
+            async for message in client.messages:
+                assert isinstance(message.payload, bytes)
+                topic = message.topic.value
+                self.heard.append((topic, message.payload))
+                if message.payload:
+                    self.seen[topic] = message.payload
+                else:
+                    self.seen.pop(topic, None)
+
+    def say(self, topic: str, payload: str | bytes, *, retain: bool = False) -> None:
+        sending = self._client.publish(topic, payload, qos=1, retain=retain)
+        asyncio.run_coroutine_threadsafe(sending, self._loop).result(TIMEOUT_S)
+
+    def send(self, topic: str, payload: str) -> None:
+        """Without waiting for the broker."""
+        sending = self._client.publish(topic, payload, qos=0)
+        asyncio.run_coroutine_threadsafe(sending, self._loop)
+
+    def text(self, topic: str) -> str:
+        return self.seen.get(topic, b"").decode()
+
+    def json(self, topic: str) -> dict[str, Any]:
+        found = json.loads(self.seen.get(topic, b"{}"))
+        assert isinstance(found, dict)
+        return found
+
+    @property
+    def configs(self) -> list[str]:
+        return sorted(topic for topic in self.seen if topic.startswith("homeassistant/"))
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._task.cancel)

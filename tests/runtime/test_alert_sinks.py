@@ -757,7 +757,7 @@ def test_a_broker_that_never_answers_holds_nothing_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["mqtt://host", "mqtt://host/a/#", "mqtt://host/+/b", "http://host/a", "mqtt:///a"]
+    "url", ["mqtt://host", "mqtt://host/a/#", "mqtt://host/+/b", "http://host:1/a", "mqtt:///a"]
 )
 def test_what_is_not_an_mqtt_topic_is_said_so(url: str) -> None:
     with pytest.raises(ConfigError, match="MQTT topic"):

@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime, timezone
 from types import TracebackType
@@ -40,6 +40,8 @@ GRACE_S = 5.0
 """At the end, for what is still on its way."""
 
 AlertEvent = messages.AlertTriggered | messages.AlertCleared
+Wants = Callable[[AlertEvent], bool]
+"""Whether a receiver gets an event."""
 
 
 class Sink(Protocol):
@@ -67,18 +69,21 @@ class AlertDispatcher:
         sinks: Sequence[Sink],
         queue: DeliveryQueue | None = None,
         *,
+        wants: Mapping[str, Wants] | None = None,
         with_pictures: bool = True,
         first_back_off_s: float = FIRST_BACK_OFF_S,
         attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Without pictures, none is kept in the queue either.
+        """`wants`: by a receiver's key; one that is not in it gets everything. Without pictures,
+        none is kept in the queue either.
 
         Raises ConfigError if the queue's file cannot be read.
         """
         self._sinks = list(sinks)
         self._queue = queue or DeliveryQueue()
         self._queue.load({sink.key: sink.name for sink in self._sinks})
+        self._wants = wants or {}
         self._with_pictures = with_pictures
         self._first_back_off_s = first_back_off_s
         self._attempt_timeout_s = attempt_timeout_s
@@ -116,6 +121,8 @@ class AlertDispatcher:
             body, jpeg = _body(session_id, event, self._wall_clock())
             jpeg = jpeg if self._with_pictures else None
             for sink in self._sinks:
+                if not self._wants.get(sink.key, _everything)(event):
+                    continue
                 if lost := self._queue.put(sink.key, body, jpeg):
                     self._lose(lost, f"{sink.name} has not taken the events before it")
             if self._started.done():
@@ -271,6 +278,10 @@ def _body(session_id: str, event: AlertEvent, wall_s: float) -> tuple[str, bytes
         "session_id": session_id,
     }
     return json.dumps(head | fields), jpeg
+
+
+def _everything(event: AlertEvent) -> bool:
+    return True
 
 
 def _resolve(future: asyncio.Future[float], value: float) -> None:

@@ -67,6 +67,8 @@ class CameraKeeper:
         """A camera's state or session is another one."""
         self.on_gone: Callable[[str], None] = lambda name: None
         """There is no camera of this name any more."""
+        self.on_plan: Callable[[CameraPlan], None] = lambda plan: None
+        """A plan comes into force."""
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -92,6 +94,7 @@ class CameraKeeper:
         return found
 
     def start(self) -> None:
+        self.on_plan(self.plan)
         for config in self.plan.cameras:
             self._add(config)
         if self._file.path is not None and self._file.read is not None:
@@ -129,6 +132,7 @@ class CameraKeeper:
 
     async def _carry_out(self, plan: CameraPlan, setups: dict[str, CameraSetup]) -> None:
         before, self.plan, self._setups = self.plan, plan, setups
+        self.on_plan(plan)
         old = {each.name: each for each in before.cameras}
         wanted = {each.name: each for each in plan.cameras}
         said: list[str] = []

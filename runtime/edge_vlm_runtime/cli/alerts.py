@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +16,13 @@ from edge_vlm.errors import ConfigError
 from edge_vlm.options import About
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.cli.arguments import Option, given, options_of
+from edge_vlm_runtime.sources.masking import mask_credentials
 
 if TYPE_CHECKING:
     from edge_vlm_runtime import protocol
-    from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher, Sink
+    from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher, AlertEvent, Sink
+    from edge_vlm_runtime.alert_sinks.tables import SinkTable
+    from edge_vlm_runtime.cameras.config import CameraPlan
     from edge_vlm_runtime.client.client import Client, OnEvent
     from edge_vlm_runtime.protocol import alerts as alert_messages
     from edge_vlm_runtime.protocol.typed import RuleFields
@@ -94,13 +99,18 @@ def rule_options() -> list[Option]:
 
 
 @contextmanager
-def alert_outputs(args: argparse.Namespace) -> Iterator[AlertDispatcher | None]:
-    """The receivers that were named, running; None without any.
+def alert_outputs(
+    args: argparse.Namespace, routes: AlertRoutes | None = None
+) -> Iterator[AlertDispatcher | None]:
+    """The receivers that were named, running; None without any. `routes`: which alerts of cameras
+    go where.
 
     At the end what is under way has a few seconds. Raises ConfigError, MissingExtraError, and
     DeliveryError if a receiver did not take everything.
     """
-    if not args.webhook and not args.mqtt:
+    tables = sinks_of_file(args)
+    own = [] if routes is None else routes.addresses(known=[*args.webhook, *args.mqtt])
+    if not args.webhook and not args.mqtt and not tables and not own:
         yield None
         return
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
@@ -108,19 +118,98 @@ def alert_outputs(args: argparse.Namespace) -> Iterator[AlertDispatcher | None]:
 
     evidence = EvidenceSize(args.evidence)
     sinks: list[Sink] = []
-    if args.webhook:
-        from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
-
-        sinks += [WebhookSink(url, evidence) for url in dict.fromkeys(args.webhook)]
-    if args.mqtt:
-        from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
-
-        sinks += [MqttSink(url, evidence) for url in dict.fromkeys(args.mqtt)]
-    with_pictures = evidence is not EvidenceSize.NONE
+    labels: dict[str, str] = {}
+    events: dict[str, frozenset[str]] = {}
+    for table in tables:
+        sinks.append(table.open(evidence))
+        labels[table.name] = sinks[-1].key
+        events[sinks[-1].key] = table.events
+    for url in dict.fromkeys([*args.webhook, *args.mqtt, *own]):
+        sinks.append(sink_at(url, evidence, is_mqtt=url in args.mqtt))
+        labels[url] = sinks[-1].key
+    if routes is not None:
+        routes.know(labels, own)
+    wants = {sink.key: functools.partial(_wants, sink.key, events, routes) for sink in sinks}
+    sizes = {evidence, *(table.evidence for table in tables)} - {None}
+    with_pictures = sizes != {EvidenceSize.NONE}
     queue = DeliveryQueue(args.alert_queue)
-    with AlertDispatcher(sinks, queue, with_pictures=with_pictures) as outputs:
+    with AlertDispatcher(sinks, queue, wants=wants, with_pictures=with_pictures) as outputs:
         yield outputs
     outputs.raise_undelivered()
+
+
+def sinks_of_file(args: argparse.Namespace) -> list[SinkTable]:
+    """`[[sink]]` of the configuration file, for `serve`; other commands leave them alone. Raises
+    ConfigError."""
+    if not getattr(args, "has_tables", False):
+        return []
+    from edge_vlm_runtime.alert_sinks.tables import read_sinks
+    from edge_vlm_runtime.cli.config import read_tables
+
+    file, tables = read_tables(args, os.environ)
+    return read_sinks(tables["sink"], file) if file is not None and "sink" in tables else []
+
+
+def sink_at(url: str, evidence: EvidenceSize, *, is_mqtt: bool) -> Sink:
+    """A receiver without a name. Raises ConfigError, MissingExtraError."""
+    if is_mqtt or url.startswith(("mqtt://", "mqtts://")):
+        from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
+
+        return MqttSink(url, evidence)
+    from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
+
+    return WebhookSink(url, evidence)
+
+
+class AlertRoutes:
+    """Which alerts of the server's cameras go to which receivers, as its file says."""
+
+    def __init__(self, plan: CameraPlan) -> None:
+        self._plan = plan
+        self._keys: dict[str, str] | None = None
+        """Of receivers, by what an alert calls them."""
+        self._own: frozenset[str] = frozenset()
+        """Receivers that are for the alerts alone that name them."""
+
+    def addresses(self, known: Collection[str]) -> list[str]:
+        """Receivers that alerts name by address and nobody else does."""
+        named = (sink for alert in self._plan.alerts for sink in alert.sinks or ())
+        return [sink for sink in dict.fromkeys(named) if "://" in sink and sink not in known]
+
+    def know(self, keys: Mapping[str, str], own: Collection[str]) -> None:
+        """`keys` of the receivers there are, by what an alert calls them."""
+        self._keys = dict(keys)
+        self._own = frozenset(keys[label] for label in own)
+
+    def planned(self, plan: CameraPlan) -> None:
+        """Another plan is in force. Receivers are those of the start."""
+        self._plan = plan
+        new = {sink for alert in plan.alerts for sink in alert.sinks or ()} - {*(self._keys or ())}
+        for sink in sorted(new):
+            shown = mask_credentials(sink)
+            log.error("%s: receivers are opened at the start: restart to send alerts there", shown)
+
+    def takes(self, key: str, event: AlertEvent) -> bool:
+        """Whether the receiver of this key gets an event."""
+        sinks = None
+        if event.camera and event.alert_name:
+            sinks = self._plan.sinks_of(event.camera, event.alert_name)
+        if sinks is None:
+            return key not in self._own
+        return any((self._keys or {}).get(sink) == key for sink in sinks)
+
+
+def _wants(
+    key: str,
+    events: Mapping[str, frozenset[str]],
+    routes: AlertRoutes | None,
+    event: AlertEvent,
+) -> bool:
+    from edge_vlm_runtime import protocol
+
+    if key in events and protocol.tag_of(type(event)) not in events[key]:
+        return False
+    return routes is None or routes.takes(key, event)
 
 
 async def create_alerts(

@@ -216,7 +216,8 @@ def as_toml(options: Iterable[Option], settings: Mapping[str, Setting], *, has_k
         if value is None or value == []:
             lines.append(f"# {key} is not set")
         elif option.about.is_secret:
-            shown = [_without_secrets(address) for address in value]
+            addresses = [value] if isinstance(value, str) else value
+            shown = [_without_secrets(address) for address in addresses]
             lines.append(f"# {key} = {_toml(shown)}  # {origin}; may hold a secret: set it again")
         else:
             lines.append(f"{key} = {_toml(value)}  # {origin}")

@@ -150,6 +150,7 @@ def own_limits(args: argparse.Namespace) -> ServerLimits:
 def serve_options() -> Groups:
     """All of `serve`, as `--help` shows them. Raises MissingExtraError."""
     from edge_vlm_runtime.cli.alerts import OutputOptions
+    from edge_vlm_runtime.cli.home_assistant import HomeOptions
     from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
 
     settings = options_of(SessionSettings, unset=True)
@@ -157,6 +158,7 @@ def serve_options() -> Groups:
         **bundle_options(),
         "access and operation": options_of(ServeOptions),
         "alerts": options_of(OutputOptions),
+        "Home Assistant": options_of(HomeOptions),
         "cameras of its own (tables [[camera]] of the file)": options_of(SourceOptions),
         "limits": options_of(ServerLimits),
         "settings of new sessions (default: what the bundle was made for)": [

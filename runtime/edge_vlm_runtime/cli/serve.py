@@ -7,8 +7,9 @@ import os
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
-from edge_vlm_runtime.cli.alerts import alert_outputs
+from edge_vlm_runtime.cli.alerts import AlertRoutes, alert_outputs
 from edge_vlm_runtime.cli.config import configured, read_tables
+from edge_vlm_runtime.cli.home_assistant import home_assistant
 from edge_vlm_runtime.cli.options import serve_options, server_options
 from edge_vlm_runtime.cli.shared import print_notes
 from edge_vlm_runtime.engines.names import backend_options
@@ -25,18 +26,22 @@ def _serve(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    with alert_outputs(args) as outputs:
+    cameras = _cameras(args)
+    routes = AlertRoutes(cameras.plan)
+    with alert_outputs(args, routes) as outputs:
         with Server.open(
             args.bundle,
             threads=args.threads,
-            cameras=_cameras(args),
+            cameras=cameras,
             on_event=None if outputs is None else outputs.put,
             **backend_options(args),
             **server_options(args),
         ) as server:
+            server.on_plan(routes.planned)
             print_notes(server.notes)
             where = f"{server.page_url}  (clients: {server.url})"
-            server.serve(lambda: print(f"serving {args.bundle} at {where}", flush=True))
+            with home_assistant(args, server, has_cameras=bool(cameras.plan.cameras)):
+                server.serve(lambda: print(f"serving {args.bundle} at {where}", flush=True))
         print("stopped", flush=True)
     return 0
 

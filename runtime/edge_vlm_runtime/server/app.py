@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,6 +61,7 @@ from edge_vlm_runtime.server.page import DEMO_CLIP, FACTS_PATH, PAGE_HEADERS, WE
 from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
 from edge_vlm_runtime.server.streams.hub import PREFIX as STREAMS_PREFIX
 from edge_vlm_runtime.server.streams.hub import StreamHub
+from edge_vlm_runtime.server.streams.observer import StreamObserver
 from edge_vlm_runtime.server.tls import Tls
 from edge_vlm_runtime.session.budget import default_settings, notes_on, video_window
 
@@ -262,6 +264,25 @@ class Server:
             recorder_of=recorder,
             check=lambda settings: video_window(settings, self.model, self.limits),
         )
+
+    def observe_streams(self, observer: StreamObserver) -> None:
+        """Tells it of the server's cameras, on the server's loop. Before the server runs."""
+        self._hub.observers.add(observer)
+
+    def on_plan(self, call: Callable[[CameraPlan], None]) -> None:
+        """Called on the server's loop with each plan of cameras that comes into force."""
+        self._hub.observers.on_plan = call
+
+    def ask_stream(self, name: str, question: str) -> Future[protocol.ResponseDone]:
+        """Asks a camera of the server, from any thread. The future raises UnknownStream,
+        ServerBusy, and what the session refuses it with."""
+        if self._loop is None:
+            raise ServerBusy("the server does not run yet", remedy="ask again later")
+        return asyncio.run_coroutine_threadsafe(self._hub.ask(name, question), self._loop)
+
+    @property
+    def bundle_name(self) -> str:
+        return self._engines.bundle.name
 
     @property
     def camera_plan(self) -> CameraPlan:

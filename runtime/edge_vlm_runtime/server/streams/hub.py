@@ -24,6 +24,8 @@ from edge_vlm_runtime.server.live_api import Answer, LiveApi, newest_frame
 from edge_vlm_runtime.server.metrics import LabelledFamily
 from edge_vlm_runtime.server.sessions import SessionRegistry
 from edge_vlm_runtime.server.streams.counts import CameraCounts
+from edge_vlm_runtime.server.streams.observer import Observers
+from edge_vlm_runtime.server.streams.requests import ask
 from edge_vlm_runtime.server.streams.subscription import Subscription, WebSocket
 
 PREFIX = "/v1/streams"
@@ -46,7 +48,9 @@ class StreamHub:
         self._listings: dict[str, asyncio.Task[list[messages.AlertStatus]]] = {}
         """Under way, by session: whoever asks meanwhile gets the same."""
         self._counts = CameraCounts()
+        self.observers = Observers()
         keeper.on_state = self._on_state
+        keeper.on_plan = self.observers.planned
         keeper.on_gone = self._counts.forget
         table.on_stream_event = self._counts.event
         table.metrics.others = self._families
@@ -191,7 +195,16 @@ class StreamHub:
         finally:
             subscribers.discard(subscription)
 
+    async def ask(self, name: str, question: str) -> protocol.ResponseDone:
+        """A question from inside the server. Raises UnknownStream, ServerBusy, and what the session
+        refuses it with."""
+        session = self._session(self._keeper.camera(name))
+        if session.handle is None:
+            raise ServerBusy(f"the stream {name!r} is just ending", remedy="try again later")
+        return await ask(session.handle, session.listeners, question)
+
     def _on_state(self, camera: Camera) -> None:
+        self.observers.noted(camera, self._table.live_session(camera.name))
         for subscriber in tuple(self._subscribers.get(camera.name, ())):
             subscriber.stream_changed(_stream(camera))
 

@@ -11,6 +11,7 @@ from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.protocol.messages import error_from_detail
+from edge_vlm_runtime.protocol.responses import ResponseOptions
 
 REPLY_TIMEOUT_S = 30.0
 
@@ -36,6 +37,32 @@ async def request(
         raise SessionGone("the live session did not answer", remedy="try again") from None
     finally:
         listeners.discard(events.put_nowait)
+
+
+async def ask(handle: SessionHandle, listeners: Listeners, question: str) -> protocol.ResponseDone:
+    """The answer to a question that no dialogue goes before. Raises what it is refused with,
+    SessionGone. Cancelled, the answer ends."""
+    events: asyncio.Queue[protocol.ServerEvent | None] = asyncio.Queue()
+    options = ResponseOptions(conversation="none")
+    message = protocol.ResponseCreate(text=question, response=options)
+    message.event_id = f"server_{next(_numbers)}"
+    listeners.add(events.put_nowait)
+    response_id: str | None = None
+    try:
+        handle.take(message)
+        created = await _reply(events, message.event_id, protocol.ResponseCreated)
+        response_id = created.response_id
+        while True:
+            event = await events.get()
+            if event is None:
+                raise SessionGone("the live session has ended", remedy="ask another one")
+            if isinstance(event, protocol.ResponseDone) and event.response_id == response_id:
+                response_id = None
+                return event
+    finally:
+        listeners.discard(events.put_nowait)
+        if response_id is not None:
+            handle.take(protocol.ResponseCancel(response_id=response_id))
 
 
 async def _reply(
