@@ -15,7 +15,14 @@ RANGES_SHOWN = 5
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder with config.json and weights")
     parser.add_argument("footage", type=Path, nargs="+", help="video file or question-set folder")
-    parser.add_argument("-o", "--out", type=Path, default=Path("calibration.json"))
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("calibration.json"),
+        metavar="FILE",
+        help="the table to write (default: %(default)s)",
+    )
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second of a video (2)")
     parser.add_argument("--max-frames", type=int, default=64, help="most of each footage (64)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")

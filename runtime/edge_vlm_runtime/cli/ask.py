@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", help="a video file or a photo; - for standard input")
-    parser.add_argument("question")
+    parser.add_argument("question", help="what to ask at its end, in quotation marks")
     parser.add_argument(
         "--detail",
         choices=("video", "snapshot", "both"),

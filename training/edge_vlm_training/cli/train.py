@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
+from edge_vlm.progress import Progress, counted, told
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,11 +99,16 @@ def _world(args: argparse.Namespace) -> int:
         if args.events < 1 or not 2 <= args.frames <= 1000:
             raise ConfigError("--events must be positive and --frames in 2..1000")
         footage = heldout_footage(args.seed, args.events, args.frames)
-        num_events = write_event_set(args.out, footage)
+        num_events = write_event_set(
+            args.out, counted(footage, "world: stretches of footage", args.events)
+        )
         print(f"{num_events} events in {args.events} stretches of footage: {args.out}")
         return 0
-    clips = heldout_clips(args.seed, args.per_kind, kinds=_kinds(args), per_clip=_per_clip(args))
-    asked = write_question_set(args.out, clips)
+    kinds = _kinds(args)
+    clips = heldout_clips(args.seed, args.per_kind, kinds=kinds, per_clip=_per_clip(args))
+    with Progress("world: questions", len(kinds) * args.per_kind) as progress:
+        written = told(clips, progress, size=lambda clip: len(clip.questions))
+        asked = write_question_set(args.out, written)
     print(f"{asked} questions about held-out clips: {args.out}")
     return 0
 

@@ -18,6 +18,7 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from edge_vlm.errors import MissingExtraError
@@ -57,6 +58,7 @@ class Reporter:
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
+                TimeRemainingColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 console=console,
             )
