@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import edge_vlm
 from edge_vlm.cli import Command, run_command
 from edge_vlm.errors import ConfigError, MissingExtraError
+from edge_vlm.paths import output_file, output_folder
 from edge_vlm.progress import Progress, duration
 
 if TYPE_CHECKING:
@@ -103,11 +104,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=output_folder,
         metavar="FOLDER",
         help=f"keep {LOG}, {TABLE} and {RECORD} there; called again, goes on where it stopped",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the figures there as well"
+    )
     parser.add_argument("--bundle", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -183,8 +186,6 @@ def _run(args: argparse.Namespace) -> int:
         api_key_file=args.api_key_file,
         tls_ca=args.tls_ca,
     )
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ConfigError("no such folder", where=args.json.parent)  # not after hours of asking
     with ExitStack() as stack:
         out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         questions = wanted.questions or _rendered(out / RENDERED, args)

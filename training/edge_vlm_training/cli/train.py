@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
+from edge_vlm.paths import output_folder
 from edge_vlm.progress import Progress, counted, told
 
 
@@ -19,7 +20,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "stts_demo_cpu, stts_demo_gpu, stts_demo_lora, stts_smoke, molmo2_4b_stts_50, "
         "molmo2_4b_stts_30, molmo2_4b_stream, molmo2_4b_stts_50_lora (one card of 24 GB)",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("-o", "--out", type=output_folder, required=True, help="folder of the run")
     parser.add_argument(
         "--init", type=Path, metavar="CHECKPOINT", help="start from it, or from a run"
     )
@@ -59,7 +60,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _world_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     parser.add_argument("--per-kind", type=int, default=200, help="questions of every kind")
     parser.add_argument("--kinds", metavar="NAMES", help="which kinds, with commas; also alert")
     parser.add_argument(
