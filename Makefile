@@ -17,7 +17,7 @@ SOURCES := edge_vlm export runtime training calibration tests benchmarks example
 # A file's tests share what they set up, so a file stays in one process.
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: help demo serve quick test lint style types unit clean
+.PHONY: help demo serve quick test docs lint style types unit clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -38,6 +38,9 @@ test: lint  ## everything: lint, types, all tests and how much of the code they 
 	@# sys.monitoring, from Python 3.12 on, measures for next to nothing; before it costs about a third
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 		$(PYTEST) $(ARGS) --cov --cov-report=term
+
+docs: $(VENV)/.dev  ## the commands of README and docs as written, the long ones too (an hour and more)
+	EDGE_VLM_LONG_DOCS=1 $(PYTEST) -o timeout=14400 tests/docs $(ARGS)
 
 lint: style types  ## ruff and mypy
 

@@ -6,9 +6,10 @@ What is wrong with one is a typed error rather than a usage error, so it has a c
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from edge_vlm.errors import ConfigError, VideoNotFound
+from edge_vlm.errors import ConfigError, RecordingError, VideoNotFound
 
 
 def output_file(text: str | Path) -> Path:
@@ -42,6 +43,23 @@ def output_file_in_folder(text: str | Path) -> Path:
         raise ConfigError("cannot be written: it is a folder", where=path)
     output_folder(path.parent)
     return path
+
+
+def recording_file(text: str | Path) -> Path:
+    """As `output_file_in_folder`. Raises RecordingError."""
+    return _recorded(output_file_in_folder, text)
+
+
+def recording_folder(text: str | Path) -> Path:
+    """As `output_folder`. Raises RecordingError."""
+    return _recorded(output_folder, text)
+
+
+def _recorded(check: Callable[[str | Path], Path], text: str | Path) -> Path:
+    try:
+        return check(text)
+    except ConfigError as error:
+        raise RecordingError(error.what, where=error.where, remedy=error.remedy) from error
 
 
 def input_footage(text: str | Path) -> Path:

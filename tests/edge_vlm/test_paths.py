@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_vlm import cli, errors
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, RecordingError
 from edge_vlm.paths import output_file, output_file_in_folder, output_folder
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
 from tests.tiny import ROOT
@@ -41,9 +41,10 @@ BAD = "/proc/nowhere"
 def test_an_output_that_cannot_be_written_is_told_at_once(
     line: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(line) == ConfigError.exit_code
+    kind = RecordingError if "--record" in line else ConfigError
+    assert cli.main(line) == kind.exit_code
     shown = capsys.readouterr()
-    assert shown.err.startswith("edge-vlm: E-CONFIG: cannot be written: ")
+    assert shown.err.startswith(f"edge-vlm: {kind.code}: cannot be written: ")
     assert "/proc" in shown.err
     assert not shown.out
 
@@ -54,7 +55,7 @@ def test_the_variable_is_checked_as_well(
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("EDGE_VLM_RECORD", str(file))
-    assert cli.main(["serve"]) == ConfigError.exit_code
+    assert cli.main(["serve"]) == RecordingError.exit_code
     assert f"a file is in the way ({file})" in capsys.readouterr().err
 
 
