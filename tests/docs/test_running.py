@@ -32,8 +32,8 @@ SHELL = set("|&;<>$`(")
 FAILS = {"docs/doctor.md": {1}}
 """Exit codes that a page explains: `doctor` about a backend that this machine lacks."""
 IS_LONG = bool(os.environ.get("EDGE_VLM_LONG_DOCS"))
-RUN_BY_OTHERS = ("make",)
-"""`make demo` and `make test` are how this test came to run."""
+RUN_BY_OTHERS = ("make", "source")
+"""`make demo`, `make test` and the environment's activation are how this test came to run."""
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 

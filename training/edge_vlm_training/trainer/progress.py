@@ -18,7 +18,6 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from edge_vlm.errors import MissingExtraError
@@ -58,7 +57,6 @@ class Reporter:
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 console=console,
             )
