@@ -45,6 +45,8 @@
     |   |-- SnapshotsUnsupported 10 E-NO-SNAPSHOTS     the model reads video only
     |   |-- SnapshotTooLarge   10  E-SNAPSHOT-ROOM      no room for a picture in full detail
     |   |-- SessionGone        10  E-SESSION-GONE       no session of this name to go on with
+    |   |   `-- UnknownStream  10  E-UNKNOWN-STREAM     no camera of this name; lists those there are
+    |   |-- NotForSubscribers  10  E-SUBSCRIBER         what only the owner of a stream may do
     |   |-- ReplayLost         10  E-REPLAY-LOST        it is there, but not all it said meanwhile
     |   |-- ClipTooLong        10  E-CLIP-TOO-LONG      more of a clip than its session can hold
     |   |-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
@@ -333,6 +335,14 @@ class SnapshotTooLarge(SessionError):
 
 class SessionGone(SessionError):
     code = "E-SESSION-GONE"
+
+
+class UnknownStream(SessionGone):
+    code = "E-UNKNOWN-STREAM"
+
+
+class NotForSubscribers(SessionError):
+    code = "E-SUBSCRIBER"
 
 
 class ReplayLost(SessionError):

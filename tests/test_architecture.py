@@ -31,7 +31,7 @@ RUNTIME = "edge_vlm_runtime"
 
 OPTIONAL = {
     *("PIL", "aiomqtt", "av", "bitsandbytes", "httpx", "llguidance", "mcp", "msgspec", "onnx"),
-    *("onnxruntime", "rich", "safetensors", "tensorrt", "tensorrt_rtx"),
+    *("onnxruntime", "rich", "safetensors", "segno", "tensorrt", "tensorrt_rtx"),
     *("starlette", "tokenizers", "tomli", "transformers", "uvicorn", "websockets"),
 }
 GUARDED_PACKAGES = (CORE, RUNTIME)
@@ -43,7 +43,7 @@ FLOORS = (
     {"inference", "sources"},
     {"session", "client", "alert_sinks"},
     {"engine_thread", "recording"},
-    {"openai"},
+    {"openai", "cameras"},
     {"server"},
     {"evaluation", "demo", "doctor", "mcp"},
     {"cli"},

@@ -41,7 +41,7 @@ from edge_vlm.errors import (
 )
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
-from edge_vlm.formats.usage import FrameRule
+from edge_vlm.formats.usage import FrameRule, ModelCard
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import PLAIN, PromptStyle
 
@@ -87,6 +87,8 @@ class EngineBundle:
     """How still pictures are cut for the graph `image_encoder`; None without that graph."""
     frames: FrameRule | None = None
     """Which frames of a whole clip the model was trained on; None where nothing is known."""
+    card: ModelCard | None = None
+    """None for a model that nobody has described, and in bundles from before there were cards."""
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -179,6 +181,7 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
             style=PromptStyle(**(data["prompt"] if version > 1 else {})),
             images=_images(data.get("images"), graph_files),
             frames=FrameRule(**data["frames"]) if data.get("frames") else None,
+            card=ModelCard(**data["card"]) if data.get("card") else None,
             schema_version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -249,6 +252,7 @@ class BundleWriter:
         style: PromptStyle = PLAIN,
         images: ImageConfig | None = None,
         frames: FrameRule | None = None,
+        card: ModelCard | None = None,
     ) -> None:
         files = {
             path.relative_to(self.folder).as_posix(): sha256_of_file(path)
@@ -264,6 +268,7 @@ class BundleWriter:
             "prompt": dataclasses.asdict(style),
             "images": None if images is None else dataclasses.asdict(images),
             "frames": None if frames is None else dataclasses.asdict(frames),
+            "card": None if card is None else dataclasses.asdict(card),
             "model": config.to_dict(),
             "graphs": self._graphs,
             "files": files,

@@ -34,6 +34,8 @@ def describe_bundle(folder: Path) -> Report:
         f"{' or '.join(bundle.style.ends)}",
         "defaults": ", ".join(f"{k}={v}" for k, v in bundle.defaults.items()) or "none",
     }
+    if bundle.card is not None:
+        facts["what it knows"] = bundle.card.summary
     facts |= {f"graph {name}": _ranges(spec) for name, spec in bundle.specs.items()}
     tables = {"files": {name: (size, "bytes") for name, size in files.items()}}
     tables["files"]["all"] = (sum(files.values()), "bytes")

@@ -14,7 +14,33 @@ from edge_vlm.pixels.sampling import FrameRule as FrameRule
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import PLAIN, PromptStyle
 
-SECTIONS = ("prompt", "images", "frames", "defaults")
+SECTIONS = ("prompt", "images", "frames", "defaults", "card")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What whoever meets the model should know of it, in plain words. Raises ValueError."""
+
+    summary: str
+    """What it knows, and what it does not."""
+    is_toy: bool = False
+    """It knows a small world only, and its answers about anything else mean nothing."""
+    questions: tuple[str, ...] = ()
+    """Examples of what it can answer."""
+    alerts: tuple[str, ...] = ()
+    """Examples of what it can watch for."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.summary, str) or not self.summary.strip():
+            raise ValueError("card: summary must be text")
+        if not isinstance(self.is_toy, bool):
+            raise ValueError(f"card: is_toy must be true or false, got {self.is_toy!r}")
+        for name in ("questions", "alerts"):
+            texts = getattr(self, name)
+            listed = isinstance(texts, (list, tuple))
+            if not listed or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"card: {name} must be a list of texts")
+            object.__setattr__(self, name, tuple(texts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,26 +52,33 @@ class Usage:
     """None where nothing is known."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of a session, such as `keep_ratio`, `temperature` and `max_answer_tokens`."""
+    card: ModelCard | None = None
+    """None where nobody wrote one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types under the names of SECTIONS; `from_dict` is the inverse."""
-        return {
+        sections = {
             "prompt": dataclasses.asdict(self.style),
             "images": None if self.images is None else dataclasses.asdict(self.images),
             "frames": None if self.frames is None else dataclasses.asdict(self.frames),
             "defaults": dict(self.defaults),
         }
+        if self.card is not None:
+            sections["card"] = dataclasses.asdict(self.card)
+        return sections
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Usage:
         """Absent sections have their defaults. Raises ValueError that names what is wrong."""
         try:
             images, frames = data.get("images"), data.get("frames")
+            card = data.get("card")
             return cls(
                 style=PromptStyle(**data.get("prompt", {})),
                 images=None if images is None else ImageConfig(**images),
                 frames=None if frames is None else FrameRule(**frames),
                 defaults=dict(data.get("defaults", {})),
+                card=None if card is None else ModelCard(**card),
             )
         except TypeError as error:
             raise ValueError(f"what the model was trained for: {error}") from error

@@ -241,6 +241,7 @@ class _Export:
             style=source.style,
             images=source.images,
             frames=source.frames,
+            card=source.card,
         )
 
     def _defaults(self) -> dict[str, Any]:

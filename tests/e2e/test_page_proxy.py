@@ -32,11 +32,10 @@ def test_the_page_works_below_a_path_and_with_another_host(
     tmp_path: Path, keeps_host: bool
 ) -> None:
     async def visit(debugger: str) -> None:
-        with open_server() as probe:
-            port = probe.port  # free again below
-        async with ReverseProxy(port, prefix="/vlm", keeps_host=keeps_host) as proxy:
+        async with ReverseProxy(0, prefix="/vlm", keeps_host=keeps_host) as proxy:
             origins = [] if keeps_host else [proxy.origin]
-            with Server.open(tiny_bundle(), threads=1, port=port, origins=origins) as server:
+            with Server.open(tiny_bundle(), threads=1, origins=origins) as server:
+                proxy.upstream_port = server.port
                 server.start()
                 async with connect(debugger, max_size=None) as socket:
                     page = Page(socket)
@@ -62,7 +61,8 @@ def test_a_page_that_is_refused_says_what_to_do(
                 notice = await page.until(text("notice"))
                 assert f"--allow-origin {proxy.origin}" in notice
                 assert await page.value(text("status")) == "not connected"
-            (line,) = [record.getMessage() for record in caplog.records]
+            records = [each for each in caplog.records if each.name.startswith("edge_vlm")]
+            (line,) = [record.getMessage() for record in records]
             assert f"Origin is '{proxy.origin}'" in line
             assert f"'localhost:{server.port}'" in line
             assert f"--allow-origin {proxy.origin}" in line

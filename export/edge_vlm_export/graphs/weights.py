@@ -21,7 +21,7 @@ import edge_vlm.presets as recipes
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import sha256_of_file
-from edge_vlm.formats.usage import FrameRule
+from edge_vlm.formats.usage import FrameRule, ModelCard
 from edge_vlm.model.published.folder import ModelFolder, open_folder
 from edge_vlm.model.published.mapping import shapes
 from edge_vlm.model.video_lm import VideoLM
@@ -52,6 +52,8 @@ class WeightSource:
     """Which frames of a whole clip it was trained on."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Settings of a session that it was trained for."""
+    card: ModelCard | None = None
+    """What it knows, in words."""
     notes: tuple[str, ...] = ()
     """What to tell whoever exports it."""
 
@@ -79,6 +81,7 @@ def open_weights(folder: Path, tokenizer: Path | None = None) -> WeightSource:
         images=usage.images if has_image_tokens(Tokenizer.from_file(words)) else None,
         frames=usage.frames,
         defaults=usage.defaults,
+        card=usage.card,
         notes=found.notes,
     )
 

@@ -30,6 +30,7 @@ from edge_vlm_runtime.alert_sinks.queue import (
     QueuedAlert,
 )
 from edge_vlm_runtime.protocol import alerts as messages
+from edge_vlm_runtime.protocol.base import UNSET
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +253,7 @@ def _body(session_id: str, event: AlertEvent, wall_s: float) -> tuple[str, bytes
     fields: dict[str, Any] = {
         name: getattr(event, name)
         for name in event.__struct_fields__
-        if name not in ("sequence", "evidence")
+        if name not in ("sequence", "evidence") and getattr(event, name) is not UNSET
     }
     jpeg = None
     if isinstance(event, messages.AlertTriggered) and event.evidence is not None:

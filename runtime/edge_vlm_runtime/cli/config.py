@@ -26,6 +26,8 @@ from edge_vlm_runtime.cli.options import URL_VARIABLE
 from edge_vlm_runtime.server.auth import VARIABLE as KEY_VARIABLE
 
 FILE_VARIABLE = "EDGE_VLM_CONFIG"
+TABLES = ("alert", "camera", "sink")
+"""Keys of a file that are lists of tables, `[[camera]]`, and no options: `serve` reads them."""
 SERVICE_VARIABLE = re.compile(PREFIX + r"(\w+_)?(SERVICE_HOST|(SERVICE_)?PORT(_\w+)?)")
 SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 """What Kubernetes sets in every container for each Service of its namespace."""
@@ -78,6 +80,9 @@ def configured(
             setattr(args, key, setting.value)
         if is_printed and args.print_config:
             print(as_toml(own, settings, has_key=bool(os.environ.get(KEY_VARIABLE))), end="")
+            file, tables = read_tables(args, os.environ)
+            for key, listed in tables.items():
+                print(f"# [[{key}]]: {len(listed)} in {file}; may hold secrets: copy them yourself")
             return 0
         return command.run(args)
 
@@ -96,10 +101,10 @@ def resolve(
     without a reader of TOML (Python 3.10).
     """
     own = {option.key: option for option in options}
-    file = args.config
-    if file is None and environment.get(FILE_VARIABLE):
-        file = Path(environment[FILE_VARIABLE])
+    file = _file(args, environment)
     table = {} if file is None else read_toml(file)
+    for key in TABLES:
+        table.pop(key, None)
     variables = {
         name: value
         for name, value in environment.items()
@@ -118,12 +123,12 @@ def resolve(
     }
     for key in table:
         if key not in known:
-            near = _near(key, known)
+            near = _near(key, {*known, *TABLES})
             hint = f"did you mean {near}? " if near else ""
             raise ConfigError(
                 f"unknown key {key!r}",
                 where=file,
-                remedy=f"{hint}valid keys: {', '.join(sorted(known))}",
+                remedy=f"{hint}valid keys: {', '.join(sorted({*known, *TABLES}))}",
             )
     settings = {}
     for key, option in own.items():
@@ -145,6 +150,21 @@ def resolve(
             ) from error
         settings[key] = Setting(value, origin)
     return settings, _warnings(variables, known, injected)
+
+
+def _file(args: argparse.Namespace, environment: Mapping[str, str]) -> Path | None:
+    named = environment.get(FILE_VARIABLE)
+    file: Path | None = args.config
+    return Path(named) if file is None and named else file
+
+
+def read_tables(
+    args: argparse.Namespace, environment: Mapping[str, str]
+) -> tuple[Path | None, dict[str, Any]]:
+    """The file and what it holds for the keys TABLES. Raises as `read_toml`."""
+    file = _file(args, environment)
+    table = {} if file is None else read_toml(file)
+    return file, {key: table[key] for key in TABLES if key in table}
 
 
 def _warnings(variables: Mapping[str, str], known: set[str], injected: set[str]) -> list[str]:

@@ -158,6 +158,7 @@ def serve_options() -> Groups:
         **bundle_options(),
         "access and operation": options_of(ServeOptions),
         "alerts": options_of(OutputOptions),
+        "cameras of its own (tables [[camera]] of the file)": options_of(SourceOptions),
         "limits": options_of(ServerLimits),
         "settings of new sessions (default: what the bundle was made for)": [
             option for option in settings if option.field not in NOT_FOR_SERVERS

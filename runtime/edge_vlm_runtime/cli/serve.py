@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
 from edge_vlm_runtime.cli.alerts import alert_outputs
-from edge_vlm_runtime.cli.config import configured
+from edge_vlm_runtime.cli.config import configured, read_tables
 from edge_vlm_runtime.cli.options import serve_options, server_options
 from edge_vlm_runtime.cli.shared import print_notes
 from edge_vlm_runtime.engines.names import backend_options
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.cameras.keeper import CameraFile
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -24,6 +29,7 @@ def _serve(args: argparse.Namespace) -> int:
         with Server.open(
             args.bundle,
             threads=args.threads,
+            cameras=_cameras(args),
             on_event=None if outputs is None else outputs.put,
             **backend_options(args),
             **server_options(args),
@@ -35,9 +41,25 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cameras(args: argparse.Namespace) -> CameraFile:
+    """Those of the file. Raises ConfigError."""
+    from edge_vlm_runtime.cameras.config import CameraPlan, read_plan
+    from edge_vlm_runtime.cameras.keeper import CameraFile
+
+    file, tables = read_tables(args, os.environ)
+    if file is None:
+        return CameraFile(plan=CameraPlan())
+    return CameraFile(
+        plan=read_plan(tables, file),
+        path=file,
+        read=lambda: read_plan(read_tables(args, os.environ)[1], file),
+        hwaccel=args.hwaccel,
+    )
+
+
 serve = configured(
     Command(
-        add_arguments=lambda parser: None,
+        add_arguments=lambda parser: parser.set_defaults(has_tables=True),
         run=_serve,
     ),
     serve_options,

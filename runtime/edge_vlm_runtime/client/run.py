@@ -13,11 +13,8 @@ from edge_vlm.pixels.frames import Rgb, encode_jpeg, shrink_jpeg
 from edge_vlm.pixels.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime.client.client import Answer, AnswerStream, Client, Detail
-from edge_vlm_runtime.protocol.settings import ModelLimits
 from edge_vlm_runtime.sources.container import Picture, Source
 
-VIDEO_SIDE, SNAPSHOT_SIDE = 1280, 4096
-"""Pixels of a picture's longer side that are sent at most, to models that see less anyway."""
 MESSAGE_HEAD_BYTES = 1024
 """Room for what a message says about its picture."""
 
@@ -119,7 +116,7 @@ class _Run:
         self.outcome = outcome
         self.loop = asyncio.get_running_loop()
         self._most_bytes = client.created.limits.max_message_bytes - MESSAGE_HEAD_BYTES
-        source.max_side = useful_side(client.created.model.limits)
+        source.max_side = client.created.model.limits.useful_side
         self._answers: set[asyncio.Task[None]] = set()
         """Of questions that wait for the rest of their answer."""
 
@@ -223,12 +220,6 @@ class _Run:
     def _note(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
         self.outcome.note(result)
         self.observer.answered(question, result)
-
-
-def useful_side(limits: ModelLimits) -> int:
-    """Pixels of a picture's longer side that are worth sending."""
-    least = SNAPSHOT_SIDE if limits.snapshot_tokens else VIDEO_SIDE
-    return max(least, 2 * limits.image_size)
 
 
 def parse_question(text: str, every_s: float | None, detail: Detail = "video") -> PlannedQuestion:

@@ -71,14 +71,22 @@ from edge_vlm_runtime.protocol.questions import (
     ResponseCancel,
     ResponseCreate,
 )
+from edge_vlm_runtime.protocol.streams import (
+    PICTURES_PARAMETER,
+    STREAM_PARAMETER,
+    Stream,
+    StreamUpdated,
+)
 
 __all__ = [
     "HEADER",
     "HEADER_VERSION",
     "MAX_CAPTURE_TIME_US",
     "PATH",
+    "PICTURES_PARAMETER",
     "PROTOCOL_VERSION",
     "RESUME_PARAMETER",
+    "STREAM_PARAMETER",
     "TYPE_JPEG",
     "TYPE_RAW",
     "ChosenFrame",
@@ -118,6 +126,8 @@ __all__ = [
     "SessionUpdated",
     "SettingsPatch",
     "Snapshot",
+    "Stream",
+    "StreamUpdated",
     "Usage",
     "VideoRoom",
     "decode_client_message",

@@ -8,7 +8,15 @@ from typing import Annotated
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.options import About
-from edge_vlm_runtime.protocol.base import ClientMessage, Part, ServerEvent, Text
+from edge_vlm_runtime.protocol.base import (
+    UNSET,
+    ClientMessage,
+    EventId,
+    Part,
+    ServerEvent,
+    Text,
+    UnsetType,
+)
 
 OnThreshold = Annotated[
     float, About('The alert begins at this probability of "yes".', option="alert_on", metavar="P")
@@ -100,6 +108,8 @@ class AlertStatus(Part, kw_only=True):
     """The frame checked last."""
     time_s: float | None
     """Its capture time."""
+    name: str | UnsetType = UNSET
+    """As `alert.create` gave it."""
 
 
 class Evidence(Part, kw_only=True):
@@ -130,11 +140,13 @@ class AlertCreate(ClientMessage, tag="alert.create"):
     """`alert.triggered` brings the picture it rests on."""
     report_checks: bool = AlertRule.report_checks
     """Every check is told as `alert.checked`, to find thresholds by."""
+    name: EventId | UnsetType = UNSET
+    """Stands in its events as `alert_name`; the session may have no other alert of this name."""
 
     def rule(self) -> AlertRule:
         """Raises ConfigError naming the field that is wrong."""
-        names = self.__struct_fields__
-        return AlertRule(**{name: getattr(self, name) for name in names if name != "event_id"})
+        names = set(self.__struct_fields__) - {"event_id", "name"}
+        return AlertRule(**{name: getattr(self, name) for name in names})
 
 
 class AlertList(ClientMessage, tag="alert.list"):
@@ -197,6 +209,10 @@ class AlertTriggered(ServerEvent, tag="alert.triggered"):
     age_s: float
     """From the arrival of that frame to this event."""
     evidence: Evidence | None
+    alert_name: str | UnsetType = UNSET
+    """Of an alert that has one."""
+    camera: str | UnsetType = UNSET
+    """Of a camera that the server owns."""
 
 
 class AlertCleared(ServerEvent, tag="alert.cleared"):
@@ -213,6 +229,10 @@ class AlertCleared(ServerEvent, tag="alert.cleared"):
     """Capture time of this moment since the first frame of the session."""
     lasted_s: float
     """Since it began, in capture time."""
+    alert_name: str | UnsetType = UNSET
+    """Of an alert that has one."""
+    camera: str | UnsetType = UNSET
+    """Of a camera that the server owns."""
 
 
 PARTS: tuple[type[Part], ...] = (AlertStatus, Evidence)

@@ -14,10 +14,12 @@ from edge_vlm.errors import (
     ProtocolError,
     SessionError,
 )
+from edge_vlm.formats.usage import ModelCard
 from edge_vlm.request_errors import RequestError
 from edge_vlm_runtime.protocol import alerts as alert_messages
 from edge_vlm_runtime.protocol import questions as question_messages
 from edge_vlm_runtime.protocol import realtime as realtime_events
+from edge_vlm_runtime.protocol import streams as stream_messages
 from edge_vlm_runtime.protocol.answer_events import (
     NewestFrame,
     PointedAt,
@@ -76,6 +78,7 @@ from edge_vlm_runtime.protocol.responses import (
     TokenDetails,
 )
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
+from edge_vlm_runtime.protocol.streams import Stream
 
 PATH = "/v1/realtime"
 MAX_ERROR_TEXT = 1000
@@ -222,6 +225,8 @@ class Model(Part, kw_only=True):
     """Name of the bundle."""
     limits: ModelLimits
     """See below."""
+    card: ModelCard | None = None
+    """What it knows, in words, with examples of questions; null where nobody wrote one."""
 
 
 class VideoRoom(Part, kw_only=True):
@@ -255,6 +260,8 @@ class SessionCreated(ServerEvent, tag="session.created"):
     """Null from an older server."""
     notes: list[str] | None = None
     """What a viewer should know about these settings with this model, in words."""
+    stream: Stream | UnsetType = UNSET
+    """The camera of the server that this connection subscribes to."""
 
 
 class SessionResumed(ServerEvent, tag="session.resumed"):
@@ -356,6 +363,7 @@ PARTS: tuple[type[Part], ...] = (
     *(RealtimeSession, RealtimeResponse, RealtimeUsage, TokenDetails, ConversationItem, OutputPart),
     *realtime_events.PARTS,
     *alert_messages.PARTS,
+    *stream_messages.PARTS,
 )
 CLIENT_MESSAGES: tuple[type[ClientMessage], ...] = (
     SessionUpdate,
@@ -381,6 +389,7 @@ SERVER_EVENTS: tuple[type[ServerEvent], ...] = (
     MemoryEvicted,
     MemoryRebased,
     *alert_messages.SERVER_EVENTS,
+    *stream_messages.SERVER_EVENTS,
     SessionStats,
     SessionGoAway,
     SessionClosed,

@@ -18,6 +18,8 @@ from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm.text.prompt import longest_frame, longest_image
 
 CAN_BE_NONE = ("resume_grace_s", "max_answer_slowdown", "max_waiting_requests")
+VIDEO_SIDE, SNAPSHOT_SIDE = 1280, 4096
+"""Pixels of a picture's longer side that are sent at most, to models that see less anyway."""
 CLIP, KEEP_ALL = "clip", "keep_all"
 POLICIES = (*POLICY_NAMES, CLIP)
 MAX_WHOLE = 1 << 53
@@ -193,6 +195,11 @@ class ModelLimits:
     by `clip_fps` with its last frame, or, past so many, evenly from begin to end."""
     clip_fps: float = 0.0
     """Frames per second of a whole clip that is short enough."""
+
+    @property
+    def useful_side(self) -> int:
+        """Pixels of a picture's longer side that are worth sending."""
+        return max(SNAPSHOT_SIDE if self.snapshot_tokens else VIDEO_SIDE, 2 * self.image_size)
 
     @property
     def frame_tokens(self) -> int:

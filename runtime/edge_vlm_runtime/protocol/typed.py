@@ -52,6 +52,7 @@ class RuleFields(TypedDict, total=False):
     interval_s: float
     evidence: bool
     report_checks: bool
+    name: str
 
 
 def require_known(given: Iterable[str], kind: type, where: str) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +32,9 @@ from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.request_errors import ModelNotFound
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.cameras.camera import CameraSetup
+from edge_vlm_runtime.cameras.config import CameraPlan
+from edge_vlm_runtime.cameras.keeper import CameraFile, CameraKeeper
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
@@ -38,25 +43,29 @@ from edge_vlm_runtime.openai.envelope import envelope, headers_of, status_of
 from edge_vlm_runtime.openai.media import MediaRules
 from edge_vlm_runtime.openai.one_shot import OneShots
 from edge_vlm_runtime.openai.request_queue import RequestQueue
+from edge_vlm_runtime.protocol.base import json_bytes
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
 from edge_vlm_runtime.server.asgi_server import AsgiServer, listen
 from edge_vlm_runtime.server.auth import SUBPROTOCOLS, require_key
 from edge_vlm_runtime.server.connection import Connection, refuse
 from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
-from edge_vlm_runtime.server.live_api import MAX_BODY_BYTES, LiveApi
+from edge_vlm_runtime.server.live_api import MAX_BODY_BYTES, Answer, LiveApi
 from edge_vlm_runtime.server.live_api import PREFIX as LIVE_PREFIX
 from edge_vlm_runtime.server.memory_need import require_memory
 from edge_vlm_runtime.server.metrics import CONTENT_TYPE
 from edge_vlm_runtime.server.origins import Origins
+from edge_vlm_runtime.server.page import DEMO_CLIP, FACTS_PATH, PAGE_HEADERS, WEB, page_facts
 from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
+from edge_vlm_runtime.server.streams.hub import PREFIX as STREAMS_PREFIX
+from edge_vlm_runtime.server.streams.hub import StreamHub
 from edge_vlm_runtime.server.tls import Tls
 from edge_vlm_runtime.session.budget import default_settings, notes_on, video_window
 
 try:
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import JSONResponse, Response
+    from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -66,15 +75,6 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-WEB = Path(__file__).parent / "web"
-PAGE_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": (
-        "default-src 'self'; connect-src 'self' ws: wss:; media-src 'self' blob:; "
-        "img-src 'self' blob: data:"
-    ),
-    "X-Content-Type-Options": "nosniff",
-}
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 """Are told apart by what is asked."""
 DRAIN_S = 5.0
@@ -82,6 +82,10 @@ CONNECTIONS_PER_SESSION = 4
 """Connections that have no session yet, or none any more, count too."""
 LINGER_S = 5.0
 """For the closing handshake of a websocket; then its connection is cut."""
+
+
+Answers = Callable[[str, str, Mapping[str, str], bytes], Awaitable[Answer]]
+"""Of method, path, query and body."""
 
 
 class Server:
@@ -102,12 +106,15 @@ class Server:
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
         media: MediaRules | None = None,
+        cameras: CameraFile | None = None,
+        recorder_of: Callable[[Path], Recorder] | None = None,
     ) -> None:
         """Port 0 takes a free one; `on_event` gets a session's name and every event of it, on the
         server's loop; with `api_key` a client must have it, see `auth`; `hosts`: names the server
         answers to besides its own, see `allowed_hosts`; `origins`: of pages that may connect
-        besides its own; `media`: what HTTP requests may name besides data URIs. Raises ConfigError
-        when host and port cannot be listened on, or the settings do not fit the model."""
+        besides its own; `media`: what HTTP requests may name besides data URIs; `cameras`: those
+        that it owns; `recorder_of`: makes that of a folder. Raises ConfigError when host and port
+        cannot be listened on, or the settings do not fit the model."""
         self.limits = limits or ServerLimits()
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
@@ -117,12 +124,7 @@ class Server:
         self._engines = engines
         self._recorder = recorder
         self._worker = EngineWorker(engines, self.limits)
-        self._socket = listen(host, port)
-        self._api_key = api_key
-        self._is_tls = tls is not None
-        self.host = host
-        self.port = int(self._socket.getsockname()[1])
-        self._connections: set[asyncio.Task[Any]] = set()
+        self._recorders: dict[Path, Recorder] = {}
         self._table = SessionRegistry(
             worker=self._worker,
             bundle_name=engines.bundle.name,
@@ -131,7 +133,15 @@ class Server:
             limits=self.limits,
             recorder=recorder,
             on_event=on_event,
+            card=engines.bundle.card,
         )
+        self._keeper = self._make_keeper(cameras or CameraFile(plan=CameraPlan()), recorder_of)
+        self._socket = listen(host, port)
+        self._api_key = api_key
+        self._is_tls = tls is not None
+        self.host = host
+        self.port = int(self._socket.getsockname()[1])
+        self._connections: set[asyncio.Task[Any]] = set()
         rules = media or MediaRules()
         self._queue = RequestQueue(self.limits)
         self._api = OpenAiApi(
@@ -150,6 +160,8 @@ class Server:
             on_reply=self._table.metrics.replied,
         )
         self._live_api = LiveApi(self._table)
+        self._hub = StreamHub(self._keeper, self._table, self._live_api, self.model)
+        self._heeds_hangup = False
         self._page = _Page(directory=WEB, html=True)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -184,6 +196,7 @@ class Server:
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
         media: MediaRules | None = None,
+        cameras: CameraFile | None = None,
     ) -> Server:
         """Checks and loads the bundle. `engines`: see `open_graphs`; `settings`: fields of
         SessionSettings in which new sessions differ from what the bundle was made for; `record_to`:
@@ -194,14 +207,14 @@ class Server:
         def check(found: EngineBundle) -> None:
             if backend is Backend.ORT:  # the others hold weights on a device
                 wanted = default_settings(found, bounds).changed(settings or {})
-                require_memory(found, wanted, bounds)
+                num_cameras = 0 if cameras is None else len(cameras.plan.cameras)
+                require_memory(found, wanted, bounds, num_cameras=num_cameras)
 
         opened = LoadedBundle.open(bundle, threads, backend, engines, check)
         try:
             warm_up(opened)
-            recorder = None
-            if record_to is not None:
-                recorder = Recorder(path=record_to, bundle=opened.bundle, threads=threads)
+            recorder_of = functools.partial(Recorder, bundle=opened.bundle, threads=threads)
+            recorder = None if record_to is None else recorder_of(path=record_to)
             return cls(
                 opened,
                 host=host,
@@ -215,10 +228,37 @@ class Server:
                 hosts=hosts,
                 origins=origins,
                 media=media,
+                cameras=cameras,
+                recorder_of=lambda folder: recorder_of(path=folder),
             )
         except BaseException:
             opened.close()
             raise
+
+    def _make_keeper(
+        self, file: CameraFile, recorder_of: Callable[[Path], Recorder] | None
+    ) -> CameraKeeper:
+        """Raises ConfigError, RecordingError."""
+
+        def recorder(folder: Path) -> Recorder:
+            if folder not in self._recorders:
+                if recorder_of is None:
+                    raise ConfigError("this server does not record", where=folder)
+                self._recorders[folder] = recorder_of(folder)
+            return self._recorders[folder]
+
+        return CameraKeeper(
+            file,
+            setup=CameraSetup(
+                settings=self.settings,
+                max_side=self.model.useful_side,
+                hwaccel=file.hwaccel,
+                recorder=self._recorder,
+            ),
+            sessions=self._table,
+            recorder_of=recorder,
+            check=lambda settings: video_window(settings, self.model, self.limits),
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -250,6 +290,7 @@ class Server:
         """Runs until SIGTERM or SIGINT; sessions get DRAIN_S to end their answers. `on_start` is
         called when the port answers and a signal is heeded."""
         self._announce = on_start
+        self._heeds_hangup = self._keeper.is_read_anew and hasattr(signal, "SIGHUP")
         self._worker.start()
         try:
             asyncio.run(self._main())
@@ -287,8 +328,10 @@ class Server:
 
     def _stop_worker(self) -> None:
         self._worker.stop()
-        if self._recorder is not None:
-            self._recorder.close()
+        recorders = [self._recorder, *self._recorders.values()]
+        for recorder in recorders:
+            if recorder is not None:
+                recorder.close()
 
     def close(self) -> None:
         """Stops and frees everything; twice does no harm."""
@@ -310,11 +353,15 @@ class Server:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         gauges = self._loop.create_task(self._table.metrics.follow_machine())
+        if self._heeds_hangup:
+            self._loop.add_signal_handler(signal.SIGHUP, self._keeper.reload_soon)
+        self._keeper.start()
         try:
             await self._carrier.serve(sockets=[self._socket])
             if self._drain_task is not None:
                 await self._drain_task
         finally:
+            await self._keeper.stop("the server is stopping")
             await cancel(gauges)
 
     def _on_start(self) -> None:
@@ -331,6 +378,7 @@ class Server:
             self._drain_task = self._loop.create_task(self._drain(time_left_s))
 
     async def _drain(self, time_left_s: float) -> None:
+        await self._keeper.stop_reading()
         await asyncio.gather(self._table.drain(time_left_s), self._api.drain(time_left_s))
         if self._connections:  # their close handshakes
             await asyncio.wait(set(self._connections), timeout=time_left_s)
@@ -346,7 +394,11 @@ class Server:
                 Route("/version", self._version),
                 Route("/metrics", self._metrics),
                 WebSocketRoute(protocol.PATH, self._realtime),
+                Route("/demo/clip.mp4", self._demo_clip),
+                Route(FACTS_PATH, self._page_facts),
                 Route(f"{LIVE_PREFIX}/{{path:path}}", self._live, methods=METHODS),
+                Route(STREAMS_PREFIX, self._streams, methods=METHODS),
+                Route(f"{STREAMS_PREFIX}/{{path:path}}", self._streams, methods=METHODS),
                 Route("/v1", self._api),
                 Route("/v1/{path:path}", self._api),
             ]
@@ -380,7 +432,27 @@ class Server:
     async def _metrics(self, request: Request) -> Response:
         return Response(self._table.metrics.render(), media_type=CONTENT_TYPE)
 
+    async def _demo_clip(self, request: Request) -> Response:
+        return FileResponse(DEMO_CLIP, media_type="video/mp4", headers=PAGE_HEADERS)
+
+    async def _page_facts(self, request: Request) -> Response:
+        bound = self._socket.getsockname()[0]
+        body = {
+            **await asyncio.to_thread(page_facts, bound, self.port, self._is_tls, self._api_key),
+            "model": self._table.model_part(),
+            "settings": self.settings,
+            "limits": self.limits,
+            "notes": self.notes,
+        }
+        return Response(json_bytes(body), media_type="application/json")
+
     async def _live(self, request: Request) -> Response:
+        return await self._answered(request, self._live_api.answer)
+
+    async def _streams(self, request: Request) -> Response:
+        return await self._answered(request, self._hub.answer)
+
+    async def _answered(self, request: Request, answers: Answers) -> Response:
         try:
             headers = request.headers
             if not self._origins.allows(headers.get("origin"), headers.get("host")):
@@ -390,10 +462,8 @@ class Server:
                 body += piece
                 if len(body) > MAX_BODY_BYTES:
                     raise MessageTooLarge(f"more than {MAX_BODY_BYTES} bytes")
-            path = request.path_params["path"]
-            answer = await self._live_api.answer(
-                request.method, path, request.query_params, bytes(body)
-            )
+            path = request.path_params.get("path", "")
+            answer = await answers(request.method, path, request.query_params, bytes(body))
         except EdgeVlmError as error:
             return JSONResponse(envelope(error), status_of(error), headers_of(error))
         except ClientDisconnect:
@@ -419,22 +489,32 @@ class Server:
         except (Unauthorized, ModelNotFound) as error:
             await refuse(websocket, error)
             return
-        if len(self._connections) >= CONNECTIONS_PER_SESSION * self.limits.max_sessions:
+        room = self.limits.max_sessions + self._hub.num_streams
+        if len(self._connections) >= CONNECTIONS_PER_SESSION * room:
             await refuse(websocket, ServerBusy("too many connections", remedy="connect later"))
             return
-        resumes = protocol.RESUME_PARAMETER in websocket.query_params
-        connection = Connection(websocket, self._table, resumes=resumes)
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
         transport = self._carrier.transport_of(websocket.client)
         try:
-            await connection.run()
+            await self._converse(websocket)
         finally:
             self._connections.discard(task)
             if transport is not None and self._loop is not None:
                 # Closing waits for the other side to read what was sent; that may be never.
                 self._loop.call_later(LINGER_S, transport.abort)
+
+    async def _converse(self, websocket: WebSocket) -> None:
+        query = websocket.query_params
+        if protocol.STREAM_PARAMETER not in query:
+            resumes = protocol.RESUME_PARAMETER in query
+            await Connection(websocket, self._table, resumes=resumes).run()
+            return
+        try:
+            await self._hub.subscribe(websocket, query)
+        except EdgeVlmError as error:
+            await refuse(websocket, error)
 
 
 class _Guard:

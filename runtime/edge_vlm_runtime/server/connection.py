@@ -245,15 +245,8 @@ class Connection:
     def _put(
         self, frame: EncodedFrame, handle: SessionHandle, refused: FrameDecodeError | None = None
     ) -> None:
-        session = self._session
         self._table.metrics.frames_received.inc()
-        session.newest_frame_sequence = max(frame.seq, session.newest_frame_sequence or 0)
-        session.newest_time = (frame.capture_us, frame.received_ns)
-        if refused is None:
-            session.view.offered(frame)
-            handle.put_frame(frame)
-        else:
-            handle.refuse_frame(frame, refused)
+        self._session.put(frame, refused)
 
     def _next_frame(
         self, data: bytes, encoding: Encoding, capture_us: int | None = None

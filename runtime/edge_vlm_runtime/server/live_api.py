@@ -19,14 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from edge_vlm.errors import NoFrameYet, SessionGone
+from edge_vlm.errors import NoFrameYet, SessionGone, UnknownStream
 from edge_vlm.pixels.frames import decode_picture, encode_jpeg
 from edge_vlm.request_errors import MethodNotAllowed, NoSuchPath, RequestError
-from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.base import json_bytes
-from edge_vlm_runtime.protocol.messages import error_from_detail
+from edge_vlm_runtime.server.live_view import LiveView
 from edge_vlm_runtime.server.sessions import ClientSession, SessionRegistry
 
 PREFIX = "/v1/edge_vlm"
@@ -77,30 +76,25 @@ class LiveApi:
         raise _no_such_path(path)
 
     def _session(self, name: str) -> ClientSession:
-        session = self._table.live_session(name)
-        if session is None:
+        try:
+            return self._table.require_session(name)
+        except UnknownStream:
+            raise
+        except SessionGone as error:
             raise SessionGone(
-                "there is no such live session",
-                remedy=f"GET {PREFIX}/sessions lists those there are",
-            )
-        return session
+                error.what, remedy=f"GET {PREFIX}/sessions lists those there are"
+            ) from error
 
     def _about(self, session: ClientSession) -> dict[str, Any]:
-        newest = session.view.newest
-        return {
+        found = {
             "id": session.session_id,
             "object": "edge_vlm.session",
-            "connected": session.viewer is not None,
+            "connected": session.viewer is not None or session.camera is not None,
             "frames_accepted": session.view.num_accepted,
-            "newest_frame": None
-            if newest is None
-            else {
-                "frame_sequence": newest.frame.seq,
-                "time_s": newest.time_s,
-                "age_s": (self._table.clock_ns() - newest.frame.received_ns) * 1e-9,
-            },
+            "newest_frame": newest_frame(session.view, self._table.clock_ns()),
             "newest_event": session.view.num_happened,
         }
+        return found if session.camera is None else {**found, "stream": session.camera}
 
     async def _snapshot(self, session: ClientSession) -> Answer:
         newest = session.view.newest
@@ -129,25 +123,10 @@ class LiveApi:
         tag = protocol.tag_of(messages.AlertCreate)
         message = protocol.decode_client_message(json.dumps({**fields, "type": tag}))
         assert isinstance(message, messages.AlertCreate)
-        return (await self._request(session, message, messages.AlertCreated)).alert
+        return (await session.request(message, messages.AlertCreated)).alert
 
     async def _list_alerts(self, session: ClientSession) -> Any:
-        return (await self._request(session, messages.AlertList(), messages.AlertListed)).alerts
-
-    async def _request(
-        self, session: ClientSession, message: protocol.ClientMessage, kind: type[Reply]
-    ) -> Reply:
-        """What the session answers; its viewer sees it, too. Raises the error instead."""
-        events: asyncio.Queue[protocol.ServerEvent | None] = asyncio.Queue()
-        handle, stop = self._table.listen(session.session_id, events.put_nowait)
-        message.event_id = f"http_live_{next(self._numbers)}"
-        try:
-            handle.take(message)
-            return await within(REPLY_TIMEOUT_S, _reply(events, message.event_id, kind))
-        except asyncio.TimeoutError:
-            raise SessionGone("the live session did not answer", remedy="try again") from None
-        finally:
-            stop()
+        return (await session.request(messages.AlertList(), messages.AlertListed)).alerts
 
     async def _events(self, session: ClientSession, query: Mapping[str, str]) -> dict[str, Any]:
         after = int(_number(query, "after", 0, 1 << 53))
@@ -167,17 +146,16 @@ class LiveApi:
         }
 
 
-async def _reply(
-    events: asyncio.Queue[protocol.ServerEvent | None], event_id: str, kind: type[Reply]
-) -> Reply:
-    while True:
-        event = await events.get()
-        if event is None:
-            raise SessionGone("the live session has ended", remedy="ask another one")
-        if isinstance(event, protocol.Error) and event.error.event_id == event_id:
-            raise error_from_detail(event.error)
-        if isinstance(event, kind) and getattr(event, "event_id", None) == event_id:
-            return event
+def newest_frame(view: LiveView, now_ns: int) -> dict[str, Any] | None:
+    """Of the frames that the model was shown."""
+    newest = view.newest
+    if newest is None:
+        return None
+    return {
+        "frame_sequence": newest.frame.seq,
+        "time_s": newest.time_s,
+        "age_s": (now_ns - newest.frame.received_ns) * 1e-9,
+    }
 
 
 def _number(query: Mapping[str, str], name: str, least: float, most: float) -> float:

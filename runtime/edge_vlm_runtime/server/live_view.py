@@ -11,6 +11,7 @@ from typing import Any
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertTriggered
+from edge_vlm_runtime.protocol.base import UNSET
 from edge_vlm_runtime.session.frames import EncodedFrame
 
 MAX_HAPPENED = 500
@@ -48,6 +49,8 @@ class Happened:
         }
         names = ("alert_id", "episode", "question", "probability", "frame_sequence", "time_s")
         found |= {name: getattr(event, name) for name in names}
+        names_of_camera = {"alert_name": event.alert_name, "camera": event.camera}
+        found |= {name: value for name, value in names_of_camera.items() if value is not UNSET}
         if isinstance(event, AlertCleared):
             found |= {"reason": event.reason, "lasted_s": event.lasted_s}
         return found
@@ -59,6 +62,10 @@ class LiveView:
     def __init__(self) -> None:
         self.newest: SeenPicture | None = None
         self.num_accepted = 0
+        self.cells_seen = 0
+        self.cells_kept = 0
+        self.stats: protocol.SessionStats | None = None
+        """The last ones."""
         self.num_happened = 0
         self._happened: deque[Happened] = deque(maxlen=MAX_HAPPENED)
         self._under_way: dict[int, EncodedFrame] = {}
@@ -76,9 +83,13 @@ class LiveView:
             self._under_way.pop(event.frame_sequence, None)
         elif isinstance(event, protocol.FrameAccepted):
             self.num_accepted += 1
+            self.cells_seen += event.cells_seen
+            self.cells_kept += event.cells_kept
             frame = self._under_way.pop(event.frame_sequence, None)
             if frame is not None:
                 self.newest = SeenPicture(frame=frame, time_s=event.time_s)
+        elif isinstance(event, protocol.SessionStats):
+            self.stats = event
         elif isinstance(event, (AlertTriggered, AlertCleared)):
             self.num_happened += 1
             self._happened.append(Happened(number=self.num_happened, at_ns=now_ns, event=event))

@@ -24,10 +24,17 @@ class MemoryNeed:
     """Of one session, with its frames' features."""
     prefill: int
     sessions: int
+    """Of viewers and cameras, as many as may be."""
+    cameras: int = 0
+    """Of the server's own: their sessions are there from the start."""
 
     @classmethod
     def of(
-        cls, bundle: EngineBundle, settings: SessionSettings, limits: ServerLimits
+        cls,
+        bundle: EngineBundle,
+        settings: SessionSettings,
+        limits: ServerLimits,
+        num_cameras: int = 0,
     ) -> MemoryNeed:
         """Raises ConfigError for settings that the model cannot hold to."""
         model, language = ModelLimits.from_bundle(bundle), bundle.config.language
@@ -44,18 +51,20 @@ class MemoryNeed:
             weights=sum(file.stat().st_size for file in folder.iterdir()),
             cache=capacity * row_bytes(language, spec) + window * max(0, features),
             prefill=run_bytes(language, spec, new, 0 if new == window else window),
-            sessions=limits.max_sessions,
+            sessions=limits.max_sessions + num_cameras,
+            cameras=num_cameras,
         )
 
     @property
     def least(self) -> int:
-        """With one session."""
-        return PROGRAM_BYTES + self.weights + self.cache + self.prefill
+        """With one session, or with those of all cameras."""
+        caches = max(1, self.cameras) * self.cache
+        return PROGRAM_BYTES + self.weights + caches + self.prefill
 
     @property
     def most(self) -> int:
         """With as many as may come; one of them prefills at a time."""
-        return self.least + (self.sessions - 1) * self.cache
+        return self.least + (self.sessions - max(1, self.cameras)) * self.cache
 
     def __str__(self) -> str:
         return (
@@ -69,6 +78,7 @@ def require_memory(
     settings: SessionSettings,
     limits: ServerLimits,
     free: int | None = None,
+    num_cameras: int = 0,
 ) -> None:
     """Raises ConfigError where one session would not fit, and warns where several would not.
 
@@ -77,15 +87,16 @@ def require_memory(
     free = free_memory() if free is None else free
     if free is None:
         return
-    need = MemoryNeed.of(bundle, settings, limits)
+    need = MemoryNeed.of(bundle, settings, limits, num_cameras)
     if need.least > free:
         raise ConfigError(
-            f"serving needs about {_gb(need.least)} of memory ({need}) and {_gb(free)} are free",
+            f"serving {f'{num_cameras} cameras ' if num_cameras else ''}needs about "
+            f"{_gb(need.least)} of memory ({need}) and {_gb(free)} are free",
             where=bundle.path,
             remedy="lower --kv-tokens, close other programs, or export with fewer bits",
         )
     if need.most > free:
-        fitting = 1 + (free - need.least) // need.cache
+        fitting = max(1, need.cameras) + (free - need.least) // need.cache
         log.warning(
             "%d sessions with full caches need about %s of memory (%s) and %s are free: %d would "
             "fit (--max-sessions, --kv-tokens)",

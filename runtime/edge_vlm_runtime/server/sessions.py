@@ -10,12 +10,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import secrets
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import edge_vlm
 from edge_vlm.errors import (
@@ -23,127 +20,21 @@ from edge_vlm.errors import (
     InternalError,
     ServerBusy,
     SessionGone,
+    UnknownStream,
 )
+from edge_vlm.formats.usage import ModelCard
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
-from edge_vlm_runtime.openai.realtime import RealtimeShape
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
-from edge_vlm_runtime.server.event_log import EventLog
-from edge_vlm_runtime.server.live_view import LiveView
+from edge_vlm_runtime.server.client_session import ClientSession as ClientSession
+from edge_vlm_runtime.server.client_session import OnEvent as OnEvent
+from edge_vlm_runtime.server.client_session import Subscriber
 from edge_vlm_runtime.server.metrics import ServerMetrics
 from edge_vlm_runtime.session.budget import notes_on, video_room
 
 log = logging.getLogger(__name__)
-
-OnEvent = Callable[[str, protocol.ServerEvent], None]
-
-
-class Subscriber(Protocol):
-    """A connection that reads a session's log."""
-
-    def wake(self) -> None:
-        """There is something new in the log, or the session has ended."""
-
-    def displace(self) -> None:
-        """Another connection has taken the session over."""
-
-
-@dataclass(frozen=True)
-class CloseReason:
-    """How the last connection is to be closed, after the last event."""
-
-    code: int
-    reason: str
-
-
-class ClientSession:
-    """One session as the server keeps it. Made by `SessionRegistry.open`."""
-
-    def __init__(
-        self,
-        limits: ServerLimits,
-        on_event: OnEvent | None = None,
-        model_id: str = "",
-        clock_ns: Callable[[], int] = time.monotonic_ns,
-    ) -> None:
-        self._on_event = on_event
-        self._clock_ns = clock_ns
-        self.session_id = secrets.token_hex(8)
-        self.shape = RealtimeShape(self.session_id, model_id)
-        self.resume_token = secrets.token_urlsafe(24)
-        self.log = EventLog(max_events=limits.max_replay_events, max_bytes=limits.max_replay_bytes)
-        self.handle: SessionHandle | None = None
-        """None before the engines have it, and after they gave it up."""
-        self.ending: CloseReason | None = None
-        """Set when there will be no more events."""
-        self.viewer: Subscriber | None = None
-        self.progress = asyncio.Event()
-        """Set whenever the engines have done something, and at the end."""
-        self.listeners: set[Callable[[protocol.ServerEvent | None], None]] = set()
-        """Get every event as well, and None at the end."""
-        self.view = LiveView()
-        self.settings: SessionSettings | None = None
-        """Those last announced."""
-        self.messages_received = 0
-        """Messages of the client that were taken in, over all its connections."""
-        self.newest_frame_sequence: int | None = None
-        self.stills_under_way: set[int] = set()
-        """Numbers of pictures of the conversation without outcome: a question waits for them."""
-        self.newest_time: tuple[int, int] | None = None
-        """Capture time in microseconds of the newest frame, and when it came, in nanoseconds."""
-        self.left_at_s = 0.0
-        """When the viewer was last seen, by the event loop's clock."""
-
-    def send_all(self, events: list[protocol.ServerEvent]) -> None:
-        """The engines have done something, and this is what came of it."""
-        self.progress.set()
-        for event in events:
-            self.send(event)
-
-    def send(self, event: protocol.ServerEvent) -> None:
-        """The next event. While nobody is connected, gauges are not worth keeping."""
-        if self.ending is not None:
-            return
-        if isinstance(event, (protocol.FrameAccepted, protocol.FrameDropped)):
-            self.stills_under_way.discard(event.frame_sequence)
-        self.view.said(event, self._clock_ns())
-        self._observe(event)
-        for listener in tuple(self.listeners):
-            listener(event)
-        if self.viewer is None and isinstance(event, protocol.SessionStats):
-            return
-        if isinstance(event, (protocol.SessionCreated, protocol.SessionUpdated)):
-            self.settings = event.settings
-        for dressed in self.shape.dress(event):
-            self.log.append(dressed)
-        if self.viewer is not None:
-            self.viewer.wake()
-
-    def _observe(self, event: protocol.ServerEvent) -> None:
-        if self._on_event is None:
-            return
-        try:
-            self._on_event(self.session_id, event)
-        except Exception:  # the viewer gets the event all the same, and those after it
-            log.exception("an observer of the events failed")
-
-    def end(self, code: int, reason: str) -> None:
-        """No more events: the connection is closed when it has sent those there are."""
-        if self.ending is None:
-            self.ending = CloseReason(code, reason)
-            self.progress.set()
-            self.view.wake()
-            for listener in tuple(self.listeners):
-                listener(None)
-            if self.viewer is not None:
-                self.viewer.wake()
-
-    @property
-    def is_away(self) -> bool:
-        """It has begun, and nobody is connected."""
-        return self.viewer is None and self.log.newest > 0
 
 
 class SessionRegistry:
@@ -159,6 +50,7 @@ class SessionRegistry:
         limits: ServerLimits,
         recorder: Recorder | None = None,
         on_event: OnEvent | None = None,
+        card: ModelCard | None = None,
     ) -> None:
         """`on_event` gets a session's name and every event of it, connected or not."""
         self._on_event = on_event
@@ -170,9 +62,12 @@ class SessionRegistry:
         self._bundle_name = bundle_name
         self._settings = settings
         self._model = model
+        self._card = card
         self.limits = limits
         self.draining = False
         self._sessions: dict[str, ClientSession] = {}
+        self._streams: dict[str, ClientSession] = {}
+        """Sessions of the server's own cameras, by the camera's name."""
         self._expiries: dict[str, asyncio.TimerHandle] = {}
         self._openings: set[asyncio.Task[None]] = set()
         self._ends: set[asyncio.Task[None]] = set()
@@ -182,10 +77,23 @@ class SessionRegistry:
         """Those that can be asked."""
         return [session for session in self._sessions.values() if _is_live(session)]
 
-    def live_session(self, session_id: str) -> ClientSession | None:
-        """The one of that name, if it can be asked."""
-        session = self._sessions.get(session_id)
+    def live_session(self, name: str) -> ClientSession | None:
+        """The one of that id, or of the server's camera of that name, if it can be asked."""
+        session = self._sessions.get(name) or self._streams.get(name)
         return session if session is not None and _is_live(session) else None
+
+    def require_session(self, name: str) -> ClientSession:
+        """The same. Raises SessionGone, which names the cameras there are."""
+        session = self.live_session(name)
+        if session is not None:
+            return session
+        remedy = "start one, or ask another"
+        if not self._streams:
+            raise SessionGone("there is no such live session", remedy=remedy)
+        raise UnknownStream(
+            f"there is no live session or stream {name[:80]!r}",
+            remedy=f"there are the streams {', '.join(self._streams)}",
+        )
 
     @property
     def num_sessions(self) -> int:
@@ -206,8 +114,37 @@ class SessionRegistry:
         """
         given_up = self._make_room()
         session = ClientSession(self.limits, self._notify, self._bundle_name, self.clock_ns)
+        return await self._opened(session, given_up, self._settings, self._recorder)
+
+    async def open_stream(
+        self, camera: str, settings: SessionSettings, recorder: Recorder | None
+    ) -> ClientSession:
+        """That of a camera of the server's own: it takes no viewer's place, and is not given up.
+        Raises as `open`."""
+        if self.draining:
+            raise ServerBusy("the server is stopping", remedy="connect again later")
+        session = ClientSession(self.limits, self._notify, self._bundle_name, self.clock_ns, camera)
+        self._streams[camera] = session
+        return await self._opened(session, None, settings, recorder)
+
+    async def close_stream(self, session: ClientSession, reason: str) -> None:
+        """Ends it; its subscribers are told why."""
+        await self.end_engines_side(session)
+        session.send(protocol.SessionClosed(reason=reason))
+        session.end(1001, reason)
+        await self.end(session)
+
+    async def _opened(
+        self,
+        session: ClientSession,
+        given_up: ClientSession | None,
+        settings: SessionSettings,
+        recorder: Recorder | None,
+    ) -> ClientSession:
         self._sessions[session.session_id] = session  # before any await: the place is taken
-        opening = asyncio.get_running_loop().create_task(self._open(session, given_up))
+        opening = asyncio.get_running_loop().create_task(
+            self._open(session, given_up, settings, recorder)
+        )
         self._openings.add(opening)
         opening.add_done_callback(self._openings.discard)
         try:
@@ -221,9 +158,15 @@ class SessionRegistry:
         if opening.cancelled() or opening.exception() is None:
             self._end_soon(session)
 
-    async def _open(self, session: ClientSession, given_up: ClientSession | None) -> None:
+    async def _open(
+        self,
+        session: ClientSession,
+        given_up: ClientSession | None,
+        settings: SessionSettings,
+        recorder: Recorder | None,
+    ) -> None:
         try:
-            await self._begin(session, given_up)
+            await self._begin(session, given_up, settings, recorder)
         except BaseException as error:
             await self.end(session)
             if isinstance(error, EdgeVlmError) or not isinstance(error, Exception):
@@ -233,37 +176,45 @@ class SessionRegistry:
                 "the session could not be opened", remedy="see the server's log"
             ) from error
 
-    async def _begin(self, session: ClientSession, given_up: ClientSession | None) -> None:
+    async def _begin(
+        self,
+        session: ClientSession,
+        given_up: ClientSession | None,
+        settings: SessionSettings,
+        recorder: Recorder | None,
+    ) -> None:
         if given_up is not None:
             await self.end(given_up)
-        session.handle = await self._open_engines_side(session)
+        session.handle = await self._open_engines_side(session, settings, recorder)
         if self.draining:  # it began to stop meanwhile
             raise ServerBusy("the server is stopping", remedy="connect again later")
-        session.send(
-            protocol.SessionCreated(
-                session_id=session.session_id,
-                resume_token=session.resume_token,
-                protocol_version=protocol.PROTOCOL_VERSION,
-                server=f"edge-vlm {edge_vlm.__version__}",
-                model=self._model_part(),
-                settings=self._settings,
-                limits=self.limits,
-                video=video_room(self._settings, self._model, self.limits),
-                notes=notes_on(self._settings, self._model) or None,
-            )
+        session.send(self.created(session, settings))
+
+    def created(self, session: ClientSession, settings: SessionSettings) -> protocol.SessionCreated:
+        """The first event of a session, or of a subscription to it."""
+        return protocol.SessionCreated(
+            session_id=session.session_id,
+            resume_token="" if session.camera is not None else session.resume_token,
+            protocol_version=protocol.PROTOCOL_VERSION,
+            server=f"edge-vlm {edge_vlm.__version__}",
+            model=self.model_part(),
+            settings=settings,
+            limits=self.limits,
+            video=video_room(settings, self._model, self.limits),
+            notes=notes_on(settings, self._model) or None,
         )
 
-    async def _open_engines_side(self, session: ClientSession) -> SessionHandle:
+    async def _open_engines_side(
+        self, session: ClientSession, settings: SessionSettings, recorder: Recorder | None
+    ) -> SessionHandle:
         loop = asyncio.get_running_loop()
         opened: asyncio.Future[SessionHandle | EdgeVlmError] = loop.create_future()
         now_ns = self.clock_ns()
         call_log = None
-        if self._recorder is not None:
-            call_log = self._recorder.record(
-                session.session_id, self._settings, self.limits, now_ns
-            )
+        if recorder is not None:
+            call_log = recorder.record(session.session_id, settings, self.limits, now_ns)
         self._worker.open_session(
-            self._settings,
+            settings,
             now_ns=now_ns,
             send=lambda events: _on_loop(loop, session.send_all, events),
             on_open=lambda result: _on_loop(loop, resolve, opened, result),
@@ -279,12 +230,13 @@ class SessionRegistry:
         """Finds a place for one more session; returns the session that lost its own for it."""
         if self.draining:
             raise ServerBusy("the server is stopping", remedy="connect again later")
-        if len(self._sessions) < self.limits.max_sessions:
+        taken = sum(session.camera is None for session in self._sessions.values())
+        if taken < self.limits.max_sessions:
             return None
         away = [session for session in self._sessions.values() if session.is_away]
         if not away:
             raise ServerBusy(
-                f"{len(self._sessions)} of {self.limits.max_sessions} sessions are taken, "
+                f"{taken} of {self.limits.max_sessions} sessions are taken, "
                 "there is no waiting line",
                 remedy="connect again later",
             )
@@ -296,9 +248,8 @@ class SessionRegistry:
         self, session_id: str, tell: Callable[[protocol.ServerEvent | None], None]
     ) -> tuple[SessionHandle, Callable[[], None]]:
         """See `openai.live.LiveSessions`."""
-        session = self.live_session(session_id)
-        if session is None or session.handle is None:
-            raise SessionGone("there is no such live session", remedy="start one, or ask another")
+        session = self.require_session(session_id)
+        assert session.handle is not None  # it is live
         session.listeners.add(tell)
         return session.handle, lambda: session.listeners.discard(tell)
 
@@ -331,7 +282,7 @@ class SessionRegistry:
             events_to_come=session.log.newest - last_sequence,
             protocol_version=protocol.PROTOCOL_VERSION,
             server=f"edge-vlm {edge_vlm.__version__}",
-            model=self._model_part(),
+            model=self.model_part(),
             settings=settings,
             limits=self.limits,
             video=video_room(settings, self._model, self.limits),
@@ -359,6 +310,8 @@ class SessionRegistry:
     async def end(self, session: ClientSession) -> None:
         """Ends a session for good. May be called more than once."""
         self._sessions.pop(session.session_id, None)
+        if session.camera is not None and self._streams.get(session.camera) is session:
+            del self._streams[session.camera]
         self._stop_expiry(session)
         await self.end_engines_side(session)
         session.end(1001, "the session has ended")
@@ -393,8 +346,9 @@ class SessionRegistry:
         if self._on_event is not None:
             self._on_event(session_id, event)
 
-    def _model_part(self) -> protocol.Model:
-        return protocol.Model(bundle=self._bundle_name, limits=self._model)
+    def model_part(self) -> protocol.Model:
+        """What answers."""
+        return protocol.Model(bundle=self._bundle_name, limits=self._model, card=self._card)
 
     # ---- the end of all ----------------------------------------------------------------------
 
@@ -407,7 +361,8 @@ class SessionRegistry:
         await asyncio.gather(*self._ends)
 
     async def _drain(self, session: ClientSession, time_left_s: float) -> None:
-        if session.viewer is None or session.handle is None:
+        is_away = session.viewer is None and session.camera is None
+        if is_away or session.handle is None:
             await self.end(session)
             return
         loop = asyncio.get_running_loop()

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.errors import AlertsUnsupported, TooManyAlerts, UnknownAlert
+from edge_vlm.errors import AlertsUnsupported, ConfigError, TooManyAlerts, UnknownAlert
 from edge_vlm_runtime.protocol.alerts import AlertRule
+from edge_vlm_runtime.protocol.base import UNSET, UnsetType
 
 if TYPE_CHECKING:
     from edge_vlm.text.tokenizer import Tokenizer
@@ -99,9 +100,10 @@ class AlertFrame:
 class Alert:
     """One rule and where it stands."""
 
-    def __init__(self, alert_id: str, rule: AlertRule) -> None:
+    def __init__(self, alert_id: str, rule: AlertRule, name: str | UnsetType = UNSET) -> None:
         self.alert_id = alert_id
         self.rule = rule
+        self.name = name
         self.hysteresis = Hysteresis(rule)
         self.episode = 0
         """Number of the last begin."""
@@ -139,14 +141,16 @@ class AlertRegistry:
         self.newest: AlertFrame | None = None
         self.now_s = 0.0
 
-    def create(self, rule: AlertRule) -> Alert:
-        """Raises TooManyAlerts."""
+    def create(self, rule: AlertRule, name: str | UnsetType = UNSET) -> Alert:
+        """Raises TooManyAlerts, ConfigError for a name that another alert has."""
+        if name is not UNSET and any(alert.name == name for alert in self.alerts):
+            raise ConfigError(f"there is an alert called {name!r} already", where="alert rule")
         if len(self._alerts) >= self._max_alerts:
             raise TooManyAlerts(
                 f"the session has {len(self._alerts)} alerts already", remedy="delete one first"
             )
         self._num_created += 1
-        alert = Alert(f"alert_{self._num_created}", rule)
+        alert = Alert(f"alert_{self._num_created}", rule, name)
         self._alerts[alert.alert_id] = alert
         return alert
 

@@ -87,7 +87,7 @@ class AlertMonitor:
                 f"the question has {length} tokens",
                 remedy=f"{self._max_question_tokens} are allowed",
             )
-        alert = self._registry.create(rule)
+        alert = self._registry.create(rule, message.name)
         self._outbox.add(messages.AlertCreated(alert=_status(alert), event_id=message.event_id))
 
     def _list(self, message: messages.AlertList) -> None:
@@ -231,6 +231,7 @@ class AlertMonitor:
             time_s=self._registry.now_s,
             age_s=0.0,
             evidence=evidence,
+            alert_name=alert.name,
         )
         self._outbox.add_aged(triggered, frame.received_ns)
 
@@ -251,6 +252,7 @@ class AlertMonitor:
             frame_sequence=alert.frame.seq,
             time_s=self._registry.now_s,
             lasted_s=self._registry.now_s - alert.hysteresis.began_s,
+            alert_name=alert.name,
         )
 
 
@@ -265,4 +267,5 @@ def _status(alert: Alert) -> messages.AlertStatus:
         answer_mass=alert.answer_mass,
         frame_sequence=None if frame is None else frame.seq,
         time_s=None if frame is None else frame.time_s,
+        name=alert.name,
     )

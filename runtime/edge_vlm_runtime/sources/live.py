@@ -35,6 +35,14 @@ class Camera(Protocol):
     def close(self) -> None: ...
 
 
+OnAway = Callable[[str | None], None]
+"""Told why a camera gives no pictures, and None when it gives them again; on any thread."""
+
+
+def ignore(why: str | None) -> None:
+    """For whoever does not mind."""
+
+
 class LiveSource:
     """A camera: always the newest picture, reconnecting with a growing pause when it goes away.
 
@@ -51,12 +59,15 @@ class LiveSource:
         open_camera: Callable[[], Camera],
         *,
         first_back_off_s: float = FIRST_BACK_OFF_S,
+        on_away: OnAway = ignore,
     ) -> None:
         """Raises VideoUnreadable when the camera cannot be opened the first time."""
         self.name = mask_credentials(name)
         self._interval_s = 1.0 / fps
         self._open_camera = open_camera
         self._first_back_off_s = first_back_off_s
+        self._on_away = on_away
+        self._is_away = True
         self._closed = threading.Event()
         self._news = threading.Condition()
         """Guards the two below; notified when either changes, and by `close`."""
@@ -130,6 +141,9 @@ class LiveSource:
                         if self._closed.is_set():
                             return
                         back_off_s = self._first_back_off_s
+                        if self._is_away:
+                            self._is_away = False
+                            self._on_away(None)
                         with self._news:
                             self._newest = (time.monotonic(), frame)
                             self._news.notify_all()
@@ -139,6 +153,8 @@ class LiveSource:
             except Exception as error:  # noqa: BLE001 (logged; the camera is opened again)
                 why = _words_of(error)
             log.warning("camera %s went away: %s", self.name, why)
+            self._is_away = True
+            self._on_away(why)
             while not self._closed.wait(back_off_s):
                 back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
                 try:

@@ -6,6 +6,7 @@ and then end; live sources give the newest picture there is, and never end by th
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from edge_vlm_runtime.sources.addresses import (
 )
 from edge_vlm_runtime.sources.container import Source
 from edge_vlm_runtime.sources.gstreamer import GstCamera, csi_pipeline
-from edge_vlm_runtime.sources.live import LiveSource
+from edge_vlm_runtime.sources.live import LiveSource, OnAway, ignore
 from edge_vlm_runtime.sources.masking import mask_credentials
 from edge_vlm_runtime.sources.video_file import FileSource
 
@@ -33,10 +34,12 @@ STANDARD_INPUT = "-"
 KINDS = "a video file, webcam, webcam:1, /dev/video1, rtsp://..., http://..., csi or gst:PIPELINE"
 
 
-def open_source(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Source:
+def open_source(
+    text: str, fps: float, *, hwaccel: str = NO_ACCELERATION, on_away: OnAway = ignore
+) -> Source:
     """A file, `webcam`, `webcam:1`, `/dev/video1`, `rtsp://...` and other addresses, `csi`,
     `csi:1`, `-` (standard input), or `gst:` and a GStreamer pipeline that ends in raw video, at
-    most `fps` pictures a second. `hwaccel`: as for `open_container`.
+    most `fps` pictures a second. `hwaccel`: as for `open_container`; `on_away`: see `LiveSource`.
 
     Raises VideoNotFound, VideoUnreadable; VideoEmpty only when the pictures are read.
     """
@@ -44,7 +47,7 @@ def open_source(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Sou
     csi = CSI.fullmatch(text)
     if csi is not None or text[: len(GST)].lower() == GST:
         pipeline = text[len(GST) :] if csi is None else csi_pipeline(int(csi.group(1) or 0))
-        return LiveSource(text, fps, lambda: GstCamera(pipeline, name, fps))
+        return LiveSource(text, fps, lambda: GstCamera(pipeline, name, fps), on_away=on_away)
     webcam = WEBCAM.fullmatch(text)
     if webcam is not None or text.startswith("/dev/v4l/") or _is_device(text):
         device = text
@@ -54,14 +57,28 @@ def open_source(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Sou
             raise VideoNotFound(
                 f"there is no camera {device}", remedy="plug one in or use the browser page"
             )
-        return LiveSource(device, fps, lambda: open_camera(device, format="v4l2", hwaccel=hwaccel))
+        opener = functools.partial(open_camera, device, format="v4l2", hwaccel=hwaccel)
+        return LiveSource(device, fps, opener, on_away=on_away)
     scheme = scheme_of(text)
     if scheme in LIVE_SCHEMES and not is_file_address(text):
         options: dict[str, Any] = {"hwaccel": hwaccel}
         if scheme in ("rtsp", "rtsps"):
             options["options"] = {"rtsp_transport": "tcp"}
-        return LiveSource(text, fps, lambda: open_camera(text, **options))
+        return LiveSource(text, fps, lambda: open_camera(text, **options), on_away=on_away)
     return open_file(text, fps, hwaccel=hwaccel)
+
+
+def is_live(text: str) -> bool:
+    """Whether `open_source` gives pictures without an end for it; nothing is opened."""
+    is_camera = CSI.fullmatch(text) or WEBCAM.fullmatch(text) or text.startswith("/dev/v4l/")
+    if is_camera or text[: len(GST)].lower() == GST or _is_device(text):
+        return True
+    return scheme_of(text) in LIVE_SCHEMES and not is_file_address(text)
+
+
+def is_path(text: str) -> bool:
+    """Whether it names a file by its path."""
+    return text != STANDARD_INPUT and scheme_of(text) is None and not is_live(text)
 
 
 def open_file(text: str, fps: float, *, hwaccel: str = NO_ACCELERATION) -> Source:

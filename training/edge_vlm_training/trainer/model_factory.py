@@ -132,6 +132,7 @@ def trained_usage(recipe: Recipe) -> Usage:
         style=dataclasses.replace(before.style, own_frame_markers=recipe.frame_markers),
         frames=FrameRule(num_frames=data.max_frames, max_fps=data.fps),
         defaults={**before.defaults, "keep_ratio": statistics.median_high(data.keep_ratio)},
+        card=None,  # it was told of the weights before they were trained on
     )
 
 

@@ -6,7 +6,7 @@ const FIRST_PAUSE_MS = 200;
 const LONGEST_PAUSE_MS = 3000;
 
 export class Line {
-  // handlers: event(event), broke(), ended(closed)
+  // handlers: event(event), picture(bytes), broke(), ended(closed)
   constructor(url, protocols, handlers) {
     this.url = url;
     this.protocols = protocols;
@@ -24,7 +24,10 @@ export class Line {
   }
 
   open(resuming) {
-    const socket = new WebSocket(`${this.url}${resuming ? "?resume=1" : ""}`, this.protocols);
+    const url = new URL(this.url);
+    if (resuming) url.searchParams.set("resume", "1");
+    const socket = new WebSocket(url.href, this.protocols);
+    socket.binaryType = "arraybuffer";
     this.socket = socket;
     socket.onopen = () => {
       if (!resuming) return;
@@ -34,7 +37,9 @@ export class Line {
       }));
     };
     socket.onmessage = (message) => {
-      if (this.socket === socket) this.take(JSON.parse(message.data));
+      if (this.socket !== socket) return;
+      if (typeof message.data === "string") this.take(JSON.parse(message.data));
+      else this.handlers.picture(message.data);
     };
     socket.onclose = (closed) => {
       if (this.socket === socket) this.closed(closed);
@@ -97,7 +102,8 @@ export class Line {
     const now = performance.now();
     this.isUp = false;
     this.why ??= closed;
-    const grace = this.created?.limits.resume_grace_s ?? 0;
+    // A subscription to a camera has no token: it is begun anew.
+    const grace = this.created?.resume_token ? this.created.limits.resume_grace_s : 0;
     if (this.deadline === 0) this.deadline = now + 1000 * grace;
     if (this.isClosed || !BROKEN.has(closed.code) || now + this.pause > this.deadline) {
       this.isClosed = true;

@@ -47,16 +47,12 @@ async function figureOf(frame, points, blob) {
   const context = canvas.getContext("2d");
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
-  context.lineWidth = 2;
+  context.font = "600 13px system-ui, sans-serif";
   const here = points.filter((point) => point.frame_sequence === frame);
   for (const point of here) {
     context.strokeStyle = context.fillStyle = COLOURS[point.object_id % COLOURS.length];
     if (point.kind === "track") drawWay(context, point, points);
-    const [x, y] = [point.x * canvas.width, point.y * canvas.height];
-    context.beginPath();
-    context.arc(x, y, 6, 0, 2 * Math.PI);
-    context.stroke();
-    context.fillText(point.object_id, x + 9, y + 3);
+    drawPoint(context, point);
   }
   const figure = document.createElement("figure");
   const caption = document.createElement("figcaption");
@@ -67,7 +63,26 @@ async function figureOf(frame, points, blob) {
   return figure;
 }
 
+// A ring with a dark edge, so that it is seen on any picture.
+function drawPoint(context, { x, y, object_id }) {
+  const [column, row] = [x * context.canvas.width, y * context.canvas.height];
+  const colour = context.strokeStyle;
+  for (const [style, width] of [["rgba(0, 0, 0, 0.7)", 7], [colour, 4]]) {
+    context.strokeStyle = style;
+    context.lineWidth = width;
+    context.beginPath();
+    context.arc(column, row, 10, 0, 2 * Math.PI);
+    context.stroke();
+  }
+  context.strokeStyle = "rgba(0, 0, 0, 0.7)";
+  context.lineWidth = 3;
+  context.strokeText(object_id, column + 16, row + 5);
+  context.fillText(object_id, column + 16, row + 5);
+  context.strokeStyle = colour;
+}
+
 function drawWay(context, last, points) {
+  context.lineWidth = 3;
   const way = points.filter((point) => point.kind === "track" && point.label === last.label &&
     point.object_id === last.object_id && point.time_s <= last.time_s);
   way.sort((one, other) => one.time_s - other.time_s);
