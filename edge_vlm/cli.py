@@ -137,7 +137,7 @@ def _help(commands: Mapping[str, metadata.EntryPoint], topics: list[str]) -> int
         from edge_vlm.exit_codes import as_text
 
         print(as_text())
-    elif topic in commands:
+    elif topic is not None and topic in commands:
         return run_command([topic, "--help"])
     elif topics:
         text = " ".join(topics)

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 
 from docs import build_exit_codes
-from edge_vlm import cli, errors, exit_codes
+from edge_vlm import cli, errors, exit_codes, output
 from tests.conftest import ROOT
 
 
@@ -93,7 +93,7 @@ def test_the_tree_says_what_the_classes_say() -> None:
 def test_every_exit_code_says_what_it_is_about() -> None:
     assert {kind.exit_code for kind in exit_codes.classes()} <= {1, *exit_codes.AREAS}
     assert cli.INTERRUPTED_EXIT_CODE in exit_codes.BESIDES
-    assert cli.CLOSED_PIPE_EXIT_CODE in exit_codes.BESIDES
+    assert output.CLOSED_PIPE_EXIT_CODE in exit_codes.BESIDES
     assert all(about for _, about, _ in exit_codes.table())
     assert errors.__doc__ is not None
 
