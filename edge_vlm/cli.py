@@ -158,7 +158,7 @@ def _top_parser(names: Sequence[str]) -> argparse.ArgumentParser:
         usage="edge-vlm [-h] [--version] COMMAND ...",
         description="A video language model that follows a live feed on small devices.",
         epilog=f"commands:\n{listing}\n\n`edge-vlm COMMAND --help` shows a command's options, "
-        f"`edge-vlm {HELP} {EXIT_CODES}` what each exit code means.",
+        f"`edge-vlm {HELP} {EXIT_CODES}`\nwhat each exit code means.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"edge-vlm {edge_vlm.__version__}")

@@ -45,6 +45,15 @@ NEEDS = {
     "a checkout": "edge-vlm: belongs to the tests, in a clone with `make test`",
 }
 """By the words behind `needs`: why a test does not run it."""
+IMPLIED = {
+    **dict.fromkeys(("pip", "hf", "npm", "uvx"), "the network"),
+    **dict.fromkeys(("sudo", "apt", "systemctl", "journalctl"), "root"),
+    **dict.fromkeys(("mosquitto_pub", "mosquitto_sub"), "a broker"),
+    **dict.fromkeys(("nvpmodel", "jetson_clocks"), "a Jetson"),
+    **dict.fromkeys(("ssh", "scp"), "another machine"),
+    **{"docker": "docker", "claude": "an agent", "torchrun": "several GPUs"},
+}
+"""What a program needs without saying so."""
 TAKES = "edge-vlm: takes long, run by `make docs`"
 
 WORDS = {
@@ -138,9 +147,13 @@ def _commands_in(page: Path, text: str) -> Iterator[DocCommand]:
                 page=page,
                 line=first + number,
                 text=told.strip(),
-                needs=_needs(comment) or _needs(mark),
+                needs=_needs(comment) or _needs(mark) or IMPLIED.get(_program(told)),
                 takes="takes " in comment.lower() or mark.startswith("Takes"),
             )
+
+
+def _program(line: str) -> str:
+    return next((word for word in line.split() if not _ASSIGNMENT.match(word)), "")
 
 
 def _outside_quotes(line: str) -> str:

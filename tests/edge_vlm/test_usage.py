@@ -54,6 +54,14 @@ def test_what_argparse_takes_is_taken(line: str) -> None:
     assert parser.parse_args(line.split()).source in ("x", "-")
 
 
+def test_an_empty_question_is_told_in_the_words_of_the_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["ask", "clip.mp4", " "]) == errors.NoQuestion.exit_code
+    said = capsys.readouterr().err
+    assert said == "edge-vlm: E-NO-QUESTION: the question is empty: write it in quotation marks\n"
+
+
 def test_help_of_a_command_and_of_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["help", "watch"])

@@ -9,6 +9,7 @@ from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
 from edge_vlm.paths import output_folder
 from edge_vlm.progress import Progress, counted, told
+from edge_vlm.usage import did_you_mean
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,10 @@ def _train(args: argparse.Namespace) -> int:
 
     name = args.recipe
     if name not in RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}", remedy=f"choose one of {', '.join(RECIPES)}")
+        raise ConfigError(
+            f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}",
+            remedy=f"choose one of {', '.join(RECIPES)}",
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe = stored_recipe(args.out, name) if args.resume else RECIPES[name]()
