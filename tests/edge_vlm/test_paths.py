@@ -67,6 +67,16 @@ def test_footage_that_is_not_there(
     assert "nope.mp4" in capsys.readouterr().err
 
 
+def test_training_data_that_is_not_there_costs_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    line = ("train", "stts_smoke", "-o", str(run), "--set", "data=world@1,nope.jsonl@3")
+    assert cli.main(line) == errors.DataError.exit_code
+    assert "nope.jsonl" in capsys.readouterr().err
+    assert not run.exists()
+
+
 def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     file = tmp_path / "old"
     file.write_text("text")
