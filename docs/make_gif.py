@@ -110,7 +110,7 @@ class Tab:
         await self.call("DOM.setFileInputFiles", nodeId=found["nodeId"], files=[str(file)])
 
     async def picture(self) -> Image.Image:
-        taken = await self.call("Page.captureScreenshot", format="png")
+        taken = await self.call("Page.captureScreenshot", format="jpeg", quality=92)
         return Image.open(io.BytesIO(base64.b64decode(taken["data"]))).convert("RGB")
 
 

@@ -32,7 +32,7 @@ CHROMIUM = next(
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
+    *("--use-fake-device-for-media-stream=device-count=2", "--use-fake-ui-for-media-stream"),
     *("--remote-debugging-port=0", "--window-size=1280,800"),
 )
 PATIENCE_S = 100.0
@@ -71,8 +71,8 @@ class Page:
         self._session: str | None = None
         self.console: list[str] = []
 
-    async def open(self, url: str) -> None:
-        target = await self.call("Target.createTarget", url="about:blank")
+    async def open(self, url: str, **where: str) -> None:
+        target = await self.call("Target.createTarget", url="about:blank", **where)
         attached = await self.call(
             "Target.attachToTarget", targetId=target["targetId"], flatten=True
         )

@@ -31,6 +31,7 @@ from edge_vlm.formats.bundle import (
     write_bundle,
 )
 from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
+from edge_vlm.formats.usage import SECTIONS, Usage
 from edge_vlm.presets import tiny
 
 SPEC = GraphSpec(
@@ -68,6 +69,18 @@ def test_what_was_written_is_read(bundle: Path) -> None:
     table = opened.embed_table
     assert isinstance(table, np.memmap)
     assert table.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_what_is_known_of_a_model_travels_with_it(bundle: Path) -> None:
+    assert EngineBundle.open(bundle).card is None  # nobody described it
+    demo = Path(__file__).parents[2]
+    shown = EngineBundle.open(demo / "runtime" / "edge_vlm_runtime" / "demo" / "bundle").card
+    config = json.loads((demo / "training" / "checkpoints" / "demo" / "config.json").read_text())
+    told = Usage.from_dict({name: config[name] for name in SECTIONS if name in config})
+    assert shown == told.card == Usage.from_dict(told.to_dict()).card
+    assert shown is not None
+    assert shown.is_toy
+    assert "card" not in Usage().to_dict()
 
 
 def test_the_folder_can_be_moved(bundle: Path, tmp_path: Path) -> None:
@@ -127,6 +140,10 @@ def _damage_manifest(bundle: Path, damage: Callable[[dict[str, Any]], object]) -
         lambda d: d["graphs"]["llm"].pop("spec"),
         lambda d: d["graphs"]["llm"].update(file="graphs/other.onnx"),
         lambda d: d.update(defaults=3),
+        lambda d: d.update(card={"summary": " "}),
+        lambda d: d.update(card={"summary": "all", "questions": "What?"}),
+        lambda d: d.update(card={"summary": "all", "is_toy": "yes"}),
+        lambda d: d.update(card={"summary": "all", "more": 1}),
     ],
 )
 def test_a_manifest_we_cannot_read_is_refused(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.options import About
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher, Sink
     from edge_vlm_runtime.client.client import Client, OnEvent
     from edge_vlm_runtime.protocol import alerts as alert_messages
+    from edge_vlm_runtime.protocol.typed import RuleFields
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,11 @@ def add_alert_arguments(parser: argparse.ArgumentParser) -> None:
         "--alert",
         action="append",
         default=[],
-        metavar="TEXT",
+        metavar="[ON[/OFF]@]TEXT",
         dest="alerts",
-        help='a yes/no question to watch for, such as "Is there a cat now?"; may be repeated',
+        help='a yes/no question to watch for, such as "Is there a cat now?", and at which '
+        "probabilities this alert begins and ends (default: as --alert-on and --alert-off say); "
+        "may be repeated",
     )
     for option in [*rule_options(), *options_of(OutputOptions)]:
         if option.key != "evidence":
@@ -120,11 +123,29 @@ def alert_outputs(args: argparse.Namespace) -> Iterator[AlertDispatcher | None]:
     outputs.raise_undelivered()
 
 
-async def create_alerts(args: argparse.Namespace, client: Client) -> None:
+async def create_alerts(
+    args: argparse.Namespace, client: Client
+) -> list[alert_messages.AlertStatus]:
     """Watches for every `--alert`. Raises as `Client.create_alert`."""
+    made = []
     rule = given(rule_options(), args)
-    for question in args.alerts:
-        await client.create_alert(question, **rule)
+    for text in args.alerts:
+        question, own = parse_alert(text)
+        made.append(await client.create_alert(question, **cast("RuleFields", {**rule, **own})))
+    return made
+
+
+def parse_alert(text: str) -> tuple[str, dict[str, float]]:
+    """`TEXT`, `ON@TEXT` or `ON/OFF@TEXT`: the question, and the thresholds of this alert alone."""
+    before, at, question = text.partition("@")
+    on, slash, off = before.partition("/")
+    try:
+        thresholds = {"on_threshold": float(on)} if at else {}
+        if slash and at:
+            thresholds["off_threshold"] = float(off)
+    except ValueError:  # the question has an @ in it
+        return text, {}
+    return (question.strip(), thresholds) if at else (text, {})
 
 
 def alert_handlers(

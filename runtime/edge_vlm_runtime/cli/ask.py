@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError, NoQuestion
@@ -17,6 +18,7 @@ from edge_vlm_runtime.cli.options import (
     add_settings_arguments,
     address_of,
     own_server_options,
+    refuse_settings,
     serve_options,
     settings_of,
 )
@@ -29,6 +31,7 @@ from edge_vlm_runtime.cli.shared import (
     server_url,
     take_offline_policy,
 )
+from edge_vlm_runtime.client.address import DEFAULT_PORT
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.client import Client
@@ -37,8 +40,19 @@ if TYPE_CHECKING:
 
 
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", help="a video file or a photo; - for standard input")
-    parser.add_argument("question", help="what to ask at its end, in quotation marks")
+    video = parser.add_argument(
+        "video",
+        help="a video file or a photo; - for standard input; with --stream the server's address, "
+        "which may be left out",
+    )
+    question = parser.add_argument("question", help="what is asked")
+    parser.add_argument(
+        "--stream",
+        action=_Stream,
+        optional=(video, question),
+        metavar="NAME",
+        help="ask about a camera of the server's own, by its name",
+    )
     parser.add_argument(
         "--detail",
         choices=("video", "snapshot", "both"),
@@ -57,7 +71,24 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
     add_access_arguments(parser)
 
 
+class _Stream(argparse.Action):
+    """With it there is no video to name, and perhaps no address."""
+
+    def __init__(self, *, optional: Sequence[argparse.Action], **given: Any) -> None:
+        super().__init__(**given)
+        self._optional = optional
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: object, option: object = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        for positional in self._optional:
+            positional.nargs, positional.required = "?", False
+
+
 def _ask(args: argparse.Namespace) -> int:
+    if args.stream is not None:
+        return _ask_stream(args)
     if not args.question.strip():
         raise NoQuestion("the question is empty", remedy="write it in quotation marks")
     if args.subtitles is not None and args.detail == "snapshot":
@@ -69,6 +100,41 @@ def _ask(args: argparse.Namespace) -> int:
 
     with errors_told(args.json), server_url(args) as url:
         return asyncio.run(_ask_session(args, url))
+
+
+def _ask_stream(args: argparse.Namespace) -> int:
+    """A question to a camera of the server's own."""
+    refuse_settings(args, "a stream of the server's own")
+    if args.subtitles is not None:
+        raise ConfigError("a camera has no subtitles", where=args.subtitles)
+    given = [text for text in (args.video, args.question) if text is not None]
+    if not given:
+        raise ConfigError("there is no question", remedy='ask --stream NAME "What is there now?"')
+    args.server = given[0] if len(given) == 2 else None
+    url = address_of(args) or f"localhost:{DEFAULT_PORT}"
+    from edge_vlm_runtime.client.json_lines import errors_told
+
+    with errors_told(args.json):
+        return asyncio.run(_ask_subscribed(args, url, given[-1]))
+
+
+async def _ask_subscribed(args: argparse.Namespace, url: str, question: str) -> int:
+    from edge_vlm_runtime.client.client import Client
+    from edge_vlm_runtime.client.json_lines import JsonLines
+    from edge_vlm_runtime.client.terminal import answer_times, cut_text, point_lines, snapshot_text
+
+    async with await Client.subscribe(url, args.stream, access=access_of(args)) as client:
+        if args.json:
+            client.on_event = JsonLines().event
+            client.on_event(client.created)
+        answer = await client.ask(question, args.detail)
+    if not args.json:
+        print("\n".join([answer.shown_text, *point_lines(answer)]))
+        print(
+            f"stream {args.stream}{answer_times(answer)}{snapshot_text(answer)}{cut_text(answer)}",
+            file=sys.stderr,
+        )
+    return 0
 
 
 async def _ask_session(args: argparse.Namespace, url: str) -> int:

@@ -139,7 +139,7 @@ def resolve(
             elif option.variable in variables.keys() - injected:
                 origin = option.variable
                 value = option.of_text(variables[origin])
-            elif key in table:
+            elif file is not None and key in table:
                 origin = str(file)
                 value = option.of_toml(table[key], file.absolute().parent)
             if origin != "default":

@@ -22,8 +22,8 @@ DEFAULT_MCP_PORT = 8766
 class McpOptions:
     """How agents come, and what they see."""
 
-    session: Annotated[str | None, About(metavar="ID")] = None
-    """The stream that is looked at (default: the only one there is)."""
+    session: Annotated[str | None, About(metavar="ID|NAME")] = None
+    """The session or the server's camera that is looked at (default: the only one there is)."""
     http: bool = False
     """Speak streamable HTTP instead of standard input and output."""
     host: Annotated[str, About(metavar="ADDRESS")] = "127.0.0.1"

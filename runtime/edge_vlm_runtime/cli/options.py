@@ -211,6 +211,25 @@ def add_url_argument(parser: argparse.ArgumentParser) -> None:
     add_options(parser, {"": options_of(AccessOptions, only=("url",))})
 
 
+def add_stream_argument(parser: argparse.ArgumentParser, help: str) -> None:
+    """Of a command that may look at what the server's own cameras see."""
+    parser.add_argument("--stream", metavar="NAME", help=help)
+
+
+def refuse_settings(args: argparse.Namespace, what: str) -> None:
+    """Raises ConfigError for a setting of the session that only its owner may choose."""
+    given = [
+        option.key
+        for option in flat(client_settings())
+        if getattr(args, option.key, None) is not None
+    ]
+    if given:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        raise ConfigError(
+            f"{what} has the settings of its owner: {flags}", remedy="set them in the server's file"
+        )
+
+
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, {"": options_of(SourceOptions)})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import math
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
@@ -24,20 +25,25 @@ from edge_vlm_runtime.cli.options import (
     add_record_argument,
     add_settings_arguments,
     add_source_arguments,
+    add_stream_argument,
     address_of,
     own_server_options,
+    refuse_settings,
     serve_options,
     settings_of,
 )
 from edge_vlm_runtime.cli.shared import (
     add_json_argument,
     finish,
+    not_negative_float,
     open_for,
     own_session,
     positive_float,
     print_notes,
     server_url,
 )
+from edge_vlm_runtime.cli.watch_live import watch_live
+from edge_vlm_runtime.client.address import DEFAULT_PORT
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
@@ -50,10 +56,17 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--source",
-        required=True,
         metavar="SOURCE",
         help="a video file, - for standard input, webcam, webcam:1, /dev/..., rtsp://..., "
         "http://... and other addresses, csi or gst:PIPELINE",
+    )
+    add_stream_argument(parser, "instead of a source: a camera of the server's own, by its name")
+    parser.add_argument(
+        "--wait",
+        type=not_negative_float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="how long a camera that is not there yet is waited for (default: as long as it takes)",
     )
     add_source_arguments(parser)
     parser.add_argument(
@@ -61,7 +74,9 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[SECONDS@]TEXT",
-        help="a question, asked at that second of the source or at its end; may be repeated",
+        help="a question, asked at that second of the source, or without one at the end of a file "
+        "and after a camera's first picture; may be repeated. Of a camera more may be asked at any "
+        "time: type them, or send them through a pipe, a line each",
     )
     parser.add_argument(
         "--snapshot-ask",
@@ -89,6 +104,14 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _watch(args: argparse.Namespace) -> int:
     args.url = address_of(args)
+    if (args.source is None) == (args.stream is None):
+        raise ConfigError(
+            "what is watched is named by --source, or by --stream for a camera of the server's own",
+            remedy="give one of the two",
+        )
+    if args.stream is not None:
+        refuse_settings(args, "a stream of the server's own")
+        args.url = args.url or f"localhost:{DEFAULT_PORT}"
     if args.record is not None and args.url is not None:
         raise ConfigError(
             "a session is recorded by its server", remedy="give --record to `edge-vlm serve`"
@@ -100,6 +123,10 @@ def _watch(args: argparse.Namespace) -> int:
         alert_outputs(args) as outputs,
         server_url(args, record_to=args.record) as url,
     ):
+        from edge_vlm_runtime.sources.open import is_live
+
+        if args.stream is not None or is_live(args.source):
+            return asyncio.run(watch_live(args, url, outputs))
         return asyncio.run(_watch_session(args, url, outputs))
 
 
@@ -125,7 +152,7 @@ async def _watch_session(
     async with await Client.connect(url, settings, access=access) as client:
         open_it = functools.partial(open_source, hwaccel=args.hwaccel)
         source = await open_for(open_it, args.source, args.fps, client)
-        await client.update({"delivery": "live" if source.is_live else "wait"})
+        await client.update({"delivery": "wait"})
         print_notes(client.notes)
         grid = client.created.model.limits.cell_grid
         title = f"{mask_credentials(args.source)} on {client.created.model.bundle}"
@@ -136,18 +163,14 @@ async def _watch_session(
                 view.event, *alert_handlers(args, client.created.session_id, outputs)
             )
             await create_alerts(args, client)
-            try:
-                await stream(
-                    source,
-                    client,
-                    questions,
-                    real_time=not args.fast,
-                    observer=view,
-                    outcome=outcome,
-                )
-            except asyncio.CancelledError:
-                if not source.is_live:
-                    raise  # Ctrl-C is how a live source ends, but it cuts a file short
+            await stream(
+                source,
+                client,
+                questions,
+                real_time=not args.fast,
+                observer=view,
+                outcome=outcome,
+            )
             alerts = await client.list_alerts() if args.alerts else []
     if args.json:
         write(summary_fields(outcome))

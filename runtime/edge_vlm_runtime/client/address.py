@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, urlencode, urlsplit
 
 from edge_vlm.errors import ConfigError
 
@@ -22,6 +22,13 @@ def websocket_url(address: str) -> str:
     if parts.scheme in ("http", "https") or path in ("", "/"):
         path = f"{_folder(path)}{PATH}"
     return parts._replace(scheme=SECURE[parts.scheme], path=path).geturl()
+
+
+def stream_url(address: str, name: str) -> str:
+    """Where one subscribes to a stream that the server owns. Raises ConfigError."""
+    parts = urlsplit(websocket_url(address))
+    query = "&".join(filter(None, [parts.query, urlencode({"stream": name})]))
+    return parts._replace(query=query).geturl()
 
 
 def http_url(address: str, path: str) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from edge_vlm.errors import EdgeVlmError
 from edge_vlm.pixels.frames import encode_jpeg, require_rgb
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client.address import stream_url
 from edge_vlm_runtime.client.answers import Answer as Answer
 from edge_vlm_runtime.client.answers import AnswerStream as AnswerStream
 from edge_vlm_runtime.client.connection import Access, ResumableConnection, ResumePoint, frame_key
@@ -64,6 +65,26 @@ class Client(Exchange):
         """
         line = await ResumableConnection.open(url, access or Access(), reconnect=reconnect)
         return await cls(line, on_event)._begin(settings)
+
+    @classmethod
+    async def subscribe(
+        cls,
+        url: str,
+        stream: str,
+        *,
+        on_event: OnEvent | None = None,
+        access: Access | None = None,
+    ) -> Client:
+        """Looks at a stream that the server owns: its events come, questions and alerts go; frames
+        and settings are the server's own.
+
+        Raises ServerUnreachable, ServerBusy, ProtocolError, UnknownStream. A connection that breaks
+        does not come back: subscribe again.
+        """
+        line = await ResumableConnection.open(
+            stream_url(url, stream), access or Access(), reconnect=False
+        )
+        return await cls(line, on_event)._begin(None)
 
     @classmethod
     async def resume(

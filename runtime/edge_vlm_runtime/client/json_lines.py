@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +70,11 @@ class JsonLines(Observer):
 
     def __exit__(self, *ended: object) -> None:
         sys.stdout.flush()
+
+    typing: Callable[[str], None] | None = None
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     def event(self, event: protocol.ServerEvent) -> None:
         if not isinstance(event, realtime.SERVER_EVENTS):

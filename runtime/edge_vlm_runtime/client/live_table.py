@@ -155,6 +155,11 @@ class LiveTable(LineOutput):
         self._gauges = LiveGauges()
         self._answers: dict[PlannedQuestion, str] = {}
         self._alerts: list[str] = []
+        self._said = ""
+        self._typed = ""
+        self.typing = self.show_typed
+        self.takes_questions = False
+        """A line at the foot says that one may type."""
         self._drawn_s = 0.0
         # Drawn by us, not by a thread of rich: an output that is gone is noticed here.
         self._live = Live(console=Console(), auto_refresh=False, get_renderable=self._render)
@@ -187,6 +192,16 @@ class LiveTable(LineOutput):
             self._alerts = [*self._alerts, alert_line(event)][-MAX_ALERTS:]
         self._draw()
 
+    def say(self, text: str) -> None:
+        self._said = text
+        self._draw()
+
+    def show_typed(self, text: str) -> None:
+        """The question that is being typed."""
+        self._typed = text
+        self._drawn_s = 0.0
+        self._draw()
+
     def asked(self, question: PlannedQuestion, after_s: float) -> None:
         self._answers[question] = ""
         while len(self._answers) > MAX_ANSWERS:
@@ -213,7 +228,12 @@ class LiveTable(LineOutput):
             dialogue.add_row(Text(">"), Text(text or "..."))
         for text in self._alerts:
             dialogue.add_row(Text("!", style="bold"), Text(text.removeprefix("! ")))
-        return Panel(Group(parts, Text(), dialogue), title=self._title, title_align="left")
+        foot = [Text(f"* {self._said}", style="dim")] if self._said else []
+        if self._typed:
+            foot.append(Text(f"? {self._typed}_", style="bold"))
+        elif self.takes_questions:
+            foot.append(Text("type a question and press Enter", style="dim"))
+        return Panel(Group(parts, Text(), dialogue, *foot), title=self._title, title_align="left")
 
     def _heat_map(self) -> Text:
         last = self._gauges.newest

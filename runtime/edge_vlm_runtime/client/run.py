@@ -115,7 +115,6 @@ class _Run:
         self.observer = observer
         self.outcome = outcome
         self.loop = asyncio.get_running_loop()
-        self._most_bytes = client.created.limits.max_message_bytes - MESSAGE_HEAD_BYTES
         source.max_side = client.created.model.limits.useful_side
         self._answers: set[asyncio.Task[None]] = set()
         """Of questions that wait for the rest of their answer."""
@@ -151,7 +150,7 @@ class _Run:
                     begin_s = self.loop.time() - picture.time_s if begin_s is None else begin_s
                     await asyncio.sleep(max(0.0, begin_s + picture.time_s - self.loop.time()))
                 last_s = picture.time_s
-                sent = await asyncio.to_thread(self._encoded, picture.rgb)
+                sent = await asyncio.to_thread(encoded, self.client, picture.rgb)
                 sequence = await self.client.send_frame(sent, round(last_s * 1e6))
                 self.outcome.frames_sent += 1
                 self.observer.sent(sequence, picture)
@@ -163,13 +162,6 @@ class _Run:
             await self.client.wait_processed()  # raises what the observer raised meanwhile
         finally:
             await cancel(*self._answers)
-
-    def _encoded(self, rgb: Rgb) -> bytes | Rgb:
-        """As it is where the session takes that, else as a JPEG that the server takes."""
-        if self.client.settings.raw_frames and rgb.nbytes <= self._most_bytes:
-            return rgb
-        jpeg = encode_jpeg(rgb)
-        return jpeg if len(jpeg) <= self._most_bytes else shrink_jpeg(jpeg, self._most_bytes)
 
     async def _next(self, pictures: Iterator[Picture]) -> Picture | None:
         """A camera may be silent for long: what ends the client does not wait for it."""
@@ -220,6 +212,15 @@ class _Run:
     def _note(self, question: PlannedQuestion, result: Answer | EdgeVlmError) -> None:
         self.outcome.note(result)
         self.observer.answered(question, result)
+
+
+def encoded(client: Client, rgb: Rgb) -> bytes | Rgb:
+    """As it is where the session takes that, else as a JPEG that the server takes."""
+    most_bytes = client.created.limits.max_message_bytes - MESSAGE_HEAD_BYTES
+    if client.settings.raw_frames and rgb.nbytes <= most_bytes:
+        return rgb
+    jpeg = encode_jpeg(rgb)
+    return jpeg if len(jpeg) <= most_bytes else shrink_jpeg(jpeg, most_bytes)
 
 
 def parse_question(text: str, every_s: float | None, detail: Detail = "video") -> PlannedQuestion:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TextIO
 
@@ -168,6 +168,13 @@ class LineOutput(Observer):
         if text not in self._once_said:
             self._once_said.add(text)
             self.line(text)
+
+    def say(self, text: str) -> None:
+        """What happens besides: a server or a camera that comes or goes."""
+        self.line(f"* {text}")
+
+    typing: Callable[[str], None] | None = None
+    """Shows what is being typed, where the terminal does not."""
 
     def event(self, event: protocol.ServerEvent) -> None:
         if isinstance(event, protocol.FrameAccepted):

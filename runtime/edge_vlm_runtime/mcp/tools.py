@@ -63,8 +63,9 @@ class StreamTools:
         sessions = self._streams.sessions()
         start = f"start one: edge-vlm watch {self._streams.url} --source webcam"
         if self._session_id is not None:
-            if any(each["id"] == self._session_id for each in sessions):
-                return self._session_id
+            for each in sessions:
+                if self._session_id in (each["id"], each.get("stream")):
+                    return str(each["id"])
             raise SessionGone(
                 f"there is no stream {self._session_id!r} (any more)",
                 remedy=f"{_listed(sessions)}; {start}",
@@ -75,7 +76,7 @@ class StreamTools:
         if shown:
             raise SessionGone(
                 f"there are {len(shown)} streams, and which one is meant is not said",
-                remedy=f"start edge-vlm mcp with --session ID: {_listed(shown)}",
+                remedy=f"start edge-vlm mcp with --session ID or NAME: {_listed(shown)}",
             )
         if sessions:
             raise NoFrameYet("there is a session that has shown no picture yet", remedy="ask again")
@@ -162,5 +163,5 @@ def _mass_note(status: dict[str, Any]) -> str:
 
 
 def _listed(sessions: list[dict[str, Any]]) -> str:
-    names = ", ".join(str(each["id"]) for each in sessions)
+    names = ", ".join(str(each.get("stream", each["id"])) for each in sessions)
     return f"there are {names}" if names else "there is none"

@@ -261,6 +261,11 @@ class Server:
         )
 
     @property
+    def camera_plan(self) -> CameraPlan:
+        """Of the cameras that it owns, as it is in force."""
+        return self._keeper.plan
+
+    @property
     def notes(self) -> list[str]:
         """What is to be known of the settings of new sessions."""
         return notes_on(self.settings, self.model)

@@ -1,7 +1,7 @@
 """What `/metrics` tells about a server: counted from the events of its sessions.
 
 Events are counted on the event loop; the machine's gauges are sampled beside it, once a second for
-all sessions. No metric has a label for a session or a viewer.
+all sessions. No metric has a label for a session or a viewer; cameras have names in a file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from edge_vlm_runtime.server.gauges import MachineGauges, MachineSample
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-    from prometheus_client.core import GaugeMetricFamily, Metric
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector
 except ImportError as error:
     raise MissingExtraError.for_library(error.name or "prometheus_client", "serve") from error
@@ -35,6 +36,16 @@ LATENCY_BUCKETS_S = (
     *(1.0, 2.0, 5.0, 10.0, 30.0),
 )
 SAMPLE_PERIOD_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledFamily:
+    """One metric that others have counted; a counter if its name ends in `_total`, else a gauge."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...]
+    samples: Mapping[tuple[str, ...], float]
 
 
 class Machine(Protocol):
@@ -71,6 +82,8 @@ class ServerMetrics(Collector):
         self._sample = self._machine.sample()
         self._kv_tokens: dict[str, int] = {}
         self._answering: dict[str, dict[str, float]] = {}
+        self.others: Callable[[], Iterable[LabelledFamily]] = tuple
+        """What else there is to tell."""
         self._registry = _Registry()
         counter = partial(Counter, namespace=NAMESPACE, registry=self._registry)
         seconds = partial(
@@ -121,6 +134,8 @@ class ServerMetrics(Collector):
         yield from _gauge(
             "process_resident_memory_bytes", "Memory of this process.", now.resident_bytes
         )
+        for family in self.others():
+            yield from _labelled(family)
         yield from _gauge("info", "Version and bundle.", {server: 1.0}, "server")
 
     def render(self) -> bytes:
@@ -211,3 +226,13 @@ def _gauge(
         for value, number in values.items():
             family.add_metric([value] if label else [], number)
         yield family
+
+
+def _labelled(family: LabelledFamily) -> Iterator[Metric]:
+    """Nothing for nothing."""
+    if family.samples:
+        kind = CounterMetricFamily if family.name.endswith("_total") else GaugeMetricFamily
+        metric = kind(f"{NAMESPACE}_{family.name}", family.help, labels=family.labels)
+        for labels, value in family.samples.items():
+            metric.add_metric(labels, value)
+        yield metric

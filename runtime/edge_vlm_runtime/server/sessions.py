@@ -68,6 +68,8 @@ class SessionRegistry:
         self._sessions: dict[str, ClientSession] = {}
         self._streams: dict[str, ClientSession] = {}
         """Sessions of the server's own cameras, by the camera's name."""
+        self.on_stream_event: OnEvent = lambda camera, event: None
+        """Gets a camera's name and every event of its session."""
         self._expiries: dict[str, asyncio.TimerHandle] = {}
         self._openings: set[asyncio.Task[None]] = set()
         self._ends: set[asyncio.Task[None]] = set()
@@ -341,6 +343,9 @@ class SessionRegistry:
 
     def _notify(self, session_id: str, event: protocol.ServerEvent) -> None:
         self.metrics.event(session_id, event)
+        session = self._sessions.get(session_id)
+        if session is not None and session.camera is not None:
+            self.on_stream_event(session.camera, event)
         if isinstance(event, protocol.SessionStats):
             self.metrics.complete(event)
         if self._on_event is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from edge_vlm.errors import ConfigError, EdgeVlmError, ServerBusy
@@ -15,12 +15,15 @@ from edge_vlm.request_errors import MethodNotAllowed
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.cameras.camera import Camera
 from edge_vlm_runtime.cameras.keeper import CameraKeeper
+from edge_vlm_runtime.cameras.reader import LIVE
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.base import json_bytes
 from edge_vlm_runtime.protocol.settings import ModelLimits
 from edge_vlm_runtime.server.client_session import ClientSession
 from edge_vlm_runtime.server.live_api import Answer, LiveApi, newest_frame
+from edge_vlm_runtime.server.metrics import LabelledFamily
 from edge_vlm_runtime.server.sessions import SessionRegistry
+from edge_vlm_runtime.server.streams.counts import CameraCounts
 from edge_vlm_runtime.server.streams.subscription import Subscription, WebSocket
 
 PREFIX = "/v1/streams"
@@ -42,7 +45,47 @@ class StreamHub:
         self._subscribers: dict[str, set[Subscription]] = defaultdict(set)
         self._listings: dict[str, asyncio.Task[list[messages.AlertStatus]]] = {}
         """Under way, by session: whoever asks meanwhile gets the same."""
+        self._counts = CameraCounts()
         keeper.on_state = self._on_state
+        keeper.on_gone = self._counts.forget
+        table.on_stream_event = self._counts.event
+        table.metrics.others = self._families
+
+    # ---- /metrics ----------------------------------------------------------------------------
+
+    def _families(self) -> Iterator[LabelledFamily]:
+        cameras = self._keeper.cameras
+        yield from self._counts.families()
+        now_ns = self._table.clock_ns()
+        ages: dict[tuple[str, ...], float] = {}
+        for camera in cameras:
+            session = self._table.live_session(camera.name)
+            if session is not None and session.view.newest is not None:
+                ages[(camera.name,)] = (now_ns - session.view.newest.frame.received_ns) * 1e-9
+
+        def each(value: Callable[[Camera], float]) -> dict[tuple[str, ...], float]:
+            return {(camera.name,): float(value(camera)) for camera in cameras}
+
+        for name, help, samples in (
+            ("camera_up", "1 while a camera gives pictures.", each(lambda c: c.state == LIVE)),
+            ("camera_newest_frame_age_seconds", "Since the newest accepted frame came.", ages),
+            (
+                "camera_returns_total",
+                "How often a camera came back after an absence.",
+                each(lambda c: c.times_back),
+            ),
+            (
+                "camera_frames_untaken_total",
+                "Pictures that never reached a session, because there was none or it was busy.",
+                each(lambda c: c.untaken),
+            ),
+            (
+                "camera_subscribers",
+                "Connections that watch a camera.",
+                each(lambda c: self.num_subscribers(c.name)),
+            ),
+        ):
+            yield LabelledFamily(name=name, help=help, labels=("camera",), samples=samples)
 
     # ---- HTTP --------------------------------------------------------------------------------
 
@@ -140,6 +183,7 @@ class StreamHub:
             with_pictures=wanted in ON,
             is_of_file=lambda alert_id: alert_id in camera.alert_ids.values(),
             is_draining=lambda: self._table.draining,
+            on_lost_picture=lambda: self._counts.lost_picture(camera.name),
         )
         subscribers.add(subscription)
         try:

@@ -17,7 +17,6 @@ import { forget, showCells, showStill } from "./stage.js";
 import { subscribedPicture } from "./subscribed.js";
 
 const video = $("video");
-
 let source = null;
 let capture = null;
 let starts = 0; // so that of two sources chosen at once the later one wins
@@ -38,7 +37,6 @@ const cameras = new Cameras((name) => start(() => new Source("stream", name)), r
 const own = {
   "session.created"(event) {
     if (session.isAgain) {
-      dialogue.endAll();
       gauges.sessionEnded();
       notice("");
       dialogue.note("Restarted: this is a new session and its memory is empty.");
@@ -96,6 +94,7 @@ async function takePicture(bytes) {
 function showState(state) {
   showStatus(state, source?.trouble);
   if (state !== "up") forget(); // what it looked at was of another picture
+  if (state === "restarting") dialogue.endAll();
 }
 
 function ended(closed, hadBegun) {
@@ -187,9 +186,10 @@ async function startCamera(deviceId) {
   if (source?.kind === "camera") await listDevices($("device"), source.deviceId);
 }
 
-function startFile(file) {
+async function startFile(file, number = 1) {
   const isPicture = file.type.startsWith("image/") && file.type !== "image/svg+xml";
-  start(async () => isPicture ? Source.picture(file) : Source.file(file));
+  await start(async () => isPicture ? Source.picture(file) : Source.file(file));
+  if (number > 1 && source?.name === file.name) notice(`One at a time: this is ${file.name}.`);
 }
 
 function refused(error) {

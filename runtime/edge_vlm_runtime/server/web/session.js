@@ -31,6 +31,11 @@ export class Session {
     return this.state === "up";
   }
 
+  // Whether a message has a session to arrive at, at once or when its connection is back.
+  get isOpen() {
+    return this.created !== null && this.line !== null && this.state !== "restarting";
+  }
+
   get bufferedAmount() {
     return this.line.bufferedAmount;
   }

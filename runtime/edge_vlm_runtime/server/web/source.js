@@ -98,6 +98,7 @@ export class Source {
         ? error.message : "it is no video, or of a kind that this browser does not know. MP4 with " +
           "H.264 and WebM work in most of them."}`);
     }
+    if (video.videoWidth === 0) throw new Error(`${this.name} has sound alone: there is no picture.`);
     showVideo();
   }
 
@@ -177,7 +178,7 @@ export function takeDrops(taken, other) {
     event.preventDefault();
     document.body.classList.remove("dropping");
     const [file] = event.dataTransfer.files;
-    if (file) taken(file);
+    if (file) taken(file, event.dataTransfer.files.length);
     else other();
   };
 }

@@ -67,7 +67,7 @@ export function askForKey(message, taken) {
   const isFirst = apiKey() === null;
   $("key-form").hidden = false;
   $("key-label").textContent = isFirst ? "This server wants an API key" : "That is not its API key";
-  $("key-note").textContent = message;
+  $("key-note").textContent = isFirst ? "Whoever started the server has it." : message;
   $("key-form").onsubmit = (event) => {
     event.preventDefault();
     const text = $("key").value.trim();

@@ -128,6 +128,10 @@ export class Alerts {
       this.#say("It cannot end above the certainty it begins at.");
       return;
     }
+    if (!this.#isOwn && !this.session.isOpen) {
+      this.#say("The server is away: set it when it is back.");
+      return;
+    }
     if (this.#isOwn) {
       if (this.#rules.some((each) => each.question === question)) {
         this.#say("That is watched for already. Remove it first to change it.");
@@ -136,7 +140,7 @@ export class Alerts {
       this.#rules.push(rule);
       keep("alerts", this.#rules);
     }
-    if (this.session.created !== null) this.#send(rule);
+    if (this.session.isOpen) this.#send(rule);
     $("alert-question").value = "";
     this.#render();
   }
@@ -157,7 +161,7 @@ export class Alerts {
 
   #remove(entry) {
     this.#say("");
-    if (entry.alert_id) this.session.send("alert.delete", { alert_id: entry.alert_id });
+    if (entry.alert_id && this.session.isOpen) this.session.send("alert.delete", { alert_id: entry.alert_id });
     if (this.#isOwn) this.#forget(entry);
     this.#render();
   }

@@ -76,7 +76,7 @@ export class Dialogue {
       entry.answer = withoutMarkup(event.text_in_stream_time ?? event.text) || "(nothing)";
       entry.parts.answer.textContent = entry.answer;
       this.#finish(entry, timesOf(event));
-      pointedPictures(event.points, this.pictures).then((figures) => {
+      pointedPictures(event.points ?? [], this.pictures).then((figures) => {
         entry.parts.item.append(...figures);
         entry.figures = figures.map((figure) => ({
           picture: figure.querySelector("canvas").toDataURL("image/jpeg", 0.8),
@@ -98,8 +98,9 @@ export class Dialogue {
   #put(text) {
     const detail = $("detail").checked && !$("detail").disabled ? "snapshot" : "video";
     this.notice("");
-    if (this.session.created === null) {
-      this.notice("Start the camera or choose a file first.");
+    if (!this.session.isOpen) {
+      this.notice(this.session.state === "restarting" ? "The server is away: ask when it is back."
+        : "Start the camera or choose a file first.");
       return false;
     }
     const event_id = this.session.send("response.create", { text, detail });

@@ -21,11 +21,20 @@ const HOW_CHOSEN = {
 };
 const SCORERS = { learned: "learned scorer", change: "scorer: change", none: "no scorer" };
 
-// What a share of parts means, in plain words.
-export function keepWords(ratio, policy, cells) {
+// What decides instead of a share, where the server was told so.
+function otherRule({ vision_tokens_per_s: rate, change_threshold: change }, policy) {
   if (policy === "keep_all") {
     return "Every part of every picture is read: nothing is missed, and nothing is saved.";
   }
+  if (rate > 0) return `The server reads ${rate} parts a second of video, whatever the share.`;
+  if (change > 0) return "The server reads every part that has changed enough, whatever the share.";
+  return null;
+}
+
+// What a share of parts means, in plain words.
+export function keepWords(ratio, policy, cells, inForce = {}) {
+  const other = otherRule(inForce, policy);
+  if (other !== null) return other;
   const few = Math.max(1, Math.round(ratio * cells));
   const cost = ratio <= 0.2 ? "Fast and light; small things may be missed."
     : ratio <= 0.6 ? "A good middle." : "Careful, and slower.";
@@ -134,7 +143,7 @@ export class Settings {
   #apply(patch) {
     const names = Object.keys(patch);
     this.#show({ ...this.#inForce, ...patch });
-    if (names.length === 0 || this.session.created === null) return;
+    if (names.length === 0 || !this.session.isOpen) return; // the next one begins with it
     this.#updates.set(this.session.send("session.update", { session: patch }), names);
   }
 
@@ -157,7 +166,11 @@ export class Settings {
   #show(settings) {
     const shown = this.session.created === null ? { ...settings, ...this.chosen } : settings;
     for (const [name, { id, write }] of Object.entries(FIELDS)) {
-      if (name in shown) $(id).value = write(shown[name]);
+      if (!(name in shown)) continue; // an older server
+      $(id).value = write(shown[name]);
+      if (name === "policy" && $(id).value === "") { // one that this page cannot choose
+        $(id).add(new Option(shown.policy, shown.policy, false, true));
+      }
     }
     this.#lock();
     this.#showWords();
@@ -169,14 +182,15 @@ export class Settings {
       option.disabled = !hasScorer && BY_SCORE.includes(option.value);
     }
     const isShared = $("settings-fields").disabled;
-    $("keep").disabled = isShared || $("policy").value === "keep_all";
+    $("keep").disabled = isShared || otherRule(this.#inForce, $("policy").value) !== null;
   }
 
   #showWords() {
     const isAll = $("policy").value === "keep_all";
     $("keep-text").textContent = isAll ? "100 %" : `${$("keep").value} %`;
     const cells = this.#model?.num_cells ?? 81;
-    $("keep-words").textContent = keepWords($("keep").value / 100, $("policy").value, cells);
+    $("keep-words").textContent = keepWords($("keep").value / 100, $("policy").value, cells,
+      this.#inForce);
   }
 
   // What the model chooses by and how much it sees; beside it, what the server says of that.
