@@ -20,6 +20,7 @@ from typing import IO
 import pytest
 
 from edge_vlm import cli
+from edge_vlm.errors import NoFrameYet
 from tests.conftest import ROOT
 from tests.docs.commands import NEEDS, PAGES, TAKES, DocCommand, commands_of
 
@@ -131,7 +132,13 @@ def test_the_commands_of_a_page_run(
                 servers.append(Server(words[0], text.rstrip("& "), checkout))
                 servers[-1].wait()
                 continue
-            code = _run(text, checkout)
+            code = _run(text, checkout, ports[PORTS[0]])
+            deadline = time.monotonic() + PATIENCE_S
+            while code == NoFrameYet.exit_code and servers and time.monotonic() < deadline:
+                if NoFrameYet.code not in capfd.readouterr().err:
+                    break
+                time.sleep(0.2)  # who types takes longer than a camera to begin
+                code = _run(text, checkout, ports[PORTS[0]])
             shown = capfd.readouterr()
             allowed = {0} | FAILS.get(str(page.relative_to(ROOT)), set())
             assert code in allowed, f"{command.where}: {text}\n{shown.out}\n{shown.err}"
@@ -150,7 +157,7 @@ def _reason(command: DocCommand) -> str | None:
     return None
 
 
-def _run(text: str, folder: Path) -> int:
+def _run(text: str, folder: Path, port: str) -> int:
     """In this process where no shell is needed, which saves loading everything anew."""
     words = shlex.split(text)
     if words[0] == "edge-vlm" and not SHELL & set(_outside_quotes(text)):
@@ -161,7 +168,9 @@ def _run(text: str, folder: Path) -> int:
     return subprocess.run(
         ["bash", "-eo", "pipefail", "-c", text],
         cwd=folder,
-        env=_environment(),
+        # What an example goes to if nothing is said.
+        env=_environment()
+        | ({"EDGE_VLM_URL": f"localhost:{port}"} if words[0] == "python" else {}),
         stdin=subprocess.DEVNULL,
         timeout=5 * PATIENCE_S,
     ).returncode
