@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 # of those that test rewrite each test again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve quick test lint style types unit measured clean
+.PHONY: help demo serve quick test docs lint style types unit measured clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -45,6 +45,9 @@ measured: $(VENV)/.dev
 	@# sys.monitoring, from Python 3.12 on, measures for next to nothing; before it costs about a third
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 		$(PYTEST) $(ARGS) --cov --cov-report=term
+
+docs: $(VENV)/.dev  ## the commands of README and docs as written, the long ones too (an hour and more)
+	EDGE_VLM_LONG_DOCS=1 $(PYTEST) -o timeout=14400 tests/docs $(ARGS)
 
 lint: style types  ## ruff and mypy
 

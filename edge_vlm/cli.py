@@ -8,15 +8,15 @@ standard library. The value of an entry point is a `Command`.
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
 import edge_vlm
 from edge_vlm.errors import EdgeVlmError, MissingExtraError, OutputError
 from edge_vlm.output import CLOSED_PIPE_EXIT_CODE, OutputClosed, standard_output
+from edge_vlm.usage import Parser, did_you_mean
 
 ENTRY_POINT_GROUP = "edge_vlm.commands"
 
@@ -44,6 +44,7 @@ COMMANDS = {
     "verify": ("export", "compare a bundle's graphs with torch"),
 }
 
+HELP, EXIT_CODES = "help", "exit-codes"
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 
@@ -97,9 +98,10 @@ def run_command(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     name, rest = arguments[0], arguments[1:]
+    if name == HELP and name not in commands:
+        return _help(commands, rest)
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f", did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(name, [*commands, HELP])
         _top_parser(sorted(commands, key=_order)).error(f"unknown command '{name}'{hint}")
     try:
         return _run(commands[name], rest)
@@ -113,13 +115,37 @@ def run_command(arguments: list[str]) -> int:
 
 
 def _run(point: metadata.EntryPoint, arguments: list[str]) -> int:
+    command, parser = opened(point)
+    return command.run(parser.parse_args(arguments))
+
+
+def opened(point: metadata.EntryPoint) -> tuple[Command, Parser]:
+    """A command and what reads its arguments. Imports the command's module."""
     command = point.load()
     if not isinstance(command, Command):
         raise TypeError(f"entry point {point.value} is not an edge_vlm.cli.Command")
     _, summary = COMMANDS.get(point.name, ("", None))
-    parser = argparse.ArgumentParser(prog=f"edge-vlm {point.name}", description=summary)
+    parser = Parser(prog=f"edge-vlm {point.name}", description=summary)
     command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments))
+    return command, parser
+
+
+def _help(commands: Mapping[str, metadata.EntryPoint], topics: list[str]) -> int:
+    """`edge-vlm help`, `help COMMAND` and `help exit-codes`."""
+    parser = _top_parser(sorted(commands, key=_order))
+    topic = topics[0] if len(topics) == 1 else None
+    if topic == EXIT_CODES:
+        from edge_vlm.exit_codes import as_text
+
+        print(as_text())
+    elif topic is not None and topic in commands:
+        return run_command([topic, "--help"])
+    elif topics:
+        text = " ".join(topics)
+        parser.error(f"no help about '{text}'{did_you_mean(text, [*commands, EXIT_CODES])}")
+    else:
+        parser.print_help()
+    return 0
 
 
 def _top_parser(names: Sequence[str]) -> argparse.ArgumentParser:
@@ -128,11 +154,12 @@ def _top_parser(names: Sequence[str]) -> argparse.ArgumentParser:
         f"  {name:<{width}}  {COMMANDS[name][1] if name in COMMANDS else ''}".rstrip()
         for name in names
     )
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="edge-vlm",
         usage="edge-vlm [-h] [--version] COMMAND ...",
         description="A video language model that follows a live feed on small devices.",
-        epilog=f"commands:\n{listing}\n\n`edge-vlm COMMAND --help` shows a command's options.",
+        epilog=f"commands:\n{listing}\n\n`edge-vlm COMMAND --help` shows a command's options, "
+        f"`edge-vlm {HELP} {EXIT_CODES}`\nwhat each exit code means.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"edge-vlm {edge_vlm.__version__}")

@@ -1,25 +1,25 @@
 """Every error this project raises on purpose, as one tree: class, exit code, code.
 
-    EdgeVlmError                1  E-EDGE-VLM
+    EdgeVlmError                1  E-EDGE-VLM         any other error
     |-- ConfigError             2  E-CONFIG             a setting, recipe or config file is wrong
     |   `-- RecipeTooLarge      2  E-RECIPE-MEMORY      a training run that cannot fit its memory
     |-- CheckpointError         3  E-CHECKPOINT         names, shapes or files of a checkpoint
     |   |-- WeightFilesError    3  E-CHECKPOINT-FILES   lists absent, cut off and foreign files
     |   `-- WeightNamesError    3  E-CHECKPOINT-NAMES   lists missing, unknown, unfit tensors
-    |-- BundleError             4  E-BUNDLE
-    |   |-- BundleNotFound      4  E-BUNDLE-NOT-FOUND
+    |-- BundleError             4  E-BUNDLE           what was exported cannot be opened
+    |   |-- BundleNotFound      4  E-BUNDLE-NOT-FOUND no bundle lies there
     |   |-- BundleFileMissing   4  E-BUNDLE-FILE        a file of the manifest is not there
-    |   |-- BundleHashMismatch  4  E-BUNDLE-HASH
-    |   `-- BundleSchemaError   4  E-BUNDLE-SCHEMA
-    |-- VideoError              5  E-VIDEO
-    |   |-- VideoNotFound       5  E-VIDEO-NOT-FOUND
+    |   |-- BundleHashMismatch  4  E-BUNDLE-HASH      a file is not the one that was written
+    |   `-- BundleSchemaError   4  E-BUNDLE-SCHEMA    written by another version, or no manifest
+    |-- VideoError              5  E-VIDEO            a source, for another reason
+    |   |-- VideoNotFound       5  E-VIDEO-NOT-FOUND  no such file
     |   |-- VideoUnreadable     5  E-VIDEO-UNREADABLE   not a video, or cut off
     |   `-- VideoEmpty          5  E-VIDEO-EMPTY        a video without a single frame
     |-- FrameDecodeError        6  E-FRAME-DECODE       one picture that is not a JPEG we can read
     |-- ProtocolError           7  E-PROTOCOL           the other side broke the wire protocol
-    |   |-- MessageTooLarge     7  E-MESSAGE-TOO-LARGE
+    |   |-- MessageTooLarge     7  E-MESSAGE-TOO-LARGE a message or frame above its limit
     |   |-- RequestTimeout      7  E-TIMEOUT            a request that does not come to its end
-    |   |-- UnknownMessageType  7  E-UNKNOWN-TYPE
+    |   |-- UnknownMessageType  7  E-UNKNOWN-TYPE     a message of no type that is known
     |   `-- RequestError        7  E-REQUEST            an HTTP request is wrong; names the field
     |       |-- Unsupported     7  E-UNSUPPORTED        what the model or this server cannot do
     |       |-- ModelNotFound   7  E-MODEL              another model than the one that is served
@@ -27,31 +27,31 @@
     |       |-- AnswerFormError 7  E-ANSWER-FORM        a form that an answer cannot be given
     |       |-- NoSuchPath      7  E-NOT-FOUND          nothing is served there
     |       `-- MethodNotAllowed 7 E-METHOD             not with this method
-    |-- ServerUnreachable       8  E-SERVER-UNREACHABLE
+    |-- ServerUnreachable       8  E-SERVER-UNREACHABLE nobody answers there
     |   |-- ServerBusy          8  E-SERVER-BUSY        no free session, or it is stopping
     |   |   `-- TooManyRequests  8  E-TOO-MANY-REQUESTS  as many wait as may; says when to come back
     |   |-- Unauthorized        8  E-UNAUTHORIZED       it wants another API key
     |   `-- HostNotAllowed      8  E-HOST               it does not go by the name it was called
     |-- MissingExtraError       9  E-MISSING-EXTRA      names the extra to install
-    |-- SessionError           10  E-SESSION
+    |-- SessionError           10  E-SESSION          a session, for another reason
     |   |-- NoFrameYet         10  E-NO-FRAME           a question before the first frame
     |   |-- NoQuestion         10  E-NO-QUESTION        an answer to nothing is asked for
     |   |-- QuestionCancelled  10  E-CANCELLED          before its answer began
-    |   |-- QuestionTooLong    10  E-QUESTION-TOO-LONG
+    |   |-- QuestionTooLong    10  E-QUESTION-TOO-LONG more words than the model can be asked
     |   |-- TooManyQuestions   10  E-TOO-MANY-QUESTIONS waiting for an answer already
     |   |-- UnknownAlert       10  E-UNKNOWN-ALERT      no alert of this id
-    |   |-- TooManyAlerts      10  E-TOO-MANY-ALERTS
+    |   |-- TooManyAlerts      10  E-TOO-MANY-ALERTS  as many as a session may have
     |   |-- AlertsUnsupported  10  E-ALERTS-UNSUPPORTED the model has no words for yes and no
     |   |-- SnapshotsUnsupported 10 E-NO-SNAPSHOTS     the model reads video only
     |   |-- SnapshotTooLarge   10  E-SNAPSHOT-ROOM      no room for a picture in full detail
     |   |-- SessionGone        10  E-SESSION-GONE       no session of this name to go on with
-    |   |   `-- UnknownStream  10  E-UNKNOWN-STREAM     no camera of this name; lists those there are
+    |   |   `-- UnknownStream  10  E-UNKNOWN-STREAM     no such camera; lists those there are
     |   |-- NotForSubscribers  10  E-SUBSCRIBER         what only the owner of a stream may do
     |   |-- ReplayLost         10  E-REPLAY-LOST        it is there, but not all it said meanwhile
     |   |-- ClipTooLong        10  E-CLIP-TOO-LONG      more of a clip than its session can hold
     |   |-- KvFull             10  E-KV-FULL            the arena has no room for more tokens
     |   `-- PositionsUsedUp    10  E-POSITIONS          past the last position the model knows
-    |-- EngineError            11  E-ENGINE
+    |-- EngineError            11  E-ENGINE           what runs a graph, for another reason
     |   |-- NonFinite          11  E-NONFINITE          NaN or infinity in a tensor
     |   |-- ShapeRange         11  E-SHAPE-RANGE        a dimension outside its graph's range
     |   |-- TrtMissing         11  E-TRT-MISSING-LIB    no usable TensorRT in this Python
@@ -80,10 +80,10 @@
     |   |-- HubRefused         17  E-HUB-REFUSED        its licence is to be accepted, or a token
     |   `-- HubFileDamaged     17  E-HUB-FILE           a file is not what the hub says it is
     |-- NoSpaceLeft            12  E-NO-SPACE           a disk is, or would become, full
-    `-- ExportError            12  E-EXPORT
+    `-- ExportError            12  E-EXPORT           an export, for another reason
         |-- Specialised        12  E-EXPORT-SPECIALISED a free dimension became a constant
         |-- RangeFp16          12  E-RANGE-FP16         a float16 tensor saw too large a value
-        |-- NotEnoughMemory    12  E-NO-MEMORY
+        |-- NotEnoughMemory    12  E-NO-MEMORY        less than the export would take
         `-- ParityError        12  E-PARITY             an exported graph differs from torch
 
 An error says what happened, where, and what to do about it, in one line. It is told apart by its

@@ -16,6 +16,7 @@ import inspect
 import itertools
 import textwrap
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,8 @@ class About:
     """Of the option, counted in the field's."""
     shows_default: bool = True
     """Behind the text of `--help`."""
+    check: Callable[[Any], object] | None = None
+    """Raises the typed error of a value that cannot be used, before the command begins."""
     is_secret: bool = False
     """May hold a password or a token: never printed."""
 

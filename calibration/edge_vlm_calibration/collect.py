@@ -18,6 +18,7 @@ from edge_vlm.formats.footage import Shot, read_footage
 from edge_vlm.model.published.folder import open_folder
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.progress import Progress, told
 
 KEEP_RATIOS = (0.7, 0.5, 0.3, 0.2)
 PERCENTS = range(5, 100, 5)
@@ -44,8 +45,11 @@ def calibrate(
     """
     found = open_folder(checkpoint)
     model, observed = found.load(), Observed()
-    for path in footage:
-        observe(model, read_footage(path, fps, max_frames), observed)
+    with Progress("calibrate: frames at most", len(footage) * max_frames) as progress:
+        for number, path in enumerate(footage):
+            shots = read_footage(path, fps, max_frames)
+            observe(model, told(shots, progress), observed)
+            progress.at((number + 1) * max_frames, note=path.name)
     if model.scorer is not None and not observed.scores:
         raise ConfigError(
             "no frame has a predecessor in its clip",

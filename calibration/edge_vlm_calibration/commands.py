@@ -8,14 +8,24 @@ from pathlib import Path
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.calibration import FP16_LIMIT, CalibrationTable
+from edge_vlm.paths import input_footage, output_file
 
 RANGES_SHOWN = 5
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder with config.json and weights")
-    parser.add_argument("footage", type=Path, nargs="+", help="video file or question-set folder")
-    parser.add_argument("-o", "--out", type=Path, default=Path("calibration.json"))
+    parser.add_argument(
+        "footage", type=input_footage, nargs="+", help="video file or question-set folder"
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=output_file,
+        default="calibration.json",
+        metavar="FILE",
+        help="the table to write (default: %(default)s)",
+    )
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second of a video (2)")
     parser.add_argument("--max-frames", type=int, default=64, help="most of each footage (64)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
@@ -28,8 +38,6 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     if not args.fps > 0 or args.max_frames < 2:
         raise ConfigError("--fps must be above 0 and --max-frames at least 2")
-    if not args.out.parent.is_dir():
-        raise ConfigError("there is no such folder", where=args.out.parent)
     if args.threads:
         torch.set_num_threads(args.threads)
     table = run(args.checkpoint, args.footage, args.fps, args.max_frames)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import edge_vlm
 from edge_vlm.cli import Command, run_command
 from edge_vlm.errors import ConfigError, MissingExtraError
+from edge_vlm.paths import output_file, output_folder
+from edge_vlm.progress import Progress, duration
 
 if TYPE_CHECKING:
     from edge_vlm.evaluation.log import AnswerLog
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
 EXTRAS = {"torch": "train", "bundle": "ort", "served": "ort"}
 LOG, TABLE, RECORD, RENDERED = "answers.jsonl", "table.md", "table.json", "questions"
-REPORT_EVERY_S = 60.0
 STREAM_FPS, STREAM_FRAMES = 2.0, 64
 """Of one's own videos, for a model that knows no whole clips."""
 
@@ -68,8 +69,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="just these rows, may be repeated",
     )
     asked = parser.add_argument_group("questions")
-    asked.add_argument("--per-kind", type=_positive, default=100, help="of the rendered benchmark")
-    asked.add_argument("--seed", type=int, default=1, help="of the rendered benchmark")
+    asked.add_argument(
+        "--per-kind", type=_positive, default=100, help="of the rendered benchmark (default: 100)"
+    )
+    asked.add_argument("--seed", type=int, default=1, help="of the rendered benchmark (default: 1)")
     asked.add_argument("--clips", type=_positive, metavar="N", help="only the first N")
     asked.add_argument(
         "--minutes",
@@ -101,14 +104,21 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=output_folder,
         metavar="FOLDER",
         help=f"keep {LOG}, {TABLE} and {RECORD} there; called again, goes on where it stopped",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the figures there as well"
+    )
     parser.add_argument("--bundle", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=_positive, default=min(4, os.cpu_count() or 1))
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        default=min(4, os.cpu_count() or 1),
+        help="threads of the engines or of torch (default: %(default)s)",
+    )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="of the server's URL")
     parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="certificate for wss://")
 
@@ -176,8 +186,6 @@ def _run(args: argparse.Namespace) -> int:
         api_key_file=args.api_key_file,
         tls_ca=args.tls_ca,
     )
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ConfigError("no such folder", where=args.json.parent)  # not after hours of asking
     with ExitStack() as stack:
         out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         questions = wanted.questions or _rendered(out / RENDERED, args)
@@ -197,6 +205,11 @@ def _rendered(folder: Path, args: argparse.Namespace) -> Path:
         return folder
     if folder.exists():
         raise ConfigError("half a benchmark lies there", where=folder, remedy="remove it")
+    print(
+        f"first the benchmark is rendered, {args.per_kind} questions of each kind",
+        file=sys.stderr,
+        flush=True,
+    )
     command = ["world", "--benchmark", "--out", str(folder)]
     run_command([*command, "--per-kind", str(args.per_kind), "--seed", str(args.seed)])
     finished.write_text(json.dumps(wanted) + "\n")
@@ -213,7 +226,7 @@ def _evaluate(
     from edge_vlm.evaluation.late import after_quiet
     from edge_vlm.evaluation.log import AnswerLog
     from edge_vlm.evaluation.notes import notes_on
-    from edge_vlm.evaluation.qa_jsonl import read_questions
+    from edge_vlm.evaluation.qa_jsonl import count_questions, read_questions
     from edge_vlm.evaluation.table import overview, score, table, to_record, wrong_answers
 
     for note in notes_on(evaluators, runs):
@@ -229,7 +242,8 @@ def _evaluate(
         clips = (after_quiet(clip, args.quiet_before) for clip in clips)
     log = AnswerLog(out / LOG if args.out else None, measured)
     try:
-        asked = _ask(clips, evaluators, runs, log, args.minutes)
+        size = count_questions(questions, args.clips)
+        asked = _ask(clips, size, evaluators, runs, log, args.minutes)
     finally:
         log.close()
     scores = score(log, asked, list(evaluators), runs)
@@ -297,24 +311,57 @@ def _digest(questions: Path, fps: float, max_frames: int, rule: FrameRule | None
 
 def _ask(
     clips: Iterator[ClipQuestions],
+    size: tuple[int, int],
     evaluators: Mapping[str, Evaluator],
     runs: Sequence[Run],
     log: AnswerLog,
     minutes: float | None,
 ) -> dict[str, Sequence[AskedQuestion]]:
-    """All runs on all paths, clip by clip; the questions of all clips."""
-    begin = reported = time.monotonic()
+    """All runs on all paths, clip by clip; the questions of all clips. `size`: clips, questions."""
+    begin = time.monotonic()
     asked: dict[str, Sequence[AskedQuestion]] = {}
-    for clip in clips:
-        if minutes is None or time.monotonic() - begin < 60 * minutes:
-            _ask_clip(clip, evaluators, runs, log)
-            reported = _report_progress(len(asked) + 1, begin, reported)
-        asked[clip.name] = clip.questions
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    with Progress("eval: clips", size[0]) as progress:
+        for clip in clips:
+            if minutes is None or time.monotonic() - begin < 60 * minutes:
+                if not asked:
+                    _announce(clip, size, evaluators, runs, log, minutes)
+                _ask_clip(clip, evaluators, runs, log)
+            asked[clip.name] = clip.questions
+            progress.advance()
     if not asked:
         raise ConfigError("there is no clip to ask about")
     return asked
+
+
+def _announce(
+    clip: ClipQuestions,
+    size: tuple[int, int],
+    evaluators: Mapping[str, Evaluator],
+    runs: Sequence[Run],
+    log: AnswerLog,
+    minutes: float | None,
+) -> None:
+    """What will be done and about how long it takes: by the first clip in the first row of each
+    path, whose answers are kept."""
+    num_clips, num_questions = size
+    num_rows, seconds = 0, 0.0
+    for path, evaluator in evaluators.items():
+        possible = [run for run in runs if evaluator.can(run)]
+        missing = [run for run in possible if (path, run.name, clip.name) not in log]
+        num_rows += len(possible)
+        if missing:
+            began = time.monotonic()
+            for run, answers in evaluator.answers(clip, missing[:1]):
+                log.add((path, run.name, clip.name), answers)
+            seconds += (time.monotonic() - began) * len(possible) * num_clips
+    limit = "" if minutes is None else f", --minutes {minutes:g} at most"
+    long = "" if not seconds else f": about {duration(seconds)} by the first clip{limit}"
+    print(
+        f"{num_questions:,} questions about {num_clips:,} clips in {num_rows} rows "
+        f"({', '.join(evaluators)}), {num_questions * num_rows:,} answers{long}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _ask_clip(
@@ -328,18 +375,6 @@ def _ask_clip(
         if missing:
             for run, answers in evaluator.answers(clip, missing):
                 log.add((path, run.name, clip.name), answers)
-
-
-def _report_progress(num_clips: int, begin: float, reported: float) -> float:
-    """A sign of life on stderr: always on a terminal, once a minute elsewhere. When it last was."""
-    now = time.monotonic()
-    if sys.stderr.isatty():
-        print(f"\r{num_clips} clips, {now - begin:.0f} s", end="", file=sys.stderr, flush=True)
-    elif now - reported > REPORT_EVERY_S:
-        print(f"{num_clips} clips, {now - begin:.0f} s", file=sys.stderr, flush=True)
-    else:
-        return reported
-    return now
 
 
 evaluate = Command(

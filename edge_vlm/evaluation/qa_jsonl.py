@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from edge_vlm.errors import ConfigError, VideoEmpty, VideoNotFound
-from edge_vlm.formats.qa_set import AskedQuestion, Box, ClipQuestions, boxes_of, read_question_set
+from edge_vlm.formats.qa_set import (
+    AskedQuestion,
+    Box,
+    ClipQuestions,
+    boxes_of,
+    num_questions,
+    read_question_set,
+)
 from edge_vlm.json_text import parse_json
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.sampling import FrameRule
@@ -64,6 +71,21 @@ def read_questions(
         by_video.setdefault(question.video, []).append(question)
     for number, (video, questions) in enumerate(by_video.items(), start=1):
         yield _clip(f"{number:04d}-{video.stem}", path, video, questions, fps, max_frames, rule)
+
+
+def count_questions(path: Path, most_clips: int | None = None) -> tuple[int, int]:
+    """How many clips and questions `read_questions` gives, of the first `most_clips`; reads no
+    picture. Raises ConfigError, VideoNotFound."""
+    per_clip: list[int] = []
+    if path.is_dir():
+        per_clip = list(num_questions(path))
+    else:
+        by_video: dict[Path, int] = {}
+        for question in read_question_file(path):
+            by_video[question.video] = by_video.get(question.video, 0) + 1
+        per_clip = list(by_video.values())
+    counted = per_clip[:most_clips]
+    return len(counted), sum(counted)
 
 
 def read_question_file(path: Path) -> list[FileQuestion]:

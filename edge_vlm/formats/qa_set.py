@@ -87,6 +87,15 @@ def write_question_set(folder: Path, clips: Iterable[ClipQuestions]) -> int:
     return asked
 
 
+def num_questions(folder: Path) -> Iterator[int]:
+    """Of each clip, from the index alone; a bad line counts as 0, `read_question_set` names it."""
+    for line in (folder / INDEX).read_text("utf-8-sig").splitlines():
+        try:
+            yield len(json.loads(line)["questions"])
+        except (KeyError, TypeError, ValueError):
+            yield 0
+
+
 def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
     """Clips in order. Raises ConfigError naming the line that is wrong or the picture missing."""
     index = folder / INDEX

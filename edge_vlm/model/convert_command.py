@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import CheckpointError, NoSpaceLeft
+from edge_vlm.paths import output_folder
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint, a published Molmo2 folder, or one of its training repository (a step, "
         "or all of a run: the last step is taken)",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, help="new or empty folder")
+    parser.add_argument(
+        "-o", "--out", type=output_folder, required=True, help="new or empty folder"
+    )
     parser.add_argument(
         "--to",
         choices=[OURS, HUB],

@@ -13,6 +13,7 @@ from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import TOKENIZER
 from edge_vlm.formats.precision import PRESETS, Precision, Variant
+from edge_vlm.paths import input_footage, output_folder
 
 if TYPE_CHECKING:
     from edge_vlm.formats.bundle import EngineBundle
@@ -30,7 +31,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder written by `edge-vlm train` or `convert`, a published Molmo2 folder, or one "
         "of its training repository",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the new bundle")
+    parser.add_argument(
+        "-o", "--out", type=output_folder, required=True, help="folder of the new bundle"
+    )
     parser.add_argument("--name", help="name of the model (default: the checkpoint folder's)")
     parser.add_argument(
         "--default",
@@ -73,7 +76,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     precision.add_argument(
         "--footage",
-        type=Path,
+        type=input_footage,
         action="append",
         default=[],
         help="video or question set on which ranges are measured (fp16 and int8); repeatable",
@@ -272,7 +275,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     _add_tokenizer(parser)
     parser.add_argument(
         "--footage",
-        type=Path,
+        type=input_footage,
         action="append",
         default=[],
         help="video that is streamed too: every value must be finite, and with --checkpoint it is "

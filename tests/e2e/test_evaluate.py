@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ def test_a_model_answers_alike_in_torch_in_its_bundle_and_over_the_wire(
     assert len(stream["points_over_keep_all"]) == 2
     wrong = record["wrong"]["torch stream:0.5:frame"]
     assert len(wrong) == stream["questions"] - sum(k["right"] for k in stream["kinds"].values())
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert re.search(
+        r"[\d,]+ questions about 2 clips in \d+ rows .* about \d+ .* by the first", said
+    )
     assert "stream" in shown
     assert "95 % interval" in shown
     assert (out / TABLE).read_text().startswith("| path | attention | policy | 1 | 0.5 |")

@@ -91,7 +91,7 @@ def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stopped:
         cli.main(["serv"])
     assert stopped.value.code == 2
-    assert "unknown command 'serv', did you mean 'serve'?" in capsys.readouterr().err
+    assert "unknown command 'serv', did you mean serve?" in capsys.readouterr().err
 
 
 def test_help_lists_every_command_and_imports_none() -> None:
@@ -101,7 +101,10 @@ def test_help_lists_every_command_and_imports_none() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *listing, last = done.stdout.splitlines()
-    assert last == "0 ['edge_vlm', 'edge_vlm.cli', 'edge_vlm.errors', 'edge_vlm.output']"
+    assert (
+        last
+        == "0 ['edge_vlm', 'edge_vlm.cli', 'edge_vlm.errors', 'edge_vlm.output', 'edge_vlm.usage']"
+    )
     for name, (_, summary) in cli.COMMANDS.items():
         assert any(line.split() == [name, *summary.split()] for line in listing), name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from edge_vlm.errors import (
     TrtMissing,
 )
 from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm_runtime.cli.doctor import as_text, coloured, exit_code
 from edge_vlm_runtime.cli.doctor import doctor as command
-from edge_vlm_runtime.cli.doctor import exit_code
 from edge_vlm_runtime.doctor import doctor
 from edge_vlm_runtime.doctor.machine import Check, Machine, Plan, State
 from edge_vlm_runtime.engines.cuda import Gpu
@@ -95,6 +96,22 @@ def test_every_gap_but_gauges_says_what_closes_it(plan: Plan, tmp_path: Path) ->
     assert {"libraries", "onnxruntime", "bundle", "run", "cuda"} <= {c.name for c in gaps}
     assert [c.name for c in gaps if c.fix is None] == ["memory", "gauges"]
     assert exit_code(checks) == 1
+
+
+def test_what_nothing_needs_is_not_called_missing(plan: Plan) -> None:
+    checks = doctor.examine(plan, replace(Machine(), gpu=raising(GpuMissing("no driver"))))
+    lines = as_text(checks, Backend.ORT).splitlines()
+    assert any(line.startswith("not needed") and " cuda " in line for line in lines)
+    assert not [line for line in lines if line.startswith("missing")]
+    needed = as_text([replace(check, needed=True) for check in checks], Backend.ORT)
+    assert any(line.startswith("missing") and "cuda" in line for line in needed.splitlines())
+
+
+def test_colours_leave_the_text_as_it_is(plan: Plan) -> None:
+    text = as_text(doctor.examine(plan, Machine()), Backend.ORT)
+    shown = coloured(text)
+    assert "\033[32mok\033[0m" in shown
+    assert re.sub(r"\033\[[\d;]*m", "", shown) == text
 
 
 def test_libraries_that_are_missing_are_named(plan: Plan) -> None:

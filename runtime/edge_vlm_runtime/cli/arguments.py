@@ -137,7 +137,10 @@ class Option:
         return value
 
     def check(self, value: Any) -> None:
-        """Raises ValueError when the class that it belongs to refuses it."""
+        """Raises ValueError when the class that it belongs to refuses it, and what its own check
+        raises."""
+        if self.about.check is not None and value is not None:
+            self.about.check(value)
         try:
             self.owner(**{self.field: self.in_field(value)})
         except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, NoQuestion
 from edge_vlm_runtime.cli.config import configured
 from edge_vlm_runtime.cli.options import (
     access_of,
@@ -89,6 +89,8 @@ class _Stream(argparse.Action):
 def _ask(args: argparse.Namespace) -> int:
     if args.stream is not None:
         return _ask_stream(args)
+    if not args.question.strip():
+        raise NoQuestion("the question is empty", remedy="write it in quotation marks")
     if args.subtitles is not None and args.detail == "snapshot":
         raise ConfigError(
             "a picture alone is asked about without subtitles", remedy="ask with --detail both"

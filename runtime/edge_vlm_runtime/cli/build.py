@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
+from edge_vlm.paths import output_folder
 
 MEGABYTE = 1_000_000
 
@@ -30,7 +31,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graph", action="append", default=[], metavar="NAME", help="only this graph; repeatable"
     )
-    parser.add_argument("--engines", type=Path, help="folder of the engines (BUNDLE/engines)")
+    parser.add_argument(
+        "--engines", type=output_folder, help="folder of the engines (BUNDLE/engines)"
+    )
     parser.add_argument(
         "--workspace", type=int, metavar="MB", help="most scratch memory of a layer"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
@@ -15,6 +17,13 @@ from edge_vlm_runtime.engines.names import Backend
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.doctor.machine import Check
+
+GREEN, YELLOW, DIM, BROKEN = "32", "33", "2", "1;31"
+COLOURS = {
+    **{"ok": GREEN, "not needed": DIM, "missing": YELLOW, "wrong": YELLOW},
+    **{"this machine can serve": GREEN, "this machine cannot serve": BROKEN},
+}
+"""By the begin of a line."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +41,11 @@ def _run(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     checks = examine(plan, Machine())
-    print(as_json(checks) if args.json else as_text(checks, plan.backend))
+    if args.json:
+        print(as_json(checks))
+    else:
+        text = as_text(checks, plan.backend)
+        print(coloured(text) if wants_colour() else text)
     return exit_code(checks)
 
 
@@ -45,15 +58,33 @@ def as_text(checks: list[Check], backend: Backend) -> str:
     rows = []
     for check in checks:
         mark = "  <- needed" if check.is_broken else ""
-        rows.append((check.state.value, check.name, " ".join(check.text.split()) + mark))
+        rows.append((check.shown, check.name, " ".join(check.text.split()) + mark))
         if check.fix is not None:
-            rows.append(("", "", f"fix: {check.fix}"))
+            word = "fix" if check.shown == check.state.value else "to have it"
+            rows.append(("", "", f"{word}: {check.fix}"))
     broken = [check.name for check in checks if check.is_broken]
     verdict = "cannot serve" if broken else "can serve"
     why = f": {', '.join(broken)}" if broken else ""
     return "\n".join(
         [*columns(rows), f"this machine {verdict} with --backend {backend.value}{why}"]
     )
+
+
+def coloured(text: str) -> str:
+    """For a terminal: the state at the begin of each line in its colour, and the verdict."""
+    lines = text.splitlines()
+    for place, line in enumerate(lines):
+        word = next((word for word in COLOURS if line.startswith(word)), None)
+        if word is not None:
+            colour = BROKEN if line.endswith("<- needed") else COLOURS[word]
+            lines[place] = f"\033[{colour}m{word}\033[0m{line[len(word) :]}"
+    return "\n".join(lines)
+
+
+def wants_colour() -> bool:
+    """A terminal that takes it, and nobody who asked for none (no-color.org)."""
+    is_dumb = os.environ.get("TERM") in (None, "dumb")
+    return sys.stdout.isatty() and not is_dumb and not os.environ.get("NO_COLOR")
 
 
 def as_json(checks: list[Check]) -> str:

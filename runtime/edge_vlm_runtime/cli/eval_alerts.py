@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import edge_vlm
 from edge_vlm.cli import Command
+from edge_vlm.paths import output_file
 from edge_vlm_runtime.cli.options import add_bundle_arguments, add_url_argument, address_of
 from edge_vlm_runtime.cli.shared import server_url
 
@@ -33,7 +34,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help=f"thresholds and seconds, may be repeated (default: {' '.join(DEFAULT_RULES)})",
     )
     parser.add_argument("--keep-ratio", type=float, metavar="R", help="share of cells kept, (0, 1]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the figures there as well"
+    )
     add_bundle_arguments(parser)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.options import About
+from edge_vlm.paths import recording_file, recording_folder
 from edge_vlm_runtime.cli.arguments import Groups, add_options, build, flat, given, options_of
 from edge_vlm_runtime.client.address import DEFAULT_PORT
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
@@ -83,7 +84,7 @@ class ServeOptions:
     """HTTP requests may name files in this folder and below as file:///...; may be repeated."""
     allow_fetch: bool = False
     """HTTP requests may name http(s) addresses of the public internet, which are fetched."""
-    record: Annotated[Path | None, About(metavar="FOLDER")] = None
+    record: Annotated[Path | None, About(metavar="FOLDER", check=recording_folder)] = None
     """Write a recording of each session into this folder; see `replay`."""
 
     def __post_init__(self) -> None:
@@ -236,7 +237,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_record_argument(parser: Any, metavar: str, help: str) -> None:
-    parser.add_argument("--record", type=Path, metavar=metavar, help=f"{help}; see `replay`")
+    parser.add_argument(
+        "--record", type=recording_file, metavar=metavar, help=f"{help}; see `replay`"
+    )
 
 
 def server_options(args: argparse.Namespace) -> dict[str, Any]:

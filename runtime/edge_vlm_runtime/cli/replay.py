@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
+from edge_vlm.paths import output_file
 from edge_vlm_runtime.cli.options import add_backend_arguments
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import backend_options
@@ -34,7 +35,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="run its input at full speed, on any bundle, and print figures",
     )
     add_backend_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --measure: figures as JSON")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="with --measure: figures as JSON"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

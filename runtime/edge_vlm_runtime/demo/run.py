@@ -7,6 +7,7 @@ import asyncio
 import errno
 import json
 import logging
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -110,6 +111,18 @@ class DemoView(LineOutput):
         self._held_back.clear()
 
 
+def _this_program() -> str:
+    """What to type for it: its path where the shell does not find it, as before a virtual
+    environment is activated."""
+    if shutil.which("edge-vlm") is not None:
+        return "edge-vlm"
+    script = Path(sys.executable).parent / "edge-vlm"
+    if not script.is_file():
+        return f"{sys.executable} -m edge_vlm"
+    here = Path.cwd()
+    return str(script.relative_to(here) if script.is_relative_to(here) else script)
+
+
 def run_demo(args: argparse.Namespace) -> int:
     """0 only if every question got an answer and the whole clip was processed."""
     logging.basicConfig(level=logging.WARNING)
@@ -127,7 +140,9 @@ def run_demo(args: argparse.Namespace) -> int:
         outcome, view = asyncio.run(_stream_clip(server.url, clip))
         print(f"\n{summary_line(outcome)}; {view.right} of {len(clip.questions)} right")
         code = _verdict(outcome, view.problems)
-        print(f"\nBrowser page: {server.page_url}  (or any time: edge-vlm serve)", flush=True)
+        print(
+            f"\nBrowser page: {server.page_url}  (or any time: {_this_program()} serve)", flush=True
+        )
         if args.exit or not (sys.stdin.isatty() and sys.stdout.isatty()):
             return code
         print("Serving until Ctrl-C.", flush=True)

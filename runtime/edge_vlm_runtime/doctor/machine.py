@@ -30,6 +30,9 @@ JETPACKS = {"35": "JetPack 5", "36": "JetPack 6", "38": "JetPack 7"}
 INSTALL_DRIVER = "sudo ubuntu-drivers install"
 
 
+NOT_NEEDED = "not needed"
+
+
 class State(str, Enum):
     OK = "ok"
     MISSING = "missing"
@@ -49,6 +52,12 @@ class Check:
     @property
     def is_broken(self) -> bool:
         return self.needed and self.state is not State.OK
+
+    @property
+    def shown(self) -> str:
+        """The state for a person, to whom "missing" would sound like work to be done."""
+        absent = self.state is State.MISSING and not self.needed
+        return NOT_NEEDED if absent else self.state.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +185,9 @@ def check_memory(plan: Plan, machine: Machine) -> Check:
         for path in plan.bundle.rglob("*")
         if path.relative_to(plan.bundle).parts[0] != "engines"
     )
-    text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, the bundle has {size / 1e9:.2f} GB"
+    text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    if size:
+        text += f", the bundle has {size / 1e9:.2f} GB"
     enough = free > size
     return Check(
         name="memory",

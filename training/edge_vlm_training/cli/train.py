@@ -7,6 +7,9 @@ from pathlib import Path
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
+from edge_vlm.paths import output_folder
+from edge_vlm.progress import Progress, counted, told
+from edge_vlm.usage import did_you_mean
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +21,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "stts_demo_cpu, stts_demo_gpu, stts_demo_lora, stts_smoke, molmo2_4b_stts_50, "
         "molmo2_4b_stts_30, molmo2_4b_stream, molmo2_4b_stts_50_lora (one card of 24 GB)",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("-o", "--out", type=output_folder, required=True, help="folder of the run")
     parser.add_argument(
         "--init", type=Path, metavar="CHECKPOINT", help="start from it, or from a run"
     )
@@ -44,7 +47,10 @@ def _train(args: argparse.Namespace) -> int:
 
     name = args.recipe
     if name not in RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}", remedy=f"choose one of {', '.join(RECIPES)}")
+        raise ConfigError(
+            f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}",
+            remedy=f"choose one of {', '.join(RECIPES)}",
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe = stored_recipe(args.out, name) if args.resume else RECIPES[name]()
@@ -58,7 +64,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _world_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     parser.add_argument("--per-kind", type=int, default=200, help="questions of every kind")
     parser.add_argument("--kinds", metavar="NAMES", help="which kinds, with commas; also alert")
     parser.add_argument(
@@ -98,11 +104,16 @@ def _world(args: argparse.Namespace) -> int:
         if args.events < 1 or not 2 <= args.frames <= 1000:
             raise ConfigError("--events must be positive and --frames in 2..1000")
         footage = heldout_footage(args.seed, args.events, args.frames)
-        num_events = write_event_set(args.out, footage)
+        num_events = write_event_set(
+            args.out, counted(footage, "world: stretches of footage", args.events)
+        )
         print(f"{num_events} events in {args.events} stretches of footage: {args.out}")
         return 0
-    clips = heldout_clips(args.seed, args.per_kind, kinds=_kinds(args), per_clip=_per_clip(args))
-    asked = write_question_set(args.out, clips)
+    kinds = _kinds(args)
+    clips = heldout_clips(args.seed, args.per_kind, kinds=kinds, per_clip=_per_clip(args))
+    with Progress("world: questions", len(kinds) * args.per_kind) as progress:
+        written = told(clips, progress, size=lambda clip: len(clip.questions))
+        asked = write_question_set(args.out, written)
     print(f"{asked} questions about held-out clips: {args.out}")
     return 0
 

@@ -15,7 +15,7 @@ from edge_vlm_training.config import plain, read_json
 from edge_vlm_training.data.packing.batch import BatchStream
 from edge_vlm_training.data.packing.stream import PackedStream
 from edge_vlm_training.data.prefetch import Prefetch
-from edge_vlm_training.data.sources.open import open_mixture
+from edge_vlm_training.data.sources.open import open_mixture, require_sources
 from edge_vlm_training.data.sources.world_clips import WorldClips
 from edge_vlm_training.recipes.base import OPERATIONAL, Clips, Recipe
 from edge_vlm_training.recipes.overrides import leaves
@@ -120,6 +120,9 @@ def train(
     Raises what `begin`, the data and the loaders raise, RecipeTooLarge before anything is loaded,
     and NonFinite if the loss is no number any more. The last checkpoint is intact in any case.
     """
+    for stage in recipe.stages:
+        if not isinstance(stage.data, Clips):
+            require_sources(stage.data)
     check_lora(recipe, ranks)
     begin(recipe, folder, ranks, resume=resume)
     if ranks.leads:

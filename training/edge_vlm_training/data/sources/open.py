@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_vlm.config import ModelConfig, VisionAttention
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, DataError
 from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_training.data.packing.row_stream import PackingConfig
@@ -58,6 +58,14 @@ def open_mixture(
         threads=data.decode_threads,
         form=data.form,
     )
+
+
+def require_sources(data: Rows) -> None:
+    """Before a model is loaded for them. Raises DataError for files that are not there."""
+    for text in data.sources:
+        name = text.partition("@")[0]
+        if name != WORLD and not Path(name).exists():
+            raise DataError("no such file or folder of records", where=name)
 
 
 def _share(text: str, data: Rows, cfg: ModelConfig, seed: int) -> Share:

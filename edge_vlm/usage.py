@@ -1,0 +1,64 @@
+"""Wrong arguments: one line that says what is wrong, what was probably meant and where help is.
+
+Plain argparse prints all of a command's usage first, twenty lines above the one that matters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+USAGE_EXIT_CODE = 2
+_CHOICES = re.compile(
+    r"invalid choice: '?([^' ]+)'? \(choose from (.+)\)|cannot be '(.+)', only one of (.+)"
+)
+_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")
+
+
+class Parser(argparse.ArgumentParser):
+    """As argparse's, of which its sub-commands' are too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with one line on stderr."""
+        if found := _CHOICES.search(message):
+            given, choices = found[1] or found[3], found[2] or found[4]
+            message += did_you_mean(given, re.findall(r"[^\s,']+", choices))
+        self.exit(USAGE_EXIT_CODE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if args is not None:
+            self._refuse_unknown(args)
+        return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown(self, args: Sequence[str]) -> None:
+        """Before argparse, which of a misspelt option says that the right one is missing."""
+        known = {name for action in self._actions for name in action.option_strings}
+        for text in args:
+            if text == "--" or text in self._sub_commands():
+                return  # positional from here on, or the sub-command's own
+            if len(text) < 2 or text[0] != "-" or " " in text or _NUMBER.match(text):
+                continue
+            name = text.partition("=")[0]
+            is_short = not name.startswith("--")
+            if any(option.startswith(name) for option in known):
+                continue  # argparse takes an abbreviation too, or says that it is ambiguous
+            if is_short and name[:2] in known:
+                continue  # -oFOLDER
+            self.error(f"no such option: {name}{did_you_mean(name, known)}")
+
+    def _sub_commands(self) -> Iterable[str]:
+        return [
+            name
+            for action in self._actions
+            if isinstance(action, argparse._SubParsersAction)
+            for name in action.choices
+        ]
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" of the closest, or nothing."""
+    near = difflib.get_close_matches(given, sorted(known), n=1)
+    return f", did you mean {near[0]}?" if near else ""

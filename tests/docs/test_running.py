@@ -1,0 +1,180 @@
+"""The commands of README and docs run as written, page by page, in a copy of a fresh checkout.
+
+What takes minutes runs with EDGE_VLM_LONG_DOCS=1 (`make docs`); why another is not run stands in
+`tests.docs.commands.NEEDS` and in the page.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from edge_vlm import cli
+from edge_vlm.errors import NoFrameYet
+from tests.conftest import ROOT
+from tests.docs.commands import NEEDS, PAGES, TAKES, DocCommand, commands_of
+
+PATIENCE_S = 120.0
+BIN = Path(sys.executable).parent
+SERVERS = ("serve", "mcp")
+PORTS = ("8765", "8766")
+"""In the pages; each test has free ones in their place, so that tests can run side by side."""
+SHELL = set("|&;<>$`(")
+FAILS = {"docs/doctor.md": {1}}
+"""Exit codes that a page explains: `doctor` about a backend that this machine lacks."""
+IS_LONG = bool(os.environ.get("EDGE_VLM_LONG_DOCS"))
+RUN_BY_OTHERS = ("make", "source")
+"""`make demo`, `make test` and the environment's activation are how this test came to run."""
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+
+
+class Server:
+    """`edge-vlm serve`, in a terminal of its own."""
+
+    def __init__(self, kind: str, text: str, folder: Path) -> None:
+        self._output: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as it runs
+        self.kind, self.text = kind, text
+        self._process = subprocess.Popen(
+            ["bash", "-c", f"exec env {text}"],
+            cwd=folder,
+            env=_environment(),
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait(self) -> None:
+        """Until it says that it serves."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not any(word in self.said for word in ("serving ", "MCP at ")):
+            assert self._process.poll() is None, f"{self.text}: {self.said}"
+            assert time.monotonic() < deadline, f"{self.text} does not start: {self.said}"
+            time.sleep(0.05)
+
+    @property
+    def said(self) -> str:
+        self._output.seek(0)
+        return self._output.read()
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            code = self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            raise
+        said = self.said
+        self._output.close()
+        assert code == 0, f"{self.text}: {said}"
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What lies in a fresh clone, with a place to write."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name != "tests":
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+@pytest.fixture
+def ports() -> dict[str, str]:
+    sockets = [socket.socket() for _ in PORTS]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    free = {port: str(one.getsockname()[1]) for port, one in zip(PORTS, sockets, strict=True)}
+    for one in sockets:
+        one.close()
+    return free
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_run(
+    page: Path,
+    checkout: Path,
+    ports: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    commands = commands_of(page)
+    runnable = [command for command in commands if not _reason(command)]
+    if not runnable:
+        reasons = dict.fromkeys(filter(None, map(_reason, commands)))
+        pytest.skip("; ".join(reasons) or "edge-vlm: a page without commands")
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("EDGE_VLM_PORT", ports[PORTS[0]])
+    servers: list[Server] = []
+    try:
+        for command in runnable:
+            text = command.text
+            for port, free in ports.items():
+                text = text.replace(port, free)
+            words = command.edge_vlm[0] if command.edge_vlm else []
+            if words[:1] and words[0] in SERVERS and "--print-config" not in words:
+                for before in [server for server in servers if server.kind == words[0]]:
+                    servers.remove(before)  # two at one port there cannot be
+                    before.stop()
+                servers.append(Server(words[0], text.rstrip("& "), checkout))
+                servers[-1].wait()
+                continue
+            code = _run(text, checkout, ports[PORTS[0]])
+            deadline = time.monotonic() + PATIENCE_S
+            while code == NoFrameYet.exit_code and servers and time.monotonic() < deadline:
+                if NoFrameYet.code not in capfd.readouterr().err:
+                    break
+                time.sleep(0.2)  # who types takes longer than a camera to begin
+                code = _run(text, checkout, ports[PORTS[0]])
+            shown = capfd.readouterr()
+            allowed = {0} | FAILS.get(str(page.relative_to(ROOT)), set())
+            assert code in allowed, f"{command.where}: {text}\n{shown.out}\n{shown.err}"
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def _reason(command: DocCommand) -> str | None:
+    if command.needs is not None:
+        return NEEDS[command.needs]
+    if command.takes and not IS_LONG:
+        return TAKES
+    if command.words[0] in RUN_BY_OTHERS:
+        return "edge-vlm: is what set this up"
+    return None
+
+
+def _run(text: str, folder: Path, port: str) -> int:
+    """In this process where no shell is needed, which saves loading everything anew."""
+    words = shlex.split(text)
+    if words[0] == "edge-vlm" and not SHELL & set(_outside_quotes(text)):
+        try:
+            return cli.main(words[1:])
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
+    return subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", text],
+        cwd=folder,
+        # What an example goes to if nothing is said.
+        env=_environment()
+        | ({"EDGE_VLM_URL": f"localhost:{port}"} if words[0] == "python" else {}),
+        stdin=subprocess.DEVNULL,
+        timeout=5 * PATIENCE_S,
+    ).returncode
+
+
+def _outside_quotes(text: str) -> str:
+    return "".join(text.replace('"', "'").split("'")[::2])
