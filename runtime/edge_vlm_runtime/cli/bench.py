@@ -1,0 +1,161 @@
+"""`edge-vlm bench`. What it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from edge_vlm.cli import INTERRUPTED_EXIT_CODE, Command
+from edge_vlm.errors import ConfigError
+from edge_vlm.options import About
+from edge_vlm_runtime.cli.arguments import add_options, given, options_of
+from edge_vlm_runtime.cli.options import BundleOptions
+from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.engines.names import backend_options
+
+if TYPE_CHECKING:
+    from edge_vlm_runtime.bench.workload import Workload
+
+FORMS = ("md", "json", "csv")
+
+
+def _numbers(text: str, name: str) -> tuple[float, ...]:
+    """Of `1,0.5`; "max" is infinite. Raises ValueError."""
+    try:
+        return tuple(float("inf" if part.strip() == "max" else part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchArguments:
+    """What is measured."""
+
+    keep_ratio: Annotated[str, About(metavar="RATIOS")] = "1,0.5,0.3,0.2"
+    """Shares of cells kept; the others are compared with the first."""
+    context: Annotated[str | None, About(metavar="TOKENS")] = None
+    """Tokens in memory when a question comes (default: 0,64,512, as far as the model takes)."""
+    fps: Annotated[str, About(metavar="RATES")] = "2,10,30,max"
+    """Frames a second of a live stream."""
+    source: Annotated[str | None, About(metavar="CLIP")] = None
+    """A video file in the place of made-up pictures."""
+    repeat: int = 5
+    """Turns of A B A."""
+    samples: int = 20
+    """Of each point in a turn; a 99th percentile is given from 100 samples on."""
+    warmups: int = 10
+    """Of each point, before the first turn."""
+    point_s: Annotated[float, About(option="point_seconds", metavar="SECONDS")] = 4.0
+    """A point takes no more samples in a turn after so long."""
+    stream_s: Annotated[float, About(option="stream_seconds", metavar="SECONDS")] = 5.0
+    """How long each rate is streamed."""
+
+    def __post_init__(self) -> None:
+        self.workload()
+
+    def workload(self, contexts: tuple[int, ...] | None = None) -> Workload:
+        """`contexts`: where none were asked for. Raises ValueError."""
+        from edge_vlm_runtime.bench.workload import Workload
+
+        asked: dict[str, Any] = {} if contexts is None else {"contexts": contexts}
+        if self.context is not None:
+            numbers = _numbers(self.context, "context")
+            if not all(number == int(number) for number in numbers if number < 1e9):
+                raise ValueError(f"context must be whole numbers, got {self.context!r}")
+            asked["contexts"] = tuple(int(min(number, 1e9)) for number in numbers)
+        return Workload(
+            keep_ratios=_numbers(self.keep_ratio, "keep_ratio"),
+            rates=_numbers(self.fps, "fps"),
+            source=self.source,
+            repeat=self.repeat,
+            samples=self.samples,
+            warmups=self.warmups,
+            point_s=self.point_s,
+            stream_s=self.stream_s,
+            **asked,
+        )
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundle",
+        type=Path,
+        nargs="?",
+        default=DEMO_BUNDLE,
+        help="exported model (default: the small demo model)",
+    )
+    add_options(parser, {"": options_of(BenchArguments)}, is_checked=True)
+    add_options(parser, {"": options_of(BundleOptions, only=("threads", "backend", "engines"))})
+    parser.add_argument(
+        "-o", "--output", choices=FORMS, default="md", help="form of the result (default: md)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON, too")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edge_vlm_runtime.bench.progress import progress
+    from edge_vlm_runtime.bench.run import BenchOptions, BenchRun, total_steps
+
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ConfigError("no such folder", where=args.json.absolute().parent)
+    arguments = BenchArguments(**given(options_of(BenchArguments), args))
+    workload = arguments.workload()
+    options = BenchOptions(
+        bundle=args.bundle,
+        workload=workload,
+        command=command_line(args),
+        threads=args.threads,
+        **backend_options(args),
+    )
+    with progress(total_steps(workload)) as say:
+        run = BenchRun(options, say)
+        ended: BaseException | None = None
+        try:
+            run.run()
+        except (KeyboardInterrupt, Exception) as error:  # what was measured is kept
+            if not run.record.sections:
+                raise
+            ended = error
+        run.end(ended)
+    _write(run.record.to_dict(), args)
+    if isinstance(ended, KeyboardInterrupt):
+        return INTERRUPTED_EXIT_CODE
+    if ended is not None:
+        raise ended
+    return 0
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """What makes the result again, without the places of one machine."""
+    words = ["edge-vlm bench"]
+    if args.bundle != DEMO_BUNDLE:
+        words.append(args.bundle.name)
+    for option in [
+        *options_of(BenchArguments),
+        *options_of(BundleOptions, only=("threads", "backend")),
+    ]:
+        value = getattr(args, option.key)
+        if value != option.default:
+            value = Path(value).name if option.key == "source" else value
+            words.append(f"--{option.key.replace('_', '-')} {value}")
+    return " ".join(words)
+
+
+def _write(record: dict[str, Any], args: argparse.Namespace) -> None:
+    from edge_vlm_runtime.bench.record import as_json
+    from edge_vlm_runtime.bench.report import as_csv, as_markdown
+
+    if args.json is not None:
+        args.json.write_text(as_json(record), encoding="utf-8")
+    forms = {"md": as_markdown, "json": as_json, "csv": as_csv}
+    print(forms[args.output](record), end="")
+    sys.stdout.flush()
+
+
+bench = Command(
+    add_arguments=_arguments,
+    run=_run,
+)
