@@ -21,8 +21,13 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         return
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
     except ImportError as error:
         raise MissingExtraError.for_library("rich", "client") from error
     bar = Progress(

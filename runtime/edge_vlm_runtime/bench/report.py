@@ -62,8 +62,8 @@ def head_lines(record: Record) -> list[str]:
         f"- {versions}",
         f"- model: {model['name']}, {model['precision']}, {model['variant']}, backend "
         f"{model['backend']}, {model['threads']} threads, sha256 {str(model['sha256'])[:12]}",
-        f"- workload: {workload['repeat']} turns of A B A, {workload['samples']} samples of a point "
-        f"in a turn behind {workload['warmups']} warm-ups, {workload['source']} pictures "
+        f"- workload: {workload['repeat']} turns of A B A, {workload['samples']} samples of a "
+        f"point in a turn behind {workload['warmups']} warm-ups, {workload['source']} pictures "
         f"{workload['picture'][0]}x{workload['picture'][1]}",
     ]
     for name, key in (("driver", "driver"), ("Jetson Linux", "jetson_linux")):
@@ -196,7 +196,7 @@ def memory(record: Record) -> list[str]:
         return []
     rows: list[Sequence[str]] = [("memory", "MB")]
     for name, value in part.items():
-        if name.endswith("_bytes"):
+        if name.endswith("_bytes") and name != "cache_token_bytes":
             text = NONE if value is None else f"{value / 1e6:.1f}"
             rows.append((name.removesuffix("_bytes").replace("_", " "), text))
     return ["## Memory", "", *markdown(rows, "<>")]
@@ -241,21 +241,21 @@ def roofline(record: Record) -> list[str]:
             "frame gains at most",
         )
     ]
-    for stage in part["stages"]:
-        rows.append(
-            (
-                stage["stage"],
-                figure(stage["flops"] / 1e6),
-                figure(stage["bytes"] / 1e6),
-                figure(stage["bound_ms"], " ms"),
-                stage["by"],
-                figure(stage["measured_ms"], " ms"),
-                f"{stage['reached']:.0%}" if stage["reached"] is not None else NONE,
-                f"{stage['share']:.0%}" if stage.get("share") is not None else NONE,
-                f"{stage['saving']:.0%}" if stage.get("saving") is not None else NONE,
-                figure(stage.get("gain_at_most"), "x"),
-            )
+    rows += [
+        (
+            stage["stage"],
+            figure(stage["flops"] / 1e6),
+            figure(stage["bytes"] / 1e6),
+            figure(stage["bound_ms"], " ms"),
+            stage["by"],
+            figure(stage["measured_ms"], " ms"),
+            _percent(stage["reached"]),
+            _percent(stage["share"]),
+            _percent(stage["saving"]),
+            figure(stage["gain_at_most"], "x"),
         )
+        for stage in part["stages"]
+    ]
     return [
         "## Against the machine's bounds",
         "",
@@ -267,6 +267,10 @@ def roofline(record: Record) -> list[str]:
         "",
         part["sentence"],
     ]
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else f"{share:.0%}"
 
 
 def layers(record: Record) -> list[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from functools import partial
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class FramePoint:
 
 def around(medians: Sequence[float]) -> list[float]:
     """Of A before and behind each B: their means."""
-    return [(before + behind) / 2 for before, behind in zip(medians, medians[1:], strict=False)]
+    return [(before + behind) / 2 for before, behind in pairwise(medians)]
 
 
 class FrameBench:
@@ -87,24 +88,23 @@ class FrameBench:
         for point in self.points:
             step(f"warm-up at keep {point.keep_ratio:g}")
             scratch = FramePoint(point.keep_ratio, point.cells, point.tokens)
-            encode = self._encoder(scratch)
+            encode = self.encoder(scratch)
             repeat_for(encode, self._workload.warmups, self._workload.point_s)
         for turn in range(self._workload.repeat):
-            self._turn(lambda what, turn=turn: step(f"turn {turn + 1}: {what}"))  # type: ignore[misc]
+            for point in a_b_a(self.points):
+                step(f"turn {turn + 1}: keep {point.keep_ratio:g}")
+                self._measure(point)
 
-    def _turn(self, step: Step) -> None:
-        for point in a_b_a(self.points):
-            step(f"keep {point.keep_ratio:g}")
-            for series in point.series.values():
-                series.begin_turn()
-            encode = self._encoder(point)
-            begin, done = time.process_time(), len(point.series["frame"].turns[-1])
-            repeat_for(encode, self._workload.samples, self._workload.point_s)
-            done = len(point.series["frame"].turns[-1]) - done
-            point.processor.begin_turn()
-            point.processor.add((time.process_time() - begin) * 1e3 / done)
+    def _measure(self, point: FramePoint) -> None:
+        encode = self.encoder(point)
+        for series in (*point.series.values(), point.processor):
+            series.begin_turn()
+        begin = time.process_time()
+        repeat_for(encode, self._workload.samples, self._workload.point_s)
+        done = len(point.series["frame"].turns[-1])
+        point.processor.add((time.process_time() - begin) * 1e3 / done)
 
-    def _encoder(self, point: FramePoint) -> Callable[[], None]:
+    def encoder(self, point: FramePoint) -> Callable[[], None]:
         """One frame a call, of a stream that has begun."""
         engines, arena = self._engines, self._arena
         state, policy = engines.vision.new_state(), FixedCells(point.cells)
@@ -125,6 +125,11 @@ class FrameBench:
 
         encode(is_kept=False)  # the first of a stream compares itself with nothing
         return encode
+
+    def default_point(self) -> FramePoint:
+        """A point aside, of the ratio that the bundle was made for."""
+        ratio = float(self._engines.bundle.defaults.get("keep_ratio", 0.5))
+        return self._point(ratio, cells_at(ratio, self._engines.bundle.config.vision.num_cells))
 
     def to_list(self) -> list[dict[str, Any]]:
         return [point.to_dict(self.points[0]) for point in self.points]
@@ -197,14 +202,14 @@ class AnswerBench:
             step(f"warm-up at context {point.context}")
             scratch = AnswerPoint(point.context, point.arena)
             most = max(1, workload.warmups // 5)
-            repeat_for(lambda scratch=scratch: self._answer(scratch), most, workload.point_s)  # type: ignore[misc]
+            repeat_for(partial(self._answer, scratch), most, workload.point_s)
         for turn in range(workload.repeat):
             for point in a_b_a(self.points):
                 step(f"turn {turn + 1}: context {point.context}")
                 point.ttft.begin_turn()
                 point.itl.begin_turn()
-                run = lambda point=point: self._answer(point)  # noqa: E731
-                repeat_for(run, workload.samples, workload.point_s)  # type: ignore[arg-type]
+                answer = partial(self._answer, point)
+                repeat_for(answer, workload.samples, workload.point_s)
 
     def _answer(self, point: AnswerPoint) -> None:
         engines, arena = self._engines, point.arena
@@ -223,6 +228,12 @@ class AnswerBench:
             end = time.perf_counter()
             point.itl.add((end - begin) * 1e3)
         arena.truncate(mark)
+
+    def answer(self) -> int:
+        """One answer aside, behind the first context; its tokens."""
+        point = self.points[0]
+        self._answer(AnswerPoint(point.context, point.arena))
+        return self._workload.answer_tokens
 
     def to_list(self) -> list[dict[str, Any]]:
         return [point.to_dict() for point in self.points]
