@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from edge_vlm.errors import EdgeVlmError
 from edge_vlm.formats.bundle import EngineBundle
@@ -44,12 +45,32 @@ def total_steps(workload: Workload) -> int:
     return frames + answers + len(workload.rates) + 4
 
 
-class _Part(Protocol):
-    def run(self, step: Step) -> None: ...
-
-
-class BenchRun:
+class KeepingRun(ABC):
     """`run`, then `end`; what was reached stands in `record` at any time."""
+
+    record: BenchRecord
+    _watch: Watch
+
+    @abstractmethod
+    def run(self) -> None: ...
+
+    @contextmanager
+    def _section(self, name: str, read: Callable[[], Any]) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.record.sections[name] = read()
+
+    def end(self, error: BaseException | None) -> None:
+        """Closes the record; `error` is what ended the run early."""
+        self.record.run = self._watch.end()
+        if error is not None:
+            told = str(error) if isinstance(error, EdgeVlmError) else "interrupted"
+            self.record.ended_by = told
+
+
+class BenchRun(KeepingRun):
+    """A bundle on this machine."""
 
     def __init__(self, options: BenchOptions, say: Step, system: System | None = None) -> None:
         self._options, self._say = options, say
@@ -110,17 +131,3 @@ class BenchRun:
             stream = StreamBench(sessions, self._options.workload, pictures)
             with self._section("stream", stream.to_dict):
                 stream.run(self._say)
-
-    @contextmanager
-    def _section(self, name: str, read: Callable[[], Any]) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.record.sections[name] = read()
-
-    def end(self, error: BaseException | None) -> None:
-        """Closes the record; `error` is what ended the run early."""
-        self.record.run = self._watch.end()
-        if error is not None:
-            told = str(error) if isinstance(error, EdgeVlmError) else "interrupted"
-            self.record.ended_by = told

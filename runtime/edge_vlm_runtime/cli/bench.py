@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +14,17 @@ from edge_vlm.cli import INTERRUPTED_EXIT_CODE, Command
 from edge_vlm.errors import ConfigError
 from edge_vlm.options import About
 from edge_vlm_runtime.cli.arguments import add_options, given, options_of
-from edge_vlm_runtime.cli.options import BundleOptions
+from edge_vlm_runtime.cli.options import (
+    BundleOptions,
+    access_of,
+    add_access_arguments,
+    address_of,
+)
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import backend_options
 
 if TYPE_CHECKING:
+    from edge_vlm_runtime.bench.run import KeepingRun
     from edge_vlm_runtime.bench.workload import Workload
 
 FORMS = ("md", "json", "csv")
@@ -89,6 +97,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser, {"": options_of(BenchArguments)}, is_checked=True)
     add_options(parser, {"": options_of(BundleOptions, only=("threads", "backend", "engines"))})
+    add_access_arguments(parser)
     parser.add_argument(
         "-o", "--output", choices=FORMS, default="md", help="form of the result (default: md)"
     )
@@ -97,21 +106,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.bench.progress import progress
-    from edge_vlm_runtime.bench.run import BenchOptions, BenchRun, total_steps
 
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ConfigError("no such folder", where=args.json.absolute().parent)
     arguments = BenchArguments(**given(options_of(BenchArguments), args))
-    workload = arguments.workload()
-    options = BenchOptions(
-        bundle=args.bundle,
-        workload=workload,
-        command=command_line(args),
-        threads=args.threads,
-        **backend_options(args),
-    )
-    with progress(total_steps(workload)) as say:
-        run = BenchRun(options, say)
+    args.url = address_of(args)
+    make = _bundle_run if args.url is None else _served_run
+    total, made = make(args, arguments.workload())
+    with progress(total) as say:
+        run = made(say)
         ended: BaseException | None = None
         try:
             run.run()
@@ -128,10 +131,39 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+Made = tuple[int, Callable[[Callable[[str], None]], "KeepingRun"]]
+"""How many steps a run has, and how it is made."""
+
+
+def _bundle_run(args: argparse.Namespace, workload: Workload) -> Made:
+    from edge_vlm_runtime.bench.run import BenchOptions, BenchRun, total_steps
+
+    options = BenchOptions(
+        bundle=args.bundle,
+        workload=workload,
+        command=command_line(args),
+        threads=args.threads,
+        **backend_options(args),
+    )
+    return total_steps(workload), partial(BenchRun, options)
+
+
+def _served_run(args: argparse.Namespace, workload: Workload) -> Made:
+    from edge_vlm_runtime.bench.links import Served
+    from edge_vlm_runtime.bench.served import ServedOptions, ServedRun, total_steps
+
+    options = ServedOptions(
+        served=Served(args.url, access_of(args)), workload=workload, command=command_line(args)
+    )
+    return total_steps(workload), partial(ServedRun, options)
+
+
 def command_line(args: argparse.Namespace) -> str:
     """What makes the result again, without the places of one machine."""
     words = ["edge-vlm bench"]
-    if args.bundle != DEMO_BUNDLE:
+    if args.url is not None:
+        words.append("--url ADDRESS")
+    elif args.bundle != DEMO_BUNDLE:
         words.append(args.bundle.name)
     for option in [
         *options_of(BenchArguments),
