@@ -90,6 +90,31 @@ class OrtEngine(Engine):
         self._bound.clear()
 
 
+class ModelInMemory:
+    """A small model of one's own on the CPU, to measure the library itself. Raises
+    MissingExtraError without it."""
+
+    def __init__(self, data: bytes, threads: int) -> None:
+        refuse_telemetry()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError.for_library("onnxruntime", "ort") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self._session: Any = onnxruntime.InferenceSession(data, options, providers=[CPU])
+
+    def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = self._session.run(None, inputs)
+        return outputs
+
+    def close(self) -> None:
+        self._session = None
+
+
 def ort_library() -> tuple[str, tuple[str, ...]]:
     """Version and execution providers. Raises MissingExtraError, EngineError if it cannot load."""
     refuse_telemetry()
