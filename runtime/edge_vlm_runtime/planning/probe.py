@@ -11,12 +11,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from edge_vlm_runtime.engines.ort import ModelInMemory
-from edge_vlm_runtime.planning.costs import Work
+from edge_vlm_runtime.planning.costs import Product, Work
 from edge_vlm_runtime.planning.onnx_bytes import Node, chain, model
 
 ROWS = (1, 8, 24, 81, 144, 369, 729)
@@ -57,18 +58,27 @@ class Rates:
         return max(max(rates.values()) for rates in self.products.values())
 
     def product_s(self, m: int, k: int, n: int) -> float:
-        """Seconds of one product with weights."""
+        """Seconds of one product with fp32 weights."""
         sizes = sorted(self.products)
         place = _place(math.log(k * n), [math.log(size) for size in sizes])
         rate = _between(place, [_at_rows(self.products[size], m) for size in sizes])
         return 2 * m * k * n / (rate * 1e9)
+
+    def _weighted_s(self, product: Product) -> float:
+        """Fewer bits are read faster and multiplied no faster than fp32 at best."""
+        m, k, n = product.m, product.k, product.n
+        taken = self.product_s(m, k, n)
+        if product.weight_bytes >= 4:
+            return taken
+        reading = self.product_s(1, k, n) * product.weight_bytes / 4
+        return max(reading, 2 * m * k * n / (self.matrix_gflop_s * 1e9))
 
     def seconds(self, work: Work) -> float:
         """What a run of this work is expected to take."""
         total = work.nodes * self.node_us * 1e-6
         for product in work.products:
             if product.weight_bytes:
-                total += product.count * self.product_s(product.m, product.k, product.n)
+                total += product.count * self._weighted_s(product)
             else:
                 side = round((product.m * product.k * product.n) ** (1 / 3))
                 total += product.flops / (_at_rows(self.attention, side) * 1e9)
@@ -89,7 +99,7 @@ def _place(value: float, ascending: list[float]) -> float:
     """Where a value stands among others: 1.5 is half way from the second to the third."""
     if value <= ascending[0]:
         return 0.0
-    for index, (low, high) in enumerate(zip(ascending, ascending[1:], strict=False)):
+    for index, (low, high) in enumerate(pairwise(ascending)):
         if value <= high:
             return index + (value - low) / (high - low)
     return float(len(ascending) - 1)
@@ -137,7 +147,7 @@ def measure_rates(threads: int, clock: Clock = time.perf_counter) -> Rates:
         rates = {}
         for rows in ROWS if name != "wide" else ROWS[:6]:
             x = weights((rows, first[0]))
-            times = 3 if name == "wide" else 5
+            times = 3
             taken = median_s(lambda g=graph, x=x: g.run({"x": x}), clock, times)  # type: ignore[misc]
             rates[rows] = 2 * rows * values / taken / 1e9
             if name == "wide" and rows == 1:
