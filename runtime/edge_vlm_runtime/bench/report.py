@@ -60,8 +60,7 @@ def head_lines(record: Record) -> list[str]:
         f"- device: {device['name']} ({device['cpu']}, {device['cores']} cores, "
         f"{figure(device['memory_gb'])} GB, {device['system']} {device['architecture']})",
         f"- {versions}",
-        f"- model: {model['name']}, {model['precision']}, {model['variant']}, backend "
-        f"{model['backend']}, {model['threads']} threads, sha256 {str(model['sha256'])[:12]}",
+        _model_line(model),
         f"- workload: {workload['repeat']} turns of A B A, {workload['samples']} samples of a "
         f"point in a turn behind {workload['warmups']} warm-ups, {workload['source']} pictures "
         f"{workload['picture'][0]}x{workload['picture'][1]}",
@@ -84,6 +83,16 @@ def head_lines(record: Record) -> list[str]:
     return lines
 
 
+def _model_line(model: Mapping[str, Any]) -> str:
+    parts = [str(model[name]) for name in ("name", "precision", "variant") if model[name]]
+    parts.append(f"backend {model['backend']}")
+    if model["threads"]:
+        parts.append(f"{model['threads']} threads")
+    if model["sha256"]:
+        parts.append(f"sha256 of the manifest {model['sha256'][:12]}")
+    return f"- model: {', '.join(parts)}"
+
+
 def frames(record: Record) -> list[str]:
     points = record.get("frames")
     if not points:
@@ -101,7 +110,7 @@ def frames(record: Record) -> list[str]:
             (
                 f"{point['keep_ratio']:g}",
                 str(point["cells"]),
-                str(point["tokens"]),
+                str(point["tokens"] or NONE),
                 *(middle(stages.get(n)) for n in ("vit_stem", "select", "vit_trunk", "prefill")),
                 spread_of(frame),
                 str(frame["n"]) if frame else NONE,
@@ -259,7 +268,7 @@ def roofline(record: Record) -> list[str]:
     return [
         "## Against the machine's bounds",
         "",
-        f"Measured here: copies {figure(part['copy_gb_s'])} GB/s, reads "
+        f"{part['source'].capitalize()}: copies {figure(part['copy_gb_s'])} GB/s, reads "
         f"{figure(part['read_gb_s'])} GB/s, matrix products {figure(part['matrix_gflop_s'])} "
         "GFLOP/s.",
         "",

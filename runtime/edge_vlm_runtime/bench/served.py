@@ -7,13 +7,14 @@ memory, and an answer to begin, is measured here, the way back and forth include
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import median
 from typing import Any
 
 from edge_vlm.pixels.frames import Rgb, encode_jpeg
+from edge_vlm_runtime.bench.compare import require_alike
 from edge_vlm_runtime.bench.links import Served
 from edge_vlm_runtime.bench.machine import System, Watch
 from edge_vlm_runtime.bench.record import BenchRecord
@@ -34,6 +35,8 @@ class ServedOptions:
     served: Served
     workload: Workload
     command: str
+    before: Mapping[str, Any] | None = None
+    """As of `BenchOptions`."""
 
 
 def total_steps(workload: Workload) -> int:
@@ -46,6 +49,7 @@ class ServedRun(KeepingRun):
 
     def __init__(self, options: ServedOptions, say: Step, system: System | None = None) -> None:
         self._served, self._workload, self._say = options.served, options.workload, say
+        self._before = options.before
         system = system or System()
         self._watch = Watch(system)
         self.record = BenchRecord(
@@ -69,14 +73,16 @@ class ServedRun(KeepingRun):
         self.record.model = {
             "name": model.bundle,
             "sha256": None,
-            "precision": "the server's",
-            "variant": "the server's",
+            "precision": None,
+            "variant": None,
             "kv_layout": None,
             "attention": model.limits.trained_attention,
             "backend": f"server {created.server}",
             "threads": None,
             "shape": {"cells": model.limits.num_cells, "image_size": model.limits.image_size},
         }
+        if self._before is not None:
+            require_alike(self._before, self.record.to_dict())
         pictures = pictures_of(self._workload)
         frames = _ServedFrames(self._served, self._workload, pictures, model.limits.num_cells)
         with self._section("frames", frames.to_list):

@@ -64,11 +64,11 @@ class BenchArguments:
     def __post_init__(self) -> None:
         self.workload()
 
-    def workload(self, contexts: tuple[int, ...] | None = None) -> Workload:
-        """`contexts`: where none were asked for. Raises ValueError."""
+    def workload(self) -> Workload:
+        """Raises ValueError."""
         from edge_vlm_runtime.bench.workload import Workload
 
-        asked: dict[str, Any] = {} if contexts is None else {"contexts": contexts}
+        asked: dict[str, Any] = {}
         if self.context is not None:
             numbers = _numbers(self.context, "context")
             if not all(number == int(number) for number in numbers if number < 1e9):
@@ -101,18 +101,39 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", choices=FORMS, default="md", help="form of the result (default: md)"
     )
+    parser.add_argument(
+        "--layers", action="store_true", help="profile each graph by operator, in a run of its own"
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write what ran when, for ui.perfetto.dev or chrome://tracing",
+    )
+    parser.add_argument(
+        "--nvtx", action="store_true", help="mark each graph's runs for NVIDIA's Nsight Systems"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="an earlier result as JSON, of the same shapes, to compare this one with",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON, too")
 
 
 def _run(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.bench.progress import progress
+    from edge_vlm_runtime.bench.record import read_record
 
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ConfigError("no such folder", where=args.json.absolute().parent)
+    for path in (args.json, args.trace):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError("no such folder", where=path.absolute().parent)
+    before = None if args.compare is None else read_record(args.compare)
     arguments = BenchArguments(**given(options_of(BenchArguments), args))
     args.url = address_of(args)
     make = _bundle_run if args.url is None else _served_run
-    total, made = make(args, arguments.workload())
+    total, made = make(args, arguments.workload(), before)
     with progress(total) as say:
         run = made(say)
         ended: BaseException | None = None
@@ -123,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
                 raise
             ended = error
         run.end(ended)
-    _write(run.record.to_dict(), args)
+    _write(run.record.to_dict(), before, args)
     if isinstance(ended, KeyboardInterrupt):
         return INTERRUPTED_EXIT_CODE
     if ended is not None:
@@ -135,25 +156,38 @@ Made = tuple[int, Callable[[Callable[[str], None]], "KeepingRun"]]
 """How many steps a run has, and how it is made."""
 
 
-def _bundle_run(args: argparse.Namespace, workload: Workload) -> Made:
-    from edge_vlm_runtime.bench.run import BenchOptions, BenchRun, total_steps
+Before = dict[str, Any] | None
 
+
+def _bundle_run(args: argparse.Namespace, workload: Workload, before: Before) -> Made:
+    from edge_vlm_runtime.bench.run import BenchOptions, BenchRun, total_steps
+    from edge_vlm_runtime.bench.trace import Trace, nvtx_range
+
+    trace = None
+    if args.trace is not None or args.nvtx:
+        trace = args.tracer = Trace(nvtx_range() if args.nvtx else None)
     options = BenchOptions(
         bundle=args.bundle,
         workload=workload,
         command=command_line(args),
         threads=args.threads,
+        trace=trace,
+        by_layer=args.layers,
+        before=before,
         **backend_options(args),
     )
     return total_steps(workload), partial(BenchRun, options)
 
 
-def _served_run(args: argparse.Namespace, workload: Workload) -> Made:
+def _served_run(args: argparse.Namespace, workload: Workload, before: Before) -> Made:
     from edge_vlm_runtime.bench.links import Served
     from edge_vlm_runtime.bench.served import ServedOptions, ServedRun, total_steps
 
     options = ServedOptions(
-        served=Served(args.url, access_of(args)), workload=workload, command=command_line(args)
+        served=Served(args.url, access_of(args)),
+        workload=workload,
+        command=command_line(args),
+        before=before,
     )
     return total_steps(workload), partial(ServedRun, options)
 
@@ -173,17 +207,26 @@ def command_line(args: argparse.Namespace) -> str:
         if value != option.default:
             value = Path(value).name if option.key == "source" else value
             words.append(f"--{option.key.replace('_', '-')} {value}")
+    words += [f"--{name}" for name in ("layers", "nvtx") if getattr(args, name)]
     return " ".join(words)
 
 
-def _write(record: dict[str, Any], args: argparse.Namespace) -> None:
+def _write(record: dict[str, Any], before: dict[str, Any] | None, args: argparse.Namespace) -> None:
+    from edge_vlm_runtime.bench.compare import comparison
     from edge_vlm_runtime.bench.record import as_json
     from edge_vlm_runtime.bench.report import as_csv, as_markdown
 
+    if args.trace is not None and (trace := getattr(args, "tracer", None)) is not None:
+        trace.write(args.trace)
+        if trace.left_out:
+            print(f"the trace leaves out the last {trace.left_out} runs", file=sys.stderr)
     if args.json is not None:
         args.json.write_text(as_json(record), encoding="utf-8")
     forms = {"md": as_markdown, "json": as_json, "csv": as_csv}
     print(forms[args.output](record), end="")
+    if before is not None:
+        out = sys.stdout if args.output == "md" else sys.stderr
+        print("\n" + "\n".join(comparison(before, record)), file=out)
     sys.stdout.flush()
 
 

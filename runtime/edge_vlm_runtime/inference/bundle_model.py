@@ -78,9 +78,10 @@ class LoadedBundle:
         backend: Backend = Backend.ORT,
         engines: str | os.PathLike[str] | None = None,
         check: Callable[[EngineBundle], None] = lambda bundle: None,
+        wrap: Callable[[str, Engine], Engine] = lambda name, engine: engine,
     ) -> LoadedBundle:
         """Checks the bundle and loads its graphs; `engines`: see `open_graphs`; `check` may refuse
-        the bundle before they are loaded.
+        the bundle before they are loaded; `wrap` may put something round each graph, by its name.
 
         Raises BundleError and its leaves, and what `open_graphs` and `check` raise.
         """
@@ -88,7 +89,8 @@ class LoadedBundle:
         check(bundle)
         opened = open_graphs(bundle, backend, threads=threads, engines=engines)
         try:
-            return cls(bundle, opened.graphs, opened.cache_memory)
+            graphs = {name: wrap(name, graph) for name, graph in opened.graphs.items()}
+            return cls(bundle, graphs, opened.cache_memory)
         except BaseException:
             for graph in opened.graphs.values():
                 graph.close()

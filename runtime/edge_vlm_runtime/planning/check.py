@@ -133,7 +133,7 @@ def check_bundles(paths: Sequence[Path], *, threads: int, turns: int) -> list[Ch
     for _ in range(turns):
         times = []
         for _, case, engine in running:
-            _bind(engine, case.dims)
+            bind_noise(engine, case.dims)
             times.append(median_s(engine.run, time.process_time, times=5))
         after = measure_rates(threads, time.process_time)
         for (check, case, _), taken in zip(running, times, strict=True):
@@ -149,7 +149,7 @@ def _middle(before: Rates, after: Rates, work: Work) -> float:
     return (before.seconds(work) + after.seconds(work)) / 2
 
 
-def _bind(engine: Engine, dims: Mapping[str, int]) -> None:
+def bind_noise(engine: Engine, dims: Mapping[str, int]) -> None:
     """Small noise, and cells in their order."""
     rng = np.random.default_rng(0)
     for tensor in engine.spec.tensors:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +31,7 @@ SIDES = {
 fp32 (weights of 0.4, 5.3 and 100 MB each)."""
 NODES = 200
 COPY_BYTES = 256 << 20
+LEAST_S = 0.03
 Clock = Callable[[], float]
 
 
@@ -114,19 +116,24 @@ def _between(place: float, values: list[float]) -> float:
     )
 
 
-def median_s(run: Callable[[], None], clock: Clock, times: int = 5, least_s: float = 0.03) -> float:
-    """Of one call; each of `times` samples holds as many calls as fill `least_s`."""
+def median_s(run: Callable[[], object], clock: Clock, times: int = 5) -> float:
+    """Seconds of one call; each of `times` samples holds as many calls as fill LEAST_S."""
+    return statistics.median(samples_s(run, clock, times))
+
+
+def samples_s(run: Callable[[], object], clock: Clock, times: int) -> list[float]:
+    """As `median_s`, every sample."""
     run()
     begin = clock()
     run()
-    calls = max(1, math.ceil(least_s / max(clock() - begin, 1e-7)))
+    calls = max(1, math.ceil(LEAST_S / max(clock() - begin, 1e-7)))
     found = []
     for _ in range(times):
         begin = clock()
         for _ in range(calls):
             run()
         found.append((clock() - begin) / calls)
-    return statistics.median(found)
+    return found
 
 
 def measure_rates(threads: int, clock: Clock = time.perf_counter) -> Rates:
@@ -148,14 +155,14 @@ def measure_rates(threads: int, clock: Clock = time.perf_counter) -> Rates:
         for rows in ROWS if name != "wide" else ROWS[:6]:
             x = weights((rows, first[0]))
             times = 3
-            taken = median_s(lambda g=graph, x=x: g.run({"x": x}), clock, times)  # type: ignore[misc]
+            taken = median_s(partial(graph.run, {"x": x}), clock, times)
             rates[rows] = 2 * rows * values / taken / 1e9
             if name == "wide" and rows == 1:
                 read_gb_s = 4 * values / taken / 1e9
         products[first[0] * first[1]] = rates
         graph.close()
     return Rates(
-        copy_gb_s=_copy_gb_s(clock),
+        copy_gb_s=copy_gb_s(clock),
         read_gb_s=read_gb_s,
         products=products,
         attention=_attention(threads, clock),
@@ -163,10 +170,11 @@ def measure_rates(threads: int, clock: Clock = time.perf_counter) -> Rates:
     )
 
 
-def _copy_gb_s(clock: Clock) -> float:
+def copy_gb_s(clock: Clock) -> float:
+    """By numpy on one thread, bytes read and written both counted."""
     source = np.ones(COPY_BYTES // 8, np.float64)
     target = np.empty_like(source)
-    return 2 * COPY_BYTES / median_s(lambda: np.copyto(target, source), clock) / 1e9
+    return 2 * COPY_BYTES / min(samples_s(lambda: np.copyto(target, source), clock, 5)) / 1e9
 
 
 def _attention(threads: int, clock: Clock) -> dict[int, float]:
@@ -174,7 +182,7 @@ def _attention(threads: int, clock: Clock) -> dict[int, float]:
     rates = {}
     for rows in (4, 16, 81, 144, 369):
         x = np.full((8, rows, rows), 0.01, np.float32)
-        taken = median_s(lambda x=x: graph.run({"x": x}), clock)  # type: ignore[misc]
+        taken = median_s(partial(graph.run, {"x": x}), clock)
         rates[rows] = 2 * 8 * rows**3 / taken / 1e9
     graph.close()
     return rates
