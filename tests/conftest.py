@@ -41,7 +41,8 @@ SLOW = (
     *(
         f"runtime/test_{name}.py"
         for name in (
-            *("addresses", "alert_sinks", "backends", "client", "clip_policy", "exact_prefill"),
+            *("addresses", "alert_sinks", "backends", "bench", "client", "clip_policy"),
+            *("exact_prefill",),
             *("hostile_input", "interleaved", "prompt_view", "recording", "resume", "rtsp_server"),
             *("schedules", "sources", "stream_times", "token_budget"),
         )

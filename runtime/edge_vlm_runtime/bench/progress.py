@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from edge_vlm.errors import MissingExtraError
+from edge_vlm.progress import Progress
 
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A function to be told of each of `total` steps as it begins."""
+    """A function to be told of each of `total` steps as it begins. Raises MissingExtraError."""
     if not sys.stderr.isatty():
 
         def line(text: str) -> None:
@@ -19,32 +19,13 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
         yield line
         return
-    try:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-    except ImportError as error:
-        raise MissingExtraError.for_library("rich", "client") from error
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=total)
+    with Progress("bench", total) as bar:
         begun = 0
 
         def advance(text: str) -> None:
             nonlocal begun
-            bar.update(task, description=text, completed=begun, total=max(total, begun + 1))
+            bar.total = max(total, begun + 1)
+            bar.at(begun, text)
             begun += 1
 
         yield advance

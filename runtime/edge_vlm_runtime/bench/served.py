@@ -19,6 +19,7 @@ from edge_vlm_runtime.bench.links import Served
 from edge_vlm_runtime.bench.machine import System, Watch
 from edge_vlm_runtime.bench.record import BenchRecord
 from edge_vlm_runtime.bench.run import KeepingRun
+from edge_vlm_runtime.bench.samples import LEAST_SAMPLES
 from edge_vlm_runtime.bench.stages import FramePoint, Step
 from edge_vlm_runtime.bench.stream import Outcomes, StreamBench
 from edge_vlm_runtime.bench.workload import Workload, a_b_a, cells_at, pictures_of
@@ -117,10 +118,11 @@ class _ServedFrames:
             series.begin_turn()
         try:
             begin = time.monotonic()
-            for _ in range(FIRST_FRAMES + self._workload.samples):
-                outcomes.expect(link, next(self._jpegs), time.monotonic_ns())
-                if time.monotonic() - begin > self._workload.point_s:
+            for sent in range(FIRST_FRAMES + self._workload.samples):
+                is_late = time.monotonic() - begin > self._workload.point_s
+                if sent >= FIRST_FRAMES + LEAST_SAMPLES and is_late:
                     break
+                outcomes.expect(link, next(self._jpegs), time.monotonic_ns())
             outcomes.until(link, lambda: not outcomes.due_ns)
         finally:
             self._count(point, outcomes)

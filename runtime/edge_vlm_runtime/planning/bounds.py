@@ -24,8 +24,8 @@ from edge_vlm_runtime.planning.onnx_bytes import chain
 from edge_vlm_runtime.planning.probe import copy_gb_s, samples_s
 
 SIDE = 2048
-ROWS = 512
-SAMPLES = 7
+ROWS = 256
+SAMPLES = 5
 """The best of these: a bound is what the machine does when it is let."""
 
 

@@ -121,8 +121,7 @@ def stem_work(cfg: ModelConfig, precision: Precision) -> Work:
         _vision_block(total, cfg, patches, _bytes_of(precision.vit, precision))
     if cfg.scorer is not None:
         scorer, cells = cfg.scorer, vision.num_cells
-        inner = scorer.num_heads * scorer.head_dim
-        _pool(total, cells, width, inner, width, base)
+        _pool(total, cells, width, scorer.num_heads, scorer.head_dim, width, base)
         total.add(
             [
                 Product(cells, 2 * width, scorer.mlp_width, 1, base),
@@ -152,9 +151,9 @@ def trunk_work(cfg: ModelConfig, precision: Precision, cells: int) -> Work:
     for _ in range(blocks):
         _vision_block(total, cfg, patches, _bytes_of(precision.vit, precision), is_masked=True)
     connector = cfg.connector
-    inner = connector.num_heads * connector.head_dim
     in_width = vision.width * len(vision.feature_layers)
-    _pool(total, cells, in_width, inner, connector.width, base)
+    pool = (connector.num_heads, connector.head_dim, connector.width)
+    _pool(total, cells, in_width, *pool, base)
     total.add(
         [
             Product(cells, connector.width, connector.mlp_width, 2, base),
@@ -198,14 +197,19 @@ def _vision_block(
     )
 
 
-def _pool(total: _Sum, cells: int, in_width: int, inner: int, out: int, weight: float) -> None:
+def _pool(
+    total: _Sum, cells: int, in_width: int, heads: int, head_dim: int, out: int, weight: float
+) -> None:
     """One query, the mean, over the nine patches of each cell."""
+    inner = heads * head_dim
     patches = cells * POOL_PATCHES
     total.add(
         [
             Product(cells, in_width, inner, 1, weight),
             Product(patches, in_width, inner, 2, weight),
             Product(cells, inner, out, 1, weight),
+            Product(1, head_dim, POOL_PATCHES, cells * heads),
+            Product(1, POOL_PATCHES, head_dim, cells * heads),
         ],
         moved=2 * patches * (in_width + 2 * inner),
         copied=4 * patches * inner,

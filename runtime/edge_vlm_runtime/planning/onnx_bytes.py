@@ -50,7 +50,8 @@ def model(
 ) -> bytes:
     graph = b"".join(_field(1, _node(node)) for node in nodes) + _field(2, b"probe")
     graph += b"".join(_field(5, _tensor(name, value)) for name, value in constants.items())
-    graph += _field(11, _value(INPUT, shape)) + _field(12, _value(OUTPUT, None))
+    sizes = [f"size{axis}" for axis in range(len(shape))]
+    graph += _field(11, _value(INPUT, shape)) + _field(12, _value(OUTPUT, sizes))
     opset = _field(8, _field(1, b"") + _number(2, OPSET))
     return _number(1, IR_VERSION) + _field(7, graph) + opset
 
@@ -70,14 +71,12 @@ def _tensor(name: str, value: np.ndarray) -> bytes:
     return dims + _number(2, FLOAT) + _field(8, name.encode()) + _field(9, data)
 
 
-def _value(name: str, shape: Sequence[int | str] | None) -> bytes:
-    kind = _number(1, FLOAT)
-    if shape is not None:
-        dims = b"".join(
-            _field(1, _number(1, size) if isinstance(size, int) else _field(2, size.encode()))
-            for size in shape
-        )
-        kind += _field(2, dims)
+def _value(name: str, shape: Sequence[int | str]) -> bytes:
+    dims = b"".join(
+        _field(1, _number(1, size) if isinstance(size, int) else _field(2, size.encode()))
+        for size in shape
+    )
+    kind = _number(1, FLOAT) + _field(2, dims)
     return _field(1, name.encode()) + _field(2, _field(1, kind))
 
 

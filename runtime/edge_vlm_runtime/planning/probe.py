@@ -30,7 +30,7 @@ SIDES = {
 """Weights [k, n], the next ones, and how many pairs stand behind each other: 6, 42 and 199 MB in
 fp32 (weights of 0.4, 5.3 and 100 MB each)."""
 NODES = 200
-COPY_BYTES = 256 << 20
+COPY_BYTES = 128 << 20
 LEAST_S = 0.03
 Clock = Callable[[], float]
 
