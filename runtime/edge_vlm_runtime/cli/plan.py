@@ -159,7 +159,14 @@ def _lines(forecast: Forecast, arguments: PlanArguments, wanted: Wanted) -> list
 def _check(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.planning.check import check_bundles
 
-    checks = check_bundles(args.check, threads=args.threads, turns=args.turns)
+    if args.turns < 1:
+        raise ConfigError(f"turns must be at least 1, got {args.turns}")
+    checks = check_bundles(
+        args.check,
+        threads=args.threads,
+        turns=args.turns,
+        say=lambda what: print(what, file=sys.stderr, flush=True),
+    )
     if args.json:
         print(json.dumps([check.to_dict() for check in checks], indent=1))
     else:

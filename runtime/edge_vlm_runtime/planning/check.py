@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,17 @@ def cases_of(bundle: EngineBundle) -> list[Case]:
     ]
 
 
-def check_bundles(paths: Sequence[Path], *, threads: int, turns: int) -> list[Check]:
-    """Raises what a bundle raises that cannot be opened, and EngineError."""
+def check_bundles(
+    paths: Sequence[Path],
+    *,
+    threads: int,
+    turns: int,
+    say: Callable[[str], None] = lambda what: None,
+) -> list[Check]:
+    """Some twenty seconds of a processor a turn, and as long as the graphs take.
+
+    Raises what a bundle raises that cannot be opened, and EngineError.
+    """
     found: list[Check] = []
     running: list[tuple[Check, Case, Engine]] = []
     for path in paths:
@@ -129,8 +138,10 @@ def check_bundles(paths: Sequence[Path], *, threads: int, turns: int) -> list[Ch
             check = Check(bundle.name, case.stage)
             found.append(check)
             running.append((check, case, engine))
+    say("measuring rates ...")
     before = measure_rates(threads, time.process_time)
-    for _ in range(turns):
+    for turn in range(turns):
+        say(f"turn {turn + 1} of {turns} ...")
         times = []
         for _, case, engine in running:
             bind_noise(engine, case.dims)
