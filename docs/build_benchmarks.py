@@ -120,7 +120,7 @@ def table(found: Sequence[tuple[Path, Record]]) -> list[str]:
     """One line a result, with the command that makes it again."""
     rows: list[Sequence[str]] = [
         (
-            *("device", "model", "backend", "ms a frame, all cells", "fewest cells", "frames/s"),
+            *("device", "model", "backend", "ms a frame", "with fewest cells", "frames/s then"),
             *("TTFT ms", "tokens/s", "lag p99 ms", "command"),
         )
     ]
@@ -134,8 +134,11 @@ def line(record: Record) -> Sequence[str]:
     frames, answers = record["frames"] or [], record["answers"] or []
     rates = (record["stream"] or {"rates": []})["rates"]
     model = record["model"]
-    lags = [point["lag_ms"] for point in rates if point["rate"] != "max" and point["lag_ms"]]
-    lag = next((lag["p99"] for lag in lags if lag["p99"] is not None), None)
+    lags = [
+        f"{report.figure(point['lag_ms']['p99'])} at {point['rate']} frames/s"
+        for point in rates
+        if point["rate"] != "max" and point["lag_ms"] and point["lag_ms"]["p99"] is not None
+    ]
     return (
         record["device"]["name"],
         f"{model['name']} {model['precision'] or ''}".strip(),
@@ -144,7 +147,7 @@ def line(record: Record) -> Sequence[str]:
         report.figure(frames[-1]["frames_per_s"]) if frames else report.NONE,
         report.figure(_p50(answers[-1]["ttft_ms"])) if answers else report.NONE,
         report.figure(answers[-1]["tokens_per_s"]) if answers else report.NONE,
-        report.figure(lag),
+        lags[0] if lags else report.NONE,
         f"`{record['command']}`",
     )
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -29,6 +30,7 @@ from edge_vlm_runtime.bench.trace import nvtx_range
 from edge_vlm_runtime.bench.workload import Workload, a_b_a, synthetic_pictures
 from edge_vlm_runtime.cli.bench import bench
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.engines.trt_library import TrtLibrary
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.command_line import command_line
 from tests.runtime.test_gauges import write_sensor
@@ -277,6 +279,21 @@ def test_nodes_of_a_profile_without_the_warm_ups() -> None:
         {"name": "model_run", "cat": "Session", "dur": 9},
     ]
     assert ort_nodes(run * (WARMUPS + 2)) == [("MatMul", 5.0)] * 2
+
+
+def test_layers_that_tensorrt_reports() -> None:
+    class IProfiler:
+        pass
+
+    class ILogger:
+        pass
+
+    module = SimpleNamespace(__version__="10.3.0", IProfiler=IProfiler, ILogger=ILogger)
+    profiler, layers = TrtLibrary("tensorrt", module).profiler()
+    assert isinstance(profiler, IProfiler)
+    profiler.report_layer_time("conv", 0.5)
+    profiler.report_layer_time("conv", 0.25)
+    assert layers == [("conv", 0.5), ("conv", 0.25)]
 
 
 def write_rapl(folder: Path, micros: int) -> Path:

@@ -87,6 +87,9 @@ class BenchRun(KeepingRun):
         self._options, self._tell, self._workload = options, say, options.workload
         self._system = system or System()
         self._watch = Watch(self._system)
+        self._gpus = self._system.gpus()
+        self._gpu_most: int | None = None
+        """Bytes in use by all programs on all cards."""
         self.record = BenchRecord(
             command=options.command,
             device=self._system.record(),
@@ -96,8 +99,15 @@ class BenchRun(KeepingRun):
 
     def _say(self, what: str) -> None:
         self._tell(what)
+        self._note_gpu()
         if self._options.trace is not None:
             self._options.trace.step(what)
+
+    def _note_gpu(self) -> None:
+        """Between the points: what is in use then has mostly been allocated before."""
+        if self._gpus is not None:
+            used = round(sum(self._gpus.used_bytes().values()))
+            self._gpu_most = max(self._gpu_most or 0, used)
 
     def run(self) -> None:
         """Raises what a bundle raises that cannot be opened, ConfigError for a workload that does
@@ -119,7 +129,8 @@ class BenchRun(KeepingRun):
             self.record.sections["start"] = start
             self._frames_and_answers(engines, pictures)
             self._stream(engines, pictures)
-            self.record.sections["memory"] = memory_of(engines, self._workload)
+            memory = memory_of(engines, self._workload)
+            self.record.sections["memory"] = {**memory, "gpu_most_bytes": self._gpu_most}
         if options.by_layer:
             self.record.sections["layers"] = layers_of(
                 EngineBundle.open(options.bundle),
