@@ -35,11 +35,12 @@ from edge_vlm_runtime.server.app import Server
 from tests.runtime.command_line import command_line
 from tests.runtime.test_gauges import write_sensor
 
-SHORT = [
+WITHOUT_CONTEXT = [
     *("--threads", "1", "--repeat", "2", "--samples", "3", "--warmups", "1"),
     *("--point-seconds", "0.2", "--stream-seconds", "0.2", "--keep-ratio", "1,0.25"),
-    *("--context", "0,32", "--fps", "20,max"),
+    *("--fps", "20,max"),
 ]
+SHORT = [*WITHOUT_CONTEXT, "--context", "0,32"]
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
 
 
@@ -177,7 +178,7 @@ def test_a_server_is_measured_from_outside(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = tmp_path / "served.json"
-    short = [*SHORT, "--samples", "3", "--repeat", "1"]
+    short = [*WITHOUT_CONTEXT, "--repeat", "1"]
     assert command_line(bench, [*short, "--url", server.url, "--json", str(result)]) == 0
     record = read_record(result)
     VALIDATOR.validate(record)
@@ -194,7 +195,15 @@ def test_a_server_that_goes_away_leaves_what_was_measured(
     with Server.open(DEMO_BUNDLE, threads=1) as running:
         running.start()
         stop_at(monkeypatch, "a stream of max", running.stop)
-        asked = [*SHORT, "--repeat", "1", "--url", running.url, "--json", str(tmp_path / "cut")]
+        asked = [
+            *WITHOUT_CONTEXT,
+            "--repeat",
+            "1",
+            "--url",
+            running.url,
+            "--json",
+            str(tmp_path / "cut"),
+        ]
         assert command_line(bench, asked) == 8
     record = read_record(tmp_path / "cut")
     VALIDATOR.validate(record)
@@ -212,6 +221,7 @@ def test_a_server_that_goes_away_leaves_what_was_measured(
         (["--source", "nothing.mp4"], 5, "no such file"),
         (["--json", "nowhere/result.json"], 2, "no such folder"),
         (["--compare", "nothing.json"], 2, "cannot be read"),
+        (["--url", "127.0.0.1:1", "--layers", "--context", "0"], 2, "--context, --layers with a"),
         (["--url", "127.0.0.1:1"], 8, "no edge-vlm server answers"),
     ],
 )

@@ -96,7 +96,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="exported model (default: the small demo model)",
     )
     add_options(parser, {"": options_of(BenchArguments)}, is_checked=True)
-    add_options(parser, {"": options_of(BundleOptions, only=("threads", "backend", "engines"))})
+    runs = options_of(BundleOptions, only=("threads", "backend", "engines"))
+    add_options(parser, {"": runs}, is_checked=True)
     add_access_arguments(parser)
     parser.add_argument(
         "-o", "--output", choices=FORMS, default="md", help="form of the result (default: md)"
@@ -180,6 +181,20 @@ def _bundle_run(args: argparse.Namespace, workload: Workload, before: Before) ->
 
 
 def _served_run(args: argparse.Namespace, workload: Workload, before: Before) -> Made:
+    """Raises ConfigError for what only a bundle on this machine can be asked for."""
+    foreign = {
+        "BUNDLE": args.bundle != DEMO_BUNDLE,
+        "--context": args.context is not None,
+        "--engines": args.engines is not None,
+        "--layers": args.layers,
+        "--trace": args.trace is not None,
+        "--nvtx": args.nvtx,
+    }
+    asked = [name for name, is_given in foreign.items() if is_given]
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)} with a server elsewhere", remedy="leave out --url, or those"
+        )
     from edge_vlm_runtime.bench.links import Served
     from edge_vlm_runtime.bench.served import ServedOptions, ServedRun, total_steps
 

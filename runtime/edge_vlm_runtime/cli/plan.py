@@ -46,17 +46,22 @@ class PlanArguments:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, {"": options_of(PlanArguments)})
-    add_options(parser, {"": options_of(BundleOptions, only=("threads",))})
+    add_options(parser, {"": options_of(BundleOptions, only=("threads",))}, is_checked=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--check",
         type=Path,
-        nargs="+",
+        action="append",
         metavar="BUNDLE",
-        help="compare the forecast for this machine's processor with bundles that are run on it",
+        help="compare the forecast for this machine's processor with a bundle that is run on it; "
+        "may be repeated",
     )
     parser.add_argument(
-        "--turns", type=int, default=3, help="of --check: forecast and run in turn (default: 3)"
+        "--turns",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of --check: forecast and run in turn (default: 3)",
     )
 
 
