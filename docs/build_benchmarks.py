@@ -139,8 +139,9 @@ def line(record: Record) -> Sequence[str]:
         for point in rates
         if point["rate"] != "max" and point["lag_ms"] and point["lag_ms"]["p99"] is not None
     ]
+    warnings = (record["run"] or {}).get("warnings")
     return (
-        record["device"]["name"],
+        record["device"]["name"] + (" (disturbed, see its notes)" if warnings else ""),
         f"{model['name']} {model['precision'] or ''}".strip(),
         model["backend"],
         *(_frame(frames, place) for place in (0, -1)),

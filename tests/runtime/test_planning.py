@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx.checker import check_model
 
+from benchmarks.runtime import plan_check
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import ConfigError
 from edge_vlm.flops import language_flops, vision_flops
@@ -19,13 +22,14 @@ from edge_vlm.presets import molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm_runtime.cli.plan import plan
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.ort import ModelInMemory
+from edge_vlm_runtime.planning import check as check_module
 from edge_vlm_runtime.planning.bounds import Bounds, roofline
 from edge_vlm_runtime.planning.check import Check, cases_of
 from edge_vlm_runtime.planning.costs import language_work, stem_work, trunk_work
 from edge_vlm_runtime.planning.devices import DEVICES, device_called, device_named
 from edge_vlm_runtime.planning.onnx_bytes import Node, chain, model
 from edge_vlm_runtime.planning.plan import Wanted, forecast_device, forecast_this, memory_parts
-from edge_vlm_runtime.planning.probe import Rates
+from edge_vlm_runtime.planning.probe import Rates, median_s
 from tests.runtime.command_line import command_line
 
 RATES = Rates(
@@ -157,9 +161,7 @@ def test_bounds_and_the_share_rule() -> None:
     bundle = EngineBundle.open(DEMO_BUNDLE)
     bounds = Bounds(copy_gb_s=20, read_gb_s=10, matrix_gflop_s=100, source="made up")
 
-    def point(
-        keep: float, cells: int, stem: float, trunk: float, prefill: float
-    ) -> dict[str, object]:
+    def point(keep: float, cells: int, stem: float, trunk: float, prefill: float) -> dict[str, Any]:
         stages = {"vit_stem": stem, "vit_trunk": trunk, "prefill": prefill}
         stages["frame"] = sum(stages.values())
         return {
@@ -184,6 +186,33 @@ def test_bounds_and_the_share_rule() -> None:
     assert rows["decode, context 0"]["by"] == "bandwidth"
     assert rows["decode, context 64"]["reached"] is None
     assert "at most 1.43 times faster, and is 1.50 times" in found["sentence"]
+
+
+def test_forecasts_are_compared_with_what_really_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The graphs run; only this machine's rates are given, so that a forecast is known."""
+    monkeypatch.setattr(check_module, "measure_rates", lambda threads, clock: RATES)
+    monkeypatch.setattr(check_module, "median_s", lambda run, clock, times: median_s(run, clock, 1))
+    arguments = ["--check", str(DEMO_BUNDLE), "--turns", "1", "--threads", "1", "--json"]
+    code = command_line(plan, arguments)
+    found = json.loads(capsys.readouterr().out)
+    bundle = EngineBundle.open(DEMO_BUNDLE)
+    for row, case in zip(found, cases_of(bundle), strict=True):
+        assert row["forecast_ms"] == pytest.approx(RATES.seconds(case.work) * 1e3, abs=1e-3)
+        assert row["ratio"] == pytest.approx(row["forecast_ms"] / row["measured_ms"], rel=0.01)
+    assert code == (0 if all(row["holds"] for row in found) else 1)
+
+    def export(is_tiny: bool, precision: str, folder: Path) -> None:
+        assert (is_tiny, precision) == (False, "fp32")
+        shutil.copytree(DEMO_BUNDLE, folder)
+
+    monkeypatch.setattr(plan_check, "export", export)
+    out = tmp_path / "check.json"
+    assert plan_check.main(["--turns", "1", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["command"] == "python -m benchmarks.runtime.plan_check --turns 1"
+    assert [check["stage"] for check in result["checks"]] == [row["stage"] for row in found] * 2
 
 
 def test_a_forecast_holds_within_a_quarter() -> None:

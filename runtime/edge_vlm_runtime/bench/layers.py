@@ -61,7 +61,8 @@ def layers_of(
 
 def ort_nodes(events: Iterable[dict[str, Any]]) -> list[tuple[str, float]]:
     """Of the trace that ONNX Runtime writes, the nodes of all runs but the warm-ups."""
-    runs, nodes = 0, []
+    runs = 0
+    nodes: list[tuple[str, float]] = []
     for event in events:
         if event.get("name") == "model_run":
             runs += 1

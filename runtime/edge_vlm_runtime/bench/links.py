@@ -152,7 +152,7 @@ class Served:
 class _SocketLink:
     def __init__(self, client: SyncClient) -> None:
         self._client = client
-        self.most_waiting = client.created.limits.max_unacknowledged_frames  # type: ignore[union-attr]
+        self.most_waiting = client.created.limits.max_unacknowledged_frames
 
     def send(self, jpeg: bytes, pts_us: int) -> None:
         self._client.send_frame(jpeg, pts_us)

@@ -100,11 +100,12 @@ def frames(record: Record) -> list[str]:
     rows: list[Sequence[str]] = [
         (
             *("keep", "cells", "tokens", "vit_stem", "select", "vit_trunk", "prefill"),
-            *("frame p50 / p90 / p99", "n", "processor", "frames/s", "speed-up"),
+            *("frame p50 / p90 / p99", "n", "processor", "frames/s"),
+            *("speed-up", "in processor time"),
         )
     ]
     for point in points:
-        stages, speed_up = point["stages_ms"], (point.get("speed_up") or {}).get("frame")
+        stages, speed_up = point["stages_ms"], point.get("speed_up") or {}
         frame = stages["frame"]
         rows.append(
             (
@@ -116,21 +117,24 @@ def frames(record: Record) -> list[str]:
                 str(frame["n"]) if frame else NONE,
                 figure((point["processor_ms"] or {}).get("p50")),
                 figure(point["frames_per_s"]),
-                NONE if speed_up is None else _range(speed_up),
+                *(_range(speed_up.get(name)) for name in ("frame", "processor")),
             )
         )
     return [
         "## A frame (milliseconds)",
         "",
         f"Prefilled behind {record['workload']['frame_context']} tokens. Median ± half the spread "
-        "of the turns' medians; speed-up: median (least to most) of the turns, against the frames "
-        "before and behind.",
+        "of the turns' medians; processor: computing of all threads, to which waiting for other "
+        "programs does not count; speed-up: median (least to most) of the turns, against the "
+        "frames before and behind.",
         "",
         *markdown(rows, ">"),
     ]
 
 
-def _range(ratio: Mapping[str, float]) -> str:
+def _range(ratio: Mapping[str, float] | None) -> str:
+    if ratio is None:
+        return NONE
     return f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
 
 

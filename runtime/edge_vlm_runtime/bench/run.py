@@ -131,6 +131,7 @@ class BenchRun(KeepingRun):
             self._stream(engines, pictures)
             memory = memory_of(engines, self._workload)
             self.record.sections["memory"] = {**memory, "gpu_most_bytes": self._gpu_most}
+            self._roofline(engines.bundle)  # takes memory of its own
         if options.by_layer:
             self.record.sections["layers"] = layers_of(
                 EngineBundle.open(options.bundle),
@@ -182,15 +183,17 @@ class BenchRun(KeepingRun):
                 self.record.sections["energy"] = energy_of(
                     meters, frames.encoder(frames.default_point()), answers.answer
                 )
+
+    def _roofline(self, bundle: EngineBundle) -> None:
         self._say("the machine's bounds")
         bounds = self._bounds()
         if bounds is not None:
             self.record.sections["roofline"] = roofline(
-                engines.bundle,
+                bundle,
                 bounds,
                 self.record.sections["frames"],
                 self.record.sections["answers"],
-                workload.frame_context,
+                self._workload.frame_context,
             )
 
     def _bounds(self) -> Bounds | None:

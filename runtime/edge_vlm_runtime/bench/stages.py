@@ -58,6 +58,9 @@ class FramePoint:
                 for name, series in self.series.items()
                 if name in ("vit_trunk", "prefill", "frame")
             }
+            point["speed_up"]["processor"] = ratio_of_turns(
+                around(baseline.processor.medians), self.processor.medians
+            )
         return point
 
 
