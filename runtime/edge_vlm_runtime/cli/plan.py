@@ -75,11 +75,15 @@ def _run(args: argparse.Namespace) -> int:
     wanted = _wanted(arguments)
     if arguments.device == THIS:
         from edge_vlm.memory import free_memory
-        from edge_vlm_runtime.bench.machine import System
+        from edge_vlm_runtime.bench.machine import System, Watch
         from edge_vlm_runtime.planning.probe import measure_rates
 
         print(f"measuring this machine, {args.threads} threads ...", file=sys.stderr, flush=True)
+        watch = Watch()
+        watch.begin()
         rates = measure_rates(args.threads)
+        for warning in watch.end()["warnings"]:
+            print(f"note: {warning}: the forecast is too slow by as much", file=sys.stderr)
         forecast = forecast_this(System().cpu_name(), rates, free_memory(), wanted)
     else:
         forecast = forecast_device(device_named(arguments.device), wanted)
@@ -129,12 +133,14 @@ def _model(name: str) -> tuple[ModelConfig, Precision]:
 
 
 def _lines(forecast: Forecast, arguments: PlanArguments, wanted: Wanted) -> list[str]:
+    from edge_vlm_runtime.bench.report import figure
+
     data = forecast.to_dict()
     verdict = "fits" if forecast.fits else "DOES NOT FIT"
     gb = 1e9
     rows = [(name, f"{size / gb:.2f} GB") for name, size in forecast.memory.items()]
     rows.append(("all", f"{forecast.needed_bytes / gb:.2f} of {forecast.usable_bytes / gb:.1f} GB"))
-    stages = [(name, f"{value:.3g} ms") for name, value in data["stages_ms"].items()]
+    stages = [(name, figure(value, " ms")) for name, value in data["stages_ms"].items()]
     pace = "keeps up" if forecast.load <= 1 else "DOES NOT KEEP UP"
     lines = [
         f"{arguments.model} in {wanted.precision.label} on {forecast.device}: {verdict}",
@@ -145,10 +151,11 @@ def _lines(forecast: Forecast, arguments: PlanArguments, wanted: Wanted) -> list
         "",
         *columns(stages, "<>"),
         "",
-        f"a frame {data['frame_ms']:.3g} ms, at most {data['frames_per_s']:g} frames/s; at "
+        f"a frame {figure(data['frame_ms'])} ms, at most {data['frames_per_s']:g} frames/s; at "
         f"{arguments.fps:g} frames/s {pace}, {forecast.load:.0%} of the time",
-        f"first token {data['ttft_ms']:.3g} ms behind a question, then {data['tokens_per_s']:g} "
-        f"tokens/s (its bandwidth bounds it at {data['decode_bound_per_s']:g})",
+        f"first token {figure(data['ttft_ms'])} ms behind a question, then "
+        f"{data['tokens_per_s']:g} tokens/s (its bandwidth bounds it at "
+        f"{data['decode_bound_per_s']:g})",
     ]
     if forecast.watts is not None:
         lines.append(
