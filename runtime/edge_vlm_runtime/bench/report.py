@@ -90,6 +90,8 @@ def _model_line(model: Mapping[str, Any]) -> str:
         parts.append(f"{model['threads']} threads")
     if model["sha256"]:
         parts.append(f"sha256 of the manifest {model['sha256'][:12]}")
+    if model.get("runs_on"):
+        parts.append(model["runs_on"])
     return f"- model: {', '.join(parts)}"
 
 

@@ -125,6 +125,7 @@ class BenchRun(KeepingRun):
             check=self._check,
             **({} if options.trace is None else {"wrap": options.trace.wrap}),
         ) as engines:
+            self.record.model["runs_on"] = getattr(engines, "runs_on", None)
             start = {"load_s": round(time.perf_counter() - begin, 3), "cold_s": None}
             self.record.sections["start"] = start
             self._frames_and_answers(engines, pictures)
@@ -199,7 +200,7 @@ class BenchRun(KeepingRun):
     def _bounds(self) -> Bounds | None:
         """What this machine can do at most; None, and a note, where that is not known."""
         backend = self._options.backend
-        if backend not in (Backend.CUDA, Backend.TRT):
+        if backend not in (Backend.CUDA, Backend.TRT):  # any other is on the processor
             return measured_bounds(self._options.threads)
         gpus = self.record.device["gpus"]
         device = device_called(gpus[0]) if gpus else None

@@ -88,9 +88,10 @@ class LoadedBundle:
         bundle = EngineBundle.open(path)
         check(bundle)
         opened = open_graphs(bundle, backend, threads=threads, engines=engines)
+        for name, graph in opened.graphs.items():
+            opened.graphs[name] = wrap(name, graph)
         try:
-            graphs = {name: wrap(name, graph) for name, graph in opened.graphs.items()}
-            return cls(bundle, graphs, opened.cache_memory)
+            return cls(bundle, opened.graphs, opened.cache_memory)
         except BaseException:
             for graph in opened.graphs.values():
                 graph.close()
