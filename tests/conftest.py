@@ -41,10 +41,10 @@ SLOW = (
     *(
         f"runtime/test_{name}.py"
         for name in (
-            *("addresses", "alert_sinks", "backends", "bench", "client", "clip_policy"),
-            *("exact_prefill",),
+            *("addresses", "alert_sinks", "backends", "client", "clip_policy", "exact_prefill"),
             *("hostile_input", "interleaved", "prompt_view", "recording", "resume", "rtsp_server"),
             *("schedules", "sources", "stream_times", "token_budget"),
+            *("bench", "planning"),
         )
     ),
     *(f"training/data/test_{name}.py" for name in ("forms", "train_on_records", "world_source")),
