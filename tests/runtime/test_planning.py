@@ -173,7 +173,10 @@ def test_bounds_and_the_share_rule() -> None:
         }
 
     frames = [point(1, 16, 4, 4, 2), point(0.5, 8, 4, 2, 1)]
-    answers = [{"context": 0, "itl_ms": {"p50": 2.0}}, {"context": 64, "itl_ms": None}]
+    answers: list[dict[str, Any]] = [
+        {"context": 0, "itl_ms": {"p50": 2.0}},
+        {"context": 64, "itl_ms": None},
+    ]
     found = roofline(bundle, bounds, frames, answers, 64)
     rows = {row["stage"]: row for row in found["stages"]}
     stem = rows["vit_stem, keep 1"]

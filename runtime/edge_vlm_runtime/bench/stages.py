@@ -44,7 +44,7 @@ class FramePoint:
 
     def to_dict(self, baseline: FramePoint) -> dict[str, Any]:
         frame = self.series["frame"].summary()
-        point = {
+        point: dict[str, Any] = {
             "keep_ratio": self.keep_ratio,
             "cells": self.cells,
             "tokens": self.tokens,
@@ -53,14 +53,15 @@ class FramePoint:
             "frames_per_s": None if frame is None else round(1e3 / frame["p50"], 2),
         }
         if self is not baseline:
-            point["speed_up"] = {
+            speed_up = {
                 name: ratio_of_turns(around(baseline.series[name].medians), series.medians)
                 for name, series in self.series.items()
                 if name in ("vit_trunk", "prefill", "frame")
             }
-            point["speed_up"]["processor"] = ratio_of_turns(
+            speed_up["processor"] = ratio_of_turns(
                 around(baseline.processor.medians), self.processor.medians
             )
+            point["speed_up"] = speed_up
         return point
 
 
