@@ -17,7 +17,6 @@ import jsonschema
 import pytest
 
 from edge_vlm.errors import ConfigError, MissingExtraError
-from edge_vlm_runtime.bench import progress as progress_module
 from edge_vlm_runtime.bench.compare import comparison
 from edge_vlm_runtime.bench.layers import WARMUPS, ort_nodes
 from edge_vlm_runtime.bench.machine import System, Watch
@@ -28,6 +27,7 @@ from edge_vlm_runtime.bench.samples import Series, percentile, ratio_of_turns
 from edge_vlm_runtime.bench.stages import around
 from edge_vlm_runtime.bench.trace import nvtx_range
 from edge_vlm_runtime.bench.workload import Workload, a_b_a, synthetic_pictures
+from edge_vlm_runtime.cli import bench as command_module
 from edge_vlm_runtime.cli.bench import bench
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.trt_library import TrtLibrary
@@ -148,7 +148,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: str, stop: Callable[[], None]
 
         yield say
 
-    monkeypatch.setattr(progress_module, "progress", told)
+    monkeypatch.setattr(command_module, "progress", told)
 
 
 def interrupt() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,7 +125,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edge_vlm_runtime.bench.progress import progress
     from edge_vlm_runtime.bench.record import read_record
 
     for path in (args.json, args.trace):
@@ -224,6 +224,31 @@ def command_line(args: argparse.Namespace) -> str:
             words.append(f"--{option.key.replace('_', '-')} {value}")
     words += [f"--{name}" for name in ("layers", "nvtx") if getattr(args, name)]
     return " ".join(words)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A function to be told of each of `total` steps as it begins: a bar on a terminal, else a line
+    each on standard error. Raises MissingExtraError."""
+    from edge_vlm.progress import Progress
+
+    if not sys.stderr.isatty():
+
+        def line(text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+        yield line
+        return
+    with Progress("bench", total) as bar:
+        begun = 0
+
+        def advance(text: str) -> None:
+            nonlocal begun
+            bar.total = max(total, begun + 1)
+            bar.at(begun, text)
+            begun += 1
+
+        yield advance
 
 
 def _write(record: dict[str, Any], before: dict[str, Any] | None, args: argparse.Namespace) -> None:
