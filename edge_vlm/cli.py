@@ -30,6 +30,8 @@ COMMANDS = {
     "mcp": ("mcp", "let an agent see a running server's camera (Model Context Protocol)"),
     "doctor": ("ort", "say what this machine has and lacks for serving, and how to get it"),
     "replay": ("ort", "run a recorded session again: the same report, or figures at full speed"),
+    "bench": ("ort", "measure how fast a bundle is on this machine, stage by stage"),
+    "plan": ("ort", "say whether a model fits a device, and how fast it would be"),
     "train": ("train", "train a model by a recipe, in one process or many"),
     "data": ("train", "check training data: every record, every video, every length"),
     "world": ("train", "write held-out clips with questions and true answers"),

@@ -47,6 +47,7 @@ SLOW = (
             *("exact_prefill", "home_assistant", "sinks"),
             *("hostile_input", "interleaved", "prompt_view", "recording", "resume", "rtsp_server"),
             *("schedules", "sources", "stream_times", "token_budget"),
+            *("bench", "planning"),
         )
     ),
     *(f"training/data/test_{name}.py" for name in ("forms", "train_on_records", "world_source")),

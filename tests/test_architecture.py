@@ -45,7 +45,7 @@ FLOORS = (
     {"engine_thread", "recording", "home_assistant"},
     {"openai", "cameras"},
     {"server"},
-    {"evaluation", "demo", "doctor", "mcp"},
+    {"evaluation", "demo", "doctor", "mcp", "bench", "planning"},
     {"cli"},
 )
 PURE_ROOMS = {"session", "protocol"}

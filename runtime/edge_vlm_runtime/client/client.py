@@ -220,6 +220,10 @@ class Client(Exchange):
         await self._send(data, frame_key(sequence))
         return sequence
 
+    async def check(self) -> None:
+        """Raises what has ended the client, if anything."""
+        self._raise_failure()
+
     async def wait_processed(self) -> None:
         """Returns when every frame sent so far has its outcome."""
         await self._until(lambda: not self._unacknowledged)

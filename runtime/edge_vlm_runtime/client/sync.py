@@ -19,6 +19,7 @@ from edge_vlm_runtime.client.answers import Answer, AnswerStream, FrameCounts
 from edge_vlm_runtime.client.client import Client, Detail
 from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.client.events import EventStream, Kind
+from edge_vlm_runtime.client.exchange import OnEvent
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.settings import SessionSettings
 from edge_vlm_runtime.protocol.typed import RuleFields, Settings
@@ -43,7 +44,9 @@ class SyncClient:
         *,
         access: Access | None = None,
         reconnect: bool = True,
+        on_event: OnEvent | None = None,
     ) -> None:
+        """`on_event`: as of `Client.connect`, called on the loop's thread."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="edge-vlm-client", daemon=True
@@ -53,7 +56,9 @@ class SyncClient:
         self._is_ended = False
         """The loop takes no more work; set with the lock, so that none is given to it unseen."""
         try:
-            opening = Client.connect(url, settings, access=access, reconnect=reconnect)
+            opening = Client.connect(
+                url, settings, on_event=on_event, access=access, reconnect=reconnect
+            )
             self._client = self._wait(opening)
         except BaseException:
             self._end_loop()
@@ -162,6 +167,10 @@ class SyncClient:
     def alerts(self) -> SyncEvents[messages.AlertTriggered | messages.AlertCleared]:
         """Begins and ends of alerts from now on: `for`, which waits for the next one."""
         return self.events(messages.AlertTriggered, messages.AlertCleared)
+
+    def raise_failure(self) -> None:
+        """Raises what has ended the client, if anything."""
+        self._wait(self._client.check())
 
     def close(self) -> None:
         """See `Client.close`. Iterators of other threads end. Twice does no harm."""

@@ -5,6 +5,7 @@ Tensors are bound in host memory. On a GPU the library copies them in and out at
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,15 @@ class OrtEngine(Engine):
     """
 
     def __init__(
-        self, bundle: EngineBundle, name: str, *, threads: int, provider: str = CPU
+        self,
+        bundle: EngineBundle,
+        name: str,
+        *,
+        threads: int,
+        provider: str = CPU,
+        profile_to: Path | None = None,
     ) -> None:
+        """`profile_to`: begin of the name of a file for `end_profile`."""
         refuse_telemetry()
         try:
             import onnxruntime
@@ -48,6 +56,9 @@ class OrtEngine(Engine):
         # pool that spins between calls takes their time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        if profile_to is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile_to)
         try:
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=list(dict.fromkeys([provider, CPU]))
@@ -84,10 +95,39 @@ class OrtEngine(Engine):
         except Exception as error:
             raise EngineError(f"graph {self.spec.name} failed: {error}") from error
 
+    def end_profile(self) -> Path:
+        """The file in which every run's nodes and times stand, as trace events."""
+        return Path(self._session.end_profiling())
+
     def close(self) -> None:
         self._binding = self._session = None
         self._kept.clear()
         self._bound.clear()
+
+
+class ModelInMemory:
+    """A small model of one's own on the CPU, to measure the library itself. Raises
+    MissingExtraError without it."""
+
+    def __init__(self, data: bytes, threads: int) -> None:
+        refuse_telemetry()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError.for_library("onnxruntime", "ort") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self._session: Any = onnxruntime.InferenceSession(data, options, providers=[CPU])
+
+    def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = self._session.run(None, inputs)
+        return outputs
+
+    def close(self) -> None:
+        self._session = None
 
 
 def ort_library() -> tuple[str, tuple[str, ...]]:

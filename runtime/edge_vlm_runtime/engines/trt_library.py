@@ -41,6 +41,11 @@ class TrtLibrary:
         """What was logged since `clear` as "ERROR", "INTERNAL_ERROR" or "WARNING"."""
         return [text for severity, text in list(self._messages) if severity in severities]
 
+    def profiler(self) -> tuple[Any, list[tuple[str, float]]]:
+        """What an execution context reports to, and the list that it fills: name and milliseconds
+        of each layer, run after run."""
+        return _profiler(self.module)
+
     @property
     def errors(self) -> list[str]:
         return self.messages("ERROR", "INTERNAL_ERROR")
@@ -101,6 +106,19 @@ def _remedy() -> str:
         "for RTX cards: pip install 'edge-vlm[trt-rtx]'; else pip install tensorrt "
         "--extra-index-url https://pypi.nvidia.com"
     )
+
+
+def _profiler(module: Any) -> tuple[Any, list[tuple[str, float]]]:
+    layers: list[tuple[str, float]] = []
+
+    class Profiler(module.IProfiler):
+        def __init__(self) -> None:
+            module.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            layers.append((layer_name, ms))
+
+    return Profiler(), layers
 
 
 def _logger(module: Any, messages: deque[tuple[str, str]]) -> Any:

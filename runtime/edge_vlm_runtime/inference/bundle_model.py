@@ -82,15 +82,18 @@ class LoadedBundle:
         backend: Backend = Backend.ORT,
         engines: str | os.PathLike[str] | None = None,
         check: Callable[[EngineBundle], None] = lambda bundle: None,
+        wrap: Callable[[str, Engine], Engine] = lambda name, engine: engine,
     ) -> LoadedBundle:
         """Checks the bundle and loads its graphs; `engines`: see `open_graphs`; `check` may refuse
-        the bundle before they are loaded.
+        the bundle before they are loaded; `wrap` may put something round each graph, by its name.
 
         Raises BundleError and its leaves, and what `open_graphs` and `check` raise.
         """
         bundle = EngineBundle.open(path)
         check(bundle)
         opened = open_graphs(bundle, backend, threads=threads, engines=engines)
+        for name, graph in opened.graphs.items():
+            opened.graphs[name] = wrap(name, graph)
         try:
             return cls(bundle, opened.graphs, opened.cache_memory)
         except BaseException:

@@ -62,6 +62,31 @@ class Gpus:
         """Power that each draws; those that do not tell are left out."""
         return self._each(lambda gpu: self._nvml.nvmlDeviceGetPowerUsage(gpu) * 1e-3)
 
+    def names(self) -> list[str]:
+        """What each is called."""
+        texts = [self._nvml.nvmlDeviceGetName(gpu) for gpu in self._handles]
+        return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
+
+    def driver(self) -> str:
+        """Its version."""
+        text = self._nvml.nvmlSystemGetDriverVersion()
+        return text.decode() if isinstance(text, bytes) else str(text)
+
+    def joules(self) -> dict[str, float]:
+        """Energy that each has drawn since the driver was loaded; those that do not count it are
+        left out."""
+        return self._each(lambda gpu: self._nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) * 1e-3)
+
+    def clocks_mhz(self) -> dict[str, float]:
+        """Of the multiprocessors and of the memory, as `gpu0 sm` and `gpu0 memory`."""
+        found = {}
+        for name, kind in (("sm", self._nvml.NVML_CLOCK_SM), ("memory", self._nvml.NVML_CLOCK_MEM)):
+            clocks = self._each(
+                lambda gpu, kind=kind: float(self._nvml.nvmlDeviceGetClockInfo(gpu, kind))  # type: ignore[misc]
+            )
+            found.update({f"gpu{number} {name}": mhz for number, mhz in clocks.items()})
+        return found
+
     def used_bytes(self) -> dict[str, float]:
         """Memory in use by all processes."""
         return self._each(lambda gpu: float(self._nvml.nvmlDeviceGetMemoryInfo(gpu).used))
