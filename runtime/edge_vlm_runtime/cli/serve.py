@@ -9,7 +9,7 @@ from edge_vlm_runtime.cli.alerts import alert_outputs
 from edge_vlm_runtime.cli.config import configured
 from edge_vlm_runtime.cli.options import serve_options, server_options
 from edge_vlm_runtime.cli.shared import print_notes
-from edge_vlm_runtime.engines.names import backend_options
+from edge_vlm_runtime.engines.names import Backend, backend_options
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -28,6 +28,8 @@ def _serve(args: argparse.Namespace) -> int:
             **backend_options(args),
             **server_options(args),
         ) as server:
+            if Backend(args.backend) in (Backend.OPENVINO, Backend.AUTO):
+                print_notes([server.runs_on])
             print_notes(server.notes)
             where = f"{server.page_url}  (clients: {server.url})"
             server.serve(lambda: print(f"serving {args.bundle} at {where}", flush=True))

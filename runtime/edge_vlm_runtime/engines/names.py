@@ -17,6 +17,14 @@ class Backend(str, Enum):
     TRT = "trt"
     """Engines that `edge-vlm build` made, by TensorRT or TensorRT for RTX; the cache is on the
     GPU."""
+    OPENVINO = "openvino"
+    """OpenVINO on the CPU."""
+    AUTO = "auto"
+    """ONNX Runtime or OpenVINO, whichever is faster for each graph on this CPU."""
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self in (Backend.CUDA, Backend.TRT)
 
 
 def backend_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -38,9 +38,11 @@ class LoadedBundle:
         bundle: EngineBundle,
         graphs: dict[str, Engine],
         cache_memory: CacheMemory | None = None,
+        runs_on: str = "",
     ) -> None:
-        """`cache_memory`: of the device on which the graphs run; None is the host."""
-        self.bundle = bundle
+        """`cache_memory`: of the device on which the graphs run; None is the host. `runs_on`: in
+        words, which libraries run them."""
+        self.bundle, self.runs_on = bundle, runs_on
         self._graphs = graphs
         cfg = bundle.config
         self.prompt = _prompt(bundle)
@@ -88,7 +90,7 @@ class LoadedBundle:
         check(bundle)
         opened = open_graphs(bundle, backend, threads=threads, engines=engines)
         try:
-            return cls(bundle, opened.graphs, opened.cache_memory)
+            return cls(bundle, opened.graphs, opened.cache_memory, opened.runs_on)
         except BaseException:
             for graph in opened.graphs.values():
                 graph.close()
