@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import FrameDecodeError, MissingExtraError
+from edge_vlm.pixels.jpeg import decode_plain, has_library, plain_header
 from edge_vlm.pixels.orientation import Orientation
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ def decode_jpeg(data: bytes) -> np.ndarray:
         raise FrameDecodeError(
             "the picture is not a JPEG", where=f"{len(data)} bytes, starting {data[:4].hex()!r}"
         )
+    rgb = _decode_usual(data)
+    if rgb is not None:
+        return rgb
     try:
         whole = _ended(data, image_module)
         with image_module.open(io.BytesIO(whole), formats=["JPEG"]) as image:
@@ -101,6 +105,18 @@ def decode_jpeg(data: bytes) -> np.ndarray:
         raise FrameDecodeError(
             f"the JPEG is broken or cut off: {error}", where=f"{len(data)} bytes"
         ) from error
+
+
+def _decode_usual(data: bytes) -> Rgb | None:
+    """As `decode_jpeg`, of a JPEG with nothing unusual about it; None for any other, and where
+    simplejpeg is not installed: Pillow gives the same pixels."""
+    header = plain_header(data) if data.endswith(JPEG_END) and has_library() else None
+    if header is None or header.height * header.width > MAX_PIXELS:
+        return None
+    rgb = decode_plain(data, header)
+    if rgb is None or not header.has_exif:
+        return rgb
+    return exif_orientation(data).turn(rgb)
 
 
 def _ended(data: bytes, image_module: ModuleType) -> bytes:
