@@ -166,7 +166,12 @@ def _orientation_of(image: Any) -> Orientation:
         return Orientation.UPRIGHT  # EXIF that is damaged says nothing
 
 
-def raw_picture(samples: bytes, width: int, height: int) -> bytes:
+def samples_of(rgb: np.ndarray) -> memoryview:
+    """The bytes of rgb u8 [H, W, 3], row by row; not copied where they lie like that."""
+    return memoryview(np.ascontiguousarray(rgb).reshape(-1))
+
+
+def raw_picture(samples: bytes | memoryview, width: int, height: int) -> bytes:
     """u8 RGB samples, row by row, as a binary PPM.
 
     Raises FrameDecodeError when there are not as many as width and height say, or none.

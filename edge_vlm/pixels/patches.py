@@ -84,17 +84,14 @@ def _resize_bytes(rgb: NDArray[np.uint8], out_height: int, out_width: int) -> ND
     )
     weight_x = np.repeat(weight_x, channels)
 
-    def across(which: NDArray[Any]) -> NDArray[np.float32]:
-        picked = lines[which]
-        low, high = picked.take(left, axis=1), picked.take(right, axis=1)
-        mixed = np.subtract(high, low, dtype=np.int16) * weight_x
-        mixed += low
-        return mixed
-
     out = np.empty((out_height, out_width, channels), np.uint8)
     for start in range(0, out_height, _ROWS):
         some = slice(start, start + _ROWS)
-        upper, mixed = across(top[some]), across(bottom[some])
+        picked = lines[np.concatenate([top[some], bottom[some]])]
+        low, high = picked.take(left, axis=1), picked.take(right, axis=1)
+        both: NDArray[np.float32] = np.subtract(high, low, dtype=np.int16) * weight_x
+        both += low
+        upper, mixed = np.split(both, 2)
         mixed -= upper
         mixed *= weight_y[some, None]
         mixed += upper
@@ -165,7 +162,7 @@ def to_pixel_values(rgb: NDArray[Any], cfg: VisionConfig) -> NDArray[np.float32]
     size = cfg.image_size
     picture = rgb if rgb.shape[:2] == (size, size) else _resize_bytes(rgb, size, size)
     patches = cut_patches(picture[None], cfg.patch_size)[0]
-    values = np.subtract(patches, _HALF, dtype=np.float32)
+    values: NDArray[np.float32] = np.subtract(patches, _HALF, dtype=np.float32)
     values /= _HALF
     return values
 
