@@ -22,7 +22,7 @@ _Points = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 _TIE = 2.0**-10
 """How near a half a resized value must lie to be summed again; rounding moves it by 2**-14."""
 _HALF = np.float32(127.5)
-_ROWS = 48
+_ROWS = 32
 """That are resized at once."""
 
 
@@ -83,18 +83,20 @@ def _resize_bytes(rgb: NDArray[np.uint8], out_height: int, out_width: int) -> ND
         (side[:, None] * channels + np.arange(channels)).ravel() for side in (left, right)
     )
     weight_x = np.repeat(weight_x, channels)
-
+    is_wide = width > 2 * out_width
     out = np.empty((out_height, out_width, channels), np.uint8)
     for start in range(0, out_height, _ROWS):
         some = slice(start, start + _ROWS)
-        picked = lines[np.concatenate([top[some], bottom[some]])]
-        low, high = picked.take(left, axis=1), picked.take(right, axis=1)
-        both: NDArray[np.float32] = np.subtract(high, low, dtype=np.int16) * weight_x
-        both += low
-        upper, mixed = np.split(both, 2)
-        mixed -= upper
-        mixed *= weight_y[some, None]
-        mixed += upper
+        pair = lines[top[some]], lines[bottom[some]]
+        down = weight_y[some, None]
+        if is_wide:  # few of its columns are needed
+            upper, lower = (
+                _mixed(row.take(left, axis=1), row.take(right, axis=1), weight_x) for row in pair
+            )
+            mixed = _mixed(upper, lower, down)
+        else:
+            row = _mixed(*pair, down)
+            mixed = _mixed(row.take(left, axis=1), row.take(right, axis=1), weight_x)
         whole = np.rint(mixed)
         mixed -= whole
         ties = np.flatnonzero(np.abs(mixed, out=mixed) > 0.5 - _TIE)
@@ -102,6 +104,17 @@ def _resize_bytes(rgb: NDArray[np.uint8], out_height: int, out_width: int) -> ND
         whole.reshape(-1)[ties] = np.rint(_fused_sum(rgb, rows, columns, (y + start, x, channel)))
         out[some] = whole.reshape(-1, out_width, channels)
     return out
+
+
+def _mixed(
+    low: NDArray[Any], high: NDArray[Any], weight: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """`high` by its weight and `low` by the rest of 1."""
+    low, mixed = low.astype(np.float32, copy=False), high.astype(np.float32, copy=False)
+    mixed -= low
+    mixed *= weight
+    mixed += low
+    return mixed
 
 
 def _fused_sum(
