@@ -33,9 +33,9 @@ from edge_vlm_export.verify.ort_runner import OrtRunner
 from edge_vlm_runtime.engines.base import Engine
 from edge_vlm_runtime.engines.cuda import Cuda, Gpu
 from edge_vlm_runtime.engines.names import Backend
-from edge_vlm_runtime.engines.open import open_engines
+from edge_vlm_runtime.engines.open import open_by_ort, open_engines
 from edge_vlm_runtime.engines.openvino import BFLOAT16, FLOAT32, OpenVinoEngine, precision_for
-from edge_vlm_runtime.engines.ort import OrtEngine
+from edge_vlm_runtime.engines.ort import CPU, OrtDevice, OrtEngine
 from edge_vlm_runtime.engines.store import EngineStore, Fingerprint
 from edge_vlm_runtime.engines.trt_library import load_library
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
@@ -251,11 +251,58 @@ def test_onnx_runtime_never_falls_back_to_the_cpu(
     if not provider_is_there and "CUDAExecutionProvider" in names:
         pytest.skip("this onnxruntime has it")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
-    kind: Any = CudaError if provider_is_there else MissingExtraError
-    if provider_is_there and _has_gpu():
+    if not provider_is_there:
+        with pytest.raises(MissingExtraError, match="CUDAExecutionProvider"):
+            LoadedBundle.open(tiny_bundle(), backend=Backend.CUDA)
+        return
+    if _has_gpu():
         pytest.skip("there is a GPU here")
-    with pytest.raises(kind, match="CUDAExecutionProvider"):
+    with pytest.raises(GpuMissing):
         LoadedBundle.open(tiny_bundle(), backend=Backend.CUDA)
+    with pytest.raises(CudaError, match="CUDAExecutionProvider"):
+        open_by_ort(EngineBundle.open(tiny_bundle()), OrtDevice(FakeDevice()), threads=1)
+
+
+@pytest.mark.parametrize("variant", ["plain", "ort-int4"])
+def test_onnx_runtime_works_on_a_cache_in_device_memory(variant: str) -> None:
+    folder = tiny_bundle() if variant == "plain" else tiny_variant(variant)
+    bundle, device = EngineBundle.open(folder), _Waited()
+    where = OrtDevice(device, provider=CPU, place="cpu")  # the host's memory, as of a device
+    opened = open_by_ort(bundle, where, threads=1)
+    assert opened.runs_on.endswith(f"on {device.gpu.name}")
+    with LoadedBundle(bundle, opened.graphs, opened.cache_memory) as engines:
+        got = _stream(engines)
+        assert device.moved_bytes > 0
+        rows = sum(plane.nbytes for plane in got[-4:])
+        assert device.copied_bytes >= rows  # the test has looked at them; nobody else has
+        device.copied_bytes = 0
+        arena = engines.language.new_arena(50)
+        engines.language.prefill(arena, engines.language.embed([5, 6, 7]))
+        engines.language.decode_step(arena, 5)
+        assert device.copied_bytes == 0
+        arena.close()
+    assert not device.blocks
+    assert not device.pending
+    with LoadedBundle.open(folder, threads=1) as engines:
+        expected = _stream(engines)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class _Waited(FakeDevice):
+    """Moves within the device are done when somebody waits for them, and no sooner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: list[tuple[int, int, int]] = []
+
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        self.pending.append((target, source, num_bytes))
+
+    def synchronize(self) -> None:
+        for move in self.pending:
+            super().copy(*move)
+        self.pending = []
 
 
 needs_openvino = pytest.mark.skipif(
@@ -295,6 +342,19 @@ def test_openvino_refuses_what_it_would_compute_wrongly() -> None:
             with LoadedBundle.open(tiny_variant("ort-int4"), backend=backend) as engines:
                 assert "OpenVINO" not in engines.runs_on
     assert precision_for(EngineBundle.open(tiny_variant("edge"))) == FLOAT32
+
+
+@needs_openvino
+def test_int8_pictures_are_for_openvino(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("edge_vlm_runtime.engines.open.multiplies_bfloat16", lambda: True)
+    with LoadedBundle.open(tiny_variant("edge"), threads=1, backend=Backend.AUTO) as engines:
+        assert engines.runs_on.startswith("vit_stem, vit_trunk by OpenVINO")
+        assert "in float32; llm, llm_decode by ONNX Runtime" in engines.runs_on
+    assert not caplog.messages
+    with LoadedBundle.open(tiny_variant("edge"), threads=1):
+        assert "--backend openvino" in caplog.messages[0]
 
 
 @needs_openvino

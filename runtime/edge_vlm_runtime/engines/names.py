@@ -13,7 +13,7 @@ class Backend(str, Enum):
     ORT = "ort"
     """ONNX Runtime on the CPU."""
     CUDA = "cuda"
-    """ONNX Runtime on an NVIDIA GPU. The cache stays in host memory and is copied at every run."""
+    """ONNX Runtime on an NVIDIA GPU; the cache is on the GPU."""
     TRT = "trt"
     """Engines that `edge-vlm build` made, by TensorRT or TensorRT for RTX; the cache is on the
     GPU."""

@@ -126,6 +126,12 @@ class OfflineBundle:
         self._engines.close()
 
 
+def identity_of(folder: Path, backend: Backend) -> str:
+    """Of a bundle and, since answers may differ, of what runs it if that is not usual."""
+    manifest = sha256_of_file(folder / MANIFEST)
+    return manifest if backend is Backend.ORT else f"{manifest} {backend.value}"
+
+
 class BundleEvaluator:
     """`edge_vlm.evaluation.runs.Evaluator` over a bundle's graphs on the CPU."""
 
@@ -135,7 +141,7 @@ class BundleEvaluator:
         self.name = folder.resolve().name
         self.attention = bundle.config.attention
         self.has_scores = bundle.config.has_scores
-        self.identity = sha256_of_file(folder / MANIFEST)
+        self.identity = identity_of(folder, backend)
         self.frames = bundle.frames
         self.model = OfflineBundle(bundle, open_graphs(bundle, backend, threads=threads).graphs)
 

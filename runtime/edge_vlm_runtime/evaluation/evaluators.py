@@ -9,11 +9,10 @@ from pathlib import Path
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.plan import is_server
 from edge_vlm.evaluation.runs import EvaluatorOptions
-from edge_vlm.formats.bundle import MANIFEST, sha256_of_file
 from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import Backend
-from edge_vlm_runtime.evaluation.bundle import BundleEvaluator
+from edge_vlm_runtime.evaluation.bundle import BundleEvaluator, identity_of
 from edge_vlm_runtime.evaluation.served import ServedEvaluator
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.server.auth import read_api_key
@@ -52,11 +51,12 @@ def open_served(target: str | None, options: EvaluatorOptions) -> Iterator[Serve
             evaluator = ServedEvaluator(target, Access(api_key=key, ca_file=options.tls_ca))
         else:
             bundle = Path(target or DEMO_BUNDLE)
+            backend = _host_backend(options.backend)
             server = stack.enter_context(
-                Server.open(bundle, threads=options.threads, backend=_host_backend(options.backend))
+                Server.open(bundle, threads=options.threads, backend=backend)
             )
             server.start()
-            identity = sha256_of_file(bundle / MANIFEST)
+            identity = identity_of(bundle, backend)
             evaluator = ServedEvaluator(server.url, Access(), identity)
         stack.callback(evaluator.close)
         yield evaluator
