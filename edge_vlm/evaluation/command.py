@@ -119,6 +119,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default=min(4, os.cpu_count() or 1),
         help="threads of the engines or of torch (default: %(default)s)",
     )
+    parser.add_argument(
+        "--backend", default="ort", metavar="NAME", help="runs bundles: ort, openvino or auto (ort)"
+    )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="of the server's URL")
     parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="certificate for wss://")
 
@@ -180,8 +183,11 @@ def _run(args: argparse.Namespace) -> int:
             f"--scorer {args.scorer} is for a checkpoint; a bundle has that of its export",
             remedy="name a checkpoint, or export with --scorer change",
         )
+    if args.backend != "ort" and not set(wanted.targets) & {"bundle", "served"}:
+        raise ConfigError(f"--backend {args.backend} is for bundles", remedy="name a bundle")
     options = EvaluatorOptions(
         threads=args.threads,
+        backend=args.backend,
         scorer=args.scorer,
         api_key_file=args.api_key_file,
         tls_ca=args.tls_ca,

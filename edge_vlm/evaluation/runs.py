@@ -156,6 +156,8 @@ class Evaluator(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorOptions:
     threads: int = 2
+    backend: str = "ort"
+    """What runs a bundle's graphs, as `serve --backend` names it."""
     scorer: str = "own"
     """`CHANGE`: what a checkpoint is measured with instead of its own, on the path `torch`."""
     api_key_file: Path | None = None

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import FrameDecodeError, MissingExtraError
+from edge_vlm.pixels.jpeg import decode_plain, has_library, plain_header
 from edge_vlm.pixels.orientation import Orientation
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def decode_jpeg(data: bytes) -> np.ndarray:
         raise FrameDecodeError(
             "the picture is not a JPEG", where=f"{len(data)} bytes, starting {data[:4].hex()!r}"
         )
+    rgb = _decode_usual(data)
+    if rgb is not None:
+        return rgb
     try:
         whole = _ended(data, image_module)
         with image_module.open(io.BytesIO(whole), formats=["JPEG"]) as image:
@@ -103,6 +107,18 @@ def decode_jpeg(data: bytes) -> np.ndarray:
         raise FrameDecodeError(
             f"the JPEG is broken or cut off: {error}", where=f"{len(data)} bytes"
         ) from error
+
+
+def _decode_usual(data: bytes) -> Rgb | None:
+    """As `decode_jpeg`, of a JPEG with nothing unusual about it; None for any other, and where
+    simplejpeg is not installed: Pillow gives the same pixels."""
+    header = plain_header(data) if data.endswith(JPEG_END) and has_library() else None
+    if header is None or header.height * header.width > MAX_PIXELS:
+        return None
+    rgb = decode_plain(data, header)
+    if rgb is None or not header.has_exif:
+        return rgb
+    return exif_orientation(data).turn(rgb)
 
 
 def _ended(data: bytes, image_module: ModuleType) -> bytes:
@@ -152,7 +168,12 @@ def _orientation_of(image: Any) -> Orientation:
         return Orientation.UPRIGHT  # EXIF that is damaged says nothing
 
 
-def raw_picture(samples: bytes, width: int, height: int) -> bytes:
+def samples_of(rgb: np.ndarray) -> memoryview:
+    """The bytes of rgb u8 [H, W, 3], row by row; not copied where they lie like that."""
+    return memoryview(np.ascontiguousarray(rgb).reshape(-1))
+
+
+def raw_picture(samples: bytes | memoryview, width: int, height: int) -> bytes:
     """u8 RGB samples, row by row, as a binary PPM.
 
     Raises FrameDecodeError when there are not as many as width and height say, or none.

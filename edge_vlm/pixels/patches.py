@@ -21,6 +21,9 @@ _Points = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 _TIE = 2.0**-10
 """How near a half a resized value must lie to be summed again; rounding moves it by 2**-14."""
+_HALF = np.float32(127.5)
+_ROWS = 32
+"""That are resized at once."""
 
 
 @lru_cache(maxsize=32)
@@ -51,9 +54,10 @@ def resize_bilinear(rgb: NDArray[Any], size: int | tuple[int, int]) -> NDArray[n
     height, width = rgb.shape[:2]
     if (height, width) == (out_height, out_width):
         return rgb.astype(np.float32)
+    if rgb.dtype == np.uint8:
+        return _resize_bytes(rgb, out_height, out_width).astype(np.float32)
     rows, columns = _sample_points(height, out_height), _sample_points(width, out_width)
     (top, bottom, weight_y), (left, right, weight_x) = rows, columns
-    # Gathered while still bytes: a 1080p picture is never turned into floats as a whole.
     rows_top, rows_bottom = rgb[top], rgb[bottom]
     weight_x, weight_y = weight_x[None, :, None], weight_y[:, None, None]
 
@@ -62,12 +66,55 @@ def resize_bilinear(rgb: NDArray[Any], size: int | tuple[int, int]) -> NDArray[n
         return mixed
 
     out: NDArray[Any] = across(rows_top) * (1 - weight_y) + across(rows_bottom) * weight_y
-    if rgb.dtype == np.uint8:
-        whole = np.rint(out)
-        ties = np.nonzero(np.abs(out - whole) > 0.5 - _TIE)
-        whole[ties] = np.rint(_fused_sum(rgb, rows, columns, ties))
-        out = np.clip(whole, 0, 255)
     return out.astype(np.float32, copy=False)
+
+
+def _resize_bytes(rgb: NDArray[np.uint8], out_height: int, out_width: int) -> NDArray[np.uint8]:
+    """As `resize_bilinear`, of bytes of another size.
+
+    A row is one run of numbers, colours side by side: loops over three are slow. A few rows at a
+    time, because what does not fit a cache takes most of the time.
+    """
+    height, width, channels = rgb.shape
+    rows, columns = _sample_points(height, out_height), _sample_points(width, out_width)
+    (top, bottom, weight_y), (left, right, weight_x) = rows, columns
+    lines = rgb.reshape(height, width * channels)
+    left, right = (
+        (side[:, None] * channels + np.arange(channels)).ravel() for side in (left, right)
+    )
+    weight_x = np.repeat(weight_x, channels)
+    is_wide = width > 2 * out_width
+    out = np.empty((out_height, out_width, channels), np.uint8)
+    for start in range(0, out_height, _ROWS):
+        some = slice(start, start + _ROWS)
+        pair = lines[top[some]], lines[bottom[some]]
+        down = weight_y[some, None]
+        if is_wide:  # few of its columns are needed
+            upper, lower = (
+                _mixed(row.take(left, axis=1), row.take(right, axis=1), weight_x) for row in pair
+            )
+            mixed = _mixed(upper, lower, down)
+        else:
+            row = _mixed(*pair, down)
+            mixed = _mixed(row.take(left, axis=1), row.take(right, axis=1), weight_x)
+        whole = np.rint(mixed)
+        mixed -= whole
+        ties = np.flatnonzero(np.abs(mixed, out=mixed) > 0.5 - _TIE)
+        y, x, channel = np.unravel_index(ties, (len(mixed), out_width, channels))
+        whole.reshape(-1)[ties] = np.rint(_fused_sum(rgb, rows, columns, (y + start, x, channel)))
+        out[some] = whole.reshape(-1, out_width, channels)
+    return out
+
+
+def _mixed(
+    low: NDArray[Any], high: NDArray[Any], weight: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """`high` by its weight and `low` by the rest of 1."""
+    low, mixed = low.astype(np.float32, copy=False), high.astype(np.float32, copy=False)
+    mixed -= low
+    mixed *= weight
+    mixed += low
+    return mixed
 
 
 def _fused_sum(
@@ -95,7 +142,7 @@ def _fused_sum(
 
 def normalise(picture: NDArray[np.float32]) -> NDArray[np.float32]:
     """[0, 255] to [-1, 1]: mean and deviation of 0.5, as the published processors fuse them."""
-    return (picture - np.float32(127.5)) / np.float32(127.5)
+    return (picture - _HALF) / _HALF
 
 
 def cut_patches(pictures: NDArray[Any], patch_size: int) -> NDArray[Any]:
@@ -111,9 +158,11 @@ def cut_patches(pictures: NDArray[Any], patch_size: int) -> NDArray[Any]:
 
 
 def require_rgb(rgb: NDArray[Any]) -> None:
-    """Raises ValueError for anything but u8 [H, W, 3]."""
+    """Raises ValueError for anything but u8 [H, W, 3] with at least one pixel."""
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise ValueError(f"rgb must be uint8 [H, W, 3], got {rgb.dtype} {rgb.shape}")
+    if 0 in rgb.shape:
+        raise ValueError(f"rgb must be a non-empty [H, W, C] array, got shape {rgb.shape}")
 
 
 def to_pixel_values(rgb: NDArray[Any], cfg: VisionConfig) -> NDArray[np.float32]:
@@ -123,9 +172,12 @@ def to_pixel_values(rgb: NDArray[Any], cfg: VisionConfig) -> NDArray[np.float32]
     or dtype.
     """
     require_rgb(rgb)
-    picture = normalise(resize_bilinear(rgb, cfg.image_size))
-    patches: NDArray[np.float32] = cut_patches(picture[None], cfg.patch_size)[0]
-    return patches
+    size = cfg.image_size
+    picture = rgb if rgb.shape[:2] == (size, size) else _resize_bytes(rgb, size, size)
+    patches = cut_patches(picture[None], cfg.patch_size)[0]
+    values: NDArray[np.float32] = np.subtract(patches, _HALF, dtype=np.float32)
+    values /= _HALF
+    return values
 
 
 @lru_cache(maxsize=32)

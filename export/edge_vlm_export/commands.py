@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from edge_vlm_export.graphs.weights import WeightSource
     from edge_vlm_export.preflight import Estimate
     from edge_vlm_export.to_onnx import ExportOptions
+    from edge_vlm_export.verify.ort_runner import Graphs
     from edge_vlm_export.verify.verify import Report
 
 
@@ -284,6 +286,12 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--footage-frames", type=int, default=16, metavar="N", help="of each footage (16)"
     )
+    parser.add_argument(
+        "--backend",
+        choices=("ort", "openvino"),
+        default="ort",
+        help="whose results are compared (default: ort)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     _add_depth(parser)
 
@@ -301,16 +309,23 @@ def _verify(args: argparse.Namespace) -> int:
         require_source(bundle, source, args.checkpoint)
         if bundle.config.change is not None:
             source = scored_by_change(source, bundle.config.change.after_block)
-    report = verify_bundle(
-        bundle,
-        source,
-        threads=args.threads,
-        thorough=args.thorough is not False,
-        footage=args.footage,
-        max_frames=args.footage_frames,
-    )
-    print(report)
-    report.require()
+    others: Iterable[tuple[str, Graphs] | None] = [None]
+    if args.backend == "openvino":
+        from edge_vlm_export.verify.openvino_runner import openvino_graphs
+
+        others = openvino_graphs(bundle, args.threads)
+    for by in others:
+        report = verify_bundle(
+            bundle,
+            source,
+            threads=args.threads,
+            thorough=args.thorough is not False,
+            footage=args.footage,
+            max_frames=args.footage_frames,
+            by=by,
+        )
+        print(report)
+        report.require()
     print(f"bundle {bundle.name}: every file has its recorded hash, every graph agrees")
     return 0
 

@@ -79,7 +79,7 @@ def test_the_worst_size_of_a_graph_is_stated() -> None:
         same_tokens=4,
         required=False,
     )
-    found = precisions.comparisons(Report("torch", graphs, [clip, clip]))
+    found = precisions.comparisons(Report("torch", graphs=graphs, pipelines=[clip, clip]))
     assert found["graphs"]["llm"] == {"max_difference": 0.5, "least_cosine": 0.99}
     assert found["clip"]["same_tokens"] == "4 of 16"
 

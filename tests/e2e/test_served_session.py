@@ -317,6 +317,7 @@ def test_http_on_the_same_port(server: Server) -> None:
     status, kind, text = get(server, "/version")
     assert (status, kind) == (200, "application/json")
     assert json.loads(text)["protocol_version"] == 1
+    assert "vit_trunk, llm by ONNX Runtime" in json.loads(text)["engines"]
     for path, kind in (
         ("/", "text/html"),
         ("/app.js", "text/javascript"),

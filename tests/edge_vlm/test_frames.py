@@ -10,6 +10,7 @@ from PIL import Image
 
 from edge_vlm.errors import FrameDecodeError
 from edge_vlm.pixels.frames import decode_jpeg, encode_jpeg, shrink_jpeg
+from edge_vlm.pixels.jpeg import Header, decode_plain, plain_header
 
 
 def noise(height: int, width: int) -> bytes:
@@ -80,3 +81,72 @@ def test_in_a_small_picture_the_last_row_of_blocks_is_too_much() -> None:
     np.testing.assert_array_equal(decode_jpeg(data[:-2]), decode_jpeg(data))
     with pytest.raises(FrameDecodeError, match="8 of 32 rows are missing"):
         decode_jpeg(data[:-100])
+
+
+SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:1:1")
+
+
+def saved(picture: Image.Image, **options: object) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, "JPEG", **options)
+    return data.getvalue()
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 47), (241, 319)])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_usual_pictures_have_the_pixels_that_pillow_gives(
+    size: tuple[int, int], progressive: bool
+) -> None:
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(size[0])
+    picture = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    files = [saved(picture, subsampling=kind, progressive=progressive) for kind in SUBSAMPLINGS]
+    files += [saved(picture.convert("L"), progressive=progressive), saved(picture, comment=b"x")]
+    files += [saved(picture, restart_marker_rows=1), saved(picture, icc_profile=bytes(70_000))]
+    for data in files:
+        header = plain_header(data)
+        assert header == (*size, False)
+        np.testing.assert_array_equal(decode_plain(data, header), by_pillow(data))
+        np.testing.assert_array_equal(decode_jpeg(data), by_pillow(data))
+
+
+def test_unusual_pictures_are_left_to_pillow() -> None:
+    picture = Image.fromarray(np.zeros((16, 24, 3), np.uint8))
+    cmyk = saved(picture.convert("CMYK"))
+    assert plain_header(cmyk) is None
+    np.testing.assert_array_equal(decode_jpeg(cmyk), by_pillow(cmyk))
+    usual = saved(picture)
+    place = usual.index(b"\xff\xc0")
+    for other in (b"\xff\xc3", b"\xff\xc9"):  # without loss; coded arithmetically
+        assert plain_header(usual.replace(b"\xff\xc0", other)) is None
+    assert plain_header(usual[: place + 4]) is None
+    twelve_bits = usual[: place + 4] + b"\x0c" + usual[place + 5 :]
+    assert plain_header(twelve_bits) is None
+
+
+def test_a_header_that_lies_is_not_believed() -> None:
+    pytest.importorskip("simplejpeg")
+    data = chart(2)
+    assert decode_plain(data, Header(16, 16, False)) is None  # as a second, larger frame would be
+    rubbish = bytearray(data)
+    rubbish[-2000:-1000] = bytes(range(250)) * 4
+    assert decode_plain(bytes(rubbish), Header(480, 640, False)) is None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_on_its_side_is_turned_either_way(
+    orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    rng = np.random.default_rng(orientation)
+    picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    data = saved(picture, exif=exif.tobytes())
+    rgb = decode_jpeg(data)
+    monkeypatch.setattr("edge_vlm.pixels.frames.has_library", lambda: False)
+    np.testing.assert_array_equal(rgb, decode_jpeg(data))

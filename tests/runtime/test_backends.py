@@ -18,6 +18,7 @@ from edge_vlm.cli import main
 from edge_vlm.errors import (
     ConfigError,
     CudaError,
+    EngineError,
     EngineMissing,
     EngineStale,
     GpuMissing,
@@ -29,9 +30,12 @@ from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import FrameTopK
 from edge_vlm_export.verify.ort_runner import OrtRunner
+from edge_vlm_runtime.engines.base import Engine
 from edge_vlm_runtime.engines.cuda import Cuda, Gpu
 from edge_vlm_runtime.engines.names import Backend
-from edge_vlm_runtime.engines.open import open_engines
+from edge_vlm_runtime.engines.open import open_by_ort, open_engines
+from edge_vlm_runtime.engines.openvino import BFLOAT16, FLOAT32, OpenVinoEngine, precision_for
+from edge_vlm_runtime.engines.ort import CPU, OrtDevice, OrtEngine
 from edge_vlm_runtime.engines.store import EngineStore, Fingerprint
 from edge_vlm_runtime.engines.trt_library import load_library
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
@@ -247,8 +251,155 @@ def test_onnx_runtime_never_falls_back_to_the_cpu(
     if not provider_is_there and "CUDAExecutionProvider" in names:
         pytest.skip("this onnxruntime has it")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
-    kind: Any = CudaError if provider_is_there else MissingExtraError
-    if provider_is_there and _has_gpu():
+    if not provider_is_there:
+        with pytest.raises(MissingExtraError, match="CUDAExecutionProvider"):
+            LoadedBundle.open(tiny_bundle(), backend=Backend.CUDA)
+        return
+    if _has_gpu():
         pytest.skip("there is a GPU here")
-    with pytest.raises(kind, match="CUDAExecutionProvider"):
+    with pytest.raises(GpuMissing):
         LoadedBundle.open(tiny_bundle(), backend=Backend.CUDA)
+    with pytest.raises(CudaError, match="CUDAExecutionProvider"):
+        open_by_ort(EngineBundle.open(tiny_bundle()), OrtDevice(FakeDevice()), threads=1)
+
+
+@pytest.mark.parametrize("variant", ["plain", "ort-int4"])
+def test_onnx_runtime_works_on_a_cache_in_device_memory(variant: str) -> None:
+    folder = tiny_bundle() if variant == "plain" else tiny_variant(variant)
+    bundle, device = EngineBundle.open(folder), _Waited()
+    where = OrtDevice(device, provider=CPU, place="cpu")  # the host's memory, as of a device
+    opened = open_by_ort(bundle, where, threads=1)
+    assert opened.runs_on.endswith(f"on {device.gpu.name}")
+    with LoadedBundle(bundle, opened.graphs, opened.cache_memory) as engines:
+        got = _stream(engines)
+        assert device.moved_bytes > 0
+        rows = sum(plane.nbytes for plane in got[-4:])
+        assert device.copied_bytes >= rows  # the test has looked at them; nobody else has
+        device.copied_bytes = 0
+        arena = engines.language.new_arena(50)
+        engines.language.prefill(arena, engines.language.embed([5, 6, 7]))
+        engines.language.decode_step(arena, 5)
+        assert device.copied_bytes == 0
+        arena.close()
+    assert not device.blocks
+    assert not device.pending
+    with LoadedBundle.open(folder, threads=1) as engines:
+        expected = _stream(engines)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class _Waited(FakeDevice):
+    """Moves within the device are done when somebody waits for them, and no sooner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: list[tuple[int, int, int]] = []
+
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        self.pending.append((target, source, num_bytes))
+
+    def synchronize(self) -> None:
+        for move in self.pending:
+            super().copy(*move)
+        self.pending = []
+
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
+)
+
+
+def _by_openvino(folder: Path, precision: str) -> list[np.ndarray]:
+    bundle = EngineBundle.open(folder)
+    graphs: dict[str, Engine] = {
+        name: OpenVinoEngine(bundle, name, threads=1, precision=precision) for name in bundle.specs
+    }
+    with LoadedBundle(bundle, graphs) as engines:
+        return _stream(engines)
+
+
+@needs_openvino
+@pytest.mark.parametrize("variant", ["plain", "both"])
+def test_a_stream_by_openvino_equals_onnx_runtime(variant: str) -> None:
+    folder = tiny_bundle() if variant == "plain" else tiny_variant(variant)
+    with LoadedBundle.open(folder, threads=1) as engines:
+        expected = _stream(engines)
+    for got, exact in zip(_by_openvino(folder, FLOAT32), expected, strict=True):
+        np.testing.assert_allclose(got, exact, atol=1e-4, rtol=1e-4)
+    for got, exact in zip(_by_openvino(folder, BFLOAT16), expected, strict=True):
+        cosine = got.ravel() @ exact.ravel() / np.linalg.norm(got) / np.linalg.norm(exact)
+        assert cosine > 0.999
+
+
+@needs_openvino
+def test_openvino_refuses_what_it_would_compute_wrongly() -> None:
+    for backend in (Backend.OPENVINO, Backend.AUTO):
+        if backend is Backend.OPENVINO:
+            with pytest.raises(ConfigError, match="--variant portable, or take --backend ort"):
+                LoadedBundle.open(tiny_variant("ort-int4"), backend=backend)
+        else:
+            with LoadedBundle.open(tiny_variant("ort-int4"), backend=backend) as engines:
+                assert "OpenVINO" not in engines.runs_on
+    assert precision_for(EngineBundle.open(tiny_variant("edge"))) == FLOAT32
+
+
+@needs_openvino
+def test_int8_pictures_are_for_openvino(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("edge_vlm_runtime.engines.open.multiplies_bfloat16", lambda: True)
+    with LoadedBundle.open(tiny_variant("edge"), threads=1, backend=Backend.AUTO) as engines:
+        assert engines.runs_on.startswith("vit_stem, vit_trunk by OpenVINO")
+        assert "in float32; llm, llm_decode by ONNX Runtime" in engines.runs_on
+    assert not caplog.messages
+    with LoadedBundle.open(tiny_variant("edge"), threads=1):
+        assert "--backend openvino" in caplog.messages[0]
+
+
+@needs_openvino
+def test_auto_takes_openvino_for_pictures_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = []
+    for has_bfloat16 in (True, False):
+        for module in ("open", "openvino"):
+            target = f"edge_vlm_runtime.engines.{module}.multiplies_bfloat16"
+            monkeypatch.setattr(target, lambda has=has_bfloat16: has)
+        with LoadedBundle.open(tiny_bundle(), threads=1, backend=Backend.AUTO) as engines:
+            kinds = {name: type(graph) for name, graph in engines._graphs.items()}
+            said.append(engines.runs_on)
+        picture = OpenVinoEngine if has_bfloat16 else OrtEngine
+        assert kinds == {"vit_stem": picture, "vit_trunk": picture, "llm": OrtEngine}
+    assert said[0].startswith("vit_stem, vit_trunk by OpenVINO 20")
+    assert "in bfloat16; llm by ONNX Runtime" in said[0]
+    assert "this CPU does not multiply bfloat16 itself" in said[1]
+
+
+def test_without_openvino_auto_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'edge-vlm\[openvino\]'"):
+        LoadedBundle.open(tiny_bundle(), backend=Backend.OPENVINO)
+    with LoadedBundle.open(tiny_bundle(), threads=1, backend=Backend.AUTO) as engines:
+        assert engines.runs_on.startswith("vit_stem, vit_trunk, llm by ONNX Runtime")
+        assert "openvino is not installed" in engines.runs_on
+
+
+@needs_openvino
+def test_openvino_reads_the_graph_of_its_spec_only(tmp_path: Path) -> None:
+    bundle = EngineBundle.open(tiny_bundle())
+    wrong = tmp_path / "llm.onnx"
+
+    class Elsewhere:
+        precision, kv_layout, specs = bundle.precision, bundle.kv_layout, bundle.specs
+
+        def graph_path(self, name: str) -> Path:
+            return wrong
+
+    wrong.write_bytes(b"not a graph")
+    elsewhere: Any = Elsewhere()
+    with pytest.raises(EngineError, match="cannot load it"):
+        OpenVinoEngine(elsewhere, "llm", threads=1)
+    wrong = bundle.graph_path("vit_trunk")
+    with pytest.raises(EngineError, match="its spec"):
+        OpenVinoEngine(elsewhere, "llm", threads=1)

@@ -91,7 +91,7 @@ def test_a_gpu_is_needed_by_backends_that_use_it(empty: Machine) -> None:
         found = check_cuda(Plan(bundle=empty.root, backend=backend), empty)
         assert found.state is State.MISSING
         assert found.fix == INSTALL_DRIVER
-        assert found.is_broken == (backend is not Backend.ORT)
+        assert found.is_broken == (backend in (Backend.CUDA, Backend.TRT))
 
 
 def test_a_driver_whose_gpu_does_not_answer_is_wrong(empty: Machine) -> None:

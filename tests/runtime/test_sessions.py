@@ -15,7 +15,7 @@ from edge_vlm_runtime.engine_thread import worker
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.connection import MAX_WAITING_CALLS
-from edge_vlm_runtime.server.sessions import ClientSession, SessionRegistry
+from edge_vlm_runtime.server.sessions import ClientSession, Deliveries, SessionRegistry
 from tests.runtime.fake_engines import ANSWER, FakeBundle, FakeClock
 from tests.runtime.live import TIMEOUT_S, run
 from tests.runtime.memory_link import Network, network
@@ -277,3 +277,48 @@ def test_a_bug_with_many_messages_waiting_closes_the_connection() -> None:
 
     with fake_table(engines) as table, network(table) as made:
         run(case(made))
+
+
+def test_a_busy_loop_is_woken_once_for_all_that_came(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(_deliveries(monkeypatch))
+    assert "could not be delivered" in caplog.text
+
+
+async def _deliveries(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, wakes = asyncio.get_running_loop(), []
+    wake = loop.call_soon_threadsafe
+
+    def counted(call: Any, *args: Any) -> Any:
+        wakes.append(call)
+        return wake(call, *args)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    got: list[protocol.ServerEvent] = []
+
+    def deliver(events: list[protocol.ServerEvent]) -> None:
+        got.extend(events)
+        if len(got) == 2:
+            raise ValueError("a bug")
+
+    deliveries = Deliveries(loop, deliver)
+    events: list[protocol.ServerEvent] = [
+        protocol.SessionClosed(reason=str(number)) for number in range(9)
+    ]
+
+    def engines() -> None:
+        for event in events[:8]:
+            deliveries.put([event])
+
+    thread = threading.Thread(target=engines)
+    thread.start()
+    thread.join()  # the loop cannot look meanwhile
+    assert len(wakes) == 1
+    assert not got
+    await asyncio.sleep(0)
+    assert got == events[:8]
+    deliveries.put(events[8:])
+    await asyncio.sleep(0)
+    assert got == events
+    assert len(wakes) == 2

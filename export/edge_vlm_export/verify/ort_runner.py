@@ -6,10 +6,10 @@ proper binds buffers instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -87,6 +87,12 @@ class OrtRunner:
         return {name: values[name].numpy() for name in rest} | buffers
 
 
+class Runner(Protocol):
+    """One graph, as `OrtRunner`."""
+
+    def run(self, inputs: Arrays, more: Sequence[str] = ()) -> Arrays: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graphs:
     """Graph files and how to read them."""
@@ -97,6 +103,8 @@ class Graphs:
     variant: Variant = Variant.PORTABLE
     layout: KVLayout = KVLayout.TOKEN_MAJOR
     threads: int = 1
+    opener: Callable[[str], Runner] | None = None
+    """Another library than ONNX Runtime, by a graph's name."""
 
     @classmethod
     def of(cls, bundle: EngineBundle, threads: int) -> Graphs:
@@ -109,14 +117,16 @@ class Graphs:
             threads=threads,
         )
 
-    def open(self, name: str) -> OrtRunner:
+    def open(self, name: str) -> Runner:
+        if self.opener is not None:
+            return self.opener(name)
         half = self.precision.base == "float16"
         return OrtRunner(self.paths[name], self.specs[name], threads=self.threads, as_written=half)
 
 
 def ort_run(graphs: Graphs) -> RunGraph:
     """Opens each graph once, when it is first run."""
-    runners: dict[str, OrtRunner] = {}
+    runners: dict[str, Runner] = {}
 
     def run(name: str, inputs: Arrays) -> Arrays:
         if name not in runners:

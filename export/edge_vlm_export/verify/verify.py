@@ -46,12 +46,13 @@ class Report:
     """What was compared, in order; what went wrong stops nothing but is required later."""
 
     against: str
+    by: str = "ONNX Runtime"
     graphs: list[Comparison] = field(default_factory=list)
     pipelines: list[PipelineComparison] = field(default_factory=list)
     footage: list[FootageCheck] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"ONNX Runtime against {self.against}:", format_table(self.graphs)]
+        lines = [f"{self.by} against {self.against}:", format_table(self.graphs)]
         return "\n".join([*lines, *map(str, self.pipelines), *map(str, self.footage)])
 
     def require(self) -> None:
@@ -71,21 +72,23 @@ def verify_bundle(
     thorough: bool = True,
     footage: Sequence[Path] = (),
     max_frames: int = 16,
+    by: tuple[str, Graphs] | None = None,
 ) -> Report:
     """Compares with torch on `source`'s weights, else with the reference tensors.
 
     `thorough`: also at the largest sizes, which takes the most memory and time, and on a clip.
+    `by`: another library than ONNX Runtime, what it is called and its graphs.
     `footage`: videos of which the first `max_frames` frames are streamed too. Raises NonFinite,
     VideoError.
     """
-    graphs = Graphs.of(bundle, threads)
+    called, graphs = by or (Report.by, Graphs.of(bundle, threads))
     has_clip = thorough and bundle.has_reference(CLIP_REFERENCE)
     reference = bundle.reference(CLIP_REFERENCE) if has_clip else {}
     clip = read_clip(reference) if has_clip else None
     keep_ratio = float(reference["keep_ratio"]) if has_clip else _keep_ratio(bundle)
     torch_pipeline = None
     if source is None:
-        report = Report("the bundle's reference tensors")
+        report = Report("the bundle's reference tensors", called)
         for name, spec in bundle.specs.items():
             arrays = bundle.reference(name)
             report.graphs.append(_compare_reference(graphs, spec, arrays))
@@ -95,7 +98,7 @@ def verify_bundle(
         from edge_vlm_export.verify.check_inputs import real_inputs
 
         model = streamed_model(source)
-        report = Report("torch")
+        report = Report("torch", called)
         run = torch_run(model, graphs)
         torch_pipeline = bundle_pipeline(run, bundle, keep_ratio)
         pictures = clip or drawn_clip(bundle.config.vision.image_size)

@@ -48,7 +48,8 @@ class BundleOptions:
     threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
     """Threads of the engines."""
     backend: Backend = Backend.ORT
-    """ONNX Runtime on the CPU or on a GPU (cuda), or engines of `build`."""
+    """ONNX Runtime on the CPU (ort) or on a GPU (cuda), engines of `build` (trt), OpenVINO on the
+    CPU, or the faster of ONNX Runtime and OpenVINO for each graph (auto)."""
     engines: Annotated[Path | None, About(metavar="FOLDER")] = None
     """Engines for --backend trt (default: BUNDLE/engines)."""
 

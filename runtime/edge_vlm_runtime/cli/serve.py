@@ -12,7 +12,7 @@ from edge_vlm_runtime.cli.config import configured, read_tables
 from edge_vlm_runtime.cli.home_assistant import home_assistant
 from edge_vlm_runtime.cli.options import serve_options, server_options
 from edge_vlm_runtime.cli.shared import print_notes
-from edge_vlm_runtime.engines.names import backend_options
+from edge_vlm_runtime.engines.names import Backend, backend_options
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.cameras.keeper import CameraFile
@@ -38,6 +38,8 @@ def _serve(args: argparse.Namespace) -> int:
             **server_options(args),
         ) as server:
             server.on_plan(routes.planned)
+            if Backend(args.backend) in (Backend.OPENVINO, Backend.AUTO):
+                print_notes([server.runs_on])
             print_notes(server.notes)
             where = f"{server.page_url}  (clients: {server.url})"
             with home_assistant(args, server, has_cameras=bool(cameras.plan.cameras)):

@@ -18,7 +18,7 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Answer, Client
 from edge_vlm_runtime.client.run import Outcome, PlannedQuestion, stream
 from edge_vlm_runtime.client.terminal import LineOutput, answer_times, frame_line, summary_line
-from edge_vlm_runtime.engines.names import backend_options
+from edge_vlm_runtime.engines.names import Backend, backend_options
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.sources.video_file import FileSource
 
@@ -130,7 +130,10 @@ def run_demo(args: argparse.Namespace) -> int:
     began = time.monotonic()
     with _open_server(args) as server:
         server.start()
-        where = f"{args.threads} CPU threads" if args.backend == "ort" else args.backend
+        backend = Backend(args.backend)
+        where = f"{args.threads} CPU threads"
+        if backend is not Backend.ORT:
+            where = server.runs_on if backend.is_on_gpu else f"{where}, {server.runs_on}"
         print(
             f"edge-vlm demo: bundle {args.bundle.name!r} on {where}, ready in "
             f"{time.monotonic() - began:.1f} s\nstreaming {clip.video.name} at real speed, "

@@ -75,7 +75,8 @@ def check_libraries(machine: Machine) -> Check:
 
 def check_onnxruntime(plan: Plan, machine: Machine) -> Check:
     on_gpu = plan.backend is Backend.CUDA
-    name, needed = "onnxruntime", plan.backend is not Backend.TRT
+    name = "onnxruntime"
+    needed = plan.backend not in (Backend.TRT, Backend.OPENVINO)
     take_gpu = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edge-vlm[gpu]'"
     install = take_gpu if on_gpu else "pip install 'edge-vlm[ort]'"
     try:

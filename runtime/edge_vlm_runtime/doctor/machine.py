@@ -159,7 +159,7 @@ def check_driver(machine: Machine) -> Check:
 
 
 def check_cuda(plan: Plan, machine: Machine) -> Check:
-    needed = plan.backend is not Backend.ORT
+    needed = plan.backend.is_on_gpu
     try:
         gpu = machine.gpu()
     except EdgeVlmError as error:

@@ -13,10 +13,18 @@ class Backend(str, Enum):
     ORT = "ort"
     """ONNX Runtime on the CPU."""
     CUDA = "cuda"
-    """ONNX Runtime on an NVIDIA GPU. The cache stays in host memory and is copied at every run."""
+    """ONNX Runtime on an NVIDIA GPU; the cache is on the GPU."""
     TRT = "trt"
     """Engines that `edge-vlm build` made, by TensorRT or TensorRT for RTX; the cache is on the
     GPU."""
+    OPENVINO = "openvino"
+    """OpenVINO on the CPU."""
+    AUTO = "auto"
+    """ONNX Runtime or OpenVINO, whichever is faster for each graph on this CPU."""
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self in (Backend.CUDA, Backend.TRT)
 
 
 def backend_options(args: argparse.Namespace) -> dict[str, Any]:

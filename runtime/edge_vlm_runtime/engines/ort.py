@@ -1,12 +1,14 @@
 """ONNX Runtime, on the CPU or on an NVIDIA GPU. The only module of the runtime that imports it.
 
-Tensors are bound in host memory. On a GPU the library copies them in and out at every run.
+Tensors are bound where they are. On a GPU those in its memory, the cache above all, are used there;
+those in host memory the library copies in and out at every run.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,9 +16,26 @@ from edge_vlm.errors import CudaError, EngineError, MissingExtraError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import TensorSpec
 from edge_vlm.telemetry import refuse_telemetry
-from edge_vlm_runtime.engines.base import Engine, Shape
+from edge_vlm_runtime.engines.base import CacheMemory, Engine, Shape
+from edge_vlm_runtime.engines.cuda import Gpu
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+class GpuMemory(CacheMemory, Protocol):
+    """What is asked of `engines.cuda.Cuda`."""
+
+    gpu: Gpu
+
+    def is_device_memory(self, pointer: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class OrtDevice:
+    memory: GpuMemory
+    provider: str = CUDA
+    place: str = "cuda"
+    """What the library calls that memory."""
 
 
 class OrtEngine(Engine):
@@ -33,20 +52,13 @@ class OrtEngine(Engine):
         name: str,
         *,
         threads: int,
-        provider: str = CPU,
+        device: OrtDevice | None = None,
         profile_to: Path | None = None,
     ) -> None:
-        """`profile_to`: begin of the name of a file for `end_profile`."""
-        refuse_telemetry()
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError.for_library("onnxruntime", "ort") from error
-        if provider not in onnxruntime.get_available_providers():
-            raise MissingExtraError(
-                f"this onnxruntime {onnxruntime.__version__} has no {provider}",
-                remedy="uninstall onnxruntime, then: pip install 'edge-vlm[gpu]'",
-            )
+        """`device`: where it runs, and whose memory tensors may be bound in besides the host's;
+        None is the CPU. `profile_to`: begin of the name of a file for `end_profile`."""
+        provider = CPU if device is None else device.provider
+        onnxruntime = require_provider(provider)
         path = bundle.graph_path(name)
         super().__init__(bundle.specs[name])
         options = onnxruntime.SessionOptions()
@@ -55,6 +67,9 @@ class OrtEngine(Engine):
         # Waiting threads sleep: three graphs share the cores with decoding and the server, and a
         # pool that spins between calls takes their time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Weights that have one scale a row (the head) are given one for so many numbers when they
+        # are fused with their product; by default for 32, and the scales are read at every token.
+        options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
         options.log_severity_level = 3
         if profile_to is not None:
             options.enable_profiling = True
@@ -81,17 +96,25 @@ class OrtEngine(Engine):
             )
         self._session: Any = session
         self._binding: Any = session.io_binding()
+        self._device = device
         self._inputs = {tensor.name for tensor in self.spec.inputs}
         self._dtypes = {t.name: np.dtype(t.dtype).type for t in self.spec.tensors}
 
     def _bind(self, tensor: TensorSpec, pointer: int, shape: Shape) -> None:
         name = tensor.name
         bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
-        bind(name, "cpu", 0, self._dtypes[name], shape, pointer)
+        place = "cpu"
+        if self._device is not None and self._device.memory.is_device_memory(pointer):
+            place = self._device.place
+        bind(name, place, 0, self._dtypes[name], shape, pointer)
 
     def _run(self) -> None:
+        if self._device is not None:  # the library has a stream of its own, which knows not of this
+            self._device.memory.synchronize()
         try:
             self._session.run_with_iobinding(self._binding)
+            if self._device is not None:
+                self._binding.synchronize_outputs()
         except Exception as error:
             raise EngineError(f"graph {self.spec.name} failed: {error}") from error
 
@@ -110,11 +133,7 @@ class ModelInMemory:
     MissingExtraError without it."""
 
     def __init__(self, data: bytes, threads: int) -> None:
-        refuse_telemetry()
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError.for_library("onnxruntime", "ort") from error
+        onnxruntime = require_provider(CPU)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -128,6 +147,21 @@ class ModelInMemory:
 
     def close(self) -> None:
         self._session = None
+
+
+def require_provider(provider: str) -> Any:
+    """The library. Raises MissingExtraError without it or without its part for GPUs."""
+    refuse_telemetry()
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError.for_library("onnxruntime", "ort") from error
+    if provider not in onnxruntime.get_available_providers():
+        raise MissingExtraError(
+            f"this onnxruntime {onnxruntime.__version__} has no {provider}",
+            remedy="uninstall onnxruntime, then: pip install 'edge-vlm[gpu]'",
+        )
+    return onnxruntime
 
 
 def ort_library() -> tuple[str, tuple[str, ...]]:

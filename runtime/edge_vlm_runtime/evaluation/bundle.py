@@ -20,7 +20,8 @@ from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.pruning.change import frame_changes
 from edge_vlm.pruning.policies import Cells, Scores
 from edge_vlm_runtime.engines.base import Engine
-from edge_vlm_runtime.engines.ort import OrtEngine
+from edge_vlm_runtime.engines.names import Backend
+from edge_vlm_runtime.engines.open import open_graphs
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.inference.generate import generate
 from edge_vlm_runtime.inference.kv_arena import KVArena
@@ -125,20 +126,24 @@ class OfflineBundle:
         self._engines.close()
 
 
+def identity_of(folder: Path, backend: Backend) -> str:
+    """Of a bundle and, since answers may differ, of what runs it if that is not usual."""
+    manifest = sha256_of_file(folder / MANIFEST)
+    return manifest if backend is Backend.ORT else f"{manifest} {backend.value}"
+
+
 class BundleEvaluator:
     """`edge_vlm.evaluation.runs.Evaluator` over a bundle's graphs on the CPU."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        """Raises BundleError and its leaves, MissingExtraError, EngineError."""
+    def __init__(self, folder: Path, threads: int, backend: Backend = Backend.ORT) -> None:
+        """Raises BundleError and its leaves, MissingExtraError, EngineError, ConfigError."""
         bundle = EngineBundle.open(folder)
         self.name = folder.resolve().name
         self.attention = bundle.config.attention
         self.has_scores = bundle.config.has_scores
-        self.identity = sha256_of_file(folder / MANIFEST)
+        self.identity = identity_of(folder, backend)
         self.frames = bundle.frames
-        self.model = OfflineBundle(
-            bundle, {name: OrtEngine(bundle, name, threads=threads) for name in bundle.specs}
-        )
+        self.model = OfflineBundle(bundle, open_graphs(bundle, backend, threads=threads).graphs)
 
     def can(self, run: Run) -> bool:
         return can_run(self.model.config, run)

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.plan import is_server
 from edge_vlm.evaluation.runs import EvaluatorOptions
-from edge_vlm.formats.bundle import MANIFEST, sha256_of_file
 from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
-from edge_vlm_runtime.evaluation.bundle import BundleEvaluator
+from edge_vlm_runtime.engines.names import Backend
+from edge_vlm_runtime.evaluation.bundle import BundleEvaluator, identity_of
 from edge_vlm_runtime.evaluation.served import ServedEvaluator
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.server.auth import read_api_key
@@ -21,9 +22,10 @@ from edge_vlm_runtime.server.auth import read_api_key
 def open_bundle(target: str | None, options: EvaluatorOptions) -> Iterator[BundleEvaluator]:
     """The path `bundle`, by default of the demo model.
 
-    Raises BundleError and its leaves, MissingExtraError, EngineError.
+    Raises BundleError and its leaves, MissingExtraError, EngineError, ConfigError.
     """
-    evaluator = BundleEvaluator(Path(target or DEMO_BUNDLE), options.threads)
+    backend = _host_backend(options.backend)
+    evaluator = BundleEvaluator(Path(target or DEMO_BUNDLE), options.threads, backend)
     try:
         yield evaluator
     finally:
@@ -39,13 +41,32 @@ def open_served(target: str | None, options: EvaluatorOptions) -> Iterator[Serve
     """
     with ExitStack() as stack:
         if target is not None and is_server(target):
+            if options.backend != EvaluatorOptions.backend:
+                raise ConfigError(
+                    f"a server that runs has chosen its backend; --backend {options.backend} is "
+                    "for bundles",
+                    remedy="name a bundle, or leave it out",
+                )
             key = read_api_key(options.api_key_file)
             evaluator = ServedEvaluator(target, Access(api_key=key, ca_file=options.tls_ca))
         else:
             bundle = Path(target or DEMO_BUNDLE)
-            server = stack.enter_context(Server.open(bundle, threads=options.threads))
+            backend = _host_backend(options.backend)
+            server = stack.enter_context(
+                Server.open(bundle, threads=options.threads, backend=backend)
+            )
             server.start()
-            identity = sha256_of_file(bundle / MANIFEST)
+            identity = identity_of(bundle, backend)
             evaluator = ServedEvaluator(server.url, Access(), identity)
         stack.callback(evaluator.close)
         yield evaluator
+
+
+def _host_backend(name: str) -> Backend:
+    """Raises ConfigError: caches are read on the host here."""
+    offered = [backend.value for backend in Backend if not backend.is_on_gpu]
+    if name not in offered:
+        raise ConfigError(
+            f"--backend cannot be {name!r} here", remedy=f"one of {', '.join(offered)}"
+        )
+    return Backend(name)

@@ -39,9 +39,11 @@ class LoadedBundle:
         bundle: EngineBundle,
         graphs: dict[str, Engine],
         cache_memory: CacheMemory | None = None,
+        runs_on: str = "",
     ) -> None:
-        """`cache_memory`: of the device on which the graphs run; None is the host."""
-        self.bundle = bundle
+        """`cache_memory`: of the device on which the graphs run; None is the host. `runs_on`: in
+        words, which libraries run them."""
+        self.bundle, self.runs_on = bundle, runs_on
         self.in_call = threading.RLock()
         """Held by whoever uses the engines, where that may be several threads by mistake."""
         self.is_closed = False
@@ -95,7 +97,7 @@ class LoadedBundle:
         for name, graph in opened.graphs.items():
             opened.graphs[name] = wrap(name, graph)
         try:
-            return cls(bundle, opened.graphs, opened.cache_memory)
+            return cls(bundle, opened.graphs, opened.cache_memory, opened.runs_on)
         except BaseException:
             for graph in opened.graphs.values():
                 graph.close()

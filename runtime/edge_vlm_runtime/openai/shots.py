@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_vlm.errors import FrameDecodeError, QuestionTooLong, VideoError
-from edge_vlm.pixels.frames import decode_picture, raw_picture
+from edge_vlm.pixels.frames import decode_picture, raw_picture, samples_of
 from edge_vlm.pixels.video import open_video, read_moments
 from edge_vlm.request_errors import MediaRefused, RequestError
 from edge_vlm_runtime.openai.chat_request import ChatRequest
@@ -58,7 +58,7 @@ def _decoded(data: bytes, media: Media) -> bytes:
 
 
 def _raw(rgb: np.ndarray) -> bytes:
-    return raw_picture(np.ascontiguousarray(rgb).tobytes(), rgb.shape[1], rgb.shape[0])
+    return raw_picture(samples_of(rgb), rgb.shape[1], rgb.shape[0])
 
 
 def _times(media: Sequence[Media], given: Sequence[float], fps: float) -> list[float]:

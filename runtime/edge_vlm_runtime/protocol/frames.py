@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edge_vlm.errors import FrameDecodeError, ProtocolError, UnknownMessageType
-from edge_vlm.pixels.frames import raw_picture
+from edge_vlm.pixels.frames import raw_picture, samples_of
 from edge_vlm_runtime.protocol.base import MAX_CAPTURE_TIME_US
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class FrameMessage:
     """Number the client gives its frames, rising; the outcome of the frame names it."""
     capture_time_us: int
     """When the picture was taken, microseconds on the client's clock from any starting point."""
-    payload: bytes
-    """A JPEG, or width, height and RGB samples row by row."""
+    payload: bytes | memoryview
+    """A JPEG (bytes), or width, height and RGB samples row by row."""
     kind: int = TYPE_JPEG
     payload_length: int
     """What the header announced; differs from the payload when the message was cut."""
@@ -62,7 +62,7 @@ class FrameMessage:
                 f"the header announces {self.payload_length} bytes, {len(self.payload)} came"
             )
         if self.kind == TYPE_JPEG:
-            return self.payload
+            return bytes(self.payload)  # itself, if it is bytes
         if len(self.payload) < RAW_SIZE.size:
             raise FrameDecodeError("a raw picture without width and height")
         width, height = RAW_SIZE.unpack_from(self.payload)
@@ -93,7 +93,7 @@ def raw_frame_message(sequence: int, capture_time_us: int, rgb: np.ndarray) -> F
     """rgb u8 [H, W, 3]. Raises ValueError for a side of more than MAX_RAW_SIDE."""
     if max(rgb.shape) > MAX_RAW_SIDE:
         raise ValueError(f"a raw frame has sides of up to {MAX_RAW_SIDE}, got {list(rgb.shape)}")
-    payload = RAW_SIZE.pack(rgb.shape[1], rgb.shape[0]) + rgb.tobytes()
+    payload = RAW_SIZE.pack(rgb.shape[1], rgb.shape[0]) + samples_of(rgb)
     return FrameMessage(
         sequence=sequence,
         capture_time_us=capture_time_us,
@@ -125,7 +125,8 @@ def decode_frame_message(data: bytes) -> FrameMessage:
     return FrameMessage(
         sequence=sequence,
         capture_time_us=time_us,
-        payload=data[HEADER.size :],
+        # Megabytes, if it is a raw one: they are copied once, with the picture's own header.
+        payload=memoryview(data)[HEADER.size :] if kind == TYPE_RAW else data[HEADER.size :],
         payload_length=length,
         kind=kind,
     )

@@ -210,7 +210,7 @@ class Server:
         bounds = limits or ServerLimits()
 
         def check(found: EngineBundle) -> None:
-            if backend is Backend.ORT:  # the others hold weights on a device
+            if not backend.is_on_gpu:  # the others hold weights on a device
                 wanted = default_settings(found, bounds).changed(settings or {})
                 num_cameras = 0 if cameras is None else len(cameras.plan.cameras)
                 require_memory(found, wanted, bounds, num_cameras=num_cameras)
@@ -293,6 +293,11 @@ class Server:
     def notes(self) -> list[str]:
         """What is to be known of the settings of new sessions."""
         return notes_on(self.settings, self.model)
+
+    @property
+    def runs_on(self) -> str:
+        """Which libraries run the graphs, in words."""
+        return self._engines.runs_on
 
     @property
     def url(self) -> str:
@@ -455,6 +460,7 @@ class Server:
                 "version": edge_vlm.__version__,
                 "protocol_version": protocol.PROTOCOL_VERSION,
                 "bundle": self._engines.bundle.name,
+                "engines": self.runs_on,
             }
         )
 

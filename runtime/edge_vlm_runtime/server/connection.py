@@ -231,7 +231,7 @@ class Connection:
         try:
             picture = message.picture()
         except FrameDecodeError as error:
-            picture, refused = message.payload, error
+            picture, refused = bytes(message.payload), error
         is_raw = message.kind == protocol.TYPE_RAW
         frame = EncodedFrame(
             seq=message.sequence,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -219,7 +220,7 @@ class SessionRegistry:
         self._worker.open_session(
             settings,
             now_ns=now_ns,
-            send=lambda events: _on_loop(loop, session.send_all, events),
+            send=Deliveries(loop, session.send_all).put,
             on_open=lambda result: _on_loop(loop, resolve, opened, result),
             on_failure=lambda: _on_loop(loop, session.end, 1011, "the session failed"),
             call_log=call_log,
@@ -392,6 +393,37 @@ def _is_live(session: ClientSession) -> bool:
 def resolve(future: asyncio.Future[Any], result: object) -> None:
     if not future.done():
         future.set_result(result)
+
+
+class Deliveries:
+    """Events from the engine thread to the event loop, in order. The loop is woken once for all
+    that come before it looks: a wake-up costs more than an event."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        deliver: Callable[[list[protocol.ServerEvent]], None],
+    ) -> None:
+        self._loop, self._deliver = loop, deliver
+        self._lock = threading.Lock()
+        self._waiting: list[list[protocol.ServerEvent]] = []
+
+    def put(self, events: list[protocol.ServerEvent]) -> None:
+        """From any thread; returns at once."""
+        with self._lock:
+            self._waiting.append(events)
+            if len(self._waiting) > 1:
+                return
+        _on_loop(self._loop, self._take)
+
+    def _take(self) -> None:
+        with self._lock:
+            batches, self._waiting = self._waiting, []
+        for events in batches:
+            try:
+                self._deliver(events)
+            except Exception:  # the others of this wake-up come all the same
+                log.exception("events could not be delivered")
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:

@@ -201,7 +201,8 @@ class StreamHub:
         session = self._session(self._keeper.camera(name))
         if session.handle is None:
             raise ServerBusy(f"the stream {name!r} is just ending", remedy="try again later")
-        return await ask(session.handle, session.listeners, question)
+        event_id = session.next_stranger_id()
+        return await ask(session.handle, session.listeners, question, event_id)
 
     def _on_state(self, camera: Camera) -> None:
         self.observers.noted(camera, self._table.live_session(camera.name))

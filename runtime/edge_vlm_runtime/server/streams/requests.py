@@ -39,18 +39,20 @@ async def request(
         listeners.discard(events.put_nowait)
 
 
-async def ask(handle: SessionHandle, listeners: Listeners, question: str) -> protocol.ResponseDone:
+async def ask(
+    handle: SessionHandle, listeners: Listeners, question: str, event_id: str
+) -> protocol.ResponseDone:
     """The answer to a question that no dialogue goes before. Raises what it is refused with,
     SessionGone. Cancelled, the answer ends."""
     events: asyncio.Queue[protocol.ServerEvent | None] = asyncio.Queue()
     options = ResponseOptions(conversation="none")
     message = protocol.ResponseCreate(text=question, response=options)
-    message.event_id = f"server_{next(_numbers)}"
+    message.event_id = event_id
     listeners.add(events.put_nowait)
     response_id: str | None = None
     try:
         handle.take(message)
-        created = await _reply(events, message.event_id, protocol.ResponseCreated)
+        created = await _reply(events, event_id, protocol.ResponseCreated)
         response_id = created.response_id
         while True:
             event = await events.get()
