@@ -313,6 +313,11 @@ def test_every_size_has_picture_and_question_together(site: Site) -> None:
     share = "document.getElementById('stage').getBoundingClientRect().height / innerHeight"
 
     async def steps(page: Visit) -> None:
+        await page.until("document.querySelectorAll('#cameras li').length === 2")
+        await page.says("banner", "toy")
+        await page.resize(PHONE)  # where that leaves the least room
+        for seen in ("#stage", "#question", "#ask [type=submit]", "#chips"):
+            await page.until(shown.format(seen))
         await watch_demo(page)
         await page.click("#chips button")
         await page.until(f"{TIMES} === 1")
