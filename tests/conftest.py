@@ -41,8 +41,16 @@ SLOW = (
     *(
         f"runtime/test_{name}.py"
         for name in (
-            *("addresses", "alert_sinks", "backends", "cameras", "client", "clip_policy", "exact_prefill"),
-            *("hostile_input", "interleaved", "prompt_view", "recording", "resume", "rtsp_server"),
+            *("addresses", "alert_sinks", "backends", "cameras", "client", "clip_policy"),
+            *(
+                "exact_prefill",
+                "hostile_input",
+                "interleaved",
+                "prompt_view",
+                "recording",
+                "resume",
+                "rtsp_server",
+            ),
             *("schedules", "sources", "stream_times", "token_budget"),
         )
     ),

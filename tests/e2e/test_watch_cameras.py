@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,7 +90,7 @@ def port_of(line: str) -> int:
 
 
 @pytest.fixture
-def absent_port() -> Iterator[int]:
+def absent_port() -> int:
     """Of a camera that is not there yet."""
     with RtspCamera() as camera:
         port = camera.port
