@@ -64,10 +64,10 @@ away longest. A connection closed with 1000 or 1001 ends its session at once.
 a session: `session.created` has `stream` and an empty `resume_token`, the numbers of the events are
 the subscriber's own, and a connection that breaks is not resumed. Events are those of the camera's
 session, everybody's answers among them, and `stream.updated`; an `error`, `alert.listed` and any
-`event_id` come only to whoever sent the message. Frames, `session.update` and what belongs to others
+`event_id` come only to who sent the message. Frames, `session.update` and what belongs to others
 or to the server's file get `E-SUBSCRIBER`, an unknown name `E-UNKNOWN-STREAM` and close code 1008.
 With `&subscribe_pictures=true` a binary message with the JPEG of a frame follows its
-`frame.accepted`, with the header below, `sequence` that of the event; only one waits at a time, so a
+`frame.accepted`, with the header below, `sequence` that of the event; one waits at most, so a
 slow reader misses some.
 
 ## Frames
