@@ -74,13 +74,12 @@ BEGIN, END = "alert.triggered", "alert.cleared"
 def test_an_alert_may_have_a_name_of_its_own() -> None:
     watcher = Watcher()
     watcher.create(name="visitor")
-    watcher.create(name="visitor")
+    with pytest.raises(ConfigError, match="an alert called 'visitor' already"):
+        watcher.create(name="visitor")
     watcher.create()
     named, nameless = (event.alert for event in watcher.of(messages.AlertCreated))
     assert named.name == "visitor"
     assert "name" not in json.loads(protocol.encode(messages.AlertCreated(alert=nameless)))["alert"]
-    [error] = watcher.of(protocol.Error)
-    assert "an alert called 'visitor' already" in error.error.message
     watcher.yes(0.9)
     watcher.show(1)
     begun = watcher.of(messages.AlertTriggered)
