@@ -38,6 +38,7 @@ from tests.runtime.live import TIMEOUT_S, run
 from tests.runtime.pictures import write_video
 from tests.runtime.rtsp_camera import RtspCamera
 from tests.runtime.test_connection import fake_table
+from tests.runtime.test_rtsp_server import RtspServer, is_installed
 from tests.tiny import tiny_bundle
 
 KEY = "the key"
@@ -505,6 +506,32 @@ def test_a_camera_that_is_late_and_goes_away_has_one_session(tmp_path: Path) -> 
 
 async def _accepted(client: Client) -> None:
     await client.events(protocol.FrameAccepted).__anext__()
+
+
+def test_a_real_camera_with_a_password_comes_back_in_its_session(tmp_path: Path) -> None:
+    if not is_installed():
+        pytest.skip("GStreamer's RTSP server (gir1.2-gst-rtsp-server-1.0) is not installed")
+    there = RtspServer()
+    try:
+        with owned(tmp_path / "cameras.toml", camera("door", there.url(), fps=5)) as found:
+            before = found.until("door", lambda stream: stream["frames_accepted"] > 0)
+            there.cut()
+            away = found.until("door", lambda stream: stream["state"] == "waiting")
+            assert "secret" not in json.dumps(away)
+            there.plug_in()
+            found.until(
+                "door",
+                lambda stream: (
+                    stream["state"] == "live"
+                    and stream["frames_accepted"] > before["frames_accepted"] + 1
+                ),
+            )
+            assert found.stream("door")["session"] == before["session"]
+            assert (
+                'edge_vlm_camera_returns_total{camera="door"} 1' in found.get("/metrics").decode()
+            )
+    finally:
+        there.cut()
 
 
 # ---- a changed file --------------------------------------------------------------------------
