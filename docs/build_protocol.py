@@ -60,14 +60,15 @@ away longest. A connection closed with 1000 or 1001 ends its session at once.
 
 ## Streams that the server owns
 
-`GET {path}?stream=NAME` subscribes to a [camera of the server's](cameras.md) instead of beginning a
-session: `session.created` has `stream` and an empty `resume_token`, the numbers of the events are the
-subscriber's own, and a connection that breaks is not resumed. Events are those of the camera's session,
-everybody's answers among them, and `stream.updated`; an `error`, `alert.listed` and any `event_id` come
-only to whoever sent the message. Frames, `session.update` and what belongs to others or to the server's
-file get `E-SUBSCRIBER`, an unknown name `E-UNKNOWN-STREAM` and close code 1008. With
-`&subscribe_pictures=true` a binary message with the JPEG of a frame follows its `frame.accepted`, with
-the header below, `sequence` that of the event; only one waits at a time, so a slow reader misses some.
+`GET {path}?stream=NAME` subscribes to a [camera of the server's](cameras.md) instead of beginning
+a session: `session.created` has `stream` and an empty `resume_token`, the numbers of the events are
+the subscriber's own, and a connection that breaks is not resumed. Events are those of the camera's
+session, everybody's answers among them, and `stream.updated`; an `error`, `alert.listed` and any
+`event_id` come only to who sent the message. Frames, `session.update` and what belongs to others
+or to the server's file get `E-SUBSCRIBER`, an unknown name `E-UNKNOWN-STREAM` and close code 1008.
+With `&subscribe_pictures=true` a binary message with the JPEG of a frame follows its
+`frame.accepted`, with the header below, `sequence` that of the event; one waits at most, so a
+slow reader misses some.
 
 ## Frames
 
@@ -99,7 +100,8 @@ CLOSING = """\
 | close code | why |
 | --- | --- |
 | 1000 | the client sent `session.close` |
-| 1001 | the server is stopping, or the camera subscribed to was removed or is another one; `session.go_away` came before, answers under way got their time |
+| 1001 | the server is stopping, or the camera that was subscribed to is gone; \
+`session.go_away` came before, answers under way got their time |
 | 1003 | the first message is binary and not of this protocol |
 | 1008 | the API key is missing or wrong; no such session to go on with, or another connection \
 went on with it; a page from another origin, and a `Host` that is not the server's \

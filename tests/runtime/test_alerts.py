@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from edge_vlm.errors import (
 from edge_vlm.pixels.frames import decode_jpeg
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol import alerts as messages
+from edge_vlm_runtime.protocol.base import UNSET
 from edge_vlm_runtime.protocol.settings import Attention
 from edge_vlm_runtime.session.alerts import MAX_WAITING_LISTS
 from tests.runtime.fake_engines import FakeBundle, FakeClock
@@ -67,6 +69,21 @@ class Watcher(Viewer):
 
 
 BEGIN, END = "alert.triggered", "alert.cleared"
+
+
+def test_an_alert_may_have_a_name_of_its_own() -> None:
+    watcher = Watcher()
+    watcher.create(name="visitor")
+    with pytest.raises(ConfigError, match="an alert called 'visitor' already"):
+        watcher.create(name="visitor")
+    watcher.create()
+    named, nameless = (event.alert for event in watcher.of(messages.AlertCreated))
+    assert named.name == "visitor"
+    assert "name" not in json.loads(protocol.encode(messages.AlertCreated(alert=nameless)))["alert"]
+    watcher.yes(0.9)
+    watcher.show(1)
+    begun = watcher.of(messages.AlertTriggered)
+    assert [event.alert_name for event in begun] == ["visitor", UNSET]
 
 
 def test_an_alert_begins_and_ends_with_what_is_seen_and_leaves_no_trace() -> None:

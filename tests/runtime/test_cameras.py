@@ -27,12 +27,17 @@ from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.client.live_streams import LiveStreams
 from edge_vlm_runtime.mcp.tools import StreamTools
 from edge_vlm_runtime.protocol.alerts import AlertCreated, AlertTriggered
-from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
 from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.server.client_session import ClientSession
+from edge_vlm_runtime.server.sessions import SessionRegistry
+from edge_vlm_runtime.server.streams.subscription import Subscription
+from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.sources import live, waiting
 from tests.runtime.live import TIMEOUT_S, run
 from tests.runtime.pictures import write_video
 from tests.runtime.rtsp_camera import RtspCamera
+from tests.runtime.test_connection import fake_table
 from tests.tiny import tiny_bundle
 
 KEY = "the key"
@@ -364,6 +369,108 @@ def test_cameras_and_subscribers_take_no_viewers_place(running: Owned) -> None:
     run(watch())
 
 
+class SlowSocket:
+    """Takes one message at a time, when it is let."""
+
+    def __init__(self) -> None:
+        self.sent: list[str | bytes] = []
+        self.room = asyncio.Semaphore(0)
+        self.closed: list[int] = []
+
+    async def receive(self) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send_text(self, data: str) -> None:
+        await self.room.acquire()
+        self.sent.append(data)
+
+    async def send_bytes(self, data: bytes) -> None:
+        await self.room.acquire()
+        self.sent.append(data)
+
+    async def close(self, code: int = 1000, reason: str | None = None) -> None:
+        self.closed.append(code)
+
+
+@contextmanager
+def subscribed(socket: SlowSocket, table: SessionRegistry, lost: list[int]) -> Iterator[Any]:
+    session = ClientSession(table.limits, camera="door")
+    settings = SessionSettings()
+    yield (
+        session,
+        Subscription(
+            socket,
+            session,
+            table.created(session, settings),
+            max_message_bytes=100,
+            with_pictures=True,
+            is_of_file=lambda alert_id: False,
+            is_draining=lambda: False,
+            on_lost_picture=lambda: lost.append(1),
+        ),
+    )
+
+
+def accepted(number: int) -> protocol.FrameAccepted:
+    return protocol.FrameAccepted(
+        frame_sequence=number,
+        time_s=number * 0.5,
+        age_ms=1.0,
+        queue_ms=0.0,
+        in_memory=True,
+        cells_seen=9,
+        cells_kept=4,
+        kept_cells=[],
+        kv_tokens=1,
+        stage_ms={},
+    )
+
+
+def test_a_slow_reader_loses_pictures_and_no_event() -> None:
+    async def watch(table: SessionRegistry) -> None:
+        socket, lost = SlowSocket(), list[int]()
+        with subscribed(socket, table, lost) as (session, subscription):
+            running = asyncio.create_task(subscription.run())
+            await asyncio.sleep(0)
+            for number in range(1, 6):
+                frame = EncodedFrame(
+                    seq=number, capture_us=number, received_ns=0, data=b"picture %d" % number
+                )
+                session.view.offered(frame)
+                session.send(accepted(number))
+            session.end(1001, "over")
+            for _ in range(20):
+                socket.room.release()
+            await running
+        events = [json.loads(each) for each in socket.sent if isinstance(each, str)]
+        assert [each["sequence"] for each in events] == [1, 2, 3, 4, 5, 6]
+        [picture] = [each for each in socket.sent if isinstance(each, bytes)]
+        assert picture.endswith(b"picture 5")
+        assert len(lost) == 4
+        assert socket.closed == [1001]
+        assert not session.listeners
+
+    with fake_table() as table:
+        run(watch(table))
+
+
+def test_one_who_does_not_read_at_all_is_closed() -> None:
+    async def watch(table: SessionRegistry) -> None:
+        socket = SlowSocket()
+        with subscribed(socket, table, []) as (session, subscription):
+            running = asyncio.create_task(subscription.run())
+            await asyncio.sleep(0)
+            for number in range(1, 20):
+                session.send(accepted(number))
+            await running
+        assert socket.closed == [1013]
+        assert not session.listeners
+
+    with fake_table(max_replay_events=10) as table:
+        run(watch(table))
+
+
 # ---- absence ---------------------------------------------------------------------------------
 
 
@@ -499,7 +606,7 @@ def test_subscribers_are_told_that_the_server_stops(source: RtspCamera, tmp_path
     async def watch(found: Owned, stop: Callable[[], Awaitable[None]]) -> None:
         async with subscribe_raw(found, "stream=door") as connection:
             await next_of(connection, "session.created")
-            stopping = asyncio.create_task(stop())  # type: ignore[arg-type]
+            stopping = asyncio.ensure_future(stop())
             await next_of(connection, "session.go_away")
             assert "stopping" in (await next_of(connection, "session.closed"))["reason"]
             with pytest.raises(websockets.ConnectionClosed) as caught:

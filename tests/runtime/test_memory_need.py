@@ -45,6 +45,17 @@ def test_its_parts(bundle: EngineBundle, settings: SessionSettings) -> None:
     assert need.most == need.least + 3 * need.cache
 
 
+def test_cameras_have_their_caches_from_the_start(
+    bundle: EngineBundle, settings: SessionSettings
+) -> None:
+    need = MemoryNeed.of(bundle, settings, LIMITS)
+    cameras = MemoryNeed.of(bundle, settings, LIMITS, num_cameras=3)
+    assert cameras.least == need.least + 2 * need.cache
+    assert cameras.most == need.most + 3 * need.cache
+    with pytest.raises(ConfigError, match="serving 3 cameras needs about"):
+        require_memory(bundle, settings, LIMITS, free=need.least, num_cameras=3)
+
+
 def test_scores_of_a_whole_mask_grow_with_the_square(bundle: EngineBundle) -> None:
     language, spec = bundle.config.language, bundle.specs["llm"]
     tensors = tuple(

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm_runtime.cli.alerts import AlertRoutes, alert_outputs
-from edge_vlm_runtime.cli.config import configured, read_tables
+from edge_vlm_runtime.cli.config import configured, read_tables, read_toml
 from edge_vlm_runtime.cli.home_assistant import home_assistant
 from edge_vlm_runtime.cli.options import serve_options, server_options
 from edge_vlm_runtime.cli.shared import print_notes
 from edge_vlm_runtime.engines.names import backend_options
 
 if TYPE_CHECKING:
+    from edge_vlm_runtime.cameras.config import CameraPlan
     from edge_vlm_runtime.cameras.keeper import CameraFile
 
 
 def _serve(args: argparse.Namespace) -> int:
-    import logging
-
     from edge_vlm_runtime.server.app import Server
 
     logging.basicConfig(
@@ -54,12 +55,25 @@ def _cameras(args: argparse.Namespace) -> CameraFile:
     file, tables = read_tables(args, os.environ)
     if file is None:
         return CameraFile(plan=CameraPlan())
-    return CameraFile(
-        plan=read_plan(tables, file),
-        path=file,
-        read=lambda: read_plan(read_tables(args, os.environ)[1], file),
-        hwaccel=args.hwaccel,
-    )
+    others = _others(file)
+
+    def read() -> CameraPlan:
+        nonlocal others
+        plan = read_plan(read_tables(args, os.environ)[1], file)
+        before, others = others, _others(file)
+        keys = sorted(key for key in {*before, *others} if before.get(key) != others.get(key))
+        if keys:
+            logging.getLogger(__name__).warning(
+                "%s: what changed in %s counts from the next start", file, ", ".join(keys)
+            )
+        return plan
+
+    return CameraFile(plan=read_plan(tables, file), path=file, read=read, hwaccel=args.hwaccel)
+
+
+def _others(file: Path) -> dict[str, Any]:
+    """What is not read anew while the server runs."""
+    return {key: value for key, value in read_toml(file).items() if key not in ("alert", "camera")}
 
 
 serve = configured(

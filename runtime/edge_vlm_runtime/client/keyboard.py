@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import ModuleType
 from typing import Any
 
@@ -78,7 +78,8 @@ class Keyboard:
             yield
             return
         self._loop = asyncio.get_running_loop()
-        with _single_keys(descriptor) if self._on_typing is not None else _as_it_is():
+        keys = _single_keys(descriptor) if self._on_typing is not None else nullcontext()
+        with _never_stopped(), keys:
             # A thread that waits for input cannot be ended: it is left behind, without a lock.
             threading.Thread(
                 target=self._read, args=(descriptor,), name="edge-vlm-keyboard", daemon=True
@@ -117,8 +118,16 @@ def _standard_input() -> int | None:
 
 
 @contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
+def _never_stopped() -> Iterator[None]:
+    """In the background of a terminal reading fails, instead of stopping the whole program."""
+    if not hasattr(signal, "SIGTTIN") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTTIN, before)
 
 
 @contextmanager
@@ -132,8 +141,6 @@ def _single_keys(descriptor: int) -> Iterator[None]:
     before: list[Any] = termios.tcgetattr(descriptor)
     now = [*before]
     now[3] = now[3] & ~(termios.ICANON | termios.ECHO)
-    # In the background, reading fails instead of stopping the whole program.
-    heeded = signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     try:
         if _is_ours(descriptor):
             termios.tcsetattr(descriptor, termios.TCSADRAIN, now)
@@ -141,7 +148,6 @@ def _single_keys(descriptor: int) -> Iterator[None]:
     finally:
         if _is_ours(descriptor):
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGTTIN, heeded)
 
 
 def _is_ours(descriptor: int) -> bool:

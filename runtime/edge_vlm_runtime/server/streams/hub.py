@@ -6,6 +6,7 @@ Lives on the event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -28,6 +29,8 @@ from edge_vlm_runtime.server.streams.observer import Observers
 from edge_vlm_runtime.server.streams.requests import ask
 from edge_vlm_runtime.server.streams.subscription import Subscription, WebSocket
 
+log = logging.getLogger(__name__)
+
 PREFIX = "/v1/streams"
 MAX_SUBSCRIBERS = 16
 """Of one camera."""
@@ -45,7 +48,7 @@ class StreamHub:
         self._live_api = live_api
         self._model = model
         self._subscribers: dict[str, set[Subscription]] = defaultdict(set)
-        self._listings: dict[str, asyncio.Task[list[messages.AlertStatus]]] = {}
+        self._listings: dict[str, asyncio.Task[list[messages.AlertStatus] | None]] = {}
         """Under way, by session: whoever asks meanwhile gets the same."""
         self._counts = CameraCounts()
         self.observers = Observers()
@@ -132,7 +135,7 @@ class StreamHub:
             "recording": camera.is_recorded,
         }
 
-    async def _alerts(self, session: ClientSession) -> list[messages.AlertStatus]:
+    async def _alerts(self, session: ClientSession) -> list[messages.AlertStatus] | None:
         listing = self._listings.get(session.session_id)
         if listing is None:
             listing = asyncio.get_running_loop().create_task(_list(session))
@@ -213,8 +216,10 @@ def _stream(camera: Camera) -> protocol.Stream:
     return protocol.Stream(name=camera.name, state=camera.state, detail=camera.detail)
 
 
-async def _list(session: ClientSession) -> list[messages.AlertStatus]:
+async def _list(session: ClientSession) -> list[messages.AlertStatus] | None:
+    """None when the session does not answer, because it ends or is too busy: not known."""
     try:
         return (await session.request(messages.AlertList(), messages.AlertListed)).alerts
-    except EdgeVlmError:  # it ends just now
-        return []
+    except EdgeVlmError as error:
+        log.warning("the alerts of stream %s are not known now: %s", session.camera, error)
+        return None
