@@ -24,6 +24,7 @@ from edge_vlm_runtime.cameras.keeper import CameraFile
 from edge_vlm_runtime.cli.config import read_toml
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.connection import Access
+from edge_vlm_runtime.client.events import EventStream
 from edge_vlm_runtime.client.live_streams import LiveStreams
 from edge_vlm_runtime.mcp.tools import StreamTools
 from edge_vlm_runtime.protocol.alerts import AlertCreated, AlertTriggered
@@ -38,6 +39,7 @@ from tests.runtime.live import TIMEOUT_S, run
 from tests.runtime.pictures import write_video
 from tests.runtime.rtsp_camera import RtspCamera
 from tests.runtime.test_connection import fake_table
+from tests.runtime.test_rtsp_server import RtspServer, is_installed
 from tests.tiny import tiny_bundle
 
 KEY = "the key"
@@ -486,13 +488,11 @@ def test_a_camera_that_is_late_and_goes_away_has_one_session(tmp_path: Path) -> 
             assert client.created.session_id == before
             states = client.events(protocol.StreamUpdated)
             with RtspCamera(port=port) as there:
-                assert (await states.__anext__()).stream.state == "live"
+                await until_state(states, "live")
                 await client.wait(asyncio.ensure_future(_accepted(client)))
                 there.unplug()
-                gone = (await states.__anext__()).stream
-                assert gone.state == "waiting"
-                assert gone.detail
-                assert (await states.__anext__()).stream.state == "live"
+                assert (await until_state(states, "waiting")).detail
+                await until_state(states, "live")
 
     with owned(tmp_path / "cameras.toml", camera("door", address, fps=10)) as found:
         waiting = found.until(
@@ -503,8 +503,41 @@ def test_a_camera_that_is_late_and_goes_away_has_one_session(tmp_path: Path) -> 
         assert found.stream("door")["session"] == waiting["session"]
 
 
+async def until_state(states: EventStream[protocol.StreamUpdated], wanted: str) -> protocol.Stream:
+    """Why it waits may change meanwhile."""
+    while (stream := (await states.__anext__()).stream).state != wanted:
+        pass
+    return stream
+
+
 async def _accepted(client: Client) -> None:
     await client.events(protocol.FrameAccepted).__anext__()
+
+
+def test_a_real_camera_with_a_password_comes_back_in_its_session(tmp_path: Path) -> None:
+    if not is_installed():
+        pytest.skip("GStreamer's RTSP server (gir1.2-gst-rtsp-server-1.0) is not installed")
+    there = RtspServer()
+    try:
+        with owned(tmp_path / "cameras.toml", camera("door", there.url(), fps=5)) as found:
+            before = found.until("door", lambda stream: stream["frames_accepted"] > 0)
+            there.cut()
+            away = found.until("door", lambda stream: stream["state"] == "waiting")
+            assert "secret" not in json.dumps(away)
+            there.plug_in()
+            found.until(
+                "door",
+                lambda stream: (
+                    stream["state"] == "live"
+                    and stream["frames_accepted"] > before["frames_accepted"] + 1
+                ),
+            )
+            assert found.stream("door")["session"] == before["session"]
+            assert (
+                'edge_vlm_camera_returns_total{camera="door"} 1' in found.get("/metrics").decode()
+            )
+    finally:
+        there.cut()
 
 
 # ---- a changed file --------------------------------------------------------------------------
