@@ -287,19 +287,20 @@ def test_watch_refuses_what_makes_no_sense_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("library", "module", "option"),
-    [("httpx", "webhook", "--webhook"), ("aiomqtt", "mqtt", "--mqtt")],
+    ("library", "modules", "option"),
+    [("httpx", ["webhook"], "--webhook"), ("aiomqtt", ["mqtt", "mqtt_connection"], "--mqtt")],
 )
 def test_a_missing_extra_is_named(
     video: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     library: str,
-    module: str,
+    modules: list[str],
     option: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.delitem(sys.modules, f"edge_vlm_runtime.alert_sinks.{module}", raising=False)
+    for module in modules:
+        monkeypatch.delitem(sys.modules, f"edge_vlm_runtime.alert_sinks.{module}", raising=False)
     assert command_line(watch, watch_arguments(video, option, "http://127.0.0.1/")) == 9
     assert "edge-vlm[alerts]" in capsys.readouterr().err
 

@@ -467,7 +467,11 @@ class Home:
 
     @property
     def configs(self) -> list[str]:
-        return sorted(topic for topic in self.seen if topic.startswith("homeassistant/"))
+        return sorted(self.below("homeassistant/"))
+
+    def below(self, part: str) -> list[str]:
+        """Topics with this in their name."""
+        return [topic for topic in list(self.seen) if part in topic]
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._task.cancel)

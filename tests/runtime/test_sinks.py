@@ -17,6 +17,7 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
+from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
 from edge_vlm_runtime.alert_sinks.signature import Signer
 from edge_vlm_runtime.alert_sinks.tables import SinkTable, read_sinks
 from edge_vlm_runtime.alert_sinks.template import BodyTemplate
@@ -250,6 +251,7 @@ def test_a_named_receiver_shows_nothing_of_its_address_but_the_host() -> None:
     sink = WebhookSink("https://user:pass@hooks.example.org/token", name="slack")
     assert sink.name == "sink slack (hooks.example.org)"
     assert sink.key == "sink slack"
+    assert MqttSink("mqtt://u:p@broker/a/b", name="log").name == "sink log (broker)"
     table = SinkTable(name="a", url="https://host/token", secret=SECRET)
     assert "token" not in repr(table)
     assert SECRET not in repr(table)

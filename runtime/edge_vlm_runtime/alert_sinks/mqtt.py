@@ -45,7 +45,9 @@ class MqttSink:
         masked = mask_credentials(url)
         self._dialler = Dialler(MqttAddress.of(url))
         self._topic = self._dialler.address.topic
-        self.name = f"mqtt {masked}" if name is None else f"sink {name} ({masked})"
+        self.name = (
+            f"mqtt {masked}" if name is None else f"sink {name} ({self._dialler.address.host})"
+        )
         self.key = receiver_key(self.name, url) if name is None else f"sink {name}"
         self._client: Connection | None = None
         self._pictures = PictureLimit(self.name, evidence)

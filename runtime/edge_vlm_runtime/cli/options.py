@@ -94,6 +94,19 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HomeOptions:
+    """How the cameras of the server get into Home Assistant."""
+
+    home_assistant: Annotated[str | None, About(metavar="URL", is_secret=True)] = None
+    """Its MQTT broker, mqtt://[USER:PASSWORD@]HOST[:PORT][/TOPIC]: cameras become devices there,
+    alerts sensors."""
+    discovery_prefix: Annotated[str, About(metavar="TOPIC")] = "homeassistant"
+    """Home Assistant's topic for discovery."""
+    node: Annotated[str | None, About(metavar="NAME", shows_default=False)] = None
+    """This server's name on that broker (default: the machine's, and the port if not 8765)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceOptions:
     """How pictures are read."""
 
@@ -152,7 +165,6 @@ def own_limits(args: argparse.Namespace) -> ServerLimits:
 def serve_options() -> Groups:
     """All of `serve`, as `--help` shows them. Raises MissingExtraError."""
     from edge_vlm_runtime.cli.alerts import OutputOptions
-    from edge_vlm_runtime.cli.home_assistant import HomeOptions
     from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
 
     settings = options_of(SessionSettings, unset=True)

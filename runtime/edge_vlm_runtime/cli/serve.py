@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm_runtime.cli.alerts import AlertRoutes, alert_outputs
 from edge_vlm_runtime.cli.config import configured, read_tables, read_toml
-from edge_vlm_runtime.cli.home_assistant import home_assistant
 from edge_vlm_runtime.cli.options import serve_options, server_options
 from edge_vlm_runtime.cli.shared import print_notes
 from edge_vlm_runtime.engines.names import Backend, backend_options
@@ -19,6 +20,7 @@ from edge_vlm_runtime.engines.names import Backend, backend_options
 if TYPE_CHECKING:
     from edge_vlm_runtime.cameras.config import CameraPlan
     from edge_vlm_runtime.cameras.keeper import CameraFile
+    from edge_vlm_runtime.server.app import Server
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -43,10 +45,31 @@ def _serve(args: argparse.Namespace) -> int:
                 print_notes([server.runs_on])
             print_notes(server.notes)
             where = f"{server.page_url}  (clients: {server.url})"
-            with home_assistant(args, server, has_cameras=bool(cameras.plan.cameras)):
+            with _home_assistant(args, server):
                 server.serve(lambda: print(f"serving {args.bundle} at {where}", flush=True))
         print("stopped", flush=True)
     return 0
+
+
+@contextmanager
+def _home_assistant(args: argparse.Namespace, server: Server) -> Iterator[None]:
+    """If its broker was named. Raises ConfigError, MissingExtraError."""
+    if args.home_assistant is None:
+        yield
+        return
+    from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
+    from edge_vlm_runtime.server.streams.home_assistant import told_to_home_assistant
+
+    if not server.has_cameras:
+        print_notes(["Home Assistant is told of cameras alone, and there is no [[camera]] yet"])
+    with told_to_home_assistant(
+        server,
+        args.home_assistant,
+        node=args.node,
+        discovery_prefix=args.discovery_prefix,
+        evidence=EvidenceSize(args.evidence),
+    ):
+        yield
 
 
 def _cameras(args: argparse.Namespace) -> CameraFile:

@@ -281,6 +281,11 @@ class Server:
         return asyncio.run_coroutine_threadsafe(self._hub.ask(name, question), self._loop)
 
     @property
+    def has_cameras(self) -> bool:
+        """Of its own."""
+        return bool(self._keeper.plan.cameras)
+
+    @property
     def bundle_name(self) -> str:
         return self._engines.bundle.name
 
