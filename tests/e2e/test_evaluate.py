@@ -83,9 +83,9 @@ def test_a_model_answers_alike_in_torch_in_its_bundle_and_over_the_wire(
     assert len(stream["points_over_keep_all"]) == 2
     wrong = record["wrong"]["torch stream:0.5:frame"]
     assert len(wrong) == stream["questions"] - sum(k["right"] for k in stream["kinds"].values())
-    shown, said = capsys.readouterr()
+    shown, told = capsys.readouterr()
     assert re.search(
-        r"[\d,]+ questions about 2 clips in \d+ rows .* about \d+ .* by the first", said
+        r"[\d,]+ questions about 2 clips in \d+ rows .* about \d+ .* by the first", told
     )
     assert "stream" in shown
     assert "95 % interval" in shown
