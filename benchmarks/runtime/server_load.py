@@ -88,7 +88,8 @@ def with_idle_engines() -> LoadedBundle:
 
 
 def measure_viewers(seconds: float, folder: str) -> dict[str, Any]:
-    limits = ServerLimits(max_sessions=VIEWERS)
+    # the default's 2000 events are more than a viewer is told in 15 minutes
+    limits = ServerLimits(max_sessions=VIEWERS, max_replay_events=200)
     with Server(with_idle_engines(), limits=limits) as server:
         server.start()
         resident: list[int] = []

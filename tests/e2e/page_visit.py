@@ -21,7 +21,9 @@ class Visit(Page):
     context: str
 
     async def go(self, url: str, size: tuple[int, int] = DESKTOP) -> None:
-        self.context = (await self.call("Target.createBrowserContext"))["browserContextId"]
+        # The page is closed with the connection.
+        made = await self.call("Target.createBrowserContext", disposeOnDetach=True)
+        self.context = made["browserContextId"]
         await self.open(url, browserContextId=self.context)
         await self.resize(size)
         await self.loaded()

@@ -140,6 +140,8 @@ def test_camera_or_file_in_answers_and_kept_cells_out(tmp_path: Path) -> None:
             await page.open(url)
             await page.until("document.readyState === 'complete'")
             assert await page.value("document.title") == "edge-vlm"
+            await page.until(f"{text('model')} !== ''")
+            assert await page.value("document.getElementById('banner').hidden")  # it has no card
             await page.value("document.getElementById('question').value = 'too early ?'")
             await page.value("document.getElementById('ask').requestSubmit()")
             assert "Start the camera" in await page.value(text("notice"))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
-from websockets.asyncio.client import connect
 
 from edge_vlm.pixels.video import read_video
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
 from edge_vlm_runtime.server.app import Server
-from tests.e2e.test_page import CHROMIUM, Page, browser, text
-from tests.runtime.live import open_server, run
+from tests.e2e.page_visit import Visit
+from tests.e2e.page_visit import visited as visit_page
+from tests.e2e.test_page import CHROMIUM, text
+from tests.runtime.live import open_server
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -25,38 +26,39 @@ TICKS = "new Promise((done) => setTimeout(done, 1500))"
 AGAIN = "document.getElementById('again')"
 
 
-def visited(folder: Path, visit: Callable[[Page], Coroutine[Any, Any, None]]) -> None:
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with open_server() as server:
+        server.start()
+        yield server.page_url
+
+
+def visited(debugger: str, url: str, steps: Callable[[Visit], Coroutine[Any, Any, None]]) -> None:
     """Visits the page of a server; its camera has sent some pictures."""
 
-    async def open_page(debugger: str, url: str) -> None:
-        async with connect(debugger, max_size=None) as socket:
-            page = Page(socket)
-            await page.open(url)
-            await page.until("document.readyState === 'complete'")
-            await page.value("document.getElementById('camera').click()")
-            await page.until(f"parseInt({text('g-frame')}) >= 3")
-            await visit(page)
-            assert page.console == []
+    async def whole(page: Visit) -> None:
+        await page.click("#camera")
+        await page.until(f"parseInt({text('g-frame')}) >= 3")
+        await steps(page)
+        await page.click("#stop")
 
-    with open_server() as server, browser(folder / "profile") as debugger:
-        server.start()
-        run(open_page(debugger, server.page_url))
+    visit_page(debugger, url, whole)
 
 
-async def sent(page: Page) -> tuple[int, str]:
+async def sent(page: Visit) -> tuple[int, str]:
     """The number of the last picture that was taken, and what was dropped."""
     return int((await page.value(text("g-frame"))).split()[0]), await page.value(text("g-dropped"))
 
 
-async def sends_nothing(page: Page) -> None:
+async def sends_nothing(page: Visit) -> None:
     await page.value(TICKS)  # what was on its way arrives
     before = await sent(page)
     await page.value(TICKS)
     assert await sent(page) == before
 
 
-def test_a_camera_that_ends_is_said_so_and_can_be_started_again(tmp_path: Path) -> None:
-    async def visit(page: Page) -> None:
+def test_a_camera_that_ends_is_said_so_and_can_be_started_again(debugger: str, url: str) -> None:
+    async def visit(page: Visit) -> None:
         assert await page.value(f"{AGAIN}.hidden")
         # As when it is unplugged or its permission is taken back: `stop` itself tells nobody.
         await page.value(f"{TRACK}.stop(); {TRACK}.dispatchEvent(new Event('ended'))")
@@ -74,27 +76,28 @@ def test_a_camera_that_ends_is_said_so_and_can_be_started_again(tmp_path: Path) 
         assert await page.value(text("notice")) == ""
         assert await page.value(f"{AGAIN}.hidden")
 
-    visited(tmp_path, visit)
+    visited(debugger, url, visit)
 
 
-def test_a_permission_that_is_taken_back(tmp_path: Path) -> None:
-    async def visit(page: Page) -> None:
+def test_a_permission_that_is_taken_back(debugger: str, url: str) -> None:
+    async def visit(page: Visit) -> None:
         origin = await page.value("location.origin")
         await page.call(
             "Browser.setPermission",
             permission={"name": "camera"},
             setting="denied",
             origin=origin,
+            browserContextId=page.context,
         )
         await page.until(f"{TRACK}.readyState === 'ended'")
         await page.until(f"{text('notice')}.startsWith('The camera is gone')")
         await sends_nothing(page)
 
-    visited(tmp_path, visit)
+    visited(debugger, url, visit)
 
 
-def test_a_muted_camera_sends_nothing_until_it_is_back(tmp_path: Path) -> None:
-    async def visit(page: Page) -> None:
+def test_a_muted_camera_sends_nothing_until_it_is_back(debugger: str, url: str) -> None:
+    async def visit(page: Visit) -> None:
         await page.value(f"{TRACK}.dispatchEvent(new Event('mute'))")
         await page.until(f"{text('notice')}.startsWith('The camera gives no pictures')")
         await sends_nothing(page)
@@ -103,11 +106,11 @@ def test_a_muted_camera_sends_nothing_until_it_is_back(tmp_path: Path) -> None:
         await page.until(f"parseInt({text('g-frame')}) > {before}")
         assert await page.value(text("notice")) == ""
 
-    visited(tmp_path, visit)
+    visited(debugger, url, visit)
 
 
-def test_a_frozen_picture_is_not_sent_as_new(tmp_path: Path) -> None:
-    async def visit(page: Page) -> None:
+def test_a_frozen_picture_is_not_sent_as_new(debugger: str, url: str) -> None:
+    async def visit(page: Visit) -> None:
         await page.value(f"{VIDEO}.pause()")  # the track lives, the element stands still
         await sends_nothing(page)
         await page.until(f"{text('notice')}.startsWith('The camera gives no new pictures')")
@@ -116,10 +119,10 @@ def test_a_frozen_picture_is_not_sent_as_new(tmp_path: Path) -> None:
         await page.until(f"parseInt({text('g-frame')}) > {before}")
         await page.until(f"{text('notice')} === ''")
 
-    visited(tmp_path, visit)
+    visited(debugger, url, visit)
 
 
-def test_an_answer_shows_the_time_of_the_film(tmp_path: Path) -> None:
+def test_an_answer_shows_the_time_of_the_film(debugger: str, tmp_path: Path) -> None:
     """The model's own stamps were moved: the demo's clip comes after its first picture has stood
     for 12 s."""
     pictures = [rgb for _, rgb in read_video(DEMO_FOLDER / "clip.mp4", 2.0)]
@@ -131,23 +134,16 @@ def test_an_answer_shows_the_time_of_the_film(tmp_path: Path) -> None:
             container.mux(track.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
         container.mux(track.encode())
 
-    async def visit(debugger: str, url: str) -> None:
-        async with connect(debugger, max_size=None) as socket:
-            page = Page(socket)
-            await page.open(url)
-            await page.until("document.readyState === 'complete'")
-            await page.value(f"{VIDEO}.defaultPlaybackRate = 4")
-            await page.choose("#file", film)
-            await page.until(f"{VIDEO}.ended")
-            await page.value(
-                "document.getElementById('question').value = 'When did the mushroom appear?'"
-            )
-            await page.value("document.getElementById('ask').requestSubmit()")
-            await page.until("document.querySelector('#dialogue .times')?.textContent")
-            said = await page.value("document.querySelector('#dialogue .answer').textContent")
-            # A tick may come late, and the model sees what the ticks show.
-            assert said in ("at 13.0 s", "at 13.5 s", "at 14.0 s", "at 14.5 s")
+    async def visit(page: Visit) -> None:
+        await page.value(f"{VIDEO}.defaultPlaybackRate = 4")
+        await page.choose("#file", film)
+        await page.until(f"{VIDEO}.ended")
+        await page.submit("ask", "question", "When did the mushroom appear?")
+        await page.until("document.querySelector('#dialogue .times')?.textContent")
+        said = await page.value("document.querySelector('#dialogue .answer').textContent")
+        # A tick may come late, and the model sees what the ticks show.
+        assert said in ("at 13.0 s", "at 13.5 s", "at 14.0 s", "at 14.5 s")
 
-    with Server.open(DEMO_BUNDLE, threads=1) as server, browser(tmp_path / "profile") as debugger:
+    with Server.open(DEMO_BUNDLE, threads=1) as server:
         server.start()
-        run(visit(debugger, server.page_url))
+        visit_page(debugger, server.page_url, visit)

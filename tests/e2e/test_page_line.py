@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from websockets.asyncio.client import connect
 
 from edge_vlm_runtime.server.app import Server
-from tests.e2e.test_page import CHROMIUM, Page, browser, text
+from tests.e2e.page_visit import Visit
+from tests.e2e.test_page import CHROMIUM, text
 from tests.runtime.live import open_server, run
 from tests.tiny import tiny_bundle
 
@@ -35,12 +34,11 @@ def cut_connections(server: Server) -> None:
     server._loop.call_soon_threadsafe(cut)
 
 
-def test_a_page_comes_back_to_its_session(tmp_path: Path) -> None:
+def test_a_page_comes_back_to_its_session(debugger: str) -> None:
     async def visit(debugger: str, server: Server) -> None:
         async with connect(debugger, max_size=None) as socket:
-            page = Page(socket)
-            await page.open(server.page_url)
-            await page.until("document.readyState === 'complete'")
+            page = Visit(socket)
+            await page.go(server.page_url)
             await page.value("document.getElementById('camera').click()")
             await page.until(f"parseInt({text('g-frame')}) >= 2")
             await page.value(ASK)
@@ -57,30 +55,25 @@ def test_a_page_comes_back_to_its_session(tmp_path: Path) -> None:
             assert await page.value("document.querySelectorAll('#dialogue li').length") == 3
             assert await page.value(text("notice")) == ""
 
-    with open_server() as server, browser(tmp_path / "profile") as debugger:
+    with open_server() as server:
         server.start()
         run(visit(debugger, server))
 
 
-def test_a_page_behind_an_api_key(tmp_path: Path) -> None:
+def test_a_page_behind_an_api_key(debugger: str) -> None:
     async def visit(debugger: str, server: Server) -> None:
         async with connect(debugger, max_size=None) as socket:
-            page = Page(socket)
-            await page.open(f"{server.page_url}#key=a%20secret%2Bkey")
-            await page.until("document.readyState === 'complete'")
+            page = Visit(socket)
+            await page.go(f"{server.page_url}#key=a%20secret%2Bkey")
             await page.value("document.getElementById('camera').click()")
             await page.until(f"{text('status')} === 'connected'")
-            stranger = Page(socket)
+            stranger = Visit(socket)
             stranger._numbers = page._numbers
-            await stranger.open(server.page_url)
-            await stranger.until("document.readyState === 'complete'")
+            await stranger.go(server.page_url)
             await stranger.value("document.getElementById('camera').click()")
             await stranger.until(f"{text('notice')}.includes('API key')")
             assert await stranger.value(text("status")) == "not connected"
 
-    with (
-        Server.open(tiny_bundle(), threads=1, api_key="a secret+key") as server,
-        browser(tmp_path / "profile") as debugger,
-    ):
+    with Server.open(tiny_bundle(), threads=1, api_key="a secret+key") as server:
         server.start()
         run(visit(debugger, server))

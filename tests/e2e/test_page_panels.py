@@ -3,8 +3,11 @@ browser."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
 import os
+import urllib.request
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ from edge_vlm_runtime.cameras.keeper import CameraFile
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
 from edge_vlm_runtime.server.app import Server
 from tests.e2e.page_visit import DESKTOP, LARGE, PHONE, Visit, visit, visited
-from tests.e2e.test_page import CHROMIUM, browser, text
+from tests.e2e.test_page import CHROMIUM, text
 from tests.runtime.live import run
 from tests.runtime.pictures import jpeg
 from tests.runtime.reverse_proxy import ReverseProxy
@@ -34,12 +37,6 @@ HIGHEST = "document.documentElement"
 class Site(NamedTuple):
     debugger: str
     url: str
-
-
-@pytest.fixture(scope="module")
-def debugger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with browser(tmp_path_factory.mktemp("profile") / "p") as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +158,21 @@ def test_a_camera_of_the_server(site: Site) -> None:
         await page.click("#chips button")
         await page.until(f"{TIMES} === 1")
         assert "seen until" in await page.value(text("dialogue"))
+        body = {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "How many things are there now?"}],
+            "edge_vlm": {"session": "bench"},
+        }
+        request = urllib.request.Request(
+            f"{site.url}v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with await asyncio.to_thread(urllib.request.urlopen, request, timeout=60) as reply:
+            told = json.load(reply)["choices"][0]["message"]["content"]
+        await page.says("dialogue", "How many things are there now? (asked elsewhere)")
+        await page.until(f"{TIMES} === 2")
+        assert told.strip() in await page.value(text("dialogue"))
         await page.says("alert-list", "fungus: Is there a mushroom now?")
         await page.says("history", "bench, fungus")  # from before anybody looked
         await page.click("#alert-list button")
@@ -319,6 +331,11 @@ def test_every_size_has_picture_and_question_together(site: Site) -> None:
     share = "document.getElementById('stage').getBoundingClientRect().height / innerHeight"
 
     async def steps(page: Visit) -> None:
+        await page.until("document.querySelectorAll('#cameras li').length === 2")
+        await page.says("banner", "toy")
+        await page.resize(PHONE)  # where that leaves the least room
+        for seen in ("#stage", "#question", "#ask [type=submit]", "#chips"):
+            await page.until(shown.format(seen))
         await watch_demo(page)
         await page.click("#chips button")
         await page.until(f"{TIMES} === 1")

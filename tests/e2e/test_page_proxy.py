@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
@@ -11,7 +9,8 @@ from websockets.exceptions import InvalidStatus
 from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.server.origins import Origins
-from tests.e2e.test_page import CHROMIUM, Page, browser, text
+from tests.e2e.page_visit import Visit
+from tests.e2e.test_page import CHROMIUM, text
 from tests.runtime.live import open_server, run
 from tests.runtime.reverse_proxy import ReverseProxy
 from tests.tiny import tiny_bundle
@@ -20,17 +19,14 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this
 CAMERA = "document.getElementById('camera').click()"
 
 
-async def open_page(page: Page, proxy: ReverseProxy) -> None:
-    await page.open(f"{proxy.origin}/vlm/")
-    await page.until("document.readyState === 'complete'")
+async def open_page(page: Visit, proxy: ReverseProxy) -> None:
+    await page.go(f"{proxy.origin}/vlm/")
     await page.value(CAMERA)
 
 
 @needs_browser
 @pytest.mark.parametrize("keeps_host", [True, False])
-def test_the_page_works_below_a_path_and_with_another_host(
-    tmp_path: Path, keeps_host: bool
-) -> None:
+def test_the_page_works_below_a_path_and_with_another_host(debugger: str, keeps_host: bool) -> None:
     async def visit(debugger: str) -> None:
         async with ReverseProxy(0, prefix="/vlm", keeps_host=keeps_host) as proxy:
             origins = [] if keeps_host else [proxy.origin]
@@ -38,25 +34,24 @@ def test_the_page_works_below_a_path_and_with_another_host(
                 proxy.upstream_port = server.port
                 server.start()
                 async with connect(debugger, max_size=None) as socket:
-                    page = Page(socket)
+                    page = Visit(socket)
                     await open_page(page, proxy)
                     await page.until(f"parseInt({text('g-frame')}) >= 2")
                     assert await page.value(text("status")) == "connected"
                     assert page.console == []
             assert proxy.not_found == []
 
-    with browser(tmp_path / "profile") as debugger:
-        run(visit(debugger))
+    run(visit(debugger))
 
 
 @needs_browser
 def test_a_page_that_is_refused_says_what_to_do(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    debugger: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def visit(debugger: str, server: Server) -> None:
         async with ReverseProxy(server.port, prefix="/vlm") as proxy:
             async with connect(debugger, max_size=None) as socket:
-                page = Page(socket)
+                page = Visit(socket)
                 await open_page(page, proxy)
                 notice = await page.until(text("notice"))
                 assert f"--allow-origin {proxy.origin}" in notice
@@ -67,7 +62,7 @@ def test_a_page_that_is_refused_says_what_to_do(
             assert f"'localhost:{server.port}'" in line
             assert f"--allow-origin {proxy.origin}" in line
 
-    with open_server() as server, browser(tmp_path / "profile") as debugger:
+    with open_server() as server:
         server.start()
         run(visit(debugger, server))
 

@@ -20,10 +20,12 @@ from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.constraints import Constraints, choice_grammar, schema_grammar
 from edge_vlm_runtime.openai.chat_request import read_chat_request
+from edge_vlm_runtime.openai.completion import Reply, Timing
 from edge_vlm_runtime.openai.one_shot import OneShots
 from edge_vlm_runtime.session.asking.questions import StopText
 from edge_vlm_runtime.session.frames import Encoding
 from tests.openai.served import png, post, serving
+from tests.runtime.metrics_events import done as response_done
 from tests.runtime.pictures import jpeg, picture
 from tests.runtime.viewer import Viewer
 
@@ -161,6 +163,13 @@ def test_a_live_session_drops_no_picture_of_the_conversation() -> None:
     viewer.run()
     assert {e.frame_sequence for e in viewer.of(protocol.FrameAccepted)} == {1, 2, 3}
     assert viewer.drop_reasons() == {4: "busy", 5: "stale"}
+
+
+def test_the_space_that_an_answer_begins_with_is_not_its_own() -> None:
+    done = response_done("r1", "completed", 0.1)
+    done.text = " a red cat"
+    whole = Reply(model="demo").whole(done, Timing(received_s=0.0))
+    assert whole["choices"][0]["message"]["content"] == "a red cat"
 
 
 def test_a_bug_of_ours_is_told_without_its_words(monkeypatch: pytest.MonkeyPatch) -> None:

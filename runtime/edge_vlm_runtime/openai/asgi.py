@@ -190,7 +190,7 @@ class OpenAiApi:
         answer = Reply(model=self._model_id, ignored=request.ignored)
         ignored = {"X-Edge-Vlm-Ignored": ", ".join(request.ignored)} if request.ignored else {}
         holds = not request.is_streamed
-        sent = 0
+        has_begun = False
         done: protocol.ResponseDone | None = None
         async with aclosing(events):
             async for event in events:
@@ -202,9 +202,10 @@ class OpenAiApi:
                 elif isinstance(event, protocol.ResponseOutputTextDelta):
                     if timing.first_s is None:
                         timing.first_s = clock()
-                    if not holds:
-                        await reply.write(sse(answer.chunk({"content": event.delta})))
-                        sent += 1
+                    text = event.delta if has_begun else event.delta.lstrip(" ")
+                    if text and not holds:
+                        await reply.write(sse(answer.chunk({"content": text})))
+                        has_begun = True
                 elif isinstance(event, protocol.ResponseDone):
                     done = event
         assert done is not None
@@ -215,7 +216,7 @@ class OpenAiApi:
             await reply.json(answer.whole(done, timing), ignored)
             return
         if holds and done.shown_text:
-            await reply.write(sse(answer.chunk({"content": done.shown_text})))
+            await reply.write(sse(answer.chunk({"content": done.shown_text.lstrip(" ")})))
         await reply.write(sse(answer.chunk({}, done.finish_reason)))
         if request.includes_usage:
             await reply.write(sse(answer.last_chunk(done, timing)))

@@ -61,7 +61,8 @@ class Reply:
         }
 
     def whole(self, done: protocol.ResponseDone, timing: Timing) -> dict[str, Any]:
-        message = {"role": "assistant", "content": done.shown_text, "refusal": None}
+        content = done.shown_text.lstrip(" ")  # models begin with the space between two words
+        message = {"role": "assistant", "content": content, "refusal": None}
         choice = {
             "index": 0,
             "message": message,

@@ -37,7 +37,6 @@ const cameras = new Cameras((name) => start(() => new Source("stream", name)), r
 const own = {
   "session.created"(event) {
     if (session.isAgain) {
-      gauges.sessionEnded();
       notice("");
       dialogue.note("Restarted: this is a new session and its memory is empty.");
     }
@@ -46,6 +45,7 @@ const own = {
     showModel(event.model, dialogue, alerts);
     settings.begin(event, source.kind === "camera" ? "live" : "wait", isOwn);
     alerts.begin(isOwn);
+    gauges.begin(isOwn);
     if (event.stream) own["stream.updated"](event);
     capture?.start();
   },

@@ -18,6 +18,7 @@ const charts = {
 };
 const before = { seen: 0, kept: 0 }; // of sessions that have ended
 let current = { seen: 0, kept: 0 };
+let base = current; // what the session had when this page came to it; null: not told yet
 
 function showSaved() {
   const seen = before.seen + current.seen;
@@ -26,6 +27,12 @@ function showSaved() {
   const saved = seen - kept;
   $("saved").textContent = `${Math.round((100 * saved) / seen)} % saved so far: ` +
     `${number(saved)} of ${number(seen)} picture parts never had to be read`;
+}
+
+// A camera of the server has read pictures before: those are not counted here.
+export function begin(isOwn) {
+  sessionEnded();
+  base = isOwn ? { seen: 0, kept: 0 } : null;
 }
 
 // The session has ended: its numbers are the last there are.
@@ -62,7 +69,8 @@ export const handlers = {
     $("g-kv").value = event.kv_tokens;
     $("g-memory").textContent = `${event.frames_in_memory} frames, ` +
       `${event.kv_tokens} of ${event.kv_capacity_tokens} tokens`;
-    current = { seen: event.cells_seen, kept: event.cells_kept };
+    base ??= { seen: event.cells_seen, kept: event.cells_kept };
+    current = { seen: event.cells_seen - base.seen, kept: event.cells_kept - base.kept };
     showSaved();
     // Older servers and machines without a sensor tell neither: no chart is better than an empty one.
     for (const [id, value, words] of [

@@ -85,10 +85,6 @@ export class Settings {
     this.#enter(created.settings);
     if (isOwn) this.#apply(this.#usable());
     this.#showFacts(created);
-    const canRead = this.#model.snapshot_tokens > 0;
-    $("detail").disabled = !canRead;
-    $("detail-note").textContent = canRead ? "looks at the newest picture alone, to read a label"
-      : "this model reads video only";
   }
 
   // Nothing runs: everything may be chosen again.
@@ -160,6 +156,10 @@ export class Settings {
     const rate = this.#inForce.fps_cap;
     this.#inForce = settings;
     this.#show(settings);
+    const canRead = this.#model.snapshot_tokens > 0;
+    $("detail").disabled = !canRead;
+    $("detail-note").textContent = canRead ? "looks at the newest picture alone, to read a label"
+      : "this model reads video only";
     if (settings.fps_cap !== rate) this.changed();
   }
 
