@@ -40,6 +40,7 @@ NEEDS = {
     "a broker": "edge-vlm: needs an MQTT broker",
     "another machine": "edge-vlm: names a machine that is yours",
     "an agent": "edge-vlm: is run by an agent's program",
+    "Ctrl-C": "edge-vlm: goes on until Ctrl-C",
     "docker": "edge-vlm: needs docker",
     "root": "edge-vlm: changes this machine",
     "a checkout": "edge-vlm: belongs to the tests, in a clone with `make test`",
@@ -147,13 +148,18 @@ def _commands_in(page: Path, text: str) -> Iterator[DocCommand]:
                 page=page,
                 line=first + number,
                 text=told.strip(),
-                needs=_needs(comment) or _needs(mark) or IMPLIED.get(_program(told)),
+                needs=_needs(comment) or _needs(mark) or _implied(told),
                 takes="takes " in comment.lower() or mark.startswith("Takes"),
             )
 
 
-def _program(line: str) -> str:
-    return next((word for word in line.split() if not _ASSIGNMENT.match(word)), "")
+def _implied(line: str) -> str | None:
+    words = [word for word in line.split() if not _ASSIGNMENT.match(word)]
+    if words[:2] == ["edge-vlm", "mcp"] and "--http" not in words:
+        return "an agent"
+    if words[:2] == ["edge-vlm", "watch"] and "--stream" in words:
+        return "Ctrl-C"
+    return IMPLIED.get(words[0]) if words else None
 
 
 def _outside_quotes(line: str) -> str:

@@ -133,13 +133,11 @@ def test_the_commands_of_a_page_run(
                 servers[-1].wait()
                 continue
             code = _run(text, checkout, ports[PORTS[0]])
-            deadline = time.monotonic() + PATIENCE_S
-            while code == NoFrameYet.exit_code and servers and time.monotonic() < deadline:
-                if NoFrameYet.code not in capfd.readouterr().err:
-                    break
+            shown, deadline = capfd.readouterr(), time.monotonic() + PATIENCE_S
+            while NoFrameYet.code in shown.err and servers and time.monotonic() < deadline:
                 time.sleep(0.2)  # who types takes longer than a camera to begin
                 code = _run(text, checkout, ports[PORTS[0]])
-            shown = capfd.readouterr()
+                shown = capfd.readouterr()
             allowed = {0} | FAILS.get(str(page.relative_to(ROOT)), set())
             assert code in allowed, f"{command.where}: {text}\n{shown.out}\n{shown.err}"
     finally:

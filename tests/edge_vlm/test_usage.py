@@ -18,7 +18,7 @@ from tests.conftest import ROOT
     [
         ("watch --sorce x", "edge-vlm watch: no such option: --sorce, did you mean --source?"),
         ("watch --source x --keep-ration=1", "--keep-ration, did you mean --keep-ratio?"),
-        ("watch", "edge-vlm watch: the following arguments are required: --source"),
+        ("ask", "edge-vlm ask: the following arguments are required: video, question"),
         ("serve --backend otr", "cannot be 'otr', only one of ort, cuda, trt, did you mean"),
         ("ask a b --detail vidoe", "did you mean video?"),
         ("data chek x", "did you mean check?"),
