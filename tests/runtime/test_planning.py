@@ -199,7 +199,7 @@ def test_forecasts_are_compared_with_what_really_runs(
     monkeypatch.setattr(check_module, "median_s", lambda run, clock, times: median_s(run, clock, 1))
     arguments = ["--check", str(DEMO_BUNDLE), "--turns", "1", "--threads", "1", "--json"]
     code = command_line(plan, arguments)
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["checks"]
     bundle = EngineBundle.open(DEMO_BUNDLE)
     for row, case in zip(found, cases_of(bundle), strict=True):
         assert row["forecast_ms"] == pytest.approx(RATES.seconds(case.work) * 1e3, abs=1e-3)
