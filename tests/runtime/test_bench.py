@@ -17,6 +17,7 @@ import jsonschema
 import pytest
 
 from edge_vlm.errors import ConfigError, MissingExtraError
+from edge_vlm_runtime.bench import run as run_module
 from edge_vlm_runtime.bench.compare import comparison
 from edge_vlm_runtime.bench.layers import WARMUPS, ort_nodes
 from edge_vlm_runtime.bench.machine import System, Watch
@@ -31,6 +32,7 @@ from edge_vlm_runtime.cli import bench as command_module
 from edge_vlm_runtime.cli.bench import bench
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.trt_library import TrtLibrary
+from edge_vlm_runtime.server import memory_need
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.command_line import command_line
 from tests.runtime.test_gauges import write_sensor
@@ -166,6 +168,25 @@ def test_what_was_measured_is_kept_when_it_is_interrupted(
     assert record["frames"][1]["stages_ms"]["frame"]["n"] == 3  # of the first turn
     assert record["answers"] is None
     assert "not complete: interrupted" in capsys.readouterr().out
+
+
+def test_contexts_that_nobody_asked_for_are_left_out_where_they_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stop_at(monkeypatch, "turn 1", interrupt)
+    monkeypatch.setattr(run_module, "longest_context", lambda bundle, workload: 100)
+    assert command_line(bench, [*WITHOUT_CONTEXT, "--json", str(tmp_path / "cut.json")]) == 130
+    record = read_record(tmp_path / "cut.json")
+    assert record["workload"]["contexts"] == [0, 64]
+    assert "context 512 left out" in record["notes"][0]
+
+
+def test_a_bundle_that_is_too_large_for_the_machine_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory_need, "free_memory", lambda: 10_000_000)
+    assert command_line(bench, SHORT) == 2
+    assert "and 0.01 GB are free" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -21,16 +21,17 @@ from edge_vlm.formats.precision import FP32, PRESETS
 from edge_vlm.presets import molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm_runtime.cli.plan import plan
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
-from edge_vlm_runtime.engines.ort import ModelInMemory
+from edge_vlm_runtime.engines.ort import ModelInMemory, OrtEngine
 from edge_vlm_runtime.planning import check as check_module
 from edge_vlm_runtime.planning.bounds import Bounds, roofline
-from edge_vlm_runtime.planning.check import Check, cases_of
+from edge_vlm_runtime.planning.check import Check, bind_noise, cases_of
 from edge_vlm_runtime.planning.costs import language_work, stem_work, trunk_work
 from edge_vlm_runtime.planning.devices import DEVICES, device_called, device_named
 from edge_vlm_runtime.planning.onnx_bytes import Node, chain, model
 from edge_vlm_runtime.planning.plan import Wanted, forecast_device, forecast_this, memory_parts
 from edge_vlm_runtime.planning.probe import Rates, median_s
 from tests.runtime.command_line import command_line
+from tests.tiny import tiny_variant
 
 RATES = Rates(
     copy_gb_s=20,
@@ -199,7 +200,7 @@ def test_forecasts_are_compared_with_what_really_runs(
     monkeypatch.setattr(check_module, "median_s", lambda run, clock, times: median_s(run, clock, 1))
     arguments = ["--check", str(DEMO_BUNDLE), "--turns", "1", "--threads", "1", "--json"]
     code = command_line(plan, arguments)
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["checks"]
     bundle = EngineBundle.open(DEMO_BUNDLE)
     for row, case in zip(found, cases_of(bundle), strict=True):
         assert row["forecast_ms"] == pytest.approx(RATES.seconds(case.work) * 1e3, abs=1e-3)
@@ -216,6 +217,16 @@ def test_forecasts_are_compared_with_what_really_runs(
     result = json.loads(out.read_text())
     assert result["command"] == "python -m benchmarks.runtime.plan_check --turns 1"
     assert [check["stage"] for check in result["checks"]] == [row["stage"] for row in found] * 2
+
+
+@pytest.mark.parametrize("variant", ["both", "ort-int4"])
+def test_graphs_of_every_layout_run_at_their_cases(variant: str) -> None:
+    bundle = EngineBundle.open(tiny_variant(variant))
+    for case in cases_of(bundle):
+        engine = OrtEngine(bundle, case.graph, threads=1)
+        bind_noise(engine, case.dims)
+        engine.run()
+        engine.close()
 
 
 def test_a_forecast_holds_within_a_quarter() -> None:

@@ -195,6 +195,11 @@ def stream(record: Record) -> list[str]:
         "",
         *markdown(rows, ">"),
     ]
+    if later := sum(point["in_memory_later"] for point in part["rates"]):
+        lines += [
+            "",
+            f"{later} pictures joined the memory later, together with others, and have no lag.",
+        ]
     session = part.get("session")
     if session and session["ttft_ms"]:
         lines += [

@@ -28,6 +28,9 @@ from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.planning.bounds import Bounds, measured_bounds, published_bounds, roofline
 from edge_vlm_runtime.planning.devices import device_called
+from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.server.memory_need import require_memory
+from edge_vlm_runtime.session.budget import default_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,13 @@ class KeepingRun(ABC):
         """Closes the record; `error` is what ended the run early."""
         self.record.run = self._watch.end()
         if error is not None:
-            told = str(error) if isinstance(error, EdgeVlmError) else "interrupted"
-            self.record.ended_by = told
+            self.record.ended_by = _told(error)
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return str(error) if isinstance(error, EdgeVlmError) else f"a bug, {error!r}"
 
 
 class BenchRun(KeepingRun):
@@ -150,6 +158,8 @@ class BenchRun(KeepingRun):
     def _check(self, bundle: EngineBundle) -> None:
         options = self._options
         self.record.model = model_record(bundle, options.backend.value, options.threads)
+        limits = ServerLimits(max_sessions=1)
+        require_memory(bundle, default_settings(bundle, limits), limits)
         if options.is_any_context:
             self._leave_out(longest_context(bundle, self._workload))
         self._workload.require_fits(bundle)

@@ -174,6 +174,7 @@ def _bundle_run(args: argparse.Namespace, workload: Workload, before: Before) ->
         threads=args.threads,
         trace=trace,
         by_layer=args.layers,
+        is_any_context=args.context is None,
         before=before,
         **backend_options(args),
     )

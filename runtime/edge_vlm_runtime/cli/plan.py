@@ -6,9 +6,10 @@ import argparse
 import difflib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
@@ -20,6 +21,7 @@ from edge_vlm_runtime.cli.options import BundleOptions
 if TYPE_CHECKING:
     from edge_vlm.config import ModelConfig
     from edge_vlm.formats.precision import Precision
+    from edge_vlm_runtime.planning.check import Check
     from edge_vlm_runtime.planning.plan import Forecast, Wanted
 
 MODELS = {"molmo2-4b": "molmo2_4b", "molmo2-8b": "molmo2_8b", "molmo2-o-7b": "molmo2_o_7b"}
@@ -180,7 +182,7 @@ def _check(args: argparse.Namespace) -> int:
         say=lambda what: print(what, file=sys.stderr, flush=True),
     )
     if args.json:
-        print(json.dumps([check.to_dict() for check in checks], indent=1))
+        print(json.dumps(check_record(args, checks), indent=1))
     else:
         rows = [("bundle", "stage", "measured", "forecast", "forecast / measured", "")]
         rows += [
@@ -196,6 +198,23 @@ def _check(args: argparse.Namespace) -> int:
         ]
         print("\n".join(columns(rows, "<<>>><")))
     return 0 if all(check.holds for check in checks) else 1
+
+
+def check_record(args: argparse.Namespace, checks: Sequence[Check]) -> dict[str, Any]:
+    """What docs/benchmarks.md shows."""
+    from edge_vlm_runtime.bench.machine import System
+    from edge_vlm_runtime.planning.check import ALLOWED
+
+    bundles = " ".join(f"--check {path.name}" for path in args.check)
+    return {
+        "command": f"edge-vlm plan {bundles} --threads {args.threads} --turns {args.turns} --json",
+        "device": System().cpu_name(),
+        "clock": "processor time",
+        "threads": args.threads,
+        "turns": args.turns,
+        "allowed": ALLOWED,
+        "checks": [check.to_dict() for check in checks],
+    }
 
 
 plan = Command(

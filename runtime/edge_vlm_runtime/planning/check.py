@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.precision import KVLayout
 from edge_vlm_runtime.engines.base import Engine
 from edge_vlm_runtime.engines.ort import OrtEngine
 from edge_vlm_runtime.planning.costs import Work, language_work, stem_work, trunk_work
@@ -92,6 +93,15 @@ def cases_of(bundle: EngineBundle) -> list[Case]:
     most = min(bundle.specs["llm"].dims["p"].max, language.max_positions) - cells - 8
     past = min(512, most)
     decode = "llm_decode" if "llm_decode" in bundle.specs else "llm"
+    is_joined = bundle.kv_layout is KVLayout.TOKEN_MAJOR
+
+    def language_case(stage: str, graph: str, new: int) -> Case:
+        dims = {"s": new, "p": past, "n": 1}
+        if not is_joined:  # one buffer with room for both
+            dims["C"] = past + new
+        work = language_work(language, precision, new, past, name=stage, is_joined=is_joined)
+        return Case(stage, graph, dims, work)
+
     return [
         Case("vit_stem", "vit_stem", {"F": 1}, stem_work(cfg, precision)),
         Case(
@@ -100,18 +110,8 @@ def cases_of(bundle: EngineBundle) -> list[Case]:
             {"F": 1, "G": cells},
             trunk_work(cfg, precision, cells),
         ),
-        Case(
-            "prefill",
-            "llm",
-            {"s": cells + 6, "p": past, "n": 1},
-            language_work(language, precision, cells + 6, past),
-        ),
-        Case(
-            "decode",
-            decode,
-            {"s": 1, "p": past, "n": 1},
-            language_work(language, precision, 1, past, name="decode"),
-        ),
+        language_case("prefill", "llm", cells + 6),
+        language_case("decode", decode, 1),
     ]
 
 
@@ -163,7 +163,11 @@ def _middle(before: Rates, after: Rates, work: Work) -> float:
 def bind_noise(engine: Engine, dims: Mapping[str, int]) -> None:
     """Small noise, and cells in their order."""
     rng = np.random.default_rng(0)
+    caches: dict[str, np.ndarray] = {}
     for tensor in engine.spec.tensors:
+        if tensor.name.startswith("present_"):  # where its past is
+            engine.bind_array(tensor.name, caches[tensor.name.replace("present_", "past_")])
+            continue
         shape = tensor.resolve(dims)
         if tensor.name == "cell_idx":
             value = np.arange(shape[0], dtype=tensor.dtype)
@@ -171,4 +175,5 @@ def bind_noise(engine: Engine, dims: Mapping[str, int]) -> None:
             value = (rng.standard_normal(shape, np.float32) * 0.1).astype(tensor.dtype)
         else:
             value = np.zeros(shape, tensor.dtype)
+        caches[tensor.name] = value
         engine.bind_array(tensor.name, value)
