@@ -32,7 +32,6 @@ class GpuMemory(CacheMemory, Protocol):
 @dataclass(frozen=True)
 class OrtDevice:
     memory: GpuMemory
-    provider: str = CUDA
     place: str = "cuda"
     """What the library calls that memory."""
 
@@ -51,11 +50,10 @@ class OrtEngine(Engine):
         name: str,
         *,
         threads: int,
+        provider: str = CPU,
         device: OrtDevice | None = None,
     ) -> None:
-        """`device`: where it runs, and whose memory tensors may be bound in besides the host's;
-        None is the CPU."""
-        provider = CPU if device is None else device.provider
+        """`device`: whose memory tensors may be bound in besides the host's."""
         onnxruntime = require_provider(provider)
         path = bundle.graph_path(name)
         super().__init__(bundle.specs[name])
