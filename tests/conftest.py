@@ -30,7 +30,7 @@ SLOW = (
         f"export/test_{name}.py"
         for name in (
             *("bad_input", "change_scorer", "check_inputs", "export", "footage", "image_encoder"),
-            *("scorerless", "trt_lint", "variants"),
+            *("openvino_runner", "scorerless", "trt_lint", "variants"),
         )
     ),
     *(

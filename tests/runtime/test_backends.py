@@ -267,8 +267,8 @@ def test_onnx_runtime_never_falls_back_to_the_cpu(
 def test_onnx_runtime_works_on_a_cache_in_device_memory(variant: str) -> None:
     folder = tiny_bundle() if variant == "plain" else tiny_variant(variant)
     bundle, device = EngineBundle.open(folder), _Waited()
-    where = OrtDevice(device, provider=CPU, place="cpu")  # the host's memory, as of a device
-    opened = open_by_ort(bundle, where, threads=1)
+    where = OrtDevice(device, place="cpu")  # the host's memory, as of a device
+    opened = open_by_ort(bundle, where, threads=1, provider=CPU)
     assert opened.runs_on.endswith(f"on {device.gpu.name}")
     with LoadedBundle(bundle, opened.graphs, opened.cache_memory) as engines:
         got = _stream(engines)

@@ -1,7 +1,8 @@
 """How an exported language graph attends to its past: four forms of the model's `attend_past`.
 
 Queries of one key-value head are computed as one product instead of repeating the keys, so that a
-long past is read once. Graphs have batch 1.
+long past is read once. Graphs have batch 1, and `squeeze` takes it away for nothing: an index
+would become a Gather, which copies.
 
 Shape letters: s new tokens, p past tokens, t = p + s, H heads, h key-value heads, g = H / h, d head
 width, C rows that an in-place cache has room for.
@@ -70,10 +71,10 @@ def chunked_attention(
         return split_attention(q, k, v, _bias_of(rule, past[0].shape[1])[None], past)
     out = torch.onnx.ops.symbolic(
         CHUNKED_ATTENTION,
-        [q[0], k[0], v[0], past[0][0], past[1][0], rule],
+        [*(x.squeeze(0) for x in (q, k, v, past[0], past[1])), rule],
         {"num_heads": q.shape[2], "kv_num_heads": k.shape[2], "head_dim": q.shape[3]},
         dtype=q.dtype,
-        shape=q[0].shape,
+        shape=q.shape[1:],
         version=1,
     )
     return out[None], (k, v)
@@ -115,25 +116,26 @@ def _group_query_attention(
 
 def _queries(q_1sHd: Tensor, num_kv_heads: int) -> Tensor:
     """[h, g s, d], scaled; heads of one group stand together, as the model repeats its keys."""
-    scaled = q_1sHd[0] * q_1sHd.shape[-1] ** -0.5
+    scaled = q_1sHd.squeeze(0) * q_1sHd.shape[-1] ** -0.5
     out: Tensor = scaled.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
     return out
 
 
 def _columns(keys_1thd: Tensor) -> Tensor:
     """[h, d, t]"""
-    return keys_1thd[0].permute(1, 2, 0)
+    return keys_1thd.squeeze(0).permute(1, 2, 0)
 
 
 def _matrix(values_1thd: Tensor) -> Tensor:
     """[h, t, d]"""
-    return values_1thd[0].permute(1, 0, 2)
+    return values_1thd.squeeze(0).permute(1, 0, 2)
 
 
 def _rows_of(bias_1st: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The mask for every head of a group: [g s, t]."""
     group = q.shape[2] // k.shape[2]
-    return bias_1st[0] if group == 1 else bias_1st[0].repeat(group, 1)
+    bias = bias_1st.squeeze(0)
+    return bias if group == 1 else bias.repeat(group, 1)
 
 
 def _heads(out_hrd: Tensor, q_1sHd: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from edge_vlm_runtime.bench.stages import Step
 from edge_vlm_runtime.engines.cuda import Cuda
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.engines.open import open_engines
-from edge_vlm_runtime.engines.ort import OrtDevice, OrtEngine
+from edge_vlm_runtime.engines.ort import CPU, CUDA, OrtEngine
 from edge_vlm_runtime.engines.trt import TrtEngine
 from edge_vlm_runtime.engines.trt_library import load_library
 from edge_vlm_runtime.planning.check import Case, bind_noise, cases_of
@@ -47,7 +47,7 @@ def layers_of(
                 bundle,
                 case.graph,
                 threads=threads,
-                device=OrtDevice(Cuda()) if backend is Backend.CUDA else None,
+                provider=CUDA if backend is Backend.CUDA else CPU,
                 profile_to=Path(folder) / "profile",
             )
             bind_noise(engine, case.dims)

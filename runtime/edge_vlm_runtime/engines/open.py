@@ -97,13 +97,17 @@ def open_graphs(
     return OpenGraphs(opened, runs_on=_in_words(bundle, by_openvino, why))
 
 
-def open_by_ort(bundle: EngineBundle, device: OrtDevice, *, threads: int) -> OpenGraphs:
+def open_by_ort(
+    bundle: EngineBundle, device: OrtDevice, *, threads: int, provider: str = CUDA
+) -> OpenGraphs:
     """ONNX Runtime with the cache in the device's memory. Raises MissingExtraError, EngineError,
     CudaError."""
     opened: dict[str, Engine] = {}
     try:
         for name in bundle.specs:
-            opened[name] = OrtEngine(bundle, name, threads=threads, device=device)
+            opened[name] = OrtEngine(
+                bundle, name, threads=threads, provider=provider, device=device
+            )
     except BaseException:
         _close(opened)
         raise
@@ -114,7 +118,7 @@ def open_by_ort(bundle: EngineBundle, device: OrtDevice, *, threads: int) -> Ope
 def _for_openvino(bundle: EngineBundle, backend: Backend) -> tuple[list[str], str]:
     """The graphs that OpenVINO runs, and why `auto` chose that.
 
-    `auto`: those of pictures, where the CPU multiplies bfloat16 itself (2.5 to 4 times fewer
+    `auto`: those of pictures, where the CPU multiplies bfloat16 itself (2 to 4 times fewer
     milliseconds than ONNX Runtime) and the bundle may compute in it or has int8 pictures. In
     float32 the two are equally fast. Reading a long past for one more token, ONNX Runtime is
     faster.

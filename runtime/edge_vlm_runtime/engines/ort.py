@@ -33,7 +33,6 @@ class GpuMemory(CacheMemory, Protocol):
 @dataclass(frozen=True)
 class OrtDevice:
     memory: GpuMemory
-    provider: str = CUDA
     place: str = "cuda"
     """What the library calls that memory."""
 
@@ -52,12 +51,12 @@ class OrtEngine(Engine):
         name: str,
         *,
         threads: int,
+        provider: str = CPU,
         device: OrtDevice | None = None,
         profile_to: Path | None = None,
     ) -> None:
-        """`device`: where it runs, and whose memory tensors may be bound in besides the host's;
-        None is the CPU. `profile_to`: begin of the name of a file for `end_profile`."""
-        provider = CPU if device is None else device.provider
+        """`device`: whose memory tensors may be bound in besides the host's. `profile_to`: begin of
+        the name of a file for `end_profile`."""
         onnxruntime = require_provider(provider)
         path = bundle.graph_path(name)
         super().__init__(bundle.specs[name])
