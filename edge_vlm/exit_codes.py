@@ -36,6 +36,7 @@ AREAS = {
     14: "a recording",
     15: "training data",
     16: "standard output takes no more",
+    17: "weights from a model hub",
 }
 
 

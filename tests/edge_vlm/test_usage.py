@@ -19,7 +19,10 @@ from tests.conftest import ROOT
         ("watch --sorce x", "edge-vlm watch: no such option: --sorce, did you mean --source?"),
         ("watch --source x --keep-ration=1", "--keep-ration, did you mean --keep-ratio?"),
         ("ask", "edge-vlm ask: the following arguments are required: video, question"),
-        ("serve --backend otr", "cannot be 'otr', only one of ort, cuda, trt, did you mean"),
+        (
+            "serve --backend otr",
+            "cannot be 'otr', only one of ort, cuda, trt, openvino, auto, did you mean",
+        ),
         ("ask a b --detail vidoe", "did you mean video?"),
         ("data chek x", "did you mean check?"),
         ("data check x --fsp 3", "edge-vlm data check: no such option: --fsp, did you mean --fps?"),
