@@ -19,6 +19,12 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this
 CAMERA = "document.getElementById('camera').click()"
 
 
+def own_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Of the log; on a busy machine asyncio, which checks itself in tests, has some, too."""
+    own = (record for record in caplog.records if record.name.startswith("edge_vlm"))
+    return [record.getMessage() for record in own]
+
+
 async def open_page(page: Visit, proxy: ReverseProxy) -> None:
     await page.go(f"{proxy.origin}/vlm/")
     await page.value(CAMERA)
@@ -56,8 +62,7 @@ def test_a_page_that_is_refused_says_what_to_do(
                 notice = await page.until(text("notice"))
                 assert f"--allow-origin {proxy.origin}" in notice
                 assert await page.value(text("status")) == "not connected"
-            records = [each for each in caplog.records if each.name.startswith("edge_vlm")]
-            (line,) = [record.getMessage() for record in records]
+            (line,) = own_lines(caplog)
             assert f"Origin is '{proxy.origin}'" in line
             assert f"'localhost:{server.port}'" in line
             assert f"--allow-origin {proxy.origin}" in line
@@ -83,7 +88,7 @@ def test_an_allowed_page_may_connect_and_no_other(caplog: pytest.LogCaptureFixtu
                 run(session(server, "https://elsewhere.example"))
         with pytest.raises(InvalidStatus, match="403"):
             run(session(server, "http://camera.example.org"))  # not encrypted
-    lines = [record.getMessage() for record in caplog.records]
+    lines = own_lines(caplog)
     assert len(lines) == 2  # each once
     assert "'https://elsewhere.example'" in lines[0]
 
