@@ -103,6 +103,7 @@ def ports() -> dict[str, str]:
     return free
 
 
+@pytest.mark.timeout(1800)  # a page has an export in it; on a busy machine that takes minutes
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(
     page: Path,
