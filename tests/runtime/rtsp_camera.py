@@ -52,6 +52,8 @@ class RtspCamera:
         trace: TracebackType | None,
     ) -> None:
         self._stopping = True
+        with contextlib.suppress(OSError):  # ends `accept`, which would take one client more
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.unplug()
         self._thread.join(5.0)
