@@ -168,7 +168,7 @@ def _orientation_of(image: Any) -> Orientation:
 
 def samples_of(rgb: np.ndarray) -> memoryview:
     """The bytes of rgb u8 [H, W, 3], row by row; not copied where they lie like that."""
-    return memoryview(np.ascontiguousarray(rgb).reshape(-1))
+    return np.ascontiguousarray(rgb).reshape(-1).data
 
 
 def raw_picture(samples: bytes | memoryview, width: int, height: int) -> bytes:
