@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import ROOT
 from benchmarks.runtime import cpu_backends, picture_path
+from edge_vlm.errors import GpuMissing
+from edge_vlm_runtime.engines.cuda import Cuda
 from tests.tiny import tiny_bundle
 
 
@@ -38,3 +44,19 @@ def test_cpu_backends_states_what_it_measured(tmp_path: Path) -> None:
             assert case["cases"]["ort"]["cosine"] == 1.0
             assert case["cases"]["openvino f32"]["cosine"] > 0.9999
             assert case["cases"]["openvino bf16"]["cosine"] > 0.99
+
+
+def test_a_borrowed_gpu_that_does_not_answer_is_said(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "device.sh"
+    env = {**os.environ, "PYTHON": sys.executable}
+    try:
+        Cuda()
+    except GpuMissing:
+        ended = subprocess.run(
+            [script, tmp_path / "out"], env=env, capture_output=True, text=True, timeout=120
+        )
+    else:
+        pytest.skip("there is a GPU here")
+    assert ended.returncode == GpuMissing.exit_code
+    assert "no NVIDIA driver" in ended.stderr
+    assert "device.sh: no GPU answers, nothing is measured" in ended.stderr
