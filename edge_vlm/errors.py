@@ -45,7 +45,7 @@
     |   |-- SnapshotsUnsupported 10 E-NO-SNAPSHOTS     the model reads video only
     |   |-- SnapshotTooLarge   10  E-SNAPSHOT-ROOM      no room for a picture in full detail
     |   |-- SessionGone        10  E-SESSION-GONE       no session of this name to go on with
-    |   |   `-- UnknownStream  10  E-UNKNOWN-STREAM     no camera of this name; lists all
+    |   |   `-- UnknownStream  10  E-UNKNOWN-STREAM     no such camera; lists those there are
     |   |-- NotForSubscribers  10  E-SUBSCRIBER         what only the owner of a stream may do
     |   |-- ReplayLost         10  E-REPLAY-LOST        it is there, but not all it said meanwhile
     |   |-- ClipTooLong        10  E-CLIP-TOO-LONG      more of a clip than its session can hold
