@@ -5,7 +5,6 @@ Tensors are bound in host memory. On a GPU the library copies them in and out at
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,15 +27,8 @@ class OrtEngine(Engine):
     """
 
     def __init__(
-        self,
-        bundle: EngineBundle,
-        name: str,
-        *,
-        threads: int,
-        provider: str = CPU,
-        profile_to: Path | None = None,
+        self, bundle: EngineBundle, name: str, *, threads: int, provider: str = CPU
     ) -> None:
-        """`profile_to`: begin of the name of a file for `end_profile`."""
         refuse_telemetry()
         try:
             import onnxruntime
@@ -56,9 +48,7 @@ class OrtEngine(Engine):
         # pool that spins between calls takes their time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
-        if profile_to is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(profile_to)
+        self._adjust(options)
         try:
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=list(dict.fromkeys([provider, CPU]))
@@ -84,6 +74,9 @@ class OrtEngine(Engine):
         self._inputs = {tensor.name for tensor in self.spec.inputs}
         self._dtypes = {t.name: np.dtype(t.dtype).type for t in self.spec.tensors}
 
+    def _adjust(self, options: Any) -> None:
+        """What a kind of engine changes of a session's options."""
+
     def _bind(self, tensor: TensorSpec, pointer: int, shape: Shape) -> None:
         name = tensor.name
         bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
@@ -95,14 +88,29 @@ class OrtEngine(Engine):
         except Exception as error:
             raise EngineError(f"graph {self.spec.name} failed: {error}") from error
 
-    def end_profile(self) -> Path:
-        """The file in which every run's nodes and times stand, as trace events."""
-        return Path(self._session.end_profiling())
-
     def close(self) -> None:
         self._binding = self._session = None
         self._kept.clear()
         self._bound.clear()
+
+
+class ProfiledOrtEngine(OrtEngine):
+    """One that notes every node of every run, which slows it down."""
+
+    def __init__(
+        self, bundle: EngineBundle, name: str, *, threads: int, provider: str, profile_to: str
+    ) -> None:
+        """`profile_to`: begin of the name of a file for `end_profile`."""
+        self._profile_to = profile_to
+        super().__init__(bundle, name, threads=threads, provider=provider)
+
+    def _adjust(self, options: Any) -> None:
+        options.enable_profiling = True
+        options.profile_file_prefix = self._profile_to
+
+    def end_profile(self) -> str:
+        """The file in which every run's nodes and times stand, as trace events."""
+        return str(self._session.end_profiling())
 
 
 class ModelInMemory:
