@@ -94,6 +94,18 @@ class OrtEngine(Engine):
         self._bound.clear()
 
 
+def ort_library() -> tuple[str, tuple[str, ...]]:
+    """Version and execution providers. Raises MissingExtraError, EngineError if it cannot load."""
+    refuse_telemetry()
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.for_library("onnxruntime", "ort") from error
+    except (ImportError, OSError) as error:  # a shared library of it is not there, or another one
+        raise EngineError(f"onnxruntime cannot be loaded: {error}") from error
+    return str(onnxruntime.__version__), tuple(onnxruntime.get_available_providers())
+
+
 class ProfiledOrtEngine(OrtEngine):
     """One that notes every node of every run, which slows it down."""
 
@@ -136,15 +148,3 @@ class ModelInMemory:
 
     def close(self) -> None:
         self._session = None
-
-
-def ort_library() -> tuple[str, tuple[str, ...]]:
-    """Version and execution providers. Raises MissingExtraError, EngineError if it cannot load."""
-    refuse_telemetry()
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise MissingExtraError.for_library("onnxruntime", "ort") from error
-    except (ImportError, OSError) as error:  # a shared library of it is not there, or another one
-        raise EngineError(f"onnxruntime cannot be loaded: {error}") from error
-    return str(onnxruntime.__version__), tuple(onnxruntime.get_available_providers())
