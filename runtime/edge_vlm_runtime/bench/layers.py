@@ -15,7 +15,7 @@ from edge_vlm_runtime.bench.stages import Step
 from edge_vlm_runtime.engines.cuda import Cuda
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.engines.open import open_engines
-from edge_vlm_runtime.engines.ort import CPU, CUDA, OrtEngine
+from edge_vlm_runtime.engines.ort import CPU, CUDA, ProfiledOrtEngine
 from edge_vlm_runtime.engines.trt import TrtEngine
 from edge_vlm_runtime.engines.trt_library import load_library
 from edge_vlm_runtime.planning.check import Case, bind_noise, cases_of
@@ -43,19 +43,19 @@ def layers_of(
     for case in cases:
         step(f"layers of {case.stage}")
         with tempfile.TemporaryDirectory(prefix="edge-vlm-profile-") as folder:
-            engine = OrtEngine(
+            engine = ProfiledOrtEngine(
                 bundle,
                 case.graph,
                 threads=threads,
                 provider=CUDA if backend is Backend.CUDA else CPU,
-                profile_to=Path(folder) / "profile",
+                profile_to=f"{folder}/profile",
             )
             bind_noise(engine, case.dims)
             for _ in range(WARMUPS + RUNS):
                 engine.run()
-            profile = engine.end_profile()
+            profile = Path(engine.end_profile()).read_text(encoding="utf-8")
             engine.close()
-            found.append(_table(case, ort_nodes(json.loads(profile.read_text()))))
+            found.append(_table(case, ort_nodes(json.loads(profile))))
     return found
 
 

@@ -7,7 +7,6 @@ those in host memory the library copies in and out at every run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,10 +52,8 @@ class OrtEngine(Engine):
         threads: int,
         provider: str = CPU,
         device: OrtDevice | None = None,
-        profile_to: Path | None = None,
     ) -> None:
-        """`device`: whose memory tensors may be bound in besides the host's. `profile_to`: begin of
-        the name of a file for `end_profile`."""
+        """`device`: whose memory tensors may be bound in besides the host's."""
         onnxruntime = require_provider(provider)
         path = bundle.graph_path(name)
         super().__init__(bundle.specs[name])
@@ -70,9 +67,7 @@ class OrtEngine(Engine):
         # are fused with their product; by default for 32, and the scales are read at every token.
         options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
         options.log_severity_level = 3
-        if profile_to is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(profile_to)
+        self._adjust(options)
         try:
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=list(dict.fromkeys([provider, CPU]))
@@ -99,6 +94,9 @@ class OrtEngine(Engine):
         self._inputs = {tensor.name for tensor in self.spec.inputs}
         self._dtypes = {t.name: np.dtype(t.dtype).type for t in self.spec.tensors}
 
+    def _adjust(self, options: Any) -> None:
+        """What a kind of engine changes of a session's options."""
+
     def _bind(self, tensor: TensorSpec, pointer: int, shape: Shape) -> None:
         name = tensor.name
         bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
@@ -117,14 +115,41 @@ class OrtEngine(Engine):
         except Exception as error:
             raise EngineError(f"graph {self.spec.name} failed: {error}") from error
 
-    def end_profile(self) -> Path:
-        """The file in which every run's nodes and times stand, as trace events."""
-        return Path(self._session.end_profiling())
-
     def close(self) -> None:
         self._binding = self._session = None
         self._kept.clear()
         self._bound.clear()
+
+
+def ort_library() -> tuple[str, tuple[str, ...]]:
+    """Version and execution providers. Raises MissingExtraError, EngineError if it cannot load."""
+    refuse_telemetry()
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.for_library("onnxruntime", "ort") from error
+    except (ImportError, OSError) as error:  # a shared library of it is not there, or another one
+        raise EngineError(f"onnxruntime cannot be loaded: {error}") from error
+    return str(onnxruntime.__version__), tuple(onnxruntime.get_available_providers())
+
+
+class ProfiledOrtEngine(OrtEngine):
+    """One that notes every node of every run, which slows it down."""
+
+    def __init__(
+        self, bundle: EngineBundle, name: str, *, threads: int, provider: str, profile_to: str
+    ) -> None:
+        """`profile_to`: begin of the name of a file for `end_profile`."""
+        self._profile_to = profile_to
+        super().__init__(bundle, name, threads=threads, provider=provider)
+
+    def _adjust(self, options: Any) -> None:
+        options.enable_profiling = True
+        options.profile_file_prefix = self._profile_to
+
+    def end_profile(self) -> str:
+        """The file in which every run's nodes and times stand, as trace events."""
+        return str(self._session.end_profiling())
 
 
 class ModelInMemory:
