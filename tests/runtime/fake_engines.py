@@ -169,7 +169,11 @@ class FakeBundle:
             defaults={},
             specs={
                 "llm": SimpleNamespace(
-                    inputs=[SimpleNamespace(name="past_k_0", dtype="float32")],
+                    inputs=[
+                        SimpleNamespace(name=f"past_{kind}_{layer}", dtype="float32")
+                        for kind in "kv"
+                        for layer in range(language.num_layers)
+                    ],
                     dims={
                         "s": DynamicDim(min=1, opt=16, max=512),
                         "p": DynamicDim(min=0, opt=16, max=512),

@@ -186,15 +186,3 @@ def require_provider(provider: str) -> Any:
             remedy="uninstall onnxruntime, then: pip install 'edge-vlm[gpu]'",
         )
     return onnxruntime
-
-
-def ort_library() -> tuple[str, tuple[str, ...]]:
-    """Version and execution providers. Raises MissingExtraError, EngineError if it cannot load."""
-    refuse_telemetry()
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise MissingExtraError.for_library("onnxruntime", "ort") from error
-    except (ImportError, OSError) as error:  # a shared library of it is not there, or another one
-        raise EngineError(f"onnxruntime cannot be loaded: {error}") from error
-    return str(onnxruntime.__version__), tuple(onnxruntime.get_available_providers())
