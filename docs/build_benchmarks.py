@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.tables import markdown
+from edge_vlm.console.tables import markdown
 from edge_vlm_runtime.bench import report
 from edge_vlm_runtime.planning.devices import DEVICES, KERNEL_US, MATRIX_SHARE, READ_SHARE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from edge_vlm.exit_codes import as_markdown
+from edge_vlm.console.exit_codes import as_markdown
 
 
 def main(arguments: list[str]) -> int:

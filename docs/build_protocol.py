@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.options import texts_of
+from edge_vlm.console.options import texts_of
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol import messages
 from edge_vlm_runtime.protocol.frames import DropReason

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import edge_vlm
+from edge_vlm.console.output import CLOSED_PIPE_EXIT_CODE, OutputClosed, standard_output
+from edge_vlm.console.usage import Parser, did_you_mean
 from edge_vlm.errors import EdgeVlmError, MissingExtraError, OutputError
-from edge_vlm.output import CLOSED_PIPE_EXIT_CODE, OutputClosed, standard_output
-from edge_vlm.usage import Parser, did_you_mean
 
 ENTRY_POINT_GROUP = "edge_vlm.commands"
 
@@ -65,7 +65,7 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; a typed error becomes one line on stderr.
 
-    Output that nobody reads any more ends the command quietly, see `edge_vlm.output`.
+    Output that nobody reads any more ends the command quietly, see `edge_vlm.console.output`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -137,7 +137,7 @@ def _help(commands: Mapping[str, metadata.EntryPoint], topics: list[str]) -> int
     parser = _top_parser(sorted(commands, key=_order))
     topic = topics[0] if len(topics) == 1 else None
     if topic == EXIT_CODES:
-        from edge_vlm.exit_codes import as_text
+        from edge_vlm.console.exit_codes import as_text
 
         print(as_text())
     elif topic is not None and topic in commands:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edge_vlm.console.progress import Progress, told
 from edge_vlm.errors import ConfigError, NonFinite
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.calibration import CalibrationTable, Threshold
@@ -18,7 +19,6 @@ from edge_vlm.formats.footage import Shot, read_footage
 from edge_vlm.model.published.folder import open_folder
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.patches import to_pixel_values
-from edge_vlm.progress import Progress, told
 
 KEEP_RATIOS = (0.7, 0.5, 0.3, 0.2)
 PERCENTS = range(5, 100, 5)

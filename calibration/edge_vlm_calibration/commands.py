@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from edge_vlm.cli import Command
+from edge_vlm.console.paths import input_footage, output_file
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.calibration import FP16_LIMIT, CalibrationTable
-from edge_vlm.paths import input_footage, output_file
 
 RANGES_SHOWN = 5
 

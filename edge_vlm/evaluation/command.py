@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import edge_vlm
 from edge_vlm.cli import Command, run_command
+from edge_vlm.console.paths import output_file, output_folder
+from edge_vlm.console.progress import Progress, duration
 from edge_vlm.errors import ConfigError, MissingExtraError
-from edge_vlm.paths import output_file, output_folder
-from edge_vlm.progress import Progress, duration
 
 if TYPE_CHECKING:
     from edge_vlm.evaluation.log import AnswerLog

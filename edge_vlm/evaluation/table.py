@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edge_vlm import tables
+from edge_vlm.console import tables
 from edge_vlm.evaluation.grading import judge
 from edge_vlm.evaluation.log import AnswerLog
 from edge_vlm.evaluation.runs import ATTENTIONS, KEEP_ALL, PATHS, POLICIES, Run

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_vlm.tables import columns
+from edge_vlm.console.tables import columns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
+from edge_vlm.console.paths import output_folder
 from edge_vlm.errors import CheckpointError, NoSpaceLeft
-from edge_vlm.paths import output_folder
 
 if TYPE_CHECKING:
     import torch

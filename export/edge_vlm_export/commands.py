@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
+from edge_vlm.console.paths import input_footage, output_folder
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import TOKENIZER
 from edge_vlm.formats.precision import PRESETS, Precision, Variant
-from edge_vlm.paths import input_footage, output_folder
 
 if TYPE_CHECKING:
     from edge_vlm.formats.bundle import EngineBundle

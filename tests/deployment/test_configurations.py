@@ -12,7 +12,7 @@ from edge_vlm.cli import main
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.alert_sinks.tables import read_sinks
 from edge_vlm_runtime.cameras.config import read_plan
-from edge_vlm_runtime.cli.config import TABLES, read_toml
+from edge_vlm_runtime.cli.common.config import TABLES, read_toml
 from tests.deployment.dockerfile import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edge_vlm import cli
-from edge_vlm.usage import Parser
+from edge_vlm.console.usage import Parser
 from tests.conftest import ROOT
 from tests.docs.commands import NEEDS, PAGES, WORDS, DocCommand, commands_of
 
@@ -49,7 +49,7 @@ def test_each_edge_vlm_line_is_taken(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # What is there when a command runs is another test's matter.
-    monkeypatch.setattr("edge_vlm.paths._try_writing", lambda folder, path: None)
+    monkeypatch.setattr("edge_vlm.console.paths._try_writing", lambda folder, path: None)
     monkeypatch.setattr(Path, "is_dir", lambda path: path.suffix == "")
     monkeypatch.setattr(Path, "exists", lambda path: True)
     for command in commands_of(ROOT / name):

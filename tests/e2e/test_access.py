@@ -27,9 +27,9 @@ from edge_vlm.errors import (
 )
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.connection import Access
+from edge_vlm_runtime.server.access.hosts import allowed_hosts, require_host
+from edge_vlm_runtime.server.access.tls import self_signed
 from edge_vlm_runtime.server.app import Server
-from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
-from edge_vlm_runtime.server.tls import self_signed
 from tests.runtime.live import TIMEOUT_S, run
 from tests.runtime.pictures import jpeg
 from tests.runtime.seen import Seen

@@ -7,8 +7,8 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from edge_vlm.errors import ConfigError
+from edge_vlm_runtime.server.access.origins import Origins
 from edge_vlm_runtime.server.app import Server
-from edge_vlm_runtime.server.origins import Origins
 from tests.e2e.page_visit import Visit
 from tests.e2e.test_page import CHROMIUM, text
 from tests.runtime.live import open_server, run

@@ -102,8 +102,8 @@ def test_help_lists_every_command_and_imports_none() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *listing, last = done.stdout.splitlines()
     assert (
-        last
-        == "0 ['edge_vlm', 'edge_vlm.cli', 'edge_vlm.errors', 'edge_vlm.output', 'edge_vlm.usage']"
+        last == "0 ['edge_vlm', 'edge_vlm.cli', 'edge_vlm.console', 'edge_vlm.console.output', "
+        "'edge_vlm.console.usage', 'edge_vlm.errors']"
     )
     for name, (_, summary) in cli.COMMANDS.items():
         assert any(line.split() == [name, *summary.split()] for line in listing), name

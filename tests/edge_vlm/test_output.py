@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from edge_vlm import cli, output
+from edge_vlm import cli
+from edge_vlm.console import output
 from edge_vlm.errors import OutputError
 from tests.tiny import tiny_bundle
 

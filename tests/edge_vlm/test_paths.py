@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from edge_vlm import cli, errors
+from edge_vlm.console.paths import output_file, output_file_in_folder, output_folder
 from edge_vlm.errors import ConfigError, RecordingError
-from edge_vlm.paths import output_file, output_file_in_folder, output_folder
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
 from tests.tiny import ROOT
 

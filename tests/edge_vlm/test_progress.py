@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from edge_vlm.progress import Progress, counted, duration
+from edge_vlm.console.progress import Progress, counted, duration
 
 
 class Clock:
@@ -52,7 +52,8 @@ def test_durations_in_words() -> None:
 
 def test_a_bar_on_a_terminal() -> None:
     code = (
-        "from edge_vlm.progress import counted; list(counted(range(7), 'clips', 7)); print('out')"
+        "from edge_vlm.console import progress; "
+        "list(progress.counted(range(7), 'clips', 7)); print('out')"
     )
     ours, theirs = pty.openpty()
     try:

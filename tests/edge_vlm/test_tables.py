@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_vlm.tables import columns, markdown
+from edge_vlm.console.tables import columns, markdown
 
 ROWS = [("name", "right", "of"), ("colour", "7", "12"), ("", "100", "")]
 

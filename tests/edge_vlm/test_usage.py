@@ -9,7 +9,8 @@ from importlib import metadata
 import pytest
 
 from docs import build_exit_codes
-from edge_vlm import cli, errors, exit_codes, output
+from edge_vlm import cli, errors
+from edge_vlm.console import exit_codes, output
 from tests.conftest import ROOT
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import ConfigError, Unauthorized
-from edge_vlm_runtime.server.auth import VARIABLE, read_api_key, require_key
+from edge_vlm_runtime.server.access.auth import VARIABLE, read_api_key, require_key
 
 KEY = "correct horse battery staple"
 

@@ -9,7 +9,7 @@ import pytest
 
 from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.cameras.config import read_plan
-from edge_vlm_runtime.cli.config import read_toml
+from edge_vlm_runtime.cli.common.config import read_toml
 
 DOOR = '[[camera]]\nname = "door"\nsource = "rtsp://user:secret@cam.local/1"\n'
 VISITOR = '[[alert]]\nname = "visitor"\ncamera = "door"\nquestion = "Is there a person now?"\n'

@@ -21,7 +21,7 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.cameras import keeper
 from edge_vlm_runtime.cameras.config import read_plan
 from edge_vlm_runtime.cameras.keeper import CameraFile
-from edge_vlm_runtime.cli.config import read_toml
+from edge_vlm_runtime.cli.common.config import read_toml
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.connection import Access
 from edge_vlm_runtime.client.events import EventStream

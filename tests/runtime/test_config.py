@@ -16,15 +16,15 @@ from typing import Annotated, Any
 import pytest
 
 from edge_vlm.cli import Command
+from edge_vlm.console.options import About, texts_of
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About, texts_of
 from edge_vlm.pruning.policies import POLICY_NAMES
-from edge_vlm_runtime.cli.alerts import rule_options
-from edge_vlm_runtime.cli.arguments import PREFIX, build, flat, given, options_of
 from edge_vlm_runtime.cli.ask import ask
-from edge_vlm_runtime.cli.config import configured, read_toml, resolve
+from edge_vlm_runtime.cli.common.alerts import rule_options
+from edge_vlm_runtime.cli.common.arguments import PREFIX, build, flat, given, options_of
+from edge_vlm_runtime.cli.common.config import configured, read_toml, resolve
+from edge_vlm_runtime.cli.common.options import bundle_options, serve_options, server_options
 from edge_vlm_runtime.cli.doctor import doctor
-from edge_vlm_runtime.cli.options import bundle_options, serve_options, server_options
 from edge_vlm_runtime.cli.serve import serve
 from edge_vlm_runtime.cli.watch import watch
 from edge_vlm_runtime.protocol.alerts import AlertRule

@@ -7,7 +7,7 @@ import os
 import pty
 import termios
 
-from edge_vlm_runtime.cli.alerts import parse_alert
+from edge_vlm_runtime.cli.common.alerts import parse_alert
 from edge_vlm_runtime.client.keyboard import Keyboard, LineEditor
 from tests.runtime.live import run
 

@@ -11,7 +11,7 @@ import pytest
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.cli.arguments import add_options, build, options_of
+from edge_vlm_runtime.cli.common.arguments import add_options, build, options_of
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
 from edge_vlm_runtime.session.budget import cache_capacity

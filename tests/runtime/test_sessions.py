@@ -89,7 +89,7 @@ def test_a_session_that_cannot_be_made_gives_its_place_back(
     [
         (worker, "SessionHandle"),
         (EngineWorker, "open_session"),
-        (SessionRegistry, "_model_part"),  # of the greeting
+        (SessionRegistry, "model_part"),  # of the greeting
     ],
 )
 def test_a_place_comes_back_wherever_the_opening_fails(

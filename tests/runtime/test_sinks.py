@@ -23,8 +23,8 @@ from edge_vlm_runtime.alert_sinks.tables import SinkTable, read_sinks
 from edge_vlm_runtime.alert_sinks.template import BodyTemplate
 from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 from edge_vlm_runtime.cameras.config import read_plan
-from edge_vlm_runtime.cli.alerts import AlertRoutes, alert_outputs
-from edge_vlm_runtime.cli.config import read_toml
+from edge_vlm_runtime.cli.common.alerts import AlertRoutes, alert_outputs
+from edge_vlm_runtime.cli.common.config import read_toml
 from tests.runtime.pictures import jpeg
 from tests.runtime.receivers import cleared, triggered
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from edge_vlm.errors import ConfigError
-from edge_vlm_runtime.server import tls
-from edge_vlm_runtime.server.tls import Tls, own_names, self_signed
+from edge_vlm_runtime.server.access import tls
+from edge_vlm_runtime.server.access.tls import Tls, own_names, self_signed
 
 
 def alternatives(made: Tls) -> set[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edge_vlm.console.tables import markdown
 from edge_vlm.errors import ConfigError
-from edge_vlm.tables import markdown
 from edge_vlm_runtime.bench.report import figure
 
 Record = Mapping[str, Any]

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edge_vlm.tables import markdown
+from edge_vlm.console.tables import markdown
 
 Record = Mapping[str, Any]
 NONE = "-"

@@ -133,7 +133,7 @@ class BenchRun(KeepingRun):
             check=self._check,
             **({} if options.trace is None else {"wrap": options.trace.wrap}),
         ) as engines:
-            self.record.model["runs_on"] = getattr(engines, "runs_on", None)
+            self.record.model["runs_on"] = engines.runs_on
             start = {"load_s": round(time.perf_counter() - begin, 3), "cold_s": None}
             self.record.sections["start"] = start
             self._frames_and_answers(engines, pictures)

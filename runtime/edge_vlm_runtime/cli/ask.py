@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError, NoQuestion
-from edge_vlm_runtime.cli.config import configured
-from edge_vlm_runtime.cli.options import (
+from edge_vlm_runtime.cli.common.config import configured
+from edge_vlm_runtime.cli.common.options import (
     access_of,
     add_access_arguments,
     add_settings_arguments,
@@ -22,7 +22,7 @@ from edge_vlm_runtime.cli.options import (
     serve_options,
     settings_of,
 )
-from edge_vlm_runtime.cli.shared import (
+from edge_vlm_runtime.cli.common.shared import (
     add_json_argument,
     finish,
     open_for,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_vlm.cli import INTERRUPTED_EXIT_CODE, Command
+from edge_vlm.console.options import About
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About
-from edge_vlm_runtime.cli.arguments import add_options, given, options_of
-from edge_vlm_runtime.cli.options import (
+from edge_vlm_runtime.cli.common.arguments import add_options, given, options_of
+from edge_vlm_runtime.cli.common.options import (
     BundleOptions,
     access_of,
     add_access_arguments,
@@ -231,7 +231,7 @@ def command_line(args: argparse.Namespace) -> str:
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A function to be told of each of `total` steps as it begins: a bar on a terminal, else a line
     each on standard error. Raises MissingExtraError."""
-    from edge_vlm.progress import Progress
+    from edge_vlm.console.progress import Progress
 
     if not sys.stderr.isatty():
 

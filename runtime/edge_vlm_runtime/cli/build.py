@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_vlm.cli import Command
+from edge_vlm.console.paths import output_folder
 from edge_vlm.errors import ConfigError
-from edge_vlm.paths import output_folder
 
 MEGABYTE = 1_000_000
 

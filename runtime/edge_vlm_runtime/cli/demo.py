@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from edge_vlm.cli import Command
-from edge_vlm_runtime.cli.options import add_bundle_arguments
+from edge_vlm_runtime.cli.common.options import add_bundle_arguments
 from edge_vlm_runtime.client.address import DEFAULT_PORT
 from edge_vlm_runtime.demo.paths import DEMO_FOLDER
 

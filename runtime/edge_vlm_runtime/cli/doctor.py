@@ -10,9 +10,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
-from edge_vlm.tables import columns
-from edge_vlm_runtime.cli.config import configured
-from edge_vlm_runtime.cli.options import bundle_options, serve_options
+from edge_vlm.console.tables import columns
+from edge_vlm_runtime.cli.common.config import configured
+from edge_vlm_runtime.cli.common.options import bundle_options, serve_options
 from edge_vlm_runtime.engines.names import Backend
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import edge_vlm
 from edge_vlm.cli import Command
-from edge_vlm.paths import output_file
-from edge_vlm_runtime.cli.options import add_bundle_arguments, add_url_argument, address_of
-from edge_vlm_runtime.cli.shared import server_url
+from edge_vlm.console.paths import output_file
+from edge_vlm_runtime.cli.common.options import add_bundle_arguments, add_url_argument, address_of
+from edge_vlm_runtime.cli.common.shared import server_url
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.protocol.typed import Settings

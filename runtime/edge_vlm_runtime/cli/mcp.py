@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from edge_vlm.cli import Command
-from edge_vlm.options import About
-from edge_vlm_runtime.cli.arguments import add_options, options_of
-from edge_vlm_runtime.cli.options import LOOPBACK, access_of, add_access_arguments, address_of
+from edge_vlm.console.options import About
+from edge_vlm_runtime.cli.common.arguments import add_options, options_of
+from edge_vlm_runtime.cli.common.options import (
+    LOOPBACK,
+    access_of,
+    add_access_arguments,
+    address_of,
+)
 from edge_vlm_runtime.client.address import DEFAULT_PORT
 
 DEFAULT_MCP_PORT = 8766

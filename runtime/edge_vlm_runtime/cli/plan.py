@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_vlm.cli import Command
+from edge_vlm.console.options import About
+from edge_vlm.console.tables import columns
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About
-from edge_vlm.tables import columns
-from edge_vlm_runtime.cli.arguments import add_options, given, options_of
-from edge_vlm_runtime.cli.options import BundleOptions
+from edge_vlm_runtime.cli.common.arguments import add_options, given, options_of
+from edge_vlm_runtime.cli.common.options import BundleOptions
 
 if TYPE_CHECKING:
     from edge_vlm.config import ModelConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
-from edge_vlm.paths import output_file
-from edge_vlm_runtime.cli.options import add_backend_arguments
+from edge_vlm.console.paths import output_file
+from edge_vlm_runtime.cli.common.options import add_backend_arguments
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import backend_options
 
@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _again(engines: LoadedBundle, recording: Recording) -> int:
     from edge_vlm.errors import ReplayDiffers
-    from edge_vlm_runtime.cli.alerts import alert_summary
+    from edge_vlm_runtime.cli.common.alerts import alert_summary
     from edge_vlm_runtime.client.terminal import LineOutput, summary_line
     from edge_vlm_runtime.recording.replay import Replay
     from edge_vlm_runtime.recording.report import Report

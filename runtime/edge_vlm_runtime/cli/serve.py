@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
-from edge_vlm_runtime.cli.alerts import AlertRoutes, alert_outputs
-from edge_vlm_runtime.cli.config import configured, read_tables, read_toml
-from edge_vlm_runtime.cli.options import serve_options, server_options
-from edge_vlm_runtime.cli.shared import print_notes
+from edge_vlm_runtime.cli.common.alerts import AlertRoutes, alert_outputs
+from edge_vlm_runtime.cli.common.config import configured, read_tables, read_toml
+from edge_vlm_runtime.cli.common.options import serve_options, server_options
+from edge_vlm_runtime.cli.common.shared import print_notes
 from edge_vlm_runtime.engines.names import Backend, backend_options
 
 if TYPE_CHECKING:

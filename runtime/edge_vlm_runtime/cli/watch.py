@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError
-from edge_vlm_runtime.cli.alerts import (
+from edge_vlm_runtime.cli.common.alerts import (
     add_alert_arguments,
     alert_handlers,
     alert_outputs,
@@ -18,8 +18,8 @@ from edge_vlm_runtime.cli.alerts import (
     create_alerts,
     tell_all,
 )
-from edge_vlm_runtime.cli.config import configured
-from edge_vlm_runtime.cli.options import (
+from edge_vlm_runtime.cli.common.config import configured
+from edge_vlm_runtime.cli.common.options import (
     access_of,
     add_access_arguments,
     add_record_argument,
@@ -32,7 +32,7 @@ from edge_vlm_runtime.cli.options import (
     serve_options,
     settings_of,
 )
-from edge_vlm_runtime.cli.shared import (
+from edge_vlm_runtime.cli.common.shared import (
     add_json_argument,
     finish,
     not_negative_float,

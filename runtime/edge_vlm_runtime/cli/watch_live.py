@@ -9,14 +9,14 @@ import functools
 from typing import TYPE_CHECKING, cast
 
 from edge_vlm.waiting import within
-from edge_vlm_runtime.cli.alerts import (
+from edge_vlm_runtime.cli.common.alerts import (
     alert_handlers,
     alert_summary,
     create_alerts,
     tell_all,
 )
-from edge_vlm_runtime.cli.options import access_of, settings_of
-from edge_vlm_runtime.cli.shared import finish, own_session, print_notes
+from edge_vlm_runtime.cli.common.options import access_of, settings_of
+from edge_vlm_runtime.cli.common.shared import finish, own_session, print_notes
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edge_vlm.console.tables import columns
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.intervals import Proportion
 from edge_vlm.formats.alert_set import Footage, LabelledAlert
-from edge_vlm.tables import columns
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertRule, AlertTriggered

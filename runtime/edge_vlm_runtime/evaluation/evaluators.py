@@ -14,8 +14,8 @@ from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.evaluation.bundle import BundleEvaluator, identity_of
 from edge_vlm_runtime.evaluation.served import ServedEvaluator
+from edge_vlm_runtime.server.access.auth import read_api_key
 from edge_vlm_runtime.server.app import Server
-from edge_vlm_runtime.server.auth import read_api_key
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from edge_vlm.errors import (
 )
 from edge_vlm_runtime.mcp.tools import LONGEST_WAIT_S, Happened, StreamTools, Watched
 from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.server.access.auth import check_key
+from edge_vlm_runtime.server.access.hosts import allowed_hosts, require_host
 from edge_vlm_runtime.server.asgi_server import AsgiServer, listen
-from edge_vlm_runtime.server.auth import check_key
-from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
 
 try:
     from mcp.server.mcpserver import MCPServer

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from edge_vlm.console.options import About
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About
 from edge_vlm_runtime.protocol.base import (
     UNSET,
     ClientMessage,

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import numpy as np
 
 from edge_vlm.config import MOST_FPS, require_numbers
+from edge_vlm.console.options import About
 from edge_vlm.errors import BundleSchemaError, ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
-from edge_vlm.options import About
 from edge_vlm.pruning.clip_budget import variant_of
 from edge_vlm.pruning.policies import POLICY_NAMES
 from edge_vlm.text.prompt import longest_frame, longest_image

@@ -48,21 +48,21 @@ from edge_vlm_runtime.openai.request_queue import RequestQueue
 from edge_vlm_runtime.protocol.base import json_bytes
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
+from edge_vlm_runtime.server.access.auth import SUBPROTOCOLS, require_key
+from edge_vlm_runtime.server.access.hosts import allowed_hosts, require_host
+from edge_vlm_runtime.server.access.origins import Origins
+from edge_vlm_runtime.server.access.tls import Tls
 from edge_vlm_runtime.server.asgi_server import AsgiServer, listen
-from edge_vlm_runtime.server.auth import SUBPROTOCOLS, require_key
 from edge_vlm_runtime.server.connection import Connection, refuse
-from edge_vlm_runtime.server.hosts import allowed_hosts, require_host
 from edge_vlm_runtime.server.live_api import MAX_BODY_BYTES, Answer, LiveApi
 from edge_vlm_runtime.server.live_api import PREFIX as LIVE_PREFIX
 from edge_vlm_runtime.server.memory_need import require_memory
 from edge_vlm_runtime.server.metrics import CONTENT_TYPE
-from edge_vlm_runtime.server.origins import Origins
 from edge_vlm_runtime.server.page import DEMO_CLIP, FACTS_PATH, PAGE_HEADERS, WEB, page_facts
 from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
 from edge_vlm_runtime.server.streams.hub import PREFIX as STREAMS_PREFIX
 from edge_vlm_runtime.server.streams.hub import StreamHub
 from edge_vlm_runtime.server.streams.observer import StreamObserver
-from edge_vlm_runtime.server.tls import Tls
 from edge_vlm_runtime.session.budget import default_settings, notes_on, video_window
 
 try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_vlm.errors import ConfigError, MissingExtraError
 from edge_vlm_runtime.protocol.settings import ServerLimits
-from edge_vlm_runtime.server.tls import Tls
+from edge_vlm_runtime.server.access.tls import Tls
 
 try:
     import h11

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import edge_vlm
 from edge_vlm.errors import MissingExtraError
 from edge_vlm_runtime import protocol
-from edge_vlm_runtime.server.tls import own_names
+from edge_vlm_runtime.server.access.tls import own_names
 
 try:
     import segno

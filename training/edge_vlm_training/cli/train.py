@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from edge_vlm.cli import Command
+from edge_vlm.console.paths import output_folder
+from edge_vlm.console.progress import Progress, counted, told
+from edge_vlm.console.usage import did_you_mean
 from edge_vlm.errors import ConfigError
-from edge_vlm.paths import output_folder
-from edge_vlm.progress import Progress, counted, told
-from edge_vlm.usage import did_you_mean
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
+from edge_vlm.console.options import About
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
-from edge_vlm_runtime.cli.arguments import Option, given, options_of
+from edge_vlm_runtime.cli.common.arguments import Option, given, options_of
 from edge_vlm_runtime.sources.masking import mask_credentials
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def sinks_of_file(args: argparse.Namespace) -> list[SinkTable]:
     if not getattr(args, "has_tables", False):
         return []
     from edge_vlm_runtime.alert_sinks.tables import read_sinks
-    from edge_vlm_runtime.cli.config import read_tables
+    from edge_vlm_runtime.cli.common.config import read_tables
 
     file, tables = read_tables(args, os.environ)
     return read_sinks(tables["sink"], file) if file is not None and "sink" in tables else []

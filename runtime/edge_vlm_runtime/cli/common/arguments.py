@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edge_vlm.console.options import About, abouts_of
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About, abouts_of
 
 PREFIX = "EDGE_VLM_"
 WORDS = {"1": True, "true": True, "yes": True, "on": True} | {

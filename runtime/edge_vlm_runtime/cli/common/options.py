@@ -12,10 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from edge_vlm.console.options import About
+from edge_vlm.console.paths import recording_file, recording_folder
 from edge_vlm.errors import ConfigError
-from edge_vlm.options import About
-from edge_vlm.paths import recording_file, recording_folder
-from edge_vlm_runtime.cli.arguments import Groups, add_options, build, flat, given, options_of
+from edge_vlm_runtime.cli.common.arguments import (
+    Groups,
+    add_options,
+    build,
+    flat,
+    given,
+    options_of,
+)
 from edge_vlm_runtime.client.address import DEFAULT_PORT
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import Backend
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.openai.media import MediaRules
     from edge_vlm_runtime.protocol.settings import ServerLimits
     from edge_vlm_runtime.protocol.typed import Settings
-    from edge_vlm_runtime.server.tls import Tls
+    from edge_vlm_runtime.server.access.tls import Tls
 
 URL_VARIABLE = "EDGE_VLM_URL"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -164,7 +171,7 @@ def own_limits(args: argparse.Namespace) -> ServerLimits:
 
 def serve_options() -> Groups:
     """All of `serve`, as `--help` shows them. Raises MissingExtraError."""
-    from edge_vlm_runtime.cli.alerts import OutputOptions
+    from edge_vlm_runtime.cli.common.alerts import OutputOptions
     from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
 
     settings = options_of(SessionSettings, unset=True)
@@ -258,7 +265,7 @@ def add_record_argument(parser: Any, metavar: str, help: str) -> None:
 def server_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments for `Server.open`. Raises ConfigError."""
     from edge_vlm_runtime.protocol.settings import ServerLimits
-    from edge_vlm_runtime.server.auth import read_api_key
+    from edge_vlm_runtime.server.access.auth import read_api_key
 
     key = read_api_key(args.api_key_file)
     if key is None and args.host not in LOOPBACK:
@@ -294,7 +301,7 @@ def _media(args: argparse.Namespace) -> MediaRules:
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:
-    from edge_vlm_runtime.server.tls import Tls, default_folder, own_names, self_signed
+    from edge_vlm_runtime.server.access.tls import Tls, default_folder, own_names, self_signed
 
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ConfigError("--tls-cert and --tls-key go together")
@@ -323,6 +330,6 @@ def address_of(args: argparse.Namespace) -> str | None:
 def access_of(args: argparse.Namespace) -> Access:
     """How to reach the server that was named. Raises ConfigError."""
     from edge_vlm_runtime.client.connection import Access
-    from edge_vlm_runtime.server.auth import read_api_key
+    from edge_vlm_runtime.server.access.auth import read_api_key
 
     return Access(api_key=read_api_key(args.api_key_file), ca_file=args.tls_ca)

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 
 from edge_vlm.cli import Command
 from edge_vlm.errors import ConfigError, MissingExtraError
-from edge_vlm_runtime.cli.arguments import PREFIX, Groups, Option, flat, places
-from edge_vlm_runtime.cli.options import URL_VARIABLE
-from edge_vlm_runtime.server.auth import VARIABLE as KEY_VARIABLE
+from edge_vlm_runtime.cli.common.arguments import PREFIX, Groups, Option, flat, places
+from edge_vlm_runtime.cli.common.options import URL_VARIABLE
+from edge_vlm_runtime.server.access.auth import VARIABLE as KEY_VARIABLE
 
 FILE_VARIABLE = "EDGE_VLM_CONFIG"
 TABLES = ("alert", "camera", "sink")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edge_vlm.config import MOST_FPS
 from edge_vlm.errors import ConfigError
-from edge_vlm_runtime.cli.options import own_limits
+from edge_vlm_runtime.cli.common.options import own_limits
 from edge_vlm_runtime.engines.names import backend_options
 
 OWN_MESSAGE_BYTES = 64 << 20
