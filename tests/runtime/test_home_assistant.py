@@ -153,11 +153,12 @@ def test_a_stream_is_a_device_and_its_alert_a_sensor(broker: Broker, home: Home)
         config = home.json(BALL_CONFIG)
         assert (config["name"], config["device"]["name"]) == (QUESTION, "door")
         assert config["state_topic"] == BALL
-        wait_until(lambda: home.text(BALL) == "OFF")
+        wait_until(lambda: home.text(BALL) == "None")  # nobody watches yet: not known
         wait_until(lambda: home.text(f"{DOOR_TOPIC}/camera") == "offline")
         bridged.note("door", is_live=True)
         wait_until(lambda: home.text(f"{DOOR_TOPIC}/camera") == "online")
         bridged.put("door", alert_created())
+        wait_until(lambda: home.text(BALL) == "OFF")
         bridged.put("door", triggered(1, jpeg(1)))
         wait_until(lambda: home.text(BALL) == "ON")
         details = home.json(f"{BALL}/details")
@@ -192,8 +193,12 @@ def test_what_is_no_more_is_taken_away(broker: Broker, home: Home) -> None:
         bridged.put("door", alert_created("is it dark ?", "alert_2", name="dark"))
         wait_until(lambda: len(home.configs) == 7)
         wait_until(lambda: home.text(f"{DOOR_TOPIC}/alert/dark") == "OFF")
-        bridged.begin("door")  # a new session: what a viewer had made is gone, the file's are off
-        wait_until(lambda: home.configs == ENTITIES and home.text(BALL) == "OFF")
+        bridged.begin("door")  # a new session: what a viewer had made is gone
+        wait_until(lambda: home.configs == ENTITIES and home.text(BALL) == "None")
+        bridged.put("door", alert_created())
+        wait_until(lambda: home.text(BALL) == "OFF")
+        bridged.put("door", messages.AlertDeleted(alert_id="alert_1"))  # and is not made anew
+        wait_until(lambda: home.text(BALL) == "None")
     other = "homeassistant/sensor/other_node/door__answer/config"
     home.say(other, "{}", retain=True)
     with bridge(broker) as bridged:

@@ -219,6 +219,7 @@ HOOK = '[[sink]]\nname = "a"\nurl = "https://host/secret-path"\n'
         ),
         (HOOK + 'headers = { A = "secret\\r\\nX: y" }', "header A is not one line of ASCII"),
         (HOOK + 'headers = { Webhook-Id = "x" }', "is ours to set"),
+        (HOOK + 'headers = { A = "x", a = "y" }', "the header a stands there twice"),
         (HOOK + 'headers = { "a b" = "x" }', "not a header's name"),
         (HOOK + 'secret_env = "K"\nsecret_file = "f"', "exclude each other"),
         (HOOK + 'secret_env = "SECRET_PLAIN"', "does not begin with whsec_"),
@@ -267,6 +268,7 @@ EVENT = {
     "question": "5 > 3 & x=y?",
     "probability": 0.98765,
     "lasted_s": 1.25,
+    "time_s": 1234567.125,
     "evidence": {"jpeg": "aGk="},
 }
 
@@ -277,6 +279,7 @@ EVENT = {
         ('{"c": "${camera}"}', "application/json", {"c": EVENT["camera"]}),
         ('{"p": ${probability}}', "application/json; charset=utf-8", {"p": 0.988}),
         ('{"age": "$age_s", "p": "$picture"}', "application/json", {"age": "", "p": "aGk="}),
+        ("$time_s", "text/plain", "1234567.125"),
         ("$$${lasted_s} $alert_name", "text/plain", "$1.25 5 > 3 & x=y?"),
         ("q=${question}", "application/x-www-form-urlencoded", "q=5+%3E+3+%26+x%3Dy%3F"),
     ],

@@ -199,6 +199,8 @@ class _Reader:
                 raise self._wrong(f"not a header's name: {name!r}", "letters, digits and -")
             if not text.isascii() or not text.isprintable():  # the text may be a secret
                 raise self._wrong(f"the header {name} is not one line of ASCII", "encode the rest")
+            if name.lower() in {other.lower() for other in headers}:
+                raise self._wrong(f"the header {name} stands there twice", "leave one out")
             headers[name] = text
         return headers
 

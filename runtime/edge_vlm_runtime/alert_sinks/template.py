@@ -115,4 +115,6 @@ class BodyTemplate:
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    return f"{round(value, 3):g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):  # not `:g`: a stream's time has more than six digits
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    return str(value)

@@ -71,6 +71,7 @@ class CameraKeeper:
         """A plan comes into force."""
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
 
     @property
     def is_read_anew(self) -> bool:
@@ -102,6 +103,7 @@ class CameraKeeper:
 
     async def stop_reading(self) -> None:
         """No more pictures and no more changes; the sessions stay."""
+        self._is_stopping = True
         await cancel(*self._tasks)
         for camera in self._cameras.values():
             await camera.stop_reading()
@@ -114,8 +116,9 @@ class CameraKeeper:
     # ---- changes -----------------------------------------------------------------------------
 
     def reload_soon(self) -> None:
-        """Reads the file anew, whether or not it seems changed."""
-        self._spawn(self.reload())
+        """Reads the file anew, whether or not it seems changed; not while all is being stopped."""
+        if not self._is_stopping:
+            self._spawn(self.reload())
 
     async def reload(self) -> None:
         """What is wrong with the file is logged, and the plan in force stays in force."""

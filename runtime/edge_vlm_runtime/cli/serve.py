@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
+from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.cli.common.alerts import AlertRoutes, alert_outputs
 from edge_vlm_runtime.cli.common.config import configured, read_tables, read_toml
 from edge_vlm_runtime.cli.common.options import serve_options, server_options
@@ -84,6 +85,10 @@ def _cameras(args: argparse.Namespace) -> CameraFile:
 
     def read() -> CameraPlan:
         nonlocal others
+        if not read_toml(file):  # an editor may be about to write it: cameras are not ended for that
+            raise ConfigError(
+                "the file is empty", where=file, remedy="for no camera at all write camera = []"
+            )
         plan = read_plan(read_tables(args, os.environ)[1], file)
         before, others = others, _others(file)
         keys = sorted(key for key in {*before, *others} if before.get(key) != others.get(key))

@@ -50,7 +50,10 @@ async def watch_live(args: argparse.Namespace, url: str, outputs: AlertDispatche
     grid = first.created.model.limits.cell_grid
     with JsonLines() if args.json else make_view(grid, title) as view:
 
+        before = first.created.session_id
+
         async def begin(client: Client, is_later: bool) -> None:
+            nonlocal before
             if not is_later:
                 print_notes(client.notes)
             if args.json:
@@ -62,9 +65,11 @@ async def watch_live(args: argparse.Namespace, url: str, outputs: AlertDispatche
             )
             made = await create_alerts(args, client)
             if is_later:
-                new = "" if args.stream is not None else ": a new session, its memory is empty"
+                is_new = client.created.session_id != before  # a stream's may have gone on
+                new = ": a new session, its memory is empty" if is_new else ""
                 again = f"; alerts that are watched for again: {len(made)}" if made else ""
                 view.say(f"connected again{new}{again}")
+            before = client.created.session_id
             own_alerts[:] = made
 
         async def end(client: Client) -> None:

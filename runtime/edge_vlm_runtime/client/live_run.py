@@ -79,7 +79,8 @@ class LiveRun:
         self._now_s = 0.0
         """Capture time of the newest picture."""
         self._first_s: float | None = None
-        """Of a stream that was running before."""
+        """Of a stream that was running before, by the clock of its present session: another one's
+        begins anew, and what is asked again and again goes on."""
 
     # ---- from outside ------------------------------------------------------------------------
 
@@ -97,7 +98,7 @@ class LiveRun:
             self._outcome.frames_sent += self._source is None
             if isinstance(event, protocol.FrameAccepted):
                 if self._first_s is None:
-                    self._first_s = event.time_s
+                    self._first_s = event.time_s - self._now_s
                 if self._source is None:
                     self._now_s = event.time_s - self._first_s
             self._has_seen = self._has_seen or (
@@ -120,7 +121,7 @@ class LiveRun:
             self._pictures.start(self._source, loop)
         try:
             while True:
-                self.client, self._has_seen = client, False
+                self.client, self._has_seen, self._first_s = client, False, None
                 try:
                     async with client:
                         await self._begin(client, client is not first)
@@ -143,6 +144,9 @@ class LiveRun:
             if self._source is not None:
                 self._source.close()
             self._outcome.elapsed_s = loop.time() - began_s
+            for question in self._waiting:
+                if question.every_s is None:
+                    self._say(f"not asked: {question.text}")
 
     # ---- sessions ----------------------------------------------------------------------------
 
@@ -221,14 +225,18 @@ class LiveRun:
             await self._news.wait()
 
     async def _ask_due(self, client: Client, *, is_end: bool = False) -> None:
-        """`is_end`: what was never due is asked now."""
-        waiting, self._waiting = self._waiting, []
-        for question in waiting:
+        """`is_end`: what was never due is asked now. What a connection breaks before is asked in
+        the next session."""
+        for question in tuple(self._waiting):
             is_due = question.at_s is None or question.at_s <= self._now_s + 1e-6
-            if not (is_due or is_end):
-                self._waiting.append(question)
+            if not (is_due or is_end) or question not in self._waiting:
                 continue
-            await self._ask(client, question)
+            self._waiting.remove(question)
+            try:
+                await self._ask(client, question)
+            except BaseException:
+                self._waiting.insert(0, question)
+                raise
             if question.every_s is not None and not is_end:
                 self._waiting.append(replace(question, at_s=self._now_s + question.every_s))
 

@@ -24,6 +24,8 @@ import edge_vlm
 from edge_vlm.errors import ConfigError
 
 ONLINE, OFFLINE, ON, OFF = "online", "offline", "ON", "OFF"
+UNKNOWN = "None"
+"""Home Assistant's word for a binary sensor whose state nobody knows."""
 DEFAULT_PREFIX = "homeassistant"
 DEFAULT_BASE = "edge-vlm"
 LONGEST_STATE = 255

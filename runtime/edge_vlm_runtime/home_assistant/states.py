@@ -16,6 +16,7 @@ from edge_vlm_runtime.home_assistant.entities import (
     ON,
     ONLINE,
     STATE_KEYS,
+    UNKNOWN,
     Place,
     StreamEntities,
 )
@@ -123,7 +124,8 @@ class HomeStates:
         stream.alerts[name] = _Alert(name, question, is_declared)
         entity = stream.entities.alert(name)
         self._configure(entity.topic, entity.payload)
-        self._alert_state(stream, name, OFF, {"question": question})
+        # OFF would be a claim while no session watches for it, or refuses to.
+        self._alert_state(stream, name, UNKNOWN, {"question": question})
 
     def _remove_alert(self, stream: _Stream, name: str) -> None:
         del stream.alerts[name]
@@ -145,7 +147,7 @@ class HomeStates:
         stream.questions.clear()
         for alert in list(stream.alerts.values()):
             if alert.is_declared:
-                self._alert_state(stream, alert.name, OFF, {"question": alert.question})
+                self._alert_state(stream, alert.name, UNKNOWN, {"question": alert.question})
             else:
                 self._remove_alert(stream, alert.name)
 
@@ -159,11 +161,14 @@ class HomeStates:
             alert_name = status.name or status.rule.question
             stream.names[status.alert_id] = alert_name
             self._add_alert(stream, alert_name, status.rule.question, is_declared=False)
+            self._alert_state(stream, alert_name, OFF, {"question": status.rule.question})
         elif isinstance(event, messages.AlertDeleted):
             alert_name = stream.names.pop(event.alert_id, "")
             known = stream.alerts.get(alert_name)
             if known is not None and not known.is_declared:
                 self._remove_alert(stream, alert_name)
+            elif known is not None:  # until it is made anew
+                self._alert_state(stream, alert_name, UNKNOWN, {"question": known.question})
         elif isinstance(event, (messages.AlertTriggered, messages.AlertCleared)):
             self._alert_event(stream, event)
         elif isinstance(event, protocol.ResponseCreated):
