@@ -87,6 +87,7 @@ class Server:
         self.model = ModelLimits.from_bundle(engines.bundle)
         video_window(self.settings, self.model, self.limits)  # raises if it cannot be held to
         accepted = Origins(origins)
+        names = allowed_hosts(host, [*hosts, *accepted.hosts])
         self._engines = engines
         self._recorder = recorder
         self._worker = EngineWorker(engines, self.limits)
@@ -142,7 +143,7 @@ class Server:
             settings=self.settings,
             limits=self.limits,
             origins=accepted,
-            hosts=allowed_hosts(host, [*hosts, *accepted.hosts]),
+            hosts=names,
             api_key=api_key,
             is_tls=self._is_tls,
             bound=self._socket.getsockname()[:2],
