@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
-from edge_vlm.errors import (
-    ConfigError,
+from edge_vlm.errors import ConfigError, MissingExtraError
+from edge_vlm.export_errors import (
     HubError,
     HubFileDamaged,
     HubNotFound,
     HubRefused,
     HubUnreachable,
-    MissingExtraError,
     NoSpaceLeft,
 )
 

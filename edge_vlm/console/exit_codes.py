@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from edge_vlm import errors, request_errors
+from edge_vlm import errors, export_errors, request_errors
 from edge_vlm.errors import EdgeVlmError
 
 _BRANCH = re.compile(
@@ -52,7 +52,7 @@ def described() -> dict[str, tuple[int, str, str]]:
 
 def classes() -> Iterator[type[EdgeVlmError]]:
     """Every error that has a code, in the order in which they are defined."""
-    for module in (errors, request_errors):
+    for module in (errors, export_errors, request_errors):
         for value in vars(module).values():
             is_error = isinstance(value, type) and issubclass(value, EdgeVlmError)
             if is_error and value.__module__ == module.__name__:

@@ -3,7 +3,9 @@
 - A closed pipe (`edge-vlm ... | head`) ends the command without a word, as it ends other programs;
   the exit code is the 141 that a shell gives those (128 + SIGPIPE).
 - Anything else, such as a full disk, is an OutputError.
-- A character that the encoding lacks is written as an escape, `\\u2588`.
+- A character that the encoding lacks is written as an escape, `\\u2588`, and so is one that a
+  terminal obeys: answers, names and recordings come from others. What is to be obeyed goes to
+  `obeyed(stream)`.
 - A descriptor that was closed from the start (`>&-`) takes everything and keeps nothing.
 """
 
@@ -11,15 +13,27 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from edge_vlm.errors import OutputError
 
 CLOSED_PIPE_EXIT_CODE = 141
 STANDARD = ("stdin", "stdout", "stderr")
+
+
+_OBEYED = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def visible_lines(text: str) -> str:
+    """`text` with all control characters but tabs and line feeds written out, marks of writing
+    direction too."""
+    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class OutputClosed(Exception):
@@ -38,6 +52,34 @@ class _Descriptor(io.FileIO):
         except OSError as error:
             self.failure = error
             raise
+
+
+class _Guarded(io.TextIOWrapper):
+    """Writes what can be read."""
+
+    def write(self, text: str, /) -> int:
+        super().write(visible_lines(text))
+        return len(text)
+
+    def write_obeyed(self, text: str) -> int:
+        return super().write(text)
+
+
+class _Obeyed:
+    """The stream below, control characters and all."""
+
+    def __init__(self, stream: _Guarded) -> None:
+        self._stream = stream
+        self.write = stream.write_obeyed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def obeyed(stream: TextIO) -> TextIO:
+    """Where a command writes what a terminal is to obey. Nothing of others goes there that did not
+    go through `visible_lines`."""
+    return cast(TextIO, _Obeyed(stream)) if isinstance(stream, _Guarded) else stream
 
 
 @contextmanager
@@ -94,7 +136,7 @@ def _guard(name: str) -> _Descriptor | None:
         write_through = stream.write_through
     descriptor = _Descriptor(STANDARD.index(name), "w", closefd=False)
     raw: Any = descriptor if write_through else io.BufferedWriter(descriptor)
-    guarded = io.TextIOWrapper(
+    guarded = _Guarded(
         raw,
         encoding,
         "backslashreplace",

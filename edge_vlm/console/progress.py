@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
+from edge_vlm.console.output import obeyed
 from edge_vlm.errors import MissingExtraError
 
 LINE_EVERY_S = 60.0
@@ -129,5 +130,5 @@ def _bar(unit: str) -> Any:
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[note]}"),
-        console=console.Console(stderr=True),
+        console=console.Console(file=obeyed(sys.stderr)),
     )

@@ -41,8 +41,8 @@ from edge_vlm.errors import (
     BundleHashMismatch,
     BundleNotFound,
     BundleSchemaError,
-    RangeFp16,
 )
+from edge_vlm.export_errors import RangeFp16
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.formats.usage import FrameRule, ModelCard

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import output_folder
-from edge_vlm.errors import CheckpointError, NoSpaceLeft
+from edge_vlm.errors import CheckpointError
+from edge_vlm.export_errors import NoSpaceLeft
 
 if TYPE_CHECKING:
     import torch

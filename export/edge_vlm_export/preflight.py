@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from edge_vlm.config import ModelConfig
-from edge_vlm.errors import NoSpaceLeft, NotEnoughMemory
+from edge_vlm.export_errors import NoSpaceLeft, NotEnoughMemory
 from edge_vlm.formats.bundle import IMAGE_ENCODER
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import WEIGHT_BYTES, Precision, weight_format

@@ -255,7 +255,8 @@ def test_the_page_and_its_headers(plain: Server, caplog: pytest.LogCaptureFixtur
     headers = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
     nonce = f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}"
     assert raw(plain, "/nothing", "Host: 127.0.0.1", *headers, nonce)[0] == 403
-    assert caplog.records == []
+    # asyncio's are about callbacks that took long, on a busy machine
+    assert [each for each in caplog.records if each.name != "asyncio"] == []
 
 
 def test_sessions_begin_with_what_the_server_was_told() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import edge_vlm_runtime.server.app
+import edge_vlm_runtime.server.site
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server import asgi_server
 from edge_vlm_runtime.server.app import Server
@@ -178,7 +178,7 @@ def test_headers_that_stop_half_way_are_given_up(
 def test_a_small_body_that_does_not_come_is_given_up(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge_vlm_runtime.server.app, "BODY_S", 0.2)
+    monkeypatch.setattr(edge_vlm_runtime.server.site, "BODY_S", 0.2)
     head = b"POST /v1/edge_vlm/sessions/x/alerts HTTP/1.1\r\nHost: localhost\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S) as plain:
         plain.sendall(head + b"Content-Length: 20\r\n\r\n{")
@@ -194,7 +194,7 @@ async def _watch(server: Server) -> None:
 def test_a_client_that_never_reads_is_cut_off_with_bounded_memory(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge_vlm_runtime.server.app, "LINGER_S", 0.1)
+    monkeypatch.setattr(edge_vlm_runtime.server.site, "LINGER_S", 0.1)
     unknown = json.dumps({"type": "ping", "f" * 900: 1}).encode()  # repeated in the error
     flood = b"".join(frame(unknown) for _ in range(200))
     while server._table._sessions:  # of the test before

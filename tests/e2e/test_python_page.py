@@ -169,7 +169,7 @@ def test_the_typed_names_are_those_of_the_classes() -> None:
 
     assert list(Settings.__annotations__) == [field.name for field in fields(SessionSettings)]
     rule = [field.name for field in fields(AlertRule)]
-    assert ["question", *RuleFields.__annotations__] == rule
+    assert ["question", *RuleFields.__annotations__] == [*rule, "name"]
     assert get_args(get_type_hints(Settings)["policy"]) == POLICIES
 
 

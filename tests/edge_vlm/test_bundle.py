@@ -20,8 +20,8 @@ from edge_vlm.errors import (
     BundleHashMismatch,
     BundleNotFound,
     BundleSchemaError,
-    RangeFp16,
 )
+from edge_vlm.export_errors import RangeFp16
 from edge_vlm.formats.bundle import (
     EMBED_TABLE,
     MANIFEST,

@@ -10,7 +10,7 @@ from importlib import metadata
 import pytest
 
 import edge_vlm
-from edge_vlm import cli, errors
+from edge_vlm import cli, errors, export_errors
 from edge_vlm.cli import Command
 
 
@@ -163,7 +163,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_error_has_its_own_code() -> None:
-    tree = [value for value in vars(errors).values() if isinstance(value, type)]
+    tree = [
+        value
+        for value in {**vars(errors), **vars(export_errors)}.values()
+        if isinstance(value, type)
+    ]
     leaves = [value for value in tree if issubclass(value, errors.EdgeVlmError)]
     codes = [leaf.code for leaf in leaves]
     assert len(codes) == len(set(codes))

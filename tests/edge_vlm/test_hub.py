@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from edge_vlm.cli import main
-from edge_vlm.errors import (
-    ConfigError,
+from edge_vlm.errors import ConfigError
+from edge_vlm.export_errors import (
     HubError,
     HubFileDamaged,
     HubNotFound,

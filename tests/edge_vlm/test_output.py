@@ -157,3 +157,23 @@ def test_streams_of_others_are_left_alone_and_ours_are_put_back(
     )
     done = start(["-c", code], subprocess.PIPE)
     assert done.stdout == "False\nTrue\n"
+
+
+HOSTILE = "yes\x1b]0;owned\x07\x1b]52;c;cm0=\x07\x1b[2J\r no\x9b8m\u202e\tok\u2588\n"
+
+
+def test_a_terminal_is_sent_nothing_of_others_that_it_obeys() -> None:
+    code = PRINTS.replace("lambda _: {}", f"lambda _: print({HOSTILE!r}, end='')")
+    done = start(["-c", code], subprocess.PIPE, PYTHONUTF8="1")
+    assert done.stdout == (
+        "yes\\x1b]0;owned\\x07\\x1b]52;c;cm0=\\x07\\x1b[2J\\r no\\x9b8m\\u202e\tok\u2588\n"
+    )
+
+
+def test_what_is_ours_is_obeyed() -> None:
+    ours = "print('\\x1b[1mbold', file=obeyed(sys.stdout))"
+    code = PRINTS.replace("lambda _: {}", f"lambda _: {ours}").replace(
+        "from edge_vlm import cli;",
+        "from edge_vlm import cli; from edge_vlm.console.output import obeyed;",
+    )
+    assert start(["-c", code], subprocess.PIPE).stdout == "\x1b[1mbold\n"

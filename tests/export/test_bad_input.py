@@ -13,13 +13,8 @@ import onnx_ir as ir
 import pytest
 
 from edge_vlm.cli import main
-from edge_vlm.errors import (
-    ConfigError,
-    NoSpaceLeft,
-    NotEnoughMemory,
-    ParityError,
-    VideoError,
-)
+from edge_vlm.errors import ConfigError, VideoError
+from edge_vlm.export_errors import NoSpaceLeft, NotEnoughMemory, ParityError
 from edge_vlm.formats.precision import Precision
 from edge_vlm_export import preflight
 from edge_vlm_export.graphs.graphs import GraphLimits

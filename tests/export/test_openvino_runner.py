@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from edge_vlm.cli import main
-from edge_vlm.errors import ConfigError, ParityError
+from edge_vlm.errors import ConfigError
+from edge_vlm.export_errors import ParityError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_export.verify.openvino_runner import OpenVinoRunner, openvino_graphs
 from edge_vlm_export.verify.pipeline import Arrays

@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from edge_vlm.cli import main
 from edge_vlm.config import ModelConfig, Rescale, VisionAttention
-from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightFilesError
+from edge_vlm.errors import CheckpointError, WeightFilesError
+from edge_vlm.export_errors import NoSpaceLeft
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.usage import FrameRule, Usage
 from edge_vlm.model.checkpoint import load_checkpoint

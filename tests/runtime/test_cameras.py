@@ -152,7 +152,7 @@ def running(source: RtspCamera, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def test_streams_are_listed_with_where_they_stand(running: Owned) -> None:
     running.until("door", lambda stream: bool(stream["alerts"][0]["episodes"]))
-    running.until("door", lambda stream: stream["fps"] is not None)
+    running.until("door", lambda stream: stream["fps"] is not None and stream["kept_ratio"] < 1)
     door, away = running.get("/v1/streams")["data"]
     assert (door["id"], door["object"], door["state"]) == ("door", "edge_vlm.stream", "live")
     assert (door["keep_ratio"], door["cells"], door["recording"]) == (0.4, 9, False)

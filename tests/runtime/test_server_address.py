@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from edge_vlm.errors import ConfigError
-from edge_vlm_runtime import protocol
+from edge_vlm.errors import ConfigError, ServerUnreachable
+from edge_vlm_runtime import connect, protocol
 from edge_vlm_runtime.client.address import PATH, http_url, websocket_url
+from tests.runtime.live import run
 
 FORMS = {
     "jetson:8765": ("ws://jetson:8765/v1/realtime", "http://jetson:8765/v1/models"),
@@ -43,6 +44,19 @@ def test_a_form(form: str) -> None:
 def test_what_is_none(form: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         websocket_url(form)
+
+
+def test_a_password_in_an_address_is_not_repeated() -> None:
+    async def scenario() -> None:
+        async with connect("ws://me:hunter2@127.0.0.1:9"):
+            pass
+
+    with pytest.raises(ServerUnreachable) as caught:
+        run(scenario())
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(ConfigError) as refused:
+        websocket_url("ftp://me:hunter2@cam")
+    assert "hunter2" not in str(refused.value)
 
 
 def test_a_variable_that_is_not_set() -> None:

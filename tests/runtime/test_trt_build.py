@@ -19,12 +19,12 @@ from edge_vlm.errors import (
     EngineMissing,
     EngineStale,
     GpuMissing,
-    NoSpaceLeft,
     OnnxUnsupported,
     OutOfDeviceMemory,
     TrtBuildFailed,
     TrtParse,
 )
+from edge_vlm.export_errors import NoSpaceLeft
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle
 from edge_vlm_runtime.cli.build import build
 from edge_vlm_runtime.engines import build as trt_builder

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 
 import onnx_ir as ir
 
-from edge_vlm.errors import BundleSchemaError, RangeFp16
+from edge_vlm.errors import BundleSchemaError
+from edge_vlm.export_errors import RangeFp16
 from edge_vlm.formats.bundle import IMAGE_ENCODER
 from edge_vlm.formats.calibration import FP16_LIMIT
 from edge_vlm.formats.graph_spec import GraphSpec

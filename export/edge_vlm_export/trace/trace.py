@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import edge_vlm
 from edge_vlm.config import ModelConfig
-from edge_vlm.errors import ExportError, Specialised
+from edge_vlm.export_errors import ExportError, Specialised
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.model.vit import cell_patch_table

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_vlm.cli import Command
+from edge_vlm.console.output import obeyed
 from edge_vlm.console.paths import output_folder
 from edge_vlm.errors import ConfigError
 
@@ -85,9 +86,9 @@ def _progress() -> Callable[[str, str, int, int], None]:
 
     def show(graph: str, phase: str, done: int, total: int) -> None:
         share = f"{done}/{total}"
-        print(f"\r\033[K{graph}: {phase[:60]} {share}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{graph}: {phase[:60]} {share}", end="", file=obeyed(sys.stderr), flush=True)
         if done == total:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print("\r\033[K", end="", file=obeyed(sys.stderr), flush=True)
 
     return show
 

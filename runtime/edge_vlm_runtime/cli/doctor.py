@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
+from edge_vlm.console.output import obeyed, visible_lines
 from edge_vlm.console.tables import columns
 from edge_vlm_runtime.cli.common.config import configured
 from edge_vlm_runtime.cli.common.options import bundle_options, serve_options
@@ -45,7 +46,10 @@ def _run(args: argparse.Namespace) -> int:
         print(as_json(checks))
     else:
         text = as_text(checks, plan.backend)
-        print(coloured(text) if wants_colour() else text)
+        if wants_colour():
+            print(coloured(visible_lines(text)), file=obeyed(sys.stdout))
+        else:
+            print(text)
     return exit_code(checks)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import edge_vlm
 from edge_vlm.cli import Command
+from edge_vlm.console.output import obeyed
 from edge_vlm.console.paths import output_file
 from edge_vlm_runtime.cli.common.options import add_bundle_arguments, add_url_argument, address_of
 from edge_vlm_runtime.cli.common.shared import server_url
@@ -55,7 +56,7 @@ async def _evaluate(args: argparse.Namespace, url: str, rules: dict[str, dict[st
 
     def progress(number: int) -> None:
         if sys.stderr.isatty():
-            print(f"\r{number} stretches of footage", end="", file=sys.stderr, flush=True)
+            print(f"\r{number} stretches of footage", end="", file=obeyed(sys.stderr), flush=True)
 
     settings: Settings = {} if args.keep_ratio is None else {"keep_ratio": args.keep_ratio}
     scores = await evaluate_alerts(url, read_event_set(args.footage), rules, settings, progress)

@@ -19,6 +19,7 @@ from edge_vlm_runtime.cli.common.options import (
     address_of,
 )
 from edge_vlm_runtime.client.address import DEFAULT_PORT
+from edge_vlm_runtime.sources.masking import mask_credentials
 
 DEFAULT_MCP_PORT = 8766
 
@@ -67,7 +68,9 @@ def _run(args: argparse.Namespace) -> int:
             port=args.port,
             api_key=access.api_key,
             names=args.allowed_host,
-            on_start=lambda address: print(f"MCP at {address}, about {url}", flush=True),
+            on_start=lambda address: print(
+                f"MCP at {address}, about {mask_credentials(url)}", flush=True
+            ),
         )
     )
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import SplitResult, urlencode, urlsplit
 
 from edge_vlm.errors import ConfigError
+from edge_vlm_runtime.sources.masking import mask_credentials
 
 DEFAULT_PORT = 8765
 FORMS = "give HOST:PORT, http(s)://HOST:PORT or ws(s)://HOST:PORT"
@@ -56,10 +57,12 @@ def _parts(address: str) -> SplitResult:
         port = parts.port
     except ValueError as error:
         raise ConfigError(
-            f"not the address of a server: {error}", where=address, remedy=FORMS
+            f"not the address of a server: {error}", where=mask_credentials(address), remedy=FORMS
         ) from error
     if parts.scheme not in SECURE or not parts.hostname or " " in text:
-        raise ConfigError("not the address of a server", where=address, remedy=FORMS)
+        raise ConfigError(
+            "not the address of a server", where=mask_credentials(address), remedy=FORMS
+        )
     if not separator and port is None:
         parts = parts._replace(netloc=f"{parts.netloc.rstrip(':')}:{DEFAULT_PORT}")
     return parts

@@ -35,6 +35,7 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.address import websocket_url
 from edge_vlm_runtime.protocol.base import UnknownEvent, unknown_event
 from edge_vlm_runtime.protocol.messages import error_from_detail as error_from_detail
+from edge_vlm_runtime.sources.masking import mask_credentials
 
 try:
     import websockets
@@ -273,7 +274,9 @@ async def _connect(url: str, access: Access) -> ClientConnection:
                 detail = parse_json(error.response.body or b"")["error"]
                 raise error_from_detail(protocol.ErrorDetail(**detail)) from error
         raise ServerUnreachable(
-            f"no edge-vlm server answers: {error}", where=url, remedy="start `edge-vlm serve`"
+            f"no edge-vlm server answers: {error}",
+            where=mask_credentials(url),
+            remedy="start `edge-vlm serve`",
         ) from error
 
 

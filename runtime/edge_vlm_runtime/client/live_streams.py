@@ -20,6 +20,7 @@ from edge_vlm.json_text import parse_json
 from edge_vlm_runtime.client.address import http_url
 from edge_vlm_runtime.client.connection import Access, error_from_detail
 from edge_vlm_runtime.protocol.messages import ErrorDetail
+from edge_vlm_runtime.sources.masking import mask_credentials
 
 SESSIONS = "/v1/edge_vlm/sessions"
 TIMEOUT_S = 120.0
@@ -146,5 +147,7 @@ def _told(status: int, body: bytes, url: str) -> Exception:
         detail = parse_json(body)["error"]
         code, message = str(detail["code"]), str(detail["message"])
     except (ValueError, KeyError, TypeError):
-        return ProtocolError(f"status {status}, which is no answer of this server", where=url)
+        return ProtocolError(
+            f"status {status}, which is no answer of this server", where=mask_credentials(url)
+        )
     return error_from_detail(ErrorDetail(type="", code=code, message=message))

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from types import TracebackType
 
+from edge_vlm.console.output import obeyed, visible_lines
 from edge_vlm.errors import EdgeVlmError, MissingExtraError
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.answers import Answer
@@ -146,6 +147,11 @@ def _gauge(value: float | None, show: Callable[[float], str]) -> str:
     return NOTHING if value is None else show(value)
 
 
+def _text(text: str, style: str = "") -> Text:
+    """Of somebody else."""
+    return Text(visible_lines(text), style=style)
+
+
 class LiveTable(LineOutput):
     """A table that is redrawn: rates, drops, the heat map of the last frame, the answers."""
 
@@ -164,7 +170,11 @@ class LiveTable(LineOutput):
         """Somebody else sends the pictures: they are counted by their outcomes."""
         self._drawn_s = 0.0
         # Drawn by us, not by a thread of rich: an output that is gone is noticed here.
-        self._live = Live(console=Console(), auto_refresh=False, get_renderable=self._render)
+        self._live = Live(
+            console=Console(file=obeyed(sys.stdout)),
+            auto_refresh=False,
+            get_renderable=self._render,
+        )
 
     def __enter__(self) -> LiveTable:
         self._live.start()
@@ -229,16 +239,18 @@ class LiveTable(LineOutput):
         parts.add_row(gauges, self._heat_map())
         dialogue = Table.grid(padding=(0, 1))
         for question, text in self._answers.items():
-            dialogue.add_row(Text("?", style="bold"), Text(question.text, style="bold"))
-            dialogue.add_row(Text(">"), Text(text or "..."))
+            dialogue.add_row(Text("?", style="bold"), _text(question.text, style="bold"))
+            dialogue.add_row(Text(">"), _text(text or "..."))
         for text in self._alerts:
-            dialogue.add_row(Text("!", style="bold"), Text(text.removeprefix("! ")))
-        foot = [Text(f"* {self._said}", style="dim")] if self._said else []
+            dialogue.add_row(Text("!", style="bold"), _text(text.removeprefix("! ")))
+        foot = [_text(f"* {self._said}", style="dim")] if self._said else []
         if self._typed:
-            foot.append(Text(f"? {self._typed}_", style="bold"))
+            foot.append(_text(f"? {self._typed}_", style="bold"))
         elif self.takes_questions:
             foot.append(Text("type a question and press Enter", style="dim"))
-        return Panel(Group(parts, Text(), dialogue, *foot), title=self._title, title_align="left")
+        return Panel(
+            Group(parts, Text(), dialogue, *foot), title=_text(self._title), title_align="left"
+        )
 
     def _heat_map(self) -> Text:
         last = self._gauges.newest

@@ -45,7 +45,7 @@ class Settings(TypedDict, total=False):
 
 class RuleFields(TypedDict, total=False):
     """What may be said of an alert besides its question: fields of `AlertRule`, which documents
-    them."""
+    them, and the `name` of `alert.create`."""
 
     on_threshold: float
     off_threshold: float

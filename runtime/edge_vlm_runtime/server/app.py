@@ -13,26 +13,18 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import edge_vlm
 from edge_vlm.errors import (
     ConfigError,
-    EdgeVlmError,
-    HostNotAllowed,
-    MessageTooLarge,
-    MissingExtraError,
-    RequestTimeout,
     ServerBusy,
-    Unauthorized,
 )
 from edge_vlm.formats.bundle import EngineBundle
-from edge_vlm.request_errors import ModelNotFound
-from edge_vlm.waiting import cancel, within
+from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.cameras.camera import CameraSetup
 from edge_vlm_runtime.cameras.config import CameraPlan
@@ -40,57 +32,27 @@ from edge_vlm_runtime.cameras.keeper import CameraFile, CameraKeeper
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle, warm_up
-from edge_vlm_runtime.openai.asgi import OpenAiApi, require_model
-from edge_vlm_runtime.openai.envelope import envelope, headers_of, status_of
+from edge_vlm_runtime.openai.asgi import OpenAiApi
 from edge_vlm_runtime.openai.media import MediaRules
 from edge_vlm_runtime.openai.one_shot import OneShots
 from edge_vlm_runtime.openai.request_queue import RequestQueue
-from edge_vlm_runtime.protocol.base import json_bytes
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
-from edge_vlm_runtime.server.access.auth import SUBPROTOCOLS, require_key
-from edge_vlm_runtime.server.access.hosts import allowed_hosts, require_host
+from edge_vlm_runtime.server.access.hosts import allowed_hosts
 from edge_vlm_runtime.server.access.origins import Origins
 from edge_vlm_runtime.server.access.tls import Tls
 from edge_vlm_runtime.server.asgi_server import AsgiServer, listen
-from edge_vlm_runtime.server.connection import Connection, refuse
-from edge_vlm_runtime.server.live_api import MAX_BODY_BYTES, Answer, LiveApi
-from edge_vlm_runtime.server.live_api import PREFIX as LIVE_PREFIX
+from edge_vlm_runtime.server.live_api import LiveApi
 from edge_vlm_runtime.server.memory_need import require_memory
-from edge_vlm_runtime.server.metrics import CONTENT_TYPE
-from edge_vlm_runtime.server.page import DEMO_CLIP, FACTS_PATH, PAGE_HEADERS, WEB, page_facts
 from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
-from edge_vlm_runtime.server.streams.hub import PREFIX as STREAMS_PREFIX
+from edge_vlm_runtime.server.site import Site
 from edge_vlm_runtime.server.streams.hub import StreamHub
 from edge_vlm_runtime.server.streams.observer import StreamObserver
 from edge_vlm_runtime.session.budget import default_settings, notes_on, video_window
 
-try:
-    from starlette.applications import Starlette
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import FileResponse, JSONResponse, Response
-    from starlette.routing import Route, WebSocketRoute
-    from starlette.staticfiles import StaticFiles
-    from starlette.types import ASGIApp, Receive, Scope, Send
-    from starlette.websockets import WebSocket, WebSocketClose
-except ImportError as error:
-    raise MissingExtraError.for_library(error.name or "starlette", "serve") from error
-
 log = logging.getLogger(__name__)
 
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
-"""Are told apart by what is asked."""
 DRAIN_S = 5.0
-CONNECTIONS_PER_SESSION = 4
-"""Connections that have no session yet, or none any more, count too."""
-BODY_S = 30.0
-"""For the body of a request about live streams."""
-LINGER_S = 5.0
-"""For the closing handshake of a websocket; then its connection is cut."""
-
-
-Answers = Callable[[str, str, Mapping[str, str], bytes], Awaitable[Answer]]
-"""Of method, path, query and body."""
 
 
 class Server:
@@ -124,8 +86,8 @@ class Server:
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
         video_window(self.settings, self.model, self.limits)  # raises if it cannot be held to
-        self._origins = Origins(origins)
-        self._allowed_hosts = allowed_hosts(host, [*hosts, *self._origins.hosts])
+        accepted = Origins(origins)
+        names = allowed_hosts(host, [*hosts, *accepted.hosts])
         self._engines = engines
         self._recorder = recorder
         self._worker = EngineWorker(engines, self.limits)
@@ -142,11 +104,9 @@ class Server:
         )
         self._keeper = self._make_keeper(cameras or CameraFile(plan=CameraPlan()), recorder_of)
         self._socket = listen(host, port)
-        self._api_key = api_key
         self._is_tls = tls is not None
         self.host = host
         self.port = int(self._socket.getsockname()[1])
-        self._connections: set[asyncio.Task[Any]] = set()
         rules = media or MediaRules()
         self._queue = RequestQueue(self.limits)
         self._api = OpenAiApi(
@@ -161,21 +121,36 @@ class Server:
             live=self._table,
             queue=self._queue,
             model_id=engines.bundle.name,
-            allows_origin=self._origins.allows,
+            allows_origin=accepted.allows,
             on_reply=self._table.metrics.replied,
         )
-        self._live_api = LiveApi(self._table)
-        self._hub = StreamHub(self._keeper, self._table, self._live_api, self.model)
+        live_api = LiveApi(self._table)
+        self._hub = StreamHub(self._keeper, self._table, live_api, self.model)
         self._heeds_hangup = False
-        self._page = _Page(directory=WEB, html=True)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
         self._announce: Callable[[], None] | None = None
         self._answers = threading.Event()
         """The port does, or never will."""
+        self._site = Site(
+            engines=engines,
+            worker=self._worker,
+            table=self._table,
+            api=self._api,
+            live_api=live_api,
+            hub=self._hub,
+            settings=self.settings,
+            limits=self.limits,
+            origins=accepted,
+            hosts=names,
+            api_key=api_key,
+            is_tls=self._is_tls,
+            bound=self._socket.getsockname()[:2],
+            transport_of=lambda client: self._carrier.transport_of(client),
+        )
         self._carrier = AsgiServer(
-            self._application(),
+            self._site.application(),
             self.limits,
             tls,
             on_start=self._on_start,
@@ -419,189 +394,6 @@ class Server:
     async def _drain(self, time_left_s: float) -> None:
         await self._keeper.stop_reading()
         await asyncio.gather(self._table.drain(time_left_s), self._api.drain(time_left_s))
-        if self._connections:  # their close handshakes
-            await asyncio.wait(set(self._connections), timeout=time_left_s)
+        if self._site.connections:  # their close handshakes
+            await asyncio.wait(set(self._site.connections), timeout=time_left_s)
         self._carrier.should_exit = True
-
-    # ---- what it answers ---------------------------------------------------------------------
-
-    def _application(self) -> Starlette:
-        application = Starlette(
-            routes=[
-                Route("/healthz", self._healthz),
-                Route("/readyz", self._readyz),
-                Route("/version", self._version),
-                Route("/metrics", self._metrics),
-                WebSocketRoute(protocol.PATH, self._realtime),
-                Route("/demo/clip.mp4", self._demo_clip),
-                Route(FACTS_PATH, self._page_facts),
-                Route(f"{LIVE_PREFIX}/{{path:path}}", self._live, methods=METHODS),
-                Route(STREAMS_PREFIX, self._streams, methods=METHODS),
-                Route(f"{STREAMS_PREFIX}/{{path:path}}", self._streams, methods=METHODS),
-                Route("/v1", self._api),
-                Route("/v1/{path:path}", self._api),
-            ]
-        )
-        application.router.default = self._elsewhere
-        application.add_middleware(_Guard, hosts=self._allowed_hosts, key=self._api_key)
-        return application
-
-    async def _elsewhere(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A route matches no path with a line break in it.
-        below = scope["type"] == "http" and scope["path"].startswith("/v1/")
-        await (self._api if below else self._page)(scope, receive, send)
-
-    async def _healthz(self, request: Request) -> Response:
-        alive = self._worker.is_alive
-        return JSONResponse({"alive": alive}, status_code=200 if alive else 503)
-
-    async def _readyz(self, request: Request) -> Response:
-        ready = self._worker.is_alive and not self._table.draining
-        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
-
-    async def _version(self, request: Request) -> Response:
-        return JSONResponse(
-            {
-                "version": edge_vlm.__version__,
-                "protocol_version": protocol.PROTOCOL_VERSION,
-                "bundle": self._engines.bundle.name,
-                "engines": self.runs_on,
-            }
-        )
-
-    async def _metrics(self, request: Request) -> Response:
-        return Response(self._table.metrics.render(), media_type=CONTENT_TYPE)
-
-    async def _demo_clip(self, request: Request) -> Response:
-        return FileResponse(DEMO_CLIP, media_type="video/mp4", headers=PAGE_HEADERS)
-
-    async def _page_facts(self, request: Request) -> Response:
-        bound = self._socket.getsockname()[0]
-        body = {
-            **await asyncio.to_thread(page_facts, bound, self.port, self._is_tls, self._api_key),
-            "model": self._table.model_part(),
-            "settings": self.settings,
-            "limits": self.limits,
-            "notes": self.notes,
-        }
-        return Response(json_bytes(body), media_type="application/json")
-
-    async def _live(self, request: Request) -> Response:
-        return await self._answered(request, self._live_api.answer)
-
-    async def _streams(self, request: Request) -> Response:
-        return await self._answered(request, self._hub.answer)
-
-    async def _answered(self, request: Request, answers: Answers) -> Response:
-        try:
-            headers = request.headers
-            if not self._origins.allows(headers.get("origin"), headers.get("host")):
-                raise HostNotAllowed("a page from elsewhere may not look")
-            body = await _small_body(request)
-            path = request.path_params.get("path", "")
-            answer = await answers(request.method, path, request.query_params, body)
-        except EdgeVlmError as error:
-            return JSONResponse(envelope(error), status_of(error), headers_of(error))
-        except ClientDisconnect:
-            return Response(status_code=499)
-        except Exception as error:
-            log.exception("a request failed")
-            return JSONResponse(envelope(error), status_of(error))
-        return Response(answer.body, media_type=answer.kind, headers=dict(answer.headers))
-
-    async def _realtime(self, websocket: WebSocket) -> None:
-        headers = websocket.headers
-        if not self._origins.allows(headers.get("origin"), headers.get("host")):
-            await websocket.close(1008, "a page from elsewhere may not connect")
-            return
-        offered = websocket.scope.get("subprotocols", ())
-        known = [name for name in SUBPROTOCOLS if name in offered]
-        await websocket.accept(known[0] if known else None)
-        try:
-            require_key(self._api_key, websocket.scope)
-            wanted = websocket.query_params.get("model")
-            if wanted is not None:
-                require_model(self._engines.bundle.name, wanted, "model")
-        except (Unauthorized, ModelNotFound) as error:
-            await refuse(websocket, error)
-            return
-        room = self.limits.max_sessions + self._hub.num_streams
-        if len(self._connections) >= CONNECTIONS_PER_SESSION * room:
-            await refuse(websocket, ServerBusy("too many connections", remedy="connect later"))
-            return
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
-        transport = self._carrier.transport_of(websocket.client)
-        try:
-            await self._converse(websocket)
-        finally:
-            self._connections.discard(task)
-            if transport is not None and self._loop is not None:
-                # Closing waits for the other side to read what was sent; that may be never.
-                self._loop.call_later(LINGER_S, transport.abort)
-
-    async def _converse(self, websocket: WebSocket) -> None:
-        query = websocket.query_params
-        if protocol.STREAM_PARAMETER not in query:
-            resumes = protocol.RESUME_PARAMETER in query
-            await Connection(websocket, self._table, resumes=resumes).run()
-            return
-        try:
-            await self._hub.subscribe(websocket, query)
-        except EdgeVlmError as error:
-            await refuse(websocket, error)
-
-
-async def _small_body(request: Request) -> bytes:
-    """Raises MessageTooLarge, RequestTimeout."""
-
-    async def read() -> bytes:
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MAX_BODY_BYTES:
-                raise MessageTooLarge(f"more than {MAX_BODY_BYTES} bytes")
-        return bytes(body)
-
-    try:
-        return await within(BODY_S, read())
-    except asyncio.TimeoutError:
-        raise RequestTimeout(f"no whole request in {BODY_S:g} s", remedy="send it faster") from None
-
-
-class _Guard:
-    """ASGI middleware: 403 to a name that is not the server's, 401 to HTTP without the key.
-
-    A websocket without the key is told so by an event, see above.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: frozenset[str], key: str | None) -> None:
-        self._app = app
-        self._hosts = hosts
-        self._key = key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        try:
-            require_host(self._hosts, scope)
-            if scope["type"] == "http":
-                require_key(self._key, scope)
-        except (HostNotAllowed, Unauthorized) as error:
-            app = JSONResponse(envelope(error), status_of(error), headers_of(error))
-        await app(scope, receive, send)
-
-
-class _Page(StaticFiles):
-    """The browser page, which may load nothing from elsewhere."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # of an unknown path; older versions do not expect it
-            await WebSocketClose()(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers.update(PAGE_HEADERS)
-        return response

@@ -132,7 +132,10 @@ PLACES = st.lists(
 def test_points_are_read_back_as_written(places: list[Place]) -> None:
     found = parse_points(points_text(places, "red cats"))
     assert {point.label for point in found} == {"red cats"}
-    written = sorted((round(p.time_s, 1), round(p.x, 3), round(p.y, 3), p.number) for p in places)
+    written = sorted(
+        (round(p.time_s, 1), round(1000 * p.x) / 1000, round(1000 * p.y) / 1000, p.number)
+        for p in places
+    )
     assert [(p.at, p.x, p.y, p.object_id) for p in found] == written
     shown = len({place.number for place in places})
     counted = count_text(shown, places, "cats")

@@ -35,7 +35,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
-from edge_vlm.errors import CheckpointError, NoSpaceLeft, WeightNamesError
+from edge_vlm.errors import CheckpointError, WeightNamesError
+from edge_vlm.export_errors import NoSpaceLeft
 from edge_vlm.json_text import parse_json
 from edge_vlm_training.data.packing.stream import merge_states
 from edge_vlm_training.trainer.distributed import Ranks, whole

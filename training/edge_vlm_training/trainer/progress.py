@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from edge_vlm.console.output import obeyed
 from edge_vlm.errors import MissingExtraError
 
 LOG, BOARD = "log.jsonl", "tensorboard"
@@ -136,4 +138,4 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def terminal() -> Console:
     """The console of a run that is watched."""
-    return Console(stderr=True)
+    return Console(file=obeyed(sys.stderr))
