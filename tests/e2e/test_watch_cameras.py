@@ -165,6 +165,9 @@ def test_the_servers_cameras_are_watched_asked_and_read_anew(tmp_path: Path) -> 
                 file.write_text(table + table.replace("door", "gate"))
                 server.process.send_signal(signal.SIGHUP)
                 server.until("read anew: gate new")
+                file.write_text("")  # an editor is about to write it
+                server.process.send_signal(signal.SIGHUP)
+                server.until("stay as they are: the file is empty")
                 file.write_text(table.replace("door", "gate"))
                 server.process.send_signal(signal.SIGHUP)
                 watch.until("E-UNKNOWN-STREAM")

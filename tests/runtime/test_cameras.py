@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from websockets.asyncio.client import ClientConnection
 from edge_vlm.errors import ConfigError, NotForSubscribers, ServerBusy, UnknownStream
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.cameras import keeper
-from edge_vlm_runtime.cameras.config import read_plan
-from edge_vlm_runtime.cameras.keeper import CameraFile
+from edge_vlm_runtime.cameras.config import CameraPlan, read_plan
+from edge_vlm_runtime.cameras.keeper import CameraFile, CameraKeeper
 from edge_vlm_runtime.cli.common.config import read_toml
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.connection import Access
@@ -32,6 +32,7 @@ from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.server.client_session import ClientSession
 from edge_vlm_runtime.server.sessions import SessionRegistry
+from edge_vlm_runtime.server.streams.hub import MAX_SUBSCRIBERS
 from edge_vlm_runtime.server.streams.subscription import Subscription
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.sources import live, waiting
@@ -371,6 +372,19 @@ def test_cameras_and_subscribers_take_no_viewers_place(running: Owned) -> None:
     run(watch())
 
 
+def test_a_camera_has_its_subscribers_and_viewers_their_places(running: Owned) -> None:
+    async def watch() -> None:
+        async with AsyncExitStack() as watching:
+            for _ in range(MAX_SUBSCRIBERS):
+                client = await Client.subscribe(running.address, "door", access=ACCESS)
+                await watching.enter_async_context(client)
+            with pytest.raises(ServerBusy, match="16 subscribers watch 'door' already"):
+                await Client.subscribe(running.address, "door", access=ACCESS)
+            await watching.enter_async_context(await Client.connect(running.address, access=ACCESS))
+
+    run(watch())
+
+
 class SlowSocket:
     """Takes one message at a time, when it is let."""
 
@@ -651,3 +665,25 @@ def test_subscribers_are_told_that_the_server_stops(source: RtspCamera, tmp_path
     with owned(tmp_path / "cameras.toml", camera("door", source)) as found:
         found.until("door", lambda stream: stream["session"] is not None)
         run(watch(found, lambda: asyncio.to_thread(found.server.stop)))
+
+
+def test_the_file_is_not_read_any_more_while_all_is_being_stopped() -> None:
+    """A hangup that comes behind the signal to stop began cameras anew."""
+    read: list[bool] = []
+
+    def plan() -> CameraPlan:
+        read.append(True)
+        return CameraPlan()
+
+    async def stop() -> None:
+        unused: Any = None
+        file = CameraFile(plan=CameraPlan(), read=plan)
+        keeper = CameraKeeper(file, setup=unused, sessions=unused, recorder_of=unused)
+        await keeper.reload()
+        await keeper.stop_reading()
+        keeper.reload_soon()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*left)
+
+    run(stop())
+    assert read == [True]

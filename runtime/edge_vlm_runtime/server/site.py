@@ -206,8 +206,8 @@ class Site:
         except (Unauthorized, ModelNotFound) as error:
             await refuse(websocket, error)
             return
-        room = self._limits.max_sessions + self._hub.num_streams
-        if len(self.connections) >= CONNECTIONS_PER_SESSION * room:
+        room = CONNECTIONS_PER_SESSION * self._limits.max_sessions + self._hub.max_connections
+        if len(self.connections) >= room:
             await refuse(websocket, ServerBusy("too many connections", remedy="connect later"))
             return
         task = asyncio.current_task()

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 PREFIX = "/v1/streams"
 MAX_SUBSCRIBERS = 16
 """Of one camera."""
+MAX_CONNECTIONS = MAX_SUBSCRIBERS + 4
+"""For one camera: one too many is still told why."""
 ON, OFF = ("true", "1"), ("false", "0", "")
 
 
@@ -154,8 +156,9 @@ class StreamHub:
     # ---- subscribers -------------------------------------------------------------------------
 
     @property
-    def num_streams(self) -> int:
-        return len(self._keeper.cameras)
+    def max_connections(self) -> int:
+        """Those that all its streams may have take nobody else's place."""
+        return MAX_CONNECTIONS * len(self._keeper.cameras)
 
     def num_subscribers(self, name: str) -> int:
         return len(self._subscribers.get(name, ()))
