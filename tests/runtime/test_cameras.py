@@ -681,9 +681,9 @@ def test_the_file_is_not_read_any_more_while_all_is_being_stopped() -> None:
         keeper = CameraKeeper(file, setup=unused, sessions=unused, recorder_of=unused)
         await keeper.reload()
         await keeper.stop_reading()
+        before = asyncio.all_tasks()
         keeper.reload_soon()
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*left)
+        await asyncio.gather(*(asyncio.all_tasks() - before))
 
     run(stop())
     assert read == [True]

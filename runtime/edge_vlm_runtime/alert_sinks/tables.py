@@ -190,7 +190,7 @@ class _Reader:
         given = self._table.get("headers", {})
         if not isinstance(given, dict):
             raise self._wrong("headers must be a table", 'such as { Title = "Door" }')
-        headers = {}
+        headers: dict[str, str] = {}
         for name, value in given.items():
             text = self._secret_text(f"headers.{name}", value)
             if name.lower() in OUR_HEADERS or name.lower().startswith("webhook-"):

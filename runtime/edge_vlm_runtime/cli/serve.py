@@ -85,7 +85,7 @@ def _cameras(args: argparse.Namespace) -> CameraFile:
 
     def read() -> CameraPlan:
         nonlocal others
-        if not read_toml(file):  # an editor may be about to write it: cameras are not ended for that
+        if not read_toml(file):  # an editor may be about to write it: no camera ends for that
             raise ConfigError(
                 "the file is empty", where=file, remedy="for no camera at all write camera = []"
             )

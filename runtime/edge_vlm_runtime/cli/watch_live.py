@@ -49,7 +49,6 @@ async def watch_live(args: argparse.Namespace, url: str, outputs: AlertDispatche
     title = f"{what} on {first.created.model.bundle}"
     grid = first.created.model.limits.cell_grid
     with JsonLines() if args.json else make_view(grid, title) as view:
-
         before = first.created.session_id
 
         async def begin(client: Client, is_later: bool) -> None:
