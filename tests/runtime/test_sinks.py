@@ -235,6 +235,7 @@ HOOK = '[[sink]]\nname = "a"\nurl = "https://host/secret-path"\n'
         ),
         (HOOK.replace("https", "mqtt") + 'template = "x"', "template is for webhooks"),
         (HOOK.replace("https://host/secret-path", "mqtt://host"), "not an MQTT topic"),
+        (HOOK.replace("https://host/secret-path", "mqtt://host/secret-path/#"), "[[sink]] 'a'"),
     ],
 )
 def test_what_is_wrong_in_a_table_is_named(tmp_path: Path, text: str, said: str) -> None:

@@ -58,7 +58,12 @@ class SinkTable:
         if self.url.startswith(("mqtt://", "mqtts://")):
             from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
 
-            return MqttSink(self.url, size, name=self.name)
+            try:
+                return MqttSink(self.url, size, name=self.name)
+            except ConfigError as error:  # which shows the address
+                raise ConfigError(
+                    "url is not an MQTT topic", where=self.where, remedy=error.remedy
+                ) from None
         from edge_vlm_runtime.alert_sinks.signature import Signer
         from edge_vlm_runtime.alert_sinks.template import JSON_TYPE, BodyTemplate
         from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
