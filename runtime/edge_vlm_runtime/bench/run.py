@@ -23,7 +23,12 @@ from edge_vlm_runtime.bench.record import BenchRecord, model_record
 from edge_vlm_runtime.bench.stages import AnswerBench, FrameBench, Step
 from edge_vlm_runtime.bench.stream import StreamBench
 from edge_vlm_runtime.bench.trace import Trace
-from edge_vlm_runtime.bench.workload import Workload, longest_context, pictures_of
+from edge_vlm_runtime.bench.workload import (
+    Workload,
+    longest_context,
+    notes_on_cells,
+    pictures_of,
+)
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.planning.bounds import Bounds, measured_bounds, published_bounds, roofline
@@ -134,6 +139,8 @@ class BenchRun(KeepingRun):
             **({} if options.trace is None else {"wrap": options.trace.wrap}),
         ) as engines:
             self.record.model["runs_on"] = engines.runs_on
+            cells = engines.bundle.config.vision.num_cells
+            self.record.notes += notes_on_cells(self._workload.keep_ratios, cells)
             start = {"load_s": round(time.perf_counter() - begin, 3), "cold_s": None}
             self.record.sections["start"] = start
             self._frames_and_answers(engines, pictures)
