@@ -165,7 +165,7 @@ def _measured(engines: LoadedBundle, peer: Any, pictures: list[Rgb], rounds: int
     whole.close()
     pruned.close()
     theirs_s = seconds["transformers, a question"]
-    row = {
+    row: dict[str, Any] = {
         "frames": len(frames),
         "prompt_tokens": len(ids),
         "largest_logit_difference": difference,
