@@ -278,6 +278,7 @@ def test_a_server_that_goes_away_leaves_what_was_measured(
         (["--context", "0,100000"], 2, "does not fit"),
         (["--source", "nothing.mp4"], 5, "no such file"),
         (["--json", "nowhere/result.json"], 2, "no such folder"),
+        (["--backend", "auto", "--layers"], 2, "backend auto gives no profile by layer"),
         (["--json", "."], 2, "cannot be written"),
         (["--trace", "."], 2, "cannot be written"),
         (["--compare", "nothing.json"], 2, "cannot be read"),

@@ -119,8 +119,9 @@ def require_portable(bundle: EngineBundle) -> None:
 def precision_for(bundle: EngineBundle, name: str) -> str:
     """In what that graph of a bundle computes here. Raises MissingExtraError.
 
-    Language graphs do in float32: in bfloat16 OpenVINO 2026.4.1 leaves the logits behind some
-    lengths of the past as they were, without a word (float32 is right behind the same).
+    Language graphs do in float32: in bfloat16 OpenVINO 2026.4.1 computes one token behind some
+    lengths of the past wrongly without a word, in some shapes: cosines of 0.3 to 0.7, or logits
+    that are not written at all. In float32 the same are right.
     """
     is_exact = bundle.precision.base != "float32" or name.startswith("llm")
     return FLOAT32 if is_exact or not multiplies_bfloat16() else BFLOAT16
