@@ -137,8 +137,9 @@ def command_line(script: str, argv: Sequence[str] | None) -> str:
     """The command that makes a result again from the repository's root, wherever it was put.
     `script` is its `__file__`."""
     module = ".".join(Path(script).resolve().relative_to(ROOT).with_suffix("").parts)
+    module = module.removesuffix(".__main__")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for option in ("--out", "--scratch", "--tokenizer"):  # places of one machine
+    for option in ("--out", "--scratch", "--tokenizer", "--node-modules"):  # places of one machine
         if option in arguments:
             place = arguments.index(option)
             del arguments[place : place + 2]

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FOLDER = RESULTS / "bench"
 """Results of `edge-vlm bench --json`, one a device and model."""
+PEERS = RESULTS / "peers.json"
 PLAN_CHECK = RESULTS / "plan_check.json"
 Record = Mapping[str, Any]
 
@@ -39,10 +40,10 @@ edge-vlm plan --device orin-nano --model 4b     # a forecast, nothing is run
 `bench` needs no torch and no recording: it shows pictures that are made up, or those of a file
 (`--source`), to a bundle on this machine, or to a running server (`--url`). `-o` gives the result
 as a page, JSON or CSV; the JSON's schema is `runtime/edge_vlm_runtime/bench/schema.json`. Ctrl-C,
-or a server that goes away, ends it with what was measured until then. `--compare FILE` puts an
-earlier result beside it, and refuses one of another shape. `--trace FILE` writes what ran when for
-ui.perfetto.dev, `--nvtx` marks the graphs for Nsight Systems, and `--layers` profiles each graph
-by operator in a run of its own, because that slows it down.
+SIGTERM or a server that goes away ends it with what was measured until then. `--compare FILE` puts
+an earlier result beside it, and refuses one of another shape. `--trace FILE` writes what ran when
+for ui.perfetto.dev, `--nvtx` marks the graphs for Nsight Systems, and `--layers` profiles each
+graph by operator in a run of its own, because that slows it down.
 
 ## How it is measured
 
@@ -114,6 +115,7 @@ def page() -> str:
             rest.replace("\n## ", "\n### ").rstrip(),
             "",
         ]
+    parts += ["## Beside other software", "", *peers(), ""]
     parts += ["## Other measurements", "", *others()]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -210,12 +212,92 @@ def devices() -> list[str]:
     return markdown(rows, "<<>>>><")
 
 
+def peers() -> list[str]:
+    """A paragraph and a table for each part that was measured, a line for each that was not."""
+    if not PEERS.exists():
+        return ["Not measured yet: `python -m benchmarks.peers`."]
+    data = json.loads(PEERS.read_text())
+    shown = {"transformers": _transformers, "openvino": _openvino, "llama.cpp": _llama_cpp}
+    lines = [
+        f"`{data['command']}` on {data['device']}, {data['threads']} threads, in turn; medians in "
+        "milliseconds of the processor, all threads together. Weights are made up, so this says "
+        "nothing of answers.",
+    ]
+    for name, part in data["parts"].items():
+        versions = ", ".join(f"{library} {number}" for library, number in part["versions"].items())
+        lines += ["", f"### {name}", "", *shown[name](part, versions)]
+    lines += [f"\n{name} was left out: {why}" for name, why in data["skipped"].items()]
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    return report.figure(seconds * 1e3)
+
+
+def _transformers(part: Record, versions: str) -> list[str]:
+    names = list(part["rows"][0]["cases"])
+    rows: list[Sequence[str]] = [("frames", "tokens of the prompt", *names, "logits differ by")]
+    for row in part["rows"]:
+        cells = [
+            f"{_ms(case['median_s'])} ({case['times_faster']:g} x)"
+            for case in (row["cases"][name] for name in names)
+        ]
+        tokens, difference = str(row["prompt_tokens"]), f"{row['largest_logit_difference']:.0e}"
+        rows.append((str(row["frames"]), tokens, *cells, difference))
+    return [
+        f"The same weights, pictures and tokens ({part['shape']}; {versions}). For every question "
+        "transformers reads the whole prompt again, a session only the question: its frames were "
+        "read once, when they came, at the cost of the last columns. The logits are compared where "
+        "ours reads all at once as it does, so that frames see each other; in a session they do "
+        "not, and at less than keep 1 some cells are gone: that is a gain by another computation. "
+        "In brackets, how many times less than transformers' question.",
+        "",
+        *markdown(rows, ">"),
+    ]
+
+
+def _openvino(part: Record, versions: str) -> list[str]:
+    rows: list[Sequence[str]] = [("graph", "sizes", "engine", "ms", "times less", "cosine")]
+    for name, points in part["graphs"].items():
+        for point in points:
+            sizes = ", ".join(f"{dim} {size}" for dim, size in point["sizes"].items())
+            for engine, case in point["cases"].items():
+                figures = (f"{case['ratio']:g}", f"{case['cosine']:.5f}")
+                rows.append((name, sizes, engine, _ms(case["median_s"]), *figures))
+    return [
+        f"The graphs of the bundle {part['bundle']} ({versions}).",
+        "",
+        *markdown(rows, "<<<>>>"),
+    ]
+
+
+def _llama_cpp(part: Record, versions: str) -> list[str]:
+    rows: list[Sequence[str]] = [
+        ("work", "ours", "llama.cpp", "times its", "ours, wall", "llama.cpp, wall", "times its")
+    ]
+    for name, row in part["rows"].items():
+        cells: list[str] = []
+        for clock in ("processor", "wall"):
+            found = row[clock]
+            pair = (_ms(found[who]["median_s"]) for who in ("ours", "llama.cpp"))
+            cells += [*pair, f"{found['times_its_time']:.2f}"]
+        rows.append((name, *cells))
+    return [
+        f"Molmo2-4B's language model ({part['shape']}) in four bits: our portable int4 bundle by "
+        f"ONNX Runtime, and Q4_0 by llama.cpp {part['llama.cpp']} ({versions}). Decoding is one "
+        f"token, of pieces of {part['steps']}. Its cache is fp16, ours fp32; its step holds the "
+        "choice of the token, our prefill the head.",
+        "",
+        *markdown(rows, "<>"),
+    ]
+
+
 def others() -> list[str]:
     """Every other result file that says how it was made."""
     rows: list[Sequence[str]] = [("file", "device", "command")]
     for path in sorted(RESULTS.rglob("*.json")):
         data = json.loads(path.read_text())
-        if FOLDER in path.parents or path == PLAN_CHECK or not isinstance(data, dict):
+        if FOLDER in path.parents or path in (PLAN_CHECK, PEERS) or not isinstance(data, dict):
             continue
         command = data.get("command")
         commands = [command] if isinstance(command, str) else command or []

@@ -7,6 +7,7 @@ import copy
 import csv
 import io
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +19,21 @@ import pytest
 
 from edge_vlm.errors import ConfigError, MissingExtraError
 from edge_vlm_runtime.bench import run as run_module
-from edge_vlm_runtime.bench.compare import comparison
+from edge_vlm_runtime.bench.compare import comparison, read_comparable
 from edge_vlm_runtime.bench.layers import WARMUPS, ort_nodes
 from edge_vlm_runtime.bench.machine import System, Watch
 from edge_vlm_runtime.bench.meters import Meters, open_meters
-from edge_vlm_runtime.bench.record import SCHEMA, SECTIONS, read_record
+from edge_vlm_runtime.bench.record import SCHEMA, SECTIONS, as_json, read_record
 from edge_vlm_runtime.bench.report import as_csv, as_markdown
 from edge_vlm_runtime.bench.samples import Series, percentile, ratio_of_turns
 from edge_vlm_runtime.bench.stages import around
 from edge_vlm_runtime.bench.trace import nvtx_range
-from edge_vlm_runtime.bench.workload import Workload, a_b_a, synthetic_pictures
+from edge_vlm_runtime.bench.workload import (
+    Workload,
+    a_b_a,
+    notes_on_cells,
+    synthetic_pictures,
+)
 from edge_vlm_runtime.cli import bench as command_module
 from edge_vlm_runtime.cli.bench import bench
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
@@ -170,6 +176,32 @@ def test_what_was_measured_is_kept_when_it_is_interrupted(
     assert "not complete: interrupted" in capsys.readouterr().out
 
 
+def test_what_was_measured_is_kept_when_the_process_is_to_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As `timeout` and `docker stop` do."""
+    stop_at(monkeypatch, "turn 2: keep 0.25", lambda: signal.raise_signal(signal.SIGTERM))
+    assert command_line(bench, [*SHORT, "--json", str(tmp_path / "cut.json")]) == 130
+    assert read_record(tmp_path / "cut.json")["frames"][0]["stages_ms"]["frame"]["n"] > 3
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_file_that_fills_the_disk_keeps_nothing_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "result.json"
+
+    def block() -> None:
+        result.mkdir()
+        interrupt()
+
+    stop_at(monkeypatch, "turn 2", block)
+    assert command_line(bench, [*SHORT, "--json", str(result)]) == 2
+    said = capsys.readouterr()
+    assert "cannot be written: Is a directory" in said.err
+    assert "## A frame" in said.out
+
+
 def test_contexts_that_nobody_asked_for_are_left_out_where_they_do_not_fit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -205,6 +237,10 @@ def test_a_server_is_measured_from_outside(
     record = read_record(result)
     VALIDATOR.validate(record)
     assert [point["keep_ratio"] for point in record["frames"]] == [1.0, 0.25]
+    for point in record["frames"]:
+        parts = point["stages_ms"]
+        assert parts["frame"]["n"] == parts["prefill"]["n"]  # none is prefilled with another
+        assert parts["frame"]["min"] > parts["prefill"]["min"]
     assert record["frames"][0]["stages_ms"]["frame"]["n"] == 2 * 3
     assert record["stream"]["path"] == "through the server's websocket"
     assert record["memory"] is None
@@ -242,6 +278,9 @@ def test_a_server_that_goes_away_leaves_what_was_measured(
         (["--context", "0,100000"], 2, "does not fit"),
         (["--source", "nothing.mp4"], 5, "no such file"),
         (["--json", "nowhere/result.json"], 2, "no such folder"),
+        (["--backend", "auto", "--layers"], 2, "backend auto gives no profile by layer"),
+        (["--json", "."], 2, "cannot be written"),
+        (["--trace", "."], 2, "cannot be written"),
         (["--compare", "nothing.json"], 2, "cannot be read"),
         (["--url", "127.0.0.1:1", "--layers", "--context", "0"], 2, "--context, --layers with a"),
         (["--url", "127.0.0.1:1"], 8, "no edge-vlm server answers"),
@@ -294,6 +333,25 @@ def test_order_and_statistics() -> None:
     }
     assert Series().summary() is None
     assert ratio_of_turns([], []) is None
+
+
+def test_shares_that_whole_cells_do_not_reach_are_told() -> None:
+    assert notes_on_cells((1.0, 0.5, 0.3, 0.2), 16) == []
+    assert notes_on_cells((1.0, 0.01, 0.001), 16) == [
+        "keep 0.01 is not reached: 1 of 16 cells are 0.0625",
+        "keep 0.001 is not reached: 1 of 16 cells are 0.0625",
+        "keep 0.01, 0.001 are all 1 of 16 cells",
+    ]
+
+
+def test_a_record_with_parts_missing_is_not_compared(
+    record: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "part.json"
+    for name in ("workload", "model", "device"):
+        path.write_text(as_json({key: record[key] for key in record if key != name}))
+        with pytest.raises(ConfigError, match="not a whole result"):
+            read_comparable(path)
 
 
 def test_made_up_pictures_are_the_same_every_time_and_move() -> None:

@@ -135,6 +135,7 @@ def test_what_prunes_more_takes_less() -> None:
         (["--device", "h200", "--window", "100000"], "36864 positions"),
         (["--device", "h200", "--fps", "0"], "fps 0"),
         (["--device", "h200", "--precision", "int5"], "unknown precision"),
+        (["--check", "wide", "--device", "h200", "--keep", "0.2"], "--device, --keep with --check"),
     ],
 )
 def test_bad_plans_are_told(
@@ -189,7 +190,7 @@ def test_bounds_and_the_share_rule() -> None:
     assert trunk["gain_at_most"] == pytest.approx(1.25)
     assert rows["decode, context 0"]["by"] == "bandwidth"
     assert rows["decode, context 64"]["reached"] is None
-    assert "at most 1.43 times faster, and is 1.50 times" in found["sentence"]
+    assert "at most 1.43 times faster; in turns it was 1.50 times" in found["sentence"]
 
 
 def test_forecasts_are_compared_with_what_really_runs(

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from edge_vlm.console.tables import markdown
 from edge_vlm.errors import ConfigError
+from edge_vlm_runtime.bench.record import read_record
 from edge_vlm_runtime.bench.report import figure
 
 Record = Mapping[str, Any]
 SAME_WORKLOAD = ("keep_ratios", "contexts", "rates", "source", "picture", "answer_tokens")
 """What both have to have alike; how often each was repeated does not matter."""
+
+
+def read_comparable(path: Path) -> dict[str, Any]:
+    """As `read_record`; raises ConfigError also where a part is missing that is compared."""
+    record = read_record(path)
+    try:
+        comparison(record, record)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"not a whole result of this bench: {error!r}",
+            where=path,
+            remedy="write it again with `edge-vlm bench --json FILE`",
+        ) from error
+    return record
 
 
 def require_alike(before: Record, now: Record) -> None:

@@ -53,9 +53,14 @@ def memory_of(engines: LoadedBundle, workload: Workload) -> dict[str, Any]:
         "cache_token_bytes": row_bytes(language, spec),
         "activations_bytes": run_bytes(language, spec, new, rows - new),
         "resident_bytes": sample.resident_bytes,
-        "resident_most_bytes": peak_resident_bytes(),
+        "resident_most_bytes": _at_least(sample.resident_bytes, peak_resident_bytes()),
         "gpu_used_bytes": sum(sample.gpu_used_bytes.values()) if sample.gpu_used_bytes else None,
     }
+
+
+def _at_least(now: int | None, most: int | None) -> int | None:
+    """Systems note the high water mark less often than what is in use."""
+    return None if most is None else max(now or 0, most)
 
 
 def cold_start_s(bundle: str, threads: int, backend: Backend, engines: str | None) -> float:

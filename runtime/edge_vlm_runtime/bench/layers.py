@@ -28,17 +28,22 @@ Timed = Iterable[tuple[str, float]]
 """Name and microseconds of each node that ran."""
 
 
-def layers_of(
-    bundle: EngineBundle, backend: Backend, engines: Path | None, threads: int, step: Step
-) -> list[dict[str, Any]]:
-    """Raises ConfigError for a backend that has no profile, and what opens its engines raises."""
-    cases = cases_of(bundle)
-    if backend is Backend.TRT:
-        return _of_tensorrt(bundle, engines, cases, step)
-    if backend not in (Backend.ORT, Backend.CUDA):
+def require_profile(backend: Backend) -> None:
+    """Raises ConfigError for a backend that has none."""
+    if backend not in (Backend.ORT, Backend.CUDA, Backend.TRT):
         raise ConfigError(
             f"backend {backend.value} gives no profile by layer", remedy="leave --layers out"
         )
+
+
+def layers_of(
+    bundle: EngineBundle, backend: Backend, engines: Path | None, threads: int, step: Step
+) -> list[dict[str, Any]]:
+    """Raises as `require_profile`, and what opens its engines raises."""
+    require_profile(backend)
+    cases = cases_of(bundle)
+    if backend is Backend.TRT:
+        return _of_tensorrt(bundle, engines, cases, step)
     found = []
     for case in cases:
         step(f"layers of {case.stage}")

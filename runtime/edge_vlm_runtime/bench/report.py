@@ -125,13 +125,18 @@ def frames(record: Record) -> list[str]:
     return [
         "## A frame (milliseconds)",
         "",
-        f"Prefilled behind {record['workload']['frame_context']} tokens. Median ± half the spread "
-        "of the turns' medians; processor: computing of all threads, to which waiting for other "
-        "programs does not count; speed-up: median (least to most) of the turns, against the "
-        "frames before and behind.",
+        f"{_place(record)} Median ± half the spread of the turns' medians; processor: "
+        "computing of all threads, to which waiting for other programs does not count; speed-up: "
+        "median (least to most) of the turns, against the frames before and behind.",
         "",
         *markdown(rows, ">"),
     ]
+
+
+def _place(record: Record) -> str:
+    if not record["frames"][0]["tokens"]:  # of a server, which is asked for sessions only
+        return "In sessions that start empty, each frame sent when the one before is in the memory."
+    return f"Prefilled behind {record['workload']['frame_context']} tokens."
 
 
 def _range(ratio: Mapping[str, float] | None) -> str:

@@ -15,7 +15,7 @@ from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.pixels.frames import Rgb
 from edge_vlm_runtime.bench.compare import require_alike
 from edge_vlm_runtime.bench.footprint import cold_start_s, energy_of, memory_of
-from edge_vlm_runtime.bench.layers import layers_of
+from edge_vlm_runtime.bench.layers import layers_of, require_profile
 from edge_vlm_runtime.bench.links import Engines
 from edge_vlm_runtime.bench.machine import System, Watch
 from edge_vlm_runtime.bench.meters import open_meters
@@ -23,7 +23,12 @@ from edge_vlm_runtime.bench.record import BenchRecord, model_record
 from edge_vlm_runtime.bench.stages import AnswerBench, FrameBench, Step
 from edge_vlm_runtime.bench.stream import StreamBench
 from edge_vlm_runtime.bench.trace import Trace
-from edge_vlm_runtime.bench.workload import Workload, longest_context, pictures_of
+from edge_vlm_runtime.bench.workload import (
+    Workload,
+    longest_context,
+    notes_on_cells,
+    pictures_of,
+)
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.planning.bounds import Bounds, measured_bounds, published_bounds, roofline
@@ -121,6 +126,8 @@ class BenchRun(KeepingRun):
         """Raises what a bundle raises that cannot be opened, ConfigError for a workload that does
         not fit, and whatever ends the measurement."""
         options = self._options
+        if options.by_layer:
+            require_profile(options.backend)
         pictures = pictures_of(self._workload)
         self._watch.begin()
         begin = time.perf_counter()
@@ -134,6 +141,8 @@ class BenchRun(KeepingRun):
             **({} if options.trace is None else {"wrap": options.trace.wrap}),
         ) as engines:
             self.record.model["runs_on"] = engines.runs_on
+            cells = engines.bundle.config.vision.num_cells
+            self.record.notes += notes_on_cells(self._workload.keep_ratios, cells)
             start = {"load_s": round(time.perf_counter() - begin, 3), "cold_s": None}
             self.record.sections["start"] = start
             self._frames_and_answers(engines, pictures)
@@ -211,6 +220,10 @@ class BenchRun(KeepingRun):
         """What this machine can do at most; None, and a note, where that is not known."""
         backend = self._options.backend
         if backend not in (Backend.CUDA, Backend.TRT):  # any other is on the processor
+            if "bfloat16" in self.record.model["runs_on"]:
+                self.record.notes.append(
+                    "the roofline's rate of products is float32's: graphs in bfloat16 may pass it"
+                )
             return measured_bounds(self._options.threads)
         gpus = self.record.device["gpus"]
         device = device_called(gpus[0]) if gpus else None

@@ -122,8 +122,9 @@ class _ServedFrames:
                 is_late = time.monotonic() - begin > self._workload.point_s
                 if sent >= FIRST_FRAMES + LEAST_SAMPLES and is_late:
                     break
+                # Each by itself: those that wait are prefilled together, as no one's own cost.
                 outcomes.expect(link, next(self._jpegs), time.monotonic_ns())
-            outcomes.until(link, lambda: not outcomes.due_ns)
+                outcomes.until(link, lambda: not outcomes.due_ns)
         finally:
             self._count(point, outcomes)
             link.close()

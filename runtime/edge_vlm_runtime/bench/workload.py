@@ -128,6 +128,21 @@ def cells_at(ratio: float, num_cells: int) -> int:
     return max(1, round(ratio * num_cells))
 
 
+def notes_on_cells(ratios: Sequence[float], num_cells: int) -> list[str]:
+    """What a frame of whole cells cannot keep: the share that it keeps instead."""
+    counts = {ratio: cells_at(ratio, num_cells) for ratio in ratios}
+    notes = [
+        f"keep {ratio:g} is not reached: {count} of {num_cells} cells are {count / num_cells:.3g}"
+        for ratio, count in counts.items()
+        if abs(count - ratio * num_cells) > 0.5
+    ]
+    for count in sorted(set(counts.values())):
+        alike = [f"{ratio:g}" for ratio, cells in counts.items() if cells == count]
+        if len(alike) > 1:
+            notes.append(f"keep {', '.join(alike)} are all {count} of {num_cells} cells")
+    return notes
+
+
 class FixedCells:
     """The `count` cells that score highest, of every frame alike: a fixed shape to measure."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,17 +127,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edge_vlm_runtime.bench.record import read_record
+    from edge_vlm_runtime.bench.compare import read_comparable
 
     for path in (args.json, args.trace):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError("no such folder", where=path.absolute().parent)
-    before = None if args.compare is None else read_record(args.compare)
+        if path is not None:
+            _require_writable(path)
+    before = None if args.compare is None else read_comparable(args.compare)
     arguments = BenchArguments(**given(options_of(BenchArguments), args))
     args.url = address_of(args)
     make = _bundle_run if args.url is None else _served_run
     total, made = make(args, arguments.workload(), before)
-    with progress(total) as say:
+    with progress(total) as say, _terminated_as_interrupted():
         run = made(say)
         ended: BaseException | None = None
         try:
@@ -151,6 +153,32 @@ def _run(args: argparse.Namespace) -> int:
     if ended is not None:
         raise ended
     return 0
+
+
+def _require_writable(path: Path) -> None:
+    """Before anything is measured. Raises ConfigError."""
+    if not path.absolute().parent.is_dir():
+        raise ConfigError("no such folder", where=path.absolute().parent)
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", where=path) from error
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """`timeout`, `docker stop` and batch systems end a program by SIGTERM: as Ctrl-C then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only that one may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 Made = tuple[int, Callable[[Callable[[str], None]], "KeepingRun"]]
@@ -257,18 +285,32 @@ def _write(record: dict[str, Any], before: dict[str, Any] | None, args: argparse
     from edge_vlm_runtime.bench.record import as_json
     from edge_vlm_runtime.bench.report import as_csv, as_markdown
 
+    failed: list[ConfigError] = []
+    if args.json is not None:
+        with _kept(failed, args.json):
+            args.json.write_text(as_json(record), encoding="utf-8")
     if args.trace is not None and (trace := getattr(args, "tracer", None)) is not None:
-        trace.write(args.trace)
+        with _kept(failed, args.trace):
+            trace.write(args.trace)
         if trace.left_out:
             print(f"the trace leaves out the last {trace.left_out} runs", file=sys.stderr)
-    if args.json is not None:
-        args.json.write_text(as_json(record), encoding="utf-8")
     forms = {"md": as_markdown, "json": as_json, "csv": as_csv}
     print(forms[args.output](record), end="")
     if before is not None:
         out = sys.stdout if args.output == "md" else sys.stderr
         print("\n" + "\n".join(comparison(before, record)), file=out)
     sys.stdout.flush()
+    if failed:
+        raise failed[0]
+
+
+@contextmanager
+def _kept(failed: list[ConfigError], path: Path) -> Iterator[None]:
+    """A file that cannot be written keeps no other result back."""
+    try:
+        yield
+    except OSError as error:
+        failed.append(ConfigError(f"cannot be written: {error.strerror}", where=path))
 
 
 bench = Command(

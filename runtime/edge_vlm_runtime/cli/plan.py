@@ -21,6 +21,7 @@ from edge_vlm_runtime.cli.common.options import BundleOptions
 if TYPE_CHECKING:
     from edge_vlm.config import ModelConfig
     from edge_vlm.formats.precision import Precision
+    from edge_vlm_runtime.cli.common.arguments import Option
     from edge_vlm_runtime.planning.check import Check
     from edge_vlm_runtime.planning.plan import Forecast, Wanted
 
@@ -68,7 +69,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    asked = options_of(PlanArguments)
     if args.check:
+        _refuse([option for option in asked if getattr(args, option.key) != option.default])
         return _check(args)
     from edge_vlm_runtime.planning.devices import THIS, device_named
     from edge_vlm_runtime.planning.plan import forecast_device, forecast_this
@@ -88,12 +91,22 @@ def _run(args: argparse.Namespace) -> int:
             print(f"note: {warning}: the forecast is too slow by as much", file=sys.stderr)
         forecast = forecast_this(System().cpu_name(), rates, free_memory(), wanted)
     else:
-        forecast = forecast_device(device_named(arguments.device), wanted)
+        device = device_named(arguments.device)
+        if args.threads != BundleOptions().threads:
+            print(f"note: --threads says nothing of {device.label}", file=sys.stderr)
+        forecast = forecast_device(device, wanted)
     if args.json:
         print(json.dumps(forecast.to_dict(), indent=1))
     else:
         print("\n".join(_lines(forecast, arguments, wanted)))
     return 0 if forecast.fits else 1
+
+
+def _refuse(options: Sequence[Option]) -> None:
+    """Of a check, which forecasts what the bundle is and only where it runs. Raises ConfigError."""
+    if options:
+        names = ", ".join(f"--{option.key}" for option in options)
+        raise ConfigError(f"{names} with --check", remedy="leave out --check, or those")
 
 
 def _wanted(arguments: PlanArguments) -> Wanted:

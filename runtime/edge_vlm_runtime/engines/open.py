@@ -16,6 +16,7 @@ from edge_vlm_runtime.engines.cuda import Cuda, Gpu
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.engines.openvino import (
     BFLOAT16,
+    FLOAT32,
     OpenVinoEngine,
     multiplies_bfloat16,
     openvino_version,
@@ -136,16 +137,17 @@ def _for_openvino(bundle: EngineBundle, backend: Backend) -> tuple[list[str], st
         return [], "auto: this CPU does not multiply bfloat16 itself"
     if bundle.kv_layout is not KVLayout.TOKEN_MAJOR:
         return [], f"auto: a bundle of variant {bundle.variant.value}"
-    if precision_for(bundle) != BFLOAT16 and bundle.precision.vit != "int8":
+    if precision_for(bundle, "vit_trunk") != BFLOAT16 and bundle.precision.vit != "int8":
         return [], "auto: the bundle's pictures are computed in float16"
     return [name for name in bundle.specs if not name.startswith("llm")], "auto"
 
 
 def _in_words(bundle: EngineBundle, by_openvino: list[str], why: str) -> str:
     parts = []
-    if by_openvino:
-        numbers = "bfloat16" if precision_for(bundle) == BFLOAT16 else "float32"
-        parts.append(f"{', '.join(by_openvino)} by OpenVINO {openvino_version()} in {numbers}")
+    for numbers, told in ((BFLOAT16, "bfloat16"), (FLOAT32, "float32")):
+        alike = [name for name in by_openvino if precision_for(bundle, name) == numbers]
+        if alike:
+            parts.append(f"{', '.join(alike)} by OpenVINO {openvino_version()} in {told}")
     if rest := [name for name in bundle.specs if name not in by_openvino]:
         parts.append(f"{', '.join(rest)} by ONNX Runtime {ort_library()[0]} on the CPU")
     return "; ".join(parts) + (f" ({why})" if why else "")

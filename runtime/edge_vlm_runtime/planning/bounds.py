@@ -169,8 +169,8 @@ def _sentence(frames: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str,
     )
     name = largest["stage"].partition(",")[0]
     text = (
-        f"A whole frame spends {largest['share']:.0%} of its time in {name}, which {largest['by']} "
-        f"bind, and reaches {largest['reached']:.0%} of that bound"
+        f"A frame at {first} spends {largest['share']:.0%} of its time in {name}, which "
+        f"{largest['by']} bind, and reaches {largest['reached']:.0%} of that bound"
     )
     last = frames[-1]
     at = f"keep {last['keep_ratio']:g}"
@@ -180,9 +180,10 @@ def _sentence(frames: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str,
         if stage["saving"] is not None and stage["stage"].endswith(f", {at}")
     )
     speed_up = (last.get("speed_up") or {}).get("frame")
-    if len(frames) > 1 and saved < 1 and speed_up is not None:
+    if len(frames) > 1 and 0 < saved < 1 and speed_up is not None:
         text += (
             f"; at {at} the stages behind the drop save {saved:.0%} of a frame, so that it can be "
-            f"at most {1 / (1 - saved):.2f} times faster, and is {speed_up['median']:.2f} times"
+            f"at most {1 / (1 - saved):.2f} times faster; in turns it was "
+            f"{speed_up['median']:.2f} times"
         )
     return text + "."
