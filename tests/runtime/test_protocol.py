@@ -23,6 +23,12 @@ def test_the_page_about_the_protocol_is_current() -> None:
     )
 
 
+def test_text_of_a_terminal_that_is_no_text_is_an_error_of_ours() -> None:
+    question = b"pilz \xe4".decode("utf-8", "surrogateescape")  # as sys.argv has it
+    with pytest.raises(ProtocolError, match=r"not text: .*UTF-8"):
+        protocol.json_object({"text": question})
+
+
 def test_every_setting_can_be_patched() -> None:
     names = {field.name for field in dataclasses.fields(SessionSettings)}
     assert set(protocol.OwnSettings.__struct_fields__) == names

@@ -13,6 +13,9 @@ const STATES = {
 };
 const RULE = ["on_threshold", "off_threshold", "hold_s", "cooldown_s"];
 
+// What was set in any tab, but for this one.
+const kept = (rule) => recall("alerts", []).filter(({ question }) => question !== rule.question);
+
 export class Alerts {
   #rules = recall("alerts", []); // {question, on_threshold, ...}: of this browser
   #statuses = new Map(); // alert_id -> AlertStatus
@@ -138,7 +141,7 @@ export class Alerts {
         return;
       }
       this.#rules.push(rule);
-      keep("alerts", this.#rules);
+      keep("alerts", [...kept(rule), rule]);
     }
     if (this.session.isOpen) this.#send(rule);
     $("alert-question").value = "";
@@ -156,7 +159,7 @@ export class Alerts {
 
   #forget(rule) {
     this.#rules = this.#rules.filter((each) => each.question !== rule.question);
-    keep("alerts", this.#rules);
+    keep("alerts", kept(rule));
   }
 
   #remove(entry) {
