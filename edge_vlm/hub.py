@@ -317,6 +317,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pull(args: argparse.Namespace) -> int:
     endpoint = os.environ.get("HF_ENDPOINT") or None
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"HF_ENDPOINT is no address: {endpoint!r}", remedy="write https://HOST, or unset it"
+        )
+    if not args.revision:
+        raise ConfigError("--revision is empty", remedy="name a commit, tag or branch")
     folder = output_folder(args.output or args.repository.rpartition("/")[2])
     found = look_up(args.repository, args.revision, endpoint)
     print(f"{found.repository} at {found.commit}: {len(found.files)} files, ", end="")

@@ -290,3 +290,13 @@ def test_a_hub_that_names_files_outside_of_the_folder_is_refused(hub: Hub, name:
     hub.files[name] = b"{}"
     with pytest.raises(HubError, match="outside of the folder"):
         look_up(REPOSITORY, "main", hub.url)
+
+
+def test_wrong_options_are_not_blamed_on_the_network(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pull", REPOSITORY, "--revision", ""]) == ConfigError.exit_code
+    assert "--revision is empty" in capsys.readouterr().err
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.local")
+    assert main(["pull", REPOSITORY]) == ConfigError.exit_code
+    assert "HF_ENDPOINT is no address: 'mirror.local'" in capsys.readouterr().err

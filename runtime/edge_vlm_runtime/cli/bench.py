@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_vlm.cli import INTERRUPTED_EXIT_CODE, Command
 from edge_vlm.console.options import About
+from edge_vlm.console.paths import output_file
 from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.cli.common.arguments import add_options, given, options_of
 from edge_vlm_runtime.cli.common.options import (
@@ -108,7 +109,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trace",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="write what ran when, for ui.perfetto.dev or chrome://tracing",
     )
@@ -121,15 +122,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="an earlier result as JSON, of the same shapes, to compare this one with",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON, too")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the result as JSON, too"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.bench.record import read_record
 
-    for path in (args.json, args.trace):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError("no such folder", where=path.absolute().parent)
     before = None if args.compare is None else read_record(args.compare)
     arguments = BenchArguments(**given(options_of(BenchArguments), args))
     args.url = address_of(args)
