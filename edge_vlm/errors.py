@@ -120,7 +120,8 @@ class EdgeVlmError(Exception):
 
     def __str__(self) -> str:
         line = self.what if self.where is None else f"{self.what} ({self.where})"
-        line = line if self.remedy is None else f"{line}: {self.remedy}"
+        if self.remedy is not None:  # what other libraries say may be a whole sentence
+            line = f"{line if line.endswith('..') else line.removesuffix('.')}: {self.remedy}"
         return visible(" ".join(line.split()))
 
 

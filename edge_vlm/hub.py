@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
+from edge_vlm.console.paths import output_folder
 from edge_vlm.errors import ConfigError, MissingExtraError
 from edge_vlm.export_errors import (
     HubError,
@@ -92,6 +93,12 @@ def look_up(repository: str, revision: str, endpoint: str | None = None) -> HubR
         )
     wanted, left_out = [], []
     for each in info.siblings or ():
+        if not _stays_inside(each.rfilename):
+            raise HubError(
+                f"the hub names a file outside of the folder: {each.rfilename}",
+                where=f"{repository} at {info.sha}",
+                remedy="do not take anything from there",
+            )
         if any(fnmatch(each.rfilename, pattern) for pattern in WANTED):
             sha256 = each.lfs.sha256 if each.lfs is not None else None
             wanted.append(HubFile(each.rfilename, each.size or 0, sha256, each.blob_id))
@@ -105,6 +112,11 @@ def look_up(repository: str, revision: str, endpoint: str | None = None) -> HubR
         )
     wanted.sort(key=lambda file: file.size)  # what is wrong with a token shows at once
     return HubRevision(repository, info.sha, tuple(wanted), tuple(sorted(left_out)))
+
+
+def _stays_inside(name: str) -> bool:
+    parts = name.replace("\\", "/").split("/")
+    return ":" not in parts[0] and not {"", ".", ".."} & set(parts)
 
 
 def fetch(
@@ -160,6 +172,8 @@ def _require_same(found: HubRevision, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot be read: {error}", where=folder / RECORD) from error
     wanted = {"repository": found.repository, "revision": found.commit}
+    if not isinstance(record, dict):
+        raise ConfigError("not the record of a pull", where=folder / RECORD)
     if record != wanted:
         raise ConfigError(
             f"the folder holds {record.get('repository')} at {record.get('revision')}, not "
@@ -302,8 +316,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pull(args: argparse.Namespace) -> int:
     endpoint = os.environ.get("HF_ENDPOINT") or None
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"HF_ENDPOINT is no address: {endpoint!r}", remedy="write https://HOST, or unset it"
+        )
+    if not args.revision:
+        raise ConfigError("--revision is empty", remedy="name a commit, tag or branch")
+    folder = output_folder(args.output or args.repository.rpartition("/")[2])
     found = look_up(args.repository, args.revision, endpoint)
-    folder = args.output or Path(args.repository.rpartition("/")[2])
     print(f"{found.repository} at {found.commit}: {len(found.files)} files, ", end="")
     print(f"{_size(found.num_bytes)}, into {folder}", flush=True)
     if found.left_out:

@@ -60,5 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """ ", did you mean ...?" of the closest, or nothing."""
-    near = difflib.get_close_matches(given, sorted(known), n=1)
-    return f", did you mean {near[0]}?" if near else ""
+    # Dashes, which all options share, would make any two short ones alike.
+    names = {name.lstrip("-"): name for name in sorted(known)}
+    near = difflib.get_close_matches(given.lstrip("-"), names, n=1)
+    return f", did you mean {names[near[0]]}?" if near else ""

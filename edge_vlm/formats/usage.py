@@ -16,6 +16,38 @@ from edge_vlm.text.prompt import PLAIN, PromptStyle
 
 SECTIONS = ("prompt", "images", "frames", "defaults", "card")
 
+DEFAULTS = frozenset(
+    [
+        "attention",
+        "change_threshold",
+        "delivery",
+        "drop_duplicates",
+        "duplicate_threshold",
+        "fps",
+        "fps_cap",
+        "heartbeat_s",
+        "history_turns",
+        "instructions",
+        "keep_ratio",
+        "last_n",
+        "max_answer_tokens",
+        "max_frame_age_s",
+        "max_positions",
+        "max_time_s",
+        "min_cells",
+        "policy",
+        "policy_seed",
+        "raw_frames",
+        "seed",
+        "subtitles",
+        "temperature",
+        "top_p",
+        "vision_tokens_per_s",
+        "window_tokens",
+    ]
+)
+"""What a runtime reads of `defaults`; a test holds it to the settings of a session."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCard:

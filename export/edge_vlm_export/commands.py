@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import input_footage, output_folder
+from edge_vlm.console.usage import did_you_mean
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import TOKENIZER
 from edge_vlm.formats.precision import PRESETS, Precision, Variant
+from edge_vlm.formats.usage import DEFAULTS
 
 if TYPE_CHECKING:
     from edge_vlm.formats.bundle import EngineBundle
@@ -242,6 +244,11 @@ def _setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise ConfigError(f"--default {text!r} is not KEY=VALUE")
+    if key not in DEFAULTS:
+        raise ConfigError(
+            f"--default {text!r} is no setting of a session{did_you_mean(key, DEFAULTS)}",
+            remedy=f"one of {', '.join(sorted(DEFAULTS))}",
+        )
     try:
         return key, json.loads(value)
     except ValueError:

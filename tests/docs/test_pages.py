@@ -10,6 +10,7 @@ from PIL import Image
 
 import edge_vlm
 from tests.conftest import ROOT
+from tests.docs.commands import PAGES
 
 
 def test_the_citation_is_of_this_version() -> None:
@@ -48,3 +49,11 @@ def test_a_newcomer_is_told_how_the_command_is_found() -> None:
     command = re.search(r"^edge-vlm ", text, re.M)
     assert command is not None
     assert "source .venv/bin/activate" in text[: command.start()]
+
+
+def test_a_new_environment_gets_it_from_a_clone() -> None:
+    """It is on no index, where the name could be somebody else's."""
+    for page in (*PAGES, ROOT / "deploy" / "edge-vlm.service"):
+        for block in re.split(r"^```.*$", page.read_text(encoding="utf-8"), flags=re.M):
+            if "-m venv" in block:
+                assert not re.search(r"install '?edge-vlm\b", block), page

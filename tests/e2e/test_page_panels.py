@@ -145,6 +145,29 @@ def test_the_first_five_minutes(site: Site) -> None:
     visited(site.debugger, site.url, steps)
 
 
+def test_alerts_that_a_server_does_not_take_are_kept_for_the_next(site: Site) -> None:
+    kept = "JSON.parse(localStorage.getItem('edge-vlm.alerts')).length"
+    rules = [
+        {"question": f"Is there a {i} now?", "on_threshold": 0.7, "off_threshold": 0.4}
+        for i in range(17)
+    ]
+
+    async def steps(page: Visit) -> None:
+        await page.value(f"localStorage.setItem('edge-vlm.alerts', {json.dumps(rules)!r})")
+        await page.call("Page.reload")
+        await page.until("document.querySelectorAll('#alert-list li').length === 17")
+        await page.click("#demo")
+        await page.until("document.querySelectorAll('#alert-list [data-state=refused]').length")
+        assert "has 16 alerts already" in await page.value(text("alert-trouble"))
+        assert await page.value("document.querySelectorAll('#alert-list li').length") == 17
+        assert await page.value(kept) == 17
+        await page.submit("alert-form", "alert-question", "One more?")  # a new one is not kept
+        await page.says("alert-trouble", "One more?")
+        assert await page.value(kept) == 17
+
+    visited(site.debugger, site.url, steps)
+
+
 def test_a_camera_of_the_server(site: Site) -> None:
     async def steps(page: Visit) -> None:
         await page.until("document.querySelectorAll('#cameras li').length === 2")

@@ -33,6 +33,7 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.server.asgi_server import listen
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
 from tests.runtime.live import TIMEOUT_S, open_server, run
@@ -401,8 +402,13 @@ def test_nobody_listening_is_a_typed_error(server: Server) -> None:
 
 
 def test_a_taken_port_is_a_typed_error(server: Server) -> None:
-    with pytest.raises(ConfigError, match="cannot listen"):
+    with pytest.raises(ConfigError, match=r"cannot listen.*another --port"):
         Server.open(tiny_bundle(), threads=1, port=server.port)
+
+
+def test_an_address_of_another_machine_is_a_typed_error() -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen.*another --host"):
+        listen("192.0.2.1", 0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

@@ -44,3 +44,9 @@ def test_a_full_disk_is_no_matter_of_exports() -> None:
     """Training, building engines and exporting all may meet one."""
     assert not issubclass(NoSpaceLeft, ExportError)
     assert NoSpaceLeft.exit_code == 12  # as ever
+
+
+def test_a_remedy_follows_a_sentence_or_a_piece_of_one() -> None:
+    for what, shown in (("It is full.", "It is full"), ("waits ...", "waits ..."), ("no", "no")):
+        assert str(EdgeVlmError(what, remedy="buy more")) == f"{shown}: buy more"
+    assert str(EdgeVlmError("It is full.")) == "It is full."

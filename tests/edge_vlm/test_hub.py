@@ -259,6 +259,9 @@ def test_a_folder_that_holds_something_else_is_left_alone(hub: Hub, tmp_path: Pa
     (folder / "pulled.json").write_text('{"repository": "allenai/Other", "revision": "1"}')
     with pytest.raises(ConfigError, match="holds allenai/Other at 1, not allenai/Tiny"):
         pulled(hub, folder)
+    (folder / "pulled.json").write_text("[]")
+    with pytest.raises(ConfigError, match="not the record of a pull"):
+        pulled(hub, folder)
     (folder / "pulled.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         pulled(hub, folder)
@@ -270,3 +273,30 @@ def test_a_repository_without_weights_and_one_without_a_name(hub: Hub) -> None:
         look_up(REPOSITORY, "main", hub.url)
     with pytest.raises(ConfigError, match="OWNER/NAME"):
         look_up("a b", "main", hub.url)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_hub_is_asked(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.close()
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nope")):
+        assert main(["pull", REPOSITORY, "-o", str(place)]) == ConfigError.exit_code
+        assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../a.json", "a/../../b.json", "/a.json", "C:\\a.json"])
+def test_a_hub_that_names_files_outside_of_the_folder_is_refused(hub: Hub, name: str) -> None:
+    hub.files[name] = b"{}"
+    with pytest.raises(HubError, match="outside of the folder"):
+        look_up(REPOSITORY, "main", hub.url)
+
+
+def test_wrong_options_are_not_blamed_on_the_network(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pull", REPOSITORY, "--revision", ""]) == ConfigError.exit_code
+    assert "--revision is empty" in capsys.readouterr().err
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.local")
+    assert main(["pull", REPOSITORY]) == ConfigError.exit_code
+    assert "HF_ENDPOINT is no address: 'mirror.local'" in capsys.readouterr().err

@@ -35,6 +35,9 @@ BAD = "/proc/nowhere"
         ("build", str(DEMO_BUNDLE), "--engines", BAD),
         ("train", "smoke", "-o", BAD),
         ("world", "-o", BAD),
+        ("bench", "--json", BAD),
+        ("bench", "--trace", BAD),
+        ("pull", "a/b", "-o", BAD),
     ],
     ids=lambda line: line[0],
 )

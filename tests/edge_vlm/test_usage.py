@@ -28,6 +28,7 @@ from tests.conftest import ROOT
         ("data chek x", "did you mean check?"),
         ("data check x --fsp 3", "edge-vlm data check: no such option: --fsp, did you mean --fps?"),
         ("verify x -q", "no such option: -q"),
+        ("bench --nope", "edge-vlm bench: no such option: --nope (see"),
         ("serv", "edge-vlm: unknown command 'serv', did you mean serve?"),
         ("help exitcodes", "did you mean exit-codes?"),
     ],

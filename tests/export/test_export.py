@@ -202,6 +202,7 @@ def test_verify_fails_on_other_weights(tmp_path: Path, capsys: pytest.CaptureFix
         (["export", "{tmp}/nothing", "-o", "{tmp}/out"], "E-CHECKPOINT"),
         (["export", "{checkpoint}", "-o", "{bundle}"], "E-BUNDLE"),
         (["export", "{checkpoint}", "-o", "{tmp}/out", "--default", "fps"], "E-CONFIG"),
+        (["export", "{checkpoint}", "-o", "{tmp}/out", "--default", "keep=1"], "E-CONFIG"),
         (["export", "{checkpoint}", "-o", "{tmp}/out", "--max-tokens", "0"], "E-CONFIG"),
     ],
 )

@@ -118,3 +118,38 @@ test("a refusal is final, a camera without session is waited for", async (contex
   FakeSocket.all.at(-1).tell(created("front door"));
   assert.ok(!session.isAgain); // the camera's memory is that of before
 });
+
+function storage() {
+  const kept = new Map();
+  return { getItem: (name) => kept.get(name) ?? null, setItem: (name, text) => kept.set(name, text),
+    removeItem: (name) => kept.delete(name) };
+}
+
+test("what was kept in another form does not stop the page", async () => {
+  const { recall } = await load("store.js");
+  globalThis.localStorage = storage();
+  for (const text of ["null", "5", "{}", "[null, 1, {}, {\"question\": 2}]", "{"]) {
+    localStorage.setItem("edge-vlm.alerts", text);
+    assert.deepEqual(recall("alerts", []), [], text);
+  }
+  localStorage.setItem("edge-vlm.settings", "[]");
+  assert.deepEqual(recall("settings", {}), {});
+  localStorage.setItem("edge-vlm.settings", "null");
+  assert.deepEqual(recall("settings", {}), {});
+});
+
+test("of two tabs each keeps its own conversation", async () => {
+  const { keepOwn, recallOwn } = await load("store.js");
+  globalThis.localStorage = storage();
+  const [first, second] = [storage(), storage()];
+  globalThis.sessionStorage = first;
+  keepOwn("dialogue", [{ question: "one" }]);
+  globalThis.sessionStorage = second;
+  assert.deepEqual(recallOwn("dialogue", []), [{ question: "one" }]); // a new tab
+  keepOwn("dialogue", [{ question: "two" }]);
+  globalThis.sessionStorage = first;
+  assert.deepEqual(recallOwn("dialogue", []), [{ question: "one" }]);
+  globalThis.sessionStorage = { getItem() { throw new Error(); }, setItem() { throw new Error(); } };
+  assert.equal(keepOwn("dialogue", []), true);
+  assert.deepEqual(recallOwn("dialogue", [{ question: "?" }]), []);
+});

@@ -45,6 +45,10 @@ def test_a_whole_plan(tmp_path: Path) -> None:
 
 
 WRONG = {
+    "an option of the server below a camera": (
+        DOOR + "home_assistant = 'mqtt://box'",
+        r"unknown key 'home_assistant'.*server is given stands above the first",
+    ),
     "unknown key of a camera": (
         DOOR + "keep_rato = 0.3",
         r"'keep_rato'.*toml.*'door'.*keep_ratio",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from docs import build_protocol as protocol_docs
 from edge_vlm.errors import NoFrameYet, ProtocolError, UnknownMessageType
+from edge_vlm.formats import usage
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.settings import SessionSettings
 
@@ -21,6 +22,17 @@ def test_the_page_about_the_protocol_is_current() -> None:
     assert committed == protocol_docs.render(), (
         "run: python -m docs.build_protocol docs/protocol.md"
     )
+
+
+def test_text_of_a_terminal_that_is_no_text_is_an_error_of_ours() -> None:
+    question = b"pilz \xe4".decode("utf-8", "surrogateescape")  # as sys.argv has it
+    with pytest.raises(ProtocolError, match=r"not text: .*UTF-8"):
+        protocol.json_object({"text": question})
+
+
+def test_a_bundle_may_be_given_what_a_runtime_reads() -> None:
+    fields = {field.name for field in dataclasses.fields(SessionSettings)}
+    assert fields | {"fps", "max_positions", "max_time_s"} == usage.DEFAULTS
 
 
 def test_every_setting_can_be_patched() -> None:

@@ -119,7 +119,11 @@ class _Reader:
             if key not in KEYS:
                 near = next(iter(difflib.get_close_matches(key, KEYS, n=1)), None)
                 hint = f"did you mean {near}? " if near else ""
-                raise self._wrong(f"unknown key {key!r}", f"{hint}keys: {', '.join(KEYS)}")
+                raise self._wrong(
+                    f"unknown key {key!r}",
+                    f"{hint}keys: {', '.join(KEYS)}; what the server is given stands above the "
+                    "first [[...]]",
+                )
         name = self._text("name")
         if name is None or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
             raise self._wrong(

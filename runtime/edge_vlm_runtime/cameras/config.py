@@ -236,7 +236,8 @@ def _require_known(table: Mapping[str, Any], known: Collection[str], place: str)
             raise ConfigError(
                 f"unknown key {key!r}",
                 where=place,
-                remedy=f"{_near(key, known)}valid keys: {', '.join(known)}",
+                remedy=f"{_near(key, known)}valid keys: {', '.join(known)}; what the server is "
+                "given stands above the first [[...]]",
             )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_vlm.cli import INTERRUPTED_EXIT_CODE, Command
 from edge_vlm.console.options import About
+from edge_vlm.console.paths import output_file
 from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.cli.common.arguments import add_options, given, options_of
 from edge_vlm_runtime.cli.common.options import (
@@ -110,7 +111,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trace",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="write what ran when, for ui.perfetto.dev or chrome://tracing",
     )
@@ -123,15 +124,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="an earlier result as JSON, of the same shapes, to compare this one with",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON, too")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the result as JSON, too"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.bench.compare import read_comparable
 
-    for path in (args.json, args.trace):
-        if path is not None:
-            _require_writable(path)
     before = None if args.compare is None else read_comparable(args.compare)
     arguments = BenchArguments(**given(options_of(BenchArguments), args))
     args.url = address_of(args)
@@ -153,19 +153,6 @@ def _run(args: argparse.Namespace) -> int:
     if ended is not None:
         raise ended
     return 0
-
-
-def _require_writable(path: Path) -> None:
-    """Before anything is measured. Raises ConfigError."""
-    if not path.absolute().parent.is_dir():
-        raise ConfigError("no such folder", where=path.absolute().parent)
-    existed = path.exists()
-    try:
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot be written: {error.strerror}", where=path) from error
 
 
 @contextmanager

@@ -140,9 +140,14 @@ def json_value(text: bytes) -> Any:
 
 
 def json_object(fields: dict[str, Any]) -> str:
-    """JSON text of plain values; None is left out."""
+    """JSON text of plain values; None is left out. Raises ProtocolError for text that is none."""
     told = {name: value for name, value in fields.items() if value is not None}
-    return msgspec.json.encode(told, enc_hook=_plain).decode()
+    try:
+        return msgspec.json.encode(told, enc_hook=_plain).decode()
+    except UnicodeEncodeError as error:  # bytes of a terminal that are no UTF-8
+        raise ProtocolError(
+            f"not text: {error.object!r}", remedy="give it in UTF-8 (`locale` says what is set)"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

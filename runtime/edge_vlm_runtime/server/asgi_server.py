@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -132,7 +133,11 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
+        is_host = isinstance(error, socket.gaierror) or (
+            getattr(error, "errno", None) == errno.EADDRNOTAVAIL
+        )
         raise ConfigError(
-            f"cannot listen on {host} port {port}: {reason}", remedy="choose another --port"
+            f"cannot listen on {host} port {port}: {reason}",
+            remedy=f"choose another {'--host' if is_host else '--port'}",
         ) from error
     return listener

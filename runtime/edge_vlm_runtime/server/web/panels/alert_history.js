@@ -1,7 +1,7 @@
 // What alerts have found: when, for how long, with a picture, and a sound if one is wanted.
 
 import { $, clock, make } from "../dom.js";
-import { keep, recall } from "../store.js";
+import { keepOwn, recallOwn } from "../store.js";
 
 const MAX_KEPT = 40;
 const PICTURE_WIDTH = 200;
@@ -10,13 +10,13 @@ const SAME_MS = 3000; // two that began so close to each other are one
 const keyOf = ({ alert_id, episode }) => `${alert_id} ${episode}`;
 
 export class AlertHistory {
-  #entries = recall("alert-history", []); // {question, camera, at, probability, lasted_s, picture}
+  #entries = recallOwn("alert-history", []); // {question, camera, at, probability, lasted_s, picture}
   #open = new Map(); // alert_id and episode -> entry
   #audio = null;
 
   constructor() {
     for (const entry of this.#entries) {
-      if (entry.lasted_s === null) entry.lasted_s = -1; // nobody looked when it ended
+      if (typeof entry.lasted_s !== "number") entry.lasted_s = -1; // nobody looked when it ended
       this.#show(entry);
     }
     $("history-empty").hidden = this.#entries.length > 0;
@@ -115,8 +115,8 @@ export class AlertHistory {
   }
 
   #keep() {
-    if (keep("alert-history", this.#entries)) return;
-    keep("alert-history", this.#entries.map((entry) => ({ ...entry, picture: null })));
+    if (keepOwn("alert-history", this.#entries)) return;
+    keepOwn("alert-history", this.#entries.map((entry) => ({ ...entry, picture: null })));
   }
 
   #toggleSound() {

@@ -9,15 +9,19 @@ import { AlertHistory } from "./alert_history.js";
 const POLL_MS = 2000;
 const STATES = {
   idle: "watching", holding: "about to begin", active: "happening now",
-  waiting: "not watched: nothing runs", arming: "being set",
+  waiting: "not watched: nothing runs", arming: "being set", refused: "not watched by this server",
 };
 const RULE = ["on_threshold", "off_threshold", "hold_s", "cooldown_s"];
+
+// What was set in any tab, but for this one.
+const kept = (rule) => recall("alerts", []).filter(({ question }) => question !== rule.question);
 
 export class Alerts {
   #rules = recall("alerts", []); // {question, on_threshold, ...}: of this browser
   #statuses = new Map(); // alert_id -> AlertStatus
   #wanted = new Map(); // event_id -> the rule that was sent
   #rows = new Map(); // question or alert_id -> elements
+  #refused = new Set(); // questions that this server does not take; another one may
   #isOwn = true;
 
   constructor(session) {
@@ -47,8 +51,9 @@ export class Alerts {
     this.#isOwn = isOwn;
     this.#statuses.clear();
     this.#wanted.clear();
+    this.#refused.clear();
     if (isOwn) {
-      for (const rule of this.#rules) this.#send(rule);
+      for (const rule of this.#rules) this.#send(rule, true);
     } else {
       this.session.send("alert.list");
       this.#readHistory(this.session.stream);
@@ -105,10 +110,11 @@ export class Alerts {
 
   // Whether the error was about an alert.
   takeError({ event_id, message }) {
-    const rule = this.#wanted.get(event_id);
+    const { rule, isKept } = this.#wanted.get(event_id) ?? {};
     if (!rule) return false;
     this.#wanted.delete(event_id);
-    this.#forget(rule);
+    if (isKept) this.#refused.add(rule.question);
+    else this.#forget(rule);
     this.#say(`${rule.question}: ${message}`);
     this.#render();
     return true;
@@ -138,15 +144,16 @@ export class Alerts {
         return;
       }
       this.#rules.push(rule);
-      keep("alerts", this.#rules);
+      keep("alerts", [...kept(rule), rule]);
     }
     if (this.session.isOpen) this.#send(rule);
     $("alert-question").value = "";
     this.#render();
   }
 
-  #send(rule) {
-    this.#wanted.set(this.session.send("alert.create", rule), rule);
+  // isKept: since an earlier session
+  #send(rule, isKept = false) {
+    this.#wanted.set(this.session.send("alert.create", rule), { rule, isKept });
   }
 
   #take(status) {
@@ -156,7 +163,7 @@ export class Alerts {
 
   #forget(rule) {
     this.#rules = this.#rules.filter((each) => each.question !== rule.question);
-    keep("alerts", this.#rules);
+    keep("alerts", kept(rule));
   }
 
   #remove(entry) {
@@ -174,8 +181,10 @@ export class Alerts {
     if (!this.#isOwn) return statuses;
     const known = new Set(statuses.map(({ question }) => question));
     const state = this.session.isUp ? "arming" : "waiting";
-    const waiting = this.#rules.filter(({ question }) => !known.has(question))
-      .map((rule) => ({ question: rule.question, key: rule.question, state, probability: null }));
+    const waiting = this.#rules.filter(({ question }) => !known.has(question)).map(({ question }) => ({
+      question, key: question, probability: null,
+      state: this.session.isUp && this.#refused.has(question) ? "refused" : state,
+    }));
     return [...statuses, ...waiting];
   }
 

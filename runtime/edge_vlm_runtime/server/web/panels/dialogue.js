@@ -3,7 +3,7 @@
 import { $, clock, make } from "../dom.js";
 import { withoutMarkup } from "../markup.js";
 import { SentPictures, pointedPictures } from "../points.js";
-import { keep, recall } from "../store.js";
+import { keepOwn, recallOwn } from "../store.js";
 
 const MAX_KEPT = 100; // entries
 const WITH_PICTURES = 12; // of them, the last ones
@@ -20,7 +20,7 @@ export class Dialogue {
   // notice(text) says what went wrong.
   constructor(session, notice) {
     Object.assign(this, { session, notice });
-    for (const entry of recall("dialogue", [])) this.#show(entry);
+    for (const entry of recallOwn("dialogue", [])) this.#show(entry);
     $("ask").onsubmit = (event) => {
       event.preventDefault();
       const text = $("question").value.trim();
@@ -163,8 +163,8 @@ export class Dialogue {
   #keep() {
     const kept = this.#entries.slice(-MAX_KEPT).map(({ raw, figures, ...entry }, number, all) =>
       all.length - number <= WITH_PICTURES && figures ? { ...entry, figures } : entry);
-    if (keep("dialogue", kept)) return;
-    keep("dialogue", kept.map(({ figures, ...entry }) => entry)); // there is little room
+    if (keepOwn("dialogue", kept)) return;
+    keepOwn("dialogue", kept.map(({ figures, ...entry }) => entry)); // there is little room
   }
 
   #clear() {
