@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import statistics
@@ -91,6 +92,8 @@ def measure_viewers(seconds: float, folder: str) -> dict[str, Any]:
     # the default's 2000 events are more than a viewer is told in 15 minutes
     limits = ServerLimits(max_sessions=VIEWERS, max_replay_events=200)
     with Server(with_idle_engines(), limits=limits) as server:
+        gc.collect()
+        gc.freeze()  # as `serve` does
         server.start()
         resident: list[int] = []
         begin_ns = time.process_time_ns()

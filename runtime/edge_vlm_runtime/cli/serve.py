@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ def _serve(args: argparse.Namespace) -> int:
             **server_options(args),
         ) as server:
             server.on_plan(routes.planned)
+            gc.collect()
+            gc.freeze()  # or each whole collection would look at all that lives until the end
             if Backend(args.backend) in (Backend.OPENVINO, Backend.AUTO):
                 print_notes([server.runs_on])
             print_notes(server.notes)
