@@ -93,10 +93,10 @@ class _TracedEngine(Engine):
         self._trace.run(self._name, self._engine.run)
 
     def _bind(self, tensor: TensorSpec, pointer: int, shape: Shape) -> None:
-        raise NotImplementedError
+        self._engine.bind(tensor.name, pointer, shape)
 
     def _run(self) -> None:
-        raise NotImplementedError
+        self._engine.run()
 
     def close(self) -> None:
         self._engine.close()
