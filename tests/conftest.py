@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -67,10 +68,11 @@ def _make_debugged_loop(loop: asyncio.BaseEventLoop) -> None:
     coroutine that nobody awaited is named with where it was made.
 
     Not by PYTHONASYNCIODEBUG, which programs that tests start would inherit and write about on the
-    standard error that is their user's.
+    standard error that is their user's. How long a call took says how busy the machine is, no more.
     """
     _make_loop(loop)
     loop.set_debug(True)
+    loop.slow_callback_duration = math.inf
 
 
 asyncio.BaseEventLoop.__init__ = _make_debugged_loop  # type: ignore[method-assign, assignment]
