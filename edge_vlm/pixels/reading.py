@@ -466,7 +466,8 @@ class _Damage:
 def _orientation_of(picture: Any, exif: Orientation) -> Orientation:
     """`exif`: what the packet says, where FFmpeg's word cannot be read."""
     try:
-        found = picture.side_data.get("DISPLAYMATRIX")
+        # Not `picture.side_data`: the picture would hold what holds it, until a whole collection.
+        found = av().sidedata.sidedata.SideDataContainer(picture).get("DISPLAYMATRIX")
     except KeyError:
         found = None
     except ValueError:  # PyAV fails at kinds of side data that it does not know

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 from collections import Counter
@@ -373,3 +374,15 @@ def test_a_jump_that_lands_before_its_aim_is_not_tried_for_ever(
     monkeypatch.setattr(video.Video, "seek", lambda self, time_s: seek(self, 0.0))
     moments = read_moments(path, [0.0, 30.0, 59.0])
     assert [bars(picture) for picture in moments] == [0, 30, 59]
+
+
+def test_pictures_that_were_read_do_not_wait_for_a_collection(tmp_path: Path) -> None:
+    path = numbered_video(tmp_path / "a.mp4", 40, key_every=10, rate=1)
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(list(video.read_video(path, 1))) == 40
+        left = [each for each in gc.get_objects() if isinstance(each, av.VideoFrame)]
+    finally:
+        gc.enable()
+    assert len(left) <= 2, "what holds them?"
