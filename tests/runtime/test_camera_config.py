@@ -78,6 +78,18 @@ WRONG = {
     "thresholds": (DOOR + VISITOR + "on_threshold = 0.2", "off_threshold must not be above"),
     "a text for a switch": (DOOR + VISITOR + "evidence = 'yes'", "evidence must be true or false"),
     "standard input": (DOOR.replace("rtsp://user:secret@cam.local/1", "-"), "standard input"),
+    "no such protocol": (
+        DOOR.replace("rtsp://user:secret@cam.local/1", "foo://u:secret@x"),
+        r"source 'foo://.*'door'.*a video file, webcam",
+    ),
+    "no host": (DOOR.replace("user:secret@cam.local", ""), "no host.*'door'.*rtsp://HOST"),
+    "no number of a webcam": (
+        DOOR.replace("rtsp://user:secret@cam.local/1", "webcam:abc"),
+        "webcam: wants a number.*webcam:0",
+    ),
+    "no pipeline": (DOOR.replace("rtsp://user:secret@cam.local/1", "gst:"), "wants a pipeline"),
+    "a time without end": (DOOR + VISITOR + "hold_s = inf", "hold_s must be a finite number"),
+    "a ratio that is no number": (DOOR + "keep_ratio = nan", "keep_ratio must be a finite"),
     "no table": ("camera = 'door'", r"camera must be tables.*write \[\[camera\]\]"),
 }
 

@@ -119,7 +119,8 @@ def camera(name: str, source: RtspCamera | str, **fields: Any) -> str:
 
 
 def alert(name: str, of: str, **fields: Any) -> str:
-    return table("alert", name=name, camera=of, **{"question": "is there a red ball ?"}, **fields)
+    asked = {"question": "is there a red ball ?"}
+    return table("alert", **{"name": name, "camera": of, **asked, **fields})
 
 
 @contextmanager
@@ -643,6 +644,10 @@ def test_what_is_wrong_with_a_camera_is_said_before_the_start(tmp_path: Path) ->
         'record = "cameras.toml"\n': "cannot be written",
         "settings = { window_tokens = 1 }\n": "camera 'door'",
     }
+    long = alert("long", "door", question="is there a red ball ? " * 100)
+    cases[alert("ball", "door") + long] = "the question has .* tokens .*'long' of camera 'door'"
+    many = "".join(alert(f"ball{number}", "door") for number in range(17))
+    cases[many] = "has 16 alerts already .*'ball16' of camera 'door'"
     for line, message in cases.items():
         file.write_text(table("camera", name="door", source="webcam") + line)
         with pytest.raises(Exception, match=message):

@@ -233,6 +233,11 @@ HOOK = '[[sink]]\nname = "a"\nurl = "https://host/secret-path"\n'
             HOOK + 'headers = { content-type = "image/png" }\ntemplate = "x"',
             "no template can be filled in for the content type 'image/png'",
         ),
+        (
+            HOOK + 'evidence = "none"\ntemplate = \'{"a": "${picture}"}\'',
+            "wants ${picture}, and no pictures",
+        ),
+        (HOOK.replace("https://host", "mqtt://host:99999"), "mqtt://HOST:1883/TOPIC"),
         (HOOK.replace("https", "mqtt") + 'template = "x"', "template is for webhooks"),
         (HOOK.replace("https://host/secret-path", "mqtt://host"), "not an MQTT topic"),
         (HOOK.replace("https://host/secret-path", "mqtt://host/secret-path/#"), "[[sink]] 'a'"),
@@ -372,5 +377,5 @@ def test_each_alert_of_a_camera_goes_where_its_table_says(
     assert caplog.text == ""
     file.write_text(text.replace('"phone", ', '"http://user:secret@127.0.0.1:9/new", "phone", '))
     routes.planned(read_plan(read_toml(file), file))
-    assert "restart to send alerts there" in caplog.text
+    assert "127.0.0.1:9: receivers are opened at the start: restart to send" in caplog.text
     assert "secret" not in caplog.text

@@ -55,9 +55,12 @@ class MqttAddress:
         try:
             parts = urlsplit(url)
             port = parts.port or DEFAULT_PORTS.get(parts.scheme, 0)
-            port = port if parts.scheme in DEFAULT_PORTS else 0
         except ValueError:
-            port = 0
+            raise ConfigError(
+                f"not an address with a port up to 65535: {mask_credentials(url)!r}",
+                remedy="write mqtt://HOST:1883/TOPIC",
+            ) from None
+        port = port if parts.scheme in DEFAULT_PORTS else 0
         topic = (unquote(parts.path).strip("/") or default_topic) if port else ""
         # `#` and `?` would end the path, the others no message may be published to.
         odd = set("#?") & set(url) or set("+#\0") & set(topic)

@@ -69,16 +69,23 @@ class SinkTable:
         from edge_vlm_runtime.alert_sinks.webhook import WebhookSink
 
         kinds = [value for name, value in self.headers.items() if name.lower() == "content-type"]
-        template = self.template
+        template = None
+        if self.template is not None:
+            kind = kinds[0] if kinds else JSON_TYPE
+            template = BodyTemplate(self.template, kind, self.where)
+            if template.has_picture and size is EvidenceSize.NONE:
+                raise ConfigError(
+                    "the template wants ${picture}, and no pictures are sent",
+                    where=self.where,
+                    remedy='evidence = "small" there, or a template without it',
+                )
         return WebhookSink(
             self.url,
             size,
             name=self.name,
             headers=self.headers,
             signer=None if self.secret is None else Signer(self.secret, self.where),
-            template=None
-            if template is None
-            else BodyTemplate(template, kinds[0] if kinds else JSON_TYPE, self.where),
+            template=template,
         )
 
 

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, VideoError
 from edge_vlm_runtime.protocol.alerts import AlertRule
 from edge_vlm_runtime.sources.masking import mask_credentials
 
@@ -154,10 +155,15 @@ def _camera(table: Mapping[str, Any], place: str, beside: Path) -> CameraConfig:
 
 def _resolved(source: str, place: str, beside: Path) -> str:
     """A relative path is meant from the file's folder."""
-    from edge_vlm_runtime.sources.open import STANDARD_INPUT, is_path
+    from edge_vlm_runtime.sources.open import STANDARD_INPUT, is_path, require_source
 
     if source == STANDARD_INPUT:
         raise ConfigError("a server's camera is not its standard input", where=place)
+    try:
+        require_source(source)
+    except VideoError as error:
+        what = f"source {error.where!r}: {error.what}"
+        raise ConfigError(what, where=place, remedy=error.remedy) from error
     return str(beside / Path(source).expanduser()) if is_path(source) else source
 
 
@@ -268,4 +274,6 @@ def _number(table: Mapping[str, Any], key: str, place: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{key} must be a number, got {value!r}", where=place)
+    if not math.isfinite(value):
+        raise ConfigError(f"{key} must be a finite number, got {value!r}", where=place)
     return float(value)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from edge_vlm.errors import ConfigError, EdgeVlmError, UnknownStream
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime.cameras.camera import Camera, CameraSetup, StreamSessions
 from edge_vlm_runtime.cameras.config import CameraConfig, CameraPlan
+from edge_vlm_runtime.protocol.alerts import AlertRule
 from edge_vlm_runtime.protocol.settings import SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
 
@@ -50,15 +51,18 @@ class CameraKeeper:
         sessions: StreamSessions,
         recorder_of: Callable[[Path], Recorder],
         check: Callable[[SessionSettings], object] = lambda settings: None,
+        check_alerts: Callable[[Sequence[AlertRule]], object] = lambda rules: None,
     ) -> None:
         """`setup.recorder`: of all sessions; `recorder_of`: makes that of a folder; `check` raises
-        ConfigError for settings that the model cannot hold to. Raises ConfigError and
+        ConfigError for settings that the model cannot hold to, `check_alerts` an EdgeVlmError for
+        the last of some rules that no session would watch for. Raises ConfigError and
         RecordingError for the first plan."""
         self._file = file
         self._setup = setup
         self._sessions = sessions
         self._recorder_of = recorder_of
         self._check = check
+        self._check_alerts = check_alerts
         self.plan = file.plan
         """In force."""
         self._setups = self._prepared(file.plan)
@@ -186,7 +190,19 @@ class CameraKeeper:
                 where = f"camera {config.name!r}"
                 raise ConfigError(error.what, where=where, remedy=error.remedy) from error
             setups[config.name] = setup
+            self._require_watchable(plan, config.name)
         return setups
+
+    def _require_watchable(self, plan: CameraPlan, camera: str) -> None:
+        """Raises ConfigError naming the first alert that would be refused."""
+        rules: list[AlertRule] = []
+        for alert in plan.alerts_of(camera):
+            rules.append(alert.rule)
+            try:
+                self._check_alerts(rules)
+            except EdgeVlmError as error:
+                where = f"alert {alert.name!r} of camera {camera!r}"
+                raise ConfigError(error.what, where=where, remedy=error.remedy) from error
 
     def _recorder(self, config: CameraConfig) -> Recorder | None:
         if isinstance(config.record, Path):

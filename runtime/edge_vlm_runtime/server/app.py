@@ -48,6 +48,7 @@ from edge_vlm_runtime.server.sessions import OnEvent, SessionRegistry
 from edge_vlm_runtime.server.site import Site
 from edge_vlm_runtime.server.streams.hub import StreamHub
 from edge_vlm_runtime.server.streams.observer import StreamObserver
+from edge_vlm_runtime.session.alerts import require_watchable
 from edge_vlm_runtime.session.budget import default_settings, notes_on, video_window
 
 log = logging.getLogger(__name__)
@@ -238,6 +239,9 @@ class Server:
             sessions=self._table,
             recorder_of=recorder,
             check=lambda settings: video_window(settings, self.model, self.limits),
+            check_alerts=lambda rules: require_watchable(
+                rules, self._engines.prompt, self.model, self.limits
+            ),
         )
 
     def observe_streams(self, observer: StreamObserver) -> None:

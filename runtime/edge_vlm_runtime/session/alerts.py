@@ -24,6 +24,7 @@ from edge_vlm_runtime.session.budget import question_capacity
 if TYPE_CHECKING:
     from edge_vlm.text.prompt import PromptFormat
     from edge_vlm_runtime.inference.language import LanguageModel
+    from edge_vlm_runtime.protocol.alerts import AlertRule
     from edge_vlm_runtime.session.context import StreamContext
     from edge_vlm_runtime.session.outbox import Outbox
 
@@ -31,6 +32,34 @@ MAX_WAITING_LISTS = 8
 """`alert.list` messages that may wait for checks."""
 
 AlertMessage = messages.AlertCreate | messages.AlertList | messages.AlertDelete
+
+
+def require_watchable(
+    rules: Sequence[AlertRule], prompt: PromptFormat, model: ModelLimits, limits: ServerLimits
+) -> None:
+    """That a new session would watch for all of them.
+
+    Raises QuestionTooLong, TooManyAlerts, AlertsUnsupported.
+    """
+    if rules:
+        YesNo(prompt.tokenizer)
+    registry = AlertRegistry(limits.max_alerts)
+    for rule in rules:
+        _require_short(rule, prompt, _question_capacity(model, limits))
+        registry.create(rule)
+
+
+def _question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
+    """In tokens: a question goes through the graph whole."""
+    return min(question_capacity(model, limits), model.max_prefill_tokens)
+
+
+def _require_short(rule: AlertRule, prompt: PromptFormat, max_tokens: int) -> None:
+    length = len(prompt.question_ids(rule.question))
+    if length > max_tokens:
+        raise QuestionTooLong(
+            f"the question has {length} tokens", remedy=f"{max_tokens} are allowed"
+        )
 
 
 class AlertMonitor:
@@ -50,8 +79,7 @@ class AlertMonitor:
         self._prompt = prompt
         self._context = context
         self._limits = limits
-        # A question goes through the graph whole.
-        self._max_question_tokens = min(question_capacity(model, limits), model.max_prefill_tokens)
+        self._max_question_tokens = _question_capacity(model, limits)
         self._max_tokens_per_step = model.max_prefill_tokens
         self._outbox = outbox
         self._registry = AlertRegistry(limits.max_alerts)
@@ -81,12 +109,7 @@ class AlertMonitor:
         rule = message.rule()
         if self._yes_no is None:
             self._yes_no = YesNo(self._prompt.tokenizer)
-        length = len(self._prompt.question_ids(rule.question))
-        if length > self._max_question_tokens:
-            raise QuestionTooLong(
-                f"the question has {length} tokens",
-                remedy=f"{self._max_question_tokens} are allowed",
-            )
+        _require_short(rule, self._prompt, self._max_question_tokens)
         alert = self._registry.create(rule, message.name)
         self._outbox.add(messages.AlertCreated(alert=_status(alert), event_id=message.event_id))
 

@@ -38,6 +38,14 @@ def scheme_of(text: str) -> str | None:
     return None if found is None else found[1].lower()
 
 
+def host_of(url: str) -> str | None:
+    """Name or number of the machine behind an address; None without one."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # such as half an IPv6 number
+        return None
+
+
 def is_file_address(url: str) -> bool:
     """Whether it names a file on a web server."""
     if scheme_of(url) not in ("http", "https"):
@@ -74,9 +82,8 @@ def open_camera(url: str, **options: Any) -> Video:
 
 def _is_unknown_host(url: str) -> bool:
     try:
-        host = urlsplit(url).hostname
-        socket.getaddrinfo(host or "", None)
-    except (OSError, ValueError, UnicodeError):
+        socket.getaddrinfo(host_of(url) or "", None)
+    except (OSError, UnicodeError):
         return True
     return False
 

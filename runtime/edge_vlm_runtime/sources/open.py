@@ -17,6 +17,7 @@ from edge_vlm.pixels.opening import NO_ACCELERATION
 from edge_vlm.pixels.video import Video, VideoTimes, probe_video
 from edge_vlm_runtime.sources.addresses import (
     LIVE_SCHEMES,
+    host_of,
     is_file_address,
     open_camera,
     scheme_of,
@@ -74,6 +75,25 @@ def is_live(text: str) -> bool:
     if is_camera or text[: len(GST)].lower() == GST or _is_device(text):
         return True
     return scheme_of(text) in LIVE_SCHEMES and not is_file_address(text)
+
+
+def require_source(text: str) -> None:
+    """That it names something which may be there one day; nothing is opened.
+
+    Raises VideoUnreadable.
+    """
+    name = mask_credentials(text)
+    scheme = scheme_of(text)
+    if scheme is None:
+        word, colon, _ = text.partition(":")
+        if text.strip().lower() == GST:
+            raise VideoUnreadable("gst: wants a pipeline", where=name, remedy=KINDS)
+        if colon and word.lower() in ("webcam", "csi") and not is_live(text):
+            raise VideoUnreadable(f"{word}: wants a number", where=name, remedy=f"{word}:0")
+    elif scheme != "file" and scheme not in LIVE_SCHEMES:
+        raise VideoUnreadable(f"no source is read by {scheme}://", where=name, remedy=KINDS)
+    elif scheme != "file" and not host_of(text):
+        raise VideoUnreadable("the address has no host", where=name, remedy=f"{scheme}://HOST/...")
 
 
 def is_path(text: str) -> bool:

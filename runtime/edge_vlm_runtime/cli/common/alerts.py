@@ -186,7 +186,8 @@ class AlertRoutes:
         self._plan = plan
         new = {sink for alert in plan.alerts for sink in alert.sinks or ()} - {*(self._keys or ())}
         for sink in sorted(new):
-            shown = mask_credentials(sink)
+            # The rest of an address may be what lets one post there.
+            shown = mask_credentials(sink).split("/")[2] if "://" in sink else sink
             log.error("%s: receivers are opened at the start: restart to send alerts there", shown)
 
     def takes(self, key: str, event: AlertEvent) -> bool:
