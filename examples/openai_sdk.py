@@ -41,4 +41,7 @@ def main(path: str, question: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2])
+    try:
+        main(sys.argv[1], sys.argv[2])
+    except openai.APIConnectionError as error:
+        sys.exit(f"no server answers at {error.request.url}: start one with `edge-vlm serve`")

@@ -485,6 +485,8 @@ def open_video(path: Path, *, name: str | None = None, is_foreign: bool = False)
     Raises VideoNotFound, VideoUnreadable, MissingExtraError."""
     if not path.exists():
         raise VideoNotFound("no such file", where=name or path)
+    if path.is_dir():
+        raise VideoUnreadable("a folder, not a video", where=name or path, remedy="name a file")
     options = FOREIGN_OPTIONS if is_foreign else {}
     video = Video(local_file(path), name or str(path), options=options)
     video.path = path

@@ -117,7 +117,8 @@ def test_set_goes_down_into_one_stage_or_all() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stepz=3", r"unknown key 'stepz'.*did you mean steps\?.*valid keys: .*lr_scorer"),
+        ("stepz=3", r"unknown key 'stepz'.*did you mean steps\?$"),
+        ("zebra=3", r"unknown key 'zebra'.*valid keys: .*lr_scorer"),
         ("steps", "is not key=value"),
         ("steps=many", "Expected `int`, got `str`.*steps"),
         ("lr_llm=fast", "Expected `float`.*train"),

@@ -91,7 +91,7 @@ def test_a_run_starts_from_the_checkpoint_of_another(finished: Path, tmp_path: P
     ("arguments", "code", "message"),
     [
         (["no_such"], 2, "choose one of demo_cpu, .*molmo2_4b_stts_50"),
-        (["stts_smoke", "--set", "stepz=1"], 2, "E-CONFIG.*unknown key.*valid keys: "),
+        (["stts_smoke", "--set", "zebra=1"], 2, "E-CONFIG.*unknown key.*valid keys: "),
         (["stts_smoke", "--set", "memory_gib=0.01"], 2, "E-RECIPE-MEMORY.*needs about"),
         (["stts_smoke", "--resume"], 3, "nothing to resume"),
         (["stts_smoke", "--set", "data=no/such.jsonl"], None, r"no/such\.jsonl"),

@@ -142,7 +142,7 @@ def _unknown(data: Any, key: str) -> ConfigError:
         return ConfigError(f"--set: {key}: stages are numbered 0 to {last}")
     valid = valid_keys(from_plain(data, Recipe))
     near = difflib.get_close_matches(key.rpartition(".")[2], valid, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    listed = ", ".join(valid)
-    remedy = f"{hint}valid keys: {listed}; or one stage's: stages.N.minutes"
+    remedy = f"valid keys: {', '.join(valid)}; or one stage's: stages.N.minutes"
+    if near:
+        remedy = f"did you mean {near[0]}?"
     return ConfigError(f"--set: unknown key {key!r}", remedy=remedy)
