@@ -141,7 +141,7 @@ def _unknown(data: Any, key: str) -> ConfigError:
     if prefix[:1] == ["stages"] and prefix[1:] and prefix[1] not in map(str, range(last + 1)):
         return ConfigError(f"--set: {key}: stages are numbered 0 to {last}")
     valid = valid_keys(from_plain(data, Recipe))
-    near = difflib.get_close_matches(key.rpartition(".")[2], valid, n=1)
+    near = difflib.get_close_matches(key.rpartition(".")[2], valid, n=1, cutoff=0.7)
     remedy = f"valid keys: {', '.join(valid)}; or one stage's: stages.N.minutes"
     if near:
         remedy = f"did you mean {near[0]}?"
