@@ -138,8 +138,9 @@ class Camera:
 
     async def stop_reading(self) -> None:
         """No more pictures and no other session; the present one stays."""
-        if self._reader is not None:
-            self._reader.close()
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
         if self._running is not None:
             await cancel(self._running)
 

@@ -29,6 +29,19 @@ class Receiver(Protocol):
         """LIVE, WAITING or ENDED, and why."""
 
 
+class _Told:
+    """What the source is given of a reader: were it the reader itself, decoders of cameras that are
+    gone would stay until a whole collection."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver = receiver
+        self.closed = threading.Event()
+
+    def changed(self, why: str | None) -> None:
+        if not self.closed.is_set():
+            self.receiver.state(LIVE if why is None else WAITING, why)
+
+
 class CameraReader:
     """Reads from `start` to `close`, through absences of the camera, or to the end of a file, which
     is played at its own speed."""
@@ -44,12 +57,11 @@ class CameraReader:
         after_us: int = 0,
     ) -> None:
         """`max_side`: pixels of a picture's longer side; `after_us`: of the last picture before."""
-        self._receiver = receiver
+        self._told = told = _Told(receiver)
         self._newest_us = after_us
-        opener = functools.partial(open_source, source, fps, hwaccel=hwaccel, on_away=self._changed)
-        self._source = WaitingSource(source, opener, is_live=is_live(source), on_away=self._changed)
+        opener = functools.partial(open_source, source, fps, hwaccel=hwaccel, on_away=told.changed)
+        self._source = WaitingSource(source, opener, is_live=is_live(source), on_away=told.changed)
         self._source.max_side = max_side
-        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edge-vlm-reader", daemon=True)
 
     @property
@@ -62,17 +74,13 @@ class CameraReader:
 
     def close(self) -> None:
         """Ends soon; nothing is handed over afterwards, except what is just under way."""
-        self._closed.set()
+        self._told.closed.set()
         self._source.close()
 
     def wait(self, timeout_s: float) -> bool:
         """Until the thread has ended; False when that takes longer."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
-
-    def _changed(self, why: str | None) -> None:
-        if not self._closed.is_set():
-            self._receiver.state(LIVE if why is None else WAITING, why)
 
     def _run(self) -> None:
         detail: str | None = None
@@ -84,25 +92,26 @@ class CameraReader:
         except Exception:
             detail = "it is no longer read, because of a bug: see the server's log"
             log.exception("camera %s is no longer read", self._source.name)
-        if not self._closed.is_set():
-            self._receiver.state(ENDED, detail)
+        if not self._told.closed.is_set():
+            self._told.receiver.state(ENDED, detail)
 
     def _read(self) -> None:
+        told = self._told
         base_us: int | None = None
         for picture in self._source.pictures():
             now_us = time.monotonic_ns() // 1000
             time_us = round(picture.time_s * 1e6)
             if base_us is None:
-                self._changed(None)
+                told.changed(None)
                 base_us = max(now_us - _age_us(picture), self._newest_us + 1) - time_us
             captured_us = max(base_us + time_us, self._newest_us + 1)
-            if not self._source.is_live and self._closed.wait((captured_us - now_us) * 1e-6):
+            if not self._source.is_live and told.closed.wait((captured_us - now_us) * 1e-6):
                 return
             jpeg = encode_jpeg(picture.rgb)
-            if self._closed.is_set():
+            if told.closed.is_set():
                 return
             self._newest_us = captured_us
-            self._receiver.picture(jpeg, captured_us)
+            told.receiver.picture(jpeg, captured_us)
 
 
 def _age_us(picture: Picture) -> int:
