@@ -145,16 +145,28 @@ class SessionHandle:
 
     def take_messages(self) -> None:
         """Does what all messages so far ask for."""
-        while self._inbox and self._session is not None:
-            message, received_ns, video_s = self._inbox.popleft()
-            self._call(
-                MessageCall(
-                    message=message,
-                    received_ns=received_ns,
-                    video_s=video_s,
-                    frames_waiting=len(self._queue),
-                )
+        while self.take_message():
+            pass
+
+    def take_message(self) -> bool:
+        """Does what one message asks for; False when there is none."""
+        if not self._inbox or self._session is None:
+            return False
+        message, received_ns, video_s = self._inbox.popleft()
+        self._call(
+            MessageCall(
+                message=message,
+                received_ns=received_ns,
+                video_s=video_s,
+                frames_waiting=len(self._queue),
             )
+        )
+        return True
+
+    @property
+    def begins_answer(self) -> bool:
+        """The next unit of an answer is the first of one."""
+        return self._session is not None and not self._session.is_decoding
 
     def answer(self) -> bool:
         """A token of the answer under way, or the next question; False when nobody waits."""

@@ -46,6 +46,8 @@ class EngineWorker:
         self._is_pausing = False
         """Background work was left for later in this round."""
         self._scheduler: Scheduler[SessionHandle] = Scheduler(
+            obey=SessionHandle.take_message,
+            begins=lambda handle: handle.begins_answer,
             answer=self._answer,
             watch=self._watch,
             clock_ns=clock_ns,
@@ -162,8 +164,6 @@ class EngineWorker:
         while not self._stopping:
             self._make_calls()
             handles = self._scheduler.sessions
-            for handle in handles:
-                handle.take_messages()
             self._is_pausing = False
             worked = self._scheduler.round(interrupted=lambda: self._has_news)
             for handle in handles:
