@@ -137,7 +137,9 @@ class Scheduler(Generic[SessionT]):
         now_ns = self._clock_ns()
         self._were_busy, self._are_busy = self._are_busy, set()
         owing = [each for each in self.sessions if not self._ledgers[each].suffices(now_ns)]
-        obeyed = [self._obey(each, each in owing) for each in sorted(self.sessions, key=owing.count)]
+        obeyed = [
+            self._obey(each, each in owing) for each in sorted(self.sessions, key=owing.count)
+        ]
         answered = False
         postponed = False
         for session in self.sessions:
