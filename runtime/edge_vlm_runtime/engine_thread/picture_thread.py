@@ -18,7 +18,7 @@ from edge_vlm_runtime.session.frames import EncodedFrame
 
 log = logging.getLogger(__name__)
 
-NICENESS = 10
+NICENESS = 5
 Done = Callable[[EncodedFrame], None]
 
 
