@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import FrameDecodeError, MissingExtraError
+from edge_vlm.pixels.cost import CHEAP_PIXELS, require_bounded
 from edge_vlm.pixels.jpeg import decode_plain, has_library, plain_header
 from edge_vlm.pixels.orientation import Orientation
 
@@ -37,6 +38,7 @@ MAX_JPEG_SIDE = 65_500
 """Of the encoder."""
 MAX_PIXELS = 64_000_000
 """A larger picture is refused before it is decompressed (a small file can claim any size)."""
+BAND_PIXELS = 1 << 18
 ORIENTATION_TAG = 274
 EXIF_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF")
 """Of JPEG, PNG and WebP."""
@@ -82,13 +84,15 @@ def decode_jpeg(data: bytes) -> np.ndarray:
 
     Many cameras leave the end marker out: such a picture is taken if nothing else is missing, or so
     little that at most MISSING_ROWS rows at the bottom suffer. Raises FrameDecodeError when more
-    is, when the bytes are no JPEG, or claim more than MAX_PIXELS.
+    is, when the bytes are no JPEG, claim more than MAX_PIXELS, or are in more parts than
+    `require_bounded` allows.
     """
     image_module = _pillow_image()
     if data[:3] != JPEG_MAGIC:
         raise FrameDecodeError(
             "the picture is not a JPEG", where=f"{len(data)} bytes, starting {data[:4].hex()!r}"
         )
+    require_bounded(data)
     rgb = _decode_usual(data)
     if rgb is not None:
         return rgb
@@ -102,11 +106,26 @@ def decode_jpeg(data: bytes) -> np.ndarray:
                     remedy=f"send at most {MAX_PIXELS} pixels",
                 )
             orientation = _orientation_of(image)
-            return orientation.turn(np.asarray(image.convert("RGB"), dtype=np.uint8))
+            return orientation.turn(_rgb_of(image))
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise FrameDecodeError(
             f"the JPEG is broken or cut off: {error}", where=f"{len(data)} bytes"
         ) from error
+
+
+def _rgb_of(image: Any) -> Rgb:
+    """rgb u8 [H, W, 3] as stored. Pillow keeps every other thread of the process waiting while it
+    converts, so a large picture is converted in bands."""
+    width, height = image.size
+    if width * height <= CHEAP_PIXELS:
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    image.load()
+    out = np.empty((height, width, 3), np.uint8)
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        out[top:bottom] = np.asarray(image.crop((0, top, width, bottom)).convert("RGB"))
+    return out
 
 
 def _decode_usual(data: bytes) -> Rgb | None:
@@ -208,8 +227,9 @@ def decode_picture(data: bytes) -> np.ndarray:
 def still_size(data: bytes) -> tuple[int, int]:
     """Width and height that a JPEG, PNG, WebP or GIF announces; nothing is decompressed.
 
-    Raises FrameDecodeError for anything else, and for more than MAX_PIXELS.
+    Raises FrameDecodeError for anything else, for more than MAX_PIXELS, and as `require_bounded`.
     """
+    require_bounded(data)
     image_module = _pillow_image()
     try:
         with image_module.open(io.BytesIO(data), formats=STILL_FORMATS) as image:
@@ -239,7 +259,7 @@ def _decode_still(data: bytes) -> np.ndarray:
                 picture.alpha_composite(top)
             else:
                 picture = image
-            return orientation.turn(np.asarray(picture.convert("RGB"), dtype=np.uint8))
+            return orientation.turn(_rgb_of(picture))
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise FrameDecodeError(
             f"the picture is broken or cut off: {error}", where=f"{len(data)} bytes"
@@ -272,6 +292,7 @@ def shrink_jpeg(data: bytes, limit_bytes: int) -> bytes:
     if len(data) <= limit_bytes:
         return data
     smaller = data
+    require_bounded(data)
     try:
         with image_module.open(io.BytesIO(_ended(data, image_module)), formats=["JPEG"]) as image:
             image.draft("RGB", (SHRINK_SIDES[0], SHRINK_SIDES[0]))  # decodes a large one at less

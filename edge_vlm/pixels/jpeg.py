@@ -18,6 +18,8 @@ _SIZES = frozenset((0xC0, 0xC1, 0xC2))
 """Markers of frames (SOF) that are coded by Huffman's method."""
 _APP1, _SCAN, _BARE = 0xE1, 0xDA, frozenset((0x01, *range(0xD0, 0xD8)))
 _EXIF = b"Exif\0\0"
+MAX_STEPS = 400
+"""Through the segments before the picture, and the bytes that fill the space between them."""
 
 
 class Header(NamedTuple):
@@ -28,8 +30,8 @@ class Header(NamedTuple):
 
 def plain_header(data: bytes) -> Header | None:
     """Of a JPEG of one or three colours and eight bits; None for any other."""
-    place, size, has_exif = 2, (0, 0), False
-    while place + 4 <= len(data) and data[place] == 0xFF:
+    place, size, has_exif, steps = 2, (0, 0), False, 0
+    while (steps := steps + 1) <= MAX_STEPS and place + 4 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == 0xFF:  # fill
             place += 1

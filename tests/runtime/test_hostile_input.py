@@ -330,7 +330,7 @@ def test_frames_of_any_size(width: int, height: int) -> None:
 
     async def session(url_table: SessionRegistry) -> None:
         seen = Seen()
-        settings: Settings = {"delivery": "live", "fps_cap": 10.0}
+        settings: Settings = {"delivery": "live", "fps_cap": 10.0, "max_frame_age_s": 100.0}
         async with await Client.connect(URL, settings, on_event=seen) as client:
             for number in range(2):
                 await client.send_frame(buffer.getvalue(), number * 500_000)

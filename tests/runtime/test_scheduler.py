@@ -6,13 +6,18 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.scheduler import Scheduler
+from edge_vlm_runtime.protocol import alerts as alert_messages
+from edge_vlm_runtime.session.frames import EncodedFrame
 from tests.runtime.fake_engines import FakeBundle, FakeClock
+from tests.runtime.pictures import jpeg
 from tests.runtime.viewer import Viewer
 
 
@@ -25,13 +30,17 @@ class Table:
         self.clock = FakeClock()
         self.answers: Counter[str] = Counter()
         self.videos: Counter[str] = Counter()
+        self.messages: Counter[str] = Counter()
+        self.begins: set[str] = set()
         self.done: list[tuple[str, str]] = []
-        self.takes_s = {"answer": answer_s, "watch": watch_s}
+        self.takes_s = {"answer": answer_s, "watch": watch_s, "message": 0.02}
         self.turns: Scheduler[str] = Scheduler(
             answer=lambda player: self._do("answer", self.answers, player),
             watch=lambda player: self._do("watch", self.videos, player),
             clock_ns=self.clock,
             max_answer_slowdown=max_answer_slowdown,
+            obey=lambda player: self._do("message", self.messages, player),
+            begins=lambda player: player in self.begins,
         )
 
     def _do(self, what: str, left: Counter[str], player: str) -> bool:
@@ -183,6 +192,168 @@ def test_a_session_may_leave_in_its_own_turn() -> None:
     assert seen[3:] == ["a", "d"]
 
 
+# ---- what a viewer can ask for without end ---------------------------------------------------
+
+
+@pytest.mark.parametrize("without_end", ["messages", "beginnings"])
+def test_whoever_asks_without_end_has_a_share_while_others_have_something_to_do(
+    without_end: str,
+) -> None:
+    table = Table()
+    table.seat("a", "b")
+    if without_end == "messages":
+        table.messages["a"] = 100_000
+    else:
+        table.begins.add("a")
+        table.answers["a"] = 100_000
+    table.play(50)  # alone
+    spent_s = table.spent_s("message") + table.spent_s("answer")
+    assert spent_s == pytest.approx(table.clock.ns * 1e-9 - 1.0)  # nothing is held back then
+    table.done.clear()
+    begin_ns = table.clock()
+    table.messages["b"], table.answers["b"] = 1, 1000
+    table.play(1)  # what was under way is done
+    assert table.done[:2] == [("message", "b"), ("answer", "b")]
+    while table.answers["b"]:
+        table.play(1)
+    took_s = (table.clock() - begin_ns) * 1e-9
+    of_a = [entry for entry in table.done if entry[1] == "a"]
+    assert 0.2 * took_s <= 0.02 * len(of_a) <= 0.26 * took_s  # a quarter, and not nothing
+
+
+def test_two_who_ask_without_end_are_equals() -> None:
+    table = Table()
+    table.seat("a", "b")
+    table.messages.update({"a": 1000, "b": 1000})
+    table.play(100)
+    asked = Counter(table.order("message"))
+    assert abs(asked["a"] - asked["b"]) <= 6  # what may be saved up
+    assert sum(asked.values()) >= 100
+
+
+def test_cheap_messages_are_done_at_once_and_dear_ones_one_by_one() -> None:
+    table = Table()
+    table.seat("a", "b")
+    table.takes_s["message"] = 0.0001
+    table.messages.update({"a": 15, "b": 15})
+    table.play(1)
+    assert Counter(table.order("message")) == {"a": 15, "b": 15}
+    table.takes_s["message"] = 0.01
+    table.messages.update({"a": 3, "b": 3})
+    table.play(1)
+    assert Counter(table.order("message"))["a"] == 16
+
+
+def test_a_session_that_leaves_has_no_debts() -> None:
+    table = Table()
+    table.seat("a", "b")
+    table.messages["a"] = 100
+    table.play(20)
+    table.turns.remove("a")
+    table.turns.remove("a")
+    table.turns.add("a")
+    table.answers["b"] = 5
+    table.done.clear()
+    table.play(1)
+    assert ("message", "a") in table.done
+
+
+# ---- pictures that take long -----------------------------------------------------------------
+
+
+class SlowThread:
+    """Decodes when it is told to."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[EncodedFrame, Any]] = []
+
+    def decode(self, frame: EncodedFrame, done: Any) -> None:
+        self.given.append((frame, done))
+
+    def work(self) -> None:
+        given, self.given = self.given, []
+        for frame, done in given:
+            done(frame.decoded_ahead(1 << 18))
+
+
+LARGE = encode_jpeg(np.zeros((1700, 1700, 3), np.uint8))
+BROKEN = LARGE[: len(LARGE) // 2]
+
+
+def with_thread(viewer: Viewer) -> SlowThread:
+    thread = SlowThread()
+    viewer.handle._pictures = cast(Any, thread)
+    return thread
+
+
+@pytest.mark.parametrize("data", [LARGE, BROKEN], ids=["whole", "broken"])
+def test_nobody_waits_for_a_picture_that_takes_long(data: bytes) -> None:
+    clock = FakeClock()
+    engines = FakeBundle(clock)
+    slow, other = Viewer(engines, clock), Viewer(engines, clock)
+    thread = with_thread(slow)
+    turns = at_one_table([slow, other], clock)
+    other.show(1)
+    slow.put(1, data)
+    slow.put(2)
+    slow.ask()
+    for _ in range(5):
+        turns.round()
+    assert not slow.outcomes()  # the one behind it waits, and so does the question
+    assert not slow.of(protocol.Error)
+    other.put(2)
+    other.ask()
+    while turns.round():
+        pass
+    assert other.of(protocol.ResponseDone)
+    assert other.outcomes() == [1, 2]
+    assert not slow.outcomes()
+    thread.work()
+    while turns.round():
+        pass
+    assert slow.outcomes() == [1, 2]
+    assert slow.drop_reasons() == ({} if data is LARGE else {1: "decode_error"})
+    assert slow.of(protocol.ResponseDone)
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_picture_under_way_has_its_outcome_when_the_session_ends(is_done: bool) -> None:
+    viewer = Viewer()
+    thread = with_thread(viewer)
+    viewer.put(1, LARGE)
+    viewer.put(2)
+    viewer.run()
+    if is_done:
+        thread.work()
+    viewer.close()
+    thread.work()
+    assert viewer.outcomes() == [1, 2]
+    assert set(viewer.drop_reasons().values()) == {"busy"}
+
+
+@pytest.mark.parametrize("delivery", ["live", "wait"])
+def test_what_is_decoded_beside_the_engines_gives_the_same_events(delivery: str) -> None:
+    said = []
+    noisy = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), dtype=np.uint8)
+    pictures = [LARGE, BROKEN, encode_jpeg(noisy), encode_jpeg(noisy), jpeg(3)]
+    for has_thread in (False, True):
+        viewer = Viewer(delivery=delivery, fps_cap=100.0)
+        viewer.take(
+            alert_messages.AlertCreate(question="is it ?", on_threshold=0.1, off_threshold=0.0)
+        )
+        thread = with_thread(viewer) if has_thread else None
+        for number, data in enumerate(pictures, 1):
+            viewer.put(number, data)
+            viewer.run()
+            if thread is not None:
+                thread.work()
+                viewer.run()
+        said.append([protocol.encode(event) for event in viewer.events])
+        triggered = viewer.of(cast(Any, alert_messages.AlertTriggered))
+        assert len(triggered) == 1
+    assert said[0] == said[1]
+
+
 # ---- sessions at the table -------------------------------------------------------------------
 
 
@@ -317,8 +488,6 @@ def test_a_batch_ends_with_a_frame_that_cannot_be_read() -> None:
 
 
 def test_alerts_look_at_every_frame_of_a_session_that_is_behind() -> None:
-    from edge_vlm_runtime.protocol import alerts as alert_messages
-
     viewer = Viewer()
     create = alert_messages.AlertCreate(question="is there a red ball ?", report_checks=True)
     viewer.take(create)

@@ -106,6 +106,12 @@ class FrameQueue:
             self._dropped[DropReason.DECODE_ERROR.value] += 1
             return [DroppedFrame.of(frame, DropReason.DECODE_ERROR, error)]
 
+    def give_up(self, frame: EncodedFrame) -> list[DroppedFrame]:
+        """Counts a frame that was taken and not worked on, as the session ended."""
+        with self._lock:
+            self._dropped[DropReason.BUSY.value] += 1
+            return [DroppedFrame.of(frame, DropReason.BUSY)]
+
     def empty(self) -> list[DroppedFrame]:
         """Drops what is waiting, when the session ends."""
         with self._lock:

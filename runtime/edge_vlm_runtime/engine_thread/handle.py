@@ -14,6 +14,7 @@ from typing import Protocol
 from edge_vlm.errors import EdgeVlmError, InternalError
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.frame_queue import FrameQueue
+from edge_vlm_runtime.engine_thread.picture_thread import PictureThread
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.session.calls import (
     Call,
@@ -56,8 +57,10 @@ class SessionHandle:
         on_failure: Callable[[], None] = lambda: None,
         call_log: CallLog | None = None,
         is_background: bool = False,
+        pictures: PictureThread | None = None,
     ) -> None:
         """`is_background`: nobody watches it live, so even its answers give way to those of others.
+        `pictures`: decodes what takes long; without it that is done here.
         `send` gets the events of each unit of work, from either side, and none after a message
         that has nothing to say yet; it must not block. `wake`: there is something to do.
         `on_failure`: a bug ended the session, nothing is sent any more."""
@@ -68,6 +71,15 @@ class SessionHandle:
         self._on_failure = on_failure
         self._call_log = call_log
         self.is_background = is_background
+        self._pictures = pictures
+        self._decoding: EncodedFrame | None = None
+        """A frame out of the queue that is being decoded; the next one waits for it."""
+        self._decoded: EncodedFrame | None = None
+        """The same when that is done."""
+        self._wanted: EncodedFrame | None = None
+        """A picture that is being decoded once more, for a question."""
+        self._found: EncodedFrame | None = None
+        """The same when that is done."""
         self._on_idle: Callable[[], None] | None = None
         self._inbox: deque[tuple[protocol.ClientMessage, int, float]] = deque()
         self._queue = FrameQueue(
@@ -109,7 +121,7 @@ class SessionHandle:
 
     @property
     def frames_waiting(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + (self._decoding is not None)
 
     @property
     def has_room(self) -> bool:
@@ -145,36 +157,94 @@ class SessionHandle:
 
     def take_messages(self) -> None:
         """Does what all messages so far ask for."""
-        while self._inbox and self._session is not None:
-            message, received_ns, video_s = self._inbox.popleft()
-            self._call(
-                MessageCall(
-                    message=message,
-                    received_ns=received_ns,
-                    video_s=video_s,
-                    frames_waiting=len(self._queue),
-                )
+        while self.take_message():
+            pass
+
+    def take_message(self) -> bool:
+        """Does what one message asks for; False when there is none."""
+        if not self._inbox or self._session is None:
+            return False
+        message, received_ns, video_s = self._inbox.popleft()
+        self._call(
+            MessageCall(
+                message=message,
+                received_ns=received_ns,
+                video_s=video_s,
+                frames_waiting=self.frames_waiting,
             )
+        )
+        return True
+
+    @property
+    def begins_answer(self) -> bool:
+        """The next unit of an answer is the first of one."""
+        return self._session is not None and not self._session.is_decoding
 
     def answer(self) -> bool:
         """A token of the answer under way, or the next question; False when nobody waits."""
         return not self.is_background and self._answer()
 
     def _answer(self) -> bool:
-        return self._call(StepCall(turn=Turn.ANSWER, frames_waiting=len(self._queue)))
+        if self._awaits_picture():
+            return False
+        return self._call(StepCall(turn=Turn.ANSWER, frames_waiting=self.frames_waiting))
+
+    def _awaits_picture(self) -> bool:
+        """The next question does, which would take long to decode here."""
+        if self._pictures is None or self._session is None:
+            return False
+        if self._wanted is None:
+            found = None
+        elif self._found is None:
+            return True
+        else:
+            found, self._found, self._wanted = self._found, None, None
+        wanted = self._session.picture_wanted
+        if wanted is None:
+            return False
+        if found is not None and found.data is wanted.data:
+            self._session.provide(found)
+            return False
+        self._wanted = wanted
+        self._pictures.decode(wanted, self._provided)
+        return True
+
+    def _provided(self, picture: EncodedFrame) -> None:
+        self._found = picture
+        self._wake()
 
     def watch(self) -> bool:
         """The alerts that are due, or the next frame; False when there is nothing to do."""
         if self.is_background and self._answer():
             return True
-        if self._call(StepCall(turn=Turn.WATCH, frames_waiting=len(self._queue))):
+        if self._call(StepCall(turn=Turn.WATCH, frames_waiting=self.frames_waiting)):
             return True
         if self._session is None or not self._session.takes_frames:
             return False
-        frame = self._queue.take()
+        frame = self._next_frame()
         return frame is not None and self._call(
             FrameCall(frame=frame, frames_waiting=len(self._queue))
         )
+
+    def _next_frame(self) -> EncodedFrame | None:
+        """One that does not take long; None also while it is made so."""
+        if self._decoding is not None:
+            frame, self._decoded = self._decoded, None
+            if frame is not None:
+                self._decoding = None
+            return frame
+        if self._wanted is not None:  # by the time it is there the question must still fit it
+            return None
+        frame = self._queue.take()
+        if frame is None or self._pictures is None or not frame.is_dear:
+            return frame
+        self._decoding = frame
+        self._pictures.decode(frame, self._made)
+        return None
+
+    def _made(self, frame: EncodedFrame) -> None:
+        self._decoded = frame
+        self._wake()
 
     def step(self) -> bool:
         """One unit of a session that has the engines for itself: an answer's tokens and frames
@@ -201,6 +271,8 @@ class SessionHandle:
         self.take_messages()
         if self._session is not None:
             self._call(CloseCall())
+            if self._decoding is not None:
+                self._drop(self._queue.give_up(self._decoding))
             self._drop(self._queue.empty())
             self._end()
         self.after_round()

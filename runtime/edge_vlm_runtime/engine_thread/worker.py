@@ -13,6 +13,7 @@ from edge_vlm.errors import EdgeVlmError, InternalError, ServerBusy
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.courtesy import Courtesy
 from edge_vlm_runtime.engine_thread.handle import CallLog, SessionHandle
+from edge_vlm_runtime.engine_thread.picture_thread import PictureThread
 from edge_vlm_runtime.engine_thread.scheduler import Scheduler
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
 from edge_vlm_runtime.session.session import Session
@@ -43,9 +44,12 @@ class EngineWorker:
         self._stopping = False
         self._ended = False
         self._courtesy = Courtesy()
+        self._pictures = PictureThread(limits.max_evidence_bytes)
         self._is_pausing = False
         """Background work was left for later in this round."""
         self._scheduler: Scheduler[SessionHandle] = Scheduler(
+            obey=SessionHandle.take_message,
+            begins=lambda handle: handle.begins_answer,
             answer=self._answer,
             watch=self._watch,
             clock_ns=clock_ns,
@@ -64,6 +68,7 @@ class EngineWorker:
             self._stopping = True
             self._wake.notify()
         self._thread.join()
+        self._pictures.stop()
 
     @property
     def is_alive(self) -> bool:
@@ -124,6 +129,7 @@ class EngineWorker:
                     on_failure=on_failure,
                     call_log=call_log,
                     is_background=is_background,
+                    pictures=self._pictures,
                 )
                 self._scheduler.add(handle)
             except EdgeVlmError as error:
@@ -162,8 +168,6 @@ class EngineWorker:
         while not self._stopping:
             self._make_calls()
             handles = self._scheduler.sessions
-            for handle in handles:
-                handle.take_messages()
             self._is_pausing = False
             worked = self._scheduler.round(interrupted=lambda: self._has_news)
             for handle in handles:

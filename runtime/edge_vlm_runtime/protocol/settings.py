@@ -261,6 +261,9 @@ class ServerLimits:
 
     max_message_bytes: int = 8 << 20
     """Size of one message of a client."""
+    max_messages_per_s: int = 500
+    """Messages of one connection, pings among them; a quarter of that may come at once. Further
+    ones are left in the socket."""
     max_unacknowledged_frames: int = 4
     """Frames of a `wait` session that may be under way at once."""
     max_sessions: int = 4

@@ -40,6 +40,8 @@ from edge_vlm_runtime.session.session import Turn
 MAGIC = b"EVLMREC\x02"
 SUFFIX = ".evlm"
 RECORD = struct.Struct("<II")
+NOT_WRITTEN = ("data", "ahead")
+"""Of a frame: what follows the line, and what can be made of that again."""
 MAX_RECORD_BYTES = 1 << 28
 """A larger length is damage, not a record."""
 DROPPED = "dropped"
@@ -79,7 +81,7 @@ def _record(fields: Mapping[str, Any], picture: bytes = b"") -> bytes:
 
 def _plain(value: object) -> object:
     if isinstance(value, EncodedFrame):
-        return {name: field for name, field in vars(value).items() if name != "data"}
+        return {name: field for name, field in vars(value).items() if name not in NOT_WRITTEN}
     if isinstance(value, protocol.ClientMessage):
         return protocol.encode(value)
     raise TypeError(f"{type(value).__name__} has no place in a recording")

@@ -12,17 +12,21 @@ from typing import Any
 from edge_vlm.errors import ConfigError, MissingExtraError
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.access.tls import Tls
+from edge_vlm_runtime.server.intake import PING, Allowance, FrameCutter
 
 try:
     import h11
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 except ImportError as error:
     raise MissingExtraError.for_library(error.name or "uvicorn", "serve") from error
 
 PING_INTERVAL_S = 20.0
 HEADERS_S = 30.0
 """For a request up to the end of its headers; whoever needs longer is told 408 and cut off."""
+GOODBYE_BYTES = 256 << 10
+"""That are taken from a client after the websocket was closed; one that sends more is cut off."""
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -44,7 +48,7 @@ class AsgiServer(uvicorn.Server):
             uvicorn.Config(
                 application,
                 http=_HeadersInTime,
-                ws="websockets-sansio",
+                ws=_bounded(limits.max_messages_per_s),
                 # Twice the announced limit: just above it the client gets a typed error first.
                 ws_max_size=2 * limits.max_message_bytes,
                 ws_ping_interval=PING_INTERVAL_S,
@@ -83,6 +87,82 @@ class AsgiServer(uvicorn.Server):
                 if peer is not None and tuple(peer[:2]) == tuple(client):
                     return transport
         return None
+
+
+def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
+    """uvicorn's websocket for clients that mean harm: it parses all that a socket hands over at
+    once, answers pings whether or not anybody reads, and reads on after it has said goodbye."""
+
+    class Bounded(WebSocketsSansIOProtocol):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._cutter = FrameCutter()
+            self._allowance = Allowance(messages_per_s, self.loop.time)
+            self._is_held = False
+            """Nothing is read until `_go_on`."""
+            self._unheard_bytes = 0
+
+        def data_received(self, data: bytes) -> None:
+            if not self.handshake_initiated:  # the request, from the protocol before this one
+                super().data_received(data)
+                return
+            if self.close_sent:
+                self._unheard_bytes += len(data)
+                if self._unheard_bytes > GOODBYE_BYTES:
+                    self.transport.abort()
+                    return
+            self._cutter.push(data)
+            if not self._is_held:
+                self._read()
+
+        def _read(self) -> None:
+            """What has come, as far as it is allowed."""
+            while not self.transport.is_closing():
+                head = self._cutter.head
+                if head is not None:
+                    if head.opcode == PING and not self.writable.is_set():
+                        self._hold()
+                        return
+                    if not self._allowance.take(head.cost):
+                        if self.close_sent:
+                            self.transport.abort()
+                            return
+                        self._hold()
+                        self.loop.call_later(self._allowance.wait_s, self._go_on)
+                        return
+                piece = self._cutter.cut()
+                if not piece:
+                    return
+                super().data_received(piece)
+
+        def _hold(self) -> None:
+            self._is_held = True
+            self.transport.pause_reading()
+
+        def _go_on(self) -> None:
+            if not self._is_held or self.transport.is_closing():
+                return
+            self._is_held = False
+            self._read()
+            if not self._is_held and not self.read_paused and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._go_on()
+
+        async def receive(self) -> Any:
+            message = await super().receive()  # which reads on when its queue is empty
+            if self._is_held:
+                self.transport.pause_reading()
+            return message
+
+        def keepalive_timeout(self) -> None:
+            super().keepalive_timeout()
+            if self.close_sent:  # whoever is gone does not read the rest
+                self.transport.abort()
+
+    return Bounded
 
 
 class _HeadersInTime(H11Protocol):

@@ -95,6 +95,8 @@ class AlertFrame:
     received_ns: int
     data: bytes = dataclasses.field(repr=False)
     """As it arrived."""
+    evidence: bytes | None = dataclasses.field(default=None, repr=False)
+    """As an alert shows it, where that was made ahead."""
 
 
 class Alert:

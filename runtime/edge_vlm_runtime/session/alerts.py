@@ -238,12 +238,12 @@ class AlertMonitor:
         assert alert.probability is not None
         evidence = None
         if alert.rule.evidence:
-            jpeg = shrink_jpeg(frame.data, self._limits.max_evidence_bytes)
+            jpeg = frame.evidence or shrink_jpeg(frame.data, self._limits.max_evidence_bytes)
             evidence = messages.Evidence(
                 frame_sequence=frame.seq,
                 time_s=frame.time_s,
                 jpeg=jpeg,
-                exact=jpeg is frame.data,
+                exact=jpeg == frame.data,
             )
         triggered = messages.AlertTriggered(
             alert_id=alert.alert_id,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.errors import EdgeVlmError
+from edge_vlm.errors import EdgeVlmError, FrameDecodeError
+from edge_vlm.pixels.cost import is_cheap
+from edge_vlm.pixels.frames import decode_jpeg, decode_picture, shrink_jpeg, thumbnail
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
 
@@ -20,6 +23,22 @@ class Encoding(str, Enum):
     STILL = "still"
     """A picture that somebody put into a conversation, JPEG, PNG, WebP or GIF: no rule about live
     video drops it."""
+
+
+THUMBNAIL = 32
+"""Side of the small picture that frames are compared by."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoded:
+    """What was made of a picture before the session asked for it."""
+
+    rgb: npt.NDArray[np.uint8]
+    """[H, W, 3]."""
+    small: npt.NDArray[np.float32]
+    """[THUMBNAIL, THUMBNAIL]."""
+    evidence: bytes | None
+    """A JPEG as an alert shows it; None if it cannot be made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +53,44 @@ class EncodedFrame:
     """Arrival on the server's monotonic clock."""
     data: bytes = field(repr=False)
     encoding: Encoding = Encoding.JPEG
+    ahead: Decoded | FrameDecodeError | None = field(default=None, repr=False, compare=False)
+    """The same as the session makes of it, done elsewhere; in no recording."""
+
+    @property
+    def is_dear(self) -> bool:
+        """Decoding it here would keep others waiting."""
+        if self.ahead is not None or self.encoding is Encoding.RAW or self.data[:3] == b"P6\n":
+            return False
+        return not is_cheap(self.data)
+
+    def decode(self) -> npt.NDArray[np.uint8]:
+        """rgb u8 [H, W, 3]. Raises FrameDecodeError."""
+        if isinstance(self.ahead, FrameDecodeError):
+            raise self.ahead
+        if self.ahead is not None:
+            return self.ahead.rgb
+        is_jpeg = self.encoding is Encoding.JPEG
+        return decode_jpeg(self.data) if is_jpeg else decode_picture(self.data)
+
+    def small(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """`rgb`: what `decode` returned."""
+        return self.ahead.small if isinstance(self.ahead, Decoded) else thumbnail(rgb, THUMBNAIL)
+
+    def decoded_ahead(self, max_evidence_bytes: int) -> EncodedFrame:
+        """With all that takes long done."""
+        try:
+            rgb = self.decode()
+        except FrameDecodeError as error:
+            return replace(self, ahead=error)
+        evidence = None
+        with suppress(FrameDecodeError, ValueError):
+            evidence = shrink_jpeg(self.data, max_evidence_bytes)
+        small = thumbnail(rgb, THUMBNAIL)
+        return replace(self, ahead=Decoded(rgb=rgb, small=small, evidence=evidence))
+
+    def as_it_came(self) -> EncodedFrame:
+        """Without what was made of it."""
+        return self if self.ahead is None else replace(self, ahead=None)
 
 
 @dataclass(frozen=True, kw_only=True)

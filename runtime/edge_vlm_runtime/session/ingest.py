@@ -22,14 +22,14 @@ from edge_vlm.errors import (
     EngineError,
     FrameDecodeError,
 )
-from edge_vlm.pixels.frames import Frame, decode_jpeg, decode_picture, thumbnail
+from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import KeepAll, OverThreshold, RatedPolicy, make_policy
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import CLIP, Attention, DropPolicy, SessionSettings
 from edge_vlm_runtime.session.alert_rules import AlertFrame
 from edge_vlm_runtime.session.context import FRAMES_PER_PREFILL, Evicted, Rebased
-from edge_vlm_runtime.session.frames import DroppedFrame, EncodedFrame, Encoding
+from edge_vlm_runtime.session.frames import Decoded, DroppedFrame, EncodedFrame, Encoding
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.inference.vision import FrameTokens, VisionPipeline
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 MAX_PENDING_FRAMES = 16
 """Frames encoded while an answer is decoded; more wait in the queue, under its drop rule."""
-THUMBNAIL = 32
 POLICY_FIELDS = ("policy", "policy_seed", "min_cells", "change_threshold")
 BUDGET_FIELDS = ("keep_ratio", "vision_tokens_per_s")
 EWMA_WEIGHT = 0.2
@@ -189,6 +188,7 @@ class FrameIngest:
                 capture_us=frame.capture_us,
                 received_ns=frame.received_ns,
                 data=frame.data,
+                evidence=frame.ahead.evidence if isinstance(frame.ahead, Decoded) else None,
             )
         )
         if joins:
@@ -285,7 +285,7 @@ class FrameIngest:
             raise FrameRejected(DropReason.DECODE_ERROR, error) from error
         decode_ms = (self._stopwatch_ns() - begin_ns) * 1e-6
         pts_ns = self._clock.pts_ns(frame.capture_us)
-        self.newest_picture = frame
+        self.newest_picture = frame.as_it_came()
         try:
             self._clip.require_room(pts_ns)
         except ClipTooLong as error:
@@ -313,10 +313,10 @@ class FrameIngest:
             raise FrameRejected(DropReason.DECODE_ERROR, error) from error
         decode_ms = (self._stopwatch_ns() - begin_ns) * 1e-6
         pts_ns = self._clock.pts_ns(frame.capture_us)
-        self.newest_picture = frame
+        self.newest_picture = frame.as_it_came()
         small: np.ndarray | None = None
         if live and settings.drop_duplicates:
-            small = thumbnail(rgb, THUMBNAIL)
+            small = frame.small(rgb)
             if self._duplicates.is_duplicate(small, frame.capture_us, settings):
                 raise FrameRejected(DropReason.DUPLICATE)
         self._fund(frame.capture_us)
@@ -365,15 +365,11 @@ class FrameIngest:
         return True
 
     def _decode(self, frame: EncodedFrame) -> np.ndarray:
-        if frame.encoding is Encoding.JPEG:
-            return decode_jpeg(frame.data)
-        if frame.encoding is Encoding.STILL:
-            return decode_picture(frame.data)
-        if not self._settings.raw_frames:
+        if frame.encoding is Encoding.RAW and not self._settings.raw_frames:
             raise FrameDecodeError(
                 "the picture is not a JPEG", remedy="set raw_frames before sending raw pictures"
             )
-        return decode_picture(frame.data)
+        return frame.decode()
 
     def _fund(self, capture_us: int) -> None:
         """A budget by time grows with the time since the last frame, whatever came between."""

@@ -167,6 +167,20 @@ class Session:
         """False while as many frames as may wait for the end of the answer under way."""
         return self._answer is None or not self._ingest.is_full
 
+    @property
+    def picture_wanted(self) -> EncodedFrame | None:
+        """The picture that the next question is to be shown in full detail, if decoding it here
+        would take long; see `provide`."""
+        if self._answer is not None or not self._questions:
+            return None
+        picture = self._ingest.newest_picture
+        wanted = self._questions[0].question.detail in ("snapshot", "both")
+        return picture if wanted and picture is not None and picture.is_dear else None
+
+    def provide(self, picture: EncodedFrame) -> None:
+        """What was wanted, with what was made of it."""
+        self._ingest.newest_picture = picture
+
     # ---- what the viewer asks for ------------------------------------------------------------
 
     def receive_message(
@@ -413,6 +427,9 @@ class Session:
         except EdgeVlmError as error:
             self._outbox.add_error(error, question.event_id)
             return
+        finally:
+            if self._ingest.newest_picture is not None:  # it is large, decoded
+                self._ingest.newest_picture = self._ingest.newest_picture.as_it_came()
         self._answer = answer
         self._outbox.add(answer.created())
 

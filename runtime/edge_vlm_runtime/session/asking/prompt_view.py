@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from edge_vlm.errors import NoFrameYet, SnapshotsUnsupported, SnapshotTooLarge
-from edge_vlm.pixels.frames import decode_picture
 from edge_vlm.pixels.stills import ImageConfig, image_grid
 from edge_vlm.text.masks import CAUSAL
 from edge_vlm.text.prompt import image_length
@@ -141,7 +140,7 @@ class PromptBuilder:
         if picture is None:
             raise NoFrameYet("there is no picture to look at yet", remedy="send a frame first")
         begin_ns = self._stopwatch_ns()
-        rgb = decode_picture(picture.data)
+        rgb = picture.decode()
         height, width = rgb.shape[:2]
         cut = self._cut(vision.images, height, width, room, remedy)
         tokens = vision.encode(rgb, cut)
