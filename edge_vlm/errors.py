@@ -102,6 +102,16 @@ def visible(text: str) -> str:
     return text if text.isprintable() else "".join(map(_visible, text))
 
 
+MOST_SHOWN = 2000
+"""Characters: words of strangers may be megabytes long."""
+
+
+def shortened(text: str) -> str:
+    if len(text) <= MOST_SHOWN:
+        return text
+    return f"{text[: MOST_SHOWN - 200]} ... {text[-150:]}"
+
+
 def _visible(character: str) -> str:
     return character if character.isprintable() else ascii(character)[1:-1]
 
@@ -119,7 +129,8 @@ class EdgeVlmError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        line = self.what if self.where is None else f"{self.what} ({self.where})"
+        what = shortened(self.what)
+        line = what if self.where is None else f"{what} ({shortened(self.where)})"
         if self.remedy is not None:  # what other libraries say may be a whole sentence
             line = f"{line if line.endswith('..') else line.removesuffix('.')}: {self.remedy}"
         return visible(" ".join(line.split()))

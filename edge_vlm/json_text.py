@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+MALFORMED = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError),
+)
+"""What comes of using values that are not what they should be, huge numbers included."""
+LARGEST = 1 << 64
+"""Of whole numbers: no size, count or time is as large."""
 
 
 def parse_json(text: str | bytes | bytearray) -> Any:
-    """Raises ValueError, for what is nested too deeply too (`json` has RecursionError for that)."""
+    """Raises ValueError, for what is nested too deeply too (`json` has RecursionError for that),
+    and for whole numbers that fit no machine."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises ValueError, OSError."""
+    data = parse_json(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds {'a list' if isinstance(data, list) else 'a value'}, no object")
+    return data
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """Of a file of JSON lines, those that say something, counted from 1. Raises ValueError,
+    OSError."""
+    lines = path.read_text(encoding="utf-8-sig").split("\n")  # texts may hold other line breaks
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _whole(digits: str) -> int:
+    number = int(digits) if len(digits) <= 24 else LARGEST + 1
+    if abs(number) > LARGEST:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return number

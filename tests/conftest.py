@@ -21,7 +21,8 @@ pytest_plugins = ["pytester"]
 # Measured with `pytest --durations=0`: files whose tests or fixtures take more than about a second
 # of a processor each. `make quick` leaves them out.
 SLOW = (
-    *("benchmarks/", "deployment/", "e2e/", "golden/", "gpu/", "openai/", "training/trainer/"),
+    *("benchmarks/", "deployment/", "e2e/", "fuzz/", "golden/", "gpu/", "openai/"),
+    "training/trainer/",
     "docs/test_running.py",
     *(
         f"edge_vlm/test_{name}.py"

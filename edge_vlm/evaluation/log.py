@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.runs import ClipAnswers
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 
 FORMAT = 1
 Key = tuple[str, str, str]
@@ -69,7 +69,7 @@ class AnswerLog:
                     [str(text) for text in entry["said"]], int(entry["seen"]), int(entry["kept"])
                 )
                 self._answers[entry["path"], entry["run"], entry["clip"]] = answers
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise ConfigError(
                 f"not a log of answers: {error!r}", where=path, remedy="name another folder"
             ) from error

@@ -30,7 +30,7 @@ from edge_vlm.formats.qa_set import (
     num_questions,
     read_question_set,
 )
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, numbered_lines, parse_json
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.pixels.video import read_clip, read_video
@@ -91,20 +91,19 @@ def count_questions(path: Path, most_clips: int | None = None) -> tuple[int, int
 def read_question_file(path: Path) -> list[FileQuestion]:
     """Every line. Raises ConfigError naming the first that is wrong, VideoNotFound."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = numbered_lines(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"the questions cannot be read: {error}", where=path) from error
     questions = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                questions.append(_question(path, number, parse_json(line)))
-            except (ValueError, TypeError) as error:
-                raise ConfigError(
-                    f"bad question: {error}",
-                    where=f"{path}:{number}",
-                    remedy='write {"video": ..., "question": ..., "answer": ...}',
-                ) from None
+    for number, line in lines:
+        try:
+            questions.append(_question(path, number, parse_json(line)))
+        except MALFORMED as error:
+            raise ConfigError(
+                f"bad question: {error}",
+                where=f"{path}:{number}",
+                remedy='write {"video": ..., "question": ..., "answer": ...}',
+            ) from None
     if not questions:
         raise ConfigError("there is no question in it", where=path)
     for question in questions:

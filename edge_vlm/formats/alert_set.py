@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, numbered_lines, parse_json
 
 INDEX = "footage.jsonl"
 
@@ -88,7 +88,7 @@ def read_event_set(folder: Path) -> Iterator[Footage]:
             where=folder,
             remedy="make one with `edge-vlm world --events 40 --out FOLDER`",
         )
-    for number, line in enumerate(index.read_text("utf-8-sig").splitlines(), start=1):
+    for number, line in _lines(index):
         try:
             data: dict[str, Any] = parse_json(line)
             name, times_s = str(data["name"]), [float(t) for t in data["times_s"]]
@@ -102,7 +102,17 @@ def read_event_set(folder: Path) -> Iterator[Footage]:
             paths = [folder / "frames" / f"{name}-{i}.jpg" for i in range(len(times_s))]
             jpegs = [path.read_bytes() for path in paths]
             yield Footage(name=name, jpegs=jpegs, times_s=times_s, watches=watches)
-        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        except (OSError, *MALFORMED) as error:
             raise ConfigError(
                 f"bad footage: {error!r}", where=f"{index}:{number}", remedy="write the set anew"
             ) from error
+
+
+def _lines(index: Path) -> list[tuple[int, str]]:
+    """Raises ConfigError."""
+    try:
+        return numbered_lines(index)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot be read: {error}", where=index, remedy="write the set anew"
+        ) from error

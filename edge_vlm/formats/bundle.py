@@ -46,7 +46,7 @@ from edge_vlm.export_errors import RangeFp16
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.formats.usage import FrameRule, ModelCard
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import PLAIN, PromptStyle
 
@@ -230,7 +230,7 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
             card=ModelCard(**data["card"]) if data.get("card") else None,
             schema_version=version,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise BundleSchemaError(f"{MANIFEST} is malformed: {error!r}", where=root) from error
     _check_limits(bundle)
     for name in files:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 
 SCHEMA_VERSION = 1
 FP16_LIMIT = 0.5 * 65_504
@@ -96,7 +96,7 @@ class CalibrationTable:
             if unsafe != list(table.fp16_unsafe):
                 raise ValueError("fp16_unsafe contradicts the ranges")
             return table
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             raise ConfigError(
                 f"not a calibration table: {error!r}",
                 where=where,

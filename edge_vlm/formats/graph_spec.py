@@ -14,6 +14,7 @@ import numpy as np
 
 from edge_vlm.config import require_numbers
 from edge_vlm.errors import BundleSchemaError, ShapeRange
+from edge_vlm.json_text import MALFORMED
 
 LARGEST = 1 << 40
 DTYPES = ("float32", "float16", "int32", "int64", "bool")
@@ -130,7 +131,7 @@ class GraphSpec:
                 outputs=tuple(_tensor(item) for item in data["outputs"]),
                 dims={name: DynamicDim(**limits) for name, limits in data["dims"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             raise BundleSchemaError(f"graph spec is malformed: {error}") from error
 
 

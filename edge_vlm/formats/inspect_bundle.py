@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from edge_vlm.config import ModelConfig, VisionAttention
+from edge_vlm.errors import BundleSchemaError
 from edge_vlm.formats.bundle import PRECISION_PLAN, EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.report import Report
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, read_json_object
 from edge_vlm.pruning.clip_budget import Variant, variant_of
 
 
@@ -39,8 +40,15 @@ def describe_bundle(folder: Path) -> Report:
     facts |= {f"graph {name}": _ranges(spec) for name, spec in bundle.specs.items()}
     tables = {"files": {name: (size, "bytes") for name, size in files.items()}}
     tables["files"]["all"] = (sum(files.values()), "bytes")
-    plan = _plan(bundle)
-    notes = () if plan is None else tuple(_formats(plan))
+    try:
+        plan = _plan(bundle)
+        notes = () if plan is None else tuple(_formats(plan))
+    except (OSError, *MALFORMED) as error:
+        raise BundleSchemaError(
+            f"{PRECISION_PLAN} is malformed: {error!r}",
+            where=folder,
+            remedy="export the checkpoint again",
+        ) from error
     return Report(
         title=f"{folder}: bundle {bundle.name!r}",
         facts=facts,
@@ -131,7 +139,7 @@ def _ranges(spec: GraphSpec) -> str:
 
 def _plan(bundle: EngineBundle) -> dict[str, Any] | None:
     path = bundle.path / PRECISION_PLAN
-    return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json_object(path) if path.is_file() else None
 
 
 def _formats(plan: dict[str, Any]) -> list[str]:

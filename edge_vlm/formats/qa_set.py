@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, numbered_lines, parse_json
 
 INDEX = "clips.jsonl"
 
@@ -89,10 +89,10 @@ def write_question_set(folder: Path, clips: Iterable[ClipQuestions]) -> int:
 
 def num_questions(folder: Path) -> Iterator[int]:
     """Of each clip, from the index alone; a bad line counts as 0, `read_question_set` names it."""
-    for line in (folder / INDEX).read_text("utf-8-sig").splitlines():
+    for _, line in _lines(folder / INDEX):
         try:
-            yield len(json.loads(line)["questions"])
-        except (KeyError, TypeError, ValueError):
+            yield len(parse_json(line)["questions"])
+        except MALFORMED:
             yield 0
 
 
@@ -105,7 +105,7 @@ def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
             where=folder,
             remedy="make one with `edge-vlm world --out FOLDER`",
         )
-    for number, line in enumerate(index.read_text("utf-8-sig").splitlines(), start=1):
+    for number, line in _lines(index):
         try:
             data: dict[str, Any] = parse_json(line)
             name, times_s = str(data["name"]), [float(t) for t in data["times_s"]]
@@ -113,10 +113,20 @@ def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
             paths = [folder / "frames" / f"{name}-{i}.jpg" for i in range(len(times_s))]
             jpegs = [path.read_bytes() for path in paths]
             yield ClipQuestions(name=name, jpegs=jpegs, times_s=times_s, questions=questions)
-        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        except (OSError, *MALFORMED) as error:
             raise ConfigError(
                 f"bad clip: {error!r}", where=f"{index}:{number}", remedy="write the set anew"
             ) from error
+
+
+def _lines(index: Path) -> list[tuple[int, str]]:
+    """Raises ConfigError."""
+    try:
+        return numbered_lines(index)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot be read: {error}", where=index, remedy="write the set anew"
+        ) from error
 
 
 def _question(fields: dict[str, Any]) -> AskedQuestion:

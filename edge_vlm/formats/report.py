@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_vlm.console.tables import columns
+from edge_vlm.errors import visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Report:
             lines += ["", title, *columns(figures, "<>")]
         if self.notes:
             lines += ["", *self.notes]
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))  # some are words of strangers
 
     def json(self) -> str:
         tables = {

@@ -30,6 +30,8 @@ def _byte_of_character() -> dict[str, int]:
     }
 
 
+MOST_IDS = 1 << 21
+"""Ids above these are no vocabulary's; tables by id would fill the memory."""
 _BYTE_OF = _byte_of_character()
 
 
@@ -60,7 +62,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens in it recognised, nothing added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # as above: a vocabulary that cannot write every text
+            raise BundleError(
+                f"the vocabulary cannot write {text[:80]!r}: {error}",
+                remedy="take the tokenizer.json that belongs to the weights",
+            ) from error
 
     def plain(self, text: str) -> str:
         """`text` without special tokens: a zero-width space breaks each up.
@@ -85,6 +93,8 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         texts = [b""] * self._backend.get_vocab_size(with_added_tokens=True)
         for token, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+            if token_id > MOST_IDS:
+                raise ValueError(f"the token {token[:80]!r} has the id {token_id}")
             if token_id >= len(texts):
                 texts.extend([b""] * (token_id + 1 - len(texts)))
             if token_id in added:

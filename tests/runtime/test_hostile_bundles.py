@@ -5,87 +5,25 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from edge_vlm.errors import BundleError, BundleSchemaError, EdgeVlmError
+from edge_vlm.errors import BundleError, BundleSchemaError
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
-from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
-from edge_vlm_runtime.session.budget import cache_capacity, default_settings
-
-VALUES: list[Any] = [
-    *(None, True, -1, 0, 0.5, 10**9, 1 << 60, 1 << 70, 1e308, 5e-324, math.nan, math.inf),
-    *("", "x", "\x1b]0;owned\x07", "../x", [], {}, [[]], {"a": 1}, ["p+s"] * 3),
-]
-
-
-def linked_bundle(folder: Path) -> Path:
-    """The demo bundle; its files but the manifest are shared."""
-    for path in DEMO_BUNDLE.rglob("*"):
-        target = folder / path.relative_to(DEMO_BUNDLE)
-        if path.is_dir():
-            target.mkdir(parents=True)
-        elif path.name != MANIFEST:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.symlink(path, target)
-    shutil.copy(DEMO_BUNDLE / MANIFEST, folder / MANIFEST)
-    return folder
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [path] if path else []
-    if isinstance(value, dict):
-        return found + [p for key in value for p in places(value[key], (*path, key))]
-    if isinstance(value, list):
-        return found + [p for i, each in enumerate(value) for p in places(each, (*path, i))]
-    return found
-
+from tests.fuzz.files import linked_bundle, open_bundle
 
 MANIFEST_DATA = json.loads((DEMO_BUNDLE / MANIFEST).read_text())
-PLACES = places({key: value for key, value in MANIFEST_DATA.items() if key != "files"})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return linked_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-def opened(folder: Path) -> None:
-    """What a server does before it loads graphs."""
-    bundle = EngineBundle.open(folder)
-    model, limits = ModelLimits.from_bundle(bundle), ServerLimits()
-    chosen = default_settings(bundle, limits)
-    assert 1 <= cache_capacity(model, limits) <= model.max_positions
-    assert chosen.max_answer_tokens <= model.max_positions
-    assert bundle.name.isprintable()
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(PLACES), st.sampled_from(VALUES))
-def test_a_changed_manifest_is_read_or_refused(
-    folder: Path, place: tuple[Any, ...], value: Any
-) -> None:
-    data = copy.deepcopy(MANIFEST_DATA)
-    owner = data
-    for key in place[:-1]:
-        owner = owner[key]
-    owner[place[-1]] = value
-    (folder / MANIFEST).write_text(json.dumps(data))
-    try:
-        opened(folder)
-    except EdgeVlmError as error:
-        assert str(error).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +51,7 @@ def test_a_number_that_no_model_has_is_named(
     owner[place[-1]] = value
     (folder / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(BundleSchemaError, match=words):
-        opened(folder)
+        open_bundle(folder)
 
 
 def test_a_manifest_nested_without_end_is_refused(folder: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.errors import CheckpointError, ConfigError, WeightFilesError
 from edge_vlm.formats.usage import SECTIONS, Usage
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.model.checkpoint import TOKENIZER, read_tensors, write_tensors, write_text
 from edge_vlm.model.lora import peft_format
 from edge_vlm.model.lora.layers import factors, merged
@@ -228,7 +229,7 @@ _REMEDY = (
 def _parsed(path: Path, data: Mapping[str, Any], make: Callable[[Mapping[str, Any]], P]) -> P:
     try:
         return make(data)
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise CheckpointError(
             f"not what a LoRA run writes: {error}", where=path, remedy="copy the file again"
         ) from error

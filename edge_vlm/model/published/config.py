@@ -22,6 +22,7 @@ from edge_vlm.config import (
     VisionConfig,
 )
 from edge_vlm.errors import ConfigError
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.model.published.section import Section, show
 
 MODEL_TYPE = "molmo2"
@@ -235,7 +236,7 @@ def with_record(cfg: ModelConfig, record: Mapping[str, Any], where: object) -> M
             scorer=None if scorer is None else ScorerConfig(**scorer),
             attention=VisionAttention(record.get("attention", cfg.attention)),
         )
-    except (TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"bad {RECORD!r}: {error}", where=where, remedy=REMEDY) from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edge_vlm.errors import CheckpointError, WeightFilesError
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCORER = "scorer.safetensors"
@@ -172,7 +172,7 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
             if tensor.dtype in _BYTES
             and tensor.num_bytes != item["data_offsets"][1] - item["data_offsets"][0]
         ]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise ValueError(f"has a header that is not one of safetensors: {error!r}") from error
     if wrong:
         raise ValueError(f"has tensors of another size than their shape's: {listed(wrong)}")

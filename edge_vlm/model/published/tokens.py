@@ -15,6 +15,7 @@ from typing import Any
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.usage import Usage
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.model.published.files import read_json
 
 TOKENIZER = "tokenizer.json"
@@ -114,7 +115,7 @@ class _Folder:
             contents = {int(item["id"]): str(item["content"]) for item in added}
             for key, item in (decoder or {}).items():
                 contents[int(key)] = str(_content(item))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             raise ConfigError(
                 f"the tokenizer's list of special tokens cannot be read: {error!r}",
                 where=self.folder,

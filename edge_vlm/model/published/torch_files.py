@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from edge_vlm.errors import WeightFilesError
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.model.published.files import StoredTensor, listed
 
 UNSHARDED = "model.pt"
@@ -92,7 +93,7 @@ class ShardedTensors(Mapping[str, Tensor]):
         for name, found in _tensors(metadata):
             try:
                 self._add(name, found, metadata)
-            except (ValueError, TypeError, AttributeError, KeyError) as error:
+            except MALFORMED as error:
                 problems.append(f"{INDEX} is wrong about {name}: {error}")
         if not self._shards and not problems:
             problems.append(f"{INDEX} names no tensor that begins with {PREFIX!r}")

@@ -19,7 +19,7 @@ from edge_vlm.formats.bundle import IMAGE_ENCODER
 from edge_vlm.formats.calibration import FP16_LIMIT
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import LLM_PRODUCTS, VIT_PRODUCTS, Precision
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 from edge_vlm_export.quantize.quantize import block_size
 
 SCHEMA_VERSION = 1
@@ -113,7 +113,7 @@ class PrecisionPlan:
                     for name, nodes in data["graphs"].items()
                 },
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             raise BundleSchemaError(f"not a precision plan: {error!r}", where=where) from error
 
 

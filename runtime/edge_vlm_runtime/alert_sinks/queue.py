@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_vlm.errors import ConfigError
+from edge_vlm.json_text import MALFORMED, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,17 @@ class QueuedAlert:
         return len(self.body.encode()) + len(self.jpeg or b"")
 
 
+def _require_alert(number: object, body: object, jpeg: object) -> None:
+    """Raises ValueError, TypeError, KeyError for a row that could never be sent: it would stand
+    before all others for ever."""
+    fields = parse_json(body) if isinstance(body, str) else None
+    if type(number) is not int or not isinstance(fields, dict):
+        raise ValueError(f"row {number!r:.40} is no alert event")
+    has_picture = isinstance(jpeg, bytes) and isinstance(fields["evidence"], dict)
+    if not isinstance(fields["id"], str) or not (jpeg is None or has_picture):
+        raise ValueError(f"row {number} is no alert event")
+
+
 class DeliveryQueue:
     """First in, first out for each receiver, known by its key. Any thread may use it."""
 
@@ -96,13 +108,15 @@ class DeliveryQueue:
                 self._database.execute(f"PRAGMA {pragma}")
             self._database.executescript(f"BEGIN EXCLUSIVE; {SCHEMA} COMMIT;")
             newest = self._database.execute("SELECT MAX(number) FROM deliveries").fetchone()[0]
-        except sqlite3.Error as error:
+            self._number = int(newest or 0)
+        except (sqlite3.Error, *MALFORMED) as error:
+            if hasattr(self, "_database"):
+                self._database.close()  # or the file stays locked
             raise self._unusable(error) from error
-        self._number = newest or 0
         self._writer = threading.Thread(target=self._follow, name="edge-vlm-alerts", daemon=True)
         self._writer.start()
 
-    def _unusable(self, error: sqlite3.Error) -> ConfigError:
+    def _unusable(self, error: Exception) -> ConfigError:
         return ConfigError(
             f"cannot keep alert events here: {error}",
             where=self.path,
@@ -125,7 +139,9 @@ class DeliveryQueue:
                 f" WHERE receiver IN ({marks}) ORDER BY number",
                 sorted(names),
             ).fetchall()
-        except sqlite3.Error as error:
+            for _, number, body, jpeg in rows:
+                _require_alert(number, body, jpeg)
+        except (sqlite3.Error, *MALFORMED) as error:
             raise self._unusable(error) from error
         with self._changed:
             for receiver, number, body, jpeg in rows:

@@ -8,6 +8,7 @@ from typing import Any
 
 from edge_vlm.console.tables import markdown
 from edge_vlm.errors import ConfigError
+from edge_vlm.json_text import MALFORMED
 from edge_vlm_runtime.bench.record import read_record
 from edge_vlm_runtime.bench.report import figure
 
@@ -21,7 +22,7 @@ def read_comparable(path: Path) -> dict[str, Any]:
     record = read_record(path)
     try:
         comparison(record, record)
-    except (AttributeError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise ConfigError(
             f"not a whole result of this bench: {error!r}",
             where=path,

@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
 
     with Recording.open(args.file) as recording:
         header = recording.header
-        threads = args.threads or int(header.get("threads", 2))
+        threads = args.threads or recording.threads
         with LoadedBundle.open(args.bundle, threads, **backend_options(args)) as engines:
             name = engines.bundle.name
             if args.measure:

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from edge_vlm.errors import ConfigError, ProtocolError, ServerUnreachable
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 from edge_vlm_runtime.client.address import http_url
 from edge_vlm_runtime.client.connection import Access, error_from_detail
 from edge_vlm_runtime.protocol.messages import ErrorDetail
@@ -146,7 +146,7 @@ def _told(status: int, body: bytes, url: str) -> Exception:
     try:
         detail = parse_json(body)["error"]
         code, message = str(detail["code"]), str(detail["message"])
-    except (ValueError, KeyError, TypeError):
+    except MALFORMED:
         return ProtocolError(
             f"status {status}, which is no answer of this server", where=mask_credentials(url)
         )

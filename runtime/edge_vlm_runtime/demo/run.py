@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_vlm.errors import ConfigError, EdgeVlmError
+from edge_vlm.json_text import MALFORMED
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Answer, Client
 from edge_vlm_runtime.client.run import Outcome, PlannedQuestion, stream
@@ -49,7 +50,7 @@ class DemoClip:
                 ),
                 truths=tuple(str(q["answer"]) for q in asked),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, *MALFORMED) as error:
             raise ConfigError(f"not a demo clip ({error!r})", where=file) from error
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from edge_vlm.errors import BundleSchemaError, EngineMissing, EngineStale
 from edge_vlm.formats.bundle import BORROWED, MANIFEST, EngineBundle, sha256_of_file
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 from edge_vlm_runtime.engines.cuda import Gpu
 
 FORMAT = 1
@@ -128,13 +128,14 @@ class EngineStore:
                 raise ValueError(f"format {data['format']!r}, this program reads {FORMAT}")
             fields = dict(data["fingerprint"])
             fields["capabilities"] = tuple(fields["capabilities"])
+            fields["options"] = dict(fields["options"])
             return Entry(
                 path=self.engine_path(name),
                 sha256=str(data["sha256"]),
                 fingerprint=Fingerprint(**fields),
                 build=dict(data["build"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, *MALFORMED) as error:
             raise EngineStale(
                 f"the entry of graph {name} is not one we wrote: {error!r}",
                 where=path,
@@ -193,7 +194,7 @@ def _graph_digest(bundle: EngineBundle, name: str) -> str:
     try:
         manifest = parse_json((bundle.path / MANIFEST).read_text(encoding="utf-8"))
         hashes = [f"{file} {manifest['files'][file]}" for file in _graph_files(bundle, name)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *MALFORMED) as error:
         raise BundleSchemaError(f"{MANIFEST}: {error!r}", where=bundle.path) from error
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import MissingExtraError
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.request_errors import AnswerFormError
 from edge_vlm.text.tokenizer import Tokenizer
 
@@ -149,7 +150,7 @@ class Constraints:
         if self._vocabulary is None:
             try:
                 texts = self._tokenizer.token_bytes()[: self._num_tokens]
-            except ValueError as error:
+            except MALFORMED as error:
                 raise AnswerFormError(f"answers cannot be given a form: {error}") from error
             silent = [i for i, text in enumerate(texts) if not text and i not in self._eos_ids]
             self._never = np.array(silent, np.intp)

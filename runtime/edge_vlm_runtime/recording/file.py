@@ -14,6 +14,8 @@ record.
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -22,8 +24,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_vlm.errors import EdgeVlmError, RecordingError
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.protocol.base import MAX_CAPTURE_TIME_US
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.session.calls import (
     Call,
@@ -44,6 +47,14 @@ NOT_WRITTEN = ("data", "ahead")
 """Of a frame: what follows the line, and what can be made of that again."""
 MAX_RECORD_BYTES = 1 << 28
 """A larger length is damage, not a record."""
+LIMITS = {
+    "seq": (0, 0xFFFFFFFF),
+    "capture_us": (0, MAX_CAPTURE_TIME_US),
+    **dict.fromkeys(("frames_waiting", "frames_received"), (0, 1 << 62)),
+    **dict.fromkeys(("now_ns", "done_ns", "received_ns"), (-(1 << 62), 1 << 62)),
+}
+"""Of the numbers of a record, whichever has them."""
+MOST_THREADS = 1024
 DROPPED = "dropped"
 CALLS: dict[str, type[Call]] = {
     "frame": FrameCall,
@@ -111,6 +122,18 @@ class Recording:
         with file:
             yield cls(path, file, _header(path, file))
 
+    @property
+    def threads(self) -> int:
+        """Of the engines that it was recorded with. Raises RecordingError."""
+        threads = self.header.get("threads", 2)
+        if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+            raise RecordingError(
+                f"the recording's threads are {threads!r:.60}",
+                where=self.path,
+                remedy="say how many with --threads",
+            )
+        return threads
+
     def entries(self) -> Iterator[Entry]:
         """Everything after the header. Raises RecordingError on damage; a file that just ends is
         read up to its last whole entry and then `cut_off` is set."""
@@ -127,7 +150,7 @@ class Recording:
                     f"the recording is cut off: its last {size - start} bytes are no whole entry"
                 )
                 return
-            except (_Damaged, EdgeVlmError, ValueError, KeyError, TypeError) as error:
+            except (_Damaged, EdgeVlmError, *MALFORMED) as error:
                 raise RecordingError(
                     f"the recording is damaged at byte {start}: {error}", where=self.path
                 ) from error
@@ -173,9 +196,9 @@ def _read_record(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
     length, crc = RECORD.unpack(head)
     if length > MAX_RECORD_BYTES:
         raise _Damaged(f"a record of {length} bytes")
+    if length > os.fstat(file.fileno()).st_size - file.tell():
+        raise _CutOff  # before so much memory is taken
     payload = file.read(length)
-    if len(payload) < length:
-        raise _CutOff
     if zlib.crc32(payload) != crc:
         raise _Damaged("a checksum does not fit")
     line, _, picture = payload.partition(b"\n")
@@ -187,8 +210,11 @@ def _read_record(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
 
 def _entry(fields: dict[str, Any], picture: bytes) -> Entry:
     kind, arguments = fields["kind"], fields["arguments"]
+    _check_numbers(fields)
+    _check_numbers(arguments)
     if "frame" in arguments:
         frame = arguments["frame"]
+        _check_numbers(frame)
         frame["encoding"] = Encoding(frame["encoding"])
         arguments["frame"] = EncodedFrame(**frame, data=picture)
     if kind == DROPPED:
@@ -201,5 +227,24 @@ def _entry(fields: dict[str, Any], picture: bytes) -> Entry:
         call=CALLS[kind](**arguments),
         now_ns=fields["now_ns"],
         done_ns=fields["done_ns"],
-        events=tuple(fields["events"]),
+        events=tuple(map(_text, fields["events"])),
     )
+
+
+def _check_numbers(fields: dict[str, Any]) -> None:
+    """Raises ValueError for counts and times that are none."""
+    for name, (least, most) in LIMITS.items():
+        if name in fields and not (type(fields[name]) is int and least <= fields[name] <= most):
+            raise ValueError(f"{name} is {fields[name]!r:.60}")
+    video_s = fields.get("video_s", 0.0)
+    if type(video_s) not in (int, float) or not math.isfinite(video_s):
+        raise ValueError(f"video_s is {video_s!r:.60}")
+    dropped = fields.get("frames_dropped", {})
+    if not all(type(count) is int for count in dropped.values()):
+        raise ValueError(f"frames_dropped is {dropped!r:.60}")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"an event is {value!r:.60}")
+    return value

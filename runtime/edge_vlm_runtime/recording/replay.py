@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from edge_vlm.errors import InternalError, RecordingError
-from edge_vlm.json_text import parse_json
+from edge_vlm.errors import InternalError, ProtocolError, RecordingError
+from edge_vlm.json_text import MALFORMED, parse_json
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
@@ -125,7 +125,10 @@ class Replay:
             if isinstance(entry.call, MessageCall):
                 self._on_message(entry.call.message, entry.call.video_s)
             events, has_failed = self._perform(session, entry)
-            comparison.compare(list(entry.events), [protocol.encode(event) for event in events])
+            try:
+                comparison.compare(list(entry.events), [protocol.encode(event) for event in events])
+            except MALFORMED as error:
+                raise _no_events(self._recording, error) from error
             for event in events:
                 self._on_event(event)
             if has_failed:
@@ -205,10 +208,17 @@ def what_came(
         elif isinstance(entry.call, MessageCall):
             yield entry.call.message
         for text in entry.events:
-            event = protocol.decode_server_event(text)
+            try:
+                event = protocol.decode_server_event(text)
+            except ProtocolError as error:
+                raise _no_events(recording, error) from error
             if isinstance(event, protocol.ResponseDone):
                 yield event
     yield from early
+
+
+def _no_events(recording: Recording, error: Exception) -> RecordingError:
+    return RecordingError(f"what it says came is no event: {error}", where=recording.path)
 
 
 def beginning_of(recording: Recording) -> tuple[SessionSettings, ServerLimits, int]:
@@ -218,7 +228,7 @@ def beginning_of(recording: Recording) -> tuple[SessionSettings, ServerLimits, i
         known = {field.name for field in dataclasses.fields(ServerLimits)}
         limits = ServerLimits(**{n: value for n, value in header["limits"].items() if n in known})
         return SessionSettings(**header["settings"]), limits, int(header["now_ns"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise RecordingError(
             f"the recording's settings are not of this version: {error}", where=recording.path
         ) from error

@@ -13,6 +13,7 @@ from torch import nn
 from edge_vlm.config import ModelConfig, ScorerConfig
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.formats.usage import FrameRule, Usage
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.model.checkpoint import TOKENIZER
 from edge_vlm.model.published.files import read_json
 from edge_vlm.model.published.folder import ModelFolder, open_folder, stts_scorer
@@ -86,7 +87,7 @@ def _named_config(recipe: Recipe, tokenizer: Path) -> ModelConfig:
         return _PUBLISHED[recipe.model]()
     try:
         words = len(read_json(tokenizer)["model"]["vocab"])
-    except (KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"not a tokenizer.json: {error}", where=tokenizer) from error
     # Markers that are only read come last (`build_tokenizer`): the head does not cover them.
     make = demo_config if recipe.model == "demo" else tiny
