@@ -25,7 +25,12 @@ def count(path: str, period_s: float) -> None:
     while True:
         time.sleep(period_s)
         types = Counter(type(each).__qualname__ for each in gc.get_objects())
-        line = {"at": time.time(), "objects": types.total(), "types": dict(types.most_common(MOST))}
+        line = {
+            "at": time.time(),
+            "objects": types.total(),
+            "whole_collections": gc.get_stats()[2]["collections"],
+            "types": dict(types.most_common(MOST)),
+        }
         with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -272,6 +272,9 @@ async def measure(
         },
         "slopes": slopes,
         "second_half": half,
+        "whole_collections": max(
+            (line["whole_collections"] for _, line in sampler.objects(begun)), default=0
+        ),
         "types_that_grew": grown_types(sampler.objects(begun), WARM_UP * args.seconds),
         "done": dict(seen.done.most_common()) | {"configurations": reloads},
         "errors": dict(seen.errors),
