@@ -10,7 +10,7 @@ import pytest
 from benchmarks.runtime import soak
 from benchmarks.runtime.soak_load import ENDS
 
-FORM = ["--seconds", "16", "--cameras", "1", "--viewers", "2", "--fps", "2"]
+FORM = ["--seconds", "10", "--cameras", "1", "--viewers", "2", "--fps", "2"]
 RATES = ["--action-seconds", "0.2", "--sample-seconds", "0.5"]
 
 
@@ -29,8 +29,8 @@ def test_a_server_is_used_and_watched(tmp_path: Path, capsys: pytest.CaptureFixt
     assert result["frames"]["sent"] > 20
     assert result["alerts"]["told"] > 0
     assert set(result["slopes"]) == set(soak.TOLERANCES)
-    assert result["slopes"]["rss_mb"]["level"] > 50
     last = result["samples"][-1]
+    assert last["rss_mb"] > last["uss_mb"] > 20
     assert last["threads"] > 1
     assert last["descriptors"] > 3
     assert last["kv_tokens"] > 0
