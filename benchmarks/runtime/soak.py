@@ -159,7 +159,7 @@ class Sampler:
 
 
 def _get(address: str, path: str) -> bytes:
-    with urllib.request.urlopen(f"http://{address}{path}", timeout=60) as reply:
+    with urllib.request.urlopen(f"http://{address}{path}", timeout=600) as reply:
         data: bytes = reply.read()
     return data
 
@@ -356,7 +356,7 @@ def serve_and_measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             result = asyncio.run(measure(server, found[1], args, folder, hook))
         finally:
             server.send_signal(signal.SIGTERM)
-            status = server.wait(60)
+            status = server.wait(600)
             hook.close()
     result["goals"]["clean_end"] = status == 0
     result["log_lines"] = len(log.read_text().splitlines())

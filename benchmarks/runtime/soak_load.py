@@ -48,6 +48,8 @@ DECK = (
 )
 ENDS = ("close", "abandon", "hand_over")
 RESET_S = 0.5
+PATIENCE_S = 600.0
+"""With a server that gets little of a busy machine."""
 
 
 class Relay:
@@ -181,11 +183,15 @@ class Load:
         return time.monotonic() < self._end_s
 
     async def run(self, restless: int, cameras: Sequence[str]) -> None:
-        tasks = [self._steady(), self._requests(), self._subscriber(cameras), self._deaf(cameras)]
+        tasks = [self._steadily(), self._requests(), self._subscriber(cameras), self._deaf(cameras)]
         tasks += [self._restless(random.Random(number)) for number in range(restless)]
         await asyncio.gather(*tasks)
 
     # ---- viewers with a camera of their own --------------------------------------------------
+
+    async def _steadily(self) -> None:
+        while self.goes_on:  # but for an error that is counted, once
+            await self._guarded(self._steady)
 
     async def _steady(self) -> None:
         """Stays for the whole time and asks once a second: its times are judged."""
@@ -327,14 +333,16 @@ class Load:
         """Wants pictures, does not read them, and is gone without a word."""
         number = 0
         while self.goes_on:
-            name = cameras[number % len(cameras)]
+            await self._guarded(self._look_away, cameras[number % len(cameras)])
             number += 1
-            url = f"ws://{self._address}/v1/realtime?stream={name}&subscribe_pictures=true"
-            line = await websockets.connect(url, max_queue=1)
-            self.seen.done["deaf_subscriptions"] += 1
-            await asyncio.sleep(self._action_s * 10)
-            line.transport.abort()
-            await line.wait_closed()
+
+    async def _look_away(self, name: str) -> None:
+        url = f"ws://{self._address}/v1/realtime?stream={name}&subscribe_pictures=true"
+        line = await websockets.connect(url, max_queue=1, open_timeout=PATIENCE_S)
+        self.seen.done["deaf_subscriptions"] += 1
+        await asyncio.sleep(self._action_s * 10)
+        line.transport.abort()
+        await line.wait_closed()
 
     async def _requests(self) -> None:
         """HTTP requests, each on a connection of its own."""
@@ -347,16 +355,20 @@ class Load:
         number = 0
         while self.goes_on:
             number += 1
-            async with httpx.AsyncClient(timeout=60.0, trust_env=False) as http:
-                chat = f"http://{self._address}/v1/chat/completions"
-                stream = {"stream": True} if number % 2 else {}
-                replies = [await http.post(chat, json=body | stream)]
-                replies.append(await http.get(f"http://{self._address}/v1/streams"))
-            for reply in replies:
-                if reply.status_code != 200:
-                    self.seen.errors[f"HTTP {reply.status_code}"] += 1
-            self.seen.done["http_requests"] += len(replies)
+            stream = {"stream": True} if number % 2 else {}
+            await self._guarded(self._request, body | stream)
             await asyncio.sleep(self._action_s * 2)
+
+    async def _request(self, body: dict[str, Any]) -> None:
+        async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False) as http:
+            replies = [
+                await http.post(f"http://{self._address}/v1/chat/completions", json=body),
+                await http.get(f"http://{self._address}/v1/streams"),
+            ]
+        for reply in replies:
+            if reply.status_code != 200:
+                self.seen.errors[f"HTTP {reply.status_code}"] += 1
+        self.seen.done["http_requests"] += len(replies)
 
     async def _guarded(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Counts what it should not have met, and goes on."""
@@ -364,4 +376,7 @@ class Load:
             await work(*arguments)
         except EdgeVlmError as error:
             self.seen.errors[f"{error.code}: {str(error)[:100]}"] += 1
+            await asyncio.sleep(RESET_S)
+        except (OSError, httpx.HTTPError, websockets.WebSocketException) as error:
+            self.seen.errors[repr(error)[:100]] += 1
             await asyncio.sleep(RESET_S)
