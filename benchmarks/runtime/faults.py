@@ -51,12 +51,13 @@ def write_pictures(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__, RESULTS / "faults.json")
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--most-seconds", type=float, default=7200.0, help="of killing")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--stops", type=int, default=20, help="by SIGTERM, one answer each")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     args = parser.parse_args(argv)
     cases: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "kills": lambda folder: kill_at_random(folder, args.kills, args.seed),
+        "kills": lambda folder: kill_at_random(folder, args.kills, args.seed, args.most_seconds),
         "full_disk": full_disk,
         "frozen_disk": frozen_disk,
         "clock": clock_jumps,

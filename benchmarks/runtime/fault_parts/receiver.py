@@ -22,9 +22,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(data)
         line = {
             "at": time.time(),
-            "id": json.loads(data)["id"],
+            "said_at": body["at"],
+            "id": body["id"],
             "key": self.headers["Idempotency-Key"],
             "digest": hashlib.sha256(data).hexdigest(),
         }
