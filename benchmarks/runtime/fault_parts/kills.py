@@ -130,7 +130,7 @@ def kill_at_random(folder: Path, kills: int, seed: int, most_s: float) -> dict[s
         "left_in_the_queue": {name: len(events) for name, events in left.items()},
         "bugs_in_logs": [
             line
-            for victim in victims.values()
+            for victim in (server, viewer)
             for line in victim.log_text().splitlines()
             if line.startswith("Traceback") or "a bug" in line
         ],

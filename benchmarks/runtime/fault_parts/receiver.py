@@ -43,5 +43,8 @@ class Handler(BaseHTTPRequestHandler):
 class Server(HTTPServer):
     allow_reuse_address = True
 
+    def handle_error(self, *args: object) -> None:
+        """Whoever sent it was killed before the answer."""
+
 
 Server(("127.0.0.1", port), Handler).serve_forever()
