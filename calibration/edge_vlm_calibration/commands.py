@@ -8,7 +8,7 @@ from pathlib import Path
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import input_footage, output_file
 from edge_vlm.errors import ConfigError
-from edge_vlm.formats.calibration import FP16_LIMIT, CalibrationTable
+from edge_vlm.formats.calibration import FP16_LIMIT, Calibration, CalibrationTable
 
 RANGES_SHOWN = 5
 
@@ -35,13 +35,18 @@ def _calibrate(args: argparse.Namespace) -> int:
     import torch
 
     from edge_vlm_calibration.collect import calibrate as run
+    from edge_vlm_calibration.provenance import identity_of, provenance_of
 
     if not args.fps > 0 or args.max_frames < 2:
         raise ConfigError("--fps must be above 0 and --max-frames at least 2")
     if args.threads:
         torch.set_num_threads(args.threads)
     table = run(args.checkpoint, args.footage, args.fps, args.max_frames)
-    table.write(args.out)
+    settings = {"fps": args.fps, "max_frames": args.max_frames}
+    made = Calibration(model=identity_of(args.checkpoint)).with_section(
+        table, provenance_of(args.footage, settings)
+    )
+    made.write(args.out)
     print(format_table(table))
     print(f"calibration: {args.out}")
     return 0
