@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 MAX_PENDING_FRAMES = 16
 """Frames encoded while an answer is decoded; more wait in the queue, under its drop rule."""
 THUMBNAIL = 32
-POLICY_FIELDS = ("policy", "policy_seed", "min_cells", "change_threshold")
+POLICY_FIELDS = (
+    *("policy", "policy_seed", "min_cells", "max_cells", "payback_frames", "bank_frames"),
+    "change_threshold",
+)
 BUDGET_FIELDS = ("keep_ratio", "vision_tokens_per_s")
 EWMA_WEIGHT = 0.2
 """Weight of the last interval in what is expected of the next one."""
@@ -474,5 +477,8 @@ def _policy_of(settings: SessionSettings, num_cells: int) -> RatedPolicy:
         settings.policy,
         keep_ratio,
         min_cells=settings.min_cells,
+        max_cells=settings.max_cells,
+        payback_frames=settings.payback_frames,
+        bank_frames=settings.bank_frames,
         seed=settings.policy_seed,
     )
