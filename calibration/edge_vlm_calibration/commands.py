@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,6 +17,8 @@ from edge_vlm.formats.calibration import Calibration
 
 if TYPE_CHECKING:
     from edge_vlm.watching import Watcher
+    from edge_vlm_calibration.alerts.make import AlertRequest
+    from edge_vlm_calibration.rows import WorkFolder
     from edge_vlm_calibration.run import Request
 
 SECTIONS = ("change", "budget", "ranges", "alerts")
@@ -75,6 +78,42 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="of each clip that a real session is shown with the settings; 0: none (60)",
     )
+    alerts = parser.add_argument_group("alerts on footage with known events (section alerts)")
+    alerts.add_argument(
+        "--marks",
+        type=Path,
+        metavar="FILE",
+        help="CSV or JSON: alert,question,clip,start,end, see docs/calibration.md (event-set "
+        "folders have their own)",
+    )
+    alerts.add_argument(
+        "--false-alarms-per-hour",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="of each alert at most (1)",
+    )
+    alerts.add_argument(
+        "--slack",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="how far outside its marks an event may be noticed: people mark a little late (1)",
+    )
+    alerts.add_argument(
+        "--one-rule",
+        action="store_true",
+        help="one rule for all questions, where each has too few events",
+    )
+    alerts.add_argument(
+        "--toml",
+        type=output_file,
+        metavar="FILE",
+        help="write the alerts as [[alert]] tables for `serve` (default: print them)",
+    )
+    alerts.add_argument(
+        "--camera", default="camera", metavar="NAME", help="of these tables (camera)"
+    )
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second of a video (2)")
     parser.add_argument(
         "--max-frames",
@@ -91,8 +130,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     if args.model == MERGE:
         return _merge(args)
+    from edge_vlm_calibration.alerts.make import watched
     from edge_vlm_calibration.rows import WorkFolder
-    from edge_vlm_calibration.run import made_with, make, opened
+    from edge_vlm_calibration.run import made_with, make, names_of, opened
     from edge_vlm_calibration.text import summary
 
     if not args.footage:
@@ -105,6 +145,8 @@ def _calibrate(args: argparse.Namespace) -> int:
             "--fps must be in 0..1000, --max-frames at least 2 and --measure not negative"
         )
     request = _request(args)
+    if "alerts" in request.sections:  # what is wrong with the marks is said at once
+        watched(_alert_request(args), names_of(request.clips))
     made: Calibration | None = None
     if args.out.is_file() and args.out.stat().st_size:
         made = Calibration.read(args.out)
@@ -115,24 +157,48 @@ def _calibrate(args: argparse.Namespace) -> int:
             if made is None:
                 made = Calibration(model=watcher.model)
             made = made.merged(Calibration(model=watcher.model), args.out)
+            folder = stack.enter_context(WorkFolder(work, made_with(request, watcher)))
             if set(request.sections) & set(LOOKED):
-                folder = stack.enter_context(WorkFolder(work, made_with(request, watcher)))
                 made = make(request, watcher, folder, made)
-            made = _more(args, request, watcher, made)
+            made = _more(args, request, watcher, folder, made)
             made.write(args.out)
     except KeyboardInterrupt:
         if work.is_dir():
             print(f"stopped: the same command goes on where it was ({work.name}/)", file=sys.stderr)
         raise
     print(summary(made, request.sections))
+    if "alerts" in request.sections:
+        _tell_alerts(args, made)
     print(f"\ncalibration: {args.out}")
     return 0
 
 
+def _tell_alerts(args: argparse.Namespace, made: Calibration) -> None:
+    from edge_vlm.formats.calibrated import AlertsSection
+    from edge_vlm_calibration.alerts.make import alert_lines
+
+    section = made.find(AlertsSection)
+    if section is None:
+        return
+    lines = alert_lines(section, args.camera)
+    if args.toml is None:
+        print(f"\n{lines}", end="")
+    else:
+        args.toml.write_text(lines)
+        print(f"\nalerts: {args.toml}")
+
+
 def _more(
-    args: argparse.Namespace, request: Request, watcher: Watcher, made: Calibration
+    args: argparse.Namespace,
+    request: Request,
+    watcher: Watcher,
+    work: WorkFolder,
+    made: Calibration,
 ) -> Calibration:
     """The sections with a pass of their own."""
+    from edge_vlm_calibration.alerts.make import make_alerts
+    from edge_vlm_calibration.run import names_of
+
     if "ranges" in request.sections:
         from edge_vlm_calibration.collect import calibrate as collect
         from edge_vlm_calibration.provenance import provenance_of
@@ -140,7 +206,25 @@ def _more(
         table = collect(request.model, request.clips, args.fps, args.max_frames)
         settings = {"fps": args.fps, "max_frames": args.max_frames}
         made = made.with_section(table, provenance_of(request.clips, settings))
+    if "alerts" in request.sections:
+        clips = names_of(request.clips)
+        made = make_alerts(_alert_request(args), watcher, work, clips, made)
     return made
+
+
+def _alert_request(args: argparse.Namespace) -> AlertRequest:
+    """Raises ConfigError."""
+    from edge_vlm_calibration.alerts.make import AlertRequest
+
+    if not args.false_alarms_per_hour > 0 or not 0 <= args.slack <= 3600:
+        raise ConfigError("--false-alarms-per-hour must be above 0 and --slack in 0..3600")
+    return AlertRequest(
+        marks=args.marks,
+        false_per_h=args.false_alarms_per_hour,
+        slack_s=args.slack,
+        one_rule=args.one_rule,
+        fps=args.fps,
+    )
 
 
 def _request(args: argparse.Namespace) -> Request:
@@ -166,15 +250,15 @@ def _request(args: argparse.Namespace) -> Request:
         threads=args.threads,
         backend=args.backend,
     )
-    import dataclasses
-
-    return dataclasses.replace(request, sections=_sections(args.sections, request.is_bundle))
+    return dataclasses.replace(request, sections=_sections(args, request.is_bundle))
 
 
-def _sections(text: str | None, is_bundle: bool) -> Sequence[str]:
+def _sections(args: argparse.Namespace, is_bundle: bool) -> Sequence[str]:
     """Raises ConfigError."""
+    text: str | None = args.sections
     if text is None:
-        return LOOKED if is_bundle else (*LOOKED, "ranges")
+        more = () if is_bundle else ("ranges",)
+        return (*LOOKED, *more, *(("alerts",) if args.marks is not None else ()))
     names = tuple(dict.fromkeys(name for name in text.replace(" ", "").split(",") if name))
     unknown = [name for name in names if name not in SECTIONS]
     if unknown or not names:
@@ -188,6 +272,10 @@ def _sections(text: str | None, is_bundle: bool) -> Sequence[str]:
             "ranges of activations are those of a checkpoint, not of a bundle",
             where="--sections",
             remedy="name the checkpoint that the bundle was exported from",
+        )
+    if args.marks is not None and "alerts" not in names:
+        raise ConfigError(
+            "--marks are for the section alerts, which is not asked for", where="--sections"
         )
     return names
 

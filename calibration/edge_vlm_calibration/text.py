@@ -12,6 +12,7 @@ from edge_vlm_calibration.budget import UNIT, threshold_at
 
 RANGES_SHOWN = 5
 BAR = 40
+CURVES_SHOWN = 4
 LINES = 10
 
 
@@ -141,6 +142,8 @@ def alerts_text(section: AlertsSection) -> str:
             )
         )
     lines = list(columns(rows, "<>"))
+    if len(section.alerts) > CURVES_SHOWN:
+        return "\n".join(lines)
     for alert in section.alerts:
         lines += ["", f"{alert.name}: threshold, false alarms, noticed of {alert.events} events"]
         lines += [
