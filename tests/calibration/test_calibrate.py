@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from edge_vlm import errors
-from edge_vlm.formats.calibration import FP16_LIMIT, CalibrationTable
+from edge_vlm.formats.calibration import FP16_LIMIT, Calibration, CalibrationTable
 from edge_vlm.formats.footage import read_footage
 from edge_vlm.formats.qa_set import ClipQuestions, write_question_set
 from edge_vlm.model.checkpoint import load_checkpoint, save_checkpoint
@@ -24,6 +24,7 @@ from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.presets import tiny
 from edge_vlm_calibration.collect import KEEP_RATIOS, VISION_PARTS, calibrate, threshold
 from edge_vlm_calibration.commands import calibrate as command
+from edge_vlm_calibration.provenance import identity_of, provenance_of
 from edge_vlm_training.world.vocabulary import build_tokenizer
 
 CLIP_LENGTHS = (4, 1, 3)
@@ -52,10 +53,16 @@ def make_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> Path:
     return path
 
 
+def as_file(checkpoint: Path, table: CalibrationTable, *footage: Path) -> Calibration:
+    provenance = provenance_of(footage, {"fps": 2})
+    return Calibration(model=identity_of(checkpoint)).with_section(table, provenance)
+
+
 def run(checkpoint: Path, footage: Path, out: Path) -> int:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.run(parser.parse_args([str(checkpoint), str(footage), "-o", str(out)]))
+    line = [str(checkpoint), str(footage), "-o", str(out), "--sections", "ranges"]
+    return command.run(parser.parse_args(line))
 
 
 @pytest.fixture(scope="module")
@@ -176,19 +183,41 @@ def test_the_command_writes_what_it_prints(
 
 
 def test_a_bad_file_is_a_config_error(checkpoint: Path, question_set: Path, tmp_path: Path) -> None:
-    text = calibrate(checkpoint, [question_set]).to_json()
-    table = CalibrationTable.from_json(text)
-    assert table.to_json() == text
+    table = calibrate(checkpoint, [question_set])
+    text = as_file(checkpoint, table, question_set).to_json()
+    found = Calibration.from_json(text)
+    assert found.to_json() == text
+    assert found.find(CalibrationTable) == table
     good = json.loads(text)
-    bad = ["", "[]", "{}", text[:-20], json.dumps(good | {"schema_version": 2})]
-    bad += [json.dumps(good | {"extra": 1}), json.dumps(good | {"fp16_unsafe": ["vit"]})]
-    bad += [json.dumps(good | {"score_mean": x}) for x in (None, "0.1", float("nan"), True)]
-    bad += [json.dumps(good | {"output_ranges": {}}), json.dumps(good | {"thresholds": [1]})]
+    bad = ["", "[]", "{}", text[:-20], json.dumps(good | {"schema_version": 3})]
+    bad += [json.dumps(good | {"extra": 1}), text.replace('"fps": 2', '"fps": 3')]
+    assert bad[-1] != text
     for broken in bad:
         with pytest.raises(errors.ConfigError):
-            CalibrationTable.from_json(broken)
+            Calibration.from_json(broken)
     with pytest.raises(errors.ConfigError):
         CalibrationTable.read(tmp_path / "absent.json")
+
+
+def test_ranges_that_make_no_sense_are_refused(checkpoint: Path, question_set: Path) -> None:
+    good = json.loads(json.dumps(calibrate(checkpoint, [question_set]).to_data()))
+    bad = [
+        good | {"fp16_unsafe": ["vit"]},
+        good | {"output_ranges": {}},
+        good | {"thresholds": [1]},
+    ]
+    bad += [good | {"score_mean": x} for x in (None, "0.1", float("nan"), True)]
+    for broken in bad:
+        with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
+            CalibrationTable.from_data(broken)
+
+
+def test_a_file_of_version_1_is_read(checkpoint: Path, question_set: Path, tmp_path: Path) -> None:
+    table = calibrate(checkpoint, [question_set])
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"schema_version": 1, **table.to_data()}))
+    assert CalibrationTable.read(old) == table
+    Calibration.read(old).require_model(identity_of(checkpoint))
 
 
 def test_errors_are_typed(checkpoint: Path, question_set: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edge_vlm.errors import EdgeVlmError, FrameDecodeError
 from edge_vlm.pixels.cost import is_cheap
+from edge_vlm.pixels.duplicates import THUMBNAIL
 from edge_vlm.pixels.frames import decode_jpeg, decode_picture, shrink_jpeg, thumbnail
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
@@ -23,10 +24,6 @@ class Encoding(str, Enum):
     STILL = "still"
     """A picture that somebody put into a conversation, JPEG, PNG, WebP or GIF: no rule about live
     video drops it."""
-
-
-THUMBNAIL = 32
-"""Side of the small picture that frames are compared by."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
