@@ -46,7 +46,7 @@ SLOW = (
         f"runtime/test_{name}.py"
         for name in (
             *("addresses", "alert_sinks", "backends", "cameras", "client", "clip_policy"),
-            *("exact_prefill", "home_assistant", "sinks"),
+            *("evil_server", "exact_prefill", "home_assistant", "sinks"),
             *("hostile_input", "interleaved", "prompt_view", "recording", "resume", "rtsp_server"),
             *("schedules", "sources", "stream_times", "token_budget"),
             *("bench", "planning"),

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from edge_vlm.errors import EdgeVlmError
+from edge_vlm.errors import EdgeVlmError, ProtocolError
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.client.bounds import MOST_ANSWER, count
 
 Answer: TypeAlias = protocol.ResponseDone
 """A finished answer, as the server sent it: `text`, `status`, `ttft_s`, `points` and the rest."""
@@ -35,7 +36,7 @@ class FrameCounts:
             self.cells_seen += event.cells_seen
             self.cells_kept += event.cells_kept
         else:
-            self.dropped[event.reason] += 1
+            count(self.dropped, event.reason)
 
 
 class AnswerStream:
@@ -51,6 +52,7 @@ class AnswerStream:
         self.question = question
         self.response_id: str | None = None
         self._wait = wait
+        self._length = 0
         self._deltas: asyncio.Queue[str | None] = asyncio.Queue()
         self._done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         # An answer nobody waits for must not warn about its exception.
@@ -67,7 +69,11 @@ class AnswerStream:
         return await self._wait(self._done)
 
     def push(self, delta: str | None) -> None:
-        """The next piece; None: there will be no more."""
+        """The next piece; None: there will be no more. Raises ProtocolError for an answer without
+        end."""
+        self._length += len(delta or "")
+        if self._length > MOST_ANSWER:
+            raise ProtocolError(f"an answer of more than {MOST_ANSWER} characters")
         self._deltas.put_nowait(delta)
 
     def finish(self, result: Answer | EdgeVlmError) -> None:

@@ -23,6 +23,7 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.address import stream_url
 from edge_vlm_runtime.client.answers import Answer as Answer
 from edge_vlm_runtime.client.answers import AnswerStream as AnswerStream
+from edge_vlm_runtime.client.bounds import MOST_UNACKNOWLEDGED
 from edge_vlm_runtime.client.connection import Access, ResumableConnection, ResumePoint, frame_key
 from edge_vlm_runtime.client.events import EventStream as EventStream
 from edge_vlm_runtime.client.events import Kind
@@ -193,7 +194,8 @@ class Client(Exchange):
             pts_us = self._epoch_us + time.monotonic_ns() // 1000
         pts_us = protocol.capture_time(pts_us)
         limits = self.created.limits
-        await self._until(lambda: len(self._unacknowledged) < limits.max_unacknowledged_frames)
+        most = min(limits.max_unacknowledged_frames, MOST_UNACKNOWLEDGED)
+        await self._until(lambda: len(self._unacknowledged) < most)
         sequence = self._last_sequence + 1
         if isinstance(picture, bytes):
             message = protocol.frame_message(sequence, pts_us, picture)

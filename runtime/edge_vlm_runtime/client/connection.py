@@ -29,10 +29,11 @@ from edge_vlm.errors import (
     SessionGone,
     UnknownMessageType,
 )
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.address import websocket_url
+from edge_vlm_runtime.client.bounds import MOST_RECONNECT_S, check_event, check_opening
 from edge_vlm_runtime.protocol.base import UnknownEvent, unknown_event
 from edge_vlm_runtime.protocol.messages import error_from_detail as error_from_detail
 from edge_vlm_runtime.sources.masking import mask_credentials
@@ -105,9 +106,12 @@ class ResumableConnection:
         self._connection = connection
         self.opening = opening
         """The first event."""
+        check_opening(opening)
+        self._num_cells = opening.model.limits.num_cells
         self._point = point
         self._last_sequence = point.last_sequence
-        self._reconnect_s = opening.limits.resume_grace_s if reconnect else 0.0
+        grace_s = min(opening.limits.resume_grace_s, MOST_RECONNECT_S)
+        self._reconnect_s = grace_s if reconnect else 0.0
         self._sending = asyncio.Lock()
         self._num_sent = 0
         if isinstance(opening, protocol.SessionResumed):
@@ -172,6 +176,7 @@ class ResumableConnection:
                 await self._come_back(closed)
                 continue
             if self._is_new(event):
+                check_event(event, self._num_cells)
                 self._confirm(event)
                 return event
 
@@ -249,6 +254,13 @@ def frame_key(sequence: int) -> str:
     return f"frame {sequence}"
 
 
+class _StaysHere(connect):
+    """A redirection is an error: the key would go along to wherever it leads."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
+
+
 async def _connect(url: str, access: Access) -> ClientConnection:
     headers = {} if access.api_key is None else {"Authorization": f"Bearer {access.api_key}"}
     try:
@@ -258,7 +270,7 @@ async def _connect(url: str, access: Access) -> ClientConnection:
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"not a certificate ({error})", where=access.ca_file) from error
     try:
-        return await connect(
+        return await _StaysHere(
             url,
             additional_headers=headers,
             max_size=MAX_EVENT_BYTES,
@@ -270,9 +282,12 @@ async def _connect(url: str, access: Access) -> ClientConnection:
         )
     except (OSError, TimeoutError, websockets.WebSocketException, ValueError) as error:
         if isinstance(error, websockets.InvalidStatus):
-            with suppress(ValueError, KeyError, TypeError):  # it may be no server of ours
-                detail = parse_json(error.response.body or b"")["error"]
-                raise error_from_detail(protocol.ErrorDetail(**detail)) from error
+            with suppress(*MALFORMED):  # it may be no server of ours
+                told = parse_json(error.response.body or b"")["error"]
+                detail = protocol.ErrorDetail(
+                    type="", code=str(told["code"]), message=str(told["message"])
+                )
+                raise error_from_detail(detail) from error
         raise ServerUnreachable(
             f"no edge-vlm server answers: {error}",
             where=mask_credentials(url),

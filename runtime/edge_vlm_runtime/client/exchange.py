@@ -20,6 +20,7 @@ from edge_vlm.errors import EdgeVlmError, MessageTooLarge, ProtocolError, Server
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.answers import AnswerStream, FrameCounts
+from edge_vlm_runtime.client.bounds import Told, count
 from edge_vlm_runtime.client.connection import (
     CLOSE_TIMEOUT_S,
     ResumableConnection,
@@ -56,6 +57,7 @@ class Exchange:
         """Somebody has been given the failure."""
         self._bug: Exception | None = None
         """What `on_event` raised."""
+        self._told = Told()
         self._said: str | None = None
         """Of the last frame that was dropped for an error: a thousand alike are said once."""
         self._unacknowledged: set[int] = set()
@@ -240,7 +242,7 @@ class Exchange:
             self.frames.add(event)
             if isinstance(event, protocol.FrameDropped) and event.message not in (None, self._said):
                 self._said = event.message
-                log.warning("frame %d was dropped: %s", event.frame_sequence, event.message)
+                self._tell(f"frame {event.frame_sequence} was dropped: {event.message}")
             self._unacknowledged.discard(event.frame_sequence)
             self._wake()
         elif isinstance(event, protocol.ClipChosen):
@@ -266,8 +268,8 @@ class Exchange:
                 future.set_result(event)
         elif isinstance(event, UnknownEvent):
             if event.name not in self.unknown_events:
-                log.warning("the server sends %s events, which are not known here", event.name)
-            self.unknown_events[event.name] += 1
+                self._tell(f"the server sends {event.name} events, which are not known here")
+            count(self.unknown_events, event.name)
         elif isinstance(event, protocol.Error):
             self._take_error(event.error)
 
@@ -280,4 +282,8 @@ class Exchange:
         if future is not None and not future.done():
             future.set_exception(error)
         if stream is None and future is None:
-            log.warning("the server reports %s: %s", detail.code, detail.message)
+            self._tell(f"the server reports {detail.code}: {detail.message}")
+
+    def _tell(self, text: str) -> None:
+        if (line := self._told.line(text)) is not None:
+            log.warning("%s", line)

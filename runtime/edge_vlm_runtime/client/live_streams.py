@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import ssl
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -23,6 +26,8 @@ from edge_vlm_runtime.protocol.messages import ErrorDetail
 from edge_vlm_runtime.sources.masking import mask_credentials
 
 SESSIONS = "/v1/edge_vlm/sessions"
+MOST_BYTES = 32 << 20
+"""Of an answer; the largest is a picture."""
 TIMEOUT_S = 120.0
 """Of an answer; the longest wait for an event is half of it."""
 
@@ -72,35 +77,35 @@ class LiveStreams:
 
     def sessions(self) -> list[dict[str, Any]]:
         """What `GET /v1/edge_vlm/sessions` lists, see docs/protocol.md."""
-        found: list[dict[str, Any]] = self._json(SESSIONS)["data"]
-        return found
+        return _objects(self._json(SESSIONS), "data")
 
     def ask(self, session_id: str, question: str, detail: str = "video") -> str:
         """The answer to a question about a stream. `detail`: video, snapshot or both."""
-        answer = self._json(
-            "/v1/chat/completions",
-            {
-                "model": self._json("/v1/models")["data"][0]["id"],
-                "messages": [{"role": "user", "content": question}],
-                "edge_vlm": {"session": session_id, "detail": detail},
-            },
-        )
-        return str(answer["choices"][0]["message"]["content"])
+        with _answers_read():
+            answer = self._json(
+                "/v1/chat/completions",
+                {
+                    "model": str(self._json("/v1/models")["data"][0]["id"]),
+                    "messages": [{"role": "user", "content": question}],
+                    "edge_vlm": {"session": session_id, "detail": detail},
+                },
+            )
+            return str(answer["choices"][0]["message"]["content"])
 
     def snapshot(self, session_id: str) -> Snapshot:
         """Raises NoFrameYet."""
         jpeg, headers = self._get(f"{_path(session_id)}/snapshot")
-        return Snapshot(
-            jpeg=jpeg,
-            frame_sequence=int(headers["X-Edge-Vlm-Frame"]),
-            time_s=float(headers["X-Edge-Vlm-Time-S"]),
-            age_s=float(headers["X-Edge-Vlm-Age-S"]),
-        )
+        with _answers_read():
+            return Snapshot(
+                jpeg=jpeg,
+                frame_sequence=int(headers["X-Edge-Vlm-Frame"]),
+                time_s=_finite(headers["X-Edge-Vlm-Time-S"]),
+                age_s=_finite(headers["X-Edge-Vlm-Age-S"]),
+            )
 
     def alerts(self, session_id: str) -> list[dict[str, Any]]:
         """Where they stand: `AlertStatus`, see docs/protocol.md."""
-        found: list[dict[str, Any]] = self._json(f"{_path(session_id)}/alerts")["alerts"]
-        return found
+        return _objects(self._json(f"{_path(session_id)}/alerts"), "alerts")
 
     def create_alert(self, session_id: str, question: str) -> dict[str, Any]:
         """Watches for something more. Raises as `Client.create_alert`."""
@@ -115,9 +120,11 @@ class LiveStreams:
     def _json(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         data, _ = self._get(path, None if body is None else json.dumps(body).encode())
         try:
-            found: dict[str, Any] = parse_json(data)
+            found = parse_json(data)
         except ValueError as error:
             raise ProtocolError(f"the server's answer is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ProtocolError("the server's answer is no JSON object")
         return found
 
     def _get(self, path: str, body: bytes | None = None) -> tuple[bytes, Mapping[str, str]]:
@@ -126,16 +133,52 @@ class LiveStreams:
         request = urllib.request.Request(url, data=body, headers=headers)
         try:
             with self._opener.open(request, timeout=TIMEOUT_S) as reply:
-                return reply.read(), reply.headers
+                return _whole(reply), reply.headers
         except urllib.error.HTTPError as error:
             with error:
-                raise _told(error.code, error.read(), url) from error
+                raise _told(error.code, _whole(error), url) from error
         except (OSError, http.client.HTTPException) as error:
             raise ServerUnreachable(
                 f"no edge-vlm server answers: {getattr(error, 'reason', error)}",
                 where=self.url,
                 remedy="start `edge-vlm serve`",
             ) from error
+
+
+def _whole(reply: Any) -> bytes:
+    """Raises ProtocolError for an answer without end, or that takes too long to come."""
+    end_s, read = time.monotonic() + TIMEOUT_S, bytearray()
+    while part := reply.read1(1 << 16):
+        read += part
+        if len(read) > MOST_BYTES or time.monotonic() > end_s:
+            raise ProtocolError(
+                f"the server's answer does not end: {len(read)} bytes in {TIMEOUT_S:g} s at most",
+                remedy=f"up to {MOST_BYTES} bytes are read",
+            )
+    return bytes(read)
+
+
+@contextmanager
+def _answers_read() -> Iterator[None]:
+    """Raises ProtocolError for what is no answer of ours."""
+    try:
+        yield
+    except MALFORMED as error:
+        raise ProtocolError(f"the server's answer lacks what it should hold: {error!r}") from error
+
+
+def _objects(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    found = answer.get(name)
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise ProtocolError(f"the server's answer has no list {name!r} of objects")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"a time of {text} s")
+    return number
 
 
 def _path(session_id: str) -> str:
