@@ -22,7 +22,13 @@ from edge_vlm.evaluation.runs import ClipAnswers
 from edge_vlm.formats.alert_set import INDEX as EVENTS
 from edge_vlm.formats.alert_set import Footage, LabelledAlert, read_event_set, write_event_set
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
-from edge_vlm.formats.calibration import CalibrationTable, Threshold
+from edge_vlm.formats.calibration import (
+    Calibration,
+    CalibrationTable,
+    ModelIdentity,
+    Provenance,
+    Threshold,
+)
 from edge_vlm.formats.inspect_bundle import describe_bundle
 from edge_vlm.formats.qa_set import INDEX as CLIPS
 from edge_vlm.formats.qa_set import (
@@ -281,7 +287,18 @@ def make_calibration(folder: Path) -> None:
         input_ranges={"vit.blocks.0": 1.5},
         output_ranges={"vit.blocks.0": 2.5},
     )
-    table.write(folder / "calibration.json")
+    model = ModelIdentity(name="tiny", weights={"model.safetensors": "0" * 64})
+    made = Calibration(model=model).with_section(table, Provenance())
+    made.write(folder / "calibration.json")
+
+
+def pack_calibration(data: Any) -> bytes:
+    """With the hash of what it now holds."""
+    if isinstance(data, dict):
+        rest = {key: value for key, value in data.items() if key != "content_sha256"}
+        text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+        data = {**rest, "content_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return json.dumps(data).encode()
 
 
 # ---- a server's files ----------------------------------------------------------------------------
@@ -485,6 +502,7 @@ FORMATS = (
     Format(
         *("calibration", "calibration.json", make_calibration),
         lambda f: CalibrationTable.read(f / "calibration.json"),
+        pack=pack_calibration,
     ),
     Format(
         *("config", "edge-vlm.toml", lambda f: (f / "edge-vlm.toml").write_text(CONFIG)),
