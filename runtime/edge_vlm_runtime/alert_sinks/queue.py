@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_vlm.errors import ConfigError
+from edge_vlm.private_files import exposure, restrict
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,13 @@ class DeliveryQueue:
         if path is None:
             return
         try:
+            if restrict(path):
+                log.warning("%s: other users had rights to it, and have none any more", path)
+            if (exposed := exposure(path.absolute().parent)) is not None:
+                log.warning("alert queue: %s", exposed)
+        except OSError as error:
+            raise self._unusable(error) from error
+        try:
             self._database = connect(path, timeout=0.0, check_same_thread=False)
             # Two processes would send everything twice, and a power cut must not cost the file.
             for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
@@ -102,7 +110,7 @@ class DeliveryQueue:
         self._writer = threading.Thread(target=self._follow, name="edge-vlm-alerts", daemon=True)
         self._writer.start()
 
-    def _unusable(self, error: sqlite3.Error) -> ConfigError:
+    def _unusable(self, error: sqlite3.Error | OSError) -> ConfigError:
         return ConfigError(
             f"cannot keep alert events here: {error}",
             where=self.path,
