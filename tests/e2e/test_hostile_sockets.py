@@ -15,6 +15,7 @@ import pytest
 import edge_vlm_runtime.server.site
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.server import asgi_server
+from edge_vlm_runtime.server.access import doors
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.live import TIMEOUT_S, open_server, run
 from tests.runtime.pictures import jpeg
@@ -194,7 +195,7 @@ async def _watch(server: Server) -> None:
 def test_a_client_that_never_reads_is_cut_off_with_bounded_memory(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge_vlm_runtime.server.site, "LINGER_S", 0.1)
+    monkeypatch.setattr(doors, "STALL_S", 0.3)
     unknown = json.dumps({"type": "ping", "f" * 900: 1}).encode()  # repeated in the error
     flood = b"".join(frame(unknown) for _ in range(200))
     while server._table._sessions:  # of the test before

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import ConfigError, Unauthorized
-from edge_vlm_runtime.server.access.auth import VARIABLE, read_api_key, require_key
+from edge_vlm_runtime.server.access.auth import VARIABLE, read_api_key
+from edge_vlm_runtime.server.access.keys import KeyCheck
+from tests.runtime.live import run
 
 KEY = "correct horse battery staple"
 
@@ -17,6 +19,10 @@ KEY = "correct horse battery staple"
 def scope(path: str = "/v1/realtime", authorization: bytes | None = None, *protocols: str) -> Any:
     headers = [] if authorization is None else [(b"Authorization", authorization)]
     return {"path": path, "headers": headers, "subprotocols": list(protocols)}
+
+
+def require_key(key: str | None, scope: Any) -> None:
+    run(KeyCheck(key).require(scope))
 
 
 def in_subprotocol(key: str) -> str:

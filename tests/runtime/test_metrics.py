@@ -70,7 +70,7 @@ def test_names_types_labels_and_values_are_those_of_old(monkeypatch: pytest.Monk
     live(metrics)
     old, new = families(PAGE.read_text()), families(metrics.render().decode())
     assert old.keys() == new.keys()
-    assert len(old) == 23
+    assert len(old) == 25
     for name, (kind, text, samples) in old.items():
         assert new[name][:2] == (kind, text)
         assert new[name][2] == pytest.approx(samples)

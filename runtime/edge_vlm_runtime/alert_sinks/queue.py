@@ -19,6 +19,7 @@ from pathlib import Path
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.json_text import MALFORMED, parse_json
+from edge_vlm.private_files import exposure, restrict
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,13 @@ class DeliveryQueue:
         self._writer: threading.Thread | None = None
         if path is None:
             return
+        try:
+            if restrict(path):
+                log.warning("%s: other users had rights to it, and have none any more", path)
+            if (exposed := exposure(path.absolute().parent)) is not None:
+                log.warning("alert queue: %s", exposed)
+        except OSError as error:
+            raise self._unusable(error) from error
         try:
             self._database = connect(path, timeout=0.0, check_same_thread=False)
             # Two processes would send everything twice, and a power cut must not cost the file.

@@ -124,6 +124,12 @@ class SessionHandle:
         return len(self._queue) + (self._decoding is not None)
 
     @property
+    def is_answering(self) -> bool:
+        """Whether a question waits or is answered, as far as the engine thread has got."""
+        session = self._session
+        return session is not None and session.is_answering
+
+    @property
     def has_room(self) -> bool:
         """Whether one more picture that is never dropped may be put."""
         return self._queue.has_room

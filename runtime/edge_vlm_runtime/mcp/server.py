@@ -16,12 +16,13 @@ from edge_vlm.errors import (
     EdgeVlmError,
     HostNotAllowed,
     MissingExtraError,
+    TooManyRequests,
     Unauthorized,
 )
 from edge_vlm_runtime.mcp.tools import LONGEST_WAIT_S, Happened, StreamTools, Watched
 from edge_vlm_runtime.protocol.settings import ServerLimits
-from edge_vlm_runtime.server.access.auth import check_key
 from edge_vlm_runtime.server.access.hosts import allowed_hosts, require_host
+from edge_vlm_runtime.server.access.keys import KeyCheck
 from edge_vlm_runtime.server.asgi_server import AsgiServer, listen
 
 try:
@@ -175,7 +176,7 @@ class _Guard:
     def __init__(self, app: Any, hosts: frozenset[str], key: str | None) -> None:
         self._app = app
         self._hosts = hosts
-        self._key = key
+        self._keys = KeyCheck(key)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         refusal: EdgeVlmError
@@ -183,11 +184,13 @@ class _Guard:
             require_host(self._hosts, scope)
             if any(name.lower() == b"origin" for name, _ in scope["headers"]):
                 raise HostNotAllowed("a page may not use this server")
-            check_key(self._key, scope)
+            await self._keys.require(scope, everywhere=True)
         except HostNotAllowed as error:
             status, refusal = 403, error
         except Unauthorized as error:
             status, refusal = 401, error
+        except TooManyRequests as error:
+            status, refusal = 429, error
         else:
             await self._app(scope, receive, send)
             return

@@ -288,6 +288,14 @@ class ServerLimits:
         int, About(option="session_memory", metavar="MIB", unit=1 << 20)
     ] = 4 << 30
     """Memory for what one session remembers; bounds the cache too."""
+    idle_session_s: float = 60.0
+    """A viewer who has shown and asked nothing for so long gives its place up to one who comes when
+    all are taken."""
+    max_connections: int = 512
+    """Connections at the same time, with a session or without; fewer where the limit of open files
+    is low."""
+    max_connections_per_address: int = 64
+    """Of these, from one address (IPv6: network of 64 bits) that is not this machine's own."""
     resume_grace_s: float = 30.0
     """A session whose connection broke is kept this long; 0: not at all."""
     max_replay_events: int = 2000

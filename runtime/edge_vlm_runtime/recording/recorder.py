@@ -23,9 +23,12 @@ from typing import Any, BinaryIO
 import edge_vlm
 from edge_vlm.errors import RecordingError
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
+from edge_vlm.private_files import create as create
+from edge_vlm.private_files import make_folder
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.file import SUFFIX, Entry, entry_bytes, header_bytes
+from edge_vlm_runtime.recording.folder import RecordFolder, mark
 from edge_vlm_runtime.session.calls import FrameCall
 from edge_vlm_runtime.session.frames import DroppedFrame
 
@@ -38,11 +41,6 @@ CLOSE_TIMEOUT_S = 30.0
 """A disk that takes longer for what waits has died."""
 
 
-def create(path: Path) -> BinaryIO:
-    """A new file. Raises OSError, also when it is there already."""
-    return path.open("xb")
-
-
 class SessionRecorder:
     """Records one session into a file. Neither `write` nor `close` waits."""
 
@@ -52,8 +50,11 @@ class SessionRecorder:
         header: dict[str, Any],
         max_bytes: int = DEFAULT_MAX_BYTES,
         open_file: Callable[[Path], BinaryIO] = create,
+        folder: RecordFolder | None = None,
     ) -> None:
+        """`folder`: whose recordings have a limit together."""
         self.path = path
+        self._folder = folder
         self._header = header
         self._max_bytes = max_bytes
         self._open_file = open_file
@@ -93,12 +94,16 @@ class SessionRecorder:
     def _run(self) -> None:
         try:
             with self._open_file(self.path) as file:
+                mark(file)
                 self._write_all(file)
         except OSError as error:
             self._stop(f"it cannot be written: {error.strerror or error}")
         except Exception:  # the session goes on without its recording
             log.exception("recording %s ends", self.path)
             self._stop("of a bug")
+        finally:
+            if self._folder is not None:
+                self._folder.finish(self.path)
 
     def _write_all(self, file: BinaryIO) -> None:
         """Each entry is handed to the system at once, so that a killed process loses what waits."""
@@ -107,7 +112,10 @@ class SessionRecorder:
         while True:
             num_bytes += len(data)
             if num_bytes > self._max_bytes:
-                self._stop(f"it has reached {self._max_bytes} bytes")
+                self._stop(f"it has reached {self._max_bytes} bytes (--record-limit)")
+                return
+            if self._folder is not None and not self._folder.add(self.path, len(data)):
+                self._stop("all of its folder have reached their limit (--record-total)")
                 return
             file.write(data)
             file.flush()
@@ -142,10 +150,13 @@ class Recorder:
         bundle: EngineBundle,
         threads: int,
         max_bytes: int = DEFAULT_MAX_BYTES,
+        max_total_bytes: int = 0,
         open_file: Callable[[Path], BinaryIO] = create,
     ) -> None:
         """`path`: a folder, or the file of the only session if it ends in `.evlm`. `threads` of the
-        engines. Raises RecordingError when nothing can be written there, or a file is there."""
+        engines. `max_bytes` of one recording, `max_total_bytes` of all in a folder (0: no bound);
+        then the oldest are deleted. Raises RecordingError when nothing can be written there, or a
+        file is there."""
         self._path = path
         self._is_file = path.suffix == SUFFIX
         self._bundle = bundle
@@ -156,16 +167,19 @@ class Recorder:
         self._numbers = itertools.count()
         self._recorders: list[SessionRecorder] = []
         self._require_place()
+        self._folder = None if self._is_file else RecordFolder(path, max_total_bytes)
 
     def _require_place(self) -> None:
         folder = self._path.parent if self._is_file else self._path
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            exposed = make_folder(folder)
             handle, probe = tempfile.mkstemp(prefix=".", dir=folder)
             os.close(handle)
             Path(probe).unlink()
         except OSError as error:
             raise RecordingError(f"cannot be written: {error.strerror}", where=folder) from error
+        if exposed is not None and not self._is_file:
+            log.warning("recordings: %s", exposed)
         if self._is_file and self._path.exists():
             raise RecordingError(
                 "there is a file of this name already", where=self._path, remedy="choose another"
@@ -199,7 +213,7 @@ class Recorder:
             "limits": dataclasses.asdict(limits),
         }
         path = self._path if self._is_file else self._path / name
-        recorder = SessionRecorder(path, header, self._max_bytes, self._open_file)
+        recorder = SessionRecorder(path, header, self._max_bytes, self._open_file, self._folder)
         self._recorders = [each for each in self._recorders if not each.wait(0.0)]
         self._recorders.append(recorder)
         return recorder

@@ -37,7 +37,9 @@ from edge_vlm_runtime.openai.media import MediaRules
 from edge_vlm_runtime.openai.one_shot import OneShots
 from edge_vlm_runtime.openai.request_queue import RequestQueue
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
-from edge_vlm_runtime.recording.recorder import Recorder
+from edge_vlm_runtime.recording.recorder import DEFAULT_MAX_BYTES, Recorder
+from edge_vlm_runtime.server.access.addresses import TrustedProxies
+from edge_vlm_runtime.server.access.doors import Doors, room_for_connections
 from edge_vlm_runtime.server.access.hosts import allowed_hosts
 from edge_vlm_runtime.server.access.origins import Origins
 from edge_vlm_runtime.server.access.tls import Tls
@@ -73,6 +75,7 @@ class Server:
         tls: Tls | None = None,
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
+        proxies: Iterable[str] = (),
         media: MediaRules | None = None,
         cameras: CameraFile | None = None,
         recorder_of: Callable[[Path], Recorder] | None = None,
@@ -80,15 +83,22 @@ class Server:
         """Port 0 takes a free one; `on_event` gets a session's name and every event of it, on the
         server's loop; with `api_key` a client must have it, see `auth`; `hosts`: names the server
         answers to besides its own, see `allowed_hosts`; `origins`: of pages that may connect
-        besides its own; `media`: what HTTP requests may name besides data URIs; `cameras`: those
+        besides its own; `proxies`: addresses and networks of those that are believed, see
+        `TrustedProxies`; `media`: what HTTP requests may name besides data URIs; `cameras`: those
         that it owns; `recorder_of`: makes that of a folder. Raises ConfigError when host and port
         cannot be listened on, or the settings do not fit the model."""
         self.limits = limits or ServerLimits()
         self.settings = settings or default_settings(engines.bundle, self.limits)
         self.model = ModelLimits.from_bundle(engines.bundle)
         video_window(self.settings, self.model, self.limits)  # raises if it cannot be held to
+        if self.limits.max_connections < self.limits.max_sessions:
+            raise ConfigError(
+                f"max_connections must be at least max_sessions, {self.limits.max_sessions}, "
+                f"got {self.limits.max_connections}"
+            )
         accepted = Origins(origins)
         names = allowed_hosts(host, [*hosts, *accepted.hosts])
+        trusted = TrustedProxies(proxies)
         self._engines = engines
         self._recorder = recorder
         self._worker = EngineWorker(engines, self.limits)
@@ -128,12 +138,14 @@ class Server:
         live_api = LiveApi(self._table)
         self._hub = StreamHub(self._keeper, self._table, live_api, self.model)
         self._heeds_hangup = False
+        self._room_note: str | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
         self._announce: Callable[[], None] | None = None
         self._answers = threading.Event()
         """The port does, or never will."""
+        visitors = self._make_doors(trusted)
         self._site = Site(
             engines=engines,
             worker=self._worker,
@@ -145,10 +157,11 @@ class Server:
             limits=self.limits,
             origins=accepted,
             hosts=names,
+            proxies=trusted,
+            doors=visitors,
             api_key=api_key,
             is_tls=self._is_tls,
             bound=self._socket.getsockname()[:2],
-            transport_of=lambda client: self._carrier.transport_of(client),
         )
         self._carrier = AsgiServer(
             self._site.application(),
@@ -156,6 +169,7 @@ class Server:
             tls,
             on_start=self._on_start,
             on_signal=self._on_signal,
+            visitors=visitors,
         )
 
     @classmethod
@@ -172,18 +186,22 @@ class Server:
         limits: ServerLimits | None = None,
         settings: Mapping[str, Any] | None = None,
         record_to: Path | None = None,
+        record_max_bytes: int = DEFAULT_MAX_BYTES,
+        record_total_bytes: int = 0,
         on_event: OnEvent | None = None,
         api_key: str | None = None,
         tls: Tls | None = None,
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
+        proxies: Iterable[str] = (),
         media: MediaRules | None = None,
         cameras: CameraFile | None = None,
     ) -> Server:
         """Checks and loads the bundle. `engines`: see `open_graphs`; `calibration`: see
         `bundle_model.calibrated`; `settings`: fields of
         SessionSettings in which new sessions differ from what the bundle was made for; `record_to`:
-        a folder for a recording of each session, or the file for that of the only one; the rest:
+        a folder for a recording of each session, or the file for that of the only one;
+        `record_max_bytes`, `record_total_bytes`: see `Recorder`; the rest:
         see `__init__`. Raises what `LoadedBundle.open` raises, ConfigError, RecordingError."""
         bounds = limits or ServerLimits()
 
@@ -198,7 +216,13 @@ class Server:
         )
         try:
             warm_up(opened)
-            recorder_of = functools.partial(Recorder, bundle=opened.bundle, threads=threads)
+            recorder_of = functools.partial(
+                Recorder,
+                bundle=opened.bundle,
+                threads=threads,
+                max_bytes=record_max_bytes,
+                max_total_bytes=record_total_bytes,
+            )
             recorder = None if record_to is None else recorder_of(path=record_to)
             return cls(
                 opened,
@@ -212,6 +236,7 @@ class Server:
                 tls=tls,
                 hosts=hosts,
                 origins=origins,
+                proxies=proxies,
                 media=media,
                 cameras=cameras,
                 recorder_of=lambda folder: recorder_of(path=folder),
@@ -219,6 +244,22 @@ class Server:
         except BaseException:
             opened.close()
             raise
+
+    def _make_doors(self, proxies: TrustedProxies) -> Doors:
+        """As many connections as the limit of open files leaves room for beside what sessions and
+        cameras may open."""
+        limits = self.limits
+        wanted = limits.max_connections
+        num_files = 2 * limits.max_sessions + 4 * len(self._keeper.plan.cameras)
+        places = room_for_connections(wanted, num_files)
+        if places < wanted:
+            self._room_note = (
+                f"the limit of open files leaves room for {places} connections instead of {wanted} "
+                "(--max-connections); ulimit -n raises it"
+            )
+        visitors = Doors(places, limits.max_connections_per_address, proxies)
+        self._table.metrics.watch_connections(visitors)
+        return visitors
 
     def _make_keeper(
         self, file: CameraFile, recorder_of: Callable[[Path], Recorder] | None
@@ -279,8 +320,9 @@ class Server:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be known of the settings of new sessions."""
-        return notes_on(self.settings, self.model)
+        """What is to be known of its limits and of the settings of new sessions."""
+        own = [] if self._room_note is None else [self._room_note]
+        return [*own, *notes_on(self.settings, self.model)]
 
     @property
     def runs_on(self) -> str:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
+import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from edge_vlm.errors import ConfigError, MissingExtraError
+from edge_vlm.waiting import cancel
 from edge_vlm_runtime.protocol.settings import ServerLimits
+from edge_vlm_runtime.server.access import doors
+from edge_vlm_runtime.server.access.addresses import TrustedProxies
+from edge_vlm_runtime.server.access.doors import Doors, Stage, Visitor
 from edge_vlm_runtime.server.access.tls import Tls
 from edge_vlm_runtime.server.intake import PING, Allowance, FrameCutter
 
@@ -22,12 +29,26 @@ try:
 except ImportError as error:
     raise MissingExtraError.for_library(error.name or "uvicorn", "serve") from error
 
+log = logging.getLogger(__name__)
+
+VISITOR = "edge_vlm.visitor"
+"""Key of the `Visitor` in the state of an ASGI scope."""
+DOORS = "edge_vlm.doors"
 PING_INTERVAL_S = 20.0
 HEADERS_S = 30.0
 """For a request up to the end of its headers; whoever needs longer is told 408 and cut off."""
 GOODBYE_BYTES = 256 << 10
 """That are taken from a client after the websocket was closed; one that sends more is cut off."""
+HANDSHAKE_S = 15.0
+"""For that of TLS."""
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 5\r\n"
+    b"content-length: 0\r\n\r\n"
+)
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+PAUSE_S = 0.1
+"""After a connection could not be taken in."""
 
 
 class AsgiServer(uvicorn.Server):
@@ -41,9 +62,11 @@ class AsgiServer(uvicorn.Server):
         *,
         on_start: Callable[[], None],
         on_signal: Callable[[], None],
+        visitors: Doors | None = None,
     ) -> None:
-        """`on_start` is called on the loop when the port answers, `on_signal` in the handler of
-        the first SIGINT or SIGTERM."""
+        """`visitors`: how many connections there may be (default: as `limits` say, and no proxy is
+        trusted). `on_start` is called on the loop when the port answers, `on_signal` in the handler
+        of the first SIGINT or SIGTERM."""
         super().__init__(
             uvicorn.Config(
                 application,
@@ -57,6 +80,7 @@ class AsgiServer(uvicorn.Server):
                 ssl_certfile=None if tls is None else tls.certificate,
                 ssl_keyfile=None if tls is None else tls.key,
                 log_config=None,
+                proxy_headers=False,  # see TrustedProxies
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=2,
@@ -65,10 +89,29 @@ class AsgiServer(uvicorn.Server):
         self._on_start = on_start
         self._on_signal = on_signal
         self._signalled = False
+        self._doors = visitors or Doors(
+            limits.max_connections, limits.max_connections_per_address, TrustedProxies()
+        )
+        self._entrances: list[_Entrance] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
+        for listener in sockets or []:
+            self._entrances.append(_Entrance(listener, self._doors, self.config, self._protocol))
         self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for entrance in self._entrances:
+            await entrance.close()
+        await super().shutdown(sockets)
+
+    def _protocol(self, visitor: Visitor) -> asyncio.Protocol:
+        return _HeadersInTime(
+            config=self.config,
+            server_state=self.server_state,
+            app_state={**self.lifespan.state, VISITOR: visitor},
+            doors=self._doors,
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._signalled:
@@ -78,15 +121,113 @@ class AsgiServer(uvicorn.Server):
         self._signalled = True
         self._on_signal()
 
-    def transport_of(self, client: tuple[str, int] | None) -> asyncio.Transport | None:
-        """What carries the connection from this address."""
-        for carrier in self.server_state.connections:
-            transport = getattr(carrier, "transport", None)
-            if isinstance(transport, asyncio.Transport) and client is not None:
-                peer = transport.get_extra_info("peername")
-                if peer is not None and tuple(peer[:2]) == tuple(client):
-                    return transport
-        return None
+
+class _Entrance:
+    """Takes connections in from one listening socket, as many as the doors let in.
+
+    asyncio's own servers take in whoever comes, and when descriptors run out they say so thousands
+    of times a second.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        visitors: Doors,
+        config: uvicorn.Config,
+        protocol: Callable[[Visitor], asyncio.Protocol],
+    ) -> None:
+        self._listener = listener
+        self._doors = visitors
+        self._ssl = config.ssl
+        self._protocol = protocol
+        self._spare: int | None = None
+        self._is_out = False
+        listener.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._carried: set[asyncio.Task[None]] = set()
+        self._take_spare()
+        self._tasks = [self._loop.create_task(self._run()), self._loop.create_task(self._sweep())]
+
+    async def close(self) -> None:
+        """Nobody comes in any more. Those who are in stay."""
+        await cancel(*self._tasks, *self._carried)
+        self._drop_spare()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                connection, peer = await self._loop.sock_accept(self._listener)
+            except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    await self._out_of_descriptors(error)
+                elif error.errno != errno.ECONNABORTED:
+                    log.warning("a connection could not be taken in: %s", error)
+                    await asyncio.sleep(PAUSE_S)
+                continue
+            self._is_out = False
+            self._take_in(connection, str(peer[0]))
+            await asyncio.sleep(0)  # the others' turn, however many wait outside
+
+    def _take_in(self, connection: socket.socket, peer: str) -> None:
+        visitor = self._doors.let_in(peer)
+        if visitor is None:
+            with connection, suppress(OSError):
+                connection.setblocking(False)
+                if self._ssl is None:
+                    connection.send(FULL)
+            return
+        task = self._loop.create_task(self._carry(connection, visitor))
+        visitor.cut = task.cancel
+        self._carried.add(task)
+        task.add_done_callback(self._carried.discard)
+
+    async def _carry(self, connection: socket.socket, visitor: Visitor) -> None:
+        """Up to the end of the handshake."""
+        timeout_s = None if self._ssl is None else HANDSHAKE_S
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: self._protocol(visitor),
+                connection,
+                ssl=self._ssl,
+                ssl_handshake_timeout=timeout_s,
+            )
+        except BaseException as error:
+            connection.close()
+            self._doors.leave(visitor)
+            if not isinstance(error, (OSError, asyncio.CancelledError)):
+                raise
+            log.debug("a connection came to nothing: %r", error)
+
+    async def _out_of_descriptors(self, error: OSError) -> None:
+        """Somebody else gives way, or the one who came is told so."""
+        if not self._is_out:
+            self._is_out = True
+            log.error(
+                "no connection can be taken in: %s; raise the limit of open files (ulimit -n) or "
+                "lower --max-connections",
+                error.strerror,
+            )
+        if not self._doors.make_room() and self._spare is not None:
+            self._drop_spare()
+            with suppress(OSError):
+                connection, _ = self._listener.accept()
+                connection.close()
+            self._take_spare()
+        await asyncio.sleep(PAUSE_S)
+
+    def _take_spare(self) -> None:
+        with suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(doors.SWEEP_S)
+            self._doors.sweep(self._loop.time())
 
 
 def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
@@ -96,11 +237,21 @@ def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
     class Bounded(WebSocketsSansIOProtocol):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self._doors: Doors = self.app_state[DOORS]
+            self._visitor: Visitor = self.app_state[VISITOR]
             self._cutter = FrameCutter()
             self._allowance = Allowance(messages_per_s, self.loop.time)
             self._is_held = False
             """Nothing is read until `_go_on`."""
             self._unheard_bytes = 0
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self._visitor.stage = Stage.STRANGER
+            super().connection_made(transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._doors.leave(self._visitor)
+            super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             if not self.handshake_initiated:  # the request, from the protocol before this one
@@ -148,6 +299,7 @@ def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
                 self.transport.resume_reading()
 
         def resume_writing(self) -> None:
+            self._visitor.is_taken = True
             super().resume_writing()
             self._go_on()
 
@@ -156,6 +308,11 @@ def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
             if self._is_held:
                 self.transport.pause_reading()
             return message
+
+        async def send(self, message: Any) -> None:
+            await super().send(message)
+            if self.initial_response is not None and self.close_sent:
+                self.handshake_complete = True  # it was refused in full; else logged as a bug
 
         def keepalive_timeout(self) -> None:
             super().keepalive_timeout()
@@ -166,12 +323,21 @@ def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
 
 
 class _HeadersInTime(H11Protocol):
-    """uvicorn waits for ever for the second half of a request's headers."""
+    """uvicorn waits for ever for the second half of a request's headers, and for the rest of a body
+    that it has answered already."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _is_websocket = False
+
+    def __init__(self, *, doors: Doors, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._doors = doors
+        self._visitor: Visitor = self.app_state[VISITOR]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._visitor.carrier = transport
+        self._visitor.cut = transport.abort
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -180,10 +346,32 @@ class _HeadersInTime(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
+        self._doors.leave(self._visitor)
         super().connection_lost(exc)
 
+    def resume_writing(self) -> None:
+        self._visitor.is_taken = True
+        super().resume_writing()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self._is_websocket = True
+        self.app_state = {**self.app_state, DOORS: self._doors}
+        super().handle_websocket_upgrade(event)
+
+    def on_response_complete(self) -> None:
+        self._visitor.stage = Stage.BETWEEN
+        super().on_response_complete()
+        self._watch_headers()
+
+    @property
+    def _is_asking(self) -> bool:
+        """A request has come, up to the end of its headers, and is not answered yet."""
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _watch_headers(self) -> None:
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+        if self._is_asking:
+            self._visitor.stage = Stage.SERVED
+        if self._is_asking or self._is_websocket or self.transport.is_closing():
             self._stop_watching()
         elif self._deadline is None:
             self._deadline = self.loop.call_later(HEADERS_S, self._give_up)

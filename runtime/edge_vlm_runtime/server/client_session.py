@@ -87,6 +87,8 @@ class ClientSession:
         """Numbers of pictures of the conversation without outcome: a question waits for them."""
         self.newest_time: tuple[int, int] | None = None
         """Capture time in microseconds of the newest frame, and when it came, in nanoseconds."""
+        self.heard_ns = clock_ns()
+        """When its viewer or somebody else last showed or asked something."""
         self.left_at_s = 0.0
         """When the viewer was last seen, by the event loop's clock."""
 
@@ -181,8 +183,19 @@ class ClientSession:
         and SessionGone."""
         if self.handle is None or self.ending is not None:
             raise SessionGone("the live session has ended", remedy="ask another one")
+        self.heard_ns = self._clock_ns()
         message.event_id = self.next_stranger_id()
         return await request(self.handle, self.listeners, message, kind)
+
+    def silent_s(self) -> float:
+        """How long its viewer has neither shown nor asked anything; 0 while something it asked for
+        waits or is answered, and for one that is still being opened or ended."""
+        handle = self.handle
+        if self.viewer is None or handle is None or self.ending is not None:
+            return 0.0
+        if handle.num_waiting or handle.frames_waiting or handle.is_answering:
+            return 0.0
+        return (self._clock_ns() - self.heard_ns) * 1e-9
 
     @property
     def is_away(self) -> bool:

@@ -58,12 +58,19 @@ class Connection:
     """Runs one accepted websocket to its end. Lives on the event loop."""
 
     def __init__(
-        self, websocket: WebSocket, table: SessionRegistry, *, resumes: bool = False
+        self,
+        websocket: WebSocket,
+        table: SessionRegistry,
+        *,
+        resumes: bool = False,
+        on_session: Callable[[], None] = lambda: None,
     ) -> None:
-        """`resumes`: the first message is `session.resume`, no new session is made."""
+        """`resumes`: the first message is `session.resume`, no new session is made; `on_session`:
+        there is one now."""
         self._websocket = websocket
         self._table = table
         self._resumes = resumes
+        self._on_session = on_session
         self._limits = table.limits
         self._session: ClientSession
         self._sent = 0
@@ -85,6 +92,7 @@ class Connection:
             return
         except _Gone:
             return
+        self._on_session()
         sending = asyncio.create_task(self._send_loop())
         receiving = asyncio.create_task(self._receive_loop())
         try:
@@ -246,6 +254,7 @@ class Connection:
         self, frame: EncodedFrame, handle: SessionHandle, refused: FrameDecodeError | None = None
     ) -> None:
         self._table.metrics.frames_received.inc()
+        self._session.heard_ns = self._table.clock_ns()
         self._session.put(frame, refused)
 
     def _next_frame(
@@ -276,6 +285,7 @@ class Connection:
             if isinstance(part.image_url, str)
         ]
         session = self._session
+        session.heard_ns = self._table.clock_ns()
         for data, part in pictures:
             await self._until(lambda: handle.has_room)
             at_us = part.capture_time_us if isinstance(part.capture_time_us, int) else None
@@ -297,7 +307,7 @@ class Connection:
             self._put(self._next_frame(message.image, Encoding.JPEG), handle)
         elif isinstance(message, protocol.ConversationItemCreate):
             await self._take_item(message, handle)
-        elif isinstance(message, protocol.Ping):
+        elif isinstance(message, protocol.Ping):  # no sign of somebody who watches
             session.send(protocol.Pong(event_id=message.event_id))
         elif isinstance(message, protocol.SessionClose):
             await self._table.end_engines_side(session)
@@ -311,6 +321,7 @@ class Connection:
             error = ServerBusy("the server is stopping", remedy="connect again later")
             session.send(protocol.error_event(error, event_id=message.event_id))
         else:
+            session.heard_ns = self._table.clock_ns()
             if isinstance(message, protocol.ResponseCreate):
                 session.shape.asked(message)
                 await self._until(lambda: not session.stills_under_way)

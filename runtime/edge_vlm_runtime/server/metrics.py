@@ -18,6 +18,7 @@ import edge_vlm
 from edge_vlm.errors import MissingExtraError
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertTriggered
+from edge_vlm_runtime.server.access.doors import Doors
 from edge_vlm_runtime.server.gauges import MachineGauges, MachineSample
 
 try:
@@ -116,6 +117,13 @@ class ServerMetrics(Collector):
         self._alerts = counter("alerts_total", "Alerts that began and ended.", ["state"])
         self._errors = counter("errors_total", "Errors told to viewers.", ["code"])
         self._requests = counter("http_requests_total", "Replies under /v1.", ["status"])
+        self._keys_refused = counter(
+            "keys_refused_total", "API keys that were wrong, and attempts too many.", ["outcome"]
+        )
+        self._connections_refused = counter(
+            "connections_refused_total", "Connections refused or cut off.", ["reason"]
+        )
+        self._num_connections: Callable[[], int] | None = None
         self.resumes = counter("session_resumes_total", "Connections that went on with a session.")
         self._registry.register(self)
 
@@ -126,6 +134,8 @@ class ServerMetrics(Collector):
         server = f"edge-vlm {edge_vlm.__version__}, {self._bundle_name}"
         yield from _gauge("kv_tokens", "Tokens in the caches.", kv_tokens)
         yield from _gauge("sessions_active", "Sessions, absent viewers' included.", sessions)
+        if self._num_connections is not None:
+            yield from _gauge("connections", "Connections of all kinds.", self._num_connections())
         yield from _gauge("gpu_power_watts", "Power a GPU draws.", now.gpu_watts, "gpu")
         yield from _gauge(
             "gpu_memory_used_bytes", "Memory of a GPU in use.", now.gpu_used_bytes, "gpu"
@@ -190,6 +200,14 @@ class ServerMetrics(Collector):
     def replied(self, status: int) -> None:
         """Counts an HTTP request."""
         self._requests.labels(str(status)).inc()
+
+    def key_refused(self, outcome: str) -> None:
+        """Counts a key that was wrong, or not looked at."""
+        self._keys_refused.labels(outcome).inc()
+
+    def watch_connections(self, doors: Doors) -> None:
+        self._num_connections = lambda: doors.num_visitors
+        doors.on_refused = lambda reason: self._connections_refused.labels(reason).inc()
 
     def _frame(self, session_id: str, event: protocol.FrameAccepted) -> None:
         self._processed.inc()

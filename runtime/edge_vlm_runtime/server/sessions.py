@@ -238,6 +238,14 @@ class SessionRegistry:
         if taken < self.limits.max_sessions:
             return None
         away = [session for session in self._sessions.values() if session.is_away]
+        if not away and (silent := self._most_silent()) is not None:
+            log.info("a session whose viewer shows and asks nothing makes room for a new one")
+            reason = (
+                f"nothing shown or asked for {silent.silent_s():.0f} s, and another viewer came"
+            )
+            silent.send(protocol.SessionClosed(reason=reason))
+            silent.end(1013, reason)
+            return self._sessions.pop(silent.session_id)
         if not away:
             raise ServerBusy(
                 f"{taken} of {self.limits.max_sessions} sessions are taken, "
@@ -248,12 +256,20 @@ class SessionRegistry:
         longest = min(away, key=lambda session: session.left_at_s)
         return self._sessions.pop(longest.session_id)
 
+    def _most_silent(self) -> ClientSession | None:
+        """One that gives way, if there is any."""
+        longest = max(self._sessions.values(), key=ClientSession.silent_s, default=None)
+        if longest is None or longest.silent_s() <= self.limits.idle_session_s:
+            return None
+        return longest
+
     def listen(
         self, session_id: str, tell: Callable[[protocol.ServerEvent | None], None]
     ) -> Listening:
         """See `openai.live.LiveSessions`."""
         session = self.require_session(session_id)
         assert session.handle is not None  # it is live
+        session.heard_ns = self.clock_ns()
         session.listeners.add(tell)
         return Listening(
             handle=session.handle,
@@ -299,6 +315,7 @@ class SessionRegistry:
     def attach(self, session: ClientSession, viewer: Subscriber) -> None:
         """From now on this connection reads; one that still did is displaced."""
         self._stop_expiry(session)
+        session.heard_ns = self.clock_ns()
         previous, session.viewer = session.viewer, viewer
         if previous is not None:
             previous.displace()

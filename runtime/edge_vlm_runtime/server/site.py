@@ -15,6 +15,7 @@ from edge_vlm.errors import (
     MissingExtraError,
     RequestTimeout,
     ServerBusy,
+    TooManyRequests,
     Unauthorized,
 )
 from edge_vlm.request_errors import ModelNotFound
@@ -26,9 +27,13 @@ from edge_vlm_runtime.openai.asgi import OpenAiApi, require_model
 from edge_vlm_runtime.openai.envelope import envelope, headers_of, status_of
 from edge_vlm_runtime.protocol.base import json_bytes
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits, SessionSettings
-from edge_vlm_runtime.server.access.auth import SUBPROTOCOLS, require_key
+from edge_vlm_runtime.server.access.addresses import TrustedProxies, address_of
+from edge_vlm_runtime.server.access.auth import SUBPROTOCOLS
+from edge_vlm_runtime.server.access.doors import Doors, Stage, Visitor
 from edge_vlm_runtime.server.access.hosts import require_host
-from edge_vlm_runtime.server.access.origins import Origins
+from edge_vlm_runtime.server.access.keys import KeyCheck
+from edge_vlm_runtime.server.access.origins import Origins, require_readable
+from edge_vlm_runtime.server.asgi_server import OUT_OF_DESCRIPTORS, VISITOR
 from edge_vlm_runtime.server.connection import Connection, refuse
 from edge_vlm_runtime.server.live_api import MAX_BODY_BYTES, Answer, LiveApi
 from edge_vlm_runtime.server.live_api import PREFIX as LIVE_PREFIX
@@ -81,13 +86,13 @@ class Site:
         limits: ServerLimits,
         origins: Origins,
         hosts: frozenset[str],
+        proxies: TrustedProxies,
+        doors: Doors,
         api_key: str | None,
         is_tls: bool,
         bound: tuple[str, int],
-        transport_of: Callable[[Any], asyncio.Transport | None],
     ) -> None:
-        """`bound`: address and port that are listened on; `transport_of`: that of a client's
-        address."""
+        """`bound`: address and port that are listened on."""
         self._engines = engines
         self._worker = worker
         self._table = table
@@ -101,7 +106,9 @@ class Site:
         self._api_key = api_key
         self._is_tls = is_tls
         self._bound = bound
-        self._transport_of = transport_of
+        self._proxies = proxies
+        self._doors = doors
+        self._keys = KeyCheck(api_key, on_attempt=table.metrics.key_refused)
         self._page = _Page(directory=WEB, html=True)
         self.connections: set[asyncio.Task[Any]] = set()
         """Of websockets."""
@@ -124,7 +131,13 @@ class Site:
             ]
         )
         application.router.default = self._elsewhere
-        application.add_middleware(_Guard, hosts=self._allowed_hosts, key=self._api_key)
+        application.add_middleware(
+            _Guard,
+            hosts=self._allowed_hosts,
+            keys=self._keys,
+            proxies=self._proxies,
+            doors=self._doors,
+        )
         return application
 
     async def _elsewhere(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -199,35 +212,39 @@ class Site:
         known = [name for name in SUBPROTOCOLS if name in offered]
         await websocket.accept(known[0] if known else None)
         try:
-            require_key(self._api_key, websocket.scope)
+            await self._keys.require(websocket.scope)
             wanted = websocket.query_params.get("model")
             if wanted is not None:
                 require_model(self._engines.bundle.name, wanted, "model")
-        except (Unauthorized, ModelNotFound) as error:
+        except (Unauthorized, TooManyRequests, ModelNotFound) as error:
             await refuse(websocket, error)
             return
         room = CONNECTIONS_PER_SESSION * self._limits.max_sessions + self._hub.max_connections
-        if len(self.connections) >= room:
+        visitor: Visitor = websocket.scope["state"][VISITOR]
+        if len(self.connections) >= room and not self._doors.cut_stranger(visitor):
             await refuse(websocket, ServerBusy("too many connections", remedy="connect later"))
             return
         task = asyncio.current_task()
         assert task is not None
         self.connections.add(task)
-        transport = self._transport_of(websocket.client)
         try:
-            await self._converse(websocket)
+            await self._converse(websocket, visitor)
         finally:
             self.connections.discard(task)
-            if transport is not None:
-                # Closing waits for the other side to read what was sent; that may be never.
-                asyncio.get_running_loop().call_later(LINGER_S, transport.abort)
+            # Closing waits for the other side to read what was sent; that may be never.
+            asyncio.get_running_loop().call_later(LINGER_S, visitor.cut)
 
-    async def _converse(self, websocket: WebSocket) -> None:
+    async def _converse(self, websocket: WebSocket, visitor: Visitor) -> None:
         query = websocket.query_params
         if protocol.STREAM_PARAMETER not in query:
+
+            def served() -> None:
+                visitor.stage = Stage.SERVED
+
             resumes = protocol.RESUME_PARAMETER in query
-            await Connection(websocket, self._table, resumes=resumes).run()
+            await Connection(websocket, self._table, resumes=resumes, on_session=served).run()
             return
+        visitor.stage = Stage.SERVED
         try:
             await self._hub.subscribe(websocket, query)
         except EdgeVlmError as error:
@@ -252,25 +269,62 @@ async def _small_body(request: Request) -> bytes:
 
 
 class _Guard:
-    """ASGI middleware: 403 to a name that is not the server's, 401 to HTTP without the key.
+    """ASGI middleware: 403 to a name that is not the server's and to an origin that cannot be read,
+    401 to HTTP without the key, 429 to who guesses at it and to too many connections of a proxy's
+    client. From here on `client` of the scope is who is asking.
 
     A websocket without the key is told so by an event, see above.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str], key: str | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: frozenset[str],
+        keys: KeyCheck,
+        proxies: TrustedProxies,
+        doors: Doors,
+    ) -> None:
         self._app = app
         self._hosts = hosts
-        self._key = key
+        self._keys = keys
+        self._proxies = proxies
+        self._doors = doors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
         try:
+            self._know(scope)
             require_host(self._hosts, scope)
+            require_readable(scope)
             if scope["type"] == "http":
-                require_key(self._key, scope)
-        except (HostNotAllowed, Unauthorized) as error:
-            app = JSONResponse(envelope(error), status_of(error), headers_of(error))
-        await app(scope, receive, send)
+                await self._keys.require(scope)
+        except (HostNotAllowed, Unauthorized, TooManyRequests) as error:
+            app = _refusal(error)
+        try:
+            await app(scope, receive, send)
+        except OSError as error:
+            if error.errno not in OUT_OF_DESCRIPTORS:
+                raise
+            log.error("a request failed: %s", error.strerror)
+            await _refusal(ServerBusy("no more files can be opened", remedy="try again later"))(
+                scope, receive, send
+            )
+
+    def _know(self, scope: Scope) -> None:
+        """Raises TooManyRequests."""
+        peer = address_of(scope)
+        if peer not in self._proxies:
+            return
+        client = self._proxies.client_of(peer, scope["headers"])
+        scope["client"] = (client, 0)
+        if not self._doors.know(scope["state"][VISITOR], client):
+            raise TooManyRequests(
+                "too many connections from this address", remedy="close some", retry_after_s=5
+            )
+
+
+def _refusal(error: EdgeVlmError) -> JSONResponse:
+    return JSONResponse(envelope(error), status_of(error), headers_of(error))
 
 
 class _Page(StaticFiles):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
+from edge_vlm import private_files
 from edge_vlm.console.options import About
 from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
@@ -250,15 +251,17 @@ def alert_handlers(
     if args.evidence_folder is not None:
         folder: Path = args.evidence_folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            exposed = private_files.make_folder(folder)
         except OSError as error:
             raise ConfigError(f"cannot save pictures: {error.strerror}", where=folder) from error
+        if exposed is not None:
+            log.warning("pictures of alerts: %s", exposed)
 
         def save(event: protocol.ServerEvent) -> None:
             if isinstance(event, alert_messages.AlertTriggered) and event.evidence is not None:
                 name = f"{session_id}-{event.alert_id}-{event.episode}.jpg"
                 try:
-                    (folder / name).write_bytes(event.evidence.jpeg)
+                    private_files.replace(folder / name, event.evidence.jpeg)
                 except OSError as error:
                     log.warning("the picture %s was not saved: %s", name, error.strerror)
 

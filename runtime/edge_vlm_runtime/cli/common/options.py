@@ -82,6 +82,9 @@ class ServeOptions:
     allow_origin: Annotated[list[str], About(metavar="ORIGIN")] = field(default_factory=list)
     """A page that may connect besides the server's own, for a proxy that changes Host: its origin,
     such as https://camera.example.org; may be repeated."""
+    trusted_proxy: Annotated[list[str], About(metavar="ADDRESS")] = field(default_factory=list)
+    """A proxy, or a network of them such as 172.18.0.0/16, that is believed whose requests it
+    passes on (X-Forwarded-For, Forwarded); may be repeated."""
     tls: bool = False
     """Serve https and wss with a certificate made on the first start (browsers give the camera only
     to https pages and to localhost)."""
@@ -97,10 +100,24 @@ class ServeOptions:
     """HTTP requests may name http(s) addresses of the public internet, which are fetched."""
     record: Annotated[Path | None, About(metavar="FOLDER", check=recording_folder)] = None
     """Write a recording of each session into this folder; see `replay`."""
+    record_max_bytes: Annotated[int, About(option="record_limit", metavar="MIB", unit=1 << 20)] = (
+        4 << 30
+    )
+    """A recording ends at this size."""
+    record_total_bytes: Annotated[
+        int, About(option="record_total", metavar="MIB", unit=1 << 20)
+    ] = 32 << 30
+    """All recordings of a folder together; the oldest are deleted for new ones. 0: no bound."""
 
     def __post_init__(self) -> None:
         if not self.host:  # would listen on every address
             raise ValueError("host must be an address")
+        if self.record_max_bytes < 1:
+            raise ValueError(f"record_max_bytes must be at least 1, got {self.record_max_bytes}")
+        if self.record_total_bytes < 0:
+            raise ValueError(
+                f"record_total_bytes must be at least 0, got {self.record_total_bytes}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,15 +295,19 @@ def server_options(args: argparse.Namespace) -> dict[str, Any]:
             file=sys.stderr,
         )
     *_, settings = serve_options().values()
+    served = build(ServeOptions, args)
     return {
         "host": args.host,
         "port": args.port,
         "hosts": args.allowed_host,
         "origins": args.allow_origin,
+        "proxies": args.trusted_proxy,
         "media": _media(args),
         "limits": build(ServerLimits, args),
         "settings": given(settings, args),
         "record_to": args.record,
+        "record_max_bytes": served.record_max_bytes,
+        "record_total_bytes": served.record_total_bytes,
         "api_key": key,
         "tls": _tls(args),
     }

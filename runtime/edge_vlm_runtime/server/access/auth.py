@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hmac
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.errors import ConfigError, Unauthorized
+from edge_vlm.errors import ConfigError
+from edge_vlm.private_files import exposure
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "EDGE_VLM_API_KEY"
 SUBPROTOCOLS = ("edge-vlm", "realtime")
@@ -39,8 +42,11 @@ def read_api_key(file: Path | None, environment: Mapping[str, str] = os.environ)
     else:
         try:
             text = file.read_text(encoding="utf-8-sig")
+            exposed = exposure(file)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the API key cannot be read: {error}", where=file) from error
+        if exposed is not None:
+            log.warning("API key: %s", exposed)
     key = text.strip()
     if not key or not key.isprintable() or not key.isascii():
         raise ConfigError("an API key is one line of printable ASCII", where=file or VARIABLE)
@@ -51,21 +57,9 @@ def is_guarded(path: str) -> bool:
     return any(path == guarded or path.startswith(guarded) for guarded in GUARDED)
 
 
-def require_key(key: str | None, scope: Mapping[str, Any]) -> None:
-    """Checks an ASGI scope of HTTP or a websocket, if its path is guarded. Raises Unauthorized."""
-    if is_guarded(scope["path"]):
-        check_key(key, scope)
-
-
-def check_key(key: str | None, scope: Mapping[str, Any]) -> None:
-    """The same of any path. Raises Unauthorized."""
-    if key is None:
-        return
-    given = _bearer(scope["headers"]) or _of_subprotocols(scope.get("subprotocols", ()))
-    if given is None:
-        raise Unauthorized("this server wants an API key", remedy=REMEDY)
-    if not hmac.compare_digest(given, key.encode()):
-        raise Unauthorized("this is not the server's API key", remedy=REMEDY)
+def given_key(scope: Mapping[str, Any]) -> bytes | None:
+    """The one that a request brings, right or wrong; None without any."""
+    return _bearer(scope["headers"]) or _of_subprotocols(scope.get("subprotocols", ()))
 
 
 def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

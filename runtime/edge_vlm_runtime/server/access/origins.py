@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, HostNotAllowed
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,10 @@ class Origins:
 
     def allows(self, origin: str | None, host: str | None) -> bool:
         """By the two headers of a request; without `Origin` it is no browser's."""
-        if origin is None or urlsplit(origin).netloc == host or origin.lower() in self._allowed:
+        if origin is None or origin.lower() in self._allowed:
+            return True
+        place = _place(origin)
+        if place is not None and place == host:
             return True
         pair = origin[:200], None if host is None else host[:200]
         if pair not in self._reported and len(self._reported) < MAX_REPORTED:
@@ -50,6 +54,24 @@ class Origins:
                 _shown(origin),
             )
         return False
+
+
+def require_readable(scope: Mapping[str, Any]) -> None:
+    """Checks an ASGI scope: no browser sends an origin that cannot be read. Raises
+    HostNotAllowed."""
+    for header, value in scope["headers"]:
+        if header.lower() == b"origin" and _place(value.decode("latin-1")) is None:
+            raise HostNotAllowed("the Origin of this page cannot be read")
+
+
+def _place(origin: str) -> str | None:
+    """Name and port of a page; empty for one that has none, None for what cannot be read."""
+    try:
+        parts = urlsplit(origin)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts.netloc
 
 
 def _normal(origin: str) -> str:

@@ -8,6 +8,7 @@ takes it with `--tls-ca`. It is kept for the next start.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import socket
 import ssl
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from edge_vlm.errors import ConfigError, MissingExtraError
+from edge_vlm.private_files import exposure, make_folder
 
 try:
     from cryptography import x509
@@ -35,6 +37,8 @@ try:
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 except ImportError as error:
     raise MissingExtraError.for_library(error.name or "cryptography", "serve") from error
+
+log = logging.getLogger(__name__)
 
 PrivateKey: TypeAlias = "ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey"
 
@@ -70,6 +74,8 @@ class Tls:
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate, self.key)
+            if (exposed := exposure(self.key)) is not None:
+                log.warning("TLS key: %s", exposed)
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(
                 f"not a certificate and its key: {error}",
@@ -110,7 +116,8 @@ def self_signed(folder: Path, names: Iterable[str]) -> Tls:
     """
     found = Tls(folder / CERTIFICATE, folder / KEY)
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if (exposed := make_folder(folder)) is not None:
+            log.warning("TLS key: %s", exposed)
         key = _read_key(found.key)
         if key is None:
             key = ec.generate_private_key(ec.SECP256R1())
