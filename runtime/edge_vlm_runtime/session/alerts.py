@@ -81,6 +81,12 @@ class AlertMonitor:
         rule = message.rule()
         if self._yes_no is None:
             self._yes_no = YesNo(self._prompt.tokenizer)
+        most = self._max_question_tokens
+        if self._prompt.tokenizer.has_more(rule.question, most):
+            raise QuestionTooLong(
+                f"the question is far too long: {len(rule.question)} characters",
+                remedy=f"{most} tokens are allowed",
+            )
         length = len(self._prompt.question_ids(rule.question))
         if length > self._max_question_tokens:
             raise QuestionTooLong(
