@@ -38,6 +38,7 @@ IMAGE_TOKENS = (PATCH, FRAME_START, FRAME_END, LOW_RES_START, COLUMN)
 STAMP_TOKENS = 8
 """Most tokens of a frame's time stamp, up to " 9999.9 "."""
 MARKER_TOKENS = 2
+KEPT_SUBTITLES = 4
 UNUSED_PATCH = "<im_low>"
 """In the vocabulary and among the published vision tokens, but in no prompt."""
 
@@ -104,7 +105,7 @@ def image_length(grid: ImageGrid, style: PromptStyle) -> int:
 
 
 class PromptFormat:
-    """Builds the pieces of a prompt; stateless."""
+    """Builds the pieces of a prompt."""
 
     def __init__(self, tokenizer: Tokenizer, style: PromptStyle = PLAIN) -> None:
         """Raises KeyError if the vocabulary lacks a token that every prompt needs."""
@@ -114,6 +115,7 @@ class PromptFormat:
         self.eos_ids = tuple(tokenizer.id_of(token) for token in style.ends)
         """An answer ends at any of these."""
         self.patch_id = tokenizer.id_of(PATCH)
+        self._subtitles: dict[str, Ids] = {}
         own = style.own_frame_markers
         self._start_id = tokenizer.id_of(OWN_FRAME_START if own else FRAME_START)
         self._end_id = tokenizer.id_of(OWN_FRAME_END if own else FRAME_END)
@@ -162,8 +164,17 @@ class PromptFormat:
         return np.isin(ids, self._vision_ids)
 
     def subtitle_ids(self, text: str) -> Ids:
-        """What stands between the video and the first turn (`edge_vlm.text.subtitles`)."""
-        return np.array(self.tokenizer.encode(self.tokenizer.plain(text)), np.int32)
+        """What stands between the video and the first turn (`edge_vlm.text.subtitles`); not to be
+        written to. The last few texts are remembered: a film's take long, and may be read on
+        another thread before they are needed."""
+        found = self._subtitles.get(text)
+        if found is None:
+            found = np.array(self.tokenizer.encode(self.tokenizer.plain(text)), np.int32)
+            found.flags.writeable = False
+            if len(self._subtitles) >= KEPT_SUBTITLES:
+                self._subtitles.clear()
+            self._subtitles[text] = found
+        return found
 
     def question_ids(self, text: str) -> Ids:
         """A user's turn and the opening of the assistant's; special tokens in `text` are broken."""

@@ -35,6 +35,12 @@ MOST_IDS = 1 << 21
 _BYTE_OF = _byte_of_character()
 
 
+PIECE = 1000
+"""Characters that are looked at one after the other."""
+TOKENS_PER_CUT = 32
+"""Of a piece, that may be there only because it was cut off."""
+
+
 class Tokenizer:
     """The published Molmo2 vocabulary or a small one of our own: both are the same file format."""
 
@@ -69,6 +75,16 @@ class Tokenizer:
                 f"the vocabulary cannot write {text[:80]!r}: {error}",
                 remedy="take the tokenizer.json that belongs to the weights",
             ) from error
+
+    def has_more(self, text: str, most: int) -> bool:
+        """Whether a part of `text` shows that it has more than `most` tokens: one that is much too
+        long is not read to its end. False may be said of any other."""
+        found = 0
+        for start in range(0, len(text), PIECE):
+            found += len(self.encode(text[start : start + PIECE])) - TOKENS_PER_CUT
+            if found > 2 * most:
+                return True
+        return False
 
     def plain(self, text: str) -> str:
         """`text` without special tokens: a zero-width space breaks each up.

@@ -8,7 +8,8 @@ import socket
 import struct
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from edge_vlm_runtime.server.access import doors
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.live import TIMEOUT_S, open_server, run
 from tests.runtime.pictures import jpeg
+from tests.tiny import tiny_bundle
 
 QUESTION = "is there a red ball ?"
 TEXT = 1
@@ -215,3 +217,79 @@ def test_a_client_that_never_reads_is_cut_off_with_bounded_memory(
             assert time.monotonic() < deadline
             time.sleep(0.01)
     assert 0 < most <= 301 * 1500
+
+
+# ---- bounds of what one connection may cost --------------------------------------------------
+
+PING, TINY = frame(b"x" * 125, 9), frame(b"{}")
+
+
+def wait_until(is_met: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_met():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def the_carrier(server: Server) -> Any:
+    """That of the only websocket."""
+    found = [each for each in server._carrier.server_state.connections if hasattr(each, "_cutter")]
+    (only,) = found
+    return only
+
+
+def test_pings_that_nobody_hears_the_answers_of_cost_bounded_memory(server: Server) -> None:
+    wait_until(lambda: not server._table._sessions, "the test before")
+    with connect(server, receive_buffer=4096) as plain:
+        wait_until(lambda: bool(server._table._sessions), "a session")
+        carrier = the_carrier(server)
+        plain.settimeout(1.0)
+        with pytest.raises(TimeoutError):  # the server reads no more of them
+            while True:
+                plain.sendall(PING * 1000)
+        assert carrier._is_held
+        assert carrier.transport.get_write_buffer_size() < 1 << 18
+        assert carrier._cutter.num_bytes < 1 << 20
+        run(_watch(server))
+
+
+def test_many_small_messages_are_worked_on_at_a_rate(server: Server) -> None:
+    """More than the rate stays in the socket; none is lost."""
+    number = server.limits.max_messages_per_s
+    with connect(server) as plain:
+        carrier = the_carrier(server)
+        plain.sendall(TINY * number + frame(b'{"type":"ping","event_id":"behind"}'))
+        wait_until(lambda: carrier._is_held, "the rate")
+        data = b""
+        while b'"event_id":"behind"' not in data:
+            data += plain.recv(1 << 16)
+    assert data.count(b"E-PROTOCOL") == number
+
+
+def test_who_talks_on_after_the_goodbye_is_cut_off(server: Server) -> None:
+    close = frame(b'{"type":"session.close"}')
+    for flood in (TINY * 2000, frame(bytes(100_000), 2), PING * 500):
+        with connect(server) as plain:
+            plain.sendall(close)
+            data = b""
+            while struct.pack(">H", 1000) not in data:
+                data += plain.recv(1 << 16)
+            deadline = time.monotonic() + TIMEOUT_S
+            with pytest.raises(ConnectionError):
+                while True:
+                    assert time.monotonic() < deadline
+                    plain.sendall(flood)
+
+
+def test_a_stranger_is_told_so_and_cut_off_however_much_it_says() -> None:
+    with Server.open(tiny_bundle(), threads=1, api_key="secret") as locked:
+        locked.start()
+        with connect(locked) as plain:
+            deadline = time.monotonic() + TIMEOUT_S
+            with pytest.raises(ConnectionError):
+                while True:
+                    assert time.monotonic() < deadline
+                    plain.sendall(TINY * 1000)
+        with connect(locked) as plain:  # one that listens is told
+            assert b"E-UNAUTHORIZED" in plain.recv(1 << 16)
+        assert not locked._table._sessions

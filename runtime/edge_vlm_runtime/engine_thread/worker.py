@@ -45,6 +45,8 @@ class EngineWorker:
         self._ended = False
         self._courtesy = Courtesy()
         self._pictures = PictureThread(limits.max_evidence_bytes)
+        self._closing: list[tuple[SessionHandle, Callable[[], None]]] = []
+        """Sessions, and who is to be told."""
         self._is_pausing = False
         """Background work was left for later in this round."""
         self._scheduler: Scheduler[SessionHandle] = Scheduler(
@@ -87,6 +89,10 @@ class EngineWorker:
                 raise ServerBusy("the server is stopping", remedy="connect again later")
             self._calls.append(call)
             self._wake.notify()
+
+    def read_subtitles(self, text: str) -> None:
+        """On the caller's thread, so that a session that gets them need not."""
+        self._engines.prompt.subtitle_ids(text)
 
     def open_session(
         self,
@@ -150,23 +156,17 @@ class EngineWorker:
             raise
 
     def close_session(self, handle: SessionHandle, on_closed: Callable[[], None]) -> None:
-        """Ends a session; `on_closed` is called after its last event. Raises ServerBusy when the
-        thread has ended, and the session with it."""
-
-        def close() -> None:
-            try:
-                self._scheduler.remove(handle)
-                handle.close()
-            finally:
-                on_closed()
-
-        self.post(close)
+        """Ends a session, when it has done what its messages ask for, in its turn; `on_closed` is
+        called after its last event. Raises ServerBusy when the thread has ended, and the session
+        with it."""
+        self.post(lambda: self._closing.append((handle, on_closed)))
 
     # ---- the engine thread -------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._stopping:
             self._make_calls()
+            self._close_those_done()
             handles = self._scheduler.sessions
             self._is_pausing = False
             worked = self._scheduler.round(interrupted=lambda: self._has_news)
@@ -178,12 +178,24 @@ class EngineWorker:
                 if not worked and not self._has_news and not self._stopping:
                     self._wake.wait(self._idle_s())
         while not self._ended:  # what was posted before the end is answered, too
+            self._close_those_done()
             for handle in self._scheduler.sessions:
                 self._scheduler.remove(handle)
                 handle.close()
             self._make_calls()
             with self._wake:
-                self._ended = not self._calls and not self._scheduler.sessions
+                left = self._calls or self._closing or self._scheduler.sessions
+                self._ended = not left
+
+    def _close_those_done(self) -> None:
+        closing, self._closing = self._closing, []
+        for handle, on_closed in closing:
+            if handle.num_waiting and handle.session is not None and not self._stopping:
+                self._closing.append((handle, on_closed))
+                continue
+            self._scheduler.remove(handle)
+            _make_call(handle.close)
+            _make_call(on_closed)
 
     def _idle_s(self) -> float:
         """When there may be something to do without anybody waking the thread."""

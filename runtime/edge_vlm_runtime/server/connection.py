@@ -40,6 +40,8 @@ RESUME_TIMEOUT_S = 10.0
 """A connection that wants to go on with a session must say with which one."""
 MAX_WAITING_CALLS = 32
 """Messages the engines have not come to; further ones are left in the socket."""
+LONG_TEXT = 2000
+"""Characters that are not read on the engine thread."""
 BROKEN_CODES = {1005, 1006, 1011, 1012}
 """RFC 6455, 7.4.1: no close frame, or one from a side in trouble. The viewer may come back."""
 
@@ -280,7 +282,12 @@ class Connection:
         """Its pictures become frames that none drops, its text waits. Raises MediaRefused before
         anything is taken."""
         pictures = [
-            (inline_picture(part.image_url, f"item.content[{number}].image_url"), part)
+            (
+                await asyncio.to_thread(
+                    inline_picture, part.image_url, f"item.content[{number}].image_url"
+                ),
+                part,
+            )
             for number, part in enumerate(message.item.content)
             if isinstance(part.image_url, str)
         ]
@@ -322,10 +329,18 @@ class Connection:
             session.send(protocol.error_event(error, event_id=message.event_id))
         else:
             session.heard_ns = self._table.clock_ns()
+            if isinstance(message, protocol.SessionUpdate):
+                await self._read_subtitles(message)
             if isinstance(message, protocol.ResponseCreate):
                 session.shape.asked(message)
                 await self._until(lambda: not session.stills_under_way)
             handle.take(message)
+
+    async def _read_subtitles(self, message: protocol.SessionUpdate) -> None:
+        """Those of a film take longer than others should wait for the engines."""
+        subtitles = message.session.fields().get("subtitles")
+        if isinstance(subtitles, str) and len(subtitles) > LONG_TEXT:
+            await asyncio.to_thread(self._table.read_subtitles, subtitles)
 
 
 class _Gone(Exception):

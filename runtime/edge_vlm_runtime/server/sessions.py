@@ -103,6 +103,10 @@ class SessionRegistry:
     def num_sessions(self) -> int:
         return len(self._sessions)
 
+    def read_subtitles(self, text: str) -> None:
+        """So that the engine thread finds them read. Blocks; not for the loop."""
+        self._worker.read_subtitles(text)
+
     @property
     def clock_ns(self) -> Callable[[], int]:
         return self._worker.clock_ns

@@ -56,6 +56,11 @@ def _question_capacity(model: ModelLimits, limits: ServerLimits) -> int:
 
 
 def _require_short(rule: AlertRule, prompt: PromptFormat, max_tokens: int) -> None:
+    if prompt.tokenizer.has_more(rule.question, max_tokens):
+        raise QuestionTooLong(
+            f"the question is far too long: {len(rule.question)} characters",
+            remedy=f"{max_tokens} tokens are allowed",
+        )
     length = len(prompt.question_ids(rule.question))
     if length > max_tokens:
         raise QuestionTooLong(

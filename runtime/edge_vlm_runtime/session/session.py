@@ -46,6 +46,7 @@ from edge_vlm_runtime.session.asking.questions import (
     has_own_dialogue,
     plan_question,
     question_of,
+    require_short,
 )
 from edge_vlm_runtime.session.budget import (
     MemoryPlan,
@@ -230,7 +231,8 @@ class Session:
         subtitle_ids = self._subtitles_of(settings)
         plan = self._plan(settings, subtitle_ids)
         require_same_kind(self.settings, settings, self._ingest.has_begun, self._alerts.is_watching)
-        self._require_room_for(settings.instructions)
+        if settings.instructions != self.settings.instructions:
+            self._require_room_for(settings.instructions)
         if self._answer is None:
             try:
                 self._look_at_all(plan)
@@ -263,14 +265,19 @@ class Session:
 
     def _require_room_for(self, instructions: str) -> None:
         """Raises ConfigError when they would leave less than half of its room to a question."""
-        length = len(self._engines.prompt.tokenizer.encode(instructions))
+        tokenizer = self._engines.prompt.tokenizer
         most = question_capacity(self._model, self._limits) // 2
-        if length > most:
-            raise ConfigError(
-                f"instructions have {length} tokens",
-                where="session settings",
-                remedy=f"{most} are allowed",
-            )
+        if tokenizer.has_more(instructions, most):
+            length = f"more than {2 * most}"
+        elif (count := len(tokenizer.encode(instructions))) > most:
+            length = str(count)
+        else:
+            return
+        raise ConfigError(
+            f"instructions have {length} tokens",
+            where="session settings",
+            remedy=f"{most} are allowed",
+        )
 
     def _keep_text(self, item: UserMessage) -> None:
         """Keeps what the user says for the next `response.create`. Raises QuestionTooLong."""
@@ -302,8 +309,9 @@ class Session:
                 f"{len(self._questions)} questions are waiting already",
                 remedy="wait for answers or cancel them",
             )
-        asked = plan_question(message, question, self.settings, self._engines.prompt)
         most = question_capacity(self._model, self._limits)
+        require_short(message, question, most, self._engines.prompt)
+        asked = plan_question(message, question, self.settings, self._engines.prompt)
         if len(asked.ids) > most:
             shared = " with the session's instructions" if self.settings.instructions else ""
             raise QuestionTooLong(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, QuestionTooLong
 from edge_vlm.request_errors import RequestError
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.constraints import choice_grammar, schema_grammar
 from edge_vlm_runtime.inference.sampling import Sampling
-from edge_vlm_runtime.protocol.base import UNSET
+from edge_vlm_runtime.protocol.base import MAX_TEXT, UNSET
 from edge_vlm_runtime.protocol.questions import lines
 from edge_vlm_runtime.protocol.responses import (
     DialogueItem,
@@ -25,6 +25,8 @@ from edge_vlm_runtime.protocol.settings import SessionSettings
 from edge_vlm_runtime.session.asking.prompt_view import Detail
 
 MAX_STOPS = 16
+MOST_CHARACTERS = 64
+"""Of a token, more than there are in any text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,24 @@ class QueuedQuestion:
     """Earlier turns of the session are shown with it."""
     is_remembered: bool = True
     """It is shown with later questions."""
+
+
+def require_short(
+    message: protocol.ResponseCreate, question: Question, most: int, prompt: PromptFormat
+) -> None:
+    """Raises QuestionTooLong for what is much longer than `most` tokens, before it is all read."""
+    options = _options(message)
+    texts = [question.text]
+    if isinstance(options.instructions, str):
+        texts.append(options.instructions)
+    if isinstance(options.input, list):
+        texts += [part.text for item in options.input for part in item.content]
+    too_many = sum(map(len, texts)) > max(MAX_TEXT, MOST_CHARACTERS * most)
+    if too_many or prompt.tokenizer.has_more("\n".join(texts), most):
+        raise QuestionTooLong(
+            f"the question is far too long: {sum(map(len, texts))} characters",
+            remedy=f"{most} tokens are allowed",
+        )
 
 
 def with_instructions(instructions: str, question: str) -> str:
