@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import edge_vlm
+from edge_vlm import private_files
 from edge_vlm.errors import RecordingError
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
-from edge_vlm.private_files import create as create
-from edge_vlm.private_files import make_folder
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
 from edge_vlm_runtime.recording.file import SUFFIX, Entry, entry_bytes, header_bytes
@@ -39,6 +38,14 @@ MAX_WAITING_BYTES = 64 << 20
 """Of entries that the disk has not taken yet."""
 CLOSE_TIMEOUT_S = 30.0
 """A disk that takes longer for what waits has died."""
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file for its owner alone, that no other process deletes while it is written. Raises
+    OSError, also when it is there already."""
+    file = private_files.create(path)
+    mark(file)
+    return file
 
 
 class SessionRecorder:
@@ -94,7 +101,6 @@ class SessionRecorder:
     def _run(self) -> None:
         try:
             with self._open_file(self.path) as file:
-                mark(file)
                 self._write_all(file)
         except OSError as error:
             self._stop(f"it cannot be written: {error.strerror or error}")
@@ -172,7 +178,7 @@ class Recorder:
     def _require_place(self) -> None:
         folder = self._path.parent if self._is_file else self._path
         try:
-            exposed = make_folder(folder)
+            exposed = private_files.make_folder(folder)
             handle, probe = tempfile.mkstemp(prefix=".", dir=folder)
             os.close(handle)
             Path(probe).unlink()
