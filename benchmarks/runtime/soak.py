@@ -78,11 +78,11 @@ def write_film(path: Path, seconds: float, fps: float) -> None:
         packets = []
         for rgb in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-            packets += [(p.pts, p.is_keyframe, bytes(p)) for p in stream.encode(picture)]
-        packets += [(p.pts, p.is_keyframe, bytes(p)) for p in stream.encode()]
+            packets += [(p.is_keyframe, bytes(p)) for p in stream.encode(picture)]
+        packets += [(p.is_keyframe, bytes(p)) for p in stream.encode()]
         base = stream.codec_context.time_base
         for turn in range(int(seconds * fps / len(frames)) + 1):
-            for number, (_, is_key, data) in enumerate(packets):
+            for number, (is_key, data) in enumerate(packets):
                 packet = av.Packet(data)
                 packet.stream, packet.time_base = stream, base
                 packet.pts = packet.dts = turn * len(packets) + number
