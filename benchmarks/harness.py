@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,21 @@ def command_line(script: str, argv: Sequence[str] | None) -> str:
             place = arguments.index(option)
             del arguments[place : place + 2]
     return " ".join(["python -m", module, *arguments])
+
+
+def commit() -> str | None:
+    """With a + where files of it were changed; None outside a repository."""
+    with suppress(OSError, subprocess.SubprocessError):
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        return f"{head}{'+' if changed else ''}"
+    return None
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

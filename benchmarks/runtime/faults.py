@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import RESULTS, progress, result_head, script_parser, write_result
+from benchmarks.harness import RESULTS, commit, progress, result_head, script_parser, write_result
 from benchmarks.runtime.fault_parts.cases import (
     NotHere,
     clock_jumps,
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "clock": clock_jumps,
         "sigterm": lambda folder: sigterm_in_answers(folder, args.stops),
     }
-    result = result_head(__file__, argv, torch.device("cpu"))
+    head = result_head(__file__, argv, torch.device("cpu"))
+    result: dict[str, Any] = {**head, "commit": commit()}
     for name in args.cases:
         progress(name)
         with tempfile.TemporaryDirectory() as folder:

@@ -94,6 +94,7 @@ def measure_viewers(seconds: float, folder: str) -> dict[str, Any]:
     with Server(with_idle_engines(), limits=limits) as server:
         gc.collect()
         gc.freeze()  # as `serve` does
+        gc.collect()
         server.start()
         resident: list[int] = []
         begin_ns = time.process_time_ns()

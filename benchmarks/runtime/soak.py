@@ -29,7 +29,6 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,15 @@ import av
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, ROOT, progress, result_head, script_parser, write_result
+from benchmarks.harness import (
+    RESULTS,
+    ROOT,
+    commit,
+    progress,
+    result_head,
+    script_parser,
+    write_result,
+)
 from benchmarks.runtime.slopes import GROWS, Series, judged, slope_of
 from benchmarks.runtime.soak_load import Load, Receiver
 from edge_vlm.pixels.frames import encode_jpeg
@@ -78,11 +85,11 @@ def write_film(path: Path, seconds: float, fps: float) -> None:
         packets = []
         for rgb in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-            packets += [(p.pts, p.is_keyframe, bytes(p)) for p in stream.encode(picture)]
-        packets += [(p.pts, p.is_keyframe, bytes(p)) for p in stream.encode()]
+            packets += [(p.is_keyframe, bytes(p)) for p in stream.encode(picture)]
+        packets += [(p.is_keyframe, bytes(p)) for p in stream.encode()]
         base = stream.codec_context.time_base
         for turn in range(int(seconds * fps / len(frames)) + 1):
-            for number, (_, is_key, data) in enumerate(packets):
+            for number, (is_key, data) in enumerate(packets):
                 packet = av.Packet(data)
                 packet.stream, packet.time_base = stream, base
                 packet.pts = packet.dts = turn * len(packets) + number
@@ -263,7 +270,7 @@ async def measure(
         "fps_each": args.fps,
         "seconds": args.seconds,
         "warm_up_s": WARM_UP * args.seconds,
-        "commit": _commit(),
+        "commit": commit(),
         "load_average": _mean(sampler, "load_average"),
         "cores": {
             "there_are": os.cpu_count(),
@@ -310,21 +317,6 @@ def _tell(sampler: Sampler, load: Load) -> None:
 
 def _mean(sampler: Sampler, name: str) -> float:
     return round(float(np.mean([row[name] for row in sampler.rows])), 3)
-
-
-def _commit() -> str | None:
-    """With a + where files of it were changed; None outside a repository."""
-    with suppress(OSError, subprocess.SubprocessError):
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-        return f"{head}{'+' if changed else ''}"
-    return None
 
 
 def serve_and_measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import websockets
 
-from edge_vlm.errors import ConfigError, EdgeVlmError, QuestionCancelled
+from edge_vlm.errors import ConfigError, EdgeVlmError, NoFrameYet, QuestionCancelled
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertTriggered
@@ -212,17 +212,20 @@ class Load:
 
     async def _start_frames(self, client: Client, end_s: float) -> asyncio.Task[int]:
         """Returns when there is one to ask about."""
-        await client.send_frame(self._jpegs[-1])
-        await client.wait_processed()
-        return asyncio.create_task(self._send_frames(client, end_s))
+        sent = 0
+        while client.frames.processed == 0:  # on a busy machine a live one may be too old
+            sent = await client.send_frame(self._jpegs[-1])
+            await client.wait_processed()
+        return asyncio.create_task(self._send_frames(client, end_s, sent))
 
-    async def _send_frames(self, client: Client, end_s: float) -> int:
-        """Returns how many there have been, with the first."""
-        begin_s, sent = time.monotonic(), 1
+    async def _send_frames(self, client: Client, end_s: float, sent: int) -> int:
+        """Returns how many there have been, `sent` among them."""
+        begin_s, first = time.monotonic(), sent
         while time.monotonic() < end_s:
             await client.send_frame(self._jpegs[sent % len(self._jpegs)])
             sent += 1
-            await asyncio.sleep(max(0.0, begin_s + sent / self._fps - time.monotonic()))
+            due_s = begin_s + (sent - first) / self._fps
+            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
         return sent
 
     async def _account(self, client: Client, sent: int) -> None:
@@ -323,7 +326,12 @@ class Load:
         async with await Client.subscribe(self._address, name) as client:
             client.on_event = self.seen.listener(client.created.session_id)
             self.seen.done["subscriptions"] += 1
-            await client.ask(QUESTIONS[1])
+            try:
+                await client.ask(QUESTIONS[1])
+            except NoFrameYet:  # the camera has just begun
+                self.seen.done["too_early"] += 1
+                await asyncio.sleep(self._action_s)
+                return
             alert = await client.create_alert(QUESTIONS[2], on_threshold=1e-6, off_threshold=1e-7)
             await asyncio.sleep(self._action_s * 4)
             await client.ask(QUESTIONS[2])

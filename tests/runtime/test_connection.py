@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,6 +12,7 @@ from edge_vlm_runtime.engine_thread.worker import EngineWorker
 from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.protocol.settings import ModelLimits, ServerLimits
 from edge_vlm_runtime.recording.recorder import Recorder
+from edge_vlm_runtime.server.client_session import ClientSession
 from edge_vlm_runtime.server.connection import Connection
 from edge_vlm_runtime.server.sessions import SessionRegistry
 from edge_vlm_runtime.session.budget import default_settings
@@ -71,3 +73,31 @@ def test_a_client_that_does_not_read_is_disconnected_and_its_session_ended() -> 
         with fake_table(**limits) as table:
             run(serve(table, socket))
         assert socket.closed == [1013]
+
+
+class LeavingSocket(StuckSocket):
+    """Reads what it is sent, says nothing and goes."""
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        await asyncio.sleep(0)
+        return {"type": "websocket.disconnect", "code": 1000}
+
+    async def send_text(self, data: str) -> None: ...
+
+
+def test_a_session_that_has_ended_does_not_wait_for_a_collection() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with fake_table() as table:
+
+            async def come_and_go() -> None:
+                for _ in range(3):
+                    await Connection(cast(Any, LeavingSocket(0)), table).run()
+                assert table.num_sessions == 0
+
+            run(come_and_go())
+            left = [each for each in gc.get_objects() if type(each) is ClientSession]
+    finally:
+        gc.enable()
+    assert len(left) <= 1, "what holds them?"  # the engine thread's last message may be about one

@@ -47,7 +47,7 @@ def _serve(args: argparse.Namespace) -> int:
             server.on_plan(routes.planned)
             gc.collect()
             gc.freeze()  # or each whole collection would look at all that lives until the end
-            gc.collect()  # the next is due when a quarter more is new than this one leaves: little
+            gc.collect()  # the next whole one comes when a quarter of what this one leaves is new
             if Backend(args.backend) in (Backend.OPENVINO, Backend.AUTO):
                 print_notes([server.runs_on])
             print_notes(server.notes)

@@ -115,6 +115,8 @@ class Connection:
                 log.error("a connection failed", exc_info=received)
                 await self._say_goodbye(1011, "the connection failed")
             await self._part()
+            if self._session.viewer is self:  # or each would keep the other, and all its events
+                self._session.viewer = None
 
     async def _open(self) -> None:
         self._session = await self._table.open()
