@@ -25,7 +25,7 @@ def summary(made: Calibration, sections: Sequence[str]) -> str:
         ("ranges", CalibrationTable, ranges_text),
         ("alerts", AlertsSection, alerts_text),
     ):
-        section: Any = made.find(kind)  # type: ignore[arg-type]
+        section: Any = made.find(kind)
         if name in sections and section is not None:
             notes = [f"note: {note}" for note in made.sections[name].notes]
             parts.append("\n".join([f"[{name}]", text(section), *notes]))
