@@ -117,9 +117,7 @@ def change_text(section: ChangeSection) -> str:
         if section.score_floor is not None:
             floor += f", its {section.scorer} score reaches {section.score_floor:.4g}"
         lines.append(floor)
-    lines.append(
-        f"moving     {section.moving_share:.1%} of the cells change by clearly more"
-    )
+    lines.append(f"moving     {section.moving_share:.1%} of the cells change by clearly more")
     return "\n".join(lines)
 
 
