@@ -78,6 +78,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="of each clip that a real session is shown with the settings; 0: none (60)",
     )
+    budget.add_argument(
+        "--questions",
+        type=input_footage,
+        metavar="FILE",
+        help="questions with known answers, as of `eval` (JSONL or a question-set folder): right "
+        "answers at each share",
+    )
+    budget.add_argument(
+        "--plot", type=output_file, metavar="FILE.png", help="draw the curves into a picture"
+    )
     alerts = parser.add_argument_group("alerts on footage with known events (section alerts)")
     alerts.add_argument(
         "--marks",
@@ -167,10 +177,27 @@ def _calibrate(args: argparse.Namespace) -> int:
             print(f"stopped: the same command goes on where it was ({work.name}/)", file=sys.stderr)
         raise
     print(summary(made, request.sections))
+    _plot(args, made)
     if "alerts" in request.sections:
         _tell_alerts(args, made)
     print(f"\ncalibration: {args.out}")
     return 0
+
+
+def _plot(args: argparse.Namespace, made: Calibration) -> None:
+    from edge_vlm.formats.calibrated import BudgetSection
+    from edge_vlm_calibration.plot import write_png
+
+    if args.plot is None:
+        return
+    section = made.find(BudgetSection)
+    if section is None or not write_png(section, args.plot):
+        raise ConfigError(
+            "there is nothing to plot: no scores were taken down",
+            where=args.plot,
+            remedy="ask for the section budget of a model that has a scorer",
+        )
+    print(f"\nplot: {args.plot}")
 
 
 def _tell_alerts(args: argparse.Namespace, made: Calibration) -> None:
@@ -249,6 +276,7 @@ def _request(args: argparse.Namespace) -> Request:
         measure_s=args.measure,
         threads=args.threads,
         backend=args.backend,
+        questions=args.questions,
     )
     return dataclasses.replace(request, sections=_sections(args, request.is_bundle))
 

@@ -66,7 +66,7 @@ def change_section(clips: Mapping[str, Rows], scorer: str) -> tuple[ChangeSectio
             end_s=round(float(best.rows["time_s"][-1]), 3),
             frames=len(best.rows),
         )
-    moving = _moving_share(list(clips.values()), pixel_floor or 0.0)
+    moving = _moving_share(list(clips.values()), MARGIN * (pixel_floor or 0.0))
     if best is not None and moving < 2 * (1 - QUANTILE):
         notes.append(
             "nothing moves in the footage beyond the camera's noise: what follows is of a still "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ from typing import Any
 import edge_vlm
 from edge_vlm.console.progress import Progress
 from edge_vlm.errors import ConfigError, EdgeVlmError, MissingExtraError, VideoError
+from edge_vlm.evaluation.runs import EvaluatorOptions
 from edge_vlm.formats.bundle import MANIFEST
 from edge_vlm.formats.calibrated.change import ChangeSection
 from edge_vlm.formats.calibration import Calibration, ClipRecord, Provenance
 from edge_vlm.watching import WATCHER_GROUP, Watcher
+from edge_vlm_calibration.answering import accuracy
 from edge_vlm_calibration.budget import Wanted, budget_section
 from edge_vlm_calibration.footage import expected_frames, pictures
 from edge_vlm_calibration.looking import look_at, rows_of, side_of
@@ -41,6 +44,8 @@ class Request:
     measure_s: float
     threads: int
     backend: str
+    questions: Path | None = None
+    """With known answers, a JSONL file or a question set."""
 
     @property
     def is_bundle(self) -> bool:
@@ -221,6 +226,15 @@ def make(request: Request, watcher: Watcher, work: WorkFolder, made: Calibration
                 most,
                 progress.advance,
             )
+    if request.questions is not None:
+        points = accuracy(
+            request.model,
+            is_bundle=request.is_bundle,
+            questions=request.questions,
+            fps=request.fps,
+            options=EvaluatorOptions(threads=request.threads or 2, backend=request.backend),
+        )
+        section = dataclasses.replace(section, accuracy=points)
     floor = change.score_floor
     if scorer == "change" and floor and float(section.settings["change_threshold"]) < floor:
         notes.append(

@@ -25,7 +25,7 @@ def summary(made: Calibration, sections: Sequence[str]) -> str:
         ("ranges", CalibrationTable, ranges_text),
         ("alerts", AlertsSection, alerts_text),
     ):
-        section: Any = made.find(kind)  # type: ignore[arg-type]
+        section: Any = made.find(kind)
         if name in sections and section is not None:
             notes = [f"note: {note}" for note in made.sections[name].notes]
             parts.append("\n".join([f"[{name}]", text(section), *notes]))
@@ -117,9 +117,7 @@ def change_text(section: ChangeSection) -> str:
         if section.score_floor is not None:
             floor += f", its {section.scorer} score reaches {section.score_floor:.4g}"
         lines.append(floor)
-    lines.append(
-        f"moving     {section.moving_share:.1%} of the cells of later frames change by more"
-    )
+    lines.append(f"moving     {section.moving_share:.1%} of the cells change by clearly more")
     return "\n".join(lines)
 
 

@@ -9,15 +9,12 @@ from edge_vlm.formats.calibrated.budget import BudgetSection
 from edge_vlm.formats.calibrated.change import ChangeSection
 from edge_vlm.formats.calibration import Calibration
 
-SETTINGS_SECTIONS = (BudgetSection, ChangeSection)
-"""Those that hold settings of sessions."""
-
 
 def session_settings(calibration: Calibration, where: object = None) -> dict[str, Any]:
     """Fields of a session's settings that the file has. Raises ConfigError."""
     settings: dict[str, Any] = {}
-    for kind in SETTINGS_SECTIONS:
-        if (section := calibration.find(kind, where)) is not None:
+    for section in (calibration.find(BudgetSection, where), calibration.find(ChangeSection, where)):
+        if section is not None:
             settings |= section.settings
     return settings
 

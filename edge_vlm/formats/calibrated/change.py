@@ -45,8 +45,8 @@ class ChangeSection:
     scorer: str
     """What these scores are: learned or change."""
     moving_share: float
-    """Of all cells after first frames, those that change by more than `pixel_floor`; of all if
-    there is no floor."""
+    """Of all cells after first frames, those that change by clearly more, half as much again; by
+    anything at all if there is no floor."""
 
     def __post_init__(self) -> None:
         settings(self.settings, CHANGE_SETTINGS)
