@@ -68,7 +68,11 @@ async def watch(server: Server) -> None:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with open_server(
-        max_connections=12, max_sessions=2, max_connections_per_address=3, resume_grace_s=0
+        max_connections=12,
+        max_sessions=2,
+        max_connections_per_address=3,
+        max_messages_per_s=1_000_000,
+        resume_grace_s=0,
     ) as running:
         running.start()
         yield running
