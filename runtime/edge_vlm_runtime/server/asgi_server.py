@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
 import socket
@@ -44,6 +45,8 @@ FULL = (
     b"content-length: 0\r\n\r\n"
 )
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+AT_A_TIME = 8
+"""Connections that are taken in before everybody else has a turn."""
 PAUSE_S = 0.1
 """After a connection could not be taken in."""
 
@@ -141,7 +144,7 @@ class _Entrance:
         self._is_out = False
         listener.setblocking(False)
         self._loop = asyncio.get_running_loop()
-        self._carried: set[asyncio.Task[None]] = set()
+        self._carried: set[asyncio.Task[Any]] = set()
         self._take_spare()
         self._tasks = [self._loop.create_task(self._run()), self._loop.create_task(self._sweep())]
 
@@ -151,7 +154,7 @@ class _Entrance:
         self._drop_spare()
 
     async def _run(self) -> None:
-        while True:
+        for number in itertools.count(1):
             try:
                 connection, peer = await self._loop.sock_accept(self._listener)
             except OSError as error:
@@ -163,7 +166,8 @@ class _Entrance:
                 continue
             self._is_out = False
             self._take_in(connection, str(peer[0]))
-            await asyncio.sleep(0)  # the others' turn, however many wait outside
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)  # the others' turn, however many wait outside
 
     def _take_in(self, connection: socket.socket, peer: str) -> None:
         visitor = self._doors.let_in(peer)
@@ -173,27 +177,32 @@ class _Entrance:
                 if self._ssl is None:
                     connection.send(FULL)
             return
-        task = self._loop.create_task(self._carry(connection, visitor))
+        # Up to the end of the handshake.
+        work = self._loop.connect_accepted_socket(
+            lambda: self._protocol(visitor),
+            connection,
+            ssl=self._ssl,
+            ssl_handshake_timeout=None if self._ssl is None else HANDSHAKE_S,
+        )
+        task = self._loop.create_task(work)
         visitor.cut = task.cancel
         self._carried.add(task)
-        task.add_done_callback(self._carried.discard)
+        task.add_done_callback(lambda task: self._carried_in(task, connection, visitor))
 
-    async def _carry(self, connection: socket.socket, visitor: Visitor) -> None:
-        """Up to the end of the handshake."""
-        timeout_s = None if self._ssl is None else HANDSHAKE_S
-        try:
-            await self._loop.connect_accepted_socket(
-                lambda: self._protocol(visitor),
-                connection,
-                ssl=self._ssl,
-                ssl_handshake_timeout=timeout_s,
-            )
-        except BaseException as error:
-            connection.close()
-            self._doors.leave(visitor)
-            if not isinstance(error, (OSError, asyncio.CancelledError)):
-                raise
+    def _carried_in(
+        self, task: asyncio.Task[Any], connection: socket.socket, visitor: Visitor
+    ) -> None:
+        """Or not: then nobody else closes the connection, if the task was cut before it began."""
+        self._carried.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None and not task.cancelled():
+            return
+        connection.close()
+        self._doors.leave(visitor)
+        if isinstance(error, OSError):
             log.debug("a connection came to nothing: %r", error)
+        elif error is not None:
+            log.error("a connection could not be taken in", exc_info=error)
 
     async def _out_of_descriptors(self, error: OSError) -> None:
         """Somebody else gives way, or the one who came is told so."""
@@ -341,7 +350,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(64)
+        listener.listen(128)
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)

@@ -246,7 +246,8 @@ class Site:
             return
         visitor.stage = Stage.SERVED
         try:
-            await self._hub.subscribe(websocket, query)
+            party = None if visitor.is_local else visitor.party
+            await self._hub.subscribe(websocket, query, party)
         except EdgeVlmError as error:
             await refuse(websocket, error)
 
