@@ -236,6 +236,14 @@ def test_descriptors_that_run_out(server: Server, caplog: pytest.LogCaptureFixtu
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     plain = [socket.socket() for _ in range(3)]
+    early = come_from(server)
+    early.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    told = b""
+    while b"alive" not in told:
+        told += early.recv(1000)
+    (visitor,) = doors_of(server)._visitors.values()
+    until(lambda: visitor.stage is Stage.BETWEEN, "it has been answered")
+    visitor.stage = Stage.SERVED
     filling: list[int] = []
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (doors._num_open() + 30, limits[1]))
@@ -248,13 +256,18 @@ def test_descriptors_that_run_out(server: Server, caplog: pytest.LogCaptureFixtu
             each.connect(("127.0.0.1", server.port))
         for each in plain:
             assert end_of(each) == b""  # told at once instead of waiting
+        early.sendall(b"GET /app.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        told = end_of(early)
+        assert told.startswith(b"HTTP/1.1 503 "), told[:200]
+        assert b"no more files can be opened" in told
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for descriptor in filling:
             os.close(descriptor)
-        for each in plain:
+        for each in (*plain, early):
             each.close()
     run(watch(server))
+    assert "Traceback" not in caplog.text
     said = [each for each in caplog.records if each.name == asgi_server.__name__]
     assert [each.getMessage() for each in said] == [
         "no connection can be taken in: Too many open files; raise the limit of open files "

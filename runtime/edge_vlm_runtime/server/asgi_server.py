@@ -47,6 +47,8 @@ FULL = (
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 AT_A_TIME = 8
 """Connections that are taken in before everybody else has a turn."""
+SAID_FOR_S = 60.0
+"""That descriptors have run out is not said again for so long."""
 PAUSE_S = 0.1
 """After a connection could not be taken in."""
 
@@ -141,7 +143,7 @@ class _Entrance:
         self._ssl = config.ssl
         self._protocol = protocol
         self._spare: int | None = None
-        self._is_out = False
+        self._said_at_s = float("-inf")
         listener.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._carried: set[asyncio.Task[Any]] = set()
@@ -164,7 +166,6 @@ class _Entrance:
                     log.warning("a connection could not be taken in: %s", error)
                     await asyncio.sleep(PAUSE_S)
                 continue
-            self._is_out = False
             self._take_in(connection, str(peer[0]))
             if number % AT_A_TIME == 0:
                 await asyncio.sleep(0)  # the others' turn, however many wait outside
@@ -206,8 +207,8 @@ class _Entrance:
 
     async def _out_of_descriptors(self, error: OSError) -> None:
         """Somebody else gives way, or the one who came is told so."""
-        if not self._is_out:
-            self._is_out = True
+        if self._loop.time() - self._said_at_s > SAID_FOR_S:
+            self._said_at_s = self._loop.time()
             log.error(
                 "no connection can be taken in: %s; raise the limit of open files (ulimit -n) or "
                 "lower --max-connections",
