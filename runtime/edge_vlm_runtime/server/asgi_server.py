@@ -327,14 +327,18 @@ class _BoundedWebSocket(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         self._visitor.is_taken = True
         super().resume_writing()
-        if not self.read_paused:
+        if self._is_listened_to:
             self.transport.resume_reading()
 
     async def receive(self) -> Any:
-        message = await super().receive()
-        if not self.writable.is_set():
+        message = await super().receive()  # which reads on when its queue is empty
+        if not self._is_listened_to:
             self.transport.pause_reading()
         return message
+
+    @property
+    def _is_listened_to(self) -> bool:
+        return self.writable.is_set() and not self.read_paused
 
     async def send(self, message: Any) -> None:
         await super().send(message)
