@@ -45,6 +45,9 @@ FULL = (
     b"content-length: 0\r\n\r\n"
 )
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+BACKLOG = 2048
+"""Connections that the system keeps until they are taken in: one too many tries again only after a
+second."""
 AT_A_TIME = 8
 """Connections that are taken in before everybody else has a turn."""
 SAID_FOR_S = 60.0
@@ -355,7 +358,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(128)
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
