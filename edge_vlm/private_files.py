@@ -28,10 +28,14 @@ def make_folder(path: Path) -> str | None:
 
 
 def exposure(path: Path) -> str | None:
-    """What is to be said of a file or folder that others than its owner have rights to. Raises
-    OSError."""
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if os.name != "posix" or not mode & OTHERS:
+    """What is to be said of a folder, or of a file of one's own, that others than its owner have
+    rights to: a file of root's may be meant for its group. Raises OSError."""
+    if os.name != "posix":
+        return None
+    found = path.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    is_foreign = stat.S_ISREG(found.st_mode) and found.st_uid != os.geteuid()
+    if is_foreign or not mode & OTHERS:
         return None
     wanted = FOLDER_MODE if path.is_dir() else FILE_MODE
     return f"{path}: other users have rights to it ({mode:04o}); chmod {wanted:o} takes them away"

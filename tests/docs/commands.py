@@ -68,6 +68,7 @@ WORDS = {
         "journalctl",
         "openssl",
         "kill",
+        "chmod",
         "jq",
         "cat",
     ),

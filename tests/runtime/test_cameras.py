@@ -29,10 +29,11 @@ from edge_vlm_runtime.client.live_streams import LiveStreams
 from edge_vlm_runtime.mcp.tools import StreamTools
 from edge_vlm_runtime.protocol.alerts import AlertCreated, AlertTriggered
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
+from edge_vlm_runtime.server.access import doors
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.server.client_session import ClientSession
 from edge_vlm_runtime.server.sessions import SessionRegistry
-from edge_vlm_runtime.server.streams.hub import MAX_SUBSCRIBERS
+from edge_vlm_runtime.server.streams.hub import MAX_OF_PARTY, MAX_SUBSCRIBERS
 from edge_vlm_runtime.server.streams.subscription import Subscription
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.sources import live, waiting
@@ -382,6 +383,25 @@ def test_a_camera_has_its_subscribers_and_viewers_their_places(running: Owned) -
             with pytest.raises(ServerBusy, match="16 subscribers watch 'door' already"):
                 await Client.subscribe(running.address, "door", access=ACCESS)
             await watching.enter_async_context(await Client.connect(running.address, access=ACCESS))
+
+    run(watch())
+
+
+def test_an_address_takes_so_many_places_of_a_camera(
+    running: Owned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doors, "is_loopback", lambda host: False)
+
+    async def watch() -> None:
+        async with AsyncExitStack() as watching:
+            for _ in range(MAX_OF_PARTY):
+                client = await Client.subscribe(running.address, "door", access=ACCESS)
+                await watching.enter_async_context(client)
+            with pytest.raises(ServerBusy, match="12 subscribers of this address watch 'door'"):
+                await Client.subscribe(running.address, "door", access=ACCESS)
+            monkeypatch.undo()
+            client = await Client.subscribe(running.address, "door", access=ACCESS)
+            await watching.enter_async_context(client)
 
     run(watch())
 

@@ -99,7 +99,7 @@ class Guesser:
         self.waits: list[float] = []
         self.attempts: list[str] = []
         self.check = KeyCheck(KEY, clock_s=lambda: self.now_s, on_attempt=self.attempts.append)
-        monkeypatch.setattr(keys.asyncio, "sleep", self._sleep)
+        monkeypatch.setattr(asyncio, "sleep", self._sleep)
 
     async def _sleep(self, seconds: float) -> None:
         self.waits.append(seconds)

@@ -94,7 +94,8 @@ class Server:
         if self.limits.max_connections < self.limits.max_sessions:
             raise ConfigError(
                 f"max_connections must be at least max_sessions, {self.limits.max_sessions}, "
-                f"got {self.limits.max_connections}"
+                f"got {self.limits.max_connections}",
+                remedy="raise --max-connections, or lower --max-sessions",
             )
         accepted = Origins(origins)
         names = allowed_hosts(host, [*hosts, *accepted.hosts])

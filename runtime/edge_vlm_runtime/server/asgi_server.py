@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
 import socket
@@ -37,16 +38,23 @@ DOORS = "edge_vlm.doors"
 PING_INTERVAL_S = 20.0
 HEADERS_S = 30.0
 """For a request up to the end of its headers; whoever needs longer is told 408 and cut off."""
-GOODBYE_BYTES = 256 << 10
-"""That are taken from a client after the websocket was closed; one that sends more is cut off."""
 HANDSHAKE_S = 15.0
 """For that of TLS."""
+GOODBYE_BYTES = 256 << 10
+"""That are taken from a client after the websocket was closed; one that sends more is cut off."""
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 5\r\n"
     b"content-length: 0\r\n\r\n"
 )
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+BACKLOG = 2048
+"""Connections that the system keeps until they are taken in: one too many tries again only after a
+second."""
+AT_A_TIME = 8
+"""Connections that are taken in before everybody else has a turn."""
+SAID_FOR_S = 60.0
+"""That descriptors have run out is not said again for so long."""
 PAUSE_S = 0.1
 """After a connection could not be taken in."""
 
@@ -141,10 +149,10 @@ class _Entrance:
         self._ssl = config.ssl
         self._protocol = protocol
         self._spare: int | None = None
-        self._is_out = False
+        self._said_at_s = float("-inf")
         listener.setblocking(False)
         self._loop = asyncio.get_running_loop()
-        self._carried: set[asyncio.Task[None]] = set()
+        self._carried: set[asyncio.Task[Any]] = set()
         self._take_spare()
         self._tasks = [self._loop.create_task(self._run()), self._loop.create_task(self._sweep())]
 
@@ -154,7 +162,7 @@ class _Entrance:
         self._drop_spare()
 
     async def _run(self) -> None:
-        while True:
+        for number in itertools.count(1):
             try:
                 connection, peer = await self._loop.sock_accept(self._listener)
             except OSError as error:
@@ -164,9 +172,9 @@ class _Entrance:
                     log.warning("a connection could not be taken in: %s", error)
                     await asyncio.sleep(PAUSE_S)
                 continue
-            self._is_out = False
             self._take_in(connection, str(peer[0]))
-            await asyncio.sleep(0)  # the others' turn, however many wait outside
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)  # the others' turn, however many wait outside
 
     def _take_in(self, connection: socket.socket, peer: str) -> None:
         visitor = self._doors.let_in(peer)
@@ -176,32 +184,37 @@ class _Entrance:
                 if self._ssl is None:
                     connection.send(FULL)
             return
-        task = self._loop.create_task(self._carry(connection, visitor))
+        # Up to the end of the handshake.
+        work = self._loop.connect_accepted_socket(
+            lambda: self._protocol(visitor),
+            connection,
+            ssl=self._ssl,
+            ssl_handshake_timeout=None if self._ssl is None else HANDSHAKE_S,
+        )
+        task = self._loop.create_task(work)
         visitor.cut = task.cancel
         self._carried.add(task)
-        task.add_done_callback(self._carried.discard)
+        task.add_done_callback(lambda task: self._carried_in(task, connection, visitor))
 
-    async def _carry(self, connection: socket.socket, visitor: Visitor) -> None:
-        """Up to the end of the handshake."""
-        timeout_s = None if self._ssl is None else HANDSHAKE_S
-        try:
-            await self._loop.connect_accepted_socket(
-                lambda: self._protocol(visitor),
-                connection,
-                ssl=self._ssl,
-                ssl_handshake_timeout=timeout_s,
-            )
-        except BaseException as error:
-            connection.close()
-            self._doors.leave(visitor)
-            if not isinstance(error, (OSError, asyncio.CancelledError)):
-                raise
+    def _carried_in(
+        self, task: asyncio.Task[Any], connection: socket.socket, visitor: Visitor
+    ) -> None:
+        """Or not: then nobody else closes the connection, if the task was cut before it began."""
+        self._carried.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None and not task.cancelled():
+            return
+        connection.close()
+        self._doors.leave(visitor)
+        if isinstance(error, OSError):
             log.debug("a connection came to nothing: %r", error)
+        elif error is not None:
+            log.error("a connection could not be taken in", exc_info=error)
 
     async def _out_of_descriptors(self, error: OSError) -> None:
         """Somebody else gives way, or the one who came is told so."""
-        if not self._is_out:
-            self._is_out = True
+        if self._loop.time() - self._said_at_s > SAID_FOR_S:
+            self._said_at_s = self._loop.time()
             log.error(
                 "no connection can be taken in: %s; raise the limit of open files (ulimit -n) or "
                 "lower --max-connections",
@@ -228,98 +241,6 @@ class _Entrance:
         while True:
             await asyncio.sleep(doors.SWEEP_S)
             self._doors.sweep(self._loop.time())
-
-
-def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
-    """uvicorn's websocket for clients that mean harm: it parses all that a socket hands over at
-    once, answers pings whether or not anybody reads, and reads on after it has said goodbye."""
-
-    class Bounded(WebSocketsSansIOProtocol):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._doors: Doors = self.app_state[DOORS]
-            self._visitor: Visitor = self.app_state[VISITOR]
-            self._cutter = FrameCutter()
-            self._allowance = Allowance(messages_per_s, self.loop.time)
-            self._is_held = False
-            """Nothing is read until `_go_on`."""
-            self._unheard_bytes = 0
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            self._visitor.stage = Stage.STRANGER
-            super().connection_made(transport)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._doors.leave(self._visitor)
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            if not self.handshake_initiated:  # the request, from the protocol before this one
-                super().data_received(data)
-                return
-            if self.close_sent:
-                self._unheard_bytes += len(data)
-                if self._unheard_bytes > GOODBYE_BYTES:
-                    self.transport.abort()
-                    return
-            self._cutter.push(data)
-            if not self._is_held:
-                self._read()
-
-        def _read(self) -> None:
-            """What has come, as far as it is allowed."""
-            while not self.transport.is_closing():
-                head = self._cutter.head
-                if head is not None:
-                    if head.opcode == PING and not self.writable.is_set():
-                        self._hold()
-                        return
-                    if not self._allowance.take(head.cost):
-                        if self.close_sent:
-                            self.transport.abort()
-                            return
-                        self._hold()
-                        self.loop.call_later(self._allowance.wait_s, self._go_on)
-                        return
-                piece = self._cutter.cut()
-                if not piece:
-                    return
-                super().data_received(piece)
-
-        def _hold(self) -> None:
-            self._is_held = True
-            self.transport.pause_reading()
-
-        def _go_on(self) -> None:
-            if not self._is_held or self.transport.is_closing():
-                return
-            self._is_held = False
-            self._read()
-            if not self._is_held and not self.read_paused and not self.transport.is_closing():
-                self.transport.resume_reading()
-
-        def resume_writing(self) -> None:
-            self._visitor.is_taken = True
-            super().resume_writing()
-            self._go_on()
-
-        async def receive(self) -> Any:
-            message = await super().receive()  # which reads on when its queue is empty
-            if self._is_held:
-                self.transport.pause_reading()
-            return message
-
-        async def send(self, message: Any) -> None:
-            await super().send(message)
-            if self.initial_response is not None and self.close_sent:
-                self.handshake_complete = True  # it was refused in full; else logged as a bug
-
-        def keepalive_timeout(self) -> None:
-            super().keepalive_timeout()
-            if self.close_sent:  # whoever is gone does not read the rest
-                self.transport.abort()
-
-    return Bounded
 
 
 class _HeadersInTime(H11Protocol):
@@ -388,6 +309,130 @@ class _HeadersInTime(H11Protocol):
         self.transport.close()
 
 
+class _BoundedWebSocket(WebSocketsSansIOProtocol):
+    """uvicorn answers pings of a client that reads nothing, and keeps the answers."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._doors: Doors = self.app_state[DOORS]
+        self._visitor: Visitor = self.app_state[VISITOR]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._visitor.stage = Stage.STRANGER
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._doors.leave(self._visitor)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Who does not read is not listened to: whatever it says would have to be answered."""
+        super().pause_writing()
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._visitor.is_taken = True
+        super().resume_writing()
+        if self._is_listened_to:
+            self.transport.resume_reading()
+
+    async def receive(self) -> Any:
+        message = await super().receive()  # which reads on when its queue is empty
+        if not self._is_listened_to:
+            self.transport.pause_reading()
+        return message
+
+    @property
+    def _is_listened_to(self) -> bool:
+        return self.writable.is_set() and not self.read_paused
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True  # it was refused in full; else that is logged as a bug
+
+
+def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
+    """uvicorn's websocket for clients that mean harm: it parses all that a socket hands over at
+    once, answers pings whether or not anybody reads, and reads on after it has said goodbye."""
+
+    class Bounded(_BoundedWebSocket):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._cutter = FrameCutter()
+            self._allowance = Allowance(messages_per_s, self.loop.time)
+            self._is_held = False
+            """Nothing is read until `_go_on`."""
+            self._waking: asyncio.TimerHandle | None = None
+            self._unheard_bytes = 0
+
+        def data_received(self, data: bytes) -> None:
+            if not self.handshake_initiated:  # the request, from the protocol before this one
+                super().data_received(data)
+                return
+            if self.close_sent:
+                self._unheard_bytes += len(data)
+                if self._unheard_bytes > GOODBYE_BYTES:
+                    self.transport.abort()
+                    return
+            self._cutter.push(data)
+            if not self._is_held:
+                self._read()
+
+        def _read(self) -> None:
+            """What has come, as far as it is allowed."""
+            while not self.transport.is_closing():
+                head = self._cutter.head
+                if head is not None:
+                    if head.opcode == PING and not self.writable.is_set():
+                        self._hold()
+                        return
+                    if not self._allowance.take(head.cost):
+                        if self.close_sent:
+                            self.transport.abort()
+                            return
+                        self._hold()
+                        if self._waking is None:
+                            wait_s = self._allowance.wait_s
+                            self._waking = self.loop.call_later(wait_s, self._wake)
+                        return
+                piece = self._cutter.cut()
+                if not piece:
+                    return
+                super().data_received(piece)
+
+        def _hold(self) -> None:
+            self._is_held = True
+            self.transport.pause_reading()
+
+        def _wake(self) -> None:
+            self._waking = None
+            self._go_on()
+
+        def _go_on(self) -> None:
+            if not self._is_held or self.transport.is_closing():
+                return
+            self._is_held = False
+            self._read()
+            if self._is_listened_to and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+        @property
+        def _is_listened_to(self) -> bool:
+            return not self._is_held and super()._is_listened_to
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._go_on()
+
+        def keepalive_timeout(self) -> None:
+            super().keepalive_timeout()
+            if self.close_sent:  # whoever is gone does not read the rest
+                self.transport.abort()
+
+    return Bounded
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket for `serve`; port 0 takes a free one. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -397,7 +442,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(64)
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)

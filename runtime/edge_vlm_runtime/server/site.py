@@ -50,7 +50,7 @@ try:
     from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.staticfiles import StaticFiles
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from starlette.websockets import WebSocket, WebSocketClose
 except ImportError as error:
     raise MissingExtraError.for_library(error.name or "starlette", "serve") from error
@@ -246,7 +246,8 @@ class Site:
             return
         visitor.stage = Stage.SERVED
         try:
-            await self._hub.subscribe(websocket, query)
+            party = None if visitor.is_local else visitor.party
+            await self._hub.subscribe(websocket, query, party)
         except EdgeVlmError as error:
             await refuse(websocket, error)
 
@@ -300,15 +301,24 @@ class _Guard:
                 await self._keys.require(scope)
         except (HostNotAllowed, Unauthorized, TooManyRequests) as error:
             app = _refusal(error)
+        has_begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
         try:
-            await app(scope, receive, send)
+            await app(scope, receive, sent)
         except OSError as error:
             if error.errno not in OUT_OF_DESCRIPTORS:
                 raise
             log.error("a request failed: %s", error.strerror)
-            await _refusal(ServerBusy("no more files can be opened", remedy="try again later"))(
-                scope, receive, send
-            )
+            if has_begun:
+                scope["state"][VISITOR].cut()
+                return
+            busy = ServerBusy("no more files can be opened", remedy="try again later")
+            await _refusal(busy)(scope, receive, send)
 
     def _know(self, scope: Scope) -> None:
         """Raises TooManyRequests."""

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 PREFIX = "/v1/streams"
 MAX_SUBSCRIBERS = 16
 """Of one camera."""
+MAX_OF_PARTY = 12
+"""Of these, from one address."""
 MAX_CONNECTIONS = MAX_SUBSCRIBERS + 4
 """For one camera: one too many is still told why."""
 ON, OFF = ("true", "1"), ("false", "0", "")
@@ -163,9 +165,11 @@ class StreamHub:
     def num_subscribers(self, name: str) -> int:
         return len(self._subscribers.get(name, ()))
 
-    async def subscribe(self, websocket: WebSocket, query: Mapping[str, str]) -> None:
-        """Serves an accepted connection to its end. Raises, before anything is sent, UnknownStream,
-        ConfigError, ServerBusy."""
+    async def subscribe(
+        self, websocket: WebSocket, query: Mapping[str, str], party: str | None = None
+    ) -> None:
+        """Serves an accepted connection to its end. `party`: whose it is, None for this machine's
+        own. Raises, before anything is sent, UnknownStream, ConfigError, ServerBusy."""
         camera = self._keeper.camera(query[protocol.STREAM_PARAMETER])
         wanted = query.get(protocol.PICTURES_PARAMETER, "").lower()
         if wanted not in (*ON, *OFF):
@@ -183,6 +187,11 @@ class StreamHub:
                 f"{MAX_SUBSCRIBERS} subscribers watch {camera.name!r} already",
                 remedy="connect again later",
             )
+        if party is not None and sum(s.party == party for s in subscribers) >= MAX_OF_PARTY:
+            raise ServerBusy(
+                f"{MAX_OF_PARTY} subscribers of this address watch {camera.name!r} already",
+                remedy="close one of them",
+            )
         created = self._table.created(session, session.settings or camera.settings)
         created.stream = _stream(camera)
         subscription = Subscription(
@@ -194,6 +203,7 @@ class StreamHub:
             is_of_file=lambda alert_id: alert_id in camera.alert_ids.values(),
             is_draining=lambda: self._table.draining,
             on_lost_picture=lambda: self._counts.lost_picture(camera.name),
+            party=party,
         )
         subscribers.add(subscription)
         try:

@@ -75,9 +75,11 @@ class Subscription:
         is_of_file: Callable[[str], bool],
         is_draining: Callable[[], bool],
         on_lost_picture: Callable[[], None] = lambda: None,
+        party: str | None = None,
     ) -> None:
         """`created`: the first event; `is_of_file`: whether the alert of an id may not be deleted
         here; `on_lost_picture`: the other side did not read one in time."""
+        self.party = party
         self._websocket = websocket
         self._session = session
         self._max_message_bytes = max_message_bytes
