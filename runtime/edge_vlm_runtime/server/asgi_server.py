@@ -100,6 +100,7 @@ def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
             self._allowance = Allowance(messages_per_s, self.loop.time)
             self._is_held = False
             """Nothing is read until `_go_on`."""
+            self._waking: asyncio.TimerHandle | None = None
             self._unheard_bytes = 0
 
         def data_received(self, data: bytes) -> None:
@@ -128,7 +129,9 @@ def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
                             self.transport.abort()
                             return
                         self._hold()
-                        self.loop.call_later(self._allowance.wait_s, self._go_on)
+                        if self._waking is None:
+                            wait_s = self._allowance.wait_s
+                            self._waking = self.loop.call_later(wait_s, self._wake)
                         return
                 piece = self._cutter.cut()
                 if not piece:
@@ -138,6 +141,10 @@ def _bounded(messages_per_s: int) -> type[asyncio.Protocol]:
         def _hold(self) -> None:
             self._is_held = True
             self.transport.pause_reading()
+
+        def _wake(self) -> None:
+            self._waking = None
+            self._go_on()
 
         def _go_on(self) -> None:
             if not self._is_held or self.transport.is_closing():
