@@ -57,8 +57,8 @@ def test_frames_are_cut_where_they_end_however_they_came(
 
 def test_text_costs_by_its_length_and_pictures_do_not() -> None:
     assert FrameHead(TEXT, 2).cost == pytest.approx(1.0, abs=0.001)
-    assert FrameHead(TEXT, 8 << 20).cost == 129.0
-    assert FrameHead(0, 8 << 20).cost == 129.0  # it may go on a text
+    assert FrameHead(TEXT, 8 << 20).cost == 513.0
+    assert FrameHead(0, 8 << 20).cost == 513.0  # it may go on a text
     assert FrameHead(2, 8 << 20).cost == FrameHead(PING, 125).cost == 1.0
 
 
