@@ -15,6 +15,8 @@ MAX_SCANS = 64
 """Of a JPEG; encoders write up to about a dozen."""
 MAX_SEGMENTS = 2000
 """Of a file before its picture: colour profiles, EXIF, comments."""
+MIN_CHUNK = 1024
+"""Bytes of a PNG's chunk, on average; encoders write 8 KiB."""
 MAX_JUNK = 1 << 16
 """Bytes of a JPEG that belong to nothing."""
 CHEAP_PIXELS, CHEAP_BYTES = 2_500_000, 1 << 20
@@ -32,9 +34,9 @@ def require_bounded(data: bytes) -> None:
     if data[:2] == _JPEG:
         _require_bounded_jpeg(data)
     elif data[:8] == _PNG:
-        _require_few(_png_chunks(data), "PNG")
+        _require_bounded_png(data)
     elif data[:4] == _GIF:
-        _require_few(_gif_blocks(data), "GIF")
+        _require_bounded_gif(data)
 
 
 def is_cheap(data: bytes) -> bool:
@@ -83,39 +85,33 @@ def _require_bounded_jpeg(data: bytes) -> None:
         place = behind.start()
 
 
-def _png_chunks(data: bytes) -> int:
-    """Before the picture."""
+def _require_bounded_png(data: bytes) -> None:
+    most = MAX_SEGMENTS + len(data) // MIN_CHUNK
     place, number = len(_PNG), 0
-    while place + 8 <= len(data) and data[place + 4 : place + 8] != b"IDAT":
+    while place + 8 <= len(data) and data[place + 4 : place + 8] != b"IEND":
         number += 1
-        if number > MAX_SEGMENTS:
-            break
+        if number > most:
+            raise _too_many(f"{most} chunks", "PNG")
         place += 12 + int.from_bytes(data[place : place + 4], "big")
-    return number
 
 
-def _gif_blocks(data: bytes) -> int:
-    """Before the first picture."""
+def _require_bounded_gif(data: bytes) -> None:
+    """Up to its first picture."""
     if len(data) < 13:
-        return 0
+        return
     place, number = 13, 0
     if data[10] & 0x80:
         place += 3 << (1 + (data[10] & 7))
-    while place + 2 < len(data) and data[place] == 0x21:
-        place += 2
-        while place < len(data) and data[place] != 0:
+    while place < len(data) and data[place] not in b",;":
+        is_block = data[place] == 0x21
+        place += 2 if is_block else 1
+        number += 1
+        while is_block and place < len(data) and data[place] != 0 and number <= MAX_SEGMENTS:
             place += 1 + data[place]
             number += 1
-            if number > MAX_SEGMENTS:
-                return number
-        place += 1
-        number += 1
-    return number
-
-
-def _require_few(number: int, kind: str) -> None:
-    if number > MAX_SEGMENTS:
-        raise _too_many(f"{MAX_SEGMENTS} parts", kind)
+        if number > MAX_SEGMENTS:
+            raise _too_many(f"{MAX_SEGMENTS} blocks", "GIF")
+        place += is_block
 
 
 def _too_many(what: str, kind: str) -> FrameDecodeError:

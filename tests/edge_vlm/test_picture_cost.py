@@ -38,8 +38,8 @@ def behind_the_start(what: bytes) -> bytes:
     return data[:2] + what + data[2:]
 
 
-def png_chunk(body: bytes) -> bytes:
-    named = b"tEXt" + body
+def png_chunk(body: bytes, kind: bytes = b"tEXt") -> bytes:
+    named = kind + body
     return struct.pack(">I", len(body)) + named + struct.pack(">I", zlib.crc32(named))
 
 
@@ -64,8 +64,11 @@ TOO_MUCH = {
     "fill": behind_the_start(b"\xff" * MAX_SEGMENTS),
     "junk": behind_the_start(COMMENT + bytes(MAX_JUNK + 1)),
     "stuffed junk": behind_the_start(COMMENT + b"\xff\0" * MAX_SEGMENTS),
-    "PNG chunks": png_with(png_chunk(b"") * (MAX_SEGMENTS + 1)),
+    "PNG chunks": png_with(png_chunk(b"") * (MAX_SEGMENTS + 50)),
     "GIF blocks": gif_with(b"\x21\xfe" + b"\1a" * (MAX_SEGMENTS + 1) + b"\0"),
+    "PNG data in crumbs": png_with(png_chunk(b"", b"IDAT") * (MAX_SEGMENTS + 50)),
+    "PNG chunks behind the picture": encoded("PNG")[:-12] + png_chunk(b"") * (MAX_SEGMENTS + 50),
+    "GIF junk": gif_with(b"\1" * (MAX_SEGMENTS + 1)),
     "GIF comments": gif_with(b"\x21\xfe\0" * (MAX_SEGMENTS + 1)),
 }
 FINE = {
@@ -78,6 +81,9 @@ FINE = {
     + b"\xff\xd9",
     "a profile in parts": behind_the_start((b"\xff\xe2\x01\x02" + bytes(256)) * 255),
     "PNG chunks": png_with(b"".join(png_chunk(b"a\0b") for _ in range(3))),
+    "PNG chunks behind the picture": encoded("PNG")[:-12]
+    + png_chunk(b"a\0b") * 9
+    + encoded("PNG")[-12:],
     "GIF comment": gif_with(b"\x21\xfe\3abc\0"),
     "WebP": encoded("WEBP"),
 }

@@ -12,6 +12,7 @@ from docs import build_protocol as protocol_docs
 from edge_vlm.errors import NoFrameYet, ProtocolError, UnknownMessageType
 from edge_vlm.formats import usage
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.protocol.base import MAX_PARTS
 from edge_vlm_runtime.protocol.settings import SessionSettings
 
 ROOT = Path(__file__).parents[2]
@@ -164,3 +165,25 @@ def test_errors_carry_their_code() -> None:
         "param": None,
         "event_id": "e7",
     }
+
+
+@pytest.mark.parametrize("piece", ["{},", "1,", "[],", '{"type":"message","content":[]},'])
+def test_a_message_in_very_many_parts_is_not_read(
+    piece: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = piece * 100
+    many = piece * MAX_PARTS
+    text = '{"type":"response.create","response":{"input":[%snull]}}'
+    with pytest.raises(ProtocolError, match="not a message"):
+        protocol.decode_client_message(text % few)
+    monkeypatch.setattr("msgspec.json.decode", None)
+    for whole in (text % many, (text % many).encode()):
+        with pytest.raises(ProtocolError, match="more than 50000 parts"):
+            protocol.decode_client_message(whole)
+
+
+def test_a_large_picture_is_one_part() -> None:
+    picture = protocol.InputImageBufferAppend(image=bytes(5 << 20))
+    decoded = protocol.decode_client_message(protocol.encode(picture))
+    assert isinstance(decoded, protocol.InputImageBufferAppend)
+    assert len(decoded.image) == 5 << 20

@@ -21,6 +21,8 @@ UnsetType = msgspec.UnsetType
 MAX_EVENT_ID = 256
 MAX_SHOWN = 60
 """Characters of something unknown that are repeated."""
+MAX_PARTS = 50_000
+"""Of a message: list items, fields and the commas in its texts."""
 MAX_TEXT = 20_000
 """Characters of a question: far above any limit in tokens, and quickly counted."""
 MAX_SUBTITLES = 200_000
@@ -81,18 +83,31 @@ def decode(text: str | bytes, types: dict[str, type[Kind]]) -> Kind:
     Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field.
     """
     try:
-        kind = types.get(msgspec.json.decode(text, type=_Envelope).type)
+        name = msgspec.json.decode(text, type=_Envelope).type
+        kind = types.get(name)
         if kind is not None:
             return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a message of this protocol: {error}") from error
     except RecursionError as error:
         raise ProtocolError("not a message of this protocol: nested too deeply") from error
-    unknown = str(msgspec.json.decode(text)["type"])
     raise UnknownMessageType(
-        f"unknown message type {unknown[:MAX_SHOWN]!r}",
+        f"unknown message type {name[:MAX_SHOWN]!r}",
         remedy=f"known are {', '.join(types)}",
     )
+
+
+def require_few_parts(text: str | bytes) -> None:
+    """Raises ProtocolError for JSON in more parts than any message needs: each costs as much to
+    read as a kilobyte of a picture."""
+    if isinstance(text, str):
+        parts = sum(map(text.count, ",[{"))
+    else:
+        parts = sum(map(text.count, (b",", b"[", b"{")))
+    if parts > MAX_PARTS:
+        raise ProtocolError(
+            f"a message of more than {MAX_PARTS} parts", remedy="send it in several, or less text"
+        )
 
 
 def unknown_event(text: str | bytes) -> UnknownEvent:

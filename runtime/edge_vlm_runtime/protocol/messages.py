@@ -41,6 +41,7 @@ from edge_vlm_runtime.protocol.base import (
     Text,
     UnsetType,
     decode,
+    require_few_parts,
 )
 from edge_vlm_runtime.protocol.base import encode as encode
 from edge_vlm_runtime.protocol.base import event_id_of as event_id_of
@@ -406,7 +407,9 @@ _SERVER_TYPES = {tag_of(kind): kind for kind in SERVER_EVENTS}
 
 
 def decode_client_message(text: str | bytes) -> ClientMessage:
-    """Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field."""
+    """Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field, and
+    as `require_few_parts` does."""
+    require_few_parts(text)
     return decode(text, _CLIENT_TYPES)
 
 

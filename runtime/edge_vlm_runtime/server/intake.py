@@ -14,7 +14,7 @@ TEXT, PING = 0x1, 0x9
 """RFC 6455, 11.8: kinds of frames that are told apart here."""
 BURST_S = 0.25
 """So much of a connection's messages may come at once."""
-TEXT_BYTES = 1 << 16
+TEXT_BYTES = 1 << 14
 """A text costs one message more for each so many bytes: all of it is parsed."""
 
 

@@ -2,7 +2,7 @@
 
 A check is one prefill of the question after the remembered video and a look at the logits: nothing
 is decoded and nothing stays in the cache. Alerts that are due are measured together, as many as
-fit into one run of the language graph, alerts with the same question once.
+fit into a short run of the language graph, alerts with the same question once.
 
 No I/O, no threads, no clock.
 """
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.session.context import StreamContext
     from edge_vlm_runtime.session.outbox import Outbox
 
+STEP_TOKENS = 512
+"""Of the questions of one step, unless a single one is longer: nobody else's answer begins before
+it ends."""
 MAX_WAITING_LISTS = 8
 """`alert.list` messages that may wait for checks."""
 
@@ -86,7 +89,7 @@ class AlertMonitor:
         self._context = context
         self._limits = limits
         self._max_question_tokens = _question_capacity(model, limits)
-        self._max_tokens_per_step = model.max_prefill_tokens
+        self._max_tokens_per_step = min(STEP_TOKENS, model.max_prefill_tokens)
         self._outbox = outbox
         self._registry = AlertRegistry(limits.max_alerts)
         self._yes_no: YesNo | None = None
