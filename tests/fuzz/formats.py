@@ -1,7 +1,7 @@
-"""All formats, by name."""
+"""All formats."""
 
 from __future__ import annotations
 
-from tests.fuzz import files
+from tests.fuzz import files, weights
 
-FORMATS = (*files.FORMATS,)
+FORMATS = (*files.FORMATS, *weights.FORMATS)
