@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
 
 
 def follow(form: Format, folder: Path, found: Path, options: list[str]) -> None:
-    import atheris
+    import atheris  # type: ignore[import-untyped, unused-ignore]  # a tool of its own
 
     atheris.instrument_all()
     hunt: Any = Hunt(form, folder, found)

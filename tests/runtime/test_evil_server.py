@@ -202,7 +202,7 @@ def test_an_answer_without_end_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         await line.send(json.dumps(OPENING))
         asked = json.loads(await line.recv())
         newest = {"frame_sequence": 1, "time_s": 0.0, "age_s": 0.0}
-        created = {"type": "response.created", "response_id": "r", "text": "?"}
+        created: dict[str, Any] = {"type": "response.created", "response_id": "r", "text": "?"}
         created |= {"newest_frame": newest, "event_id": asked["event_id"]}
         await line.send(json.dumps({**created, "sequence": 2}))
         delta = {"type": "response.output_text.delta", "response_id": "r", "delta": "and " * 25}

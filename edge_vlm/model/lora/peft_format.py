@@ -183,7 +183,7 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         wrong.insert(0, f"peft_type = {config.get('peft_type')!r}")
     for key in ("r", "lora_alpha"):
-        value = config.get(key)
+        value: Any = config.get(key)
         if type(value) not in (int, float) or not 0 < value < MOST_ALPHA:
             wrong.append(f"{key} = {value!r}")
     if not _is_alpha_pattern(config.get("alpha_pattern") or {}):
