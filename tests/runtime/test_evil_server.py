@@ -144,6 +144,7 @@ EVENTS = {
         **{"frame_sequence": 1, "time_s": 1.0, "age_s": 0.1, "evidence": None},
     },
     "a number that is left out": {"type": "pong", "sequence": 7},
+    "an unknown type with a number of no machine": {"type": "zzz", "x": "BIG"},
     "nesting without end": {"type": "session.stats", "frames_dropped": VALUES[-1]},
 }
 
@@ -154,7 +155,7 @@ def test_an_event_that_no_server_of_ours_sends(case: str) -> None:
 
     async def talk(line: ServerConnection) -> None:
         await line.send(json.dumps(OPENING))
-        await line.send(json.dumps({"sequence": 2, **event}))
+        await line.send(json.dumps({"sequence": 2, **event}).replace('"BIG"', "1e999"))
         await line.wait_closed()
 
     with pytest.raises(ProtocolError):

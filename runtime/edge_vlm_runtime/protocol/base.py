@@ -81,14 +81,14 @@ def decode(text: str | bytes, types: dict[str, type[Kind]]) -> Kind:
     Raises UnknownMessageType, or ProtocolError on bad JSON, a missing or an ill-typed field.
     """
     try:
-        kind = types.get(msgspec.json.decode(text, type=_Envelope).type)
+        unknown = msgspec.json.decode(text, type=_Envelope).type
+        kind = types.get(unknown)
         if kind is not None:
             return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a message of this protocol: {error}") from error
     except RecursionError as error:
         raise ProtocolError("not a message of this protocol: nested too deeply") from error
-    unknown = str(msgspec.json.decode(text)["type"])
     raise UnknownMessageType(
         f"unknown message type {unknown[:MAX_SHOWN]!r}",
         remedy=f"known are {', '.join(types)}",

@@ -1,7 +1,0 @@
-"""All formats."""
-
-from __future__ import annotations
-
-from tests.fuzz import files, weights
-
-FORMATS = (*files.FORMATS, *weights.FORMATS)
