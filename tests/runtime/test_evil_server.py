@@ -129,12 +129,12 @@ def test_any_change_of_an_opening_is_read_or_refused() -> None:
     assert 0 < taken < 300
 
 
-ACCEPTED = {
+ACCEPTED: dict[str, Any] = {
     "type": "frame.accepted",
     **{"frame_sequence": 1, "time_s": 0.0, "cells_seen": 81, "cells_kept": 1, "kept_cells": [0]},
     **{"stage_ms": {}, "queue_ms": 1.0, "age_ms": 1.0, "kv_tokens": 5, "in_memory": True},
 }
-EVENTS = {
+EVENTS: dict[str, dict[str, Any]] = {
     "cells that there are not": {**ACCEPTED, "kept_cells": [10**6]},
     "more cells than there are": {**ACCEPTED, "kept_cells": [0] * 1000},
     "a number of no machine": {**ACCEPTED, "cells_seen": 1 << 70},
