@@ -33,6 +33,7 @@ from edge_vlm.export_errors import (
     HubUnreachable,
     NoSpaceLeft,
 )
+from edge_vlm.json_text import parse_json
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -162,7 +163,7 @@ def _transfer(
 
 def _require_same(found: HubRevision, folder: Path) -> None:
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(

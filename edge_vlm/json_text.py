@@ -10,13 +10,13 @@ MALFORMED = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError),
 )
 """What comes of using values that are not what they should be, huge numbers included."""
-LARGEST = 1 << 64
-"""Of whole numbers: no size, count or time is as large."""
+MOST_DIGITS = 40
+"""Of a whole number: longer ones are no float any more, and take long to read."""
 
 
 def parse_json(text: str | bytes | bytearray) -> Any:
     """Raises ValueError, for what is nested too deeply too (`json` has RecursionError for that),
-    and for whole numbers that fit no machine."""
+    and for whole numbers of very many digits."""
     try:
         return json.loads(text, parse_int=_whole)
     except RecursionError:
@@ -39,7 +39,6 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _whole(digits: str) -> int:
-    number = int(digits) if len(digits) <= 24 else LARGEST + 1
-    if abs(number) > LARGEST:
+    if len(digits) > MOST_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
-    return number
+    return int(digits)

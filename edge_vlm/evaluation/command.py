@@ -22,6 +22,7 @@ from edge_vlm.cli import Command, run_command
 from edge_vlm.console.paths import output_file, output_folder
 from edge_vlm.console.progress import Progress, duration
 from edge_vlm.errors import ConfigError, MissingExtraError
+from edge_vlm.json_text import parse_json
 
 if TYPE_CHECKING:
     from edge_vlm.evaluation.log import AnswerLog
@@ -204,7 +205,13 @@ def _rendered(folder: Path, args: argparse.Namespace) -> Path:
     finished = folder / "finished.json"
     wanted = {"per_kind": args.per_kind, "seed": args.seed}
     if finished.is_file():
-        if json.loads(finished.read_text()) != wanted:
+        try:
+            found = parse_json(finished.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"cannot be read: {error}", where=finished, remedy="remove the folder"
+            ) from error
+        if found != wanted:
             raise ConfigError(
                 "the folder holds another benchmark", where=folder, remedy="name another folder"
             )

@@ -107,9 +107,16 @@ def read_question_file(path: Path) -> list[FileQuestion]:
     if not questions:
         raise ConfigError("there is no question in it", where=path)
     for question in questions:
-        if not question.video.is_file():
+        if not _is_file(question.video):
             raise VideoNotFound(f"no such video: {question.video}", where=f"{path}:{question.line}")
     return questions
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no file can have such a name
+        return False
 
 
 def _question(path: Path, number: int, record: Any) -> FileQuestion:

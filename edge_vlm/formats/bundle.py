@@ -66,7 +66,8 @@ MOST_REFERENCE_BYTES = 1 << 30
 """Of one graph, unpacked: those of a full-size model have some 10 MB."""
 UNREADABLE_ARRAYS = (
     *(ValueError, OverflowError, MemoryError, EOFError, KeyError, OSError, SyntaxError),
-    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError, NotImplementedError),
+    RuntimeError,  # of encrypted archives
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
 """What numpy raises on files that are none of its own."""
 TOKENIZER = "tokenizer.json"

@@ -18,6 +18,17 @@ from edge_vlm.pruning.clip_budget import Variant, variant_of
 def describe_bundle(folder: Path) -> Report:
     """Raises BundleError and its leaves, as opening it does."""
     bundle = EngineBundle.open(folder)
+    try:
+        return _described(folder, bundle)
+    except (OSError, *MALFORMED) as error:
+        raise BundleSchemaError(
+            f"its notes about itself are malformed: {error!r}",
+            where=folder,
+            remedy="export the checkpoint again",
+        ) from error
+
+
+def _described(folder: Path, bundle: EngineBundle) -> Report:
     files = {
         file.relative_to(folder).as_posix(): file.stat().st_size
         for file in sorted(folder.rglob("*"))
@@ -40,15 +51,8 @@ def describe_bundle(folder: Path) -> Report:
     facts |= {f"graph {name}": _ranges(spec) for name, spec in bundle.specs.items()}
     tables = {"files": {name: (size, "bytes") for name, size in files.items()}}
     tables["files"]["all"] = (sum(files.values()), "bytes")
-    try:
-        plan = _plan(bundle)
-        notes = () if plan is None else tuple(_formats(plan))
-    except (OSError, *MALFORMED) as error:
-        raise BundleSchemaError(
-            f"{PRECISION_PLAN} is malformed: {error!r}",
-            where=folder,
-            remedy="export the checkpoint again",
-        ) from error
+    plan = _plan(bundle)
+    notes = () if plan is None else tuple(_formats(plan))
     return Report(
         title=f"{folder}: bundle {bundle.name!r}",
         facts=facts,

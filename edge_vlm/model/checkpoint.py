@@ -21,6 +21,7 @@ from torch import Tensor
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError
 from edge_vlm.formats.usage import SECTIONS, Usage
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.model.published.files import WEIGHTS as WEIGHTS
 from edge_vlm.model.published.files import read_json, read_layout
 from edge_vlm.model.published.mapping import FLOATS, check_fit, shapes
@@ -81,7 +82,7 @@ def read_own(folder: Path) -> tuple[ModelConfig, Usage]:
     usage = {name: data.pop(name) for name in SECTIONS if name in data}
     try:
         return ModelConfig.from_dict(data), Usage.from_dict(usage)
-    except ValueError as error:
+    except MALFORMED as error:
         raise CheckpointError(f"bad config: {error}", where=folder / CONFIG) from error
 
 

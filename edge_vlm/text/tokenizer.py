@@ -69,12 +69,23 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens in it recognised, nothing added."""
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # as above: a vocabulary that cannot write every text
             raise BundleError(
                 f"the vocabulary cannot write {text[:80]!r}: {error}",
                 remedy="take the tokenizer.json that belongs to the weights",
             ) from error
+
+        return self._known(ids)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """Raises BundleError for ids that no table has."""
+        if max(ids, default=0) > MOST_IDS:
+            raise BundleError(
+                f"the vocabulary has the id {max(ids)}",
+                remedy="take the tokenizer.json that belongs to the weights",
+            )
+        return ids
 
     def has_more(self, text: str, most: int) -> bool:
         """Whether a part of `text` shows that it has more than `most` tokens: one that is much too
@@ -126,11 +137,11 @@ class Tokenizer:
         return texts
 
     def id_of(self, token: str) -> int:
-        """Raises KeyError for a token that the vocabulary lacks."""
+        """Raises KeyError for a token that the vocabulary lacks, BundleError as `encode`."""
         token_id = self._backend.token_to_id(token)
         if token_id is None:
             raise KeyError(f"the vocabulary has no token {token!r}")
-        return token_id
+        return self._known([token_id])[0]
 
 
 class StreamDetokenizer:

@@ -22,6 +22,8 @@ from typing import Any
 
 from tests.fuzz.harness import KINDS, VALUES, Edit, Format, changed, read_or_refused
 
+ROOMS = ["edge_vlm", "edge_vlm_export", "edge_vlm_runtime", "edge_vlm_training"]
+
 
 class Hunt:
     """One format, its valid file, and what was found so far."""
@@ -72,10 +74,19 @@ def drawn(dice: random.Random) -> list[Edit]:
     ]
 
 
-def main(arguments: list[str]) -> None:
-    from tests.fuzz.formats import FORMATS
+def formats(are_followed: bool) -> tuple[Format, ...]:
+    if are_followed:
+        import atheris  # type: ignore[import-untyped, unused-ignore]  # a tool of its own
 
-    forms = {form.name: form for form in FORMATS}
+        with atheris.instrument_imports(include=ROOMS):  # all of torch would take minutes
+            return formats(False)
+    from tests.fuzz import files, weights
+
+    return (*files.FORMATS, *weights.FORMATS)
+
+
+def main(arguments: list[str]) -> None:
+    forms = {form.name: form for form in formats("--atheris" in arguments)}
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("names", nargs="+", choices=[*forms, "all"], metavar="NAME")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each format, at random")
@@ -99,7 +110,6 @@ def main(arguments: list[str]) -> None:
 def follow(form: Format, folder: Path, found: Path, options: list[str]) -> None:
     import atheris
 
-    atheris.instrument_all()
     hunt: Any = Hunt(form, folder, found)
 
     def one(data: bytes) -> None:

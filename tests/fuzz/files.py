@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -38,6 +39,7 @@ from edge_vlm.formats.qa_set import (
     read_question_set,
     write_question_set,
 )
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.text.subtitles import near_frames, read_subtitles, subtitle_text
 from edge_vlm_runtime.alert_sinks.queue import DeliveryQueue
 from edge_vlm_runtime.alert_sinks.signature import Signer
@@ -88,7 +90,7 @@ def copy_of(file: str) -> Any:
 
 def read_table(folder: Path) -> None:
     table = bundle_at(folder).embed_table
-    np.asarray(table[:2], np.float32).sum()
+    table[:2].copy()
 
 
 def make_array(folder: Path) -> None:
@@ -108,7 +110,8 @@ def use_tokenizer(folder: Path) -> None:
     form = prompt_of(bundle_at(folder))
     ids = form.question_ids("is there a red ball ? <|im_end|> \U0001f4a5").tolist()
     form.tokenizer.decode(ids)
-    form.tokenizer.token_bytes()
+    with contextlib.suppress(*MALFORMED):  # as answers of a given form do
+        form.tokenizer.token_bytes()
     form.frame_ids(1.5, 4, True)
 
 

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_vlm.errors import EdgeVlmError
 from edge_vlm.json_text import MALFORMED
 
+FOUND = Path(__file__).parents[1] / "data" / "fuzz"
 MOST_BYTES = 512 << 20
 """More than any reader of such small files needs beyond what the process holds already."""
 MOST_SECONDS = 60
@@ -191,3 +193,25 @@ def bounded(most_bytes: int = MOST_BYTES, most_seconds: int = MOST_SECONDS) -> I
 
 def _out_of_time(number: int, frame: object) -> None:
     raise AssertionError(f"no end after {MOST_SECONDS} s")
+
+
+def found_before(form: Format) -> list[Path]:
+    """Files that a reader once did not stand."""
+    folder = FOUND / form.name
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def check(form: Format, folder: Path) -> None:
+    """The format's reader, on its own file and on as many changed ones as the format says."""
+    form.make(folder)
+    file = folder / form.file
+    valid = file.read_bytes()
+    form.read(folder)
+
+    @settings(max_examples=form.examples, suppress_health_check=list(HealthCheck))
+    @given(EDITS)
+    def once(edits: list[Edit]) -> None:
+        file.write_bytes(changed(form, valid, edits))
+        read_or_refused(lambda: form.read(folder))
+
+    once()

@@ -192,6 +192,8 @@ def test_an_adapter_of_the_hub_s_fused_layers_is_read(adapter: Path, tmp_path: P
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
         ({"r": 0}, "r = 0"),
         ({"alpha_pattern": {"q_proj[": 2}}, r"alpha_pattern = \{'q_proj\['"),
+        ({"alpha_pattern": {"(a|b|[a-z_.])*!": 2}}, r"alpha_pattern = "),  # takes years to match
+        ({"alpha_pattern": {".*.*.*.*!": 2}}, r"alpha_pattern = "),
         ({"alpha_pattern": {"q_proj": "much"}}, "alpha_pattern = .*much"),
         ({"lora_alpha": "much"}, "lora_alpha = 'much'"),
         ({"base_model_name_or_path": None}, "names no base.*base_model_name_or_path"),

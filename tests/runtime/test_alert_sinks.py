@@ -322,6 +322,7 @@ def test_a_file_with_pages_that_cannot_be_read_is_refused(tmp_path: Path) -> Non
 
 
 # What may happen to a disk while a server runs: full, locked by a backup, a page that went bad.
+ONE = '{"id": "one"}'
 TROUBLES = [
     sqlite3.OperationalError("database or disk is full"),
     sqlite3.OperationalError("database is locked"),
@@ -421,12 +422,12 @@ def test_what_arrived_while_the_disk_was_full_comes_once_more_at_most(tmp_path: 
     """The process ends before the row could be deleted: at least once, and once more after it."""
     file, disk = tmp_path / "alerts.db", Disk()
     queue = DeliveryQueue(file, connect=disk.connect)
-    queue.put("a", "one", None)
+    queue.put("a", ONE, None)
     wait_until(lambda: queue.is_saved)
     disk.error = TROUBLES[0]
-    assert contents(queue, "a") == [("one", None)]
+    assert contents(queue, "a") == [(ONE, None)]
     queue.close()
-    for expected in ([("one", None)], []):
+    for expected in ([(ONE, None)], []):
         queue = DeliveryQueue(file)
         queue.load({"a": "a"})
         assert contents(queue, "a") == expected

@@ -129,12 +129,12 @@ def test_any_change_of_an_opening_is_read_or_refused() -> None:
     assert 0 < taken < 300
 
 
-ACCEPTED = {
+ACCEPTED: dict[str, Any] = {
     "type": "frame.accepted",
     **{"frame_sequence": 1, "time_s": 0.0, "cells_seen": 81, "cells_kept": 1, "kept_cells": [0]},
     **{"stage_ms": {}, "queue_ms": 1.0, "age_ms": 1.0, "kv_tokens": 5, "in_memory": True},
 }
-EVENTS = {
+EVENTS: dict[str, dict[str, Any]] = {
     "cells that there are not": {**ACCEPTED, "kept_cells": [10**6]},
     "more cells than there are": {**ACCEPTED, "kept_cells": [0] * 1000},
     "a number of no machine": {**ACCEPTED, "cells_seen": 1 << 70},
@@ -144,6 +144,7 @@ EVENTS = {
         **{"frame_sequence": 1, "time_s": 1.0, "age_s": 0.1, "evidence": None},
     },
     "a number that is left out": {"type": "pong", "sequence": 7},
+    "an unknown type with a number of no machine": {"type": "zzz", "x": "BIG"},
     "nesting without end": {"type": "session.stats", "frames_dropped": VALUES[-1]},
 }
 
@@ -154,7 +155,7 @@ def test_an_event_that_no_server_of_ours_sends(case: str) -> None:
 
     async def talk(line: ServerConnection) -> None:
         await line.send(json.dumps(OPENING))
-        await line.send(json.dumps({"sequence": 2, **event}))
+        await line.send(json.dumps({"sequence": 2, **event}).replace('"BIG"', "1e999"))
         await line.wait_closed()
 
     with pytest.raises(ProtocolError):
@@ -202,7 +203,7 @@ def test_an_answer_without_end_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         await line.send(json.dumps(OPENING))
         asked = json.loads(await line.recv())
         newest = {"frame_sequence": 1, "time_s": 0.0, "age_s": 0.0}
-        created = {"type": "response.created", "response_id": "r", "text": "?"}
+        created: dict[str, Any] = {"type": "response.created", "response_id": "r", "text": "?"}
         created |= {"newest_frame": newest, "event_id": asked["event_id"]}
         await line.send(json.dumps({**created, "sequence": 2}))
         delta = {"type": "response.output_text.delta", "response_id": "r", "delta": "and " * 25}

@@ -15,6 +15,9 @@ NODE = shutil.which("node")
 LEAST_NODE = (20, 19)
 """That loads modules from files that no package.json describes."""
 MAX_LINES = 250
+MARKUP = (
+    r"(inner|outer|insertAdjacent)HTML|document\.write|createContextualFragment|DOMParser|srcdoc"
+)
 
 
 def test_no_module_is_long_and_none_loads_anything_from_elsewhere() -> None:
@@ -27,6 +30,8 @@ def test_no_module_is_long_and_none_loads_anything_from_elsewhere() -> None:
         assert addresses <= {"http://www.w3.org/2000/svg"}, file
         # The page's policy (CSP) allows neither.
         assert not re.search(r"<script>|\son\w+=|\sstyle=|\beval\(", content), file
+        # Answers and names are somebody else's words: they are shown as text, never as markup.
+        assert not re.search(MARKUP, content), file
 
 
 @pytest.mark.skipif(NODE is None, reason="no node on this machine")

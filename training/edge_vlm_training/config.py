@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from edge_vlm.errors import ConfigError, MissingExtraError
+from edge_vlm.json_text import MALFORMED
 
 try:
     import msgspec
@@ -65,5 +66,5 @@ def read_json(path: Path, kind: type[C]) -> C:
     """The struct in a file. Raises ConfigError if it holds another or is damaged."""
     try:
         return from_plain(msgspec.json.decode(path.read_bytes()), kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, OSError, *MALFORMED) as error:
         raise ConfigError(f"not a {kind.__name__.lower()}: {error}", where=path) from error

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import ConfigError, WeightFilesError, WeightNamesError
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.model.checkpoint import read_tensors, write_tensors, write_text
 from edge_vlm.model.lora.layers import DOWN, UP
 from edge_vlm.model.published.files import read_json
@@ -28,6 +29,11 @@ from edge_vlm.model.published.names import HUB, TRANSFORMERS, recognise
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
+MOST_ALPHA = 1e9
+MOST_PATTERN, MOST_REPEATS = 2000, 3
+"""Characters of a pattern, and how often something is repeated in it."""
+_REPEATED = re.compile(r"\)[*+{]|\(\?[^:]|\\[1-9]")
+"""A group that is repeated, named, looked ahead for or referred to."""
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({DOWN}|{UP})(?:\.default)?\.weight")
 # What changes the arithmetic in a way that is not computed here, where it is not one of these.
@@ -177,8 +183,8 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         wrong.insert(0, f"peft_type = {config.get('peft_type')!r}")
     for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        value: Any = config.get(key)
+        if type(value) not in (int, float) or not 0 < value < MOST_ALPHA:
             wrong.append(f"{key} = {value!r}")
     if not _is_alpha_pattern(config.get("alpha_pattern") or {}):
         wrong.append(f"alpha_pattern = {config['alpha_pattern']!r}")
@@ -194,10 +200,19 @@ def _checked_config(folder: Path) -> dict[str, Any]:
 def _is_alpha_pattern(patterns: object) -> bool:
     try:
         return isinstance(patterns, dict) and all(
-            re.compile(pattern) and float(value) > 0 for pattern, value in patterns.items()
+            _is_quick(pattern) and re.compile(pattern) and 0 < float(value) < math.inf
+            for pattern, value in patterns.items()
         )
-    except (re.error, TypeError, ValueError):
+    except (re.error, *MALFORMED):
         return False
+
+
+def _is_quick(pattern: str) -> bool:
+    """Regular expressions that repeat groups, or repeat much, can take years to match a name."""
+    repeats = sum(map(pattern.count, "*+{?"))
+    return (
+        len(pattern) <= MOST_PATTERN and repeats <= MOST_REPEATS and not _REPEATED.search(pattern)
+    )
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

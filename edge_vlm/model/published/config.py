@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edge_vlm.config import (
+    MOST,
     ConnectorConfig,
     LanguageConfig,
     ModelConfig,
@@ -68,7 +69,7 @@ def config_from_published(data: Mapping[str, Any], where: object = None) -> Mode
             language=_language(text),
             attention=VisionAttention.ALL,
         )
-    except ValueError as error:
+    except MALFORMED as error:
         if not problems:  # or else it comes of what stands in for missing values
             problems.append(str(error))
     if problems:
@@ -114,7 +115,7 @@ def _vision(vision: Section, adapter: Section, legacy: bool) -> VisionConfig:
     vision.expect(heads, "num_key_value_heads")
     vision.expect(True, "attention_bias")
     vision.expect(3, "num_channels")
-    declared = vision.whole("num_hidden_layers")
+    declared = vision.whole("num_hidden_layers", most=MOST["num_layers"])
     layers = adapter.wholes("vit_layers", "vision_feature_layer")
     if not all(-declared <= i < declared for i in layers):
         adapter.fault("vit_layers", layers, f"some of the {declared} declared layers")
@@ -160,7 +161,7 @@ def _language(text: Section) -> LanguageConfig:
     norm_type = text.data.get("qk_norm_type", "qwen3")
     if norm_type not in ("qwen3", "olmo"):
         text.fault("qk_norm_type", norm_type, "'qwen3' or 'olmo'")
-    num_layers = text.whole("num_hidden_layers")
+    num_layers = text.whole("num_hidden_layers", most=MOST["num_layers"])
     max_positions = text.whole("max_position_embeddings")
     theta, scaling = _rope(text, num_layers, max_positions)
     return LanguageConfig(

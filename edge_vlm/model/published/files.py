@@ -8,6 +8,7 @@ never opened: a pickle runs code.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -165,7 +166,10 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
             for name, item in header.items()
             if name != "__metadata__"
         }
-        end = max((int(item["data_offsets"][1]) for _, item in tensors.values()), default=0)
+        spans = sorted(_span(item["data_offsets"]) for _, item in tensors.values())
+        end = spans[-1][1] if spans else 0
+        if any(begin != before for (_, before), (begin, _) in itertools.pairwise([(0, 0), *spans])):
+            raise ValueError("its tensors overlap or leave gaps")
         wrong = [
             name
             for name, (tensor, item) in tensors.items()
@@ -181,6 +185,13 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
         kind = "is cut off" if size < expected else "is longer than its header says"
         raise ValueError(f"{kind}: {size:,} bytes, expected {expected:,}")
     return {name: tensor for name, (tensor, _) in tensors.items()}
+
+
+def _span(value: object) -> tuple[int, int]:
+    begin, end = value if isinstance(value, list) and len(value) == 2 else (None, None)
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+        raise ValueError(f"data_offsets {value!r:.60}")
+    return begin, end
 
 
 def _shape(value: object) -> tuple[int, ...]:

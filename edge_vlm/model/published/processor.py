@@ -15,7 +15,7 @@ from typing import Any
 from edge_vlm.config import CELL, VisionConfig
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.formats.usage import FrameRule, Usage
-from edge_vlm.json_text import parse_json
+from edge_vlm.json_text import MALFORMED, parse_json
 from edge_vlm.model.published.section import Section
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import RELEASED, PromptStyle
@@ -51,7 +51,7 @@ def read_processors(folder: Path, vision: VisionConfig) -> Usage:
     try:
         cfg = ImageConfig() if images is None else _images(images, vision, problems)
         cfg.window_patches(vision)
-    except ValueError as error:
+    except MALFORMED as error:
         problems.append(str(error))
     style = RELEASED
     if processor is not None:
@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         data = parse_json(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"not JSON: {error}", where=path) from error
     if not isinstance(data, dict):
         raise CheckpointError("not a JSON object", where=path)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from edge_vlm.config import MOST_OF_ANYTHING
+
 _NO_DEFAULT = object()
+MOST_NUMBER = 1e30
+_SHORT = reprlib.Repr()  # lists that hold themselves many times over have no end
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 20
 
 
 class Section:
@@ -40,21 +46,26 @@ class Section:
         return next((name for name in names if self.has(name)), names[0])
 
     def number(self, *names: str, default: object = _NO_DEFAULT) -> Any:
-        """A finite number above 0."""
+        """A number above 0, of a size that can be reckoned with."""
         name = self._present(*names)
         value: Any = self.data[name] if self.has(name) else default
         if value is _NO_DEFAULT:
             self._problems.append(f"{self.name} lacks {' or '.join(names)}")
-        elif type(value) in (int, float) and 0 < value < math.inf:
+        elif type(value) in (int, float) and 0 < value < MOST_NUMBER:
             return value
         else:
             self.fault(name, value, "a number above 0")
         return 1
 
-    def whole(self, *names: str, default: object = _NO_DEFAULT) -> int:
+    def whole(
+        self, *names: str, default: object = _NO_DEFAULT, most: int = MOST_OF_ANYTHING
+    ) -> int:
         value = self.number(*names, default=default)
         if value != int(value):
             self.fault(self._present(*names), value, "a whole number")
+        elif value > most:
+            self.fault(self._present(*names), value, f"at most {most}")
+            return 1
         return max(1, int(value))
 
     def wholes(self, *names: str) -> list[int]:
@@ -75,5 +86,5 @@ class Section:
 
 def show(value: object) -> str:
     """A value as it stands in a message, cut off where it is long."""
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,6 +16,7 @@ import io
 import itertools
 import math
 import pickle
+import pickletools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -298,12 +299,27 @@ class _Unpickler(pickle.Unpickler):
             raise _Forbidden(f"{module}.{name}") from None
 
 
+def _require_small_memo(data: bytes) -> None:
+    """Raises ValueError for a place in the table of values so far that no file of this size needs:
+    the table is made that long."""
+    for operation, place, _ in pickletools.genops(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(str(place)) > len(data):
+            raise ValueError(f"it keeps a value at place {place}")
+
+
+def require_harmless(index: Path) -> None:
+    """Of a checkpoint that torch itself is about to read: its index names nothing that could be
+    run. Raises WeightFilesError."""
+    _read_index(index)
+
+
 def _read_index(path: Path) -> _Metadata:
     if not path.is_file():
         raise _fault(path.parent, f"{INDEX} is missing", REMEDY)
     try:
-        with path.open("rb") as opened:
-            held = _Unpickler(opened).load()
+        data = path.read_bytes()
+        _require_small_memo(data)
+        held = _Unpickler(io.BytesIO(data)).load()
     except Exception as error:
         raise _unreadable(path, error) from error
     if not isinstance(held, _Metadata) or not all(

@@ -20,6 +20,7 @@ from typing import Any
 
 from edge_vlm.config import (
     CELL,
+    MOST,
     ModelConfig,
     Rescale,
     ScorerConfig,
@@ -27,6 +28,7 @@ from edge_vlm.config import (
 )
 from edge_vlm.errors import CheckpointError, ConfigError, MissingExtraError
 from edge_vlm.formats.usage import FrameRule, Usage
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.model.published.config import MODEL_TYPE, config_from_published
 from edge_vlm.model.published.files import listed
 from edge_vlm.model.published.processor import CROPS
@@ -37,6 +39,7 @@ from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import RELEASED
 
 CONFIG = "config.yaml"
+MERGE = re.compile(r"<<['\"]?\s*:|tag:yaml.org,2002:merge|!!merge")
 STEP = re.compile(r"step(\d+)(-unsharded)?")
 ATTENTION = {"image_tokens": VisionAttention.ALL, "within_image": VisionAttention.FRAME}
 REMOVED = ("residual_patch_features", "patch_residual", "patch_residual_thresh", "debug")
@@ -106,7 +109,7 @@ def read_training_config(folder: Path) -> TrainingConfig:
     except ConfigError as error:
         problems.append(error.what)
         found = None
-    except ValueError as error:
+    except MALFORMED as error:
         if not problems:
             problems.append(str(error))
         found = None
@@ -125,9 +128,12 @@ def _read_yaml(path: Path) -> object:
     except ImportError as error:
         raise MissingExtraError.for_library("yaml", "model") from error
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        told = str(error).splitlines()[0]
+        text = path.read_text(encoding="utf-8")
+        if MERGE.search(text):  # a few lines of these can stand for gigabytes
+            raise ValueError("it merges tables (<<), which no such file does")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, OSError, *MALFORMED) as error:
+        told = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
             f"cannot be read as YAML: {told}", where=path, remedy="copy the file again"
         ) from error
@@ -239,7 +245,7 @@ class _Reading:
             if llm.has(name)
         }
         kind = llm.data.get("rope_type", "default")
-        layers = llm.whole("n_layers")
+        layers = llm.whole("n_layers", most=MOST["num_layers"])
         scaled = None
         if llm.has("full_attention_layers"):
             scaled = llm.wholes("full_attention_layers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ def read_comparable(path: Path) -> dict[str, Any]:
     record = read_record(path)
     try:
         comparison(record, record)
+        for name, value in figures(record).items():
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r:.60}")
     except MALFORMED as error:
         raise ConfigError(
             f"not a whole result of this bench: {error!r}",

@@ -12,6 +12,7 @@ from typing import Any
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
+from edge_vlm.json_text import parse_json
 
 FORMAT = "edge-vlm-bench/1"
 SCHEMA = Path(__file__).with_name("schema.json")
@@ -76,7 +77,7 @@ def model_record(bundle: EngineBundle, backend: str, threads: int) -> dict[str, 
 def read_record(path: Path) -> dict[str, Any]:
     """Raises ConfigError for what is not a result of `bench`."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot be read as JSON: {error}", where=path) from error
     found = data.get("format") if isinstance(data, dict) else None

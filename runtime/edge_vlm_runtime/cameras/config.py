@@ -274,6 +274,10 @@ def _number(table: Mapping[str, Any], key: str, place: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{key} must be a number, got {value!r}", where=place)
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ConfigError(f"{key} is a number of very many digits", where=place) from None
+    if not math.isfinite(number):
         raise ConfigError(f"{key} must be a finite number, got {value!r}", where=place)
-    return float(value)
+    return number

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import json
 import logging
 import shutil
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_vlm.errors import ConfigError, EdgeVlmError
-from edge_vlm.json_text import MALFORMED
+from edge_vlm.json_text import MALFORMED, parse_json
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Answer, Client
 from edge_vlm_runtime.client.run import Outcome, PlannedQuestion, stream
@@ -40,7 +39,7 @@ class DemoClip:
         """Raises ConfigError when clip.json is absent or malformed."""
         file = folder / "clip.json"
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = parse_json(file.read_text(encoding="utf-8"))
             asked = record["questions"]
             return cls(
                 video=folder / "clip.mp4",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from edge_vlm.errors import CheckpointError, WeightNamesError
+from edge_vlm.errors import CheckpointError, WeightFilesError, WeightNamesError
 from edge_vlm.export_errors import NoSpaceLeft
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm_training.trainer import checkpoints
@@ -76,6 +77,17 @@ def test_a_damaged_file_is_a_clear_error(folder: Path, file: str, damage: str) -
         (path / file).write_bytes((path / file).read_bytes()[:5])
     with pytest.raises(CheckpointError, match="step-00000000"):
         make_run(folder).resume()
+
+
+def test_an_index_that_would_run_something_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(WeightFilesError, match="names the global"):
+        checkpoints._stored(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(

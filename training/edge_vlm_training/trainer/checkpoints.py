@@ -38,11 +38,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from edge_vlm.errors import CheckpointError, WeightNamesError
 from edge_vlm.export_errors import NoSpaceLeft
 from edge_vlm.json_text import parse_json
+from edge_vlm.model.published.torch_files import INDEX, require_harmless
 from edge_vlm_training.data.packing.stream import merge_states
 from edge_vlm_training.trainer.distributed import Ranks, whole
 from edge_vlm_training.trainer.optimizer import Updater
 
 CHECKPOINTS, WHOLE, RUN = "checkpoints", "checkpoint", "run.json"
+MOST = 1e12
+"""Steps, and seconds of training."""
 _STEP = re.compile(r"step-(\d{8})")
 _WEIGHT = "weight/"
 
@@ -138,9 +141,16 @@ def progress_of(path: Path) -> Progress:
     """How far the run of a checkpoint was. Raises CheckpointError if it cannot be read."""
     run = _read_json(path / RUN)
     try:
-        return Progress(**{name: run[name] for name in Progress.__dataclass_fields__})
+        found = {name: run[name] for name in Progress.__dataclass_fields__}
     except KeyError as error:
         raise CheckpointError(f"its {RUN} lacks {error}", where=path) from error
+    for name, value in found.items():
+        kinds = (int, float) if name in ("seconds", "stage_s") else (int,)
+        if type(value) not in kinds or not 0 <= value <= MOST:
+            raise CheckpointError(
+                f"its {RUN} says {name} = {value!r:.60}", where=path, remedy=_before(path)
+            )
+    return Progress(**found)
 
 
 def load(path: Path, ranks: Ranks, weights: dict[str, Tensor], updater: Updater) -> Sources:
@@ -222,6 +232,7 @@ def _tensors(weights: dict[str, Tensor], updater: Updater, step: int) -> dict[st
 
 def _stored(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, by name."""
+    require_harmless(path / INDEX)
     try:
         return dict(FileSystemReader(path).read_metadata().state_dict_metadata)
     except Exception as error:
@@ -272,6 +283,10 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def _process_file(rank: int) -> str:
     return f"process-{rank:05}.json"
+
+
+def _before(path: Path) -> str:
+    return f"remove it to resume from the one before in {path.parent}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

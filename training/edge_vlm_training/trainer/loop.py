@@ -17,6 +17,7 @@ from torch import Tensor
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
 from edge_vlm.formats.usage import Usage
+from edge_vlm.json_text import MALFORMED
 from edge_vlm.model.checkpoint import TOKENIZER, save_checkpoint
 from edge_vlm.model.lora.folder import Base, save_adapter
 from edge_vlm.model.video_lm import VideoLM
@@ -124,6 +125,16 @@ class Run:
         path = checkpoints.latest(self.folder)
         if path is None:
             raise CheckpointError("nothing to resume", where=self.folder)
+        try:
+            self._go_on_from(path)
+        except (RuntimeError, *MALFORMED) as error:
+            raise CheckpointError(
+                f"not a checkpoint of this run: {error!r}",
+                where=path,
+                remedy=f"remove it to resume from the one before in {path.parent}",
+            ) from error
+
+    def _go_on_from(self, path: Path) -> None:
         at = checkpoints.progress_of(path)
         self.at = dataclasses.replace(at, step=at.step - at.stage_step)
         self._close()

@@ -23,6 +23,7 @@ from rich.progress import (
 
 from edge_vlm.console.output import obeyed
 from edge_vlm.errors import MissingExtraError
+from edge_vlm.json_text import MALFORMED, parse_json
 
 LOG, BOARD = "log.jsonl", "tensorboard"
 
@@ -115,11 +116,11 @@ class Reporter:
         if not self._log.exists():
             return
         kept = []
-        for line in self._log.read_text().splitlines():
+        for line in self._log.read_text(errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if parse_json(line)["step"] <= step:
                     kept.append(line + "\n")
-            except ValueError:
+            except MALFORMED:
                 break  # cut off when the run was killed
         partial = self._log.with_suffix(".partial")
         partial.write_text("".join(kept))
