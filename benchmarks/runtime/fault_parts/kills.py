@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def kill_at_random(folder: Path, kills: int, seed: int, most_s: float) -> dict[s
         wait_until(lambda: viewer.size > 0, "the viewer has begun")
         viewer.kill()
         told = viewer.told()
-        arrived = {"webhook": lambda: Counter(line["id"] for line in receiver.lines())}
+        arrived: dict[str, Callable[[], Counter[str]]] = {
+            "webhook": lambda: Counter(line["id"] for line in receiver.lines())
+        }
         if tap is not None:
             acknowledged = tap.acknowledged
             arrived["mqtt"] = lambda: Counter(acknowledged)
