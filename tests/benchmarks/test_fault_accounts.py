@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.runtime.fault_parts.accounts import (
     MOMENT_S,
     Account,
+    Told,
     differing,
     out_of_order,
     viewers_trouble,
@@ -17,28 +18,38 @@ from benchmarks.runtime.fault_parts.accounts import (
 from benchmarks.runtime.fault_parts.mqtt_tap import _Connection, packets
 
 
-def account(told: dict[str, float], kept: list[str], arrived: list[str]) -> Account:
-    return Account(told=told, kept=kept, arrived=Counter(arrived), server_kills=[100.0, 200.0])
+def account(told: dict[str, Told], kept: list[str], arrived: list[str]) -> Account:
+    """The first two servers were killed, the third was not."""
+    return Account(
+        told=told, kept=kept, arrived=Counter(arrived), server_kills={1: 100.0, 2: 200.0}
+    )
 
 
 def test_nothing_is_lost() -> None:
-    found = account({"a": 50.0, "b": 150.0}, ["b"], ["a", "b", "b"])
+    found = account({"a": Told(50.0, 1), "b": Told(150.0, 2)}, ["b"], ["a", "b", "b"])
     assert not found.lost
     assert not found.kept_and_lost
     assert found.report()["arrived_more_than_once"] == 1
 
 
 def test_what_was_kept_and_did_not_arrive_is_a_loss() -> None:
-    found = account({"a": 99.9}, ["a"], [])
+    found = account({"a": Told(99.9, 1)}, ["a"], [])
     assert found.kept_and_lost == ["a"]
 
 
 def test_what_was_told_long_before_a_kill_is_a_loss() -> None:
     moment = 200.0 - MOMENT_S / 2
-    found = account({"early": 150.0, "late": moment, "behind": 201.0}, [], [])
-    assert found.lost_without_excuse == ["behind", "early"]
+    told = {
+        "early": Told(150.0, 2),
+        "late": Told(moment, 2),
+        "on the line": Told(100.5, 1),
+        "of one that lives": Told(199.9, 3),
+    }
+    found = account(told, [], [])
+    assert found.lost_without_excuse == ["early", "of one that lives"]
     report = found.report()
-    assert report["told_a_moment_before_a_kill_and_lost"] == 1
+    assert report["told_a_moment_before_a_kill_and_lost"] == 2
+    assert report["of_these_read_behind_the_kill"] == 1
     assert report["longest_such_moment_ms"] == 1e3 * MOMENT_S / 2
 
 

@@ -17,26 +17,36 @@ MOMENT_S = 2.0
 """Before a kill of the server, what was told within this may be lost with its memory."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """An alert event that a viewer has."""
+
+    at: float
+    """Time of day when it noted it: later than the kill if it still lay on the line."""
+    generation: int
+    """The start of the server that said it, from 1."""
+
+
 @dataclass(kw_only=True)
 class Account:
     """Of one receiver."""
 
-    told: Mapping[str, float]
-    """When (time of day) a viewer was told, by event."""
+    told: Mapping[str, Told]
+    """By event."""
     kept: Collection[str]
     """Found in the queue's file after a kill of the server."""
     arrived: Counter[str]
-    server_kills: Sequence[float]
-    """Times of day, rising."""
+    server_kills: Mapping[int, float]
+    """By generation, the time of day; not of those that ended in order."""
     lost: dict[str, float] = field(init=False)
-    """What was told and did not arrive: seconds from then to the server's next kill."""
+    """What was told and did not arrive: seconds from then to its server's kill."""
 
     def __post_init__(self) -> None:
         self.lost = {}
-        for event, at in self.told.items():
+        for event, told in self.told.items():
             if not self.arrived[event]:
-                later = (kill - at for kill in self.server_kills if kill >= at)
-                self.lost[event] = next(later, float("inf"))
+                kill = self.server_kills.get(told.generation, float("inf"))
+                self.lost[event] = kill - told.at
 
     @property
     def kept_and_lost(self) -> list[str]:
@@ -56,7 +66,8 @@ class Account:
             "kept_and_lost": self.kept_and_lost,
             "lost_without_excuse": self.lost_without_excuse,
             "told_a_moment_before_a_kill_and_lost": len(moments),
-            "longest_such_moment_ms": round(1e3 * max(moments, default=0.0), 1),
+            "of_these_read_behind_the_kill": sum(age_s < 0 for age_s in moments),
+            "longest_such_moment_ms": round(1e3 * max(0.0, *moments, 0.0), 1),
         }
 
 

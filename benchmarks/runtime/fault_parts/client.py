@@ -1,10 +1,11 @@
 """A viewer that may be killed at any moment: a process of its own, light to start.
 
-python -m benchmarks.runtime.fault_parts.client ADDRESS JOURNAL SEED
+python -m benchmarks.runtime.fault_parts.client ADDRESS JOURNAL SEED GENERATION
 
 It shows pictures, sets alerts that begin at once, removes them and asks. Each event goes into the
 journal, a line each, in a single write, so that a killed one has either the whole line or nothing.
-Who begins with a journal goes on with its last session.
+Who begins with a journal goes on with its last session. The file GENERATION holds the number of the
+server's start, written before it starts.
 """
 
 from __future__ import annotations
@@ -76,17 +77,29 @@ def last_point(path: Path) -> ResumePoint | None:
     return point
 
 
-async def open_session(address: str, journal: Journal, point: ResumePoint | None) -> Client:
+async def open_session(
+    address: str, journal: Journal, point: ResumePoint | None, generation: Path
+) -> Client:
     """Raises what the server says."""
     if point is not None:
         session_id = point.session_id
         return await Client.resume(
             address, point, on_event=lambda event: journal.event(session_id, event)
         )
+    before = generation.read_text()  # noqa: ASYNC240 (a few bytes, and nobody else waits)
     client = await Client.connect(address)  # what comes before `on_event` is set is created alone
     created = client.created
     assert isinstance(created, protocol.SessionCreated)
-    journal.write(session=created.session_id, token=created.resume_token, event=created.sequence)
+    # Whose session it is cannot be told, if there is another server by now.
+    if generation.read_text() != before:  # noqa: ASYNC240
+        await client.close()
+        raise ServerUnreachable("it was killed meanwhile")
+    journal.write(
+        session=created.session_id,
+        token=created.resume_token,
+        event=created.sequence,
+        generation=int(before),
+    )
     client.on_event = lambda event: journal.event(created.session_id, event)
     await client.update({"delivery": "wait", "drop_duplicates": False, "max_answer_tokens": 8})
     return client
@@ -114,14 +127,14 @@ async def work(client: Client, journal: Journal, jpegs: list[bytes], chance: ran
     journal.write(over="closed", newest=newest)
 
 
-async def main(address: str, path: Path, seed: int) -> None:
+async def main(address: str, path: Path, seed: int, generation: Path) -> None:
     chance = random.Random(seed)
     jpegs = [file.read_bytes() for file in sorted((path.parent / "pictures").iterdir())]
     point = last_point(path)
     journal = Journal(path)
     while True:
         try:
-            client = await open_session(address, journal, point)
+            client = await open_session(address, journal, point, generation)
         except (ServerUnreachable, ServerBusy):  # it was killed, and starts again
             await asyncio.sleep(0.05)
             continue
@@ -138,4 +151,4 @@ async def main(address: str, path: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))
+    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])))

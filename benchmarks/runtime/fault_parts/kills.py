@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,10 @@ def kill_at_random(folder: Path, kills: int, seed: int, most_s: float) -> dict[s
         options["mqtt"] = [f"mqtt://127.0.0.1:{tap.port}/alerts"]
     server = victims["server"] = ServerVictim(folder, options)
     assert isinstance(server, ServerVictim)
-    viewer = victims["viewer"] = Viewer(folder, server.address)
+    viewer = victims["viewer"] = Viewer(folder, server)
     assert isinstance(viewer, Viewer)
     killed: Counter[str] = Counter()
-    server_kills: list[float] = []
+    server_kills: dict[int, float] = {}
     kept: dict[str, set[str]] = {"webhook": set(), "mqtt": set()}
     begin_s = time.monotonic()
     try:
@@ -69,7 +70,8 @@ def kill_at_random(folder: Path, kills: int, seed: int, most_s: float) -> dict[s
                 wait_until(lambda: viewer.size > wanted, "the viewer goes on")  # noqa: B023
             time.sleep(chance.uniform(0.0, 0.05))
             name = chance.choice(sorted(victims))
-            server_kills += [time.time()] if name == "server" else []
+            if name == "server":
+                server_kills[server.starts] = time.time()
             victims[name].kill()
             killed[name] += 1
             if name == "server":
@@ -83,7 +85,9 @@ def kill_at_random(folder: Path, kills: int, seed: int, most_s: float) -> dict[s
         wait_until(lambda: viewer.size > 0, "the viewer has begun")
         viewer.kill()
         told = viewer.told()
-        arrived = {"webhook": lambda: Counter(line["id"] for line in receiver.lines())}
+        arrived: dict[str, Callable[[], Counter[str]]] = {
+            "webhook": lambda: Counter(line["id"] for line in receiver.lines())
+        }
         if tap is not None:
             acknowledged = tap.acknowledged
             arrived["mqtt"] = lambda: Counter(acknowledged)

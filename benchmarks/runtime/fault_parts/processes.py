@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT
+from benchmarks.runtime.fault_parts.accounts import Told
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
@@ -117,6 +118,8 @@ class ServerVictim(Victim):
         command = [sys.executable, "-m", "edge_vlm", "serve", "--config", str(config)]
         super().__init__(command, folder / "server.log", environment)
         self._ready = threading.Event()
+        self.generation = folder / "generation"
+        """Holds the number of the start, as long as it may answer."""
 
     @property
     def address(self) -> str:
@@ -128,6 +131,9 @@ class ServerVictim(Victim):
 
     def start(self) -> None:
         self._ready = ready = threading.Event()
+        written = self.generation.with_suffix(".new")
+        written.write_text(str(self.starts + 1))
+        written.replace(self.generation)
         super().start()
         assert self._process is not None
         output = self._process.stdout
@@ -168,13 +174,11 @@ class Receiver(Victim):
 
 
 class Viewer(Victim):
-    def __init__(self, folder: Path, address: str) -> None:
+    def __init__(self, folder: Path, server: ServerVictim) -> None:
         self.journal = folder / "viewer.jsonl"
         module = "benchmarks.runtime.fault_parts.client"
-        super().__init__(
-            [sys.executable, "-m", module, address, str(self.journal), "{start}"],
-            folder / "viewer.log",
-        )
+        arguments = [server.address, str(self.journal), "{start}", str(server.generation)]
+        super().__init__([sys.executable, "-m", module, *arguments], folder / "viewer.log")
 
     @property
     def size(self) -> int:
@@ -183,9 +187,14 @@ class Viewer(Victim):
     def lines(self) -> list[dict[str, Any]]:
         return lines_of(self.journal)
 
-    def told(self) -> dict[str, float]:
-        """Alert events, and when."""
-        return {line["told"]: line["at"] for line in self.lines() if "told" in line}
+    def told(self) -> dict[str, Told]:
+        """Alert events."""
+        generation, told = 0, {}
+        for line in self.lines():
+            generation = line.get("generation", generation)
+            if "told" in line:
+                told[line["told"]] = Told(line["at"], generation)
+        return told
 
 
 class Broker(Victim):
