@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import input_footage, output_file
 from edge_vlm.errors import ConfigError
-from edge_vlm.formats.calibration import FP16_LIMIT, Calibration, CalibrationTable
+from edge_vlm.formats.calibration import Calibration
 
-RANGES_SHOWN = 5
+if TYPE_CHECKING:
+    from edge_vlm.watching import Watcher
+    from edge_vlm_calibration.alerts.make import AlertRequest
+    from edge_vlm_calibration.rows import WorkFolder
+    from edge_vlm_calibration.run import Request
+
+SECTIONS = ("change", "budget", "ranges", "alerts")
+LOOKED = ("change", "budget")
+"""Sections that are made of one pass over the footage."""
+MERGE = Path("merge")
+RANGE_FRAMES = 64
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="folder with config.json and weights")
+    parser.usage = (
+        "%(prog)s [-h] CHECKPOINT|BUNDLE CLIPS... -o calibration.json [options]\n"
+        "       %(prog)s merge CALIBRATION CALIBRATION... -o calibration.json"
+    )
     parser.add_argument(
-        "footage", type=input_footage, nargs="+", help="video file or question-set folder"
+        "model",
+        type=Path,
+        metavar="CHECKPOINT|BUNDLE",
+        help="exported bundle (needs no torch), checkpoint or published folder; or the word merge",
+    )
+    parser.add_argument(
+        "footage",
+        type=input_footage,
+        nargs="*",
+        metavar="CLIPS",
+        help="video files, question-set or event-set folders of what the camera will see",
     )
     parser.add_argument(
         "-o",
@@ -24,56 +52,272 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         type=output_file,
         default="calibration.json",
         metavar="FILE",
-        help="the table to write (default: %(default)s)",
+        help="the file to write; sections are put into one that is there (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sections",
+        metavar="NAMES",
+        help=f"of {','.join(SECTIONS)} (default: change,budget, of a checkpoint ranges too, and "
+        "alerts with --marks)",
+    )
+    budget = parser.add_argument_group("what the footage may cost (section budget)")
+    share = budget.add_mutually_exclusive_group()
+    share.add_argument(
+        "--keep-ratio",
+        type=float,
+        metavar="R",
+        help="share of cells kept (default: what the model was made for)",
+    )
+    share.add_argument(
+        "--tokens-per-second", type=float, metavar="N", help="or cells kept a second of video"
+    )
+    budget.add_argument(
+        "--measure",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="of each clip that a real session is shown with the settings; 0: none (60)",
+    )
+    budget.add_argument(
+        "--questions",
+        type=input_footage,
+        metavar="FILE",
+        help="questions with known answers, as of `eval` (JSONL or a question-set folder): right "
+        "answers at each share",
+    )
+    budget.add_argument(
+        "--plot", type=output_file, metavar="FILE.png", help="draw the curves into a picture"
+    )
+    alerts = parser.add_argument_group("alerts on footage with known events (section alerts)")
+    alerts.add_argument(
+        "--marks",
+        type=Path,
+        metavar="FILE",
+        help="CSV or JSON: alert,question,clip,start,end, see docs/calibration.md (event-set "
+        "folders have their own)",
+    )
+    alerts.add_argument(
+        "--false-alarms-per-hour",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="of each alert at most (1)",
+    )
+    alerts.add_argument(
+        "--slack",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="how far outside its marks an event may be noticed: people mark a little late (1)",
+    )
+    alerts.add_argument(
+        "--one-rule",
+        action="store_true",
+        help="one rule for all questions, where each has too few events",
+    )
+    alerts.add_argument(
+        "--toml",
+        type=output_file,
+        metavar="FILE",
+        help="write the alerts as [[alert]] tables for `serve` (default: print them)",
+    )
+    alerts.add_argument(
+        "--camera", default="camera", metavar="NAME", help="of these tables (camera)"
     )
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second of a video (2)")
-    parser.add_argument("--max-frames", type=int, default=64, help="most of each footage (64)")
+    parser.add_argument(
+        "--max-frames",
+        type=int,
+        default=RANGE_FRAMES,
+        help="most of each clip for the section ranges (64)",
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--backend", default="ort", metavar="NAME", help="runs bundles: ort, openvino, auto (ort)"
+    )
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    import torch
+    if args.model == MERGE:
+        return _merge(args)
+    from edge_vlm_calibration.alerts.make import watched
+    from edge_vlm_calibration.rows import WorkFolder
+    from edge_vlm_calibration.run import made_with, make, names_of, opened
+    from edge_vlm_calibration.text import summary
 
-    from edge_vlm_calibration.collect import calibrate as run
-    from edge_vlm_calibration.provenance import identity_of, provenance_of
-
-    if not args.fps > 0 or args.max_frames < 2:
-        raise ConfigError("--fps must be above 0 and --max-frames at least 2")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    table = run(args.checkpoint, args.footage, args.fps, args.max_frames)
-    settings = {"fps": args.fps, "max_frames": args.max_frames}
-    made = Calibration(model=identity_of(args.checkpoint)).with_section(
-        table, provenance_of(args.footage, settings)
-    )
-    made.write(args.out)
-    print(format_table(table))
-    print(f"calibration: {args.out}")
+    if not args.footage:
+        raise ConfigError(
+            "there are no clips",
+            remedy="name footage of what the camera will see, behind the model",
+        )
+    if not 0 < args.fps <= 1000 or args.max_frames < 2 or not args.measure >= 0:
+        raise ConfigError(
+            "--fps must be in 0..1000, --max-frames at least 2 and --measure not negative"
+        )
+    request = _request(args)
+    if "alerts" in request.sections:  # what is wrong with the marks is said at once
+        watched(_alert_request(args), names_of(request.clips))
+    made: Calibration | None = None
+    if args.out.is_file() and args.out.stat().st_size:
+        made = Calibration.read(args.out)
+    work = args.out.with_name(f"{args.out.name}.work")
+    try:
+        with ExitStack() as stack:
+            watcher = stack.enter_context(opened(request))
+            if made is None:
+                made = Calibration(model=watcher.model)
+            made = made.merged(Calibration(model=watcher.model), args.out)
+            folder = stack.enter_context(WorkFolder(work, made_with(request, watcher)))
+            if set(request.sections) & set(LOOKED):
+                made = make(request, watcher, folder, made)
+            made = _more(args, request, watcher, folder, made)
+            made.write(args.out)
+    except KeyboardInterrupt:
+        if work.is_dir():
+            print(f"stopped: the same command goes on where it was ({work.name}/)", file=sys.stderr)
+        raise
+    print(summary(made, request.sections))
+    _plot(args, made)
+    if "alerts" in request.sections:
+        _tell_alerts(args, made)
+    print(f"\ncalibration: {args.out}")
     return 0
 
 
-def format_table(table: CalibrationTable) -> str:
-    """What a person wants to know first: scores, thresholds, the largest ranges, the verdict."""
-    lines = [f"{table.num_frames} frames of {', '.join(table.footage)}"]
-    if table.num_scores:
-        lines.append(
-            f"score      mean {table.score_mean:.4f}, std {table.score_std:.4f}, "
-            f"5..95 % {table.score_quantiles[5]:.4f}..{table.score_quantiles[95]:.4f}"
+def _plot(args: argparse.Namespace, made: Calibration) -> None:
+    from edge_vlm.formats.calibrated import BudgetSection
+    from edge_vlm_calibration.plot import write_png
+
+    if args.plot is None:
+        return
+    section = made.find(BudgetSection)
+    if section is None or not write_png(section, args.plot):
+        raise ConfigError(
+            "there is nothing to plot: no scores were taken down",
+            where=args.plot,
+            remedy="ask for the section budget of a model that has a scorer",
         )
+    print(f"\nplot: {args.plot}")
+
+
+def _tell_alerts(args: argparse.Namespace, made: Calibration) -> None:
+    from edge_vlm.formats.calibrated import AlertsSection
+    from edge_vlm_calibration.alerts.make import alert_lines
+
+    section = made.find(AlertsSection)
+    if section is None:
+        return
+    lines = alert_lines(section, args.camera)
+    if args.toml is None:
+        print(f"\n{lines}", end="")
     else:
-        lines.append("score      none: the model has no token scorer")
-    lines += [
-        f"keep {t.keep_ratio:4.0%}  score >= {t.score:.4f} (keeps {t.kept_share:.1%})"
-        for t in table.thresholds
-    ]
-    found = [(x, f"{name} (in)") for name, x in table.input_ranges.items()]
-    found += [(x, f"{name} (out)") for name, x in table.output_ranges.items()]
-    lines.append("largest |x|")
-    lines += [f"{x:10.4g}  {name}" for x, name in sorted(found, reverse=True)[:RANGES_SHOWN]]
-    unsafe = table.fp16_unsafe
-    verdict = f"UNSAFE in {len(unsafe)} modules: {', '.join(unsafe)}" if unsafe else "safe"
-    lines.append(f"fp16 (vision side, limit {FP16_LIMIT:.0f}): {verdict}")
-    return "\n".join(lines)
+        args.toml.write_text(lines)
+        print(f"\nalerts: {args.toml}")
+
+
+def _more(
+    args: argparse.Namespace,
+    request: Request,
+    watcher: Watcher,
+    work: WorkFolder,
+    made: Calibration,
+) -> Calibration:
+    """The sections with a pass of their own."""
+    from edge_vlm_calibration.alerts.make import make_alerts
+    from edge_vlm_calibration.run import names_of
+
+    if "ranges" in request.sections:
+        from edge_vlm_calibration.collect import calibrate as collect
+        from edge_vlm_calibration.provenance import provenance_of
+
+        table = collect(request.model, request.clips, args.fps, args.max_frames)
+        settings = {"fps": args.fps, "max_frames": args.max_frames}
+        made = made.with_section(table, provenance_of(request.clips, settings))
+    if "alerts" in request.sections:
+        clips = names_of(request.clips)
+        made = make_alerts(_alert_request(args), watcher, work, clips, made)
+    return made
+
+
+def _alert_request(args: argparse.Namespace) -> AlertRequest:
+    """Raises ConfigError."""
+    from edge_vlm_calibration.alerts.make import AlertRequest
+
+    if not args.false_alarms_per_hour > 0 or not 0 <= args.slack <= 3600:
+        raise ConfigError("--false-alarms-per-hour must be above 0 and --slack in 0..3600")
+    return AlertRequest(
+        marks=args.marks,
+        false_per_h=args.false_alarms_per_hour,
+        slack_s=args.slack,
+        one_rule=args.one_rule,
+        fps=args.fps,
+    )
+
+
+def _request(args: argparse.Namespace) -> Request:
+    """Raises ConfigError."""
+    from edge_vlm_calibration.budget import Wanted
+    from edge_vlm_calibration.run import Request
+
+    wanted = Wanted("keep_ratio", 0.5 if args.keep_ratio is None else args.keep_ratio)
+    if args.tokens_per_second is not None:
+        wanted = Wanted("vision_tokens_per_s", args.tokens_per_second)
+    if not 0 < wanted.value <= (1.0 if wanted.name == "keep_ratio" else 1e6):
+        raise ConfigError(
+            "--keep-ratio must be in (0, 1], --tokens-per-second above 0",
+            where=f"{wanted.value:g}",
+        )
+    request = Request(
+        model=args.model,
+        clips=args.footage,
+        sections=(),
+        wanted=wanted,
+        fps=args.fps,
+        measure_s=args.measure,
+        threads=args.threads,
+        backend=args.backend,
+        questions=args.questions,
+    )
+    return dataclasses.replace(request, sections=_sections(args, request.is_bundle))
+
+
+def _sections(args: argparse.Namespace, is_bundle: bool) -> Sequence[str]:
+    """Raises ConfigError."""
+    text: str | None = args.sections
+    if text is None:
+        more = () if is_bundle else ("ranges",)
+        return (*LOOKED, *more, *(("alerts",) if args.marks is not None else ()))
+    names = tuple(dict.fromkeys(name for name in text.replace(" ", "").split(",") if name))
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown or not names:
+        raise ConfigError(
+            f"there is no section {', '.join(unknown) or text!r}",
+            where="--sections",
+            remedy=f"of {', '.join(SECTIONS)}",
+        )
+    if is_bundle and "ranges" in names:
+        raise ConfigError(
+            "ranges of activations are those of a checkpoint, not of a bundle",
+            where="--sections",
+            remedy="name the checkpoint that the bundle was exported from",
+        )
+    if args.marks is not None and "alerts" not in names:
+        raise ConfigError(
+            "--marks are for the section alerts, which is not asked for", where="--sections"
+        )
+    return names
+
+
+def _merge(args: argparse.Namespace) -> int:
+    """`edge-vlm calibrate merge A B -o C`."""
+    if len(args.footage) < 2:
+        raise ConfigError("merge takes two calibrations or more", remedy="name their files")
+    merged = Calibration.read(args.footage[0])
+    for path in args.footage[1:]:
+        merged = merged.merged(Calibration.read(path), path)
+    merged.write(args.out)
+    print(f"calibration: {args.out} with {', '.join(sorted(merged.sections))}")
+    return 0
 
 
 calibrate = Command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import edge_vlm
 from edge_vlm.formats.alert_set import INDEX as EVENT_INDEX
@@ -13,12 +13,18 @@ from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.calibration import ClipRecord, ModelIdentity, Provenance
 from edge_vlm.formats.qa_set import INDEX as QA_INDEX
 
+if TYPE_CHECKING:
+    from edge_vlm.model.published.folder import ModelFolder
+
 
 def identity_of(checkpoint: Path) -> ModelIdentity:
     """Of a checkpoint or published folder; reads all of its weights. Raises as `open_folder`."""
     from edge_vlm.model.published.folder import open_folder
 
-    found = open_folder(checkpoint)
+    return identity_of_folder(open_folder(checkpoint))
+
+
+def identity_of_folder(found: ModelFolder) -> ModelIdentity:
     hashes = {os.path.relpath(path, found.path): path for path in found.weight_files}
     source = {
         "checkpoint": found.path.resolve().name,

@@ -1,8 +1,9 @@
-"""Counts of right answers and how far a share may lie from the truth: 95 % Wilson intervals."""
+"""How far a share or a count may lie from the truth: 95 % intervals, Wilson's and Garwood's."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 Z95 = 1.96
@@ -21,6 +22,29 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     spread = share * (1 - share) / count + z2 / (4 * count * count)
     half = Z95 / (1 + z2 / count) * math.sqrt(max(spread, 0.0))
     return (max(middle - half, 0.0), min(middle + half, 1.0))
+
+
+def garwood(count: int) -> tuple[float, float]:
+    """95 % interval of the mean of a Poisson variable of which `count` was seen: exact, so never
+    too narrow (F. Garwood, 1936)."""
+
+    def at_most(number: int, mean: float) -> float:
+        if mean == 0:
+            return 1.0
+        terms = (k * math.log(mean) - mean - math.lgamma(k + 1) for k in range(number + 1))
+        return sum(map(math.exp, terms))
+
+    def solved(is_above: Callable[[float], bool]) -> float:
+        low, high = 0.0, 3.0 * count + 20.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if is_above(middle) else (middle, high)
+        return (low + high) / 2
+
+    high = solved(lambda mean: at_most(count, mean) < 0.025)
+    if count == 0:
+        return (0.0, high)
+    return (solved(lambda mean: 1 - at_most(count - 1, mean) > 0.025), high)
 
 
 @dataclass

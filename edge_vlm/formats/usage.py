@@ -19,6 +19,7 @@ SECTIONS = ("prompt", "images", "frames", "defaults", "card")
 DEFAULTS = frozenset(
     [
         "attention",
+        "bank_frames",
         "change_threshold",
         "delivery",
         "drop_duplicates",
@@ -31,10 +32,12 @@ DEFAULTS = frozenset(
         "keep_ratio",
         "last_n",
         "max_answer_tokens",
+        "max_cells",
         "max_frame_age_s",
         "max_positions",
         "max_time_s",
         "min_cells",
+        "payback_frames",
         "policy",
         "policy_seed",
         "raw_frames",

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -94,11 +94,17 @@ class _Budgeted(ABC):
     min_cells: int = 2
     payback_frames: int = PAYBACK_FRAMES
     bank_frames: float = 2.0
+    max_cells: int = 0
+    """Most that a later frame keeps; 0: all of them."""
 
     def __post_init__(self) -> None:
         _check_ratio(self.keep_ratio)
         if self.min_cells < 0:
             raise ValueError(f"min_cells must be >= 0, got {self.min_cells}")
+        if self.max_cells and self.max_cells < self.min_cells:
+            raise ValueError(f"max_cells must be 0 or at least min_cells, got {self.max_cells}")
+        if self.bank_frames < 0:
+            raise ValueError(f"bank_frames must be >= 0, got {self.bank_frames}")
         if self.payback_frames < 2:
             raise ValueError(f"payback_frames must be >= 2, got {self.payback_frames}")
         self._ledger: CellLedger | None = None
@@ -152,17 +158,16 @@ class _Budgeted(ABC):
     def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
         """Cells of a later frame, within the ledger, which is charged by the caller."""
 
-
-def _bounded(wanted: float, ledger: CellLedger) -> int:
-    most = min(math.floor(ledger.available()), ledger.num_cells)
-    return max(0, min(max(round(wanted), ledger.min_cells), most))
+    def _bounded(self, wanted: float, ledger: CellLedger) -> int:
+        most = min(math.floor(ledger.available()), self.max_cells or ledger.num_cells)
+        return max(0, min(max(round(wanted), ledger.min_cells), most, ledger.num_cells))
 
 
 class FrameTopK(_Budgeted):
     """The highest scores of each frame; every frame gets the same number."""
 
     def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
-        return top_cells(scores, _bounded(ledger.even_share(), ledger))
+        return top_cells(scores, self._bounded(ledger.even_share(), ledger))
 
 
 @dataclass(eq=False)
@@ -180,7 +185,7 @@ class RandomCells(_Budgeted):
         self._random = np.random.default_rng(self.seed)
 
     def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
-        count = _bounded(ledger.even_share(), ledger)
+        count = self._bounded(ledger.even_share(), ledger)
         return np.sort(self._random.permutation(scores.size)[:count]).astype(np.int32)
 
 
@@ -218,7 +223,7 @@ class StreamBudget(_Budgeted):
             plan = self.payback_frames
             credit += ledger.rate * (plan - 1)
         wanted = credit * weight / (weight + usual * (plan - 1))
-        return top_cells(scores, _bounded(wanted, ledger))
+        return top_cells(scores, self._bounded(wanted, ledger))
 
 
 class OverThreshold:
@@ -271,7 +276,7 @@ class FrameDifference(_Budgeted):
         contents = self._cell_contents(scores.size, frame_rgb)
         assert self._kept_content is not None  # _start ran with the first frame
         change = np.abs(contents - self._kept_content).mean(axis=1)
-        cells = top_cells(change, _bounded(ledger.even_share(), ledger))
+        cells = top_cells(change, self._bounded(ledger.even_share(), ledger))
         self._kept_content[cells] = contents[cells]
         return cells
 
@@ -289,16 +294,27 @@ class FrameDifference(_Budgeted):
 POLICY_NAMES = ("stream", "random", "frame_topk", "difference", "keep_all")
 
 
-def make_policy(name: str, keep_ratio: float, *, min_cells: int = 2, seed: int = 0) -> RatedPolicy:
+def make_policy(
+    name: str,
+    keep_ratio: float,
+    *,
+    min_cells: int = 2,
+    max_cells: int = 0,
+    payback_frames: int = PAYBACK_FRAMES,
+    bank_frames: float = 2.0,
+    seed: int = 0,
+) -> RatedPolicy:
     """A fresh policy by its name in settings. Raises ValueError for a name not in POLICY_NAMES."""
+    budget: dict[str, Any] = {"min_cells": min_cells, "max_cells": max_cells}
+    budget |= {"payback_frames": payback_frames, "bank_frames": bank_frames}
     if name == "stream":
-        return StreamBudget(keep_ratio, min_cells=min_cells)
+        return StreamBudget(keep_ratio, **budget)
     if name == "random":
-        return RandomCells(keep_ratio, min_cells=min_cells, seed=seed)
+        return RandomCells(keep_ratio, **budget, seed=seed)
     if name == "frame_topk":
-        return FrameTopK(keep_ratio, min_cells=min_cells)
+        return FrameTopK(keep_ratio, **budget)
     if name == "difference":
-        return FrameDifference(keep_ratio, min_cells=min_cells)
+        return FrameDifference(keep_ratio, **budget)
     if name == "keep_all":
         return KeepAll()
     raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}, got {name!r}")

@@ -61,7 +61,8 @@ def as_file(checkpoint: Path, table: CalibrationTable, *footage: Path) -> Calibr
 def run(checkpoint: Path, footage: Path, out: Path) -> int:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.run(parser.parse_args([str(checkpoint), str(footage), "-o", str(out)]))
+    line = [str(checkpoint), str(footage), "-o", str(out), "--sections", "ranges"]
+    return command.run(parser.parse_args(line))
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,11 @@ from edge_vlm.errors import (
     TooManyAlerts,
     UnknownAlert,
 )
+from edge_vlm.hysteresis import AlertState, Change, Hysteresis
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.protocol.alerts import AlertCreate, AlertRule
-from edge_vlm_runtime.session.alert_rules import (
-    Alert,
-    AlertFrame,
-    AlertRegistry,
-    AlertState,
-    Change,
-    Hysteresis,
-    YesNo,
-)
+from edge_vlm_runtime.session.alert_rules import Alert, AlertFrame, AlertRegistry, YesNo
 
 QUESTION = "is there a red ball ?"
 BEGAN, ENDED = Change.BEGAN, Change.ENDED

@@ -252,6 +252,7 @@ def test_every_limit_and_setting_is_an_option_with_a_text(tmp_path: Path) -> Non
     }
     changed_settings = {
         **dict.fromkeys(("policy_seed", "min_cells", "last_n", "window_tokens"), 7),
+        **dict.fromkeys(("max_cells", "payback_frames", "bank_frames"), 7),
         **dict.fromkeys(("max_answer_tokens", "history_turns", "seed"), 7),
         **dict.fromkeys(("keep_ratio", "top_p", "vision_tokens_per_s", "fps_cap"), 0.75),
         "change_threshold": 0.75,

@@ -48,6 +48,8 @@ class BenchOptions:
     backend: Backend = Backend.ORT
     engines: Path | None = None
     threads: int = 2
+    calibration: Path | None = None
+    """Of this bundle: sessions have its settings, as far as the workload does not say otherwise."""
     trace: Trace | None = None
     by_layer: bool = False
     is_any_context: bool = False
@@ -132,13 +134,15 @@ class BenchRun(KeepingRun):
         self._watch.begin()
         begin = time.perf_counter()
         self._say("loading the engines")
+        traced: dict[str, Any] = {} if options.trace is None else {"wrap": options.trace.wrap}
         with LoadedBundle.open(
             options.bundle,
             options.threads,
             options.backend,
             options.engines,
             check=self._check,
-            **({} if options.trace is None else {"wrap": options.trace.wrap}),
+            calibration=options.calibration,
+            **traced,
         ) as engines:
             self.record.model["runs_on"] = engines.runs_on
             cells = engines.bundle.config.vision.num_cells

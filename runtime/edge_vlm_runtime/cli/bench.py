@@ -100,7 +100,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="exported model (default: the small demo model)",
     )
     add_options(parser, {"": options_of(BenchArguments)}, is_checked=True)
-    runs = options_of(BundleOptions, only=("threads", "backend", "engines"))
+    runs = options_of(BundleOptions, only=("threads", "backend", "engines", "calibration"))
     add_options(parser, {"": runs}, is_checked=True)
     add_access_arguments(parser)
     parser.add_argument(
@@ -202,6 +202,7 @@ def _served_run(args: argparse.Namespace, workload: Workload, before: Before) ->
         "BUNDLE": args.bundle != DEMO_BUNDLE,
         "--context": args.context is not None,
         "--engines": args.engines is not None,
+        "--calibration": args.calibration is not None,
         "--layers": args.layers,
         "--trace": args.trace is not None,
         "--nvtx": args.nvtx,
@@ -232,11 +233,11 @@ def command_line(args: argparse.Namespace) -> str:
         words.append(args.bundle.name)
     for option in [
         *options_of(BenchArguments),
-        *options_of(BundleOptions, only=("threads", "backend")),
+        *options_of(BundleOptions, only=("threads", "backend", "calibration")),
     ]:
         value = getattr(args, option.key)
         if value != option.default:
-            value = Path(value).name if option.key == "source" else value
+            value = Path(value).name if option.key in ("source", "calibration") else value
             words.append(f"--{option.key.replace('_', '-')} {value}")
     words += [f"--{name}" for name in ("layers", "nvtx") if getattr(args, name)]
     return " ".join(words)

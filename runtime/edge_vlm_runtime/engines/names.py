@@ -29,4 +29,7 @@ class Backend(str, Enum):
 
 def backend_options(args: argparse.Namespace) -> dict[str, Any]:
     """For `LoadedBundle.open` and `Server.open`."""
-    return {"backend": Backend(args.backend), "engines": args.engines}
+    options: dict[str, Any] = {"backend": Backend(args.backend), "engines": args.engines}
+    if getattr(args, "calibration", None) is not None:
+        options["calibration"] = args.calibration
+    return options

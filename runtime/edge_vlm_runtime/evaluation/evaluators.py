@@ -24,7 +24,7 @@ def open_bundle(target: str | None, options: EvaluatorOptions) -> Iterator[Bundl
 
     Raises BundleError and its leaves, MissingExtraError, EngineError, ConfigError.
     """
-    backend = _host_backend(options.backend)
+    backend = host_backend(options.backend)
     evaluator = BundleEvaluator(Path(target or DEMO_BUNDLE), options.threads, backend)
     try:
         yield evaluator
@@ -51,7 +51,7 @@ def open_served(target: str | None, options: EvaluatorOptions) -> Iterator[Serve
             evaluator = ServedEvaluator(target, Access(api_key=key, ca_file=options.tls_ca))
         else:
             bundle = Path(target or DEMO_BUNDLE)
-            backend = _host_backend(options.backend)
+            backend = host_backend(options.backend)
             server = stack.enter_context(
                 Server.open(bundle, threads=options.threads, backend=backend)
             )
@@ -62,7 +62,7 @@ def open_served(target: str | None, options: EvaluatorOptions) -> Iterator[Serve
         yield evaluator
 
 
-def _host_backend(name: str) -> Backend:
+def host_backend(name: str) -> Backend:
     """Raises ConfigError: caches are read on the host here."""
     offered = [backend.value for backend in Backend if not backend.is_on_gpu]
     if name not in offered:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.errors import BundleSchemaError
+from edge_vlm.errors import BundleSchemaError, ConfigError
 from edge_vlm.formats.bundle import IMAGE_ENCODER, EngineBundle
+from edge_vlm.formats.calibrated import session_settings
+from edge_vlm.formats.calibration import Calibration, ModelIdentity
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import KeepAll
 from edge_vlm.text.prompt import PromptFormat
@@ -29,6 +33,10 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.protocol.base import ServerEvent
     from edge_vlm_runtime.protocol.settings import ServerLimits
     from edge_vlm_runtime.protocol.typed import Settings
+
+
+BUDGETS = frozenset(["keep_ratio", "vision_tokens_per_s", "change_threshold"])
+"""Of which a calibration sets one."""
 
 
 class LoadedBundle:
@@ -85,13 +93,15 @@ class LoadedBundle:
         engines: str | os.PathLike[str] | None = None,
         check: Callable[[EngineBundle], None] = lambda bundle: None,
         wrap: Callable[[str, Engine], Engine] = lambda name, engine: engine,
+        calibration: Path | None = None,
     ) -> LoadedBundle:
         """Checks the bundle and loads its graphs; `engines`: see `open_graphs`; `check` may refuse
-        the bundle before they are loaded; `wrap` may put something round each graph, by its name.
+        the bundle before they are loaded; `wrap` may put something round each graph, by its name;
+        `calibration`: see `calibrated`.
 
-        Raises BundleError and its leaves, and what `open_graphs` and `check` raise.
+        Raises BundleError and its leaves, and what `open_graphs`, `calibrated` and `check` raise.
         """
-        bundle = EngineBundle.open(path)
+        bundle = calibrated(EngineBundle.open(path), calibration)
         check(bundle)
         opened = open_graphs(bundle, backend, threads=threads, engines=engines)
         for name, graph in opened.graphs.items():
@@ -132,6 +142,46 @@ class LoadedBundle:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def identity_of(bundle: EngineBundle) -> ModelIdentity:
+    """Which weights it was made from. Raises BundleSchemaError when it does not say."""
+    vision = bundle.config.vision
+    try:
+        return ModelIdentity.from_source(
+            bundle.source,
+            scorer=bundle.config.scorer_kind,
+            image_size=vision.image_size,
+            num_cells=vision.num_cells,
+        )
+    except (AttributeError, ValueError) as error:
+        raise BundleSchemaError(
+            "the manifest does not say which weights the bundle was made from",
+            where=bundle.path,
+            remedy="export it again",
+        ) from error
+
+
+def calibrated(bundle: EngineBundle, file: Path | None) -> EngineBundle:
+    """The bundle with the settings of `edge-vlm calibrate` in place of those it was made for.
+
+    Raises ConfigError for a file that is none, is of another model, or holds no settings.
+    """
+    if file is None:
+        return bundle
+    calibration = Calibration.read(file)
+    calibration.require_model(identity_of(bundle), file)
+    settings = session_settings(calibration, file)
+    if not settings:
+        raise ConfigError(
+            "the calibration holds no settings of sessions",
+            where=file,
+            remedy="make them with `edge-vlm calibrate --sections budget,change`",
+        )
+    defaults = {name: value for name, value in bundle.defaults.items() if name not in BUDGETS}
+    if not BUDGETS & settings.keys():  # it knows of noise alone
+        defaults = dict(bundle.defaults)
+    return replace(bundle, defaults={**defaults, **settings})
 
 
 def _prompt(bundle: EngineBundle) -> PromptFormat:

@@ -96,6 +96,13 @@ class VisionPipeline:
         stem.bind_array("hidden", self._hidden)
         trunk.bind_array("hidden", self._hidden)
 
+    @property
+    def scored(self) -> npt.NDArray[np.float32]:
+        """[N, D] of the frame that was looked at last: what its change is scored by, where the
+        model has that scorer. Overwritten by the next frame."""
+        scored: npt.NDArray[np.float32] = self._scored[0]
+        return scored
+
     def new_state(self) -> VisionState:
         return VisionState(self.num_cells, self._cfg.vision.width)
 

@@ -100,6 +100,9 @@ class OwnSettings(Part, forbid_unknown_fields=True, kw_only=True):
     policy: str | UnsetType = UNSET
     policy_seed: int | UnsetType = UNSET
     min_cells: int | UnsetType = UNSET
+    max_cells: int | UnsetType = UNSET
+    payback_frames: int | UnsetType = UNSET
+    bank_frames: float | UnsetType = UNSET
     attention: str | UnsetType = UNSET
     last_n: int | UnsetType = UNSET
     window_tokens: int | UnsetType = UNSET

@@ -16,7 +16,7 @@ from edge_vlm.errors import BundleSchemaError, ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.pruning.clip_budget import variant_of
-from edge_vlm.pruning.policies import POLICY_NAMES
+from edge_vlm.pruning.policies import PAYBACK_FRAMES, POLICY_NAMES
 from edge_vlm.text.prompt import longest_frame, longest_image
 
 CAN_BE_NONE = ("resume_grace_s", "max_answer_slowdown", "max_waiting_requests")
@@ -76,6 +76,12 @@ class SessionSettings:
     """For the policy `random`."""
     min_cells: int = 2
     """Cells that every frame keeps, as far as keep_ratio allows."""
+    max_cells: int = 0
+    """Cells that a frame after the first keeps at most; 0: all of them."""
+    payback_frames: int = PAYBACK_FRAMES
+    """Over so many frames a stream pays back its whole first one."""
+    bank_frames: float = 2.0
+    """Cells that quiet frames leave to later ones at most, in whole frames."""
     attention: Attention = Attention.FRAME
     """`frame`: each frame is appended once; `exact`: all remembered frames are prefilled together
     when a question comes, seeing each other both ways; `last_n`: so, with the last few only."""
@@ -131,18 +137,22 @@ class SessionSettings:
         self._require("change_threshold", 0.0 <= threshold < 2.0, "must be in 0..2, 2 excluded")
         self._require("policy", self.policy in POLICIES, f"must be one of {POLICIES}")
         for field in (
-            *("policy_seed", "min_cells", "window_tokens"),
+            *("policy_seed", "min_cells", "max_cells", "window_tokens"),
             *("duplicate_threshold", "history_turns", "seed"),
         ):
             self._require(field, 0 <= getattr(self, field) <= MAX_WHOLE, f"must be 0..{MAX_WHOLE}")
         for field in ("last_n", "max_answer_tokens"):
             self._require(field, 1 <= getattr(self, field) <= MAX_WHOLE, f"must be 1..{MAX_WHOLE}")
+        is_ceiling = not self.max_cells or self.max_cells >= self.min_cells
+        self._require("max_cells", is_ceiling, "must be 0 or at least min_cells")
+        frames = self.payback_frames
+        self._require("payback_frames", 2 <= frames <= MAX_WHOLE, f"must be 2..{MAX_WHOLE}")
         self._require("fps_cap", self.fps_cap <= MOST_FPS, f"must be at most {MOST_FPS:g}")
         for field in ("fps_cap", "heartbeat_s", "max_frame_age_s"):
             self._require(field, getattr(self, field) > 0.0, "must be positive")
         for field in (
             *("fps_cap", "heartbeat_s", "max_frame_age_s", "vision_tokens_per_s"),
-            *("change_threshold", "duplicate_threshold", "temperature", "top_p"),
+            *("change_threshold", "duplicate_threshold", "bank_frames", "temperature", "top_p"),
         ):
             holds = getattr(self, field) == 0 or LEAST <= getattr(self, field) <= MOST
             self._require(field, holds, f"must be 0 or in {LEAST:g}..{MOST:g}")

@@ -24,6 +24,9 @@ class Settings(TypedDict, total=False):
     policy: Literal["stream", "random", "frame_topk", "difference", "keep_all", "clip"]
     policy_seed: int
     min_cells: int
+    max_cells: int
+    payback_frames: int
+    bank_frames: float
     attention: Attention | Literal["frame", "exact", "last_n"]
     last_n: int
     window_tokens: int

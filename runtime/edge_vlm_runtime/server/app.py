@@ -167,6 +167,7 @@ class Server:
         threads: int = 2,
         backend: Backend = Backend.ORT,
         engines: str | os.PathLike[str] | None = None,
+        calibration: Path | None = None,
         limits: ServerLimits | None = None,
         settings: Mapping[str, Any] | None = None,
         record_to: Path | None = None,
@@ -178,7 +179,8 @@ class Server:
         media: MediaRules | None = None,
         cameras: CameraFile | None = None,
     ) -> Server:
-        """Checks and loads the bundle. `engines`: see `open_graphs`; `settings`: fields of
+        """Checks and loads the bundle. `engines`: see `open_graphs`; `calibration`: see
+        `bundle_model.calibrated`; `settings`: fields of
         SessionSettings in which new sessions differ from what the bundle was made for; `record_to`:
         a folder for a recording of each session, or the file for that of the only one; the rest:
         see `__init__`. Raises what `LoadedBundle.open` raises, ConfigError, RecordingError."""
@@ -190,7 +192,9 @@ class Server:
                 num_cameras = 0 if cameras is None else len(cameras.plan.cameras)
                 require_memory(found, wanted, bounds, num_cameras=num_cameras)
 
-        opened = LoadedBundle.open(bundle, threads, backend, engines, check)
+        opened = LoadedBundle.open(
+            bundle, threads, backend, engines, check, calibration=calibration
+        )
         try:
             warm_up(opened)
             recorder_of = functools.partial(Recorder, bundle=opened.bundle, threads=threads)

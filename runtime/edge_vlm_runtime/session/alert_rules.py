@@ -1,9 +1,6 @@
-"""Alerts: a yes/no question asked of the stream again and again, and when its answer is an event.
+"""Alerts: a yes/no question asked of the stream again and again, see `edge_vlm.hysteresis`.
 
-    idle --p >= on--> holding --for hold_s--> active --p < off, for clear_hold_s--> idle (cooling)
-
-`p` is the probability of "yes" against "no". Times are capture times in seconds, so a recording
-gives the same events as the camera did. No I/O, no clock, no threads, no model.
+No I/O, no clock, no threads, no model.
 """
 
 from __future__ import annotations
@@ -11,76 +8,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_vlm.errors import AlertsUnsupported, ConfigError, TooManyAlerts, UnknownAlert
+from edge_vlm.hysteresis import TOLERANCE_S, Change, Hysteresis
 from edge_vlm_runtime.protocol.alerts import AlertRule
 from edge_vlm_runtime.protocol.base import UNSET, UnsetType
 
 if TYPE_CHECKING:
     from edge_vlm.text.tokenizer import Tokenizer
-
-TOLERANCE_S = 1e-6
-"""Capture times are whole microseconds."""
-
-
-class AlertState(str, Enum):
-    IDLE = "idle"
-    HOLDING = "holding"
-    """The probability is high enough, but not yet for `hold_s`, or it is still cooling down."""
-    ACTIVE = "active"
-    """The alert has begun and not ended."""
-
-
-class Change(Enum):
-    BEGAN = "began"
-    ENDED = "ended"
-
-
-class Hysteresis:
-    """Turns probabilities over time into begins and ends."""
-
-    def __init__(self, rule: AlertRule) -> None:
-        self.rule = rule
-        self.active = False
-        self.began_s = 0.0
-        """Time of the last begin."""
-        self._since_s: float | None = None
-        """How long the probability has asked for a change."""
-        self._cool_until_s = -math.inf
-
-    @property
-    def state(self) -> AlertState:
-        if self.active:
-            return AlertState.ACTIVE
-        return AlertState.IDLE if self._since_s is None else AlertState.HOLDING
-
-    def update(self, time_s: float, probability: float) -> Change | None:
-        """One measurement, or the same picture some time later; `time_s` never falls."""
-        rule = self.rule
-        if self.active:
-            wants_change, hold_s = probability < rule.off_threshold, rule.clear_hold_s
-        else:
-            wants_change, hold_s = probability >= rule.on_threshold, rule.hold_s
-        if not wants_change:
-            self._since_s = None
-            return None
-        if self._since_s is None:
-            self._since_s = time_s
-        if time_s - self._since_s < hold_s - TOLERANCE_S:
-            return None
-        if not self.active and time_s < self._cool_until_s - TOLERANCE_S:
-            return None
-        self.active = not self.active
-        self._since_s = None
-        if self.active:
-            self.began_s = time_s
-            return Change.BEGAN
-        self._cool_until_s = time_s + rule.cooldown_s
-        return Change.ENDED
 
 
 @dataclass(frozen=True, kw_only=True)

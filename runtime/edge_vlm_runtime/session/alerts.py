@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_vlm.errors import EdgeVlmError, QuestionTooLong, TooManyQuestions
+from edge_vlm.hysteresis import Change
 from edge_vlm.pixels.frames import shrink_jpeg
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.settings import Attention, ModelLimits, ServerLimits
-from edge_vlm_runtime.session.alert_rules import Alert, AlertFrame, AlertRegistry, Change, YesNo
+from edge_vlm_runtime.session.alert_rules import Alert, AlertFrame, AlertRegistry, YesNo
 from edge_vlm_runtime.session.budget import question_capacity
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from edge_vlm.errors import (
     EngineError,
     FrameDecodeError,
 )
+from edge_vlm.pixels.duplicates import THUMBNAIL, DuplicateFilter
 from edge_vlm.pixels.frames import Frame, decode_jpeg, decode_picture, thumbnail
 from edge_vlm.pruning.policies import KeepAll, OverThreshold, RatedPolicy, make_policy
 from edge_vlm_runtime import protocol
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
 
 MAX_PENDING_FRAMES = 16
 """Frames encoded while an answer is decoded; more wait in the queue, under its drop rule."""
-THUMBNAIL = 32
-POLICY_FIELDS = ("policy", "policy_seed", "min_cells", "change_threshold")
+POLICY_FIELDS = (
+    *("policy", "policy_seed", "min_cells", "max_cells", "payback_frames", "bank_frames"),
+    "change_threshold",
+)
 BUDGET_FIELDS = ("keep_ratio", "vision_tokens_per_s")
 EWMA_WEIGHT = 0.2
 """Weight of the last interval in what is expected of the next one."""
@@ -56,28 +59,6 @@ class FrameRejected(Exception):
         super().__init__(reason.value)
         self.reason = reason
         self.error = error
-
-
-class DuplicateFilter:
-    """Compares each picture with the last one that was encoded."""
-
-    def __init__(self) -> None:
-        self._encoded: tuple[np.ndarray, int] | None = None
-
-    def is_duplicate(self, small: np.ndarray, capture_us: int, settings: SessionSettings) -> bool:
-        """`small`: thumbnail f32 [side, side]."""
-        if self._encoded is None:
-            return False
-        thumb, since_us = self._encoded
-        fresh = capture_us - since_us < settings.heartbeat_s * 1e6
-        return fresh and bool(np.abs(small - thumb).max() <= settings.duplicate_threshold)
-
-    def on_encoded(self, small: np.ndarray, capture_us: int) -> None:
-        self._encoded = (small, capture_us)
-
-    def reset(self) -> None:
-        """The last picture was lost: whatever comes next is new."""
-        self._encoded = None
 
 
 class FrameIngest:
@@ -317,7 +298,9 @@ class FrameIngest:
         small: np.ndarray | None = None
         if live and settings.drop_duplicates:
             small = thumbnail(rgb, THUMBNAIL)
-            if self._duplicates.is_duplicate(small, frame.capture_us, settings):
+            if self._duplicates.is_duplicate(
+                small, frame.capture_us, settings.duplicate_threshold, settings.heartbeat_s
+            ):
                 raise FrameRejected(DropReason.DUPLICATE)
         self._fund(frame.capture_us)
         shown = Frame(rgb=rgb, pts_ns=pts_ns, seq=frame.seq)
@@ -474,5 +457,8 @@ def _policy_of(settings: SessionSettings, num_cells: int) -> RatedPolicy:
         settings.policy,
         keep_ratio,
         min_cells=settings.min_cells,
+        max_cells=settings.max_cells,
+        payback_frames=settings.payback_frames,
+        bank_frames=settings.bank_frames,
         seed=settings.policy_seed,
     )

@@ -59,6 +59,9 @@ class BundleOptions:
     CPU, or the faster of ONNX Runtime and OpenVINO for each graph (auto)."""
     engines: Annotated[Path | None, About(metavar="FOLDER")] = None
     """Engines for --backend trt (default: BUNDLE/engines)."""
+    calibration: Path | None = None
+    """Settings that `edge-vlm calibrate` chose for this model on your own footage: sessions begin
+    with them unless told otherwise."""
 
     def __post_init__(self) -> None:
         if self.threads < 1:

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 def server_url(args: argparse.Namespace, record_to: Path | None = None) -> Iterator[str]:
     """The URL that was given, or that of a server of our own on a free loopback port."""
     if args.url is not None:
+        if getattr(args, "calibration", None) is not None:
+            raise ConfigError(
+                "--calibration is for a server of our own: this one has its settings already",
+                where=args.url,
+                remedy="give --calibration to `edge-vlm serve`",
+            )
         yield args.url
         return
     from edge_vlm.errors import MissingExtraError

@@ -1,0 +1,1 @@
+"""The section `alerts`: marked events, what the model says of the footage, thresholds."""

@@ -1,0 +1,83 @@
+"""Clips as pictures with times, each a stream or several: videos, question sets, event sets.
+
+A recording of a session is footage, too, where what opens the model can read it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_vlm.errors import EdgeVlmError, VideoEmpty
+from edge_vlm.formats.alert_set import INDEX as EVENT_INDEX
+from edge_vlm.formats.alert_set import read_event_set
+from edge_vlm.formats.qa_set import INDEX as QA_INDEX
+from edge_vlm.formats.qa_set import read_question_set
+from edge_vlm.json_text import parse_json
+from edge_vlm.pixels.frames import Rgb, decode_jpeg
+from edge_vlm.pixels.video import due_frames, open_video
+
+RECORDING = ".evlm"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a stream. `rgb` converts it, which one that is passed over is spared."""
+
+    time_s: float
+    """From the stream's first picture."""
+    is_first: bool
+    rgb: Callable[[], Rgb]
+
+
+def pictures(path: Path, fps: float, max_side: int) -> Iterator[Picture]:
+    """All of a clip, a video's at `fps`, its longer side at most `max_side`.
+
+    Raises VideoError and its leaves; of folders what their readers and `decode_jpeg` raise.
+    """
+    if path.is_dir():
+        yield from _folder_pictures(path)
+        return
+    with closing(open_video(path)) as video:
+        is_first = True
+        for time_s, frame in due_frames(video.frames(), fps, video.epsilon_s):
+            yield Picture(time_s, is_first, functools.partial(frame.rgb, max_side))
+            is_first = False
+        if is_first:
+            raise VideoEmpty("there is no frame in it", where=path)
+
+
+def _folder_pictures(path: Path) -> Iterator[Picture]:
+    for jpegs, times_s in _streams(path):
+        for i, (jpeg, time_s) in enumerate(zip(jpegs, times_s, strict=True)):
+            yield Picture(time_s - times_s[0], i == 0, functools.partial(decode_jpeg, jpeg))
+
+
+def _streams(path: Path) -> Iterator[tuple[Sequence[bytes], list[float]]]:
+    if (path / EVENT_INDEX).is_file():
+        for part in read_event_set(path):
+            yield part.jpegs, [float(time_s) for time_s in part.times_s]
+        return
+    for clip in read_question_set(path):
+        yield clip.jpegs, [float(time_s) for time_s in clip.times_s]
+
+
+def _count(path: Path) -> int:
+    """Pictures of a folder, by its index alone."""
+    index = path / (EVENT_INDEX if (path / EVENT_INDEX).is_file() else QA_INDEX)
+    lines = index.read_text("utf-8-sig").splitlines()
+    return sum(len(parse_json(line)["times_s"]) for line in lines)
+
+
+def expected_frames(path: Path, fps: float) -> float | None:
+    """How many pictures there will be, as far as can be told without reading them."""
+    try:
+        if path.is_dir():
+            return float(_count(path))
+        with closing(open_video(path)) as video:
+            return None if video.duration_s is None else max(1.0, video.duration_s * fps)
+    except (EdgeVlmError, OSError, KeyError, TypeError, ValueError):
+        return 0.0  # it will be skipped, with words

@@ -1,0 +1,274 @@
+"""Settings chosen on footage: what is predicted is what a real session keeps."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_vlm.errors import ConfigError
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.calibrated import BudgetSection, ChangeSection
+from edge_vlm.formats.calibration import Calibration
+from edge_vlm.pixels.video import write_video
+from edge_vlm.watching import Watcher
+from edge_vlm_calibration.budget import Wanted, budget_section
+from edge_vlm_calibration.commands import calibrate as command
+from edge_vlm_calibration.looking import look_at, rows_of
+from edge_vlm_calibration.rows import RowFile, Rows, WorkFolder
+from edge_vlm_calibration.run import Request, look, made_with, opened
+from edge_vlm_calibration.simulate import DEFAULTS, simulate
+from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.inference.bundle_model import calibrated
+from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
+from edge_vlm_runtime.session.budget import default_settings
+from tests.calibration.test_calibrate import make_checkpoint
+
+FPS = 4
+STILL, MOVING = 16, 24
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four still seconds, then six in which a square moves."""
+    pictures = np.full((STILL + MOVING, 96, 128, 3), (40, 90, 160), np.uint8)
+    pictures[:, 60:70] = (90, 40, 30)
+    for i in range(MOVING):
+        pictures[STILL + i, 10:40, 4 * i : 4 * i + 30] = (240, 60, 30)
+    path = tmp_path_factory.mktemp("footage") / "door.mp4"
+    write_video(path, pictures, FPS)
+    return path
+
+
+def request_for(*clips: Path, **more: Any) -> Request:
+    usual = Request(
+        model=DEMO_BUNDLE,
+        clips=clips,
+        sections=("change", "budget"),
+        wanted=Wanted("keep_ratio", 0.3),
+        fps=FPS,
+        measure_s=60.0,
+        threads=1,
+        backend="ort",
+    )
+    return dataclasses.replace(usual, **more)
+
+
+@pytest.fixture(scope="module")
+def watcher(clip: Path) -> Iterator[Watcher]:
+    with opened(request_for(clip)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def rows(watcher: Watcher, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    file = RowFile(tmp_path_factory.mktemp("rows") / "rows", rows_of(watcher))
+    look_at(watcher, clip, FPS, file, lambda: None)
+    return file.read()
+
+
+def run(*line: object) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in line]))
+
+
+@pytest.fixture(scope="module")
+def made(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "calibration.json"
+    assert run(DEMO_BUNDLE, clip, "-o", out, "--fps", FPS, "--keep-ratio", 0.3) == 0
+    return out
+
+
+def test_defaults_are_those_of_sessions() -> None:
+    usual = dataclasses.asdict(SessionSettings())
+    assert {name: usual[name] for name in DEFAULTS} == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep_ratio": 0.3},
+        {"keep_ratio": 0.5, "payback_frames": 8, "bank_frames": 1.0, "max_cells": 6},
+        {"vision_tokens_per_s": 20.0},
+        {"keep_ratio": 0.4, "duplicate_threshold": 0.5},
+        {"keep_ratio": 0.4, "drop_duplicates": False, "min_cells": 0},
+    ],
+)
+def test_a_simulation_keeps_what_a_session_keeps(
+    watcher: Watcher, clip: Path, rows: Rows, settings: dict[str, Any]
+) -> None:
+    from edge_vlm_calibration.footage import pictures
+
+    settings = {**settings, "fps_cap": float(FPS)}
+    seen = kept = duplicates = 0
+    per_cell = np.zeros(watcher.config.vision.num_cells)
+    with watcher.session(settings) as session:
+        for picture in pictures(clip, FPS, 1280):
+            sent = session.send(picture.rgb(), picture.time_s)
+            seen, kept = seen + sent.cells_seen, kept + sent.cells_kept
+            duplicates += sent.cells_seen == 0
+            per_cell[list(sent.kept)] += 1
+    spent = simulate(rows, settings, 1 / FPS)
+    assert (spent.seen, spent.duplicates) == (seen, duplicates)
+    # Behind duplicates the model compares with another picture than the rows do.
+    tolerance = 0 if not duplicates else 0.02 * seen
+    assert abs(spent.kept - kept) <= tolerance
+    if not duplicates:
+        assert spent.kept_map.tolist() == per_cell.tolist()
+
+
+def test_the_footage_comes_to_what_was_wanted(rows: Rows) -> None:
+    base = {"fps_cap": float(FPS), "drop_duplicates": False}
+    for wanted in (Wanted("keep_ratio", 0.35), Wanted("vision_tokens_per_s", 22.0)):
+        section, _ = budget_section({"door": rows}, wanted, base, "learned")
+        spent = simulate(rows, {**base, **section.settings}, 1 / FPS)
+        assert wanted.of(spent) == pytest.approx(wanted.value, rel=0.03)
+        assert section.share == pytest.approx(spent.share)
+        shares = [point.share for point in section.curve]
+        assert shares == sorted(shares, reverse=True)
+    later = np.array(rows["scores"][~rows["first"]])
+    for point in section.curve:
+        assert point.share == pytest.approx((later >= point.threshold - 1e-7).mean(), abs=1e-3)
+
+
+def test_what_cannot_be_held_is_said(rows: Rows) -> None:
+    base = {"fps_cap": float(FPS), "drop_duplicates": False}
+    _, notes = budget_section({"door": rows}, Wanted("vision_tokens_per_s", 500), base, "learned")
+    assert any("more than there are: 64" in note for note in notes)
+    _, notes = budget_section({"door": rows}, Wanted("keep_ratio", 0.01), base, "learned")
+    assert any("cannot be held on this footage" in note for note in notes)
+
+
+def test_the_command_writes_settings_that_a_server_takes(made: Path, clip: Path) -> None:
+    calibration = Calibration.read(made)
+    budget, change = calibration.find(BudgetSection), calibration.find(ChangeSection)
+    assert budget is not None
+    assert change is not None
+    assert not made.with_name(f"{made.name}.work").exists()
+    (found,) = budget.clips
+    assert (found.name, found.frames) == (clip.name, STILL + MOVING)
+    assert found.measured_share == pytest.approx(found.expected_share, abs=0.02)
+    assert change.still is not None
+    assert change.still.end_s <= STILL / FPS
+    bundle = EngineBundle.open(DEMO_BUNDLE)
+    settings = default_settings(calibrated(bundle, made), ServerLimits())
+    for section in (budget, change):
+        for name, value in section.settings.items():
+            assert getattr(settings, name) == value, name
+    assert settings.keep_ratio != default_settings(bundle, ServerLimits()).keep_ratio
+    assert settings.window_tokens == bundle.defaults["window_tokens"]
+
+
+def test_another_model_is_refused(made: Path, tmp_path: Path) -> None:
+    from edge_vlm_calibration.provenance import identity_of
+
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(ConfigError, match="that of other weights: of 'demo', not of this"):
+        Calibration.read(made).require_model(identity_of(checkpoint), made)
+    other = Calibration(model=identity_of(checkpoint))
+    other.write(tmp_path / "other.json")
+    with pytest.raises(ConfigError, match="other weights"):
+        calibrated(EngineBundle.open(DEMO_BUNDLE), tmp_path / "other.json")
+    with pytest.raises(ConfigError, match="other weights"):
+        run("merge", made, tmp_path / "other.json", "-o", tmp_path / "both.json")
+
+
+def test_a_stopped_run_goes_on(watcher: Watcher, clip: Path, rows: Rows, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop_at(most: int) -> Any:
+        left = iter(range(most))
+
+        def on_frame() -> None:
+            if next(left, None) is None:
+                raise Stop
+
+        return on_frame
+
+    file = RowFile(tmp_path / "rows", rows_of(watcher))
+    for most in (1, 10, 25):
+        with pytest.raises(Stop):
+            look_at(watcher, clip, FPS, file, stop_at(most))
+    look_at(watcher, clip, FPS, file, lambda: None)
+    found = file.read()
+    assert len(found) == len(rows)
+    for name in rows.dtype.names or ():
+        np.testing.assert_allclose(found[name], rows[name], atol=1e-6)
+
+
+def test_other_rows_are_begun_anew(watcher: Watcher, clip: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        WorkFolder(tmp_path / "work", made_with(request_for(clip), watcher)) as first,
+    ):
+        (first.path / "0000.rows").write_bytes(b"x")
+        raise KeyboardInterrupt
+    again = WorkFolder(tmp_path / "work", made_with(request_for(clip), watcher))
+    assert again.is_resumed
+    assert (again.path / "0000.rows").exists()
+    other = WorkFolder(tmp_path / "work", made_with(request_for(clip, fps=3.0), watcher))
+    assert not other.is_resumed
+    assert not (other.path / "0000.rows").exists()
+
+
+def test_bad_clips_are_skipped_and_named(
+    watcher: Watcher, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"not a video" * 100)
+    blank = tmp_path / "blank.mp4"
+    write_video(blank, np.full((12, 96, 128, 3), 77, np.uint8), FPS)
+
+    def seen(*clips: Path) -> Any:
+        request = request_for(*clips)
+        with WorkFolder(tmp_path / "work", made_with(request, watcher)) as work:
+            return look(request, watcher, work)
+
+    found = seen(clip, bad)
+    assert list(found.rows) == [clip.name]
+    assert list(found.skipped) == ["bad.mp4"]
+    assert "bad.mp4 is left out" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"only 1 of 3 clips can be read: bad\.mp4.*bad\.mp4"):
+        seen(clip, bad, bad)
+    with pytest.raises(ConfigError, match="of one colour"):
+        seen(blank)
+    assert any("blank.mp4 is of one colour" in note for note in seen(clip, blank).notes)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ([], "there are no clips"),
+        (["--keep-ratio", "1.5"], "--keep-ratio must be in"),
+        (["--tokens-per-second", "0"], "--tokens-per-second above 0"),
+        (["--sections", "budgets"], "there is no section 'budgets'"),
+        (["--sections", "ranges"], "those of a checkpoint, not of a bundle"),
+        (["--sections", "alerts"], "there are no marks"),
+        (["--fps", "0"], "--fps must be"),
+    ],
+)
+def test_wrong_requests_are_named(clip: Path, tmp_path: Path, line: list[str], said: str) -> None:
+    clips = [clip] if line else []
+    with pytest.raises(ConfigError, match=said):
+        run(DEMO_BUNDLE, *clips, "-o", tmp_path / "c.json", *line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_calibrated_too(clip: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    out = tmp_path / "c.json"
+    line = [checkpoint, clip, "-o", out, "--fps", 2, "--sections", "budget"]
+    assert run(*line, "--measure", 4) == 0
+    budget = Calibration.read(out).find(BudgetSection)
+    assert budget is not None
+    (found,) = budget.clips
+    assert found.measured_share == found.expected_share
+    assert run(checkpoint, clip, "-o", out, "--fps", 2, "--sections", "change") == 0
+    assert set(Calibration.read(out).sections) == {"budget", "change"}
