@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from edge_vlm_calibration.rows import WorkFolder
     from edge_vlm_calibration.run import Request
 
-SECTIONS = ("change", "budget", "ranges", "alerts")
+SECTIONS = ("change", "budget", "ranges", "precision", "alerts")
+OF_WEIGHTS = ("ranges", "precision")
 LOOKED = ("change", "budget")
 """Sections that are made of one pass over the footage."""
 MERGE = Path("merge")
@@ -129,7 +130,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--max-frames",
         type=int,
         default=RANGE_FRAMES,
-        help="most of each clip for the section ranges (64)",
+        help="most of each clip for the sections ranges and precision (64)",
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument(
@@ -224,15 +225,24 @@ def _more(
 ) -> Calibration:
     """The sections with a pass of their own."""
     from edge_vlm_calibration.alerts.make import make_alerts
+    from edge_vlm_calibration.provenance import provenance_of
     from edge_vlm_calibration.run import names_of
 
     if "ranges" in request.sections:
         from edge_vlm_calibration.collect import calibrate as collect
-        from edge_vlm_calibration.provenance import provenance_of
 
         table = collect(request.model, request.clips, args.fps, args.max_frames)
         settings = {"fps": args.fps, "max_frames": args.max_frames}
         made = made.with_section(table, provenance_of(request.clips, settings))
+    if "precision" in request.sections:
+        from edge_vlm_calibration.precision.commands import make as plan
+
+        found, notes = plan(request.model, request.clips, args.fps, args.max_frames, args.out)
+        settings = {"fps": args.fps, "max_frames": args.max_frames}
+        for data in found:
+            made = made.with_section(
+                data, provenance_of(request.clips, settings), notes.get(data.SECTION, ())
+            )
     if "alerts" in request.sections:
         clips = names_of(request.clips)
         made = make_alerts(_alert_request(args), watcher, work, clips, made)
@@ -295,9 +305,9 @@ def _sections(args: argparse.Namespace, is_bundle: bool) -> Sequence[str]:
             where="--sections",
             remedy=f"of {', '.join(SECTIONS)}",
         )
-    if is_bundle and "ranges" in names:
+    if is_bundle and set(names) & set(OF_WEIGHTS):
         raise ConfigError(
-            "ranges of activations are those of a checkpoint, not of a bundle",
+            "ranges and precisions are those of a checkpoint, not of a bundle",
             where="--sections",
             remedy="name the checkpoint that the bundle was exported from",
         )

@@ -29,6 +29,8 @@ def summary(made: Calibration, sections: Sequence[str]) -> str:
         if name in sections and section is not None:
             notes = [f"note: {note}" for note in made.sections[name].notes]
             parts.append("\n".join([f"[{name}]", text(section), *notes]))
+    if "precision" in sections and "precision" in made.sections:
+        parts.append("\n".join(["[precision]", *made.sections["precision"].notes]))
     return "\n\n".join(parts)
 
 
@@ -117,7 +119,7 @@ def change_text(section: ChangeSection) -> str:
         if section.score_floor is not None:
             floor += f", its {section.scorer} score reaches {section.score_floor:.4g}"
         lines.append(floor)
-    lines.append(f"moving     {section.moving_share:.1%} of the cells change by clearly more")
+        lines.append(f"moving     {section.moving_share:.1%} of the cells change by clearly more")
     return "\n".join(lines)
 
 

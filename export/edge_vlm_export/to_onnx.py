@@ -26,6 +26,12 @@ from edge_vlm.formats.bundle import (
     EngineBundle,
     write_bundle,
 )
+from edge_vlm.formats.calibrated import (
+    BudgetSection,
+    ChangeSection,
+    session_settings,
+    with_settings,
+)
 from edge_vlm.formats.calibrated.precision import PlannedArrays, PrecisionSection
 from edge_vlm.formats.calibration import Calibration, CalibrationTable, ModelIdentity
 from edge_vlm.formats.graph_spec import GraphSpec
@@ -269,7 +275,12 @@ class _Export:
         )
 
     def _defaults(self) -> dict[str, Any]:
-        given = {**self.source.defaults, **(self.options.defaults or {})}
+        made_for = self.source.defaults
+        found = self.calibration
+        if found is not None and found.model.is_same(self._identity()):
+            settings = session_settings(found, self.options.calibration)
+            made_for = with_settings(made_for, settings)
+        given = {**made_for, **(self.options.defaults or {})}
         ratio = given.get("keep_ratio", 1.0)
         if type(ratio) not in (int, float) or not 0 < ratio <= 1:
             raise ConfigError(f"keep_ratio={ratio}: must be in (0, 1]", where="defaults")
@@ -357,27 +368,32 @@ class _Export:
 
     def _calibration(self) -> Calibration | None:
         """Raises ConfigError for one of other weights, or with nothing for an export."""
-        path, cfg = self.options.calibration, self.source.cfg
+        path = self.options.calibration
         if path is None:
             return None
         found = Calibration.read(path)
-        found.require_model(
-            ModelIdentity.from_source(
-                self.source.identity,
-                scorer=cfg.scorer_kind,
-                image_size=cfg.vision.image_size,
-                num_cells=cfg.vision.num_cells,
-            ),
-            path,
+        # Weights and ranges are the same whatever cells are chosen by; settings are not.
+        found.require_model(self._identity(), path, any_scorer=True)
+        wanted = (
+            *(CalibrationTable.SECTION, PrecisionSection.SECTION),
+            *(BudgetSection.SECTION, ChangeSection.SECTION),
         )
-        wanted = (CalibrationTable.SECTION, PrecisionSection.SECTION)
         if not any(name in found.sections for name in wanted):
             raise ConfigError(
-                f"the calibration has neither {' nor '.join(wanted)}: nothing that an export reads",
+                f"the calibration has none of {', '.join(wanted)}: nothing that an export reads",
                 where=path,
                 remedy=f"add them: `edge-vlm calibrate --sections {','.join(wanted)}`",
             )
         return found
+
+    def _identity(self) -> ModelIdentity:
+        cfg = self.source.cfg
+        return ModelIdentity.from_source(
+            self.source.identity,
+            scorer=cfg.scorer_kind,
+            image_size=cfg.vision.image_size,
+            num_cells=cfg.vision.num_cells,
+        )
 
     def _calibrated(self) -> Calibrated | None:
         path = self.options.calibration

@@ -279,7 +279,7 @@ def test_an_export_refuses_what_does_not_fit(calibrated: Path, tmp_path: Path) -
     file = Calibration.read(calibrated)
     empty = tmp_path / "empty.json"
     Calibration(model=file.model).write(empty)
-    refused(empty, "neither ranges nor precision")
+    refused(empty, "none of ranges, precision")
     other = tmp_path / "other.json"
     model = json.loads(json.dumps({"name": "other", "weights": {"a": "b"}}))
     Calibration(model=type(file.model)(**model), sections=file.sections).write(other)
