@@ -25,20 +25,22 @@ SECTIONS = ("change", "budget", "ranges", "precision", "alerts")
 OF_WEIGHTS = ("ranges", "precision")
 LOOKED = ("change", "budget")
 """Sections that are made of one pass over the footage."""
-MERGE = Path("merge")
+MERGE, REPORT = Path("merge"), Path("report")
 RANGE_FRAMES = 64
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "%(prog)s [-h] CHECKPOINT|BUNDLE CLIPS... -o calibration.json [options]\n"
-        "       %(prog)s merge CALIBRATION CALIBRATION... -o calibration.json"
+        "       %(prog)s merge CALIBRATION CALIBRATION... -o calibration.json\n"
+        "       %(prog)s report CALIBRATION [CLIPS...] --report FILE.html"
     )
     parser.add_argument(
         "model",
         type=Path,
         metavar="CHECKPOINT|BUNDLE",
-        help="exported bundle (needs no torch), checkpoint or published folder; or the word merge",
+        help="exported bundle (needs no torch), checkpoint or published folder; or the word merge "
+        "or report",
     )
     parser.add_argument(
         "footage",
@@ -125,6 +127,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     alerts.add_argument(
         "--camera", default="camera", metavar="NAME", help="of these tables (camera)"
     )
+    parser.add_argument(
+        "--report", type=output_file, metavar="FILE.html", help="write a page to look at, too"
+    )
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second of a video (2)")
     parser.add_argument(
         "--max-frames",
@@ -141,6 +146,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     if args.model == MERGE:
         return _merge(args)
+    if args.model == REPORT:
+        return _only_report(args)
     from edge_vlm_calibration.alerts.make import watched
     from edge_vlm_calibration.rows import WorkFolder
     from edge_vlm_calibration.run import made_with, make, names_of, opened
@@ -179,6 +186,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise
     print(summary(made, request.sections))
     _plot(args, made)
+    _report(args, made, request.clips)
     if "alerts" in request.sections:
         _tell_alerts(args, made)
     print(f"\ncalibration: {args.out}")
@@ -199,6 +207,26 @@ def _plot(args: argparse.Namespace, made: Calibration) -> None:
             remedy="ask for the section budget of a model that has a scorer",
         )
     print(f"\nplot: {args.plot}")
+
+
+def _report(args: argparse.Namespace, made: Calibration, clips: Sequence[Path]) -> None:
+    from edge_vlm_calibration.report import write_report
+    from edge_vlm_calibration.run import names_of
+
+    if args.report is not None:
+        write_report(made, names_of(clips), args.report, args.fps)
+        print(f"\nreport: {args.report}")
+
+
+def _only_report(args: argparse.Namespace) -> int:
+    """`edge-vlm calibrate report CALIBRATION [CLIPS...] --report FILE.html`."""
+    if args.report is None or not args.footage:
+        raise ConfigError(
+            "a report needs a calibration and a file to write",
+            remedy="edge-vlm calibrate report calibration.json CLIPS... --report report.html",
+        )
+    _report(args, Calibration.read(args.footage[0]), args.footage[1:])
+    return 0
 
 
 def _tell_alerts(args: argparse.Namespace, made: Calibration) -> None:
