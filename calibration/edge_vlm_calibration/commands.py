@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from edge_vlm_calibration.rows import WorkFolder
     from edge_vlm_calibration.run import Request
 
-SECTIONS = ("change", "budget", "ranges", "alerts")
+SECTIONS = ("change", "budget", "ranges", "precision", "alerts")
 LOOKED = ("change", "budget")
 """Sections that are made of one pass over the footage."""
+OF_CHECKPOINTS = ("ranges", "precision")
+"""Sections that a bundle cannot give."""
 MERGE = Path("merge")
 RANGE_FRAMES = 64
 
@@ -129,7 +131,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--max-frames",
         type=int,
         default=RANGE_FRAMES,
-        help="most of each clip for the section ranges (64)",
+        help="most of each clip for the sections ranges and precision (64)",
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument(
@@ -233,6 +235,13 @@ def _more(
         table = collect(request.model, request.clips, args.fps, args.max_frames)
         settings = {"fps": args.fps, "max_frames": args.max_frames}
         made = made.with_section(table, provenance_of(request.clips, settings))
+    if "precision" in request.sections:
+        from edge_vlm_calibration.precision.commands import make as plan
+        from edge_vlm_calibration.provenance import provenance_of
+
+        planned, notes = plan(request.model, request.clips, args.fps, args.max_frames, args.out)
+        settings = {"fps": args.fps, "max_frames": args.max_frames}
+        made = made.with_section(planned, provenance_of(request.clips, settings), notes)
     if "alerts" in request.sections:
         clips = names_of(request.clips)
         made = make_alerts(_alert_request(args), watcher, work, clips, made)
@@ -295,9 +304,9 @@ def _sections(args: argparse.Namespace, is_bundle: bool) -> Sequence[str]:
             where="--sections",
             remedy=f"of {', '.join(SECTIONS)}",
         )
-    if is_bundle and "ranges" in names:
+    if is_bundle and (wrong := [name for name in OF_CHECKPOINTS if name in names]):
         raise ConfigError(
-            "ranges of activations are those of a checkpoint, not of a bundle",
+            f"{' and '.join(wrong)}: activations are measured of a checkpoint, not of a bundle",
             where="--sections",
             remedy="name the checkpoint that the bundle was exported from",
         )
@@ -312,9 +321,13 @@ def _merge(args: argparse.Namespace) -> int:
     """`edge-vlm calibrate merge A B -o C`."""
     if len(args.footage) < 2:
         raise ConfigError("merge takes two calibrations or more", remedy="name their files")
+    from edge_vlm.formats.calibrated.precision import carry_arrays
+
     merged = Calibration.read(args.footage[0])
     for path in args.footage[1:]:
         merged = merged.merged(Calibration.read(path), path)
+    for path in args.footage:
+        carry_arrays(path, merged, args.out)
     merged.write(args.out)
     print(f"calibration: {args.out} with {', '.join(sorted(merged.sections))}")
     return 0
