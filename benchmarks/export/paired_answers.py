@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, script_parser, write_result
+from benchmarks.harness import RESULTS, command_line, script_parser, write_result
 from edge_vlm import __version__
 from edge_vlm.evaluation.log import AnswerLog
 from edge_vlm.evaluation.runs import Run
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     moved, half = difference(other, reference)
     result: dict[str, Any] = {
+        "command": command_line(__file__, argv),
         "edge_vlm": __version__,
         "path": args.path,
         "run": run.name,
