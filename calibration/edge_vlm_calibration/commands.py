@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from edge_vlm_calibration.run import Request
 
 SECTIONS = ("change", "budget", "ranges", "precision", "alerts")
-OF_WEIGHTS = ("ranges", "precision")
 LOOKED = ("change", "budget")
 """Sections that are made of one pass over the footage."""
+OF_CHECKPOINTS = ("ranges", "precision")
+"""Sections that a bundle cannot give."""
 MERGE, REPORT = Path("merge"), Path("report")
 RANGE_FRAMES = 64
 
@@ -265,12 +266,9 @@ def _more(
     if "precision" in request.sections:
         from edge_vlm_calibration.precision.commands import make as plan
 
-        found, notes = plan(request.model, request.clips, args.fps, args.max_frames, args.out)
+        planned, notes = plan(request.model, request.clips, args.fps, args.max_frames, args.out)
         settings = {"fps": args.fps, "max_frames": args.max_frames}
-        for data in found:
-            made = made.with_section(
-                data, provenance_of(request.clips, settings), notes.get(data.SECTION, ())
-            )
+        made = made.with_section(planned, provenance_of(request.clips, settings), notes)
     if "alerts" in request.sections:
         clips = names_of(request.clips)
         made = make_alerts(_alert_request(args), watcher, work, clips, made)
@@ -333,9 +331,9 @@ def _sections(args: argparse.Namespace, is_bundle: bool) -> Sequence[str]:
             where="--sections",
             remedy=f"of {', '.join(SECTIONS)}",
         )
-    if is_bundle and set(names) & set(OF_WEIGHTS):
+    if is_bundle and (wrong := [name for name in OF_CHECKPOINTS if name in names]):
         raise ConfigError(
-            "ranges and precisions are those of a checkpoint, not of a bundle",
+            f"{' and '.join(wrong)}: activations are measured of a checkpoint, not of a bundle",
             where="--sections",
             remedy="name the checkpoint that the bundle was exported from",
         )
@@ -350,9 +348,13 @@ def _merge(args: argparse.Namespace) -> int:
     """`edge-vlm calibrate merge A B -o C`."""
     if len(args.footage) < 2:
         raise ConfigError("merge takes two calibrations or more", remedy="name their files")
+    from edge_vlm.formats.calibrated.precision import carry_arrays
+
     merged = Calibration.read(args.footage[0])
     for path in args.footage[1:]:
         merged = merged.merged(Calibration.read(path), path)
+    for path in args.footage:
+        carry_arrays(path, merged, args.out)
     merged.write(args.out)
     print(f"calibration: {args.out} with {', '.join(sorted(merged.sections))}")
     return 0

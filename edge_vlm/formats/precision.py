@@ -34,7 +34,7 @@ class Variant(str, enum.Enum):
     PORTABLE = "portable"
     """Standard operators only: opset 20, or 21 where weights are int4. Any runtime."""
     ORT = "ort"
-    """ONNX Runtime's own fast operators: GroupQueryAttention and MatMulNBits."""
+    """ONNX Runtime's own fast operators: GroupQueryAttention, MatMulNBits, MatMulIntegerToFloat."""
 
 
 class KVLayout(str, enum.Enum):

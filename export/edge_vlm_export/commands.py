@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from edge_vlm_export.verify.verify import Report
 
 EXCEPTIONS_SHOWN = 12
+SLOW_THERE = (
+    "note: ONNX Runtime computes int8 vision products of standard operators slower than float32; "
+    "OpenVINO and TensorRT do not. For ONNX Runtime on CPUs export with --variant ort"
+)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +168,8 @@ def _export(args: argparse.Namespace) -> int:
     from edge_vlm_export.preflight import MemoryWatch
     from edge_vlm_export.to_onnx import export_source
 
+    if options.precision.vit == "int8" and options.variant is Variant.PORTABLE:
+        print(SLOW_THERE)
     began = time.monotonic()
     with MemoryWatch() as held:
         bundle = export_source(source, args.out, options, PrintedProgress())

@@ -349,8 +349,8 @@ class _Export:
         if self.source.images is not None:
             clips = self._with_stills(clips, self.source.images, observers[IMAGE_ENCODER])
         ranges = measure(observers, self._pipeline(run, specs), clips, footage)
-        table = self.calibration
-        table = None if table is None else table.find(CalibrationTable, options.calibration)
+        file = self.calibration
+        table = None if file is None else file.find(CalibrationTable, options.calibration)
         if table is not None:
             ranges = {
                 name: with_table(found, traced[name].graph, table) for name, found in ranges.items()

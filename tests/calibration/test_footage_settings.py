@@ -252,7 +252,7 @@ def test_bad_clips_are_skipped_and_named(
         (["--keep-ratio", "1.5"], "--keep-ratio must be in"),
         (["--tokens-per-second", "0"], "--tokens-per-second above 0"),
         (["--sections", "budgets"], "there is no section 'budgets'"),
-        (["--sections", "ranges"], "are those of a checkpoint, not of a bundle"),
+        (["--sections", "ranges"], "of a checkpoint, not of a bundle"),
         (["--sections", "alerts"], "there are no marks"),
         (["--fps", "0"], "--fps must be"),
     ],

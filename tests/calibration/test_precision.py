@@ -148,9 +148,9 @@ def test_what_all_states_share_does_not_hide_an_error() -> None:
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("precision") / "calibration.json"
     checkpoint, clips = tiny_checkpoint(), [tiny_footage()]
-    (section,), notes = make(checkpoint, clips, 2.0, 4, out)
+    section, notes = make(checkpoint, clips, 2.0, 4, out)
     file = Calibration(model=identity_of(checkpoint))
-    file.with_section(section, provenance_of(clips, {}), notes["precision"]).write(out)
+    file.with_section(section, provenance_of(clips, {}), notes).write(out)
     return out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from edge_vlm.console.progress import Progress
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, FrameDecodeError, VideoError
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.calibrated.precision import (
     ARRAYS_SUFFIX,
@@ -17,7 +17,6 @@ from edge_vlm.formats.calibrated.precision import (
     PrecisionSection,
     ProductPlan,
 )
-from edge_vlm.formats.calibration import SectionData
 from edge_vlm.model.evaluator import TorchModel
 from edge_vlm.model.published.folder import ModelFolder, open_folder
 from edge_vlm.text.prompt import PromptFormat
@@ -35,11 +34,11 @@ MOST_TOKENS = 16_384
 
 def make(
     checkpoint: Path, clips: Sequence[Path], fps: float, max_frames: int, out: Path
-) -> tuple[list[SectionData], dict[str, list[str]]]:
+) -> tuple[PrecisionSection, list[str]]:
     """The section, and notes for a person. Writes the arrays beside `out`, the calibration that is
-    to be. At most `max_frames` of each clip are looked at.
+    to be. At most `max_frames` of each clip are looked at; one that cannot be read is skipped.
 
-    Raises as `open_folder`, `read_footage` and `read_question_set`; NonFinite.
+    Raises as `open_folder`; ConfigError when fewer than half of the clips can be read; NonFinite.
     """
     folder = open_folder(checkpoint)
     model = TorchModel(folder.load(), _prompt(folder))
@@ -50,17 +49,25 @@ def make(
     modules = watched_products(model.model)
     states, readings = new_states(modules), list[Reading]()
     frames = tokens = 0
+    skipped: dict[str, str] = {}
     with watched(modules, states), Progress("calibrate: clips", len(clips)) as progress:
         for clip in clips:
-            for piece in pieces_of(clip, fps, max_frames, questions):
-                frames += len(piece.rgbs)
-                reading = read(model, piece, run)
-                if tokens < MOST_TOKENS:
-                    readings.append(reading)
-                    tokens += len(reading.positions_S)
+            try:
+                for piece in pieces_of(clip, fps, max_frames, questions):
+                    frames += len(piece.rgbs)
+                    reading = read(model, piece, run)
+                    if tokens < MOST_TOKENS:
+                        readings.append(reading)
+                        tokens += len(reading.positions_S)
+            except (VideoError, FrameDecodeError) as error:
+                skipped[clip.name] = str(error)
             progress.advance(note=clip.name)
-    if not readings:
-        raise ConfigError("there is no footage to plan precisions by", remedy="name some clips")
+    if not readings or 2 * len(skipped) > len(clips):
+        why = "".join(f"; {name}: {error}" for name, error in skipped.items())
+        raise ConfigError(
+            f"{len(clips) - len(skipped)} of {len(clips)} clips can be read{why}",
+            remedy="name clips that play in a video player",
+        )
     with ArraysWriter(path) as arrays:
         products = [*plan_vision(model.model, states, arrays)]
         products += plan_language(model.model.llm, readings, arrays)
@@ -71,7 +78,8 @@ def make(
         arrays=path.name,
         arrays_sha256=sha256_of_file(path),
     )
-    return [section], {PrecisionSection.SECTION: notes(section)}
+    left_out = [f"{name} was left out: {error}" for name, error in skipped.items()]
+    return section, [*left_out, *notes(section)]
 
 
 def _prompt(folder: ModelFolder) -> PromptFormat:

@@ -30,7 +30,8 @@ def inverse_factor(moments_KK: Tensor, damping: float = DAMPING) -> Tensor:
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def round_weight(weight_KN: Tensor, factor_KK: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -101,4 +102,5 @@ def round_nearest(weight_KN: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def restored(numbers_KN: Tensor, scale_BN: Tensor) -> Tensor:
     """What the rounded weights are worth, float32 [K, N]."""
     blocks = numbers_KN.float().unflatten(0, (len(scale_BN), -1))
-    return (blocks * scale_BN[:, None]).flatten(0, 1)
+    whole: Tensor = (blocks * scale_BN[:, None]).flatten(0, 1)
+    return whole

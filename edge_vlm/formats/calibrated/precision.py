@@ -7,6 +7,7 @@ beside it, a zip of numpy arrays that are read one at a time.
 from __future__ import annotations
 
 import math
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import sha256_of_file
+from edge_vlm.formats.calibration import Calibration
 
 I8 = npt.NDArray[np.int8]
 F32 = npt.NDArray[np.float32]
@@ -192,3 +194,20 @@ class PlannedArrays:
         with np.load(self.path, allow_pickle=False) as found:
             factor: F32 = found[f"{norm}.smooth"]
         return factor
+
+
+def carry_arrays(source: Path, merged: Calibration, out: Path) -> None:
+    """Where `merged` goes to `out`, in another folder than `source`, one of the calibrations that
+    it was made of: the arrays go along if it is `source` that they belong to. Raises ConfigError.
+    """
+    section = merged.find(PrecisionSection, source)
+    own = Calibration.read(source).find(PrecisionSection, source)
+    if section is None or own != section or source.parent.resolve() == out.parent.resolve():
+        return
+    found = PlannedArrays.of(section, source).path
+    try:
+        shutil.copyfile(found, out.parent / section.arrays)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot copy the rounded weights: {error.strerror}", where=out.parent
+        ) from error

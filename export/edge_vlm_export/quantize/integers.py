@@ -57,7 +57,8 @@ class _Once:
     def read(self, part: str) -> np.ndarray:
         if part not in self._made and self._given is not None:
             numbers, scale = self._given.weight(self._module)
-            blocks = (self._weight.shape[0] // (self._block or 1), self._weight.shape[1])
+            rows, columns = self._weight.shape.numpy()
+            blocks = (rows // (self._block or 1), columns)
             if numbers.shape != tuple(self._weight.shape) or scale.shape != blocks:
                 raise ConfigError(
                     f"the rounded {self._module} is {numbers.shape} with scales {scale.shape}, the "
