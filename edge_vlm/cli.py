@@ -37,7 +37,7 @@ COMMANDS = {
     "world": ("train", "write held-out clips with questions and true answers"),
     "eval": ("ort", "measure models on questions: policies, budgets and paths in one table"),
     "eval-alerts": ("ort", "measure a bundle's alerts on footage with known events"),
-    "calibrate": ("train", "measure a checkpoint's scores and ranges on footage"),
+    "calibrate": ("ort", "choose settings, precisions and alert thresholds on your own footage"),
     "pull": ("pull", "fetch published weights from a model hub, to inspect, export and serve"),
     "inspect": ("train", "say what a model or bundle holds: parts, sizes, precision"),
     "convert": ("train", "write weights of any known kind in our format or the model hub's"),

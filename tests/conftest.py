@@ -22,7 +22,8 @@ pytest_plugins = ["pytester"]
 # of a processor each. `make quick` leaves them out.
 SLOW = (
     *("benchmarks/", "deployment/", "e2e/", "fuzz/", "golden/", "gpu/", "openai/"),
-    *("training/trainer/", "docs/test_running.py", "calibration/test_footage_settings.py"),
+    *("training/trainer/", "docs/test_running.py"),
+    *("calibration/test_footage_settings.py", "calibration/test_precision.py"),
     *(
         f"edge_vlm/test_{name}.py"
         for name in ("awkward_footage", "hub", "output", "points", "telemetry", "video", "wheel")

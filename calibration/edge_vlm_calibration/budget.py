@@ -25,6 +25,8 @@ RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 PAYBACKS, BANKS, CEILINGS = (8, 16, 32), (1.0, 2.0, 4.0, 8.0), (0.75, 0.5)
 LEAST_STREAM = 4 * max(PAYBACKS)
 """Frames: in shorter ones the whole first frame says more than what follows."""
+LEAST_SIZED = 2 * max(PAYBACKS[:2])
+"""Frames of the longest stretch from which the budget is corrected by what the footage comes to."""
 GAIN = 0.01
 """Other than usual settings are taken where the kept cells score so much more of all scores."""
 TOLERANCE = 0.005
@@ -158,7 +160,14 @@ def _by_budget(
             ceiling = {**best, "max_cells": max(math.ceil(share * num_cells), best["min_cells"])}
             if tried(ceiling).score_share >= best_score * (1 - GAIN / 2):
                 best = ceiling
-    size = _size(wanted, best, tried)
+    size = wanted.value
+    if longest >= LEAST_SIZED:
+        size = _size(wanted, best, tried)
+    else:
+        notes.append(
+            f"in stretches of {longest} frames the whole first one weighs more than it does in a "
+            "stream that goes on: the budget is what was asked for"
+        )
     if wanted.name == "vision_tokens_per_s" and wanted.value * frame_s > num_cells:
         notes.append(
             f"{wanted.value:g} cells a second are more than there are: {num_cells / frame_s:g} at "

@@ -21,23 +21,27 @@ if TYPE_CHECKING:
     from edge_vlm_calibration.rows import WorkFolder
     from edge_vlm_calibration.run import Request
 
-SECTIONS = ("change", "budget", "ranges", "alerts")
+SECTIONS = ("change", "budget", "ranges", "precision", "alerts")
 LOOKED = ("change", "budget")
 """Sections that are made of one pass over the footage."""
-MERGE = Path("merge")
+OF_CHECKPOINTS = ("ranges", "precision")
+"""Sections that a bundle cannot give."""
+MERGE, REPORT = Path("merge"), Path("report")
 RANGE_FRAMES = 64
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "%(prog)s [-h] CHECKPOINT|BUNDLE CLIPS... -o calibration.json [options]\n"
-        "       %(prog)s merge CALIBRATION CALIBRATION... -o calibration.json"
+        "       %(prog)s merge CALIBRATION CALIBRATION... -o calibration.json\n"
+        "       %(prog)s report CALIBRATION [CLIPS...] --report FILE.html"
     )
     parser.add_argument(
         "model",
         type=Path,
         metavar="CHECKPOINT|BUNDLE",
-        help="exported bundle (needs no torch), checkpoint or published folder; or the word merge",
+        help="exported bundle (needs no torch), checkpoint or published folder; or the word merge "
+        "or report",
     )
     parser.add_argument(
         "footage",
@@ -124,12 +128,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     alerts.add_argument(
         "--camera", default="camera", metavar="NAME", help="of these tables (camera)"
     )
+    parser.add_argument(
+        "--report", type=output_file, metavar="FILE.html", help="write a page to look at, too"
+    )
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second of a video (2)")
     parser.add_argument(
         "--max-frames",
         type=int,
         default=RANGE_FRAMES,
-        help="most of each clip for the section ranges (64)",
+        help="most of each clip for the sections ranges and precision (64)",
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument(
@@ -140,6 +147,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     if args.model == MERGE:
         return _merge(args)
+    if args.model == REPORT:
+        return _only_report(args)
     from edge_vlm_calibration.alerts.make import watched
     from edge_vlm_calibration.rows import WorkFolder
     from edge_vlm_calibration.run import made_with, make, names_of, opened
@@ -178,6 +187,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise
     print(summary(made, request.sections))
     _plot(args, made)
+    _report(args, made, request.clips)
     if "alerts" in request.sections:
         _tell_alerts(args, made)
     print(f"\ncalibration: {args.out}")
@@ -198,6 +208,26 @@ def _plot(args: argparse.Namespace, made: Calibration) -> None:
             remedy="ask for the section budget of a model that has a scorer",
         )
     print(f"\nplot: {args.plot}")
+
+
+def _report(args: argparse.Namespace, made: Calibration, clips: Sequence[Path]) -> None:
+    from edge_vlm_calibration.report import write_report
+    from edge_vlm_calibration.run import names_of
+
+    if args.report is not None:
+        write_report(made, names_of(clips), args.report, args.fps)
+        print(f"\nreport: {args.report}")
+
+
+def _only_report(args: argparse.Namespace) -> int:
+    """`edge-vlm calibrate report CALIBRATION [CLIPS...] --report FILE.html`."""
+    if args.report is None or not args.footage:
+        raise ConfigError(
+            "a report needs a calibration and a file to write",
+            remedy="edge-vlm calibrate report calibration.json CLIPS... --report report.html",
+        )
+    _report(args, Calibration.read(args.footage[0]), args.footage[1:])
+    return 0
 
 
 def _tell_alerts(args: argparse.Namespace, made: Calibration) -> None:
@@ -224,15 +254,21 @@ def _more(
 ) -> Calibration:
     """The sections with a pass of their own."""
     from edge_vlm_calibration.alerts.make import make_alerts
+    from edge_vlm_calibration.provenance import provenance_of
     from edge_vlm_calibration.run import names_of
 
     if "ranges" in request.sections:
         from edge_vlm_calibration.collect import calibrate as collect
-        from edge_vlm_calibration.provenance import provenance_of
 
         table = collect(request.model, request.clips, args.fps, args.max_frames)
         settings = {"fps": args.fps, "max_frames": args.max_frames}
         made = made.with_section(table, provenance_of(request.clips, settings))
+    if "precision" in request.sections:
+        from edge_vlm_calibration.precision.commands import make as plan
+
+        planned, notes = plan(request.model, request.clips, args.fps, args.max_frames, args.out)
+        settings = {"fps": args.fps, "max_frames": args.max_frames}
+        made = made.with_section(planned, provenance_of(request.clips, settings), notes)
     if "alerts" in request.sections:
         clips = names_of(request.clips)
         made = make_alerts(_alert_request(args), watcher, work, clips, made)
@@ -295,9 +331,9 @@ def _sections(args: argparse.Namespace, is_bundle: bool) -> Sequence[str]:
             where="--sections",
             remedy=f"of {', '.join(SECTIONS)}",
         )
-    if is_bundle and "ranges" in names:
+    if is_bundle and (wrong := [name for name in OF_CHECKPOINTS if name in names]):
         raise ConfigError(
-            "ranges of activations are those of a checkpoint, not of a bundle",
+            f"{' and '.join(wrong)}: activations are measured of a checkpoint, not of a bundle",
             where="--sections",
             remedy="name the checkpoint that the bundle was exported from",
         )
@@ -312,9 +348,13 @@ def _merge(args: argparse.Namespace) -> int:
     """`edge-vlm calibrate merge A B -o C`."""
     if len(args.footage) < 2:
         raise ConfigError("merge takes two calibrations or more", remedy="name their files")
+    from edge_vlm.formats.calibrated.precision import carry_arrays
+
     merged = Calibration.read(args.footage[0])
     for path in args.footage[1:]:
         merged = merged.merged(Calibration.read(path), path)
+    for path in args.footage:
+        carry_arrays(path, merged, args.out)
     merged.write(args.out)
     print(f"calibration: {args.out} with {', '.join(sorted(merged.sections))}")
     return 0

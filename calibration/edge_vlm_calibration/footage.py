@@ -9,9 +9,10 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
-from edge_vlm.errors import EdgeVlmError, VideoEmpty
+from edge_vlm.errors import EdgeVlmError, MissingExtraError, VideoEmpty
 from edge_vlm.formats.alert_set import INDEX as EVENT_INDEX
 from edge_vlm.formats.alert_set import read_event_set
 from edge_vlm.formats.qa_set import INDEX as QA_INDEX
@@ -21,6 +22,9 @@ from edge_vlm.pixels.frames import Rgb, decode_jpeg
 from edge_vlm.pixels.video import due_frames, open_video
 
 RECORDING = ".evlm"
+FOOTAGE_GROUP = "edge_vlm.footage"
+"""Entry points by the ending of a file: a function from its path to times and pictures."""
+EPSILON_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ def pictures(path: Path, fps: float, max_side: int) -> Iterator[Picture]:
     if path.is_dir():
         yield from _folder_pictures(path)
         return
+    if path.suffix == RECORDING:
+        yield from _recorded(path, fps)
+        return
     with closing(open_video(path)) as video:
         is_first = True
         for time_s, frame in due_frames(video.frames(), fps, video.epsilon_s):
@@ -48,6 +55,25 @@ def pictures(path: Path, fps: float, max_side: int) -> Iterator[Picture]:
             is_first = False
         if is_first:
             raise VideoEmpty("there is no frame in it", where=path)
+
+
+def _recorded(path: Path, fps: float) -> Iterator[Picture]:
+    """A session's pictures, no more than `fps` of them a second. Raises RecordingError."""
+    points = {point.name: point for point in metadata.entry_points(group=FOOTAGE_GROUP)}
+    if RECORDING[1:] not in points:
+        raise MissingExtraError.for_library("msgspec", "ort")
+    due_s = None
+    for time_s, rgb in points[RECORDING[1:]].load()(path):
+        if due_s is None or time_s >= due_s - EPSILON_S:
+            yield Picture(time_s, due_s is None, functools.partial(_same, rgb))
+            # On the grid of the rate, whenever pictures come.
+            due_s = max((due_s or 0.0) + 1 / fps, time_s + 0.5 / fps)
+    if due_s is None:
+        raise VideoEmpty("there is no picture in it", where=path)
+
+
+def _same(rgb: Rgb) -> Rgb:
+    return rgb
 
 
 def _folder_pictures(path: Path) -> Iterator[Picture]:
@@ -77,6 +103,8 @@ def expected_frames(path: Path, fps: float) -> float | None:
     try:
         if path.is_dir():
             return float(_count(path))
+        if path.suffix == RECORDING:
+            return None
         with closing(open_video(path)) as video:
             return None if video.duration_s is None else max(1.0, video.duration_s * fps)
     except (EdgeVlmError, OSError, KeyError, TypeError, ValueError):

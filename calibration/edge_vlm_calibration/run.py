@@ -13,7 +13,7 @@ from typing import Any
 
 import edge_vlm
 from edge_vlm.console.progress import Progress
-from edge_vlm.errors import ConfigError, EdgeVlmError, MissingExtraError, VideoError
+from edge_vlm.errors import ConfigError, MissingExtraError, RecordingError, VideoError
 from edge_vlm.evaluation.runs import EvaluatorOptions
 from edge_vlm.formats.bundle import MANIFEST
 from edge_vlm.formats.calibrated.change import ChangeSection
@@ -147,9 +147,7 @@ def _look_at(
         try:
             look_at(watcher, path, request.fps, file, on_frame)
             file.finish()
-        except (VideoError, ConfigError, EdgeVlmError) as error:
-            if not isinstance(error, (VideoError, ConfigError)):
-                raise
+        except (VideoError, ConfigError, RecordingError) as error:
             if len(file.read()) < LEAST_FRAMES:
                 file.forget()
             file.finish(str(error))

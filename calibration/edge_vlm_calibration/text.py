@@ -7,6 +7,7 @@ from typing import Any
 
 from edge_vlm.console.tables import columns
 from edge_vlm.formats.calibrated import AlertsSection, BudgetSection, ChangeSection
+from edge_vlm.formats.calibrated.precision import PrecisionSection
 from edge_vlm.formats.calibration import FP16_LIMIT, Calibration, CalibrationTable
 from edge_vlm_calibration.budget import UNIT, threshold_at
 
@@ -23,12 +24,15 @@ def summary(made: Calibration, sections: Sequence[str]) -> str:
         ("change", ChangeSection, change_text),
         ("budget", BudgetSection, budget_text),
         ("ranges", CalibrationTable, ranges_text),
+        ("precision", PrecisionSection, precision_text),
         ("alerts", AlertsSection, alerts_text),
     ):
         section: Any = made.find(kind)
         if name in sections and section is not None:
             notes = [f"note: {note}" for note in made.sections[name].notes]
             parts.append("\n".join([f"[{name}]", text(section), *notes]))
+    if "precision" in sections and "precision" in made.sections:
+        parts.append("\n".join(["[precision]", *made.sections["precision"].notes]))
     return "\n\n".join(parts)
 
 
@@ -117,7 +121,7 @@ def change_text(section: ChangeSection) -> str:
         if section.score_floor is not None:
             floor += f", its {section.scorer} score reaches {section.score_floor:.4g}"
         lines.append(floor)
-    lines.append(f"moving     {section.moving_share:.1%} of the cells change by clearly more")
+        lines.append(f"moving     {section.moving_share:.1%} of the cells change by clearly more")
     return "\n".join(lines)
 
 
@@ -151,6 +155,14 @@ def alerts_text(section: AlertsSection) -> str:
             for point in _thinned(alert.curve)
         ]
     return "\n".join(lines)
+
+
+def precision_text(section: PrecisionSection) -> str:
+    """What is planned is in the notes."""
+    return (
+        f"{len(section.products)} products, by {section.frames} frames and {section.tokens} "
+        f"tokens; rounded weights: {section.arrays}"
+    )
 
 
 def ranges_text(table: CalibrationTable) -> str:

@@ -91,12 +91,17 @@ class ModelIdentity:
             name=name, weights=weights, scorer=scorer, image_size=image_size, num_cells=num_cells
         )
 
-    def is_same(self, other: ModelIdentity) -> bool:
-        """The same weights, scored the same way."""
+    def has_weights_of(self, other: ModelIdentity) -> bool:
+        """The same weights, as far as both say, however they are scored."""
         mine, others = set(self.weights.values()), set(other.weights.values())
         if self.is_partial or other.is_partial:
             return mine <= others or others <= mine
-        return mine == others and self.scorer == other.scorer
+        return mine == others
+
+    def is_same(self, other: ModelIdentity) -> bool:
+        """The same weights, scored the same way."""
+        unknown = self.is_partial or other.is_partial
+        return self.has_weights_of(other) and (unknown or self.scorer == other.scorer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,13 +197,16 @@ class Calibration:
         model = other.model if self.model.is_partial else self.model
         return Calibration(model=model, sections={**self.sections, **other.sections})
 
-    def require_model(self, model: ModelIdentity, where: object = None) -> None:
-        """Raises ConfigError when this is the calibration of another model, naming both."""
-        if self.model.is_same(model):
+    def require_model(
+        self, model: ModelIdentity, where: object = None, *, any_scorer: bool = False
+    ) -> None:
+        """Raises ConfigError when this is the calibration of another model, naming both.
+        `any_scorer`: what is read of it does not depend on scores."""
+        if self.model.is_same(model) or (any_scorer and self.model.has_weights_of(model)):
             return
         what = f"the calibration is that of other weights: of {self.model.name!r}, not of this "
         what += f"{model.name!r}"
-        if set(self.model.weights.values()) == set(model.weights.values()):
+        if self.model.has_weights_of(model):
             what = (
                 f"the calibration is that of scorer {self.model.scorer!r}, not of {model.scorer!r}"
             )

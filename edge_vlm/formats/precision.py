@@ -17,13 +17,15 @@ from typing import Any
 BASES = ("float32", "float16")
 VIT = ("base", "int8")
 LLM = ("base", "int8", "int4")
-HEAD = ("base", "int8")
+HEAD = ("base", "int8", "int4")
 EMBED = ("float32", "float16")
 VIT_PRODUCTS = frozenset(["q", "k", "v", "o", "fc1", "fc2"])
 LLM_PRODUCTS = frozenset(["q", "k", "v", "o", "gate", "up", "down"])
 """Modules of a block whose weights are quantised."""
 WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}
 """Of one weight in a bundle, scales of int4 included."""
+BLOCK_SIZES = (128, 64, 32, 16)
+"""Inputs of a product that share a scale where weights are int4."""
 
 
 class Variant(str, enum.Enum):
@@ -32,7 +34,7 @@ class Variant(str, enum.Enum):
     PORTABLE = "portable"
     """Standard operators only: opset 20, or 21 where weights are int4. Any runtime."""
     ORT = "ort"
-    """ONNX Runtime's own fast operators: GroupQueryAttention and MatMulNBits."""
+    """ONNX Runtime's own fast operators: GroupQueryAttention, MatMulNBits, MatMulIntegerToFloat."""
 
 
 class KVLayout(str, enum.Enum):
@@ -54,7 +56,7 @@ class Precision:
     llm: str = "base"
     """`int4`, `int8`: weights of the language blocks' matrix products, in blocks."""
     head: str = "base"
-    """`int8`: weights of the language head, by output row."""
+    """`int8`: weights of the language head, by output row; `int4`: in blocks."""
     embed: str = "float32"
     """`float16`: the table of token embeddings, half as large; it is no part of any graph."""
 
@@ -120,6 +122,11 @@ PRESETS = {
     "int4-small": Precision(vit="int8", llm="int4", head="int8", embed="float16"),
     "edge": Precision(base="float16", vit="int8", llm="int4", head="int8", embed="float16"),
 }
+
+
+def block_size(num_inputs: int) -> int | None:
+    """The largest block that divides K; None if K is not a multiple of the smallest."""
+    return next((size for size in BLOCK_SIZES if num_inputs % size == 0), None)
 
 
 def weight_format(name: str, precision: Precision) -> str:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from edge_vlm_export.to_onnx import ExportOptions
     from edge_vlm_export.verify.ort_runner import Graphs
     from edge_vlm_export.verify.verify import Report
+
+EXCEPTIONS_SHOWN = 12
+SLOW_THERE = (
+    "note: ONNX Runtime computes int8 vision products of standard operators slower than float32; "
+    "OpenVINO and TensorRT do not. For ONNX Runtime on CPUs export with --variant ort"
+)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +95,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--footage-frames", type=int, default=16, metavar="N", help="of each footage (16)"
     )
     precision.add_argument(
-        "--calibration", type=Path, help="calibration.json, whose ranges are added"
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="calibration.json of this model: its plan of products and its rounded weights are "
+        "followed, its ranges are added to those of --footage",
     )
     precision.add_argument(
         "--variant",
@@ -158,6 +168,8 @@ def _export(args: argparse.Namespace) -> int:
     from edge_vlm_export.preflight import MemoryWatch
     from edge_vlm_export.to_onnx import export_source
 
+    if options.precision.vit == "int8" and options.variant is Variant.PORTABLE:
+        print(SLOW_THERE)
     began = time.monotonic()
     with MemoryWatch() as held:
         bundle = export_source(source, args.out, options, PrintedProgress())
@@ -264,6 +276,12 @@ class PrintedProgress:
     def stage(self, text: str) -> None:
         if sys.stderr.isatty():
             print(f"{text} ...", file=sys.stderr, flush=True)
+
+    def planned(self, exceptions: Sequence[str]) -> None:
+        for line in exceptions[:EXCEPTIONS_SHOWN]:
+            print(line)
+        if len(exceptions) > EXCEPTIONS_SHOWN:
+            print(f"and {len(exceptions) - EXCEPTIONS_SHOWN} more in precision_plan.json")
 
     def compared(self, report: Report) -> None:
         print(report, flush=True)

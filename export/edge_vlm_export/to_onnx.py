@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,14 @@ from edge_vlm.formats.bundle import (
     EngineBundle,
     write_bundle,
 )
-from edge_vlm.formats.calibration import CalibrationTable
+from edge_vlm.formats.calibrated import (
+    BudgetSection,
+    ChangeSection,
+    session_settings,
+    with_settings,
+)
+from edge_vlm.formats.calibrated.precision import PlannedArrays, PrecisionSection
+from edge_vlm.formats.calibration import Calibration, CalibrationTable, ModelIdentity
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, Precision, Variant
 from edge_vlm.model.published.mapping import shapes
@@ -44,8 +51,8 @@ from edge_vlm_export.graphs.graphs import (
 from edge_vlm_export.graphs.modules import graph_module
 from edge_vlm_export.graphs.weights import WeightSource, open_weights, streamed_model
 from edge_vlm_export.preflight import Estimate, estimate, require_room
-from edge_vlm_export.quantize.convert import Ranges, convert
-from edge_vlm_export.quantize.plan import NodePlan, PrecisionPlan, plan_graph
+from edge_vlm_export.quantize.convert import Calibrated, Ranges, convert
+from edge_vlm_export.quantize.plan import NodePlan, PrecisionPlan, exceptions, plan_graph
 from edge_vlm_export.quantize.ranges import Observer, measure, with_table
 from edge_vlm_export.trace.chunks import expand_chunks
 from edge_vlm_export.trace.graph_files import check_graph, out_of_space, save_graph, versions
@@ -90,7 +97,8 @@ class ExportOptions:
     max_frames: int = 16
     """Of each footage."""
     calibration: Path | None = None
-    """`calibration.json` of the same checkpoint; its ranges are added to the measured ones."""
+    """`calibration.json` of the same checkpoint: its plan is followed, its ranges are added to the
+    measured ones."""
     thorough: bool | None = None
     """Compare at the largest sizes and on a clip; by default unless the model is large."""
     overwrite: bool = False
@@ -106,6 +114,9 @@ class Progress(Protocol):
     def stage(self, text: str) -> None:
         """Something that takes a while begins."""
 
+    def planned(self, exceptions: Sequence[str]) -> None:
+        """Which nodes do not have the format that was asked for, and why."""
+
     def compared(self, report: Report) -> None:
         """All comparisons, also when some of them failed."""
 
@@ -116,6 +127,8 @@ class Silent:
     def estimated(self, needed: Estimate) -> None: ...
 
     def stage(self, text: str) -> None: ...
+
+    def planned(self, exceptions: Sequence[str]) -> None: ...
 
     def compared(self, report: Report) -> None: ...
 
@@ -158,12 +171,10 @@ def export_source(
 
 class _Export:
     def __init__(self, source: WeightSource, options: ExportOptions, progress: Progress) -> None:
-        if options.precision.needs_ranges and not options.footage:
-            raise ConfigError(
-                f"precision {options.precision.label} is decided by what real pictures do",
-                remedy="name some with --footage",
-            )
         self.source, self.options, self.progress = source, options, progress
+        self.calibration = self._calibration()
+        self.calibrated = self._calibrated()
+        self._require_footage()
         self.prompt = _prompt(source)
         self.limits = self._limits()
         self._defaults()  # raises before anything is written
@@ -171,6 +182,25 @@ class _Export:
         count = sum(int(np.prod(shape)) for shape in shapes(source.cfg).values())
         small = count < LARGE_MODEL
         self.thorough = small if options.thorough is None else options.thorough
+
+    def _require_footage(self) -> None:
+        """Raises ConfigError where ranges are needed that nobody has measured."""
+        precision = self.options.precision
+        if not precision.needs_ranges or self.options.footage:
+            return
+        what, remedy = "is decided by what real pictures do", "name some with --footage"
+        if self.calibrated is not None:
+            if precision.base == "float32" and self.source.images is None:
+                return
+            what = "needs more than the calibration knows"
+            remedy = (
+                "name footage too (--footage): float16 is decided node by node"
+                if precision.base != "float32"
+                else "name footage too (--footage): of still pictures a calibration knows nothing"
+            )
+        elif precision.base == "float32":
+            remedy += ", or --calibration FILE with the section `precision`"
+        raise ConfigError(f"precision {precision.label} {what}", remedy=remedy)
 
     def _limits(self) -> GraphLimits:
         source, options = self.source, self.options
@@ -216,7 +246,7 @@ class _Export:
         traced = self._trace()
         ranges: dict[str, Ranges] = {}
         scratch = writer.folder / "scratch"
-        if options.precision.needs_ranges:
+        if options.precision.needs_ranges and options.footage:
             scratch.mkdir()
             ranges = self._measure(traced, scratch)
         paths = self._write_graphs(traced, ranges, writer)
@@ -245,7 +275,12 @@ class _Export:
         )
 
     def _defaults(self) -> dict[str, Any]:
-        given = {**self.source.defaults, **(self.options.defaults or {})}
+        made_for = self.source.defaults
+        found = self.calibration
+        if found is not None and found.model.is_same(self._identity()):
+            settings = session_settings(found, self.options.calibration)
+            made_for = with_settings(made_for, settings)
+        given = {**made_for, **(self.options.defaults or {})}
         ratio = given.get("keep_ratio", 1.0)
         if type(ratio) not in (int, float) or not 0 < ratio <= 1:
             raise ConfigError(f"keep_ratio={ratio}: must be in (0, 1]", where="defaults")
@@ -314,7 +349,8 @@ class _Export:
         if self.source.images is not None:
             clips = self._with_stills(clips, self.source.images, observers[IMAGE_ENCODER])
         ranges = measure(observers, self._pipeline(run, specs), clips, footage)
-        table = self._calibration()
+        file = self.calibration
+        table = None if file is None else file.find(CalibrationTable, options.calibration)
         if table is not None:
             ranges = {
                 name: with_table(found, traced[name].graph, table) for name, found in ranges.items()
@@ -330,19 +366,43 @@ class _Export:
             observer.run({"pixels": still.pixels, "windows": still.windows})
             yield clip
 
-    def _calibration(self) -> CalibrationTable | None:
+    def _calibration(self) -> Calibration | None:
+        """Raises ConfigError for one of other weights, or with nothing for an export."""
         path = self.options.calibration
         if path is None:
             return None
-        table = CalibrationTable.read(path)
-        hashes = self.source.identity.get("sha256", {})
-        if table.checkpoint_sha256 not in hashes.values():
+        found = Calibration.read(path)
+        # Weights and ranges are the same whatever cells are chosen by; settings are not.
+        found.require_model(self._identity(), path, any_scorer=True)
+        wanted = (
+            *(CalibrationTable.SECTION, PrecisionSection.SECTION),
+            *(BudgetSection.SECTION, ChangeSection.SECTION),
+        )
+        if not any(name in found.sections for name in wanted):
             raise ConfigError(
-                "the calibration is that of other weights",
+                f"the calibration has none of {', '.join(wanted)}: nothing that an export reads",
                 where=path,
-                remedy="run `edge-vlm calibrate` on this checkpoint",
+                remedy=f"add them: `edge-vlm calibrate --sections {','.join(wanted)}`",
             )
-        return table
+        return found
+
+    def _identity(self) -> ModelIdentity:
+        cfg = self.source.cfg
+        return ModelIdentity.from_source(
+            self.source.identity,
+            scorer=cfg.scorer_kind,
+            image_size=cfg.vision.image_size,
+            num_cells=cfg.vision.num_cells,
+        )
+
+    def _calibrated(self) -> Calibrated | None:
+        path = self.options.calibration
+        if self.calibration is None or path is None:
+            return None
+        section = self.calibration.find(PrecisionSection, path)
+        if section is None:
+            return None
+        return Calibrated(section.by_module(), PlannedArrays.of(section, path))
 
     def _write_graphs(
         self, traced: Mapping[str, ir.Model], ranges: Mapping[str, Ranges], writer: BundleWriter
@@ -354,13 +414,15 @@ class _Export:
         for name, spec in self.specs.items():
             model, seen = traced[name], ranges.get(name)
             tensors = seen.tensors if seen is not None else None
-            plans[name] = plan_graph(model.graph, spec, options.precision, tensors)
-            convert(model, spec, plans[name], seen, options.variant)
+            products = None if self.calibrated is None else self.calibrated.products
+            plans[name] = plan_graph(model.graph, spec, options.precision, tensors, products)
+            convert(model, spec, plans[name], seen, options.variant, self.calibrated)
             expand_chunks(model)
             self.progress.stage(f"writing {name}")
             paths[name] = writer.graph_file(spec)
             written[name] = save_graph(model, paths[name], self._shared(name, written))
             check_graph(paths[name], spec, options.variant)
+        self.progress.planned(exceptions(plans, options.precision))
         footage = tuple(path.resolve().name for path in options.footage) if ranges else ()
         plan = PrecisionPlan(precision=options.precision, footage=footage, graphs=plans)
         writer.precision_plan(plan.to_json())

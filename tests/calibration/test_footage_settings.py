@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
-from edge_vlm.formats.calibrated import BudgetSection, ChangeSection
+from edge_vlm.formats.calibrated import AlertsSection, BudgetSection, ChangeSection
 from edge_vlm.formats.calibration import Calibration
 from edge_vlm.pixels.video import write_video
 from edge_vlm.watching import Watcher
@@ -23,6 +24,8 @@ from edge_vlm_calibration.looking import look_at, rows_of
 from edge_vlm_calibration.rows import RowFile, Rows, WorkFolder
 from edge_vlm_calibration.run import Request, look, made_with, opened
 from edge_vlm_calibration.simulate import DEFAULTS, simulate
+from edge_vlm_runtime.cameras.config import read_plan
+from edge_vlm_runtime.cli.common.config import read_toml
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.inference.bundle_model import calibrated
 from edge_vlm_runtime.protocol.settings import ServerLimits, SessionSettings
@@ -249,7 +252,7 @@ def test_bad_clips_are_skipped_and_named(
         (["--keep-ratio", "1.5"], "--keep-ratio must be in"),
         (["--tokens-per-second", "0"], "--tokens-per-second above 0"),
         (["--sections", "budgets"], "there is no section 'budgets'"),
-        (["--sections", "ranges"], "those of a checkpoint, not of a bundle"),
+        (["--sections", "ranges"], "of a checkpoint, not of a bundle"),
         (["--sections", "alerts"], "there are no marks"),
         (["--fps", "0"], "--fps must be"),
     ],
@@ -272,3 +275,36 @@ def test_a_checkpoint_is_calibrated_too(clip: Path, tmp_path: Path) -> None:
     assert found.measured_share == found.expected_share
     assert run(checkpoint, clip, "-o", out, "--fps", 2, "--sections", "change") == 0
     assert set(Calibration.read(out).sections) == {"budget", "change"}
+
+
+def test_marked_events_become_alerts_that_a_server_reads(clip: Path, tmp_path: Path) -> None:
+    marks = tmp_path / "marks.csv"
+    begin_s, end_s = STILL / FPS, (STILL + MOVING) / FPS
+    marks.write_text(f"alert,question,start,end\ndog,Is there a dog now?,{begin_s},{end_s}\n")
+    out, file = tmp_path / "c.json", tmp_path / "server.toml"
+    line = [DEMO_BUNDLE, clip, "-o", out, "--sections", "alerts", "--fps", 2]
+    run(*line, "--marks", marks, "--camera", "door", "--toml", tmp_path / "alerts.toml")
+    section = Calibration.read(out).find(AlertsSection)
+    assert section is not None
+    (alert,) = section.alerts
+    assert (alert.name, alert.events) == ("dog", 1)
+    assert alert.watched_h == pytest.approx((STILL + MOVING) / FPS / 3600)
+    assert alert.answer_mass > 0.9
+    camera = f'[[camera]]\nname = "door"\nsource = "{clip}"\n'
+    file.write_text(camera + (tmp_path / "alerts.toml").read_text())
+    (found,) = read_plan(read_toml(file), file).alerts
+    assert {name: getattr(found.rule, name) for name in alert.rule} == alert.rule
+
+
+def test_right_answers_stand_beside_shares(clip: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "qa.jsonl"
+    asked = {"video": str(clip), "question": "Is there a dog now?", "answer": "no"}
+    questions.write_text(json.dumps(asked) + "\n")
+    out = tmp_path / "c.json"
+    line = [DEMO_BUNDLE, clip, "-o", out, "--sections", "budget", "--measure", 0]
+    run(*line, "--questions", questions, "--plot", tmp_path / "plot.png")
+    budget = Calibration.read(out).find(BudgetSection)
+    assert budget is not None
+    assert [point.keep_ratio for point in budget.accuracy] == [1.0, 0.7, 0.5, 0.3, 0.2, 0.1]
+    assert all(point.asked == 1 and point.accuracy in (0, 1) for point in budget.accuracy)
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -128,7 +128,7 @@ def test_a_section_of_another_version_or_without_sense_is_named() -> None:
         ({"data": {**BUDGET.to_data(), "settings": {"keep_ratio": "1"}}}, "keep_ratio is '1'"),
         ({"data": {**BUDGET.to_data(), "per_s": float("nan")}}, "not a finite number"),
     ):
-        section = dataclasses.replace(made.sections["budget"], **change)  # type: ignore[arg-type]
+        section = dataclasses.replace(made.sections["budget"], **change)
         broken = dataclasses.replace(made, sections={"budget": section})
         with pytest.raises(ConfigError, match=said):
             broken.find(BudgetSection)

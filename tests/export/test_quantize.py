@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edge_vlm.formats.precision import BLOCK_SIZES, block_size
 from edge_vlm_export.quantize.quantize import (
-    BLOCK_SIZES,
     activation_scale,
-    block_size,
     pack_nbits,
     quantize_blocks,
     quantize_outputs,

@@ -147,4 +147,5 @@ def test_operators_and_opsets_are_those_of_the_variant(name: str) -> None:
             used = {node.op_type for node in model.graph.node if node.domain}
             packed = bundle.precision.llm != "base"
             fast = {"GroupQueryAttention"} | ({"MatMulNBits"} if packed else set())
-            assert used == (fast if graph == "llm" else set())
+            integer = {"MatMulIntegerToFloat"} if bundle.precision.vit == "int8" else set()
+            assert used == (fast if graph == "llm" else integer)

@@ -152,7 +152,7 @@ def test_watch_and_ask_take_what_concerns_their_own_server(tmp_path: Path) -> No
         own, known = flat(bundle_options()), lambda: flat(serve_options())
         found, warnings = resolve(own, args, {"EDGE_VLM_PORT": "2"}, known)
         assert found["bundle"].value == Path("/model")
-        assert set(found) == {"bundle", "threads", "backend", "engines"}
+        assert set(found) == {"bundle", "threads", "backend", "engines", "calibration"}
         assert warnings == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from edge_vlm.formats.calibrated.alerts import AlertsSection
@@ -19,4 +20,18 @@ def session_settings(calibration: Calibration, where: object = None) -> dict[str
     return settings
 
 
-__all__ = ["AlertsSection", "BudgetSection", "ChangeSection", "session_settings"]
+BUDGETS = frozenset(["keep_ratio", "vision_tokens_per_s", "change_threshold"])
+"""Of which a calibration sets one."""
+
+
+def with_settings(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model was made for, with calibrated settings in their place; of budgets there is
+    one."""
+    left = BUDGETS if BUDGETS & settings.keys() else frozenset()
+    kept = {name: value for name, value in defaults.items() if name not in left}
+    if "fps_cap" in settings:
+        kept.pop("fps", None)
+    return {**kept, **settings}
+
+
+__all__ = ["AlertsSection", "BudgetSection", "ChangeSection", "session_settings", "with_settings"]

@@ -16,11 +16,11 @@ import onnx_ir as ir
 from edge_vlm.errors import BundleSchemaError
 from edge_vlm.export_errors import RangeFp16
 from edge_vlm.formats.bundle import IMAGE_ENCODER
+from edge_vlm.formats.calibrated.precision import KEPT, ProductPlan
 from edge_vlm.formats.calibration import FP16_LIMIT
 from edge_vlm.formats.graph_spec import GraphSpec
-from edge_vlm.formats.precision import LLM_PRODUCTS, VIT_PRODUCTS, Precision
+from edge_vlm.formats.precision import LLM_PRODUCTS, VIT_PRODUCTS, Precision, block_size
 from edge_vlm.json_text import MALFORMED, parse_json
-from edge_vlm_export.quantize.quantize import block_size
 
 SCHEMA_VERSION = 1
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -118,13 +118,17 @@ class PrecisionPlan:
 
 
 def plan_graph(
-    graph: ir.Graph, spec: GraphSpec, precision: Precision, ranges: Mapping[str, float] | None
+    graph: ir.Graph,
+    spec: GraphSpec,
+    precision: Precision,
+    ranges: Mapping[str, float] | None,
+    products: Mapping[str, ProductPlan] | None = None,
 ) -> tuple[NodePlan, ...]:
     """One entry per node that has to do with floating-point numbers.
 
     `ranges`: largest |x| by tensor name; a tensor that is not in it was not measured and so is not
-    trusted to float16. Raises RangeFp16 if a cache tensor, whose format is fixed by the spec,
-    would overflow.
+    trusted to float16. `products`: what a calibration decided, by module. Raises
+    RangeFp16 if a cache tensor, whose format is fixed by the spec, would overflow.
     """
     ranges = ranges or {}
     rotations = _rotations(graph)
@@ -139,7 +143,7 @@ def plan_graph(
             dtype, reason = "as input", "moves values only"
         elif precision.base == "float16":
             dtype, reason = _half_or_single(node, spec, seen, node in rotations)
-        weights, activations, why = _integers(node, precision, ranges)
+        weights, activations, why = _integers(node, precision, ranges, products or {})
         plans.append(
             NodePlan(
                 node=str(node.name),
@@ -181,26 +185,45 @@ def _half_or_single(
 
 
 def _integers(
-    node: ir.Node, precision: Precision, ranges: Mapping[str, float]
+    node: ir.Node,
+    precision: Precision,
+    ranges: Mapping[str, float],
+    products: Mapping[str, ProductPlan],
 ) -> tuple[str | None, str | None, str | None]:
     """Formats of weights and activations, and a remark."""
     if not is_product(node):
         return None, None, None
-    parent, _, leaf = str(node.name).rpartition("/")[0].rpartition(".")
+    module = str(node.name).rpartition("/")[0]
+    parent, _, leaf = module.rpartition(".")
+    planned = products.get(module)
     source, weight = node.inputs[0], node.inputs[1]
     assert source is not None and weight is not None and weight.shape is not None
     if parent.startswith("vit.blocks.") and leaf in VIT_PRODUCTS and precision.vit == "int8":
+        if planned is not None:
+            if planned.activations is None:
+                return None, None, planned.reason
+            return "int8", "int8", f"vision product: {planned.reason}"
         if source.name not in ranges:
             return None, None, "left as it is: its input was not measured"
         return "int8", "int8", "vision product"
     if parent.startswith("llm.blocks.") and leaf in LLM_PRODUCTS and precision.llm != "base":
         num_inputs = weight.shape.numpy()[0]
-        if precision.llm == "int4" and block_size(num_inputs) is None:
-            return None, None, f"left as it is: {num_inputs} inputs do not divide into blocks"
-        return precision.llm, None, "language product"
+        return _language(precision.llm, num_inputs, planned, "language product")
     if (parent, leaf) == ("llm", "head") and precision.head != "base":
-        return precision.head, None, "language head"
+        return _language(precision.head, weight.shape.numpy()[0], planned, "language head")
     return None, None, None
+
+
+def _language(
+    wanted: str, num_inputs: int, planned: ProductPlan | None, what: str
+) -> tuple[str | None, None, str]:
+    if wanted != "int4":
+        return wanted, None, what
+    if block_size(num_inputs) is None:
+        return None, None, f"left as it is: {num_inputs} inputs do not divide into blocks"
+    if planned is None:
+        return wanted, None, what
+    return None if planned.weights == KEPT else planned.weights, None, f"{what}: {planned.reason}"
 
 
 def is_product(node: ir.Node) -> bool:
@@ -247,3 +270,35 @@ def _require_cache_in_range(spec: GraphSpec, ranges: Mapping[str, float]) -> Non
                 f"is trusted up to {FP16_LIMIT:.0f}",
                 remedy="export with base=float32",
             )
+
+
+def exceptions(plans: Mapping[str, Iterable[NodePlan]], precision: Precision) -> list[str]:
+    """What does not have the format that was asked for, and why, a line each."""
+    lines = []
+    for graph, nodes in plans.items():
+        for node in nodes:
+            wanted = _wanted(node, precision)
+            past = precision.base == "float16" and node.dtype == "float32" and _is_past(node)
+            if past or (wanted is not None and node.weights != wanted):
+                has = node.weights or node.dtype
+                lines.append(f"{graph}: {node.node} is {has}: {node.reason}")
+    return lines
+
+
+def _is_past(node: NodePlan) -> bool:
+    return node.max_abs is not None and node.max_abs > FP16_LIMIT
+
+
+def _wanted(node: NodePlan, precision: Precision) -> str | None:
+    """The integers that a product's weights were to become."""
+    parent, _, leaf = node.module.rpartition(".")
+    wanted = "base"
+    if node.op != "MatMul":
+        return None
+    if parent.startswith("vit.blocks.") and leaf in VIT_PRODUCTS:
+        wanted = precision.vit
+    elif parent.startswith("llm.blocks.") and leaf in LLM_PRODUCTS:
+        wanted = precision.llm
+    elif node.module == "llm.head":
+        wanted = precision.head
+    return None if wanted == "base" else wanted

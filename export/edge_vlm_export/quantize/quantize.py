@@ -11,15 +11,9 @@ import numpy.typing as npt
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
 
-BLOCK_SIZES = (128, 64, 32, 16)
 PIECE_COLUMNS = 1024
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Shares of a block's largest value that are tried as the largest one that can be written."""
-
-
-def block_size(num_inputs: int) -> int | None:
-    """The largest block that divides K; None if K is not a multiple of the smallest."""
-    return next((size for size in BLOCK_SIZES if num_inputs % size == 0), None)
 
 
 def quantize_blocks(weight_KN: F32, bits: int, block: int) -> tuple[I8, F32]:

@@ -40,6 +40,7 @@ def _run(args: argparse.Namespace) -> int:
         backend=Backend(args.backend),
         engines=args.engines,
         threads=args.threads,
+        calibration=args.calibration,
     )
     checks = examine(plan, Machine())
     if args.json:

@@ -199,7 +199,9 @@ def check_run(plan: Plan, before: list[Check]) -> Check:
 
     start = time.perf_counter()
     try:
-        engines = LoadedBundle.open(plan.bundle, plan.threads, plan.backend, plan.engines)
+        engines = LoadedBundle.open(
+            *(plan.bundle, plan.threads, plan.backend, plan.engines), calibration=plan.calibration
+        )
         try:
             warm_up(engines)
         finally:

@@ -99,6 +99,7 @@ class Plan:
     backend: Backend = Backend.ORT
     engines: Path | None = None
     threads: int = 2
+    calibration: Path | None = None
 
 
 def check_python() -> Check:

@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_vlm.errors import BundleSchemaError, ConfigError
 from edge_vlm.formats.bundle import IMAGE_ENCODER, EngineBundle
-from edge_vlm.formats.calibrated import session_settings
+from edge_vlm.formats.calibrated import session_settings, with_settings
 from edge_vlm.formats.calibration import Calibration, ModelIdentity
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import KeepAll
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.protocol.base import ServerEvent
     from edge_vlm_runtime.protocol.settings import ServerLimits
     from edge_vlm_runtime.protocol.typed import Settings
-
-
-BUDGETS = frozenset(["keep_ratio", "vision_tokens_per_s", "change_threshold"])
-"""Of which a calibration sets one."""
 
 
 class LoadedBundle:
@@ -178,10 +174,7 @@ def calibrated(bundle: EngineBundle, file: Path | None) -> EngineBundle:
             where=file,
             remedy="make them with `edge-vlm calibrate --sections budget,change`",
         )
-    defaults = {name: value for name, value in bundle.defaults.items() if name not in BUDGETS}
-    if not BUDGETS & settings.keys():  # it knows of noise alone
-        defaults = dict(bundle.defaults)
-    return replace(bundle, defaults={**defaults, **settings})
+    return replace(bundle, defaults=with_settings(bundle.defaults, settings))
 
 
 def _prompt(bundle: EngineBundle) -> PromptFormat:
