@@ -1,12 +1,12 @@
-"""What a plan of precisions saves over plain rounding, product by product, on real frames.
+"""What a plan of int8 vision saves over plain rounding, product by product, on real frames.
 
-    python -m benchmarks.export.precision_plan --footage runtime/edge_vlm_runtime/demo/clip.mp4
+    python -m benchmarks.export.precision_plan --footage bikes.mp4
 
-The demo model; then layers of Molmo2-4B's width with made-up weights, as they are and with
-outliers put in: two features of the vision's residual stream past what float16 can hold, as the
-published model has them, and six loud channels behind the language model's norms. Errors are shares
-of the
-variance of what a product computes in float32, on states that nothing was chosen by.
+The demo model; then two vision blocks of Molmo2-4B's width with made-up weights, as they are and
+with outliers put in: two features of the residual stream past what float16 can hold, as the
+published model has them. Errors are shares of the variance of what a product computes in float32,
+on states of the same footage that nothing was chosen by. Of language products:
+`benchmarks.export.rounding`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.presets import molmo2_4b
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm_calibration.precision.language import plan_language
 from edge_vlm_calibration.precision.states import watched
 from edge_vlm_calibration.precision.vision import new_states, plan_vision, watched_products
 from edge_vlm_calibration.precision.watching import QUESTIONS, pieces_of, read, run_of
@@ -86,18 +85,18 @@ def planned(model: VideoLM, words: Path, footage: Sequence[Path], frames: int) -
     began = time.process_time()
     torch_model = TorchModel(model, PromptFormat(Tokenizer.from_file(words)))
     modules = watched_products(model)
-    states, readings = new_states(modules), []
+    states, frames_seen = new_states(modules), 0
     with watched(modules, states):
         for path in footage:
             for piece in pieces_of(path, 2.0, frames, QUESTIONS):
                 run = run_of(model.cfg, 0.5)
-                readings.append(read(torch_model, piece, run))
+                read(torch_model, piece, run)
+                frames_seen += len(piece.rgbs)
     residual = model.vit.pos_embed.abs().max()
     with tempfile.TemporaryDirectory() as scratch, ArraysWriter(Path(scratch) / "a.npz") as arrays:
         products = [*plan_vision(model, states, arrays)]
-        products += plan_language(model.llm, readings, arrays)
     return {
-        "tokens": sum(len(reading.positions_S) for reading in readings),
+        "frames": frames_seen,
         "largest_position_embedding": round(float(residual), 1),
         "processor_s": round(time.process_time() - began, 1),
         "products": by_kind(products),
@@ -137,12 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     demo = open_folder(CHECKPOINT)
     words = demo.require_tokenizer()
     result = {**result_head(__file__, argv, torch.device("cpu")), "frames": args.frames}
-    makers: dict[str, Callable[[], VideoLM]] = {
+    cases: dict[str, Callable[[], VideoLM]] = {
         "demo": demo.load,
         "full width": lambda: full_width(words, outliers=False),
         "full width with outliers": lambda: full_width(words, outliers=True),
     }
-    for name, make in makers.items():
+    for name, make in cases.items():
         result[name] = planned(make(), words, args.footage, args.frames)
         for kind, found in result[name]["products"].items():
             progress(f"{name}: {kind} {found}")
