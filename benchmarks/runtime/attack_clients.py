@@ -287,7 +287,7 @@ def dialogue(number: int) -> bytes:
 
 
 EMOJI = "\U0001f4a5" * MOST_TEXT
-SHAPES = {"input": [{}] * 200_000}
+SHAPES: dict[str, list[dict[str, object]]] = {"input": [{}] * 200_000}
 ASK = message("response.create", text=QUESTION)
 CANCEL = message("response.cancel")
 ALERTS = [message("alert.create", question=QUESTION)] + [

@@ -74,6 +74,7 @@ class Watched:
         self.client = client
         self.outcomes: Counter[int] = Counter()
         self.accepted = 0
+        self.has_begun = asyncio.Event()
         self.dropped: Counter[str] = Counter()
         self.answered = 0
         self.ttft_s: dict[str, list[float]] = {"alone": [], "all": []}
@@ -84,6 +85,7 @@ class Watched:
             self.outcomes[event.frame_sequence] += 1
             if isinstance(event, protocol.FrameAccepted):
                 self.accepted += 1
+                self.has_begun.set()
             else:
                 self.dropped[event.reason] += 1
 
@@ -129,6 +131,8 @@ async def measure(address: str, seconds: float) -> dict[str, Any]:
         f"ws://{address}/v1/realtime?stream={names[0]}&subscribe_pictures=true", max_queue=1
     )
     watched = [Watched(await Client.subscribe(address, name)) for name in names]
+    # Before its first picture there is nothing to ask a camera about.
+    await asyncio.gather(*(each.has_begun.wait() for each in watched))
     viewers = [watched[number::VIEWERS] for number in range(VIEWERS)]
     memory: list[float] = []
     questions: Counter[str] = Counter()

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from edge_vlm.errors import MissingExtraError, VideoUnreadable
@@ -33,6 +36,17 @@ def av() -> Any:
     except ImportError as error:
         raise MissingExtraError.for_library("av", "client") from error
     return library
+
+
+def end_waits() -> None:
+    """Whatever waits for a camera inside FFmpeg gives up, at the end of a program.
+
+    FFmpeg asks PyAV meanwhile whether to go on. PyAV holds its clock against the time-out, and
+    knows no other way to be told; asked after the interpreter has gone, it crashes.
+    """
+    core = sys.modules.get("av.container.core")
+    if core is not None:
+        core.time = SimpleNamespace(monotonic=lambda: math.inf)  # type: ignore[attr-defined]
 
 
 def decoding_errors() -> tuple[type[BaseException], ...]:

@@ -31,14 +31,14 @@ KINDS: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(
         (
             *("keep_ratio", "vision_tokens_per_s", "change_threshold", "fps_cap", "heartbeat_s"),
-            *("duplicate_threshold", "max_frame_age_s", "temperature", "top_p"),
+            *("duplicate_threshold", "max_frame_age_s", "temperature", "top_p", "bank_frames"),
         ),
         REAL,
     ),
     **dict.fromkeys(
         (
             *("policy_seed", "min_cells", "last_n", "window_tokens", "max_answer_tokens"),
-            *("history_turns", "seed"),
+            *("history_turns", "seed", "max_cells", "payback_frames"),
         ),
         WHOLE,
     ),

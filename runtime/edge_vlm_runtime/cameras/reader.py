@@ -12,6 +12,7 @@ from edge_vlm.errors import VideoError
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime.sources.container import Picture
 from edge_vlm_runtime.sources.open import is_live, open_source
+from edge_vlm_runtime.sources.threads import reading_thread
 from edge_vlm_runtime.sources.waiting import WaitingSource
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class CameraReader:
         opener = functools.partial(open_source, source, fps, hwaccel=hwaccel, on_away=told.changed)
         self._source = WaitingSource(source, opener, is_live=is_live(source), on_away=told.changed)
         self._source.max_side = max_side
-        self._thread = threading.Thread(target=self._run, name="edge-vlm-reader", daemon=True)
+        self._thread = reading_thread("edge-vlm-reader", self._run, self.close)
 
     @property
     def newest_us(self) -> int:

@@ -29,10 +29,13 @@ def _serve(args: argparse.Namespace) -> int:
     from edge_vlm_runtime.server.access.repeated_lines import quiet
     from edge_vlm_runtime.server.app import Server
 
+    handler = logging.StreamHandler()
+    quiet(handler)
     logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[handler],
     )
-    quiet(logging.getLogger().handlers)
     cameras = _cameras(args)
     routes = AlertRoutes(cameras.plan)
     with alert_outputs(args, routes) as outputs:

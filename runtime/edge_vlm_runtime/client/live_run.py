@@ -7,7 +7,6 @@ before and an empty memory, which is said. Questions may come at any time.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -30,6 +29,7 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Answer, AnswerStream, Client
 from edge_vlm_runtime.client.run import Observer, Outcome, PlannedQuestion, encoded
 from edge_vlm_runtime.sources.container import Picture, Source
+from edge_vlm_runtime.sources.threads import reading_thread
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 """Between two tries to reach a server that is gone."""
@@ -291,7 +291,7 @@ class _Newest:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._finish, end)
 
-        threading.Thread(target=read, name="edge-vlm-source", daemon=True).start()
+        reading_thread("edge-vlm-source", read, source.close).start()
 
     def _put(self, picture: Picture) -> None:
         self._picture = picture

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from edge_vlm.errors import (
+    ConfigError,
     EdgeVlmError,
     FrameDecodeError,
     MessageTooLarge,
@@ -340,7 +341,9 @@ class Connection:
 
     async def _read_subtitles(self, message: protocol.SessionUpdate) -> None:
         """Those of a film take longer than others should wait for the engines."""
-        subtitles = message.session.fields().get("subtitles")
+        subtitles = None
+        with suppress(ConfigError):  # which the session tells
+            subtitles = message.session.fields().get("subtitles")
         if isinstance(subtitles, str) and len(subtitles) > LONG_TEXT:
             await asyncio.to_thread(self._table.read_subtitles, subtitles)
 

@@ -13,6 +13,7 @@ from edge_vlm.errors import VideoError, VideoUnreadable
 from edge_vlm.pixels.video import TimedFrame
 from edge_vlm_runtime.sources.container import Picture
 from edge_vlm_runtime.sources.masking import mask_credentials
+from edge_vlm_runtime.sources.threads import reading_thread
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class LiveSource:
         self.max_side: int | None = None
         self.reconnects = 0
         """How often the camera came back."""
-        self._reader = threading.Thread(target=self._read, name="edge-vlm-camera", daemon=True)
+        self._reader = reading_thread("edge-vlm-camera", self._read, self.close)
         self._reader.start()
 
     @property

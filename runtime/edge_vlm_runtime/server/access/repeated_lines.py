@@ -75,10 +75,9 @@ class RepeatedLines(logging.Filter):
             )
 
 
-def quiet(handlers: list[logging.Handler]) -> None:
+def quiet(handler: logging.Handler) -> None:
     """Of a server's log."""
-    for handler in handlers:
-        handler.addFilter(RepeatedLines(handler))
+    handler.addFilter(RepeatedLines(handler))
 
 
 def _on_a_thread(seconds: float, call: Callable[[], None]) -> None:
