@@ -26,14 +26,6 @@ from edge_vlm.formats.bundle import (
     EngineBundle,
     write_bundle,
 )
-from edge_vlm.formats.calibrated import (
-    BudgetSection,
-    ChangeSection,
-    session_settings,
-    with_settings,
-)
-from edge_vlm.formats.calibrated.precision import PlannedArrays, PrecisionSection
-from edge_vlm.formats.calibration import Calibration, CalibrationTable, ModelIdentity
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, Precision, Variant
 from edge_vlm.model.published.mapping import shapes
@@ -41,6 +33,7 @@ from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig, prepare_image
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm_export.calibrated import CalibrationOf
 from edge_vlm_export.graphs.graphs import (
     GraphLimits,
     KVForm,
@@ -51,7 +44,7 @@ from edge_vlm_export.graphs.graphs import (
 from edge_vlm_export.graphs.modules import graph_module
 from edge_vlm_export.graphs.weights import WeightSource, open_weights, streamed_model
 from edge_vlm_export.preflight import Estimate, estimate, require_room
-from edge_vlm_export.quantize.convert import Calibrated, Ranges, convert
+from edge_vlm_export.quantize.convert import Ranges, convert
 from edge_vlm_export.quantize.plan import NodePlan, PrecisionPlan, exceptions, plan_graph
 from edge_vlm_export.quantize.ranges import Observer, measure, with_table
 from edge_vlm_export.trace.chunks import expand_chunks
@@ -172,8 +165,9 @@ def export_source(
 class _Export:
     def __init__(self, source: WeightSource, options: ExportOptions, progress: Progress) -> None:
         self.source, self.options, self.progress = source, options, progress
-        self.calibration = self._calibration()
-        self.calibrated = self._calibrated()
+        path = options.calibration
+        self.calibration = None if path is None else CalibrationOf(path, source)
+        self.calibrated = None if self.calibration is None else self.calibration.plan()
         self._require_footage()
         self.prompt = _prompt(source)
         self.limits = self._limits()
@@ -276,10 +270,8 @@ class _Export:
 
     def _defaults(self) -> dict[str, Any]:
         made_for = self.source.defaults
-        found = self.calibration
-        if found is not None and found.model.is_same(self._identity()):
-            settings = session_settings(found, self.options.calibration)
-            made_for = with_settings(made_for, settings)
+        if self.calibration is not None:
+            made_for = self.calibration.over(made_for)
         given = {**made_for, **(self.options.defaults or {})}
         ratio = given.get("keep_ratio", 1.0)
         if type(ratio) not in (int, float) or not 0 < ratio <= 1:
@@ -349,8 +341,7 @@ class _Export:
         if self.source.images is not None:
             clips = self._with_stills(clips, self.source.images, observers[IMAGE_ENCODER])
         ranges = measure(observers, self._pipeline(run, specs), clips, footage)
-        file = self.calibration
-        table = None if file is None else file.find(CalibrationTable, options.calibration)
+        table = None if self.calibration is None else self.calibration.table
         if table is not None:
             ranges = {
                 name: with_table(found, traced[name].graph, table) for name, found in ranges.items()
@@ -365,44 +356,6 @@ class _Export:
             still = prepare_image(clip.pictures[0], self.source.cfg.vision, images)
             observer.run({"pixels": still.pixels, "windows": still.windows})
             yield clip
-
-    def _calibration(self) -> Calibration | None:
-        """Raises ConfigError for one of other weights, or with nothing for an export."""
-        path = self.options.calibration
-        if path is None:
-            return None
-        found = Calibration.read(path)
-        # Weights and ranges are the same whatever cells are chosen by; settings are not.
-        found.require_model(self._identity(), path, any_scorer=True)
-        wanted = (
-            *(CalibrationTable.SECTION, PrecisionSection.SECTION),
-            *(BudgetSection.SECTION, ChangeSection.SECTION),
-        )
-        if not any(name in found.sections for name in wanted):
-            raise ConfigError(
-                f"the calibration has none of {', '.join(wanted)}: nothing that an export reads",
-                where=path,
-                remedy=f"add them: `edge-vlm calibrate --sections {','.join(wanted)}`",
-            )
-        return found
-
-    def _identity(self) -> ModelIdentity:
-        cfg = self.source.cfg
-        return ModelIdentity.from_source(
-            self.source.identity,
-            scorer=cfg.scorer_kind,
-            image_size=cfg.vision.image_size,
-            num_cells=cfg.vision.num_cells,
-        )
-
-    def _calibrated(self) -> Calibrated | None:
-        path = self.options.calibration
-        if self.calibration is None or path is None:
-            return None
-        section = self.calibration.find(PrecisionSection, path)
-        if section is None:
-            return None
-        return Calibrated(section.by_module(), PlannedArrays.of(section, path))
 
     def _write_graphs(
         self, traced: Mapping[str, ir.Model], ranges: Mapping[str, Ranges], writer: BundleWriter
