@@ -264,7 +264,7 @@ async def measure(
         for name in ("rss_mb", "uss_mb")
     }
     seen = load.seen
-    every = max(1, len(sampler.rows) // 240)
+    every = max(1, len(sampler.rows) // 120)
     result: dict[str, Any] = {
         "streams": args.cameras + args.viewers,
         "fps_each": args.fps,

@@ -337,6 +337,21 @@ def _refusal(error: EdgeVlmError) -> JSONResponse:
     return JSONResponse(envelope(error), status_of(error), headers_of(error))
 
 
+def _with_first_part(send: Send) -> Send:
+    """Sends the headers of a file when it could be opened: they come before that."""
+    start: list[Message] = []
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            start.append(message)
+            return
+        while start:
+            await send(start.pop())
+        await send(message)
+
+    return sent
+
+
 class _Page(StaticFiles):
     """The browser page, which may load nothing from elsewhere."""
 
@@ -344,7 +359,7 @@ class _Page(StaticFiles):
         if scope["type"] == "websocket":  # of an unknown path; older versions do not expect it
             await WebSocketClose()(scope, receive, send)
         else:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, _with_first_part(send))
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
