@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := edge_vlm export runtime training calibration tests benchmarks examples
 # A file's tests share what they set up, so a file stays in one process.
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --max-worker-restart=0
 
 # Images of containers often forbid bytecode: each process would compile each module again, and each
 # of those that test rewrite each test again.
@@ -29,8 +29,8 @@ help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # 141: whoever read the output is gone (make demo | head), which is no error.
-demo: $(VENV)/.ort  ## stream a clip through the demo model (installs the CPU runtime, no torch)
-	@$(BIN)/edge-vlm demo $(ARGS) || { code=$$?; [ $$code -eq 141 ] || exit $$code; }
+demo: $(VENV)/.ort  ## stream a clip and a street through the demo model (installs the CPU runtime, no torch)
+	@$(BIN)/edge-vlm demo --street 20 $(ARGS) || { code=$$?; [ $$code -eq 141 ] || exit $$code; }
 
 serve: $(VENV)/.ort  ## serve the demo model, with a browser page at http://127.0.0.1:8765
 	@$(BIN)/edge-vlm serve $(ARGS)
@@ -47,7 +47,7 @@ measured: $(VENV)/.dev
 		$(PYTEST) $(ARGS) --cov --cov-report=term
 
 docs: $(VENV)/.dev  ## the commands of README and docs as written, the long ones too (an hour and more)
-	EDGE_VLM_LONG_DOCS=1 $(PYTEST) -o timeout=14400 tests/docs $(ARGS)
+	EDGE_VLM_LONG_DOCS=1 $(PYTEST) tests/docs $(ARGS)
 
 lint: style types  ## ruff and mypy
 

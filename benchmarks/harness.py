@@ -35,6 +35,13 @@ def script_parser(doc: str | None, out: Path | None = None) -> argparse.Argument
     return parser
 
 
+def made_folder(text: str) -> Path:
+    """A folder that is made if it is not there, for argparse."""
+    folder = Path(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def result_head(script: str, argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
     """What every result file begins with; `script` is its `__file__`."""
     return {"command": command_line(script, argv), **device_record(device)}

@@ -112,7 +112,7 @@ went on with it; a page from another origin, and a `Host` that is not the server
 the server is stopping, or the client does not read what it is sent |
 
 An `error` event before the close says more. Every other error leaves the session open: its `code`
-is one of the codes in `edge_vlm/errors.py`, and it repeats the `event_id` of the message that
+is one of the codes in `edge_vlm/errors`, and it repeats the `event_id` of the message that
 caused it.
 
 ## Over HTTP on the same port

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import output_folder
 from edge_vlm.errors import ConfigError, MissingExtraError
-from edge_vlm.export_errors import (
+from edge_vlm.errors.export import (
     HubError,
     HubFileDamaged,
     HubNotFound,

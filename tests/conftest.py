@@ -24,35 +24,45 @@ SLOW = (
     *("benchmarks/", "deployment/", "e2e/", "fuzz/", "golden/", "gpu/", "openai/"),
     *("training/trainer/", "docs/test_running.py"),
     *("calibration/test_footage_settings.py", "calibration/test_precision.py"),
+    *(f"edge_vlm/console/test_{name}.py" for name in ("output", "wheel")),
+    *(f"edge_vlm/pixels/test_{name}.py" for name in ("awkward_footage", "video")),
+    *("edge_vlm/evaluation/test_points.py", "edge_vlm/formats/test_hub.py"),
+    "edge_vlm/test_telemetry.py",
     *(
-        f"edge_vlm/test_{name}.py"
-        for name in ("awkward_footage", "hub", "output", "points", "telemetry", "video", "wheel")
+        f"export/parity/test_{name}.py"
+        for name in ("change_scorer", "image_encoder", "openvino_runner", "reuse", "scorerless")
     ),
     *(
         f"export/test_{name}.py"
-        for name in (
-            *("bad_input", "change_scorer", "check_inputs", "export", "footage", "image_encoder"),
-            *("openvino_runner", "scorerless", "trt_lint", "variants"),
-        )
+        for name in ("bad_input", "check_inputs", "export", "footage", "trt_lint", "variants")
     ),
+    *("model/test_images.py", "model/test_lora.py"),
     *(
-        f"model/test_{name}.py"
+        f"model/published/test_{name}.py"
         for name in (
-            *("images", "lora", "published", "published_convert", "published_tokens"),
-            *("published_training", "weights_of_ones_own"),
+            *("published", "published_convert", "published_tokens", "published_training"),
+            "weights_of_ones_own",
         )
     ),
+    *(f"runtime/alerts/test_{name}.py" for name in ("alert_sinks", "home_assistant", "sinks")),
     *(
-        f"runtime/test_{name}.py"
+        f"runtime/cameras/test_{name}.py"
+        for name in ("addresses", "cameras", "rtsp_server", "sources")
+    ),
+    *("runtime/client/test_client.py", "runtime/client/test_evil_server.py"),
+    *(
+        f"runtime/engines/test_{name}.py"
         for name in (
-            *("addresses", "alert_sinks", "backends", "cameras", "client", "clip_policy"),
-            *("evil_server", "exact_prefill", "home_assistant", "sinks"),
-            *("hostile_input", "interleaved", "prompt_view", "recording", "resume", "rtsp_server"),
-            *("schedules", "sources", "stream_times", "token_budget"),
-            *("bench", "planning"),
+            *("clip_policy", "exact_prefill", "interleaved", "prompt_view", "reuse", "schedules"),
+            *("stream_times", "token_budget"),
         )
     ),
+    *("runtime/machine/test_bench.py", "runtime/machine/test_planning.py"),
+    *("runtime/backends/test_backends.py", "runtime/protocol/test_resume.py"),
+    *("runtime/server/test_hostile_input.py", "runtime/session/test_recording.py"),
+    "training/objective/test_reuse.py",
     *(f"training/data/test_{name}.py" for name in ("forms", "train_on_records", "world_source")),
+    "training/world/test_draw.py",
 )
 
 

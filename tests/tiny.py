@@ -36,10 +36,11 @@ SOURCES = (
     "edge_vlm/text/**/*.py",
     "export/edge_vlm_export/**/*.py",
     "training/edge_vlm_training/world/vocabulary.py",
-    "tests/export/test_image_encoder.py",
-    "tests/export/test_scorerless.py",
-    "tests/export/test_change_scorer.py",
-    "tests/runtime/test_clip_policy.py",
+    "tests/export/parity/test_image_encoder.py",
+    "tests/export/parity/test_scorerless.py",
+    "tests/export/parity/test_change_scorer.py",
+    "tests/export/parity/test_reuse.py",
+    "tests/runtime/engines/test_clip_policy.py",
     "tests/published_folder.py",
     "tests/tiny.py",
 )
@@ -73,6 +74,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def tiny_variant(name: str) -> Path:
     """Folder of the exported bundle of `tiny_checkpoint()` with the options of VARIANTS."""
     return kept(f"tiny-{name}", partial(_export, VARIANTS[name]))
+
+
+def tiny_reuse_bundle() -> Path:
+    """As `tiny_bundle()`, with the graph that computes changed cells only."""
+    return kept("tiny-reuse", partial(_export, {"reuse": True}))
 
 
 def tiny_footage() -> Path:
@@ -147,6 +153,7 @@ def _export(wanted: dict[str, Any], target: Path) -> None:
         precision=precision,
         variant=Variant(wanted.get("variant", "portable")),
         kv_form=KVForm(wanted.get("kv_form", "concat")),
+        reuse=wanted.get("reuse", False),
         footage=(tiny_footage(),) if precision.needs_ranges else (),
     )
     export_bundle(tiny_checkpoint(), target, options)

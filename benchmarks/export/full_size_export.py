@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import CHECKPOINT, RESULTS, result_head, script_parser, write_result
+from benchmarks.harness import (
+    CHECKPOINT,
+    RESULTS,
+    made_folder,
+    result_head,
+    script_parser,
+    write_result,
+)
 
 TOKENIZER = CHECKPOINT / "tokenizer.json"
 FIELDS = {"RssAnon": "own", "RssFile": "mapped_files", "VmRSS": "both"}
@@ -93,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit-minutes", type=float, default=25)
-    parser.add_argument("--scratch", type=Path, help="folder with room for the bundle")
+    parser.add_argument("--scratch", type=made_folder, help="folder with room for the bundle")
     args = parser.parse_args(argv)
     out = args.out or RESULTS / f"export_{args.shape}_{args.precision}.json"
     with tempfile.TemporaryDirectory(prefix="export-", dir=args.scratch) as scratch:

@@ -28,6 +28,7 @@ from benchmarks.export.full_size_export import TOKENIZER
 from benchmarks.harness import (
     RESULTS,
     in_turn,
+    made_folder,
     progress,
     result_head,
     script_parser,
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--graphs", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--scratch", type=Path, help="folder with room for 6 GB")
+    parser.add_argument("--scratch", type=made_folder, help="folder with room for 6 GB")
     args: argparse.Namespace = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {

@@ -26,7 +26,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import RESULTS, progress, result_head, script_parser, write_result
+from benchmarks.harness import (
+    RESULTS,
+    made_folder,
+    progress,
+    result_head,
+    script_parser,
+    write_result,
+)
 from benchmarks.peers import by_llama_cpp, by_openvino, by_transformers
 from benchmarks.peers.missing import NotInstalled
 
@@ -49,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script itself")
     parser.add_argument("--node-modules", type=Path, metavar="DIR", help="where npm installed")
-    parser.add_argument("--scratch", type=Path, help="folder for bundles, which are kept there")
+    parser.add_argument("--scratch", type=made_folder, help="folder for bundles, which stay there")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {

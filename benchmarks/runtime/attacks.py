@@ -1,8 +1,9 @@
 """What one attacker does to another viewer: the time to the first word of its answers, in turns
-without, with and without the attack.
+with the attack and without it before and behind.
 
     python -m benchmarks.runtime.attacks                          # half an hour
     python -m benchmarks.runtime.attacks --only settings --seconds 4 --out small.json
+    python -m benchmarks.runtime.attacks --only "60 scans" --turns 5 --out scans.json
 
 Goals, for each kind of attack: 95 of 100 first words come within twice the time they take without
 it, every frame of the viewer has one outcome, every question an answer, and the viewer stays
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import RESULTS, progress, result_head, script_parser, write_result
-from benchmarks.runtime.attack_clients import KINDS
+from benchmarks.runtime.loads.attack_clients import KINDS
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 
 GOAL_RATIO = 2.0
@@ -64,7 +65,7 @@ def served(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def _client(kind: str, address: str) -> subprocess.Popen[str]:
-    module = "benchmarks.runtime.attack_clients"
+    module = "benchmarks.runtime.loads.attack_clients"
     command = [sys.executable, "-m", module, kind, address, KEY]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -79,25 +80,27 @@ def _memory_mb(pid: int) -> dict[str, float]:
     return {name: round(int(value[1]) / 1024, 1) for name, value in found.items() if value}
 
 
-def measure(kind: str, seconds: float, folder: Path) -> dict[str, Any]:
-    """One kind of attack, on a server of its own."""
+def measure(kind: str, seconds: float, turns: int, folder: Path) -> dict[str, Any]:
+    """One kind of attack, so many times, on a server of its own."""
     with served(folder) as (address, pid), _client("viewer", address) as viewer:
         assert viewer.stdout is not None
         first = viewer.stdout.readline()  # an answer has come: everything is warm
         if not first:
             raise RuntimeError("the viewer got no answer")
-        with _client(kind, address) as attacker:
-            assert attacker.stdout is not None and attacker.stdin is not None
-            if attacker.stdout.readline() != "ready\n":
-                raise RuntimeError(f"{kind}: the attacker failed")
-            alone = [_turn(seconds)]
-            load, before = os.getloadavg()[0], _memory_mb(pid)
-            attacker.stdin.write("go\n")
-            attacker.stdin.flush()
-            with_it = _turn(seconds)
-            attacker.communicate()
-        after = _memory_mb(pid)
-        time.sleep(SETTLE_S)
+        alone, with_it = [], []
+        for _ in range(turns):
+            with _client(kind, address) as attacker:
+                assert attacker.stdout is not None and attacker.stdin is not None
+                if attacker.stdout.readline() != "ready\n":
+                    raise RuntimeError(f"{kind}: the attacker failed")
+                alone.append(_turn(seconds))
+                load, before = os.getloadavg()[0], _memory_mb(pid)
+                attacker.stdin.write("go\n")
+                attacker.stdin.flush()
+                with_it.append(_turn(seconds))
+                attacker.communicate()
+            after = _memory_mb(pid)
+            time.sleep(SETTLE_S)
         alone.append(_turn(seconds))
         lines, _ = viewer.communicate(timeout=PATIENCE_S)
     *answers, told = map(json.loads, lines.splitlines())
@@ -117,7 +120,7 @@ def row(
     answers: Sequence[dict[str, float]],
     told: dict[str, Any],
     alone: Sequence[Turn],
-    with_it: Turn,
+    with_it: Sequence[Turn],
 ) -> dict[str, Any]:
     """What the viewer felt, and whether that is within the goals. `answers`: when each was asked
     for (`at_s`) and how long it took to begin (`ttft_s`); `told`: the viewer's last line."""
@@ -129,13 +132,14 @@ def row(
             if any(begin <= each["at_s"] < end for begin, end in turns)
         )
 
-    without, beside = asked_in(*alone), asked_in(with_it)
+    without, beside = asked_in(*alone), asked_in(*with_it)
     ratio = p95(beside) / p95(without) if without and beside else None
     return {
         "ttft_ms": {
             "without": spread(without),
             "with": spread(beside),
             "without_by_turn": [spread(asked_in(turn)) for turn in alone],
+            "with_by_turn": [spread(asked_in(turn)) for turn in with_it],
         },
         "ratio": None if ratio is None else round(ratio, 2),
         "viewer": told,
@@ -178,18 +182,21 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = script_parser(__doc__, RESULTS / "attacks.json")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each turn")
+    parser.add_argument("--turns", type=int, default=1, help="with each attack")
     parser.add_argument("--only", default="", help="kinds of attack with this in their name")
     args: argparse.Namespace = parser.parse_args(argv)
     kinds = [kind for kind in KINDS if args.only in kind]
+    if args.turns < 1:
+        parser.error(f"argument --turns: expected at least 1, got {args.turns}")
     if not kinds:
         parser.error(f"no attack has {args.only!r} in its name; there are: {'; '.join(KINDS)}")
     result = result_head(__file__, argv, torch.device("cpu"))
-    result["seconds_each_turn"] = args.seconds
+    result["seconds_each_turn"], result["turns"] = args.seconds, args.turns
     rows: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         progress(kind)
         with tempfile.TemporaryDirectory() as folder:
-            rows[kind] = measure(kind, args.seconds, Path(folder))
+            rows[kind] = measure(kind, args.seconds, args.turns, Path(folder))
         progress(table({kind: rows[kind]}).splitlines()[1])
     result["attacks"] = rows
     result["all_within_goals"] = all(all(found["goals"].values()) for found in rows.values())

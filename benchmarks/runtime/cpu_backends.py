@@ -27,6 +27,7 @@ from benchmarks.export.full_size_export import TOKENIZER
 from benchmarks.harness import (
     RESULTS,
     in_turn,
+    made_folder,
     progress,
     result_head,
     script_parser,
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = script_parser(__doc__, RESULTS / "cpu_backends.json")
     parser.add_argument("bundle", nargs="?", type=Path, default=DEMO_BUNDLE)
     parser.add_argument("--full-width", metavar="PRECISION", help="instead of a bundle")
-    parser.add_argument("--scratch", type=Path, help="folder with room for such a bundle")
+    parser.add_argument("--scratch", type=made_folder, help="folder with room for such a bundle")
     parser.add_argument("--graphs", nargs="+", help="only these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)

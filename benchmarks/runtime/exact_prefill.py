@@ -24,7 +24,14 @@ import numpy as np
 import torch
 
 from benchmarks.export.full_size_export import Memory
-from benchmarks.harness import CHECKPOINT, RESULTS, result_head, script_parser, write_result
+from benchmarks.harness import (
+    CHECKPOINT,
+    RESULTS,
+    made_folder,
+    result_head,
+    script_parser,
+    write_result,
+)
 from edge_vlm.config import VisionAttention
 from edge_vlm.formats.precision import Precision, Variant
 from edge_vlm.model.checkpoint import read_config
@@ -110,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--variant", default="portable")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, help="folder with room for the bundle")
+    parser.add_argument("--scratch", type=made_folder, help="folder with room for the bundle")
     parser.add_argument("--one", type=int, help="measure this many frames here and print it")
     args = parser.parse_args(argv)
     if args.one is not None:

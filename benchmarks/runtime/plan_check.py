@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import RESULTS, progress, result_head, script_parser, write_result
+from benchmarks.harness import (
+    RESULTS,
+    made_folder,
+    progress,
+    result_head,
+    script_parser,
+    write_result,
+)
 from benchmarks.runtime.wide_engines import export
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.planning.check import ALLOWED, check_bundles
@@ -25,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="the test model instead")
-    parser.add_argument("--scratch", type=Path, help="folder with room for the bundle, 3 GB")
+    parser.add_argument("--scratch", type=made_folder, help="folder with room for the bundle, 3 GB")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="plan-", dir=args.scratch) as scratch:
         progress("exporting ...")

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS, progress, result_head, script_parser, write_result
-from benchmarks.runtime.load_clients import QUESTION, REQUESTS, VIEWERS
+from benchmarks.runtime.loads.load_clients import QUESTION, REQUESTS, VIEWERS
 from benchmarks.runtime.stream_length import pictures
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
@@ -63,6 +63,9 @@ class IdleVision:
 
     def new_state(self) -> Any:
         return self._real.new_state()
+
+    def set_reuse(self, state: Any, rule: Any) -> None:
+        self._real.set_reuse(state, rule)
 
     def encode(self, frame: Any, state: Any, policy: Any) -> FrameTokens:
         cells = policy.select(self._scores, frame.rgb, state.is_first)
@@ -176,7 +179,7 @@ def measure_requests(rounds: int, questions: int, folder: str) -> dict[str, Any]
 
 
 def _process(kind: str, url: str, seconds: float, folder: str) -> subprocess.Popen[str]:
-    module = "benchmarks.runtime.load_clients"
+    module = "benchmarks.runtime.loads.load_clients"
     command = [sys.executable, "-m", module, kind, url, str(seconds), folder]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 

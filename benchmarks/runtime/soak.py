@@ -46,8 +46,8 @@ from benchmarks.harness import (
     script_parser,
     write_result,
 )
+from benchmarks.runtime.loads.soak_load import Load, Receiver
 from benchmarks.runtime.slopes import GROWS, Series, judged, slope_of
-from benchmarks.runtime.soak_load import Load, Receiver
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.video import read_video
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
@@ -60,7 +60,7 @@ ARRIVAL_S = 30.0
 """For alerts that are still on their way at the end."""
 TOLERANCES: dict[str, tuple[float, float]] = {
     "rss_mb": (0.0, 0.005),
-    "uss_mb": (0.0, 0.005),
+    "anonymous_mb": (0.0, 0.005),
     "descriptors": (0.5, 0.0),
     "threads": (0.5, 0.0),
     "python_objects": (0.0, 0.005),
@@ -131,7 +131,6 @@ class Sampler:
         now_s = time.monotonic()
         status = Path(f"/proc/{self._pid}/status").read_text()
         rollup = Path(f"/proc/{self._pid}/smaps_rollup").read_text()
-        private = sum(_figure(rf"^Private_{kind}:\s+(\d+)", rollup) for kind in ("Clean", "Dirty"))
         after = (now_s, self._cpu_s(), _busy_s(), time.process_time())
         took_s, server_s, busy_s, own_s = (b - a for a, b in zip(self._before, after, strict=True))
         self._before = after
@@ -141,7 +140,7 @@ class Sampler:
             {
                 "at_s": round(now_s - self._begin_s, 2),
                 "rss_mb": _figure(r"^VmRSS:\s+(\d+)", status) / 1024,
-                "uss_mb": private / 1024,
+                "anonymous_mb": _figure(r"^Anonymous:\s+(\d+)", rollup) / 1024,
                 "descriptors": len(os.listdir(f"/proc/{self._pid}/fd")),
                 "threads": _figure(r"^Threads:\s+(\d+)", status),
                 "kv_tokens": _figure(r"^edge_vlm_kv_tokens (\S+)", page),
@@ -261,7 +260,7 @@ async def measure(
     slopes = judge(sampler, args.seconds, begun)
     half = {
         name: judged(slope_of(sampler.series(name), args.seconds / 2, args.seconds), 0.0)
-        for name in ("rss_mb", "uss_mb")
+        for name in ("rss_mb", "anonymous_mb")
     }
     seen = load.seen
     every = max(1, len(sampler.rows) // 120)
@@ -307,7 +306,7 @@ def _tell(sampler: Sampler, load: Load) -> None:
     row = sampler.rows[-1]
     ttft = [value for at, value in load.seen.ttft_s if at > row["at_s"] - 60] or [0.0]
     progress(
-        f"{row['at_s']:.0f} s: {row['rss_mb']:.1f} MB, {row['uss_mb']:.1f} of its own, "
+        f"{row['at_s']:.0f} s: {row['rss_mb']:.1f} MB, {row['anonymous_mb']:.1f} anonymous, "
         f"{row['descriptors']:.0f} descriptors, {row['threads']:.0f} threads, "
         f"{row['kv_tokens']:.0f} tokens, TTFT {1e3 * float(np.median(ttft)):.0f} ms, "
         f"{row['server_cores']:.2f} cores, others {row['others_cores']:.2f}; "
@@ -326,7 +325,11 @@ def serve_and_measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     cameras = [f"camera{number}" for number in range(args.cameras)]
     write_config(folder / "soak.toml", cameras, args.fps, hook.url, 0.5)
     period_s = max(0.5, args.seconds / 200)
-    counted = ["benchmarks.runtime.counted_server", str(folder / "objects.jsonl"), str(period_s)]
+    counted = [
+        "benchmarks.runtime.loads.counted_server",
+        str(folder / "objects.jsonl"),
+        str(period_s),
+    ]
     command = ["serve", "--bundle", str(DEMO_BUNDLE), "--config", str(folder / "soak.toml")]
     log = args.out.with_suffix(".server.log")
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,14 @@ from typing import Any
 import torch
 
 from benchmarks.export.full_size_export import TOKENIZER
-from benchmarks.harness import RESULTS, progress, result_head, script_parser, write_result
+from benchmarks.harness import (
+    RESULTS,
+    made_folder,
+    progress,
+    result_head,
+    script_parser,
+    write_result,
+)
 from edge_vlm.config import ModelConfig
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import Precision
@@ -55,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--precision", default="fp32", help="one that needs no footage")
     parser.add_argument("--tiny", action="store_true", help="the test model instead")
-    parser.add_argument("--scratch", type=Path, help="folder with room for bundle and engines")
+    parser.add_argument("--scratch", type=made_folder, help="folder with room for all of it")
     args = parser.parse_args(argv)
     out = args.out or RESULTS / f"engines_wide_{args.precision}.json"
     graphs: dict[str, Any] = {}

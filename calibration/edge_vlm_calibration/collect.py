@@ -15,10 +15,11 @@ from edge_vlm.console.progress import Progress, told
 from edge_vlm.errors import ConfigError, NonFinite
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.calibration import CalibrationTable, Threshold
-from edge_vlm.formats.footage import Shot, read_footage
+from edge_vlm.formats.footage import Shot
 from edge_vlm.model.published.folder import open_folder
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm_calibration.footage import Looked, shots
 
 KEEP_RATIOS = (0.7, 0.5, 0.3, 0.2)
 PERCENTS = range(5, 100, 5)
@@ -36,20 +37,29 @@ class Observed:
 
 
 def calibrate(
-    checkpoint: Path, footage: Sequence[Path], fps: float = 2.0, max_frames: int = 64
+    checkpoint: Path,
+    footage: Sequence[Path],
+    fps: float = 2.0,
+    max_frames: int = 64,
+    looked: Looked | None = None,
 ) -> CalibrationTable:
-    """Reads at most `max_frames` of each footage.
+    """Reads at most `max_frames` of each footage. One of several that cannot be read is skipped,
+    which `looked`, of this footage, knows afterwards.
 
     A model without a token scorer has ranges and no scores. Raises as `open_folder`, the errors of
-    `read_footage`, ConfigError when a scorer sees no frame with a predecessor, NonFinite.
+    `shots`, ConfigError when fewer than half can be read, nothing is to be seen or a scorer sees no
+    frame with a predecessor, NonFinite.
     """
     found = open_folder(checkpoint)
     model, observed = found.load(), Observed()
+    looked = looked or Looked(footage)
     with Progress("calibrate: frames at most", len(footage) * max_frames) as progress:
         for number, path in enumerate(footage):
-            shots = read_footage(path, fps, max_frames)
-            observe(model, told(shots, progress), observed)
+            with looked.clip(path):
+                seen = looked.seen(shots(path, fps, max_frames))
+                observe(model, told(seen, progress), observed)
             progress.at((number + 1) * max_frames, note=path.name)
+    looked.require_enough()
     if model.scorer is not None and not observed.scores:
         raise ConfigError(
             "no frame has a predecessor in its clip",
@@ -60,7 +70,7 @@ def calibrate(
     quantiles = [percent / 100 for percent in PERCENTS]
     return CalibrationTable(
         checkpoint_sha256=sha256_of_file(found.weight_files[0]),
-        footage=tuple(path.resolve().name for path in footage),
+        footage=tuple(path.resolve().name for path in footage if path not in looked.skipped),
         num_frames=observed.num_frames,
         image_size=model.cfg.vision.image_size,
         num_scores=scores.size,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import input_footage, output_file
@@ -18,6 +18,7 @@ from edge_vlm.formats.calibration import Calibration
 if TYPE_CHECKING:
     from edge_vlm.watching import Watcher
     from edge_vlm_calibration.alerts.make import AlertRequest
+    from edge_vlm_calibration.budget import Wanted
     from edge_vlm_calibration.rows import WorkFolder
     from edge_vlm_calibration.run import Request
 
@@ -28,6 +29,12 @@ OF_CHECKPOINTS = ("ranges", "precision")
 """Sections that a bundle cannot give."""
 MERGE, REPORT = Path("merge"), Path("report")
 RANGE_FRAMES = 64
+OPTIONS_OF = (
+    (("budget",), {"keep_ratio", "tokens_per_second", "measure", "questions", "plot"}),
+    (("alerts",), {"marks", "false_alarms_per_hour", "slack", "one_rule", "toml", "camera"}),
+    (OF_CHECKPOINTS, {"max_frames"}),
+)
+"""What only some sections have a use for."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +77,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-ratio",
         type=float,
         metavar="R",
-        help="share of cells kept (default: what the model was made for)",
+        help="share of cells kept (default: what the model was made for; 0.5 if that is all)",
     )
     share.add_argument(
         "--tokens-per-second", type=float, metavar="N", help="or cells kept a second of video"
@@ -146,33 +153,49 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _calibrate(args: argparse.Namespace) -> int:
     if args.model == MERGE:
+        _refuse_others(args, "merge", {"model", "footage", "out"})
         return _merge(args)
     if args.model == REPORT:
+        _refuse_others(args, "report", {"model", "footage", "report", "fps"})
         return _only_report(args)
     from edge_vlm_calibration.alerts.make import watched
-    from edge_vlm_calibration.rows import WorkFolder
+    from edge_vlm_calibration.rows import WorkFolder, only_run
     from edge_vlm_calibration.run import made_with, make, names_of, opened
-    from edge_vlm_calibration.text import summary
+    from edge_vlm_calibration.telling.text import summary
 
     if not args.footage:
         raise ConfigError(
             "there are no clips",
             remedy="name footage of what the camera will see, behind the model",
         )
-    if not 0 < args.fps <= 1000 or args.max_frames < 2 or not args.measure >= 0:
+    resolved = [path.resolve() for path in args.footage]
+    if twice := [path for path in args.footage if resolved.count(path.resolve()) > 1]:
+        raise ConfigError(
+            "a clip is named twice and would count twice", where=twice[0], remedy="name it once"
+        )
+    if not 0 < args.fps <= 1000 or args.max_frames < 2 or not 0 <= args.measure <= 1e9:
         raise ConfigError(
             "--fps must be in 0..1000, --max-frames at least 2 and --measure not negative"
         )
+    if args.threads < 0:
+        raise ConfigError("--threads must not be negative")
     request = _request(args)
+    for sections, names in OPTIONS_OF:
+        if not set(sections) & set(request.sections):
+            what = f"what is made here ({', '.join(request.sections)})"
+            _refuse_others(args, what, _defaults().keys() - names)
     if "alerts" in request.sections:  # what is wrong with the marks is said at once
         watched(_alert_request(args), names_of(request.clips))
     made: Calibration | None = None
-    if args.out.is_file() and args.out.stat().st_size:
-        made = Calibration.read(args.out)
     work = args.out.with_name(f"{args.out.name}.work")
     try:
         with ExitStack() as stack:
+            stack.enter_context(only_run(args.out))
+            if args.out.is_file() and args.out.stat().st_size:
+                made = Calibration.read(args.out)
             watcher = stack.enter_context(opened(request))
+            if args.keep_ratio is None and args.tokens_per_second is None:
+                request = dataclasses.replace(request, wanted=share_of(watcher.defaults))
             if made is None:
                 made = Calibration(model=watcher.model)
             made = made.merged(Calibration(model=watcher.model), args.out)
@@ -186,6 +209,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             print(f"stopped: the same command goes on where it was ({work.name}/)", file=sys.stderr)
         raise
     print(summary(made, request.sections))
+    _tell_disagreements(made)
     _plot(args, made)
     _report(args, made, request.clips)
     if "alerts" in request.sections:
@@ -196,7 +220,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace, made: Calibration) -> None:
     from edge_vlm.formats.calibrated import BudgetSection
-    from edge_vlm_calibration.plot import write_png
+    from edge_vlm_calibration.telling.plot import write_png
 
     if args.plot is None:
         return
@@ -211,8 +235,8 @@ def _plot(args: argparse.Namespace, made: Calibration) -> None:
 
 
 def _report(args: argparse.Namespace, made: Calibration, clips: Sequence[Path]) -> None:
-    from edge_vlm_calibration.report import write_report
     from edge_vlm_calibration.run import names_of
+    from edge_vlm_calibration.telling.report import write_report
 
     if args.report is not None:
         write_report(made, names_of(clips), args.report, args.fps)
@@ -254,25 +278,63 @@ def _more(
 ) -> Calibration:
     """The sections with a pass of their own."""
     from edge_vlm_calibration.alerts.make import make_alerts
+    from edge_vlm_calibration.footage import Looked
     from edge_vlm_calibration.provenance import provenance_of
     from edge_vlm_calibration.run import names_of
 
+    settings = {"fps": args.fps, "max_frames": args.max_frames}
     if "ranges" in request.sections:
         from edge_vlm_calibration.collect import calibrate as collect
 
-        table = collect(request.model, request.clips, args.fps, args.max_frames)
-        settings = {"fps": args.fps, "max_frames": args.max_frames}
-        made = made.with_section(table, provenance_of(request.clips, settings))
+        looked = Looked(request.clips)
+        table = collect(request.model, request.clips, args.fps, args.max_frames, looked)
+        came_from = provenance_of(request.clips, settings, skipped=looked.skipped)
+        made = made.with_section(table, came_from)
     if "precision" in request.sections:
         from edge_vlm_calibration.precision.commands import make as plan
 
-        planned, notes = plan(request.model, request.clips, args.fps, args.max_frames, args.out)
-        settings = {"fps": args.fps, "max_frames": args.max_frames}
-        made = made.with_section(planned, provenance_of(request.clips, settings), notes)
+        looked = Looked(request.clips)
+        planned, notes = plan(
+            request.model, request.clips, args.fps, args.max_frames, args.out, looked
+        )
+        came_from = provenance_of(request.clips, settings, skipped=looked.skipped)
+        made = made.with_section(planned, came_from, notes)
     if "alerts" in request.sections:
         clips = names_of(request.clips)
         made = make_alerts(_alert_request(args), watcher, work, clips, made)
     return made
+
+
+def _defaults() -> dict[str, object]:
+    parser = argparse.ArgumentParser()
+    _arguments(parser)
+    return vars(parser.parse_args(["."]))
+
+
+def _refuse_others(args: argparse.Namespace, what: str, used: Set[str]) -> None:
+    """Raises ConfigError for options that were given and would be ignored."""
+    usual = _defaults()
+    given = [name for name in usual if name not in used and getattr(args, name) != usual[name]]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{what} has no use for {options}", remedy="leave it out")
+
+
+def _tell_disagreements(made: Calibration) -> None:
+    from edge_vlm_calibration.agreeing import disagreements
+
+    for line in disagreements(made):
+        print(f"edge-vlm: {line}", file=sys.stderr)
+
+
+def share_of(defaults: Mapping[str, Any]) -> Wanted:
+    """The share or rate that a model comes with; half of the cells where it keeps all."""
+    from edge_vlm_calibration.budget import Wanted
+
+    if rate := float(defaults.get("vision_tokens_per_s") or 0.0):
+        return Wanted("vision_tokens_per_s", rate)
+    ratio = float(defaults.get("keep_ratio", 1.0))
+    return Wanted("keep_ratio", ratio if ratio < 1 else 0.5)
 
 
 def _alert_request(args: argparse.Namespace) -> AlertRequest:
@@ -349,13 +411,20 @@ def _merge(args: argparse.Namespace) -> int:
     if len(args.footage) < 2:
         raise ConfigError("merge takes two calibrations or more", remedy="name their files")
     from edge_vlm.formats.calibrated.precision import carry_arrays
+    from edge_vlm_calibration.rows import only_run
 
     merged = Calibration.read(args.footage[0])
     for path in args.footage[1:]:
-        merged = merged.merged(Calibration.read(path), path)
-    for path in args.footage:
-        carry_arrays(path, merged, args.out)
-    merged.write(args.out)
+        other = Calibration.read(path)
+        for name in sorted(merged.sections.keys() & other.sections.keys()):
+            if merged.sections[name] != other.sections[name]:
+                print(f"edge-vlm: {name} is that of {path}, the last one named", file=sys.stderr)
+        merged = merged.merged(other, path)
+    with only_run(args.out):
+        for path in args.footage:
+            merged = carry_arrays(path, merged, args.out)
+        merged.write(args.out)
+    _tell_disagreements(merged)
     print(f"calibration: {args.out} with {', '.join(sorted(merged.sections))}")
     return 0
 

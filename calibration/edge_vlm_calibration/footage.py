@@ -6,20 +6,33 @@ A recording of a session is footage, too, where what opens the model can read it
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 
-from edge_vlm.errors import EdgeVlmError, MissingExtraError, VideoEmpty
+from edge_vlm.errors import (
+    ConfigError,
+    EdgeVlmError,
+    FrameDecodeError,
+    MissingExtraError,
+    RecordingError,
+    VideoEmpty,
+    VideoError,
+)
 from edge_vlm.formats.alert_set import INDEX as EVENT_INDEX
 from edge_vlm.formats.alert_set import read_event_set
+from edge_vlm.formats.footage import Shot, read_footage
 from edge_vlm.formats.qa_set import INDEX as QA_INDEX
 from edge_vlm.formats.qa_set import read_question_set
 from edge_vlm.json_text import parse_json
-from edge_vlm.pixels.frames import Rgb, decode_jpeg
+from edge_vlm.pixels.duplicates import THUMBNAIL
+from edge_vlm.pixels.frames import Rgb, decode_jpeg, thumbnail
 from edge_vlm.pixels.video import due_frames, open_video
+from edge_vlm_calibration.noise import ONE_COLOUR
 
 RECORDING = ".evlm"
 FOOTAGE_GROUP = "edge_vlm.footage"
@@ -55,6 +68,62 @@ def pictures(path: Path, fps: float, max_side: int) -> Iterator[Picture]:
             is_first = False
         if is_first:
             raise VideoEmpty("there is no frame in it", where=path)
+
+
+def shots(path: Path, fps: float, max_frames: int) -> Iterator[Shot]:
+    """The first frames as `read_footage` gives them, of recordings and event sets, too. Raises as
+    both."""
+    if path.suffix == RECORDING or (path / EVENT_INDEX).is_file():
+        for picture in islice(pictures(path, fps, 0), max_frames):
+            yield picture.is_first, picture.rgb()
+        return
+    yield from read_footage(path, fps, max_frames)
+
+
+@dataclass
+class Looked:
+    """What became of clips that are looked at one by one."""
+
+    clips: Sequence[Path]
+    skipped: dict[Path, str] = field(default_factory=dict)
+    """Those that could not be read, and why."""
+    shows: bool = False
+    """In some picture there is more than one colour."""
+
+    @contextmanager
+    def clip(self, path: Path) -> Iterator[None]:
+        """One that cannot be read is named and left out."""
+        try:
+            yield
+        except (VideoError, FrameDecodeError, RecordingError, ConfigError) as error:
+            if len(self.clips) == 1:
+                raise
+            self.skipped[path] = str(error)
+            print(f"edge-vlm: {path.name} is left out: {error}", file=sys.stderr)
+
+    def seen(self, taken: Iterable[Shot]) -> Iterator[Shot]:
+        for shot in taken:
+            self.see(shot[1])
+            yield shot
+
+    def see(self, rgb: Rgb) -> None:
+        self.shows = self.shows or float(thumbnail(rgb, THUMBNAIL).std()) >= ONE_COLOUR
+
+    def require_enough(self) -> None:
+        """Raises ConfigError when fewer than half could be read, or nothing is to be seen."""
+        left = len(self.clips) - len(self.skipped)
+        if 2 * left < len(self.clips):
+            why = "; ".join(f"{path.name}: {why}" for path, why in self.skipped.items())
+            raise ConfigError(
+                f"only {left} of {len(self.clips)} clips can be read: {why}",
+                remedy="name clips that play in a video player",
+            )
+        if not self.shows:
+            raise ConfigError(
+                "the footage is of one colour: there is nothing to measure",
+                where=", ".join(path.name for path in self.clips if path not in self.skipped),
+                remedy="is the lens covered? give footage in which things can be seen",
+            )
 
 
 def _recorded(path: Path, fps: float) -> Iterator[Picture]:

@@ -39,12 +39,24 @@ def identity_of_folder(found: ModelFolder) -> ModelIdentity:
 
 
 def provenance_of(
-    clips: Sequence[Path], settings: Mapping[str, Any], opened: str = "checkpoint"
+    clips: Sequence[Path],
+    settings: Mapping[str, Any],
+    opened: str = "checkpoint",
+    skipped: Mapping[Path, str] | None = None,
 ) -> Provenance:
-    """With the clips' hashes and nothing of what they held."""
-    records = tuple(ClipRecord(name=p.resolve().name, sha256=hash_of_clip(p)) for p in clips)
+    """With the clips' hashes and nothing of what they held. `skipped`: those of them that could not
+    be read, and why."""
+    left_out = skipped or {}
     return Provenance(
-        clips=records, settings=dict(settings), opened=opened, tool_version=edge_vlm.__version__
+        clips=tuple(
+            ClipRecord(name=path.resolve().name, sha256=hash_of_clip(path))
+            for path in clips
+            if path not in left_out
+        ),
+        skipped={path.resolve().name: why for path, why in left_out.items()},
+        settings=dict(settings),
+        opened=opened,
+        tool_version=edge_vlm.__version__,
     )
 
 

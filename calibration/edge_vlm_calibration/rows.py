@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -18,7 +21,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.errors import ConfigError
 from edge_vlm.pixels.duplicates import THUMBNAIL
+
+if sys.platform != "win32":
+    import fcntl
 
 Rows = npt.NDArray[Any]
 FLUSH_EVERY = 16
@@ -50,6 +57,37 @@ def check_rows(num_questions: int) -> np.dtype[Any]:
             ("answer_mass", "<f4", (num_questions,)),
         ]
     )
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """No other run adds to this file or its work folder meanwhile: two would mix their rows, and
+    the later one would lose the sections of the first. Raises ConfigError where one does."""
+    path = out.with_name(f"{out.name}.lock")
+    try:
+        file = path.open("wb")
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", where=path) from error
+    with file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except (BlockingIOError, FileNotFoundError):  # or it ends just now
+                is_ours = False
+            except OSError:  # a file system without locks
+                is_ours = True
+            if not is_ours:
+                raise ConfigError(
+                    "another run is writing this file",
+                    where=out,
+                    remedy="wait for it, or give this one another -o and join them by merge",
+                )
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
 
 
 class WorkFolder:

@@ -16,7 +16,7 @@ from edge_vlm.console.progress import Progress
 from edge_vlm.errors import ConfigError, MissingExtraError, RecordingError, VideoError
 from edge_vlm.evaluation.runs import EvaluatorOptions
 from edge_vlm.formats.bundle import MANIFEST
-from edge_vlm.formats.calibrated.change import ChangeSection
+from edge_vlm.formats.calibrated.change import CHANGE_SETTINGS, ChangeSection
 from edge_vlm.formats.calibration import Calibration, ClipRecord, Provenance
 from edge_vlm.watching import WATCHER_GROUP, Watcher
 from edge_vlm_calibration.answering import accuracy
@@ -27,6 +27,7 @@ from edge_vlm_calibration.measuring import measured
 from edge_vlm_calibration.noise import change_section, shows_nothing
 from edge_vlm_calibration.provenance import hash_of_clip
 from edge_vlm_calibration.rows import RowFile, Rows, WorkFolder
+from edge_vlm_calibration.simulate import DEFAULTS
 
 SEARCH_STEPS = 30
 LEAST_FRAMES = 2
@@ -207,7 +208,10 @@ def make(request: Request, watcher: Watcher, work: WorkFolder, made: Calibration
     if "budget" not in request.sections:
         return made
     known = made.find(ChangeSection)
-    base: dict[str, Any] = {"fps_cap": request.fps, **(known.settings if known else {})}
+    usual = {**DEFAULTS, **watcher.defaults}
+    before = {name: usual[name] for name in sorted(CHANGE_SETTINGS)}
+    before |= known.settings if known else {}
+    base: dict[str, Any] = {"fps_cap": request.fps, **before}
     with Progress("settings", SEARCH_STEPS) as progress:
         section, notes = budget_section(seen.rows, request.wanted, base, scorer, progress.advance)
         progress.at(SEARCH_STEPS)
@@ -240,7 +244,7 @@ def make(request: Request, watcher: Watcher, work: WorkFolder, made: Calibration
             "kept, too; ask for a smaller share"
         )
     noted = seen.notes + notes
-    return made.with_section(section, provenance(request, watcher, seen), noted)
+    return made.with_section(section, provenance(request, watcher, seen, **before), noted)
 
 
 def provenance(request: Request, watcher: Watcher, seen: Seen, **more: Any) -> Provenance:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from edge_vlm import errors, export_errors, request_errors
-from edge_vlm.errors import EdgeVlmError
+from edge_vlm import errors
+from edge_vlm.errors import EdgeVlmError, export, requests
 
 _BRANCH = re.compile(
     r"^[ |`]*(?:-- )?(?P<name>[A-Z]\w+) +(?P<exit>\d+) +(?P<code>E-[A-Z0-9-]+) *(?P<text>.*)$"
@@ -41,7 +41,7 @@ AREAS = {
 
 
 def described() -> dict[str, tuple[int, str, str]]:
-    """By class name: exit code, code and text, as the tree at the top of errors.py has them."""
+    """By class name: exit code, code and text, as the tree of `edge_vlm.errors` has them."""
     lines = (_BRANCH.match(line.strip()) for line in (errors.__doc__ or "").splitlines())
     return {
         found["name"]: (int(found["exit"]), found["code"], found["text"])
@@ -52,7 +52,7 @@ def described() -> dict[str, tuple[int, str, str]]:
 
 def classes() -> Iterator[type[EdgeVlmError]]:
     """Every error that has a code, in the order in which they are defined."""
-    for module in (errors, export_errors, request_errors):
+    for module in (errors, export, requests):
         for value in vars(module).values():
             is_error = isinstance(value, type) and issubclass(value, EdgeVlmError)
             if is_error and value.__module__ == module.__name__:
@@ -88,7 +88,7 @@ def as_markdown() -> str:
     lines = [
         "# Exit codes",
         "",
-        "Made by `python -m docs.build_exit_codes docs/exit-codes.md` from `edge_vlm/errors.py`;",
+        "Made by `python -m docs.build_exit_codes docs/exit-codes.md` from `edge_vlm/errors`;",
         "`edge-vlm help exit-codes` prints the same. An error is one line on standard error: what",
         "happened, where, and what to do about it, behind its code.",
         "",

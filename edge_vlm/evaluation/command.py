@@ -56,6 +56,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default="own",
         help="of a checkpoint: what its cells are chosen by, as of `export` (default: own)",
     )
+    parser.add_argument(
+        "--reuse",
+        type=float,
+        default=0.0,
+        metavar="LEVELS",
+        help="in front of the scorer compute only what changed by so many grey levels, as sessions "
+        "with the setting reuse do (default: 0, everything)",
+    )
     table = parser.add_argument_group("rows of the table (default: all)")
     table.add_argument(
         "--policy", metavar="NAMES", help="keep_all,stream,clip,frame_topk,random,..."
@@ -186,7 +194,10 @@ def _run(args: argparse.Namespace) -> int:
         )
     if args.backend != "ort" and not set(wanted.targets) & {"bundle", "served"}:
         raise ConfigError(f"--backend {args.backend} is for bundles", remedy="name a bundle")
+    if not 0.0 <= args.reuse <= 255.0:
+        raise ConfigError(f"--reuse {args.reuse:g} must be in 0..255")
     options = EvaluatorOptions(
+        reuse=args.reuse,
         threads=args.threads,
         backend=args.backend,
         scorer=args.scorer,

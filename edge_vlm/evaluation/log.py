@@ -76,7 +76,7 @@ class AnswerLog:
         other = [name for name in measured if before.get(name, measured[name]) != measured[name]]
         if other:
             raise ConfigError(
-                f"the folder holds answers of another {', '.join(sorted(other))}",
+                f"the folder's answers were given with different {', '.join(sorted(other))}",
                 where=path,
                 remedy="name another folder, or remove this one",
             )

@@ -160,6 +160,8 @@ class EvaluatorOptions:
     """What runs a bundle's graphs, as `serve --backend` names it."""
     scorer: str = "own"
     """`CHANGE`: what a checkpoint is measured with instead of its own, on the path `torch`."""
+    reuse: float = 0.0
+    """Threshold of change (0..255) of what is computed anew in front of the scorer; 0: all is."""
     api_key_file: Path | None = None
     tls_ca: Path | None = None
 

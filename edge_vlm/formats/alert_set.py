@@ -12,16 +12,20 @@ measure on footage of your own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.errors import ConfigError
-from edge_vlm.json_text import MALFORMED, numbered_lines, parse_json
+from edge_vlm.formats.picture_index import PictureIndex, Pictures
 
 INDEX = "footage.jsonl"
+SET = PictureIndex(
+    file=INDEX,
+    kind="event set",
+    part="footage",
+    made_by="edge-vlm world --events 40 --out FOLDER",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,59 +64,36 @@ class Footage:
 
 def write_event_set(folder: Path, footage: Iterable[Footage]) -> int:
     """Writes the folder (which must not hold a set yet) and returns the number of events."""
-    pictures = folder / "frames"
-    if (folder / INDEX).exists():
-        raise ConfigError("there is an event set already", where=folder, remedy="name a new one")
-    pictures.mkdir(parents=True, exist_ok=True)
     num_events = 0
-    with open(folder / INDEX, "w") as index:
+
+    def lines() -> Iterator[tuple[Pictures, dict[str, Any]]]:
+        nonlocal num_events
         for part in footage:
-            for i, jpeg in enumerate(part.jpegs):
-                (pictures / f"{part.name}-{i}.jpg").write_bytes(jpeg)
             watches = [
                 {"question": watch.question, "events": [list(event) for event in watch.events]}
                 for watch in part.watches
             ]
-            line = {"name": part.name, "times_s": list(part.times_s), "watches": watches}
-            index.write(json.dumps(line) + "\n")
             num_events += sum(len(watch.events) for watch in part.watches)
+            pictures = Pictures(name=part.name, jpegs=part.jpegs, times_s=part.times_s)
+            yield pictures, {"watches": watches}
+
+    SET.write(folder, lines())
     return num_events
 
 
 def read_event_set(folder: Path) -> Iterator[Footage]:
     """Footage in order. Raises ConfigError naming the line that is wrong or the picture missing."""
-    index = folder / INDEX
-    if not index.is_file():
-        raise ConfigError(
-            f"no event set: {INDEX} is missing",
-            where=folder,
-            remedy="make one with `edge-vlm world --events 40 --out FOLDER`",
+    return SET.read(folder, _footage)
+
+
+def _footage(pictures: Pictures, said: dict[str, Any]) -> Footage:
+    watches = [
+        LabelledAlert(
+            question=str(watch["question"]),
+            events=[(float(begin_s), float(end_s)) for begin_s, end_s in watch["events"]],
         )
-    for number, line in _lines(index):
-        try:
-            data: dict[str, Any] = parse_json(line)
-            name, times_s = str(data["name"]), [float(t) for t in data["times_s"]]
-            watches = [
-                LabelledAlert(
-                    question=str(watch["question"]),
-                    events=[(float(begin_s), float(end_s)) for begin_s, end_s in watch["events"]],
-                )
-                for watch in data["watches"]
-            ]
-            paths = [folder / "frames" / f"{name}-{i}.jpg" for i in range(len(times_s))]
-            jpegs = [path.read_bytes() for path in paths]
-            yield Footage(name=name, jpegs=jpegs, times_s=times_s, watches=watches)
-        except (OSError, *MALFORMED) as error:
-            raise ConfigError(
-                f"bad footage: {error!r}", where=f"{index}:{number}", remedy="write the set anew"
-            ) from error
-
-
-def _lines(index: Path) -> list[tuple[int, str]]:
-    """Raises ConfigError."""
-    try:
-        return numbered_lines(index)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot be read: {error}", where=index, remedy="write the set anew"
-        ) from error
+        for watch in said["watches"]
+    ]
+    return Footage(
+        name=pictures.name, jpegs=pictures.jpegs, times_s=pictures.times_s, watches=watches
+    )

@@ -42,7 +42,7 @@ from edge_vlm.errors import (
     BundleNotFound,
     BundleSchemaError,
 )
-from edge_vlm.export_errors import RangeFp16
+from edge_vlm.errors.export import RangeFp16
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.formats.usage import FrameRule, ModelCard
@@ -57,7 +57,13 @@ MANIFEST = "manifest.json"
 PRECISION_PLAN = "precision_plan.json"
 IMAGE_ENCODER = "image_encoder"
 """The graph of still pictures; only checkpoints with an image path have it."""
-BORROWED = {"llm_decode": ("llm",), IMAGE_ENCODER: ("vit_stem", "vit_trunk")}
+VIT_STEM_REUSE = "vit_stem_reuse"
+"""The stem of one frame for its changed cells only; in bundles that were exported with it."""
+BORROWED = {
+    "llm_decode": ("llm",),
+    IMAGE_ENCODER: ("vit_stem", "vit_trunk"),
+    VIT_STEM_REUSE: ("vit_stem",),
+}
 """Graphs whose tensors may lie in the weights files of others."""
 MOST_SECONDS = 1e9
 """Of video, some 30 years."""

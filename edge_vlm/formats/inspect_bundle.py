@@ -8,7 +8,7 @@ from typing import Any
 
 from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.errors import BundleSchemaError
-from edge_vlm.formats.bundle import PRECISION_PLAN, EngineBundle
+from edge_vlm.formats.bundle import PRECISION_PLAN, VIT_STEM_REUSE, EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.report import Report
 from edge_vlm.json_text import MALFORMED, read_json_object
@@ -78,6 +78,9 @@ def serving_facts(bundle: EngineBundle) -> dict[str, str]:
     room = min(dims["s" if at_once else "p"].max, cfg.language.max_positions)
     return {
         "scorer": scorer_text(cfg),
+        "reuse": "changed cells only, where a session sets reuse"
+        if VIT_STEM_REUSE in bundle.specs
+        else "none: every cell of a frame is computed in front of the scorer (export --reuse)",
         "attention": ATTENTIONS[cfg.attention],
         "room for video": f"{room:,} tokens {'in one run' if at_once else 'of cache'}, less what "
         f"question and answer take: {room // (cfg.vision.num_cells + MARKERS)} frames at most, if "

@@ -12,16 +12,21 @@ write down as one JSONL file (`edge_vlm.evaluation.qa_jsonl`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.errors import ConfigError
-from edge_vlm.json_text import MALFORMED, numbered_lines, parse_json
+from edge_vlm.formats.picture_index import PictureIndex, Pictures
+from edge_vlm.json_text import MALFORMED, parse_json
 
 INDEX = "clips.jsonl"
+SET = PictureIndex(
+    file=INDEX,
+    kind="question set",
+    part="clip",
+    made_by="edge-vlm world --out FOLDER",
+)
 
 Box = tuple[float, float, float, float]
 """Centre x, centre y, width, height in shares of the picture."""
@@ -71,25 +76,22 @@ class ClipQuestions:
 
 def write_question_set(folder: Path, clips: Iterable[ClipQuestions]) -> int:
     """Writes the folder (which must not hold a set yet) and returns the number of questions."""
-    pictures = folder / "frames"
-    if (folder / INDEX).exists():
-        raise ConfigError("there is a question set already", where=folder, remedy="name a new one")
-    pictures.mkdir(parents=True, exist_ok=True)
     asked = 0
-    with open(folder / INDEX, "w") as index:
+
+    def lines() -> Iterator[tuple[Pictures, dict[str, Any]]]:
+        nonlocal asked
         for clip in clips:
-            for i, jpeg in enumerate(clip.jpegs):
-                (pictures / f"{clip.name}-{i}.jpg").write_bytes(jpeg)
-            questions = [asdict(question) for question in clip.questions]
-            line = {"name": clip.name, "times_s": list(clip.times_s), "questions": questions}
-            index.write(json.dumps(line) + "\n")
-            asked += len(questions)
+            asked += len(clip.questions)
+            pictures = Pictures(name=clip.name, jpegs=clip.jpegs, times_s=clip.times_s)
+            yield pictures, {"questions": [asdict(question) for question in clip.questions]}
+
+    SET.write(folder, lines())
     return asked
 
 
 def num_questions(folder: Path) -> Iterator[int]:
     """Of each clip, from the index alone; a bad line counts as 0, `read_question_set` names it."""
-    for _, line in _lines(folder / INDEX):
+    for _, line in SET.lines(folder):
         try:
             yield len(parse_json(line)["questions"])
         except MALFORMED:
@@ -98,35 +100,14 @@ def num_questions(folder: Path) -> Iterator[int]:
 
 def read_question_set(folder: Path) -> Iterator[ClipQuestions]:
     """Clips in order. Raises ConfigError naming the line that is wrong or the picture missing."""
-    index = folder / INDEX
-    if not index.is_file():
-        raise ConfigError(
-            f"no question set: {INDEX} is missing",
-            where=folder,
-            remedy="make one with `edge-vlm world --out FOLDER`",
-        )
-    for number, line in _lines(index):
-        try:
-            data: dict[str, Any] = parse_json(line)
-            name, times_s = str(data["name"]), [float(t) for t in data["times_s"]]
-            questions = [_question(fields) for fields in data["questions"]]
-            paths = [folder / "frames" / f"{name}-{i}.jpg" for i in range(len(times_s))]
-            jpegs = [path.read_bytes() for path in paths]
-            yield ClipQuestions(name=name, jpegs=jpegs, times_s=times_s, questions=questions)
-        except (OSError, *MALFORMED) as error:
-            raise ConfigError(
-                f"bad clip: {error!r}", where=f"{index}:{number}", remedy="write the set anew"
-            ) from error
+    return SET.read(folder, _clip)
 
 
-def _lines(index: Path) -> list[tuple[int, str]]:
-    """Raises ConfigError."""
-    try:
-        return numbered_lines(index)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot be read: {error}", where=index, remedy="write the set anew"
-        ) from error
+def _clip(pictures: Pictures, said: dict[str, Any]) -> ClipQuestions:
+    questions = [_question(fields) for fields in said["questions"]]
+    return ClipQuestions(
+        name=pictures.name, jpegs=pictures.jpegs, times_s=pictures.times_s, questions=questions
+    )
 
 
 def _question(fields: dict[str, Any]) -> AskedQuestion:

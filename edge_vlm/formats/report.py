@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_vlm.console.tables import columns
-from edge_vlm.errors import visible
+from edge_vlm.errors.words import visible
 
 
 @dataclass(frozen=True, kw_only=True)

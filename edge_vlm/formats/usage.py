@@ -41,6 +41,8 @@ DEFAULTS = frozenset(
         "policy",
         "policy_seed",
         "raw_frames",
+        "reuse",
+        "reuse_refresh",
         "seed",
         "subtitles",
         "temperature",

@@ -29,11 +29,13 @@ from edge_vlm.formats.qa_set import ClipQuestions
 from edge_vlm.model.layers import additive_bias
 from edge_vlm.model.llm import KeyValue, LanguageModel, attend_past, rope_tables
 from edge_vlm.model.published.folder import open_folder
+from edge_vlm.model.reuse import new_state, reuse_step
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.frames import Rgb
 from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.pruning.change import frame_changes
 from edge_vlm.pruning.policies import Cells, Scores
+from edge_vlm.pruning.reuse import CellsComputed, ReuseRule
 from edge_vlm.text.masks import CAUSAL, block_bias
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
@@ -53,12 +55,16 @@ class TorchModel:
         self.prompt = prompt
         self.max_prefix_tokens = self.config.language.max_positions - ROOM
         self.max_block_tokens = self.max_prefix_tokens
+        self.reuse: ReuseRule | None = None
+        """By which a clip is looked at from now on; None: every cell is computed."""
         self._hidden_FND: Tensor | None = None
         self._scored_FND: Tensor | None = None
 
     @torch.inference_mode()
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
         """Frame by frame scores of a clip that begins with the first picture, f32 [F, C]."""
+        if self.reuse is not None:
+            return self._look_at_changes(rgbs, self.reuse)
         vision = self.config.vision
         before = torch.zeros(1, vision.num_cells, vision.width)
         hidden, scored, scores = [], [], []
@@ -77,6 +83,31 @@ class TorchModel:
                 before = cells[-1:]
                 scores.append(rated.float().numpy())
             hidden.append(seen)
+        self._hidden_FND = torch.cat(hidden)
+        if scored:
+            self._scored_FND = torch.cat(scored)
+            return frame_changes(self._scored_FND.numpy())
+        return np.concatenate(scores)
+
+    def _look_at_changes(self, rgbs: Sequence[Rgb], rule: ReuseRule) -> Scores:
+        vision = self.config.vision
+        cells, state = CellsComputed(vision.num_cells, rule), new_state(self.config)
+        hidden, scored, scores = [], [], []
+        for i, rgb in enumerate(rgbs):
+            pixels, size = to_pixel_values(rgb, vision), (rgb.shape[0], rgb.shape[1])
+            chosen = cells.next(pixels, size)
+            cells.computed(pixels, size, chosen)
+            rated = state.resting_1C
+            if len(chosen):
+                index = torch.from_numpy(chosen.astype(np.int64))
+                changed = torch.from_numpy(pixels)[self.model.vit.cell_patches_C9[index]]
+                is_first = torch.tensor([i == 0])
+                rated, state = reuse_step(self.model, changed, index, is_first, state)
+            hidden.append(state.hidden_1ND)
+            if state.scored_1ND is not None:
+                scored.append(state.scored_1ND)
+            if rated is not None:
+                scores.append(rated.float().numpy())
         self._hidden_FND = torch.cat(hidden)
         if scored:
             self._scored_FND = torch.cat(scored)
@@ -239,9 +270,10 @@ def _with_room(x_VPhd: Tensor, room: int) -> Tensor:
 class TorchEvaluator:
     """`edge_vlm.evaluation.runs.Evaluator` over a folder of weights (`open_folder`)."""
 
-    def __init__(self, folder: Path, by_change: bool = False) -> None:
-        """`by_change`: with the scorer that has no weights instead of its own. Raises as
-        `open_folder`, and what its tokenizer raises."""
+    def __init__(self, folder: Path, by_change: bool = False, reuse: float = 0.0) -> None:
+        """`by_change`: with the scorer that has no weights instead of its own. `reuse`: threshold
+        of change of what is computed anew, 0: everything. Raises as `open_folder`, and what its
+        tokenizer raises; ConfigError for `reuse` without scores."""
         found = open_folder(folder)
         tokenizer = Tokenizer.from_file(found.require_tokenizer())
         self.name = folder.resolve().name
@@ -252,6 +284,15 @@ class TorchEvaluator:
         self._model = TorchModel(model, PromptFormat(tokenizer, found.usage.style))
         self.attention, self.has_scores = model.cfg.attention, model.cfg.has_scores
         self.identity = sha256_of_file(found.weight_files[0]) + by_change * ", scorer change"
+        if reuse:
+            if not self.has_scores:
+                raise ConfigError(
+                    "reuse is about the blocks in front of the scorer, and the weights have none",
+                    where=folder,
+                    remedy="add --scorer change, or leave --reuse out",
+                )
+            self._model.reuse = ReuseRule(threshold=reuse)
+            self.identity += f", reuse {reuse:g}"
 
     def can(self, run: Run) -> bool:
         return can_run(self._model.config, run)
@@ -268,4 +309,4 @@ def open_checkpoint(target: str | None, options: EvaluatorOptions) -> Iterator[T
     if target is None:
         raise ConfigError("the path torch needs a checkpoint", remedy="name its folder")
     torch.set_num_threads(options.threads)
-    yield TorchEvaluator(Path(target), options.scorer == CHANGE)
+    yield TorchEvaluator(Path(target), options.scorer == CHANGE, options.reuse)

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import FrameDecodeError, MissingExtraError
-from edge_vlm.pixels.cost import CHEAP_PIXELS, require_bounded
-from edge_vlm.pixels.jpeg import decode_plain, has_library, plain_header
+from edge_vlm.pixels.codec.cost import CHEAP_PIXELS, require_bounded
+from edge_vlm.pixels.codec.jpeg import decode_plain, has_library, plain_header
+from edge_vlm.pixels.codec.large import decode_elsewhere, is_large
 from edge_vlm.pixels.orientation import Orientation
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ MISSING_ROWS, MISSING_SHARE = 17, 0.1
 that its colours reach, and no more than this share of the picture."""
 MADE_UP = bytes(range(1, 255)) * 4
 STILL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-RAW_HEADER = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")
+_BEGINS = (JPEG_MAGIC, b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+RAW_HEADER = re.compile(rb"P6\n(\d{1,8}) (\d{1,8})\n255\n")
 """Of a binary PPM, https://netpbm.sourceforge.net/doc/ppm.html, in its plainest form."""
 MAX_JPEG_SIDE = 65_500
 """Of the encoder."""
@@ -179,6 +181,8 @@ def exif_orientation(data: Any) -> Orientation:
 
 
 def _orientation_of(image: Any) -> Orientation:
+    if image.format == "PNG":
+        image.load()  # it may stand behind the samples
     if "exif" not in image.info:
         return Orientation.UPRIGHT
     try:
@@ -190,6 +194,16 @@ def _orientation_of(image: Any) -> Orientation:
 def samples_of(rgb: np.ndarray) -> memoryview:
     """The bytes of rgb u8 [H, W, 3], row by row; not copied where they lie like that."""
     return np.ascontiguousarray(rgb).reshape(-1).data
+
+
+def raw_frame(rgb: np.ndarray) -> bytes:
+    """rgb u8 [H, W, 3] as `raw_picture`, of its samples."""
+    height, width = rgb.shape[:2]
+    _require_samples(rgb.size, width, height)
+    rows = max(1, BAND_PIXELS // width)
+    # Other threads go on only while bytes are joined, not while an array is copied to them.
+    bands = [rgb[top : top + rows].tobytes() for top in range(0, height, rows)]
+    return b"".join([b"P6\n%d %d\n255\n" % (width, height), *bands])
 
 
 def raw_picture(samples: bytes | memoryview, width: int, height: int) -> bytes:
@@ -218,7 +232,10 @@ def decode_picture(data: bytes) -> np.ndarray:
         return decode_jpeg(data)
     header = RAW_HEADER.match(data)
     if header is None:
-        return _decode_still(data)
+        width, height = still_size(data)
+        if is_large(data, width * height):
+            return decode_elsewhere(data)
+        return decode_still(data)
     width, height = int(header[1]), int(header[2])
     _require_samples(len(data) - header.end(), width, height)
     return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
@@ -235,8 +252,11 @@ def still_size(data: bytes) -> tuple[int, int]:
         with image_module.open(io.BytesIO(data), formats=STILL_FORMATS) as image:
             width, height = image.size
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        is_one = data.startswith(_BEGINS) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
         raise FrameDecodeError(
-            "not a JPEG, PNG, WebP or GIF picture",
+            "the picture is broken or cut off"
+            if is_one
+            else "not a JPEG, PNG, WebP or GIF picture",
             where=f"{len(data)} bytes, starting {data[:4].hex()!r}",
         ) from error
     if width * height > MAX_PIXELS:
@@ -247,13 +267,16 @@ def still_size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def _decode_still(data: bytes) -> np.ndarray:
+def decode_still(data: bytes) -> np.ndarray:
+    """A JPEG, PNG, WebP or GIF as `decode_picture`, all of it in this process."""
     still_size(data)
     image_module = _pillow_image()
     try:
         with image_module.open(io.BytesIO(data), formats=STILL_FORMATS) as image:
             orientation = _orientation_of(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            if image.mode.startswith("I"):
+                picture = _of_deep_grey(image, image_module)
+            elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 top = image.convert("RGBA")
                 picture = image_module.new("RGBA", top.size, "white")
                 picture.alpha_composite(top)
@@ -264,6 +287,14 @@ def _decode_still(data: bytes) -> np.ndarray:
         raise FrameDecodeError(
             f"the picture is broken or cut off: {error}", where=f"{len(data)} bytes"
         ) from error
+
+
+def _of_deep_grey(image: Any, image_module: ModuleType) -> Any:
+    """A grey PNG of 16 bits, with 8: Pillow would make white of all above 255."""
+    deep = np.asarray(image)
+    grey = (deep >> 8).astype(np.uint8)
+    grey[deep == image.info.get("transparency", -1)] = 255
+    return image_module.fromarray(grey)
 
 
 def encode_jpeg(rgb: np.ndarray, quality: int = 92) -> bytes:
@@ -288,7 +319,9 @@ def shrink_jpeg(data: bytes, limit_bytes: int) -> bytes:
     """
     image_module = _pillow_image()
     if data[:3] != JPEG_MAGIC:
-        data = encode_jpeg(decode_picture(data))
+        rgb = decode_picture(data)
+        step = -(-max(rgb.shape) // MAX_JPEG_SIDE)  # 1 but for the longest strips
+        data = encode_jpeg(rgb[::step, ::step])
     if len(data) <= limit_bytes:
         return data
     smaller = data

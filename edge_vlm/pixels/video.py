@@ -22,13 +22,13 @@ import numpy.typing as npt
 from edge_vlm.config import MOST_FPS
 from edge_vlm.errors import ConfigError, VideoError, VideoUnreadable
 from edge_vlm.pixels.colour import AVCOL_SPC_SMPTE170M, is_hd
+from edge_vlm.pixels.film.opening import av
+from edge_vlm.pixels.film.reading import EPSILON_S as EPSILON_S
+from edge_vlm.pixels.film.reading import TimedFrame as TimedFrame
+from edge_vlm.pixels.film.reading import Video as Video
+from edge_vlm.pixels.film.reading import VideoTimes as VideoTimes
+from edge_vlm.pixels.film.reading import open_video as open_video
 from edge_vlm.pixels.frames import Rgb
-from edge_vlm.pixels.opening import av
-from edge_vlm.pixels.reading import EPSILON_S as EPSILON_S
-from edge_vlm.pixels.reading import TimedFrame as TimedFrame
-from edge_vlm.pixels.reading import Video as Video
-from edge_vlm.pixels.reading import VideoTimes as VideoTimes
-from edge_vlm.pixels.reading import open_video as open_video
 from edge_vlm.pixels.sampling import FrameRule
 
 _JUMP_S = 1.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.pixels.opening import av, decoding_errors, local_file, reason_of
+from edge_vlm.pixels.film.opening import av, decoding_errors, local_file, reason_of
 
 FORMATS = ("srt", "subrip", "webvtt")
 NEAR_S = 1.0

@@ -77,6 +77,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --scorer change: compare behind block N of the vision transformer, counted from "
         "0 (default: 3, or as far back as the features allow)",
     )
+    parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="also the graph that computes only the cells of a frame that changed, for sessions "
+        "with the setting reuse",
+    )
     precision = parser.add_argument_group("precision and form")
     precision.add_argument(
         "--precision",
@@ -240,6 +246,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
             precision=Precision.parse(args.precision),
             variant=Variant(args.variant),
             kv_form=KVForm(args.kv_form),
+            reuse=args.reuse,
             footage=tuple(args.footage),
             max_frames=args.footage_frames,
             calibration=args.calibration,
@@ -276,6 +283,10 @@ class PrintedProgress:
     def stage(self, text: str) -> None:
         if sys.stderr.isatty():
             print(f"{text} ...", file=sys.stderr, flush=True)
+
+    def calibrated(self, notes: Sequence[str]) -> None:
+        for line in notes:
+            print(line, flush=True)
 
     def planned(self, exceptions: Sequence[str]) -> None:
         for line in exceptions[:EXCEPTIONS_SHOWN]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from edge_vlm.config import ModelConfig
-from edge_vlm.export_errors import NoSpaceLeft, NotEnoughMemory
-from edge_vlm.formats.bundle import IMAGE_ENCODER
+from edge_vlm.errors.export import NoSpaceLeft, NotEnoughMemory
+from edge_vlm.formats.bundle import IMAGE_ENCODER, VIT_STEM_REUSE
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import WEIGHT_BYTES, Precision, weight_format
 from edge_vlm.memory import free_memory, row_bytes
@@ -70,9 +70,9 @@ def estimate(
         # Pictures have a graph that borrows its weights, but not before they are quantised, and not
         # those that were quantised by what another graph has seen.
         seen_twice = IMAGE_ENCODER in specs and name.startswith(("vit.", "connector."))
-        copies = 2 if seen_twice and precision.vit != "base" else 1
-        disk += copies * count * WEIGHT_BYTES[kind]
-        single += (2 if seen_twice else 1) * count * 4
+        copies = 1 + seen_twice + (VIT_STEM_REUSE in specs and _in_stem(name, cfg))
+        disk += (copies if precision.vit != "base" else 1) * count * WEIGHT_BYTES[kind]
+        single += copies * count * 4
     if precision.needs_ranges:
         disk += single
     largest = max(_count(shape) for shape in shapes.values()) * 4
@@ -103,6 +103,14 @@ def require_room(needed: Estimate, target: Path) -> None:
             f"the export {needed}",
             remedy="close other programs, or lower --max-past and --max-tokens",
         )
+
+
+def _in_stem(name: str, cfg: ModelConfig) -> bool:
+    """A weight of the blocks in front of the drop."""
+    part, _, rest = name.removeprefix("vit.").partition(".")
+    if not name.startswith("vit."):
+        return name.startswith("scorer.")
+    return part != "blocks" or int(rest.partition(".")[0]) < cfg.whole_blocks
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +22,7 @@ from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import (
     BORROWED,
     IMAGE_ENCODER,
+    VIT_STEM_REUSE,
     BundleWriter,
     EngineBundle,
     write_bundle,
@@ -31,8 +32,6 @@ from edge_vlm.formats.precision import FP32, Precision, Variant
 from edge_vlm.model.published.mapping import shapes
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pixels.stills import ImageConfig, prepare_image
-from edge_vlm.text.prompt import PromptFormat
-from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_export.calibrated import CalibrationOf
 from edge_vlm_export.graphs.graphs import (
     GraphLimits,
@@ -42,8 +41,14 @@ from edge_vlm_export.graphs.graphs import (
     kv_layout,
 )
 from edge_vlm_export.graphs.modules import graph_module
-from edge_vlm_export.graphs.weights import WeightSource, open_weights, streamed_model
+from edge_vlm_export.graphs.weights import (
+    WeightSource,
+    open_weights,
+    prompt_of,
+    streamed_model,
+)
 from edge_vlm_export.preflight import Estimate, estimate, require_room
+from edge_vlm_export.progress import Progress, Silent
 from edge_vlm_export.quantize.convert import Ranges, convert
 from edge_vlm_export.quantize.plan import NodePlan, PrecisionPlan, exceptions, plan_graph
 from edge_vlm_export.quantize.ranges import Observer, measure, with_table
@@ -59,11 +64,19 @@ from edge_vlm_export.verify.check_inputs import (
 from edge_vlm_export.verify.compare_pipelines import (
     CLIP_REFERENCE,
     compare_pipelines,
+    reduced,
     reference_arrays,
 )
 from edge_vlm_export.verify.footage import footage_clips
 from edge_vlm_export.verify.ort_runner import Graphs, ort_run, run_module, torch_run
-from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline, RunGraph, drawn_clip
+from edge_vlm_export.verify.pipeline import (
+    Arrays,
+    Clip,
+    Pipeline,
+    RunGraph,
+    drawn_clip,
+    whole_frame,
+)
 from edge_vlm_export.verify.verify import Report, compare_with_torch
 
 LARGE_MODEL = 1_000_000_000
@@ -85,6 +98,8 @@ class ExportOptions:
     precision: Precision = FP32
     variant: Variant = Variant.PORTABLE
     kv_form: KVForm = KVForm.CONCAT
+    reuse: bool = False
+    """With the graph that computes changed cells only, for sessions with `reuse`."""
     footage: tuple[Path, ...] = ()
     """Videos or question sets on which ranges are measured."""
     max_frames: int = 16
@@ -96,34 +111,6 @@ class ExportOptions:
     """Compare at the largest sizes and on a clip; by default unless the model is large."""
     overwrite: bool = False
     threads: int = 1
-
-
-class Progress(Protocol):
-    """Whoever watches an export."""
-
-    def estimated(self, needed: Estimate) -> None:
-        """Before anything is written."""
-
-    def stage(self, text: str) -> None:
-        """Something that takes a while begins."""
-
-    def planned(self, exceptions: Sequence[str]) -> None:
-        """Which nodes do not have the format that was asked for, and why."""
-
-    def compared(self, report: Report) -> None:
-        """All comparisons, also when some of them failed."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def estimated(self, needed: Estimate) -> None: ...
-
-    def stage(self, text: str) -> None: ...
-
-    def planned(self, exceptions: Sequence[str]) -> None: ...
-
-    def compared(self, report: Report) -> None: ...
 
 
 def export_bundle(
@@ -169,8 +156,16 @@ class _Export:
         self.calibration = None if path is None else CalibrationOf(path, source)
         self.calibrated = None if self.calibration is None else self.calibration.plan()
         self._require_footage()
-        self.prompt = _prompt(source)
+        if self.calibration is not None:
+            measures = options.precision.needs_ranges and bool(options.footage)
+            progress.calibrated(self.calibration.notes(options.precision, measures=measures))
+        self.prompt = prompt_of(source)
         self.limits = self._limits()
+        if options.reuse and not source.cfg.has_scores:
+            raise ConfigError(
+                "reuse is about the blocks in front of the scorer, and the weights have none",
+                remedy="add --scorer change, or leave --reuse out",
+            )
         self._defaults()  # raises before anything is written
         self.specs = self._specs(options.precision)
         count = sum(int(np.prod(shape)) for shape in shapes(source.cfg).values())
@@ -221,6 +216,7 @@ class _Export:
             variant=options.variant,
             kv_form=options.kv_form,
             images=self.source.images,
+            reuse=options.reuse,
         )
 
     def estimate(self, target: Path) -> Estimate:
@@ -282,6 +278,10 @@ class _Export:
                 where="defaults",
                 remedy="add --scorer change",
             )
+        if given.get("reuse") and not self.options.reuse:
+            raise ConfigError(
+                "reuse needs a graph of its own", where="defaults", remedy="add --reuse"
+            )
         if self.source.cfg.has_scores:
             return given
         defaults = {"policy": "keep_all", "keep_ratio": 1.0, **given}
@@ -334,6 +334,8 @@ class _Export:
             for other in forms if name in forms else []:
                 if other != name:
                     observers[other].run(inputs)
+            if name == "vit_stem" and VIT_STEM_REUSE in observers:
+                observers[VIT_STEM_REUSE].run(whole_frame(specs[VIT_STEM_REUSE], inputs))
             return observers[name].run(inputs)
 
         footage = tuple(path.resolve().name for path in options.footage)
@@ -377,6 +379,8 @@ class _Export:
             check_graph(paths[name], spec, options.variant)
         self.progress.planned(exceptions(plans, options.precision))
         footage = tuple(path.resolve().name for path in options.footage) if ranges else ()
+        if self.calibration is not None:
+            footage += self.calibration.footage(options.precision)
         plan = PrecisionPlan(precision=options.precision, footage=footage, graphs=plans)
         writer.precision_plan(plan.to_json())
         return paths
@@ -388,7 +392,7 @@ class _Export:
         are scaled by what the graph itself has seen."""
         if name == "llm_decode":  # the same nodes, so constants are the same too
             return written["llm"]
-        if name != IMAGE_ENCODER or self.options.precision.vit != "base":
+        if name not in (IMAGE_ENCODER, VIT_STEM_REUSE) or self.options.precision.vit != "base":
             return {}
         weights = shapes(self.source.cfg)
         return {
@@ -448,7 +452,7 @@ class _Export:
         if not footage:
             return drawn_clip(self.source.cfg.vision.image_size)
         clip = next(footage_clips(footage[:1], 3))
-        return replace(clip, pictures=[_reduced(picture) for picture in clip.pictures])
+        return replace(clip, pictures=[reduced(picture) for picture in clip.pictures])
 
     def _pipeline(self, run: RunGraph, specs: Mapping[str, GraphSpec]) -> Pipeline:
         weight: list[np.ndarray] = []
@@ -467,30 +471,3 @@ class _Export:
             layout=kv_layout(self.options.variant, self.source.cfg),
             keep_ratio=float(self._defaults().get("keep_ratio", 0.5)),
         )
-
-
-def _prompt(source: WeightSource) -> PromptFormat:
-    """Raises ConfigError if the tokenizer is that of another model."""
-    language = source.cfg.language
-    try:
-        prompt = PromptFormat(Tokenizer.from_file(source.tokenizer), source.style)
-    except KeyError as error:
-        raise ConfigError(str(error.args[0]), where=source.tokenizer) from error
-    last_written = max(prompt.bos_id, *prompt.eos_ids)
-    if prompt.patch_id >= language.vocab or last_written >= language.base_vocab:
-        raise ConfigError(
-            f"the tokenizer has ids up to {max(prompt.patch_id, last_written)}, the model "
-            f"{language.vocab} words",
-            where=source.tokenizer,
-            remedy="name the tokenizer.json that belongs to the weights",
-        )
-    return prompt
-
-
-REFERENCE_PIXELS = 400
-"""Longer side of the pictures that travel in a bundle."""
-
-
-def _reduced(picture: np.ndarray) -> np.ndarray:
-    step = -(-max(picture.shape[:2]) // REFERENCE_PIXELS)
-    return np.ascontiguousarray(picture[::step, ::step])

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.export import full_size_export, precisions
 from benchmarks.runtime import wide_engines
-from edge_vlm.export_errors import ParityError
+from edge_vlm.errors.export import ParityError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import FP32
 from edge_vlm_export.to_onnx import ExportOptions

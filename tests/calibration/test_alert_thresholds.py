@@ -26,6 +26,7 @@ from edge_vlm_calibration.alerts.thresholds import (
     notes_on,
     outcome_of,
     shown_by,
+    together,
 )
 from edge_vlm_runtime.cameras.config import read_plan
 from edge_vlm_runtime.cli.common.config import read_toml
@@ -73,7 +74,7 @@ def test_the_middle_of_equal_thresholds_is_taken() -> None:
     clean = series([0.1] * 20 + [0.9] * 20 + [0.1] * 20, (10.0, 20.0))
     rule = choose([clean], 1.0, 0.0)
     assert 0.4 < rule.on_threshold < 0.6
-    assert 0.0 < rule.off_threshold <= rule.on_threshold
+    assert 0.1 < rule.off_threshold < rule.on_threshold
     alert = described(rule, "a cat!", "Is there a cat now?", [clean], 1.0, 0.0)
     assert (alert.name, alert.noticed, alert.false_alarms, alert.delay_s) == ("a-cat", 1, 0, 0.0)
     assert alert.false_interval[1] == pytest.approx(3.689 / (30 / 3600), rel=1e-3)
@@ -95,6 +96,21 @@ def test_what_cannot_be_held_is_said() -> None:
     alert = described(choose([always], 0.1, 0), "cat", "?", [always], 0.1, 0)
     assert not alert.meets
     assert any("no rule holds 0.1 false alarms" in note for note in notes_on(alert, 0.1))
+
+
+def test_one_rule_is_told_as_one() -> None:
+    """Its false alarms are counted together; of one question alone they say nothing of rules."""
+    quiet = series([0.1] * 7200, name="quiet")
+    wrong = series([0.1] * 10 + [0.9] * 10 + [0.1] * 10, (0.0, 2.0))
+    rule = Rule(0.5, 0.3)
+    alerts = [described(rule, each.watch.alert, "?", [each], 1.0, 0) for each in (quiet, wrong)]
+    assert [alert.meets for alert in alerts] == [True, False]
+    assert together(alerts, 1.0).endswith("1 false alarms in 1.00 h (0.03..5.55 an hour)")
+    assert together(alerts, 0.5).endswith("no rule holds 0.5 an hour here")
+    assert "0 of 1 events noticed" in together(alerts, 1.0)
+    (_, said) = notes_on(alerts[1], 1.0, is_shared=True)
+    assert "the rule of all has 1 false alarms" in said
+    assert "no rule holds" not in said
 
 
 def test_duplicates_keep_what_was_measured() -> None:
@@ -175,7 +191,9 @@ HEAD = "alert,question,clip,start,end\n"
         (HEAD + ",Cat?,a.mp4,10,20\n", "alert is missing"),
         (HEAD + "cat,Cat?,a.mp4,1,2\ncat,Dog?,a.mp4,3,4\n", "has two questions"),
         (HEAD + "cat,Cat?,a.mp4,1,2,3\n", "more fields than columns"),
+        (HEAD + "cat,Cat?,a.mp4,1,2\ncat,,a.mp4,,\n", r"nothing of it happens.*csv:3 and .*csv:2"),
         ('[{"alert": "cat", "begin": 1}]', "unknown field 'begin'"),
+        ('[{"alert": "cat", "question": ["Cat?"]}]', r"question is \['Cat\?'\], no text"),
         ("{}", "must be a list"),
         ("[" * 100_000, "nested too deeply"),
     ],

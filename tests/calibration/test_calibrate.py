@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from edge_vlm import errors
+from edge_vlm.formats.alert_set import Footage, LabelledAlert, write_event_set
 from edge_vlm.formats.calibration import FP16_LIMIT, Calibration, CalibrationTable
 from edge_vlm.formats.footage import read_footage
 from edge_vlm.formats.qa_set import ClipQuestions, write_question_set
@@ -24,6 +25,7 @@ from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.presets import tiny
 from edge_vlm_calibration.collect import KEEP_RATIOS, VISION_PARTS, calibrate, threshold
 from edge_vlm_calibration.commands import calibrate as command
+from edge_vlm_calibration.precision.commands import make as plan
 from edge_vlm_calibration.provenance import identity_of, provenance_of
 from edge_vlm_training.world.vocabulary import build_tokenizer
 
@@ -241,6 +243,49 @@ def test_errors_are_typed(checkpoint: Path, question_set: Path, tmp_path: Path) 
     with pytest.raises(errors.CheckpointError):
         run(tmp_path / "absent", question_set, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
+
+
+def test_clips_that_cannot_be_read_are_left_out_and_said(
+    checkpoint: Path, question_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of ranges and precisions alike; no section says that it comes of them."""
+    noise, out = tmp_path / "noise.mp4", tmp_path / "out.json"
+    noise.write_bytes(bytes(range(256)) * 20)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    line = [str(checkpoint), str(question_set), str(noise), "-o", str(out), "--max-frames", "4"]
+    assert command.run(parser.parse_args([*line, "--sections", "ranges,precision"])) == 0
+    assert capsys.readouterr().err.count("noise.mp4 is left out") == 2
+    for section in Calibration.read(out).sections.values():
+        assert [clip.name for clip in section.provenance.clips] == [question_set.name]
+        assert list(section.provenance.skipped) == ["noise.mp4"]
+    other = tmp_path / "other.mp4"
+    other.write_bytes(bytes(range(256)) * 21)
+    with pytest.raises(errors.ConfigError, match="only 1 of 3 clips can be read"):
+        calibrate(checkpoint, [question_set, noise, other])
+
+
+def test_footage_of_one_colour_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    grey = np.full((48, 48, 3), 77, np.uint8)
+    blank = make_video(tmp_path / "blank.mp4", [grey] * 6, fps=2)
+    with pytest.raises(errors.ConfigError, match="of one colour"):
+        calibrate(checkpoint, [blank])
+    with pytest.raises(errors.ConfigError, match="of one colour"):
+        plan(checkpoint, [blank], 2.0, 4, tmp_path / "out.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["blank.mp4"]
+
+
+def test_event_sets_are_footage_too(
+    checkpoint: Path, clips: list[list[bytes]], tmp_path: Path
+) -> None:
+    watches = [LabelledAlert(question="Is there a ball?")]
+    parts = [
+        Footage(name=str(i), times_s=range(len(jpegs)), jpegs=jpegs, watches=watches)
+        for i, jpegs in enumerate(clips)
+    ]
+    write_event_set(tmp_path / "set", parts)
+    table = calibrate(checkpoint, [tmp_path / "set"])
+    assert (table.num_frames, table.num_scores) == (8, 5 * 9)
 
 
 def test_a_model_without_a_scorer_has_ranges_and_no_scores(

@@ -7,23 +7,28 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edge_vlm.cli import main
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.calibrated import AlertsSection, BudgetSection, ChangeSection
 from edge_vlm.formats.calibration import Calibration
 from edge_vlm.pixels.video import write_video
 from edge_vlm.watching import Watcher
+from edge_vlm_calibration.agreeing import disagreements
 from edge_vlm_calibration.budget import Wanted, budget_section
 from edge_vlm_calibration.commands import calibrate as command
+from edge_vlm_calibration.commands import share_of
 from edge_vlm_calibration.looking import look_at, rows_of
-from edge_vlm_calibration.rows import RowFile, Rows, WorkFolder
+from edge_vlm_calibration.rows import RowFile, Rows, WorkFolder, only_run
 from edge_vlm_calibration.run import Request, look, made_with, opened
 from edge_vlm_calibration.simulate import DEFAULTS, simulate
+from edge_vlm_export.calibrated import CalibrationOf
 from edge_vlm_runtime.cameras.config import read_plan
 from edge_vlm_runtime.cli.common.config import read_toml
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
@@ -255,6 +260,11 @@ def test_bad_clips_are_skipped_and_named(
         (["--sections", "ranges"], "of a checkpoint, not of a bundle"),
         (["--sections", "alerts"], "there are no marks"),
         (["--fps", "0"], "--fps must be"),
+        (["--measure", "inf"], "--measure not negative"),
+        (["--threads", "-1"], "--threads must not be negative"),
+        (["--sections", "change", "--keep-ratio", "0.3"], "has no use for --keep-ratio"),
+        (["--toml", "alerts.toml"], "has no use for --toml"),
+        (["--max-frames", "9"], "has no use for --max-frames"),
     ],
 )
 def test_wrong_requests_are_named(clip: Path, tmp_path: Path, line: list[str], said: str) -> None:
@@ -308,3 +318,84 @@ def test_right_answers_stand_beside_shares(clip: Path, tmp_path: Path) -> None:
     assert [point.keep_ratio for point in budget.accuracy] == [1.0, 0.7, 0.5, 0.3, 0.2, 0.1]
     assert all(point.asked == 1 and point.accuracy in (0, 1) for point in budget.accuracy)
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_second_run_into_one_file_is_refused(clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "calibration.json"
+    with only_run(out), pytest.raises(ConfigError, match="another run is writing this file"):
+        run(DEMO_BUNDLE, clip, "-o", out, "--sections", "change")
+    run(DEMO_BUNDLE, clip, "-o", out, "--sections", "change")
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+
+
+def test_sections_that_no_longer_fit_each_other_are_said(
+    clip: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The predicted share counts duplicates: with another threshold it is another."""
+    whole = Calibration.read(made)
+    assert not disagreements(whole)
+    alone, budget = tmp_path / "change.json", tmp_path / "budget.json"
+    section = whole.sections["change"]
+    data = {**section.data, "settings": {"drop_duplicates": True, "duplicate_threshold": 77.0}}
+    other = dataclasses.replace(section, data=data)
+    dataclasses.replace(whole, sections={"change": other}).write(alone)
+    dataclasses.replace(whole, sections={"budget": whole.sections["budget"]}).write(budget)
+    out = tmp_path / "merged.json"
+    command_line = ["merge", made, alone, "-o", out]
+    assert run(*command_line) == 0
+    said = capsys.readouterr().err
+    assert f"change is that of {alone}" in said
+    assert "duplicate_threshold" in said
+    assert "(now 77.0)" in said
+    assert run("merge", budget, alone, "-o", out) == 0
+    (line,) = disagreements(Calibration.read(out))
+    assert line.startswith("budget was made with other settings")
+
+
+def test_a_bundle_is_calibrated_for_what_it_was_made_for() -> None:
+    assert share_of({"keep_ratio": 0.3}) == Wanted("keep_ratio", 0.3)
+    assert share_of({"keep_ratio": 0.3, "vision_tokens_per_s": 9}).name == "vision_tokens_per_s"
+    assert share_of({}) == share_of({"keep_ratio": 1.0}) == Wanted("keep_ratio", 0.5)
+
+
+def test_alerts_whose_names_become_the_same_stay_apart(clip: Path, tmp_path: Path) -> None:
+    marks, out = tmp_path / "marks.csv", tmp_path / "c.json"
+    marks.write_text(
+        "alert,question,start,end\nmy cat,Is there a cat now?,1,2\nmy-cat,Is there a dog now?,,\n",
+        "utf-8",
+    )
+    line = [DEMO_BUNDLE, clip, "-o", out, "--sections", "alerts", "--marks", marks]
+    run(*line, "--fps", 2, "--toml", tmp_path / "alerts.toml")
+    section = Calibration.read(out).find(AlertsSection)
+    assert section is not None
+    assert [alert.name for alert in section.alerts] == ["my-cat", "my-cat-2"]
+    run(DEMO_BUNDLE, clip, "-o", out, "--sections", "budget", "--fps", 4, "--measure", 0)
+    assert any(
+        "alerts was made with other" in each for each in disagreements(Calibration.read(out))
+    )
+    with pytest.raises(ConfigError, match="for 4 frames a second, not for 2"):
+        run(*line, "--fps", 2)
+
+
+def test_an_export_says_which_settings_it_leaves_out(
+    made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = EngineBundle.open(DEMO_BUNDLE)
+
+    def exported(scorer: str) -> Any:
+        cfg = SimpleNamespace(scorer_kind=scorer, vision=bundle.config.vision)
+        source: Any = SimpleNamespace(cfg=cfg, identity=bundle.source)
+        return CalibrationOf(made, source).over({})
+
+    assert exported("learned")["duplicate_threshold"] > 0
+    assert not caplog.text
+    assert exported("change") == {}
+    assert "are left out: they are for scorer 'learned', this bundle's is 'change'" in caplog.text
+
+
+def test_watching_a_file_says_that_no_duplicates_are_dropped(
+    made: Path, clip: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = ["watch", "--source", str(clip), "--fast", "--calibration", str(made)]
+    assert main(line) == 0
+    assert "every picture of a file is taken" in capfd.readouterr().err

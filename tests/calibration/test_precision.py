@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import EngineBundle
-from edge_vlm.formats.calibrated.precision import PlannedArrays, PrecisionSection
+from edge_vlm.formats.calibrated.precision import PlannedArrays, PrecisionSection, carry_arrays
 from edge_vlm.formats.calibration import Calibration
 from edge_vlm.formats.precision import PRESETS, Precision, Variant
 from edge_vlm_calibration.precision import gptq
@@ -23,7 +24,9 @@ from edge_vlm_calibration.precision.commands import make
 from edge_vlm_calibration.precision.smoothing import choose, output_error
 from edge_vlm_calibration.precision.states import States, lost_share
 from edge_vlm_calibration.provenance import identity_of, provenance_of
+from edge_vlm_export.calibrated import CalibrationOf
 from edge_vlm_export.graphs.graphs import graph_specs
+from edge_vlm_export.graphs.weights import open_weights
 from edge_vlm_export.quantize.convert import Calibrated, convert
 from edge_vlm_export.quantize.plan import exceptions, plan_graph
 from edge_vlm_export.quantize.quantize import quantize_blocks
@@ -277,6 +280,19 @@ def test_an_export_refuses_what_does_not_fit(calibrated: Path, tmp_path: Path) -
     (tmp_path / "calibration.rounded.npz").write_bytes(b"other")
     refused(alone, "not the file that was written with the calibration")
     file = Calibration.read(calibrated)
+    stranger = tmp_path / "stranger.json"
+    whole = file.find(PrecisionSection)
+    assert whole is not None
+    for module, renamed, said in (
+        ("llm.blocks.0.attn.q", "llm.blocks.99.attn.q", r"plans llm\.blocks\.99\.attn\.q, which"),
+        ("llm.blocks.0.attn.q", None, r"does not plan llm\.blocks\.0\.attn\.q"),
+    ):
+        products = [plan for plan in whole.products if plan.module != module]
+        if renamed is not None:
+            products.append(replace(whole.by_module()[module], module=renamed))
+        other_plan = replace(whole, products=tuple(products))
+        file.with_section(other_plan, file.sections["precision"].provenance).write(stranger)
+        refused(stranger, said)
     empty = tmp_path / "empty.json"
     Calibration(model=file.model).write(empty)
     refused(empty, "none of ranges, precision")
@@ -284,6 +300,32 @@ def test_an_export_refuses_what_does_not_fit(calibrated: Path, tmp_path: Path) -
     model = json.loads(json.dumps({"name": "other", "weights": {"a": "b"}}))
     Calibration(model=type(file.model)(**model), sections=file.sections).write(other)
     refused(other, "that of other weights")
+
+
+def test_an_export_says_what_it_takes_of_a_calibration(calibrated: Path) -> None:
+    source = open_weights(tiny_checkpoint())
+    file = CalibrationOf(calibrated, source)
+    for precision, followed, clips in (
+        ("fp32", "is left out", ()),
+        ("int8", "is followed by int8 vision products", (tiny_footage().name,)),
+        ("llm=int4", "is followed by int4 language products", (tiny_footage().name,)),
+    ):
+        (said,) = file.notes(Precision.parse(precision), measures=False)
+        assert followed in said
+        assert file.footage(Precision.parse(precision)) == clips
+
+
+def test_a_merge_leaves_the_weights_of_others_alone(calibrated: Path, tmp_path: Path) -> None:
+    """In the folder lies another calibration, whose arrays have the name of those that come."""
+    there = tmp_path / "calibration.rounded.npz"
+    there.write_bytes(b"of another calibration")
+    out = tmp_path / "merged.json"
+    merged = carry_arrays(calibrated, Calibration.read(calibrated), out)
+    assert there.read_bytes() == b"of another calibration"
+    found = merged.find(PrecisionSection)
+    assert found is not None
+    assert PlannedArrays.of(found, out).has_weight("llm.head")
+    assert {path.name for path in tmp_path.iterdir()} == {there.name, "merged.rounded.npz"}
 
 
 def test_a_section_that_makes_no_sense_is_refused(section: PrecisionSection) -> None:
@@ -295,6 +337,8 @@ def test_a_section_that_makes_no_sense_is_refused(section: PrecisionSection) -> 
         {"products": [first | {"weights": "int3"}]},
         {"products": [first | {"error": float("nan")}]},
         {"products": [first | {"range": None}]},
+        {"products": [first | {"weights": "base"}]},
+        {"products": [first | {"activations": "int4"}]},
         {"arrays": "../elsewhere.npz"},
     ):
         with pytest.raises(ValueError, match=r"."):

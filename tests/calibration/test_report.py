@@ -11,10 +11,10 @@ import pytest
 from edge_vlm.formats.calibrated.budget import AccuracyPoint, ClipShare, CurvePoint, RatioPoint
 from edge_vlm.formats.calibration import Calibration
 from edge_vlm.pixels.frames import decode_picture
-from edge_vlm_calibration.plot import HEIGHT, WIDTH, png
-from edge_vlm_calibration.report import write_report
-from edge_vlm_calibration.text import summary
-from tests.edge_vlm.test_calibration_file import BUDGET, CHANGE, MODEL, PROVENANCE
+from edge_vlm_calibration.telling.plot import HEIGHT, WIDTH, png
+from edge_vlm_calibration.telling.report import write_report
+from edge_vlm_calibration.telling.text import summary
+from tests.edge_vlm.formats.test_calibration_file import BUDGET, CHANGE, MODEL, PROVENANCE
 
 FULL = dataclasses.replace(
     BUDGET,

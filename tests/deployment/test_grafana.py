@@ -19,7 +19,7 @@ from edge_vlm_runtime.cameras.keeper import CameraFile
 from edge_vlm_runtime.demo.paths import DEMO_FOLDER
 from edge_vlm_runtime.server.app import Server
 from tests.deployment.dockerfile import ROOT
-from tests.runtime.receivers import wait_until
+from tests.runtime.alerts.receivers import wait_until
 from tests.tiny import tiny_bundle
 
 DASHBOARD = ROOT / "deploy" / "grafana-dashboard.json"
@@ -30,7 +30,7 @@ OF_SOME_MACHINES = {
     "edge_vlm_gpu_memory_used_bytes": {"gpu"},
     "edge_vlm_rail_power_watts": {"rail"},
 }
-"""Of NVML and the INA3221; tests/runtime/test_gauges.py has stand-ins for those."""
+"""Of NVML and the INA3221; tests/runtime/machine/test_gauges.py has stand-ins for those."""
 NAME = re.compile(r"\bedge_vlm_\w+")
 
 

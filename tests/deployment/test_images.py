@@ -26,7 +26,7 @@ from tests.deployment.dockerfile import (
     the,
     variables,
 )
-from tests.runtime.live import open_server
+from tests.runtime.server.live import open_server
 
 FILES = sorted(FOLDER.glob("*.Dockerfile"))
 COMPOSE = ROOT / "compose.yaml"

@@ -24,8 +24,8 @@ from websockets.asyncio.client import connect
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime.server.app import Server
 from tests.deployment.dockerfile import ROOT
-from tests.runtime.live import TIMEOUT_S
-from tests.runtime.receivers import free_port, make_certificate, wait_until
+from tests.runtime.alerts.receivers import free_port, make_certificate, wait_until
+from tests.runtime.server.live import TIMEOUT_S
 from tests.tiny import tiny_bundle
 
 NAME = "camera.example.org"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.test_page import CHROMIUM, browser
+from tests.e2e.page.test_page import CHROMIUM, browser
 
 
 @pytest.fixture(scope="session")

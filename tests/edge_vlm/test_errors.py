@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from edge_vlm import errors, export_errors, request_errors
-from edge_vlm.errors import EdgeVlmError
-from edge_vlm.export_errors import ExportError, NoSpaceLeft
+from edge_vlm import errors
+from edge_vlm.errors import EdgeVlmError, export, requests
+from edge_vlm.errors.export import ExportError, NoSpaceLeft
 
 DRAWN = re.compile(r"^    ((?:\|   |    )*(?:\|-- |`-- )?)(\w+) +(\d+) +(E-[\w-]+)", re.MULTILINE)
 
 
 def below(kind: type[EdgeVlmError], depth: int = 0) -> Iterator[tuple[int, str, int, str]]:
-    if kind.__module__ in (errors.__name__, export_errors.__name__, request_errors.__name__):
+    if kind.__module__ in (errors.__name__, export.__name__, requests.__name__):
         yield depth, kind.__name__, kind.exit_code, kind.code
         for leaf in kind.__subclasses__():
             yield from below(leaf, depth + 1)

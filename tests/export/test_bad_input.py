@@ -14,11 +14,12 @@ import pytest
 
 from edge_vlm.cli import main
 from edge_vlm.errors import ConfigError, VideoError
-from edge_vlm.export_errors import NoSpaceLeft, NotEnoughMemory, ParityError
+from edge_vlm.errors.export import NoSpaceLeft, NotEnoughMemory, ParityError
 from edge_vlm.formats.precision import Precision
 from edge_vlm_export import preflight
 from edge_vlm_export.graphs.graphs import GraphLimits
-from edge_vlm_export.to_onnx import ExportOptions, Silent, export_bundle
+from edge_vlm_export.progress import Silent
+from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_export.trace.graph_files import load_graph, save_graph
 from tests.tiny import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint, traced_once
 

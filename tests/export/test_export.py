@@ -12,7 +12,7 @@ import pytest
 
 from edge_vlm.cli import main
 from edge_vlm.errors import CheckpointError
-from edge_vlm.export_errors import ExportError, ParityError, Specialised
+from edge_vlm.errors.export import ExportError, ParityError, Specialised
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm.presets import molmo2_4b, tiny
 from edge_vlm_export.graphs.graphs import GraphLimits, graph_specs

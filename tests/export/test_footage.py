@@ -11,7 +11,7 @@ import pytest
 
 from edge_vlm.cli import main
 from edge_vlm.errors import NonFinite, VideoNotFound
-from edge_vlm.export_errors import ParityError
+from edge_vlm.errors.export import ParityError
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm_export.graphs.weights import open_weights
 from edge_vlm_export.verify.verify import verify_bundle

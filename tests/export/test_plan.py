@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from edge_vlm.errors import BundleSchemaError
-from edge_vlm.export_errors import RangeFp16
+from edge_vlm.errors.export import RangeFp16
 from edge_vlm.formats.calibration import FP16_LIMIT
 from edge_vlm.formats.precision import FP32, PRESETS, Precision, Variant
 from edge_vlm.presets import tiny

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_vlm.errors import visible
+from edge_vlm.errors.words import visible
 from edge_vlm.evaluation.log import AnswerLog
 from edge_vlm.evaluation.qa_jsonl import count_questions, read_question_file
 from edge_vlm.evaluation.runs import ClipAnswers
@@ -60,7 +60,7 @@ from edge_vlm_runtime.recording.replay import beginning_of, what_came
 from edge_vlm_runtime.session.budget import cache_capacity, default_settings
 from edge_vlm_training.data.records import read_records
 from tests.fuzz.harness import Format
-from tests.runtime.pictures import jpeg
+from tests.runtime.cameras.pictures import jpeg
 
 GPU = Gpu(name="Orin", capability="sm_87")
 ROOT = Path(__file__).parents[2]
@@ -169,7 +169,7 @@ def make_plan(folder: Path) -> None:
 
 
 def make_recording(folder: Path) -> None:
-    from tests.runtime.test_recording import recorded_session
+    from tests.runtime.session.test_recording import recorded_session
 
     recorded_session(folder / "session.evlm", 3)
 
@@ -197,7 +197,7 @@ def pack_recording(records: list[list[Any]]) -> bytes:
 
 
 def read_recording(folder: Path) -> None:
-    from tests.runtime.test_recording import replayed
+    from tests.runtime.session.test_recording import replayed
 
     file = folder / "session.evlm"
     with Recording.open(file) as recording:

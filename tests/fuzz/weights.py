@@ -143,7 +143,7 @@ WEIGHTS_OF_FEW = {"a.weight": torch.ones(4, 3), "b.bias": torch.zeros(5)}
 
 @functools.cache
 def small_training_config() -> dict[str, Any]:
-    from tests.model.test_published_training import small
+    from tests.model.published.test_published_training import small
 
     return training_config(small())
 

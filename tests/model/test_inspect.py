@@ -17,7 +17,7 @@ from edge_vlm.config import ModelConfig
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import weights_bytes
 from edge_vlm.model.checkpoint import save_checkpoint
-from edge_vlm.model.describe import memory, parameters
+from edge_vlm.model.folder.describe import memory, parameters
 from edge_vlm.model.published.config import published_config
 from edge_vlm.model.published.hub import save_published
 from edge_vlm.model.published.mapping import published_shapes, shapes
@@ -163,7 +163,7 @@ def test_the_command_itself_needs_no_torch() -> None:
     """A folder that holds no weights is described, or refused, where torch is not installed."""
     code = (
         "import sys; sys.modules['torch'] = None; "
-        "from edge_vlm.model.inspect_command import inspect; print(type(inspect).__name__)"
+        "from edge_vlm.model.folder.inspect_command import inspect; print(type(inspect).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "Command"

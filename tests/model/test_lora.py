@@ -23,7 +23,7 @@ from edge_vlm.errors import (
     WeightNamesError,
 )
 from edge_vlm.formats.usage import Usage
-from edge_vlm.model.convert_command import OURS, convert
+from edge_vlm.model.folder.convert_command import OURS, convert
 from edge_vlm.model.lora.folder import RECORD, fingerprint, identify, save_adapter
 from edge_vlm.model.lora.layers import TARGETS, LoraLinear, adapted, add_lora
 from edge_vlm.model.lora.peft_format import CONFIG, WEIGHTS

@@ -14,7 +14,6 @@ from edge_vlm.model.published.mapping import to_ours, to_published
 from edge_vlm.model.published.names import TRANSFORMERS
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.rope import rope_table
-from tests.model.image_prompts import one_image_prompt, several_images_prompt
 from tests.model.peers import (
     TOLERANCE,
     largest,
@@ -28,6 +27,7 @@ from tests.model.peers import (
     variant,
     video_prompt,
 )
+from tests.model.published.image_prompts import one_image_prompt, several_images_prompt
 
 STEPS = 32
 VARIANTS = ("4b", "8b", "o-7b")

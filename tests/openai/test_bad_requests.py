@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_vlm.request_errors import MediaRefused
+from edge_vlm.errors.requests import MediaRefused
 from edge_vlm_runtime.openai.content import Media
 from edge_vlm_runtime.openai.fetching import fetch, is_public
 from edge_vlm_runtime.openai.media import MediaRules, read_picture
@@ -32,7 +32,7 @@ from tests.openai.served import (
     serving,
     user,
 )
-from tests.runtime.pictures import jpeg
+from tests.runtime.cameras.pictures import jpeg
 
 HI = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 KEY = "correct horse"

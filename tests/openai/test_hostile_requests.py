@@ -16,10 +16,10 @@ import pytest
 from websockets.sync.client import connect
 
 from edge_vlm.errors import QuestionCancelled, QuestionTooLong
+from edge_vlm.errors.requests import AnswerFormError, MediaRefused
 from edge_vlm.pixels import video as video_module
 from edge_vlm.pixels.frames import decode_picture
 from edge_vlm.pixels.video import write_video
-from edge_vlm.request_errors import AnswerFormError, MediaRefused
 from edge_vlm_runtime.inference.constraints import MAX_FORM, choice_grammar, schema_grammar
 from edge_vlm_runtime.openai import asgi, fetching
 from edge_vlm_runtime.openai.chat_request import read_chat_request
@@ -33,7 +33,7 @@ from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.app import Server
 from tests.openai.served import CLIP, TIMEOUT_S, data_uri, picture_part, post, serving, user
 from tests.openai.test_bad_requests import HI, error_of
-from tests.runtime.pictures import jpeg
+from tests.runtime.cameras.pictures import jpeg
 
 
 @pytest.fixture(scope="module")

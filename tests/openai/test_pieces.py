@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edge_vlm.errors import FrameDecodeError
+from edge_vlm.errors.requests import AnswerFormError, RequestError
 from edge_vlm.pixels.frames import decode_picture, shrink_jpeg, still_size
-from edge_vlm.request_errors import AnswerFormError, RequestError
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.constraints import Constraints, choice_grammar, schema_grammar
@@ -25,9 +25,9 @@ from edge_vlm_runtime.openai.one_shot import OneShots
 from edge_vlm_runtime.session.asking.questions import StopText
 from edge_vlm_runtime.session.frames import Encoding
 from tests.openai.served import png, post, serving
-from tests.runtime.metrics_events import done as response_done
-from tests.runtime.pictures import jpeg, picture
-from tests.runtime.viewer import Viewer
+from tests.runtime.cameras.pictures import jpeg, picture
+from tests.runtime.server.metrics_events import done as response_done
+from tests.runtime.session.viewer import Viewer
 
 # ---- stop texts ------------------------------------------------------------------------------
 
@@ -143,8 +143,10 @@ def test_still_pictures_of_every_kind_are_read() -> None:
     assert (decode_picture(encoded(grey, "PNG")) == np.asarray(grey)[..., None]).all()
     for kind in ("PNG", "WEBP", "GIF"):
         assert decode_picture(shrink_jpeg(encoded(image, kind), 2000)).shape[2] == 3
-        with pytest.raises(FrameDecodeError):
+        with pytest.raises(FrameDecodeError, match="broken or cut off"):
             decode_picture(encoded(image, kind)[:60])
+    deep = Image.fromarray(rgb[..., 0].astype(np.uint16) * 256 + 77)
+    assert (decode_picture(encoded(deep, "PNG")) == rgb[..., :1]).all()
     for kind in ("BMP", "TIFF"):
         with pytest.raises(FrameDecodeError, match="JPEG, PNG, WebP or GIF"):
             still_size(encoded(image, kind))

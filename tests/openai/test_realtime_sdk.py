@@ -26,7 +26,7 @@ from tests.openai.served import (
     png,
     serving,
 )
-from tests.runtime.pictures import jpeg, picture
+from tests.runtime.cameras.pictures import jpeg, picture
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

@@ -15,7 +15,7 @@ from edge_vlm_runtime import Client, connect, protocol
 from edge_vlm_runtime.protocol.alerts import AlertListed
 from edge_vlm_runtime.server.app import Server
 from tests.openai.served import TIMEOUT_S, clip_frames, held_answers, serving
-from tests.runtime.live import run
+from tests.runtime.server.live import run
 
 QUESTION = "What is there now?"
 

@@ -25,6 +25,8 @@ Weight = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Kept = Annotated[float, msgspec.Meta(gt=0, le=1)]
 """A share of cells to keep."""
+Grey = Annotated[float, msgspec.Meta(ge=0, le=255)]
+"""A difference in grey levels."""
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -121,3 +121,19 @@ def viewers_trouble(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         if twice:
             trouble.append(f"{name}: frames {twice} with two outcomes")
     return trouble
+
+
+def bugs_in(log: str) -> list[str]:
+    """What a log says of bugs: where each traceback ends and with what, and what is called one."""
+    found, where, is_trace = [], "", False
+    for line in log.splitlines():
+        if line.startswith("Traceback"):
+            is_trace, where = True, ""
+        elif is_trace and line.startswith("  File "):
+            where = line.strip()
+        elif is_trace and line and not line.startswith(" "):
+            found.append(f"{where}: {line}")
+            is_trace = False
+        elif "a bug" in line:
+            found.append(line)
+    return found + (["a traceback without an end"] if is_trace else [])

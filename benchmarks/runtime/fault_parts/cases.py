@@ -25,7 +25,7 @@ from benchmarks.runtime.fault_parts.processes import (
     wait_until,
 )
 from benchmarks.runtime.fault_parts.viewer import SETTINGS, SteadyViewer
-from benchmarks.runtime.soak_load import Relay
+from benchmarks.runtime.loads.soak_load import Relay
 from edge_vlm.errors import EdgeVlmError
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.harness import progress
 from benchmarks.runtime.fault_parts.accounts import (
     Account,
+    bugs_in,
     differing,
     out_of_order,
     viewers_trouble,
@@ -132,12 +133,7 @@ def kill_at_random(folder: Path, kills: int, seed: int, most_s: float) -> dict[s
             "trouble": viewers_trouble(lines),
         },
         "left_in_the_queue": {name: len(events) for name, events in left.items()},
-        "bugs_in_logs": [
-            line
-            for victim in (server, viewer)
-            for line in victim.log_text().splitlines()
-            if line.startswith("Traceback") or "a bug" in line
-        ],
+        "bugs_in_logs": bugs_in(server.log_text()) + bugs_in(viewer.log_text()),
     }
     if tap is None:
         result["left_out"] = {"broker": "mosquitto is not installed"}

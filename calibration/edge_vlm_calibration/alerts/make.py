@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from edge_vlm.console.progress import Progress
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.calibrated import session_settings
 from edge_vlm.formats.calibrated.alerts import AlertsSection, CalibratedAlert
+from edge_vlm.formats.calibrated.change import CHANGE_SETTINGS
 from edge_vlm.formats.calibration import Calibration, ClipRecord, Provenance
 from edge_vlm.watching import Watcher
 from edge_vlm_calibration.alerts.checking import Series, check_clip, rows_for, series_of
@@ -24,10 +26,11 @@ from edge_vlm_calibration.alerts.marks import (
     watches_of,
     watches_of_set,
 )
-from edge_vlm_calibration.alerts.thresholds import choose, described, notes_on, shown_by
+from edge_vlm_calibration.alerts.thresholds import choose, described, notes_on, shown_by, together
 from edge_vlm_calibration.footage import expected_frames, pictures
 from edge_vlm_calibration.provenance import hash_of_clip
 from edge_vlm_calibration.rows import WorkFolder
+from edge_vlm_calibration.simulate import DEFAULTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,16 @@ def make_alerts(
     watches = watched(request, clips)
     known = [clip for clip in clips if clip in watches]
     questions = list(dict.fromkeys(each.question for clip in known for each in watches[clip]))
-    settings = {"fps_cap": request.fps, **session_settings(made)}
+    capped = session_settings(made).get("fps_cap", request.fps)
+    if capped != request.fps:
+        raise ConfigError(
+            f"the file's budget is for {capped:g} frames a second, not for {request.fps:g}: alerts "
+            "would be chosen on other pictures than sessions see",
+            remedy=f"give --fps {capped:g}, or make the section budget anew",
+        )
+    usual = {**DEFAULTS, **watcher.defaults}
+    before = {name: usual[name] for name in sorted(CHANGE_SETTINGS)}
+    settings = {"fps_cap": request.fps, **before, **session_settings(made)}
     total = sum(expected_frames(clips[name], request.fps) or 0.0 for name in known)
     series: list[Series] = []
     records = []
@@ -106,7 +118,7 @@ def make_alerts(
             series += series_of(rows, watches[name], questions, 1 / request.fps)
             of_clip = hash_of_clip(clips[name])
             records.append(ClipRecord(name=name, sha256=of_clip, frames=len(rows)))
-    alerts = list(_chosen(request, series))
+    alerts = _with_own_names(_chosen(request, series))
     section = AlertsSection(
         wanted_false_per_h=request.false_per_h, slack_s=request.slack_s, alerts=tuple(alerts)
     )
@@ -121,7 +133,9 @@ def make_alerts(
         opened=watcher.opened,
         tool_version=edge_vlm.__version__,
     )
-    notes = [note for alert in alerts for note in notes_on(alert, request.false_per_h)]
+    notes = [together(alerts, request.false_per_h)] if request.one_rule else []
+    for alert in alerts:
+        notes += notes_on(alert, request.false_per_h, is_shared=request.one_rule)
     notes += shown_by(alerts, request.false_per_h)
     return made.with_section(section, provenance, notes)
 
@@ -136,6 +150,20 @@ def _chosen(request: AlertRequest, series: Sequence[Series]) -> list[CalibratedA
         described(shared or choose(group, wanted, slack_s), *key, group, wanted, slack_s)
         for key, group in groups.items()
     ]
+
+
+def _with_own_names(alerts: Sequence[CalibratedAlert]) -> list[CalibratedAlert]:
+    """Names of other letters may be the same without them, which a server would refuse."""
+    taken: set[str] = set()
+    found = []
+    for alert in alerts:
+        name, number = alert.name, 1
+        while name in taken:
+            number += 1
+            name = f"{alert.name[:60]}-{number}"
+        taken.add(name)
+        found.append(dataclasses.replace(alert, name=name))
+    return found
 
 
 def alert_lines(section: AlertsSection, camera: str) -> str:

@@ -110,6 +110,9 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 def _mark(
     where: str, line: Mapping[str, Any], clips: Sequence[str], questions: dict[str, str]
 ) -> Mark:
+    for name in ("alert", "question", "clip"):
+        if not isinstance(line.get(name), str | None):
+            raise ConfigError(f"{name} is {line[name]!r:.60}, no text", where=where)
     alert = str(line.get("alert") or "").strip()
     if not alert:
         raise ConfigError("alert is missing", where=where, remedy="give the alert a name")
@@ -173,6 +176,14 @@ def watches_of(marks: Sequence[Mark], lengths_s: Mapping[str, float]) -> list[Wa
             ((mark.span, mark.where) for mark in group if mark.span is not None),
             key=lambda each: each[0],
         )
+        nothing = [mark.where for mark in group if mark.span is None]
+        if nothing and spans:
+            raise ConfigError(
+                f"{alert!r} has a line without times, which says that nothing of it happens in "
+                f"{clip}, and one with times",
+                where=f"{nothing[0]} and {spans[0][1]}",
+                remedy="delete one of the two",
+            )
         length_s = lengths_s[clip]
         for (begin_s, end_s), where in spans:
             if begin_s >= length_s or end_s > length_s + 1.0:

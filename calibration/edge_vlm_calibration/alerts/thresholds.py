@@ -108,12 +108,17 @@ def choose(series: Sequence[Series], wanted_per_h: float, slack_s: float) -> Rul
     hold_s = next(h for h, row in table.items() if any(merit(o) == best for _, o in row))
     on = _middle([on for on, outcome in table[hold_s] if merit(outcome) == best])
     rule = Rule(on, FIRST_OFF * on, hold_s)
-    options = [
-        replace(rule, off_threshold=round(share * on, 4), clear_hold_s=clear_s)
+    clearing = {
+        clear_s: [
+            (share, tried(replace(rule, off_threshold=round(share * on, 4), clear_hold_s=clear_s)))
+            for share in OFF_SHARES
+        ]
         for clear_s in CLEARS_S
-        for share in OFF_SHARES
-    ]
-    rule = max(options, key=lambda option: merit(tried(option)))  # the first of equals
+    }
+    best = max(merit(outcome) for row in clearing.values() for _, outcome in row)
+    clear_s = next(c for c, row in clearing.items() if any(merit(o) == best for _, o in row))
+    share = _middle([share for share, outcome in clearing[clear_s] if merit(outcome) == best])
+    rule = replace(rule, off_threshold=round(share * on, 4), clear_hold_s=clear_s)
     options = [replace(rule, cooldown_s=cooldown_s) for cooldown_s in COOLDOWNS_S]
     return max(options, key=lambda option: merit(tried(option)))
 
@@ -174,14 +179,20 @@ def _middle(values: Sequence[float]) -> float:
     return values[(len(values) - 1) // 2]
 
 
-def notes_on(alert: CalibratedAlert, wanted_per_h: float) -> list[str]:
-    """What to know of it before it is relied on."""
+def notes_on(alert: CalibratedAlert, wanted_per_h: float, *, is_shared: bool = False) -> list[str]:
+    """What to know of it before it is relied on. `is_shared`: its rule is that of all alerts
+    together."""
     notes = []
     if alert.events == 0:
         notes.append(f"{alert.name}: no event is marked, so only false alarms could be counted")
     elif alert.noticed == 0:
         notes.append(f"{alert.name}: no event is noticed; the model may not know what is asked")
-    if not alert.meets:
+    if not alert.meets and is_shared:
+        notes.append(
+            f"{alert.name}: the rule of all has {alert.false_alarms} false alarms in its "
+            f"{alert.watched_h:.2f} h; one of its own might have fewer"
+        )
+    elif not alert.meets:
         notes.append(
             f"{alert.name}: no rule holds {wanted_per_h:g} false alarms an hour here; this one has "
             f"{alert.false_alarms} in {alert.watched_h:.2f} h"
@@ -192,6 +203,20 @@ def notes_on(alert: CalibratedAlert, wanted_per_h: float) -> list[str]:
             "model would not answer this question so, ask another way"
         )
     return notes
+
+
+def together(alerts: Sequence[CalibratedAlert], wanted_per_h: float) -> str:
+    """What one rule does with all questions, by which it was chosen."""
+    events, noticed = (sum(getattr(a, n) for a in alerts) for n in ("events", "noticed"))
+    count, hours = sum(a.false_alarms for a in alerts), sum(a.watched_h for a in alerts)
+    least, most = wilson(noticed / events if events else 0.0, events)
+    low, high = garwood(count)
+    held = "" if count <= wanted_per_h * hours else f": no rule holds {wanted_per_h:g} an hour here"
+    return (
+        f"one rule for all: {noticed} of {events} events noticed ({least:.0%}..{most:.0%}), "
+        f"{count} false alarms in {hours:.2f} h ({low / hours:.2f}..{high / hours:.2f} an hour)"
+        f"{held}"
+    )
 
 
 def shown_by(alerts: Sequence[CalibratedAlert], wanted_per_h: float) -> list[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from edge_vlm.console.progress import Progress
-from edge_vlm.errors import ConfigError, FrameDecodeError, VideoError
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.calibrated.precision import (
     ARRAYS_SUFFIX,
@@ -21,6 +20,7 @@ from edge_vlm.model.evaluator import TorchModel
 from edge_vlm.model.published.folder import ModelFolder, open_folder
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm_calibration.footage import Looked
 from edge_vlm_calibration.precision.language import plan_language
 from edge_vlm_calibration.precision.states import watched
 from edge_vlm_calibration.precision.vision import new_states, plan_vision, watched_products
@@ -33,12 +33,19 @@ MOST_TOKENS = 16_384
 
 
 def make(
-    checkpoint: Path, clips: Sequence[Path], fps: float, max_frames: int, out: Path
+    checkpoint: Path,
+    clips: Sequence[Path],
+    fps: float,
+    max_frames: int,
+    out: Path,
+    looked: Looked | None = None,
 ) -> tuple[PrecisionSection, list[str]]:
     """The section, and notes for a person. Writes the arrays beside `out`, the calibration that is
-    to be. At most `max_frames` of each clip are looked at; one that cannot be read is skipped.
+    to be. At most `max_frames` of each clip are looked at; one of several that cannot be read is
+    skipped, which `looked`, of these clips, knows afterwards.
 
-    Raises as `open_folder`; ConfigError when fewer than half of the clips can be read; NonFinite.
+    Raises as `open_folder` and `shots`; ConfigError when fewer than half of the clips can be
+    read or nothing is to be seen; NonFinite.
     """
     folder = open_folder(checkpoint)
     model = TorchModel(folder.load(), _prompt(folder))
@@ -49,25 +56,20 @@ def make(
     modules = watched_products(model.model)
     states, readings = new_states(modules), list[Reading]()
     frames = tokens = 0
-    skipped: dict[str, str] = {}
+    looked = looked or Looked(clips)
     with watched(modules, states), Progress("calibrate: clips", len(clips)) as progress:
         for clip in clips:
-            try:
+            with looked.clip(clip):
                 for piece in pieces_of(clip, fps, max_frames, questions):
+                    for rgb in piece.rgbs:
+                        looked.see(rgb)
                     frames += len(piece.rgbs)
                     reading = read(model, piece, run)
                     if tokens < MOST_TOKENS:
                         readings.append(reading)
                         tokens += len(reading.positions_S)
-            except (VideoError, FrameDecodeError) as error:
-                skipped[clip.name] = str(error)
             progress.advance(note=clip.name)
-    if not readings or 2 * len(skipped) > len(clips):
-        why = "".join(f"; {name}: {error}" for name, error in skipped.items())
-        raise ConfigError(
-            f"{len(clips) - len(skipped)} of {len(clips)} clips can be read{why}",
-            remedy="name clips that play in a video player",
-        )
+    looked.require_enough()
     with ArraysWriter(path) as arrays:
         products = [*plan_vision(model.model, states, arrays)]
         products += plan_language(model.model.llm, readings, arrays)
@@ -78,7 +80,7 @@ def make(
         arrays=path.name,
         arrays_sha256=sha256_of_file(path),
     )
-    left_out = [f"{name} was left out: {error}" for name, error in skipped.items()]
+    left_out = [f"{path.name} was left out: {why}" for path, why in looked.skipped.items()]
     return section, [*left_out, *notes(section)]
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.evaluation.offline import Asked, Prefix, choose
 from edge_vlm.evaluation.runs import Run
-from edge_vlm.formats.footage import read_footage
 from edge_vlm.formats.qa_set import INDEX, read_question_set
 from edge_vlm.model.evaluator import TorchModel
 from edge_vlm.pixels.frames import Rgb, decode_jpeg
 from edge_vlm.pruning.clip_budget import variant_of
 from edge_vlm.text.masks import CAUSAL
+from edge_vlm_calibration.footage import shots
 
 PIECE_FRAMES = 16
 """Frames of a video that are read together."""
@@ -62,7 +62,7 @@ class Reading:
 
 def pieces_of(path: Path, fps: float, max_frames: int, questions: Sequence[str]) -> Iterator[Piece]:
     """A question set is asked its own questions, a video `questions` after each piece's last
-    picture. Raises as `read_footage`."""
+    picture. Raises as `shots`."""
     if (path / INDEX).is_file():
         left = max_frames
         for clip in read_question_set(path):
@@ -74,7 +74,7 @@ def pieces_of(path: Path, fps: float, max_frames: int, questions: Sequence[str])
             yield Piece([decode_jpeg(jpeg) for jpeg in jpegs], clip.times_s, asked[:MOST_QUESTIONS])
         return
     rgbs: list[Rgb] = []
-    for is_first, rgb in read_footage(path, fps, max_frames):
+    for is_first, rgb in shots(path, fps, max_frames):
         if rgbs and (is_first or len(rgbs) == PIECE_FRAMES):
             yield _video_piece(rgbs, fps, questions)
             rgbs = []

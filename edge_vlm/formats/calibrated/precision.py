@@ -10,7 +10,7 @@ import math
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -65,6 +65,10 @@ class ProductPlan:
         numbers += [] if self.range is None else [self.range]
         if not all(type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers):
             raise ValueError(f"{self.module}: {numbers} are not all finite numbers")
+        if self.activations not in (None, "int8"):
+            raise ValueError(f"{self.module}: activations {self.activations!r} are not int8")
+        if self.activations is not None and self.weights != "int8":
+            raise ValueError(f"{self.module}: int8 activations go with int8 weights")
         if self.activations is not None and self.range is None:
             raise ValueError(f"{self.module}: int8 activations need a range")
 
@@ -196,18 +200,27 @@ class PlannedArrays:
         return factor
 
 
-def carry_arrays(source: Path, merged: Calibration, out: Path) -> None:
+def carry_arrays(source: Path, merged: Calibration, out: Path) -> Calibration:
     """Where `merged` goes to `out`, in another folder than `source`, one of the calibrations that
-    it was made of: the arrays go along if it is `source` that they belong to. Raises ConfigError.
+    it was made of: the arrays go along if it is `source` that they belong to, under `out`'s name,
+    so that those of another calibration there stay. `merged` as it is to be written. Raises
+    ConfigError.
     """
     section = merged.find(PrecisionSection, source)
     own = Calibration.read(source).find(PrecisionSection, source)
     if section is None or own != section or source.parent.resolve() == out.parent.resolve():
-        return
+        return merged
     found = PlannedArrays.of(section, source).path
+    name = f"{out.stem}{ARRAYS_SUFFIX}"
+    partial = out.parent / f"{name}.partial"
     try:
-        shutil.copyfile(found, out.parent / section.arrays)
+        shutil.copyfile(found, partial)
+        partial.replace(out.parent / name)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise ConfigError(
             f"cannot copy the rounded weights: {error.strerror}", where=out.parent
         ) from error
+    written = merged.sections[PrecisionSection.SECTION]
+    carried = replace(written, data={**written.data, "arrays": name})
+    return replace(merged, sections={**merged.sections, PrecisionSection.SECTION: carried})

@@ -1,7 +1,8 @@
 """The contract of every exported graph: the only place that knows names, dtypes and free sizes.
 
-Free dimensions: F frames, G kept cells over all frames, I crops of a still picture, T its tokens, s
-new tokens, p past tokens, n rows of logits wanted, C rows that a shared cache buffer has room for.
+Free dimensions: F frames, G kept cells over all frames, M changed cells of a frame, I crops of a
+still picture, T its tokens, s new tokens, p past tokens, n rows of logits wanted, C rows that a
+shared cache buffer has room for.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from edge_vlm.config import ModelConfig, VisionAttention
-from edge_vlm.formats.bundle import IMAGE_ENCODER
+from edge_vlm.config import CELL, ModelConfig, VisionAttention
+from edge_vlm.formats.bundle import IMAGE_ENCODER, VIT_STEM_REUSE
 from edge_vlm.formats.graph_spec import DynamicDim, GraphSpec, TensorSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.pixels.stills import ImageConfig, all_tilings, grid_of, image_crops, image_grid
@@ -91,11 +92,14 @@ def graph_specs(
     variant: Variant = Variant.PORTABLE,
     kv_form: KVForm = KVForm.CONCAT,
     images: ImageConfig | None = None,
+    reuse: bool = False,
 ) -> dict[str, GraphSpec]:
-    """Specs of `vit_stem`, `vit_trunk`, perhaps `image_encoder`, `llm` and perhaps `llm_decode`, in
-    that order."""
+    """Specs of `vit_stem`, `vit_trunk`, perhaps `vit_stem_reuse` and `image_encoder`, `llm` and
+    perhaps `llm_decode`, in that order."""
     limits = limits or GraphLimits()
     specs = [_stem(cfg, limits), _trunk(cfg, limits)]
+    if reuse:
+        specs.append(_stem_reuse(cfg, precision.base))
     if images is not None:
         specs.append(_image_encoder(cfg, images))
     if kv_layout(variant, cfg) is KVLayout.HEAD_MAJOR:
@@ -148,6 +152,45 @@ def _stem(cfg: ModelConfig, limits: GraphLimits) -> GraphSpec:
             _f32("scores", "F", cells),
         ),
         dims=dims,
+    )
+
+
+def _stem_reuse(cfg: ModelConfig, kept_dtype: str) -> GraphSpec:
+    """`prev_*` and `kept_*` are what the last frame's run gave by the names without `prev_`, and
+    with `next_` for `kept_`."""
+    vision = cfg.vision
+    whole = (1, vision.num_patches, vision.width)
+    heads = (vision.num_patches, vision.num_heads, vision.head_dim)
+    kinds = [f"{kind}_{i}" for i in range(cfg.whole_blocks) for kind in ("k", "v")]
+
+    def states(side: str) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(name=f"{side}_{kind}", dtype=kept_dtype, shape=heads) for kind in kinds
+        )
+
+    inputs = [
+        _f32("pixels", "M", CELL * CELL, vision.patch_dim),
+        TensorSpec(name="cell_idx", dtype="int32", shape=("M",)),
+    ]
+    outputs = [_f32("hidden", *whole)]
+    if cfg.change is not None:
+        inputs += [_f32("prev_hidden", *whole), _f32("prev_scored", *whole)]
+        outputs.append(_f32("scored", *whole))
+    else:
+        cells, scores = (1, vision.num_cells, vision.width), (1, vision.num_cells)
+        inputs += [
+            TensorSpec(name="is_first", dtype="bool", shape=(1,)),
+            _f32("prev_hidden", *whole),
+            _f32("prev_cells", *cells),
+            _f32("prev_resting", *scores),
+        ]
+        outputs += [_f32("cells", *cells), _f32("scores", *scores), _f32("resting", *scores)]
+    most = vision.num_cells
+    return GraphSpec(
+        name=VIT_STEM_REUSE,
+        inputs=(*inputs, *states("kept")),
+        outputs=(*outputs, *states("next")),
+        dims={"M": DynamicDim(min=1, opt=-(-most // 5), max=most)},
     )
 
 

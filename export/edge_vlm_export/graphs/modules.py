@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from edge_vlm.formats.bundle import IMAGE_ENCODER
+from edge_vlm.formats.bundle import IMAGE_ENCODER, VIT_STEM_REUSE
 from edge_vlm.formats.precision import Variant
 from edge_vlm.model.images import encode_images
 from edge_vlm.model.llm import PastAttention
 from edge_vlm.model.ragged import Method
+from edge_vlm.model.reuse import StemState, reuse_step
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm_export.graphs.attention import (
     chunked_attention,
@@ -55,6 +56,59 @@ class ChangeStemGraph(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return self.model.change_stem(pixels)
+
+
+class ReuseGraph(nn.Module):
+    """The stem of one frame for its changed cells."""
+
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        pixels: Tensor,
+        cell_idx: Tensor,
+        is_first: Tensor,
+        prev_hidden: Tensor,
+        prev_cells: Tensor,
+        prev_resting: Tensor,
+        *kept: Tensor,
+    ) -> tuple[Tensor, ...]:
+        before = StemState(prev_hidden, kept[::2], kept[1::2], prev_cells, prev_resting)
+        scores, now = reuse_step(self.model, pixels, cell_idx.long(), is_first, before)
+        assert scores is not None
+        assert now.cells_1CD is not None
+        assert now.resting_1C is not None
+        return (now.hidden_1ND, now.cells_1CD, scores, now.resting_1C, *_in_turn(now))
+
+
+class ChangeReuseGraph(nn.Module):
+    """That of a model that is scored by change."""
+
+    def __init__(self, model: VideoLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        pixels: Tensor,
+        cell_idx: Tensor,
+        prev_hidden: Tensor,
+        prev_scored: Tensor,
+        *kept: Tensor,
+    ) -> tuple[Tensor, ...]:
+        before = StemState(prev_hidden, kept[::2], kept[1::2], scored_1ND=prev_scored)
+        never = cell_idx[:1] < 0  # only a learned scorer asks whether a clip begins
+        _, now = reuse_step(self.model, pixels, cell_idx.long(), never, before)
+        assert now.scored_1ND is not None
+        return (now.hidden_1ND, now.scored_1ND, *_in_turn(now))
+
+
+def _in_turn(state: StemState) -> tuple[Tensor, ...]:
+    """Keys and values of each block."""
+    pairs = zip(state.keys, state.values, strict=True)
+    return tuple(tensor for pair in pairs for tensor in pair)
 
 
 class VitTrunkGraph(nn.Module):
@@ -123,6 +177,8 @@ def graph_module(
         if model.cfg.change is not None:
             return ChangeStemGraph(model).eval()
         return (EmbedGraph(model) if model.scorer is None else VitStemGraph(model)).eval()
+    if name == VIT_STEM_REUSE:
+        return (ReuseGraph(model) if model.cfg.change is None else ChangeReuseGraph(model)).eval()
     if name == "vit_trunk":
         return VitTrunkGraph(model).eval()
     if name == IMAGE_ENCODER:

@@ -27,7 +27,7 @@ from edge_vlm.model.published.mapping import shapes
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.model.vit import cell_patch_table
 from edge_vlm.pixels.stills import ImageConfig
-from edge_vlm.text.prompt import PLAIN, PromptStyle, has_image_tokens
+from edge_vlm.text.prompt import PLAIN, PromptFormat, PromptStyle, has_image_tokens
 from edge_vlm.text.tokenizer import Tokenizer
 
 SMALL_PARAMETERS = 1 << 16
@@ -183,6 +183,24 @@ def _norm_weights(cfg: ModelConfig) -> set[str]:
         for name, module in model.named_modules()
         if "norm" in name.rpartition(".")[2]
     }
+
+
+def prompt_of(source: WeightSource) -> PromptFormat:
+    """Raises ConfigError if the tokenizer is that of another model."""
+    language = source.cfg.language
+    try:
+        prompt = PromptFormat(Tokenizer.from_file(source.tokenizer), source.style)
+    except KeyError as error:
+        raise ConfigError(str(error.args[0]), where=source.tokenizer) from error
+    last_written = max(prompt.bos_id, *prompt.eos_ids)
+    if prompt.patch_id >= language.vocab or last_written >= language.base_vocab:
+        raise ConfigError(
+            f"the tokenizer has ids up to {max(prompt.patch_id, last_written)}, the model "
+            f"{language.vocab} words",
+            where=source.tokenizer,
+            remedy="name the tokenizer.json that belongs to the weights",
+        )
+    return prompt
 
 
 def streamed_model(source: WeightSource) -> VideoLM:

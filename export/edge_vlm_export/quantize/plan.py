@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 import onnx_ir as ir
 
 from edge_vlm.errors import BundleSchemaError
-from edge_vlm.export_errors import RangeFp16
-from edge_vlm.formats.bundle import IMAGE_ENCODER
+from edge_vlm.errors.export import RangeFp16
+from edge_vlm.formats.bundle import IMAGE_ENCODER, VIT_STEM_REUSE
 from edge_vlm.formats.calibrated.precision import KEPT, ProductPlan
 from edge_vlm.formats.calibration import FP16_LIMIT
 from edge_vlm.formats.graph_spec import GraphSpec
@@ -34,6 +34,7 @@ MOVEMENT = frozenset(
         "Flatten",
         "Gather",
         "GatherND",
+        "ScatterND",
         "Slice",
         "Split",
         "Concat",
@@ -173,7 +174,7 @@ def _half_or_single(
         return "float32", "rotary positions"
     if node.op_type == "Add" and any(user.op_type == "Softmax" for user in node.successors()):
         return "float32", "attention scores"
-    if spec.name in ("vit_stem", IMAGE_ENCODER) and (
+    if spec.name in ("vit_stem", VIT_STEM_REUSE, IMAGE_ENCODER) and (
         module in OUTSIDE or module.startswith("scorer")
     ):
         return "float32", "patch embedding and scorer"

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from edge_vlm.export_errors import ExportError, NoSpaceLeft, Specialised
+from edge_vlm.errors.export import ExportError, NoSpaceLeft, Specialised
 from edge_vlm.formats.graph_spec import GraphSpec, TensorSpec
 from edge_vlm.formats.precision import Variant
 from edge_vlm_export.trace.trace import IR_VERSION, OPSET

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from edge_vlm.export_errors import RangeFp16
+from edge_vlm.errors.export import RangeFp16
 from edge_vlm_export.trace.trace import lazy
 
 Read = Callable[[], np.ndarray]

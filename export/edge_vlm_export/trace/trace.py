@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import edge_vlm
 from edge_vlm.config import ModelConfig
-from edge_vlm.export_errors import ExportError, Specialised
+from edge_vlm.errors.export import ExportError, Specialised
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.model.vit import cell_patch_table
@@ -36,7 +36,7 @@ IR_VERSION = 10
 
 # Sizes seen while tracing: different from each other and never 0 or 1, which torch.export would
 # take for constants.
-TRACE_SIZES = {"F": 3, "G": 11, "I": 5, "T": 17, "s": 7, "p": 13, "n": 2, "C": 29}
+TRACE_SIZES = {"F": 3, "G": 11, "M": 6, "I": 5, "T": 17, "s": 7, "p": 13, "n": 2, "C": 29}
 _DTYPES = {"float32": torch.float32, "int32": torch.int32, "bool": torch.bool}
 
 GetWeight = Callable[[str], Tensor]
@@ -75,8 +75,8 @@ def trace(module: nn.Module, spec: GraphSpec, weight: GetWeight) -> ir.Model:
         {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(t.shape) if isinstance(axis, str)}
         for t in spec.inputs
     ]
-    # The llm takes its past as *args, which torch.export wants as one nested entry.
-    named = len([t for t in spec.inputs if not t.name.startswith("past_")])
+    # What is kept of each block is taken as *args, which torch.export wants as one nested entry.
+    named = len([t for t in spec.inputs if not t.name.startswith(("past_", "kept_"))])
     dynamic_shapes = (*free[:named], tuple(free[named:])) if free[named:] else tuple(free)
     try:
         model = _capture(module, spec, args, dynamic_shapes)

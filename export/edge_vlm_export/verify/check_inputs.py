@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_vlm.config import ModelConfig
+from edge_vlm.formats.bundle import VIT_STEM_REUSE
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import Precision
-from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pixels.patches import cell_table, to_pixel_values
 from edge_vlm.pixels.stills import PADDING
 from edge_vlm.text.masks import CAUSAL, block_bias, block_rule
 from edge_vlm.text.rope import rope_table
@@ -27,7 +28,7 @@ from edge_vlm_export.verify.pipeline import Arrays, Clip, Pipeline, RunGraph
 if TYPE_CHECKING:
     from edge_vlm.model.video_lm import VideoLM
 
-REFERENCE_SIZES = {"F": 2, "G": 6, "I": 2, "T": 8, "s": 5, "p": 9, "n": 1, "C": 24}
+REFERENCE_SIZES = {"F": 2, "G": 6, "M": 4, "I": 2, "T": 8, "s": 5, "p": 9, "n": 1, "C": 24}
 """Sizes of the reference tensors that travel in the bundle."""
 LARGEST_CHECK = {"s": 1024, "p": 8192, "n": 16}
 """Torch has all scores at once, and 1024 rows of 152,000 logits are 5 GB to compare; more of either
@@ -103,9 +104,14 @@ def sample_inputs(
             arrays[tensor.name] = rng.uniform(-1, 1, shape)
             if real.clip is not None:
                 frames = [to_pixel_values(picture, cfg.vision) for picture in real.clip.pictures]
-                arrays[tensor.name] = _cycled(np.stack(frames), shape[0])
-        elif tensor.name == "hidden" and real.hidden is not None:
+                rows = np.stack(frames)
+                if spec.name == VIT_STEM_REUSE:
+                    rows = rows[:, cell_table(cfg.vision.cell_grid)].reshape(-1, *shape[1:])
+                arrays[tensor.name] = _cycled(rows, shape[0])
+        elif tensor.name in ("hidden", "prev_hidden") and real.hidden is not None:
             arrays[tensor.name] = _cycled(real.hidden, shape[0])
+        elif tensor.name == "prev_resting":  # scores
+            arrays[tensor.name] = rng.uniform(0, 1, shape)
         elif tensor.name == "inputs_embeds" and real.language is not None:
             arrays[tensor.name] = _cycled(real.language.embeds, shape[0], sizes["p"])
         elif tensor.name.startswith("past_") and real.language is not None:
@@ -115,8 +121,10 @@ def sample_inputs(
             arrays[tensor.name] = rng.standard_normal(shape, np.float32)
     names = {tensor.name for tensor in spec.inputs}
     if "is_first" in names:
-        arrays["is_first"] = np.arange(sizes["F"]) % 3 == 1
-    if "cell_idx" in names:
+        arrays["is_first"] = np.arange(sizes.get("F", 1)) % 3 == 1
+    if "M" in sizes:
+        arrays["cell_idx"] = np.sort(rng.permutation(cfg.vision.num_cells)[: sizes["M"]])
+    elif "cell_idx" in names:
         num_cells = cfg.vision.num_cells
         cells = np.sort(rng.permutation(sizes["F"] * num_cells)[: sizes["G"]])
         arrays["cell_idx"], arrays["frame_id"] = cells, cells // num_cells

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_vlm.console.tables import columns
 from edge_vlm.errors import NonFinite
-from edge_vlm.export_errors import ParityError
+from edge_vlm.errors.export import ParityError
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import Precision
 from edge_vlm_export.verify.pipeline import Arrays

@@ -65,10 +65,15 @@ def compare_pipelines(
     streamed = pipeline.stream(clip)
     whole = pipeline.whole(clip)
     exact = precision == FP32
-    return [
+    compared = [
         compare_results(f"clip against {against}", streamed, expected, exact),
         compare_results("frame by frame against the whole clip", streamed, whole, exact),
     ]
+    if pipeline.reuses:
+        anew = pipeline.stream(clip, anew=True)
+        what = "every cell as a changed one against the plain stem"
+        compared.append(compare_results(what, anew, streamed, exact))
+    return compared
 
 
 def compare_results(
@@ -116,3 +121,12 @@ def reference_arrays(clip: Clip, keep_ratio: float, result: PipelineResult) -> A
 
 def read_clip(arrays: Mapping[str, np.ndarray]) -> Clip:
     return Clip(pictures=list(arrays["pictures"]), fps=float(arrays["fps"]))
+
+
+REFERENCE_PIXELS = 400
+"""Longer side of the pictures that travel in a bundle."""
+
+
+def reduced(picture: np.ndarray) -> np.ndarray:
+    step = -(-max(picture.shape[:2]) // REFERENCE_PIXELS)
+    return np.ascontiguousarray(picture[::step, ::step])

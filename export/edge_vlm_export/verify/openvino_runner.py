@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge_vlm.errors import ConfigError, MissingExtraError
-from edge_vlm.export_errors import ExportError
+from edge_vlm.errors.export import ExportError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import KVLayout

@@ -6,16 +6,18 @@ ONNX Runtime are driven by the same code, so that what differs between two resul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from edge_vlm.config import ModelConfig, VisionAttention
+from edge_vlm.config import CELL, ModelConfig, VisionAttention
 from edge_vlm.errors import NonFinite
+from edge_vlm.formats.bundle import VIT_STEM_REUSE
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import KVLayout
-from edge_vlm.pixels.patches import to_pixel_values
+from edge_vlm.pixels.patches import cell_table, to_pixel_values
 from edge_vlm.pruning.change import LastKept
 from edge_vlm.pruning.policies import KeepPolicy, make_policy
 from edge_vlm.text.masks import CAUSAL, block_bias, block_rule
@@ -87,20 +89,30 @@ class Pipeline:
         self._run, self._cfg, self._specs, self._prompt = run, cfg, specs, prompt
         self._embed, self._layout, self._keep_ratio = embed, layout, keep_ratio
 
-    def stream(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> PipelineResult:
-        """Frame by frame; with `FRAME` attention the language model too takes one at a time."""
+    def stream(
+        self, clip: Clip, num_tokens: int = NUM_TOKENS, *, anew: bool = False
+    ) -> PipelineResult:
+        """Frame by frame; with `FRAME` attention the language model too takes one at a time.
+
+        `anew`: through the graph that computes changed cells, as if all of them had changed.
+        """
         vision, policy = self._cfg.vision, self._policy()
         prev = np.zeros((1, vision.num_cells, vision.width), np.float32)
         kept, features, last_kept = [], [], LastKept(vision.num_cells)
         for i, picture in enumerate(clip.pictures):
             pixels = to_pixel_values(picture, vision)[None]
-            hidden, cells, scores = self._stem(pixels, prev, first=i == 0)
+            hidden, cells, scores = self._stem(pixels, prev, first=i == 0, anew=anew)
             prev = cells[-1:]
             kept.append(self._choose(policy, last_kept, cells[0], scores[0], picture, i == 0))
             features.append(self._trunk(hidden, kept[-1:]))
         at_once = self._cfg.attention is VisionAttention.ALL
         logits, past = self._read(clip, kept, features, at_once)
         return self._answer(kept, features, logits, past, num_tokens)
+
+    @property
+    def reuses(self) -> bool:
+        """There is a graph that computes changed cells."""
+        return VIT_STEM_REUSE in self._specs
 
     def whole(self, clip: Clip, num_tokens: int = NUM_TOKENS) -> PipelineResult:
         """As many frames per vision call as it takes, and the language model takes all of them in
@@ -147,13 +159,17 @@ class Pipeline:
         return cells
 
     def _stem(
-        self, pixels: np.ndarray, prev: np.ndarray, first: bool
+        self, pixels: np.ndarray, prev: np.ndarray, first: bool, *, anew: bool = False
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         inputs = {"pixels": pixels}
         if self._cfg.scorer is not None:
             inputs["prev_cells"] = prev
             inputs["is_first"] = np.arange(len(pixels)) == (0 if first else -1)
-        out = self._checked("vit_stem", inputs)
+        if anew:
+            whole = whole_frame(self._specs[VIT_STEM_REUSE], inputs)
+            out = self._checked(VIT_STEM_REUSE, whole)
+        else:
+            out = self._checked("vit_stem", inputs)
         if self._cfg.change is not None:
             return out["hidden"], out["scored"], np.ones(self._cells_of(pixels), np.float32)
         if self._cfg.scorer is None:
@@ -260,6 +276,20 @@ class Pipeline:
             if not np.isfinite(array).all():
                 raise NonFinite(f"{tensor.name} is not finite on the clip", where=name)
         return out
+
+
+def whole_frame(spec: GraphSpec, stem_inputs: Arrays) -> Arrays:
+    """What the graph of changed cells is given where every cell of the stem's first frame has
+    changed and nothing was kept."""
+    pixels_NP = stem_inputs["pixels"][0]
+    num_cells = len(pixels_NP) // CELL**2
+    inputs = {tensor.name: spec.zeros(tensor, {"M": num_cells}) for tensor in spec.inputs}
+    inputs["pixels"] = pixels_NP[cell_table(math.isqrt(num_cells))]
+    inputs["cell_idx"] = np.arange(num_cells, dtype=np.int32)
+    for name in ("prev_cells", "is_first"):
+        if name in inputs:
+            inputs[name] = stem_inputs[name][:1]
+    return inputs
 
 
 class Past:

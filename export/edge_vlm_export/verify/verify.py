@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.errors import CheckpointError
-from edge_vlm.export_errors import ParityError
+from edge_vlm.errors.export import ParityError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32

@@ -8,7 +8,7 @@ import logging
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from urllib.parse import unquote, urlsplit
 
 from edge_vlm.errors import ConfigError, MissingExtraError
@@ -32,6 +32,8 @@ UNSUPPORTED_VERSION = 132
 ANSWER_TIMEOUT_S = 30.0
 """A broker that leaves a connection or a message unacknowledged for this long is connected anew."""
 CLOSE_TIMEOUT_S = 1.0
+CLOSED = (OSError, ValueError, RuntimeError)
+"""Of adding a descriptor to an event loop: closed, not one, or another connection's by now."""
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 UNREACHABLE = "the broker cannot be reached"
 UNANSWERED = "it ended the connection without an answer; for a port with TLS write mqtts://"
@@ -79,6 +81,26 @@ class MqttAddress:
         )
 
 
+class _Loop:
+    """The event loop, for the library: it connects on another thread and names a socket to the loop
+    some time before that looks at it. One that a broker's end has closed in between is left out;
+    the connection's own end tells of it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def add_reader(self, descriptor: int, callback: Callable[[], None]) -> None:
+        with contextlib.suppress(*CLOSED):
+            self._loop.add_reader(descriptor, callback)
+
+    def add_writer(self, descriptor: int, callback: Callable[[], None]) -> None:
+        with contextlib.suppress(*CLOSED):
+            self._loop.add_writer(descriptor, callback)
+
+
 class Connection(aiomqtt.Client):
     """Also hears what the library drops: the limit in the broker's welcome, refusals in its
     acknowledgements, and a connection that ends while something waits for it."""
@@ -86,6 +108,10 @@ class Connection(aiomqtt.Client):
     max_packet_bytes: int | None = None
     failure: str | None = None
     """Why the message under way, or the connection, failed."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._loop = cast(asyncio.AbstractEventLoop, _Loop(self._loop))
 
     def _on_connect(
         self,

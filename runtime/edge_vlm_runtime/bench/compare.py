@@ -14,7 +14,7 @@ from edge_vlm_runtime.bench.record import read_record
 from edge_vlm_runtime.bench.report import figure
 
 Record = Mapping[str, Any]
-SAME_WORKLOAD = ("keep_ratios", "contexts", "rates", "source", "picture", "answer_tokens")
+SAME_WORKLOAD = ("keep_ratios", "contexts", "rates", "source", "picture", "answer_tokens", "reuse")
 """What both have to have alike; how often each was repeated does not matter."""
 
 

@@ -174,6 +174,7 @@ def stream(record: Record) -> list[str]:
     rows: list[Sequence[str]] = [
         (
             *("frames/s in", "sent", "processed", "duplicates", "dropped", "cells kept"),
+            "recomputed",
             *("lag p50 / p90 / p99 ms", "most", "frames/s done"),
         )
     ]
@@ -187,7 +188,10 @@ def stream(record: Record) -> list[str]:
                 str(point["processed"]),
                 str(point["dropped"].get("duplicate", 0)),
                 ", ".join(f"{count} {why}" for why, count in dropped.items()) or "0",
-                NONE if point["kept_share"] is None else f"{point['kept_share']:.0%}",
+                *(
+                    NONE if point.get(share) is None else f"{point[share]:.0%}"
+                    for share in ("kept_share", "recomputed_share")
+                ),
                 spread_of(lag),
                 figure(lag["max"]) if lag else NONE,
                 figure(point["processed_per_s"]),

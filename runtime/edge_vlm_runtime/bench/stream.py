@@ -50,6 +50,7 @@ class Outcomes:
         self.stages_ms: list[tuple[int, dict[str, float]]] = []
         """Cells kept and milliseconds by stage, of each picture."""
         self.cells_seen = self.cells_kept = self.processed = self.later = self.kv_tokens = 0
+        self.shares_recomputed: list[float] = []
         self.dropped: Counter[str] = Counter()
         self.answers: list[protocol.ResponseDone] = []
         self.failures = 0
@@ -75,6 +76,7 @@ class Outcomes:
         self.processed += 1
         self.cells_seen += event.cells_seen
         self.cells_kept += event.cells_kept
+        self.shares_recomputed.append(event.share_recomputed)
         self.kv_tokens = max(self.kv_tokens, event.kv_tokens)
         self.stages_ms.append((event.cells_kept, event.stage_ms))
         self.done_ns = now_ns
@@ -120,9 +122,12 @@ class StreamBench:
         self._ask()
 
     def _settings(self, rate: float) -> Settings:
+        settings: Settings = {"delivery": DropPolicy.LIVE, "fps_cap": FAST}
         if rate == MAX:
-            return {"delivery": DropPolicy.WAIT, "drop_duplicates": False}
-        return {"delivery": DropPolicy.LIVE, "fps_cap": FAST}
+            settings = {"delivery": DropPolicy.WAIT, "drop_duplicates": False}
+        if self._workload.reuse:
+            settings["reuse"] = self._workload.reuse
+        return settings
 
     def _stream(self, rate: float) -> None:
         outcomes = Outcomes()
@@ -184,6 +189,9 @@ def _point(rate: float, outcomes: Outcomes, seconds: float, sent: int) -> dict[s
         "without_outcome": len(outcomes.due_ns),
         "in_memory_later": outcomes.later,
         "kept_share": round(outcomes.cells_kept / seen, 3) if seen else None,
+        "recomputed_share": round(fmean(outcomes.shares_recomputed), 3)
+        if outcomes.shares_recomputed
+        else None,
         "kv_tokens": outcomes.kv_tokens,
         "processed_per_s": round(outcomes.processed / seconds, 2) if seconds > 0 else None,
         "lag_ms": outcomes.lag_ms.summary(),

@@ -50,6 +50,8 @@ class Workload:
     stream_s: float = 5.0
     """Of each rate."""
     answer_tokens: int = 32
+    reuse: float = 0.0
+    """Of the streams' sessions; a session's own where that is 0."""
     picture: tuple[int, int] = (640, 480)
     """Width and height of made-up pictures, in pixels."""
 
@@ -70,6 +72,8 @@ class Workload:
         for name in ("point_s", "stream_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)}: must be positive")
+        if not 0.0 <= self.reuse <= 255.0:
+            raise ValueError(f"reuse {self.reuse}: must lie in 0..255")
         if self.warmups < 0:
             raise ValueError(f"warmups {self.warmups}: must not be negative")
 
@@ -109,6 +113,7 @@ class Workload:
             "stream_s": self.stream_s,
             "answer_tokens": self.answer_tokens,
             "frame_context": self.frame_context,
+            **({"reuse": self.reuse} if self.reuse else {}),
         }
 
 

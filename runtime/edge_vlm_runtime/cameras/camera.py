@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
-from edge_vlm.errors import EdgeVlmError
+from edge_vlm.errors import ConfigError, EdgeVlmError, VideoUnreadable
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.cameras.config import AlertConfig, CameraConfig
@@ -69,10 +69,19 @@ class CameraSetup:
     recorder: Recorder | None
 
     def settings_of(self, config: CameraConfig) -> SessionSettings:
-        """Raises ConfigError."""
+        """Raises ConfigError, also for a street that is not rendered so fast."""
+        from edge_vlm_runtime.sources.street import is_street, require_rate
+
         rate = {} if config.fps is None else {"fps_cap": config.fps}
         fixed = {"delivery": DropPolicy.LIVE, "raw_frames": False}
-        return self.settings.changed({**config.settings, **rate, **fixed})
+        settings = self.settings.changed({**config.settings, **rate, **fixed})
+        try:
+            if is_street(config.source):
+                require_rate(config.source, settings.fps_cap)
+        except VideoUnreadable as error:
+            where = f"camera {config.name!r}"
+            raise ConfigError(error.what, where=where, remedy=error.remedy) from error
+        return settings
 
 
 class Camera:

@@ -101,6 +101,7 @@ def read_plan(table: Mapping[str, Any], file: Path) -> CameraPlan:
         camera = _camera(each, place, file.absolute().parent)
         if any(other.name == camera.name for other in cameras):
             raise ConfigError(f"there are two cameras called {camera.name!r}", where=place)
+        _require_own_street(camera, cameras, place)
         cameras.append(camera)
     names = [camera.name for camera in cameras]
     alerts: list[AlertConfig] = []
@@ -146,21 +147,37 @@ def _camera(table: Mapping[str, Any], place: str, beside: Path) -> CameraConfig:
         raise ConfigError(f"record must be true, false or a folder, got {record!r}", where=place)
     return CameraConfig(
         name=name,
-        source=_resolved(source, place, beside),
+        source=_resolved(source, fps, place, beside),
         fps=fps,
         record=record,
         settings=settings,
     )
 
 
-def _resolved(source: str, place: str, beside: Path) -> str:
+def _require_own_street(camera: CameraConfig, others: Collection[CameraConfig], place: str) -> None:
+    """Raises ConfigError where another camera would show the very same pictures."""
+    from edge_vlm_runtime.sources.street import is_street, seed_of
+
+    if not is_street(camera.source):
+        return
+    seed = seed_of(camera.source)
+    for other in others:
+        if is_street(other.source) and seed_of(other.source) == seed:
+            raise ConfigError(
+                f"camera {other.name!r} shows the demo street {seed} already",
+                where=place,
+                remedy=f'another seed, such as source = "demo:{(seed + 1) % 1000}"',
+            )
+
+
+def _resolved(source: str, fps: float | None, place: str, beside: Path) -> str:
     """A relative path is meant from the file's folder."""
     from edge_vlm_runtime.sources.open import STANDARD_INPUT, is_path, require_source
 
     if source == STANDARD_INPUT:
         raise ConfigError("a server's camera is not its standard input", where=place)
     try:
-        require_source(source)
+        require_source(source, fps)
     except VideoError as error:
         what = f"source {error.where!r}: {error.what}"
         raise ConfigError(what, where=place, remedy=error.remedy) from error

@@ -173,6 +173,8 @@ async def _ask_session(args: argparse.Namespace, url: str) -> int:
         write(summary_fields(outcome))
         return finish(outcome)
     chosen = ", chosen over the whole clip" if client.settings.policy == CLIP else ""
+    if client.settings.reuse and outcome.cells_seen:
+        chosen += f", {client.frames.cells_recomputed / outcome.cells_seen:.0%} recomputed"
     for answer in answers:
         if seen := looked_at_text(answer, client.video):
             print(seen, file=sys.stderr)

@@ -64,6 +64,8 @@ class BenchArguments:
     """A point takes no more samples in a turn after so long."""
     stream_s: Annotated[float, About(option="stream_seconds", metavar="SECONDS")] = 5.0
     """How long each rate is streamed."""
+    reuse: Annotated[float, About(metavar="LEVELS")] = 0.0
+    """The setting of the sessions that are streamed to; frames alone are computed whole."""
 
     def __post_init__(self) -> None:
         self.workload()
@@ -87,6 +89,7 @@ class BenchArguments:
             warmups=self.warmups,
             point_s=self.point_s,
             stream_s=self.stream_s,
+            reuse=self.reuse,
             **asked,
         )
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import functools
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
@@ -58,7 +59,8 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         metavar="SOURCE",
         help="a video file, - for standard input, webcam, webcam:1, /dev/..., rtsp://..., "
-        "http://... and other addresses, csi or gst:PIPELINE",
+        "http://... and other addresses, csi, gst:PIPELINE, or demo, demo:7: an endless rendered "
+        "street",
     )
     add_stream_argument(parser, "instead of a source: a camera of the server's own, by its name")
     parser.add_argument(
@@ -153,7 +155,7 @@ async def _watch_session(
         open_it = functools.partial(open_source, hwaccel=args.hwaccel)
         source = await open_for(open_it, args.source, args.fps, client)
         await client.update({"delivery": "wait"})
-        print_notes(client.notes)
+        print_notes([*client.notes, *_unused_of(args.calibration)])
         grid = client.created.model.limits.cell_grid
         title = f"{mask_credentials(args.source)} on {client.created.model.bundle}"
         with JsonLines() if args.json else make_view(grid, title) as view:
@@ -179,6 +181,22 @@ async def _watch_session(
         print(alert_summary(status))
     print(summary_line(outcome))
     return finish(outcome)
+
+
+def _unused_of(calibration: Path | None) -> list[str]:
+    """What a file's session makes no use of."""
+    from edge_vlm.formats.calibrated import ChangeSection
+    from edge_vlm.formats.calibration import Calibration
+
+    if calibration is None:
+        return []
+    change = Calibration.read(calibration).find(ChangeSection, calibration)
+    if change is None or not change.settings:
+        return []
+    return [
+        "every picture of a file is taken: the calibrated duplicate_threshold is for live sources, "
+        "which cost less than this"
+    ]
 
 
 watch = configured(

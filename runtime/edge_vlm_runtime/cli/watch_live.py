@@ -8,6 +8,7 @@ import asyncio
 import functools
 from typing import TYPE_CHECKING, cast
 
+from edge_vlm.errors import EdgeVlmError
 from edge_vlm.waiting import within
 from edge_vlm_runtime.cli.common.alerts import (
     alert_handlers,
@@ -38,12 +39,15 @@ async def watch_live(args: argparse.Namespace, url: str, outputs: AlertDispatche
     from edge_vlm_runtime.client.run import Outcome, parse_question
     from edge_vlm_runtime.client.terminal import summary_line
     from edge_vlm_runtime.sources.masking import mask_credentials
+    from edge_vlm_runtime.sources.open import require_source
 
     questions = [parse_question(text, args.every) for text in args.ask]
     questions += [parse_question(text, args.every, "snapshot") for text in args.snapshot_ask]
     outcome = Outcome()
     alerts: list[AlertStatus] = []
     connect = functools.partial(_connect, args, url)
+    if args.stream is None:
+        require_source(args.source, args.fps)
     first = await connect()
     what = f"stream {args.stream}" if args.stream is not None else mask_credentials(args.source)
     title = f"{what} on {first.created.model.bundle}"
@@ -81,7 +85,11 @@ async def watch_live(args: argparse.Namespace, url: str, outputs: AlertDispatche
                     await client.delete_alert(status.alert_id)
 
         own_alerts: list[AlertStatus] = []
-        source = None if args.stream is not None else _source(args, first, view.say)
+        try:
+            source = None if args.stream is not None else _source(args, first, view.say)
+        except EdgeVlmError:
+            await first.close()
+            raise
         run = LiveRun(
             source,
             connect,
@@ -120,12 +128,14 @@ async def _connect(args: argparse.Namespace, url: str) -> Client:
 
 
 def _source(args: argparse.Namespace, client: Client, say: object) -> WaitingSource:
-    """Opened on the thread that reads it, as soon as it is there."""
-    from edge_vlm_runtime.sources.open import open_source
+    """Opened on the thread that reads it, as soon as it is there. Raises VideoUnreadable for what
+    never will be."""
+    from edge_vlm_runtime.sources.open import open_source, require_source
     from edge_vlm_runtime.sources.waiting import WaitingSource
 
     loop = asyncio.get_running_loop()
     fps = args.fps or client.created.settings.fps_cap
+    require_source(args.source, fps)
     return WaitingSource(
         args.source,
         functools.partial(open_source, args.source, fps, hwaccel=args.hwaccel),

@@ -25,6 +25,8 @@ class FrameCounts:
     """By reason."""
     cells_seen: int = 0
     cells_kept: int = 0
+    cells_recomputed: float = 0.0
+    """Those that were computed in front of the scorer; all that were seen, without `reuse`."""
 
     def add(
         self, event: protocol.FrameAccepted | protocol.FrameDropped | protocol.ClipChosen
@@ -35,6 +37,7 @@ class FrameCounts:
             self.processed += 1
             self.cells_seen += event.cells_seen
             self.cells_kept += event.cells_kept
+            self.cells_recomputed += event.share_recomputed * event.cells_seen
         else:
             count(self.dropped, event.reason)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from edge_vlm.errors import ProtocolError, shortened, visible
+from edge_vlm.errors import ProtocolError
+from edge_vlm.errors.words import shortened, visible
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertTriggered
 from edge_vlm_runtime.protocol.base import Part, ServerEvent, UnknownEvent

@@ -23,7 +23,7 @@ from edge_vlm.errors import (
     UnknownStream,
     VideoError,
 )
-from edge_vlm.pixels.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
+from edge_vlm.pixels.film.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Answer, AnswerStream, Client

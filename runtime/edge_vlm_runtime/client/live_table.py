@@ -89,6 +89,7 @@ class LiveGauges:
             ("processed", self._processed(stats)),
             ("dropped", _counted(self._dropped) or "none"),
             ("cells kept", self._kept()),
+            ("recomputed", self._recomputed()),
             ("frame age", self._age()),
             ("TTFT", self._of_answer(lambda done: f"{(done.ttft_s or 0.0) * 1e3:.0f} ms")),
             ("tokens/s", self._of_answer(_speed)),
@@ -114,6 +115,11 @@ class LiveGauges:
         seen = sum(event.cells_seen for event in self._accepted)
         kept = sum(event.cells_kept for event in self._accepted)
         return f"{kept / seen:.0%} of the last {len(self._accepted)}" if seen else NOTHING
+
+    def _recomputed(self) -> str:
+        """Cells that the blocks in front of the scorer were computed for."""
+        shares = [event.share_recomputed for event in self._accepted]
+        return f"{sum(shares) / len(shares):.0%} of the cells" if shares else NOTHING
 
     def _age(self) -> str:
         """Of what the model knows: since the camera saw the newest frame, as long as there is no

@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from edge_vlm.errors import EdgeVlmError, NoFrameYet, VideoError
+from edge_vlm.pixels.film.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
 from edge_vlm.pixels.frames import Rgb, encode_jpeg, shrink_jpeg
-from edge_vlm.pixels.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime.client.client import Answer, AnswerStream, Client, Detail
 from edge_vlm_runtime.sources.container import Picture, Source

@@ -40,6 +40,8 @@ def frame_line(event: protocol.FrameAccepted, grid: int) -> str:
         f"frame {event.frame_sequence:>3}  t={event.time_s:.1f} s  "
         f"kept {event.cells_kept:>{len(str(event.cells_seen))}}/{event.cells_seen}"
     )
+    if event.share_recomputed < 1.0:
+        line += f"  recomputed {event.share_recomputed:>4.0%}"
     return f"{line}  {heat_row(event.kept_cells, grid)}" if grid <= 5 else line
 
 

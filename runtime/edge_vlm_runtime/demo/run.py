@@ -18,6 +18,7 @@ from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Answer, Client
 from edge_vlm_runtime.client.run import Outcome, PlannedQuestion, stream
 from edge_vlm_runtime.client.terminal import LineOutput, answer_times, frame_line, summary_line
+from edge_vlm_runtime.demo.street import SOURCE, watch_street
 from edge_vlm_runtime.engines.names import Backend, backend_options
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.sources.video_file import FileSource
@@ -143,8 +144,15 @@ def run_demo(args: argparse.Namespace) -> int:
         outcome, view = asyncio.run(_stream_clip(server.url, clip))
         print(f"\n{summary_line(outcome)}; {view.right} of {len(clip.questions)} right")
         code = _verdict(outcome, view.problems)
+        if args.street:
+            print(f"\n{args.street:g} s of the street {SOURCE}, which has no end:\n", flush=True)
+            score = asyncio.run(watch_street(server.url, args.street))
+            print(f"street: {score.right} of {score.asked} right")
+        program = _this_program()
         print(
-            f"\nBrowser page: {server.page_url}  (or any time: {_this_program()} serve)", flush=True
+            f"\nBrowser page: {server.page_url}  (or any time: {program} serve)\n"
+            f"An endless street to ask about: its page, or {program} watch --source demo",
+            flush=True,
         )
         if args.exit or not (sys.stdin.isatty() and sys.stdout.isatty()):
             return code

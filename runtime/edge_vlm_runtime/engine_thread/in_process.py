@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from edge_vlm.errors import EdgeVlmError, InternalError, SessionError, SessionGone
-from edge_vlm.pixels.frames import raw_picture, require_rgb, samples_of
+from edge_vlm.pixels.frames import raw_frame, require_rgb
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.protocol import alerts as messages
@@ -137,7 +137,7 @@ class InProcessSession:
             data, encoding = picture, Encoding.JPEG
         else:
             require_rgb(picture)
-            data = raw_picture(samples_of(picture), picture.shape[1], picture.shape[0])
+            data = raw_frame(picture)
             encoding = Encoding.RAW
         now_ns = self._clock_ns()
         sequence = next(self._sequences)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_vlm import errors, export_errors
-from edge_vlm.errors import ConfigError, EngineStale, OutOfDeviceMemory, TrtBuildFailed
-from edge_vlm.export_errors import NoSpaceLeft
+from edge_vlm import errors
+from edge_vlm.errors import ConfigError, EngineStale, OutOfDeviceMemory, TrtBuildFailed, export
+from edge_vlm.errors.export import NoSpaceLeft
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_runtime.engines.cuda import Cuda
 from edge_vlm_runtime.engines.store import EngineStore, Entry, Fingerprint, graph_bytes
@@ -221,7 +221,7 @@ def run_child(
             return dict(last["done"])
         if "error" in last:
             name = last["error"]
-            kind = getattr(errors, name, None) or getattr(export_errors, name)
+            kind = getattr(errors, name, None) or getattr(export, name)
             raise kind(last["what"], where=last["where"], remedy=last["remedy"])
         log.seek(0)
         tail = " | ".join(log.read().splitlines()[-LAST_LINES:]) or "it said nothing"

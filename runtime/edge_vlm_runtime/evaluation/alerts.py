@@ -9,16 +9,24 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from edge_vlm.console.tables import columns
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.intervals import Proportion
 from edge_vlm.formats.alert_set import Footage, LabelledAlert
+from edge_vlm.formats.calibrated import AlertsSection
+from edge_vlm.formats.calibration import Calibration
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.protocol.alerts import AlertCleared, AlertRule, AlertTriggered
 from edge_vlm_runtime.protocol.typed import Settings
+
+RuleOf = Callable[[str], Mapping[str, Any] | None]
+"""Fields of `alert.create` for a question; None: it is not asked."""
+CALIBRATED = "calibrated"
+"""In place of thresholds: each question's own, of a calibration."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Score:
     watched_s: float = 0.0
     """Footage, once for each question."""
     ages_s: list[float] = field(default_factory=list)
+    slack_s: float = 0.0
+    """How far outside its times an event may be noticed."""
 
     @property
     def false_per_hour(self) -> float:
@@ -64,15 +74,16 @@ class Score:
             during = [
                 number
                 for number, (begin_s, end_s) in enumerate(watch.events)
-                if begin_s <= episode.begin_s < end_s
+                if begin_s - self.slack_s <= episode.begin_s < end_s + self.slack_s
             ]
+            fresh = [number for number in during if number not in noticed]
             if not during:
                 self.false_alarms += 1
-            elif during[0] in noticed:
+            elif not fresh:
                 self.repeats += 1
             else:
-                begin_s, end_s = watch.events[during[0]]
-                noticed.add(during[0])
+                begin_s, end_s = watch.events[fresh[0]]
+                noticed.add(fresh[0])
                 self.delays_s.append(episode.begin_s - begin_s)
                 self.overhangs_s.append(episode.end_s - end_s)
         self.events.right += len(noticed)
@@ -111,18 +122,25 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 async def evaluate_alerts(
     url: str,
     footage: Iterable[Footage],
-    rules: Mapping[str, Mapping[str, Any]],
+    rules: Mapping[str, RuleOf],
     settings: Settings,
     on_footage: Callable[[int], None] | None = None,
+    slack_s: float = 0.0,
 ) -> dict[str, Score]:
-    """Streams all footage and scores each of `rules`: fields of `alert.create` by a name.
+    """Streams all footage and scores each of `rules`, by a name; a question that has no rule there
+    is not asked. `slack_s`: how far outside its times an event may be noticed.
 
     Raises what the client raises, and RuntimeError if a frame was not taken, because the times
     after it would not be those of the footage.
     """
-    scores = {name: Score() for name in rules}
+    scores = {name: Score(slack_s=slack_s) for name in rules}
     for number, part in enumerate(footage, start=1):
-        watches = [(name, watch) for name in rules for watch in part.watches]
+        watches = [
+            (name, watch)
+            for name, rule_of in rules.items()
+            for watch in part.watches
+            if rule_of(watch.question) is not None
+        ]
         while watches:
             async with await Client.connect(url, {**settings, "delivery": "wait"}) as client:
                 most = client.created.limits.max_alerts
@@ -139,12 +157,13 @@ async def _watch(
     client: Client,
     part: Footage,
     batch: Sequence[tuple[str, LabelledAlert]],
-    rules: Mapping[str, Mapping[str, Any]],
+    rules: Mapping[str, RuleOf],
 ) -> list[list[Episode]]:
     """The episodes of each alert of the batch."""
     names = []
     for name, watch in batch:
-        status = await client.create_alert(watch.question, evidence=False, **rules[name])
+        rule = rules[name](watch.question) or {}
+        status = await client.create_alert(watch.question, evidence=False, **rule)
         names.append(status.alert_id)
     begins: dict[tuple[str, int], AlertTriggered] = {}
     ends: dict[tuple[str, int], AlertCleared] = {}
@@ -187,8 +206,8 @@ def _length_s(part: Footage) -> float:
 
 
 def parse_rule(text: str) -> dict[str, Any]:
-    """`ON:OFF[:HOLD[:CLEAR_HOLD]]` as fields of `alert.create`. Raises ConfigError."""
-    names = ("on_threshold", "off_threshold", "hold_s", "clear_hold_s")
+    """`ON:OFF[:HOLD[:CLEAR_HOLD[:COOLDOWN]]]` as fields of `alert.create`. Raises ConfigError."""
+    names = ("on_threshold", "off_threshold", "hold_s", "clear_hold_s", "cooldown_s")
     try:
         values = [float(part) for part in text.split(":")]
         if not 2 <= len(values) <= len(names):
@@ -200,6 +219,18 @@ def parse_rule(text: str) -> dict[str, Any]:
     rule: dict[str, Any] = dict(zip(names, values, strict=False))
     AlertRule(question="?", **rule)  # raises if it makes no sense
     return rule
+
+
+def calibrated_rules(path: Path | None) -> dict[str, dict[str, Any]]:
+    """The rules of a calibration's section `alerts`, by their questions. Raises ConfigError."""
+    section = None if path is None else Calibration.read(path).find(AlertsSection, path)
+    if section is None:
+        raise ConfigError(
+            f"--at {CALIBRATED} takes the alerts of a calibration, and there are none",
+            where=path,
+            remedy="name with --calibration a file that `edge-vlm calibrate --marks` wrote",
+        )
+    return {alert.question: dict(alert.rule) for alert in section.alerts}
 
 
 HEAD = (

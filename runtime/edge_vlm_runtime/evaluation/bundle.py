@@ -15,10 +15,11 @@ from edge_vlm.evaluation.offline import Asked, Prefix, View, answer_clip, can_ru
 from edge_vlm.evaluation.runs import MAX_ANSWER_TOKENS, ClipAnswers, Run
 from edge_vlm.formats.bundle import MANIFEST, EngineBundle, sha256_of_file
 from edge_vlm.formats.qa_set import ClipQuestions
-from edge_vlm.pixels.frames import Rgb
+from edge_vlm.pixels.frames import Frame, Rgb
 from edge_vlm.pixels.patches import to_pixel_values
 from edge_vlm.pruning.change import frame_changes
 from edge_vlm.pruning.policies import Cells, Scores
+from edge_vlm.pruning.reuse import ReuseRule
 from edge_vlm_runtime.engines.base import Engine
 from edge_vlm_runtime.engines.names import Backend
 from edge_vlm_runtime.engines.open import open_graphs
@@ -26,6 +27,8 @@ from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from edge_vlm_runtime.inference.generate import generate
 from edge_vlm_runtime.inference.kv_arena import KVArena
 from edge_vlm_runtime.inference.sampling import Sampling
+from edge_vlm_runtime.protocol.settings import ModelLimits
+from edge_vlm_runtime.session.budget import require_reuse
 
 ROOM = 128
 """Cache rows left free behind a video for a question and its answer."""
@@ -34,7 +37,11 @@ ROOM = 128
 class OfflineBundle:
     """The graphs of a bundle; `edge_vlm.evaluation.offline.ClipModel`."""
 
-    def __init__(self, bundle: EngineBundle, graphs: Mapping[str, Engine]) -> None:
+    def __init__(
+        self, bundle: EngineBundle, graphs: Mapping[str, Engine], reuse: ReuseRule | None = None
+    ) -> None:
+        """`reuse`: by which clips are looked at; None: every cell is computed."""
+        self._reuse = reuse
         self._engines = LoadedBundle(bundle, dict(graphs))
         self._stem, self._trunk = graphs["vit_stem"], graphs["vit_trunk"]
         self.config = bundle.config
@@ -48,6 +55,8 @@ class OfflineBundle:
 
     def look(self, rgbs: Sequence[Rgb]) -> Scores:
         """Frame by frame scores of a clip that begins with the first picture, f32 [F, C]."""
+        if self._reuse is not None:
+            return self._look_at_changes(rgbs, self._reuse)
         vision, stem = self.config.vision, self._stem
         scores = np.ones((len(rgbs), vision.num_cells), np.float32)
         prev = np.zeros((1, vision.num_cells, vision.width), np.float32)
@@ -71,6 +80,20 @@ class OfflineBundle:
         if self.config.change is not None:
             return frame_changes(np.concatenate(self._scored))
         return scores
+
+    def _look_at_changes(self, rgbs: Sequence[Rgb], rule: ReuseRule) -> Scores:
+        vision = self._engines.vision
+        state = vision.new_state()
+        vision.set_reuse(state, rule)
+        scores = []
+        self._hidden, self._scored = [], []
+        for i, rgb in enumerate(rgbs):
+            seen = vision.look(Frame(rgb=rgb, pts_ns=i, seq=i), state)
+            scores.append(seen.scores)
+            self._hidden.append(seen.hidden)
+            if self.config.change is not None:
+                self._scored.append(vision.scored[None].copy())
+        return frame_changes(np.concatenate(self._scored)) if self._scored else np.stack(scores)
 
     def scored(self, frame: int) -> npt.NDArray[np.float32]:
         """[N, D] of a frame of the clip looked at last: what its change is scored by."""
@@ -135,15 +158,24 @@ def identity_of(folder: Path, backend: Backend) -> str:
 class BundleEvaluator:
     """`edge_vlm.evaluation.runs.Evaluator` over a bundle's graphs on the CPU."""
 
-    def __init__(self, folder: Path, threads: int, backend: Backend = Backend.ORT) -> None:
-        """Raises BundleError and its leaves, MissingExtraError, EngineError, ConfigError."""
+    def __init__(
+        self, folder: Path, threads: int, backend: Backend = Backend.ORT, reuse: float = 0.0
+    ) -> None:
+        """`reuse`: as of `TorchEvaluator`. Raises BundleError and its leaves, MissingExtraError,
+        EngineError, ConfigError."""
         bundle = EngineBundle.open(folder)
         self.name = folder.resolve().name
         self.attention = bundle.config.attention
         self.has_scores = bundle.config.has_scores
         self.identity = identity_of(folder, backend)
         self.frames = bundle.frames
-        self.model = OfflineBundle(bundle, open_graphs(bundle, backend, threads=threads).graphs)
+        rule = None
+        if reuse:
+            rule = ReuseRule(threshold=reuse)
+            self.identity += f", reuse {reuse:g}"
+            require_reuse(ModelLimits.from_bundle(bundle), reuse)
+        opened = open_graphs(bundle, backend, threads=threads).graphs
+        self.model = OfflineBundle(bundle, opened, rule)
 
     def can(self, run: Run) -> bool:
         return can_run(self.model.config, run)

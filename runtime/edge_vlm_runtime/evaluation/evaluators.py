@@ -25,7 +25,8 @@ def open_bundle(target: str | None, options: EvaluatorOptions) -> Iterator[Bundl
     Raises BundleError and its leaves, MissingExtraError, EngineError, ConfigError.
     """
     backend = host_backend(options.backend)
-    evaluator = BundleEvaluator(Path(target or DEMO_BUNDLE), options.threads, backend)
+    bundle = Path(target or DEMO_BUNDLE)
+    evaluator = BundleEvaluator(bundle, options.threads, backend, options.reuse)
     try:
         yield evaluator
     finally:
@@ -48,7 +49,8 @@ def open_served(target: str | None, options: EvaluatorOptions) -> Iterator[Serve
                     remedy="name a bundle, or leave it out",
                 )
             key = read_api_key(options.api_key_file)
-            evaluator = ServedEvaluator(target, Access(api_key=key, ca_file=options.tls_ca))
+            access = Access(api_key=key, ca_file=options.tls_ca)
+            evaluator = ServedEvaluator(target, access, reuse=options.reuse)
         else:
             bundle = Path(target or DEMO_BUNDLE)
             backend = host_backend(options.backend)
@@ -57,7 +59,7 @@ def open_served(target: str | None, options: EvaluatorOptions) -> Iterator[Serve
             )
             server.start()
             identity = identity_of(bundle, backend)
-            evaluator = ServedEvaluator(server.url, Access(), identity)
+            evaluator = ServedEvaluator(server.url, Access(), identity, options.reuse)
         stack.callback(evaluator.close)
         yield evaluator
 

@@ -59,10 +59,14 @@ def settings_of(run: Run, clip: ClipQuestions) -> Settings:
 
 
 async def ask_clip(
-    url: str, clip: ClipQuestions, run: Run, access: Access | None = None
+    url: str,
+    clip: ClipQuestions,
+    run: Run,
+    access: Access | None = None,
+    reuse: float = 0.0,
 ) -> ClipAnswers:
     """One session: all pictures, and every question at its moment. Of a quiet time most pictures
-    are dropped as duplicates, as of any stream.
+    are dropped as duplicates, as of any stream. `reuse`: the session's, 0: the server's.
 
     Raises what the client raises, SessionError for a frame that the server did not take and
     ConfigError for a clip that the session does not hold, because the answers behind it would be
@@ -70,6 +74,8 @@ async def ask_clip(
     """
     memory = _Memory(clip, run)
     settings = settings_of(run, clip)
+    if reuse:
+        settings["reuse"] = reuse
     async with await Client.connect(url, settings, on_event=memory.note, access=access) as client:
         texts = [""] * len(clip.questions)
         repeats: Counter[str] = Counter()
@@ -134,12 +140,14 @@ class _Memory:
 class ServedEvaluator:
     """`edge_vlm.evaluation.runs.Evaluator` over a server."""
 
-    def __init__(self, url: str, access: Access, identity: str | None = None) -> None:
-        """`identity`: of the bundle, where it is known.
+    def __init__(
+        self, url: str, access: Access, identity: str | None = None, reuse: float = 0.0
+    ) -> None:
+        """`identity`: of the bundle, where it is known. `reuse`: of its sessions.
 
         Raises ServerUnreachable and its leaves, ProtocolError.
         """
-        self._url, self._access = url, access
+        self._url, self._access, self._reuse = url, access, reuse
         self._loop = asyncio.new_event_loop()
         try:
             model, version = self._loop.run_until_complete(self._greet())
@@ -155,6 +163,8 @@ class ServedEvaluator:
         if limits.clip_frames:
             self.frames = FrameRule(num_frames=limits.clip_frames, max_fps=limits.clip_fps)
         self.identity = identity or f"{model.bundle} on {version}"
+        if reuse:
+            self.identity += f", reuse {reuse:g}"
 
     async def _greet(self) -> tuple[Any, str]:
         async with await Client.connect(self._url, access=self._access) as client:
@@ -174,7 +184,7 @@ class ServedEvaluator:
         self, clip: ClipQuestions, runs: Sequence[Run]
     ) -> Iterator[tuple[Run, ClipAnswers]]:
         for run in runs:
-            asking = ask_clip(self._url, clip, run, self._access)
+            asking = ask_clip(self._url, clip, run, self._access, self._reuse)
             yield run, self._loop.run_until_complete(asking)
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from edge_vlm.errors import EdgeVlmError, InternalError, TooManyQuestions
-from edge_vlm.request_errors import RequestError
+from edge_vlm.errors.requests import RequestError
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize

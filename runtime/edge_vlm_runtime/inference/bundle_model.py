@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_vlm.errors import BundleSchemaError, ConfigError
-from edge_vlm.formats.bundle import IMAGE_ENCODER, EngineBundle
+from edge_vlm.formats.bundle import IMAGE_ENCODER, VIT_STEM_REUSE, EngineBundle
 from edge_vlm.formats.calibrated import session_settings, with_settings
 from edge_vlm.formats.calibration import Calibration, ModelIdentity
 from edge_vlm.pixels.frames import Frame
@@ -26,6 +26,7 @@ from edge_vlm_runtime.engines.open import open_graphs
 from edge_vlm_runtime.inference.constraints import Constraints
 from edge_vlm_runtime.inference.image_encoder import ImageVision
 from edge_vlm_runtime.inference.language import LanguageModel
+from edge_vlm_runtime.inference.stem_reuse import StemReuse
 from edge_vlm_runtime.inference.vision import VisionPipeline
 
 if TYPE_CHECKING:
@@ -61,7 +62,10 @@ class LoadedBundle:
                 f"{[cfg.language.vocab, cfg.language.width]}",
                 where=bundle.path,
             )
-        self.vision = VisionPipeline(graphs["vit_stem"], graphs["vit_trunk"], cfg)
+        reuse = None
+        if VIT_STEM_REUSE in graphs:
+            reuse = StemReuse(graphs[VIT_STEM_REUSE], cfg.vision.num_cells, cache_memory)
+        self.vision = VisionPipeline(graphs["vit_stem"], graphs["vit_trunk"], cfg, reuse)
         encoder = graphs.get(IMAGE_ENCODER)
         self.images: ImageVision | None = None
         """For pictures at full detail; None if the model reads video only."""

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import MissingExtraError
+from edge_vlm.errors.requests import AnswerFormError
 from edge_vlm.json_text import MALFORMED
-from edge_vlm.request_errors import AnswerFormError
 from edge_vlm.text.tokenizer import Tokenizer
 
 MAX_KEPT = 32

@@ -20,7 +20,7 @@ from edge_vlm.errors import (
     RequestTimeout,
     ServerBusy,
 )
-from edge_vlm.request_errors import MethodNotAllowed, ModelNotFound, NoSuchPath
+from edge_vlm.errors.requests import MethodNotAllowed, ModelNotFound, NoSuchPath
 from edge_vlm.waiting import cancel
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.openai.chat_request import ChatRequest, read_chat_request

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_vlm.errors import ProtocolError
+from edge_vlm.errors.requests import RequestError, Unsupported
 from edge_vlm.pruning.policies import POLICY_NAMES
-from edge_vlm.request_errors import RequestError, Unsupported
 from edge_vlm_runtime.openai.content import LATEST_S, Conversation, read_messages
 from edge_vlm_runtime.openai.fields import Fields, as_number, wrong
 from edge_vlm_runtime.protocol.base import json_value

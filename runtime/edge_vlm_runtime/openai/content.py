@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edge_vlm.request_errors import RequestError, Unsupported
+from edge_vlm.errors.requests import RequestError, Unsupported
 from edge_vlm_runtime.openai.fields import Fields, wrong
 
 STAMP = re.compile(r"\s*<(\d+(?:\.\d+)?) seconds?>\s*")

@@ -26,7 +26,7 @@ from edge_vlm.errors import (
     Unauthorized,
     VideoError,
 )
-from edge_vlm.request_errors import (
+from edge_vlm.errors.requests import (
     MethodNotAllowed,
     ModelNotFound,
     NoSuchPath,

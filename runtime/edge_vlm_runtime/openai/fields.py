@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from edge_vlm.request_errors import RequestError
+from edge_vlm.errors.requests import RequestError
 
 MAX_SHOWN = 60
 """Characters of something wrong that are repeated."""

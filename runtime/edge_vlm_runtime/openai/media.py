@@ -13,8 +13,8 @@ from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from edge_vlm.errors import FrameDecodeError
+from edge_vlm.errors.requests import MediaRefused
 from edge_vlm.pixels.frames import still_size
-from edge_vlm.request_errors import MediaRefused
 from edge_vlm_runtime.openai.content import Media
 from edge_vlm_runtime.openai.fetching import fetch
 

@@ -16,7 +16,7 @@ from edge_vlm.errors import (
     QuestionTooLong,
     ServerBusy,
 )
-from edge_vlm.request_errors import MediaRefused, Unsupported
+from edge_vlm.errors.requests import MediaRefused, Unsupported
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.handle import SessionHandle
 from edge_vlm_runtime.engine_thread.worker import EngineWorker

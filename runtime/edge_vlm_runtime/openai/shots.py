@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_vlm.errors import FrameDecodeError, QuestionTooLong, VideoError
-from edge_vlm.pixels.frames import decode_picture, raw_picture, samples_of
+from edge_vlm.errors.requests import MediaRefused, RequestError
+from edge_vlm.pixels.frames import decode_picture, raw_frame
 from edge_vlm.pixels.video import open_video, read_moments
-from edge_vlm.request_errors import MediaRefused, RequestError
 from edge_vlm_runtime.openai.chat_request import ChatRequest
 from edge_vlm_runtime.openai.content import Media
 from edge_vlm_runtime.openai.media import MediaRules, read_picture, video_file
@@ -27,7 +27,7 @@ class Shot:
     """A frame of a request."""
 
     data: bytes
-    """As `raw_picture` makes it."""
+    """As `raw_frame` makes it."""
     time_s: float
     param: str
     """Where what it is from stands in the request."""
@@ -52,13 +52,9 @@ def shots_of(request: ChatRequest, rules: MediaRules, *, fps: float, most: int) 
 def _decoded(data: bytes, media: Media) -> bytes:
     """Here and not on the engines' thread, where live streams would wait for it."""
     try:
-        return _raw(decode_picture(data))
+        return raw_frame(decode_picture(data))
     except FrameDecodeError as error:
         raise MediaRefused(str(error), param=media.param) from error
-
-
-def _raw(rgb: np.ndarray) -> bytes:
-    return raw_picture(samples_of(rgb), rgb.shape[1], rgb.shape[0])
 
 
 def _times(media: Sequence[Media], given: Sequence[float], fps: float) -> list[float]:
@@ -90,7 +86,7 @@ def _video(
             moments = [float(moment) for moment in wanted[shown]]
             pictures = read_moments(path, moments, foreign=times)
             for time_s, rgb in zip(moments, pictures, strict=True):
-                yield Shot(data=_raw(rgb), time_s=time_s, param=media.param)
+                yield Shot(data=raw_frame(rgb), time_s=time_s, param=media.param)
         except VideoError as error:
             raise MediaRefused(
                 f"the video cannot be read: {error.what}", param=media.param

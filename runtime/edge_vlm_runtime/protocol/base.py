@@ -5,8 +5,9 @@ Texts are JSON objects with a `type`. No I/O here. msgspec is imported only here
 
 from __future__ import annotations
 
+import inspect
 import numbers
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from edge_vlm.errors import ConfigError, MissingExtraError, ProtocolError, UnknownMessageType
 
@@ -181,4 +182,18 @@ def json_bytes(value: Any) -> bytes:
 
 def json_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
     """JSON schema of one message, definitions included."""
-    return msgspec.json.schema(kind)
+    return cast(dict[str, Any], _flush_left(msgspec.json.schema(kind)))
+
+
+def _flush_left(schema: Any) -> Any:
+    """Descriptions without their docstrings' indentation, which msgspec before 0.23 leaves in."""
+    if isinstance(schema, list):
+        return [_flush_left(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: inspect.cleandoc(part)
+        if key == "description" and isinstance(part, str)
+        else _flush_left(part)
+        for key, part in schema.items()
+    }

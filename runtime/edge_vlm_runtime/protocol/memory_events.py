@@ -30,6 +30,8 @@ class FrameAccepted(ServerEvent, tag="frame.accepted"):
     encoded: bool = True
     """False in a `wait` session whose frames all see each other: it is encoded when a question is
     to look at it, and not at all if it is forgotten before."""
+    share_recomputed: float = 1.0
+    """Share of the cells that were computed in front of the scorer; below 1 with `reuse` only."""
 
 
 class ChosenFrame(Part, kw_only=True):

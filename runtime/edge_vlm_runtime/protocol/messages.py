@@ -14,8 +14,8 @@ from edge_vlm.errors import (
     ProtocolError,
     SessionError,
 )
+from edge_vlm.errors.requests import RequestError
 from edge_vlm.formats.usage import ModelCard
-from edge_vlm.request_errors import RequestError
 from edge_vlm_runtime.protocol import alerts as alert_messages
 from edge_vlm_runtime.protocol import questions as question_messages
 from edge_vlm_runtime.protocol import realtime as realtime_events
@@ -104,6 +104,8 @@ class OwnSettings(Part, forbid_unknown_fields=True, kw_only=True):
     max_cells: int | UnsetType = UNSET
     payback_frames: int | UnsetType = UNSET
     bank_frames: float | UnsetType = UNSET
+    reuse: float | UnsetType = UNSET
+    reuse_refresh: int | UnsetType = UNSET
     attention: str | UnsetType = UNSET
     last_n: int | UnsetType = UNSET
     window_tokens: int | UnsetType = UNSET
@@ -182,7 +184,8 @@ class SettingsPatch(OwnSettings, kw_only=True):
 
 
 class SessionUpdate(ClientMessage, tag="session.update"):
-    """Change settings; answered by `session.updated`. Applies to frames and questions behind it."""
+    """Change settings; answered by `session.updated`. Applies to questions behind it, and to every
+    frame that is not yet encoded: those sent before it that still wait, too."""
 
     session: SettingsPatch
     """Any of the settings below; those that are absent stay as they are."""

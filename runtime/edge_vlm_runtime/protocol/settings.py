@@ -13,10 +13,11 @@ import numpy as np
 from edge_vlm.config import MOST_FPS, require_numbers
 from edge_vlm.console.options import About
 from edge_vlm.errors import BundleSchemaError, ConfigError
-from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.bundle import VIT_STEM_REUSE, EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.pruning.clip_budget import variant_of
 from edge_vlm.pruning.policies import PAYBACK_FRAMES, POLICY_NAMES
+from edge_vlm.pruning.reuse import REFRESH_FRAMES
 from edge_vlm.text.prompt import longest_frame, longest_image
 
 CAN_BE_NONE = ("resume_grace_s", "max_answer_slowdown", "max_waiting_requests")
@@ -82,6 +83,13 @@ class SessionSettings:
     """Over so many frames a stream pays back its whole first one."""
     bank_frames: float = 2.0
     """Cells that quiet frames leave to later ones at most, in whole frames."""
+    reuse: Annotated[float, About(metavar="LEVELS")] = 0.0
+    """In front of the scorer, compute only cells of which a patch changed by so many grey levels
+    (0..255, mean of its pixels) since they were last computed, and what touches it; after a cut, or
+    where the picture's size changes, all of them. For bundles exported with it, see pruning.md; 0:
+    every cell of every frame is computed."""
+    reuse_refresh: Annotated[int, About(metavar="FRAMES")] = REFRESH_FRAMES
+    """With `reuse`: each cell is computed at least once in so many frames, not all in one."""
     attention: Attention = Attention.FRAME
     """`frame`: each frame is appended once; `exact`: all remembered frames are prefilled together
     when a question comes, seeing each other both ways; `last_n`: so, with the last few only."""
@@ -141,7 +149,8 @@ class SessionSettings:
             *("duplicate_threshold", "history_turns", "seed"),
         ):
             self._require(field, 0 <= getattr(self, field) <= MAX_WHOLE, f"must be 0..{MAX_WHOLE}")
-        for field in ("last_n", "max_answer_tokens"):
+        self._require("reuse", 0.0 <= self.reuse <= 255.0, "must be in 0..255")
+        for field in ("last_n", "max_answer_tokens", "reuse_refresh"):
             self._require(field, 1 <= getattr(self, field) <= MAX_WHOLE, f"must be 1..{MAX_WHOLE}")
         is_ceiling = not self.max_cells or self.max_cells >= self.min_cells
         self._require("max_cells", is_ceiling, "must be 0 or at least min_cells")
@@ -153,6 +162,7 @@ class SessionSettings:
         for field in (
             *("fps_cap", "heartbeat_s", "max_frame_age_s", "vision_tokens_per_s"),
             *("change_threshold", "duplicate_threshold", "bank_frames", "temperature", "top_p"),
+            "reuse",
         ):
             holds = getattr(self, field) == 0 or LEAST <= getattr(self, field) <= MOST
             self._require(field, holds, f"must be 0 or in {LEAST:g}..{MOST:g}")
@@ -210,6 +220,9 @@ class ModelLimits:
     """Memory of one token of video: its keys and values, and its feature on the host."""
     frame_bytes: int = 1
     """Memory of a frame that waits for the choice of its cells (policy `clip`)."""
+    reuse_bytes: int = 0
+    """Memory of what a session with `reuse` keeps of its last frame; 0: the bundle has no graph for
+    that."""
     snapshot_tokens: int = 0
     """Most tokens of a picture at full detail; 0: the model reads video only."""
     clip_frames: int = 0
@@ -253,6 +266,7 @@ class ModelLimits:
             scorer=bundle.config.scorer_kind,
             offline_policy=CLIP if variant_of(bundle.config) == "published" else "stream",
             frame_bytes=vision.num_patches * vision.width * np.dtype(np.float32).itemsize,
+            reuse_bytes=_reuse_bytes(bundle),
             token_bytes=_token_bytes(bundle),
             snapshot_tokens=_snapshot_tokens(bundle),
             clip_frames=0 if bundle.frames is None else bundle.frames.num_frames,
@@ -338,6 +352,17 @@ def _language_graph(bundle: EngineBundle) -> GraphSpec:
             f"there is no graph llm with the caches of {num_layers} layers", where=bundle.path
         )
     return spec
+
+
+def _reuse_bytes(bundle: EngineBundle) -> int:
+    spec = bundle.specs.get(VIT_STEM_REUSE)
+    if spec is None:
+        return 0
+    return sum(
+        math.prod(tensor.resolve({})) * np.dtype(tensor.dtype).itemsize
+        for tensor in spec.inputs
+        if tensor.name.startswith(("kept_", "prev_"))
+    )
 
 
 def _token_bytes(bundle: EngineBundle) -> int:

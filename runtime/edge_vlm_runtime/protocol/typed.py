@@ -27,6 +27,8 @@ class Settings(TypedDict, total=False):
     max_cells: int
     payback_frames: int
     bank_frames: float
+    reuse: float
+    reuse_refresh: int
     attention: Attention | Literal["frame", "exact", "last_n"]
     last_n: int
     window_tokens: int

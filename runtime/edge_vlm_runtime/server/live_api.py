@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from edge_vlm.errors import NoFrameYet, SessionGone, UnknownStream
-from edge_vlm.pixels.frames import decode_picture, encode_jpeg
-from edge_vlm.request_errors import MethodNotAllowed, NoSuchPath, RequestError
+from edge_vlm.errors.requests import MethodNotAllowed, NoSuchPath, RequestError
+from edge_vlm.pixels.frames import shrink_jpeg
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.base import json_bytes
@@ -100,7 +101,7 @@ class LiveApi:
             raise NoFrameYet("the model was shown no picture yet", remedy="send a frame first")
         data = newest.frame.data
         if data[:3] != JPEG:
-            data = await asyncio.to_thread(lambda: encode_jpeg(decode_picture(data)))
+            data = await asyncio.to_thread(shrink_jpeg, data, sys.maxsize)
         age_s = (self._table.clock_ns() - newest.frame.received_ns) * 1e-9
         facts = {
             "X-Edge-Vlm-Frame": f"{newest.frame.seq}",

@@ -4,6 +4,7 @@ shown, and the begins and ends of its alerts. Bounded. Lives on the event loop."
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,9 @@ class LiveView:
             self.stats = event
         elif isinstance(event, (AlertTriggered, AlertCleared)):
             self.num_happened += 1
+            if isinstance(event, AlertTriggered):  # nobody asks for its picture, which is large
+                event = copy.copy(event)
+                event.evidence = None
             self._happened.append(Happened(number=self.num_happened, at_ns=now_ns, event=event))
             self.wake()
 

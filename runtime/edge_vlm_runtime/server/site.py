@@ -18,7 +18,7 @@ from edge_vlm.errors import (
     TooManyRequests,
     Unauthorized,
 )
-from edge_vlm.request_errors import ModelNotFound
+from edge_vlm.errors.requests import ModelNotFound
 from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.engine_thread.worker import EngineWorker
@@ -38,7 +38,15 @@ from edge_vlm_runtime.server.connection import Connection, refuse
 from edge_vlm_runtime.server.live_api import MAX_BODY_BYTES, Answer, LiveApi
 from edge_vlm_runtime.server.live_api import PREFIX as LIVE_PREFIX
 from edge_vlm_runtime.server.metrics import CONTENT_TYPE
-from edge_vlm_runtime.server.page import DEMO_CLIP, FACTS_PATH, PAGE_HEADERS, WEB, page_facts
+from edge_vlm_runtime.server.page import (
+    DEMO_CLIP,
+    FACTS_PATH,
+    PAGE_HEADERS,
+    STREET_PATH,
+    WEB,
+    page_facts,
+    street_answer,
+)
 from edge_vlm_runtime.server.sessions import SessionRegistry
 from edge_vlm_runtime.server.streams.hub import PREFIX as STREAMS_PREFIX
 from edge_vlm_runtime.server.streams.hub import StreamHub
@@ -122,6 +130,7 @@ class Site:
                 Route("/metrics", self._metrics),
                 WebSocketRoute(protocol.PATH, self._realtime),
                 Route("/demo/clip.mp4", self._demo_clip),
+                Route(STREET_PATH, self._demo_street, methods=METHODS),
                 Route(FACTS_PATH, self._page_facts),
                 Route(f"{LIVE_PREFIX}/{{path:path}}", self._live, methods=METHODS),
                 Route(STREAMS_PREFIX, self._streams, methods=METHODS),
@@ -168,6 +177,9 @@ class Site:
 
     async def _demo_clip(self, request: Request) -> Response:
         return FileResponse(DEMO_CLIP, media_type="video/mp4", headers=PAGE_HEADERS)
+
+    async def _demo_street(self, request: Request) -> Response:
+        return await self._answered(request, street_answer)
 
     async def _page_facts(self, request: Request) -> Response:
         bound, port = self._bound

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.session.context import StreamContext
     from edge_vlm_runtime.session.outbox import Outbox
 
-STEP_TOKENS = 512
+STEP_TOKENS = 256
 """Of the questions of one step, unless a single one is longer: nobody else's answer begins before
 it ends."""
 MAX_WAITING_LISTS = 8

@@ -83,14 +83,26 @@ def dialogue_reserve(
     return snapshot + subtitle_tokens + turn * (1 + settings.history_turns)
 
 
-def clip_capacity(model: ModelLimits, limits: ServerLimits) -> int:
-    """Frames of a clip that can be held until their cells are chosen, in what the cache leaves of a
-    session's memory."""
+def clip_capacity(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
+    """Frames of a clip that can be held until their cells are chosen, in what the cache and the
+    last frame's states (`reuse`) leave of a session's memory."""
     left = limits.max_session_bytes - cache_capacity(model, limits) * model.token_bytes
+    left -= model.reuse_bytes if settings.reuse else 0
     return left // model.frame_bytes
 
 
 WITHOUT_SCORER = "take policy difference (by pixels), or export the weights with --scorer change"
+
+
+def require_reuse(model: ModelLimits, threshold: float) -> None:
+    """Raises ConfigError where there is no graph for it."""
+    if threshold and not model.reuse_bytes:
+        raise ConfigError(
+            f"reuse {threshold:g} needs a graph that computes changed cells only, and the bundle "
+            "has none",
+            where="session settings",
+            remedy="set reuse to 0, or export the weights again with --reuse",
+        )
 
 
 def require_honoured(settings: SessionSettings, model: ModelLimits) -> None:
@@ -126,6 +138,7 @@ def require_honoured(settings: SessionSettings, model: ModelLimits) -> None:
             refuse(f"change_threshold would be ignored by policy {policy!r}", "take policy stream")
         if per_s:
             refuse("change_threshold and vision_tokens_per_s are two budgets", "take one of them")
+    require_reuse(model, settings.reuse)
     if policy == CLIP:
         if settings.delivery is not DropPolicy.WAIT:
             refuse(
@@ -179,11 +192,20 @@ def video_window(
     than there is or for less than two whole frames.
     """
     require_honoured(settings, model)
-    if settings.policy == CLIP and clip_capacity(model, limits) < 2:
+    if settings.policy == CLIP and clip_capacity(settings, model, limits) < 2:
         raise ConfigError(
             "policy 'clip' holds a clip until it is asked about, and there is no memory for it",
             where="session settings",
             remedy="give sessions more memory (--session-memory), or fewer tokens of cache",
+        )
+    cache_bytes = cache_capacity(model, limits) * model.token_bytes
+    if settings.reuse and cache_bytes + model.reuse_bytes > limits.max_session_bytes:
+        raise ConfigError(
+            f"reuse keeps {model.reuse_bytes:,} bytes of a session's last frame, and its memory is "
+            "taken by the cache",
+            where="session settings",
+            remedy="give sessions more memory (--session-memory), or fewer tokens of cache "
+            "(--kv-tokens)",
         )
     reserve = dialogue_reserve(settings, model, limits, subtitle_tokens)
     room = cache_capacity(model, limits) - reserve

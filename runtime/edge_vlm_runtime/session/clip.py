@@ -21,6 +21,8 @@ from edge_vlm_runtime.protocol.alerts import AlertCreate
 from edge_vlm_runtime.protocol.settings import CLIP, SessionSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from edge_vlm.text.prompt import PromptFormat
@@ -42,10 +44,11 @@ class ClipGatherer:
         context: StreamContext,
         settings: SessionSettings,
         variant: Variant,
-        most_frames: int,
+        most_frames: Callable[[SessionSettings], int],
         most_s: float | None,
     ) -> None:
-        """`most_frames` fit into memory; `most_s` is the last time stamp that the model knows."""
+        """`most_frames` fit into memory under some settings; `most_s` is the last time stamp that
+        the model knows."""
         self._vision = vision
         self._prompt = prompt
         self._context = context
@@ -85,8 +88,8 @@ class ClipGatherer:
         tokens = self._marker_tokens + self._markers(pts_ns) + self._num_kept(count)
         most = self._context.window_tokens
         why = None
-        if count > self._most_frames:
-            why = f"a session's memory holds {self._most_frames} frames"
+        if count > self._most_frames(self._settings):
+            why = f"a session's memory holds {self._most_frames(self._settings)} frames"
         elif tokens > most:
             why = f"{count} frames are {tokens} tokens, and there is room for {most}"
         elif self._most_s is not None and seconds > self._most_s:

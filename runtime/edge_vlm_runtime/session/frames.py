@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import EdgeVlmError, FrameDecodeError
-from edge_vlm.pixels.cost import is_cheap
+from edge_vlm.pixels.codec.cost import is_cheap
 from edge_vlm.pixels.duplicates import THUMBNAIL
 from edge_vlm.pixels.frames import decode_jpeg, decode_picture, shrink_jpeg, thumbnail
 from edge_vlm_runtime import protocol

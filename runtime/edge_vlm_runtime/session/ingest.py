@@ -25,6 +25,7 @@ from edge_vlm.errors import (
 from edge_vlm.pixels.duplicates import DuplicateFilter
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import KeepAll, OverThreshold, RatedPolicy, make_policy
+from edge_vlm.pruning.reuse import ReuseRule
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.protocol.frames import DropReason
 from edge_vlm_runtime.protocol.settings import CLIP, Attention, DropPolicy, SessionSettings
@@ -88,6 +89,7 @@ class FrameIngest:
         self._policy = _policy_of(settings, vision.num_cells)
         self._clip = clip
         self._state = vision.new_state()
+        vision.set_reuse(self._state, _reuse_of(settings))
         self._interval_s = 1.0 / settings.fps_cap
         self._last_encoded_us: int | None = None
         self._duplicates = DuplicateFilter()
@@ -102,6 +104,7 @@ class FrameIngest:
         budget does not."""
         old, self._settings = self._settings, settings
         self._clip.configure(settings)
+        self._vision.set_reuse(self._state, _reuse_of(settings))
         if isinstance(self._policy, OverThreshold) and settings.change_threshold:
             self._policy.threshold = settings.change_threshold
             self._policy.min_cells = settings.min_cells
@@ -162,6 +165,7 @@ class FrameIngest:
         self._accept(
             *(frame, tokens.pts_ns, tokens.scores.size, tokens.cells, now_ns, stage_ms),
             encoded=tokens.picture is None,
+            share_recomputed=tokens.share_computed,
         )
         self._alerts.on_frame(
             AlertFrame(
@@ -280,7 +284,10 @@ class FrameIngest:
         self._clip.add(dataclasses.replace(stem, received_ns=frame.received_ns))
         stage_ms = {"decode": decode_ms, **stem.stage_ms}
         nothing = np.empty(0, np.int32)
-        self._accept(frame, stem.pts_ns, stem.scores.size, nothing, now_ns, stage_ms)
+        self._accept(
+            *(frame, stem.pts_ns, stem.scores.size, nothing, now_ns, stage_ms),
+            share_recomputed=stem.share_computed,
+        )
 
     def _encode(self, frame: EncodedFrame, now_ns: int) -> tuple[FrameTokens, dict[str, float]]:
         """Features and milliseconds by stage. Raises FrameRejected."""
@@ -400,6 +407,7 @@ class FrameIngest:
         self._duplicates.reset()
         self._policy.reset()
         self._state.last_kept.forget()
+        self._state.forget_kept()
 
     # ---- outcomes ----------------------------------------------------------------------------
 
@@ -413,6 +421,7 @@ class FrameIngest:
         stage_ms: dict[str, float],
         *,
         encoded: bool = True,
+        share_recomputed: float,
     ) -> None:
         self._stats.accepted(cells_seen, cells.size)
         accepted = protocol.FrameAccepted(
@@ -428,6 +437,7 @@ class FrameIngest:
             in_memory="prefill" in stage_ms,
             gathered=self._gathers,
             encoded=encoded,
+            share_recomputed=round(share_recomputed, 4),
         )
         self._outbox.add_aged(accepted, frame.received_ns)
 
@@ -440,6 +450,12 @@ class FrameIngest:
 
 def _differ(old: SessionSettings, new: SessionSettings, fields: tuple[str, ...]) -> bool:
     return any(getattr(old, field) != getattr(new, field) for field in fields)
+
+
+def _reuse_of(settings: SessionSettings) -> ReuseRule | None:
+    if settings.reuse == 0.0:
+        return None
+    return ReuseRule(threshold=settings.reuse, refresh_frames=settings.reuse_refresh)
 
 
 def _policy_of(settings: SessionSettings, num_cells: int) -> RatedPolicy:

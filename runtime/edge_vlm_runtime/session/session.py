@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_vlm.errors import (
-    ConfigError,
     EdgeVlmError,
     NoFrameYet,
     NoQuestion,
@@ -47,6 +47,7 @@ from edge_vlm_runtime.session.asking.questions import (
     plan_question,
     question_of,
     require_short,
+    require_short_instructions,
 )
 from edge_vlm_runtime.session.budget import (
     MemoryPlan,
@@ -99,7 +100,8 @@ class Session:
         self._model = ModelLimits.from_bundle(engines.bundle)
         self._subtitle_ids = self._subtitles_of(settings)
         plan = self._plan(settings, self._subtitle_ids)
-        self._require_room_for(settings.instructions)
+        most = question_capacity(self._model, limits) // 2
+        require_short_instructions(settings.instructions, most, self._engines.prompt)
         self._outbox = Outbox()
         self._stats = SessionStatsCounter(now_ns)
         clock = StreamClock(origin_us)
@@ -127,7 +129,7 @@ class Session:
                 context=self._context,
                 settings=settings,
                 variant=variant_of(engines.bundle.config),
-                most_frames=clip_capacity(self._model, limits),
+                most_frames=partial(clip_capacity, model=self._model, limits=limits),
                 most_s=self._model.max_time_s,
             ),
             settings=settings,
@@ -232,7 +234,8 @@ class Session:
         plan = self._plan(settings, subtitle_ids)
         require_same_kind(self.settings, settings, self._ingest.has_begun, self._alerts.is_watching)
         if settings.instructions != self.settings.instructions:
-            self._require_room_for(settings.instructions)
+            most = question_capacity(self._model, self._limits) // 2
+            require_short_instructions(settings.instructions, most, self._engines.prompt)
         if self._answer is None:
             try:
                 self._look_at_all(plan)
@@ -262,22 +265,6 @@ class Session:
         """Where every frame has to be in the cache there is none that was postponed."""
         while plan.attention is Attention.FRAME and self._ingest.look(shown=False):
             pass
-
-    def _require_room_for(self, instructions: str) -> None:
-        """Raises ConfigError when they would leave less than half of its room to a question."""
-        tokenizer = self._engines.prompt.tokenizer
-        most = question_capacity(self._model, self._limits) // 2
-        if tokenizer.has_more(instructions, most):
-            length = f"more than {2 * most}"
-        elif (count := len(tokenizer.encode(instructions))) > most:
-            length = str(count)
-        else:
-            return
-        raise ConfigError(
-            f"instructions have {length} tokens",
-            where="session settings",
-            remedy=f"{most} are allowed",
-        )
 
     def _keep_text(self, item: UserMessage) -> None:
         """Keeps what the user says for the next `response.create`. Raises QuestionTooLong."""

@@ -153,6 +153,8 @@ class LiveSource:
                     self._camera.close()
             except Exception as error:  # noqa: BLE001 (logged; the camera is opened again)
                 why = _words_of(error)
+            if self._closed.is_set():
+                return
             log.warning("camera %s went away: %s", self.name, why)
             self._is_away = True
             self._on_away(why)

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from edge_vlm.errors import VideoNotFound, VideoUnreadable
-from edge_vlm.pixels.opening import NO_ACCELERATION
+from edge_vlm.pixels.film.opening import NO_ACCELERATION
 from edge_vlm.pixels.video import Video, VideoTimes, probe_video
 from edge_vlm_runtime.sources.addresses import (
     LIVE_SCHEMES,
@@ -26,25 +26,31 @@ from edge_vlm_runtime.sources.container import Source
 from edge_vlm_runtime.sources.gstreamer import GstCamera, csi_pipeline
 from edge_vlm_runtime.sources.live import LiveSource, OnAway, ignore
 from edge_vlm_runtime.sources.masking import mask_credentials
+from edge_vlm_runtime.sources.street import StreetSource, is_street, require_rate, seed_of
 from edge_vlm_runtime.sources.video_file import FileSource
 
 CSI = re.compile(r"csi(?::(\d+))?", re.IGNORECASE)
 GST = "gst:"
 WEBCAM = re.compile(r"(?:webcam(?::(\d+))?|/dev/video(\d+))", re.IGNORECASE)
 STANDARD_INPUT = "-"
-KINDS = "a video file, webcam, webcam:1, /dev/video1, rtsp://..., http://..., csi or gst:PIPELINE"
+KINDS = (
+    "a video file, webcam, webcam:1, /dev/video1, rtsp://..., http://..., csi, gst:PIPELINE or demo"
+)
 
 
 def open_source(
     text: str, fps: float, *, hwaccel: str = NO_ACCELERATION, on_away: OnAway = ignore
 ) -> Source:
     """A file, `webcam`, `webcam:1`, `/dev/video1`, `rtsp://...` and other addresses, `csi`,
-    `csi:1`, `-` (standard input), or `gst:` and a GStreamer pipeline that ends in raw video, at
-    most `fps` pictures a second. `hwaccel`: as for `open_container`; `on_away`: see `LiveSource`.
+    `csi:1`, `-` (standard input), `demo`, `demo:7` (a rendered street), or `gst:` and a GStreamer
+    pipeline that ends in raw video, at most `fps` pictures a second. `hwaccel`: as for
+    `open_container`; `on_away`: see `LiveSource`.
 
     Raises VideoNotFound, VideoUnreadable; VideoEmpty only when the pictures are read.
     """
     name = mask_credentials(text)
+    if is_street(text):
+        return StreetSource(text, fps, on_away)
     csi = CSI.fullmatch(text)
     if csi is not None or text[: len(GST)].lower() == GST:
         pipeline = text[len(GST) :] if csi is None else csi_pipeline(int(csi.group(1) or 0))
@@ -71,18 +77,26 @@ def open_source(
 
 def is_live(text: str) -> bool:
     """Whether `open_source` gives pictures without an end for it; nothing is opened."""
+    if is_street(text):
+        return True
     is_camera = CSI.fullmatch(text) or WEBCAM.fullmatch(text) or text.startswith("/dev/v4l/")
     if is_camera or text[: len(GST)].lower() == GST or _is_device(text):
         return True
     return scheme_of(text) in LIVE_SCHEMES and not is_file_address(text)
 
 
-def require_source(text: str) -> None:
-    """That it names something which may be there one day; nothing is opened.
+def require_source(text: str, fps: float | None = None) -> None:
+    """That it names something which may be there one day, and may give `fps` pictures a second;
+    nothing is opened.
 
     Raises VideoUnreadable.
     """
     name = mask_credentials(text)
+    if is_street(text):
+        seed_of(text)
+        if fps is not None:
+            require_rate(text, fps)
+        return
     scheme = scheme_of(text)
     if scheme is None:
         word, colon, _ = text.partition(":")
@@ -139,6 +153,8 @@ def _local_file(text: str) -> Path:
     path = Path(text)
     if not path.exists():
         remedy = f"the camera of this number is webcam:{text}" if text.isdigit() else None
+        if is_street(text):
+            remedy = f"the demo street is watched with `edge-vlm watch --source {text}`"
         raise VideoNotFound("no such file", where=name, remedy=remedy)
     return path
 

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from edge_vlm.pixels.opening import end_waits
+from edge_vlm.pixels.film.opening import end_waits
 
 PATIENCE_S = 3.0
 """For all at the end: a decoder may be at work, or the name of a host be looked up."""

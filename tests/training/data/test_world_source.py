@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_vlm.world.scenes import WorldConfig
 from edge_vlm_training.data.sample import LAST, Sample
 from edge_vlm_training.data.schema import KINDS, parse_record
 from edge_vlm_training.data.sources.world_source import WorldSource
-from edge_vlm_training.world.scenes import WorldConfig
 
 DOCS = Path(__file__).parents[3] / "docs" / "training-data.md"
 

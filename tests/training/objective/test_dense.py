@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from edge_vlm.world.sampling import sample_scenes
+from edge_vlm.world.scenes import COLOUR_NAMES, WorldConfig
+from edge_vlm.world.sprites import KINDS
 from edge_vlm_training.objective.probes.dense import CELL_COVERED, dense_labels, dense_loss
 from edge_vlm_training.world.render import render_with_owner
-from edge_vlm_training.world.scenes import COLOUR_NAMES, WorldConfig, sample_scenes
-from edge_vlm_training.world.sprites import KINDS
 
 GRID = 4
 

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edge_vlm.world.sampling import sample_scenes
+from edge_vlm.world.scenes import Scenes, WorldConfig
 from edge_vlm_training.objective.probes.dense import CELL_COVERED, things_at
 from edge_vlm_training.objective.probes.presence import NOTHING, Present, present, present_loss
 from edge_vlm_training.objective.probes.timeline import UNKNOWN
 from edge_vlm_training.world.render import render_with_owner
-from edge_vlm_training.world.scenes import Scenes, WorldConfig, sample_scenes
 
 GRID = 4
 FRAMES = 9

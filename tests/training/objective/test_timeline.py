@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from edge_vlm.world.paths import STILL
+from edge_vlm.world.sampling import sample_scenes
+from edge_vlm.world.scenes import Scenes, WorldConfig
 from edge_vlm_training.objective.probes.dense import CELL_COVERED, things_at
 from edge_vlm_training.objective.probes.timeline import UNKNOWN, Timeline, timeline, timeline_loss
-from edge_vlm_training.world.paths import STILL
 from edge_vlm_training.world.render import render_with_owner
-from edge_vlm_training.world.scenes import Scenes, WorldConfig, sample_scenes
 
 GRID = 4
 
@@ -24,7 +25,7 @@ def _labelled(forgotten: int) -> tuple[Scenes, torch.Tensor, Timeline]:
 
 def test_labels_say_when_a_thing_came_and_how_far_it_went() -> None:
     scenes, thing, story = _labelled(forgotten=0)
-    times, told = scenes.times_s(), 0
+    times, told = scenes.times_s, 0
     for place, m in enumerate(thing.flatten().tolist()):
         heading, tens, ones, tenths = story.classes[place].tolist()
         if m < 0:
@@ -37,7 +38,7 @@ def test_labels_say_when_a_thing_came_and_how_far_it_went() -> None:
             assert heading == UNKNOWN
             continue
         told += 1
-        assert heading == scenes.direction[clip, m]
+        assert heading == scenes.direction[clip, frame, m]
         way = story.travel[place].numpy()
         assert (np.abs(way).max() < 1e-6) == (heading == STILL)
         np.testing.assert_allclose(way[0], scenes.x[clip, frame, m] - scenes.x[clip, first, m])

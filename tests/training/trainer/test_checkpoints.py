@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from edge_vlm.errors import CheckpointError, WeightFilesError, WeightNamesError
-from edge_vlm.export_errors import NoSpaceLeft
+from edge_vlm.errors.export import NoSpaceLeft
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm_training.trainer import checkpoints
 from edge_vlm_training.trainer.checkpoints import Progress

@@ -15,6 +15,7 @@ from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.model.checkpoint import load_checkpoint, save_checkpoint
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.presets import tiny
+from edge_vlm.world.questions import vocabulary
 from edge_vlm_training.config import msgspec
 from edge_vlm_training.objective.vision import choose_cells
 from edge_vlm_training.recipes.base import Clips, Minutes, Recipe, Stage, Steps
@@ -26,7 +27,6 @@ from edge_vlm_training.trainer.checkpoints import stored_weights
 from edge_vlm_training.trainer.distributed import Ranks
 from edge_vlm_training.trainer.loop import Run
 from edge_vlm_training.trainer.train import train
-from edge_vlm_training.world.questions import vocabulary
 from edge_vlm_training.world.vocabulary import build_tokenizer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -74,7 +74,7 @@ def test_every_step_is_that_of_the_demo_s_former_loop(tmp_path: Path) -> None:
     frozen = json.loads(FROZEN.read_text())
     shares: dict[str, Any] = {"history_share": 0.3, "forgetful_share": 0.5}
     data = Clips(
-        batch=2, num_frames=5, branches=4, keep_ratio=(1.0, 0.5, 0.25), shorter=(2,), **shares
+        batch=2, num_frames=5, branches=4, keep_ratio=(1.0, 0.5, 0.25), other_lengths=(2,), **shares
     )
     half = {"timeline": 0.1 * 0.4, "presence": 0.1 * 0.4}
     recipe = demo_recipe(

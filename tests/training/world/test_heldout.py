@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
+from edge_vlm.cli import main
 from edge_vlm.evaluation.grading import judge
 from edge_vlm.formats.qa_set import (
     AskedQuestion,
@@ -14,8 +16,8 @@ from edge_vlm.formats.qa_set import (
     write_question_set,
 )
 from edge_vlm.text.points import parse_points
+from edge_vlm.world.questions import QUESTION_KINDS, vocabulary
 from edge_vlm_training.world.heldout import ALERT, BENCHMARK_KINDS, heldout_clips
-from edge_vlm_training.world.questions import QUESTION_KINDS, vocabulary
 from edge_vlm_training.world.vocabulary import build_tokenizer
 
 
@@ -105,3 +107,18 @@ def test_a_set_is_read_as_it_was_written(
     folder = tmp_path_factory.mktemp("set")
     write_question_set(folder, clips)
     assert list(read_question_set(folder)) == clips
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--harder", "--events", "2"), "--harder is of questions"),
+        (("--harder", "--demo-clip"), "--harder is of questions"),
+        (("--seed", "-1"), "--seed must be"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    options: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["world", "-o", str(tmp_path / "clips"), *options]) == 2
+    assert words in capsys.readouterr().err

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from edge_vlm.world.sampling import sample_scenes
+from edge_vlm.world.scenes import WorldConfig
+from edge_vlm.world.sprites import KINDS
 from edge_vlm_training.world.heldout_events import ABSENT, heldout_footage
-from edge_vlm_training.world.scenes import WorldConfig, sample_scenes
-from edge_vlm_training.world.sprites import KINDS
 
 
 def test_events_are_when_things_can_be_seen() -> None:

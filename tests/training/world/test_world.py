@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import fields
 
 import numpy as np
 import pytest
 
-from edge_vlm_training.world.paths import DIRECTIONS, STILL
-from edge_vlm_training.world.scenes import Scenes, WorldConfig, sample_scenes
-from edge_vlm_training.world.splits import Split, allowed_pairs, pair_is_heldout, path_is_heldout
+from edge_vlm.world.paths import DIRECTIONS, STILL
+from edge_vlm.world.sampling import sample_scenes
+from edge_vlm.world.scenes import Scenes, WorldConfig
+from edge_vlm.world.splits import Split, allowed_pairs, pair_is_heldout, path_is_heldout
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -30,10 +32,28 @@ def test_same_seed_same_scenes() -> None:
     assert not np.array_equal(first["x"], other["x"])
 
 
+@pytest.mark.parametrize(
+    ("split", "digest"), [("train", "c55e03dad8c1c25a"), ("heldout", "5522e606894f805e")]
+)
+def test_seeds_mean_what_they_meant_when_the_weights_were_trained(
+    split: Split, digest: str
+) -> None:
+    scenes = sample_scenes(9, 64, WorldConfig(split=split))
+    found = hashlib.sha256()
+    whole = ("kind", "colour", "enter", "leave", "direction", "path_key", "background")
+    clips = {name: getattr(scenes, name) for name in (*whole, "noise_key", "visible")}
+    for name in ("direction", "background"):
+        clips[name] = clips[name][:, 0]  # of these clips it is the same in every frame
+        assert (getattr(scenes, name) == clips[name][:, None]).all()
+    for values in clips.values():
+        found.update(values.astype("<i8").tobytes())
+    assert found.hexdigest()[:16] == digest
+
+
 def test_a_seed_means_different_scenes_in_the_two_splits() -> None:
     train, heldout = (sample_scenes(5, 50, WorldConfig(split=split)) for split in SPLITS)
     # drawn without regard to the split, so equal seeds would show here
-    assert not np.array_equal(train.start_s, heldout.start_s)
+    assert not np.array_equal(train.times_s, heldout.times_s)
     assert not np.array_equal(train.noise_key, heldout.noise_key)
 
 
@@ -42,7 +62,7 @@ def test_splits_share_no_pair_and_no_path() -> None:
     for split in SPLITS:
         scenes = sample_scenes(1, 1500, WorldConfig(split=split))
         present = scenes.kind >= 0
-        background = np.broadcast_to(scenes.background[:, None], present.shape)[present]
+        background = np.broadcast_to(scenes.background[:, :1], present.shape)[present]
         heldout = pair_is_heldout(scenes.kind[present], background)
         assert (heldout == (split == "heldout")).all()
         assert (path_is_heldout(scenes.path_key[present]) == (split == "heldout")).all()
@@ -91,10 +111,10 @@ def test_spans_and_motion_agree_with_what_is_visible(scenes: Scenes) -> None:
     assert np.array_equal(scenes.visible, alive)
     step = np.stack([np.diff(scenes.x, axis=1), np.diff(scenes.y, axis=1)], -1)
     unit = np.array([[-1, 0], [1, 0], [0, -1], [0, 1], [0, 0]])[scenes.direction]
-    expected = (unit * scenes.speed[..., None])[:, None]
+    expected = (unit * scenes.speed[:, None, :, None])[:, 1:]
     both = scenes.visible[:, 1:] & scenes.visible[:, :-1]
-    assert np.allclose(step[both], np.broadcast_to(expected, step.shape)[both], atol=1e-5)
-    assert ((scenes.speed > 0) == (scenes.direction != STILL)).all()
+    assert np.allclose(step[both], expected[both], atol=1e-5)
+    assert ((scenes.speed[:, None] > 0) == (scenes.direction != STILL)).all()
 
 
 def test_shares_are_those_of_the_configuration() -> None:
@@ -104,14 +124,14 @@ def test_shares_are_those_of_the_configuration() -> None:
     present = scenes.kind >= 0
     assert abs((scenes.enter[present] > 0).mean() - cfg.late_entry) < 0.05
     assert abs((scenes.leave[present] < cfg.num_frames).mean() - cfg.early_leave) < 0.05
-    shares = np.bincount(scenes.direction[present], minlength=len(DIRECTIONS)) / present.sum()
+    shares = np.bincount(scenes.direction[:, 0][present], minlength=len(DIRECTIONS)) / present.sum()
     assert abs(shares[STILL] - (1 - cfg.moving)) < 0.05
     assert (abs(shares[:STILL] - cfg.moving / 4) < 0.04).all()
     changes = (np.diff(scenes.colour, axis=1) != 0).sum(1)[present]
     assert changes.max() == 1
     assert abs(changes.mean() - cfg.colour_change) < 0.03
-    assert abs((scenes.start_s == 0).mean() - cfg.start_at_zero) < 0.05
-    assert scenes.start_s.max() <= cfg.max_start_s
+    assert abs((scenes.times_s[:, 0] == 0).mean() - cfg.start_at_zero) < 0.05
+    assert scenes.times_s[:, 0].max() <= cfg.max_start_s
     assert set(present.sum(1)) == {1, 2, 3}
 
 
@@ -119,7 +139,7 @@ def test_where_things_gather_all_are_there_from_half_time_on() -> None:
     scenes = sample_scenes(4, 200, WorldConfig(gathering=1.0))
     seen, present = scenes.visible, scenes.kind >= 0
     assert np.array_equal(seen[:, 8:], np.broadcast_to(present[:, None], seen[:, 8:].shape))
-    assert (scenes.direction[present] == STILL).all()
+    assert (scenes.direction[:, 0][present] == STILL).all()
     assert (scenes.enter[present] > 0).any()
 
 
@@ -140,14 +160,14 @@ def test_other_clip_lengths(split: Split, num_frames: int) -> None:
     for place in (scenes.x, scenes.y):
         assert (place[seen] > 0.05).all()
         assert (place[seen] < 0.95).all()
-    assert scenes.times_s().shape == (60, num_frames)
+    assert scenes.times_s.shape == (60, num_frames)
 
 
 def test_select_takes_whole_clips(scenes: Scenes) -> None:
     some = scenes.select(np.array([7, 2]))
     assert len(some) == 2
     assert np.array_equal(some.visible, scenes.visible[[7, 2]])
-    assert np.array_equal(some.times_s(), scenes.times_s()[[7, 2]])
+    assert np.array_equal(some.times_s, scenes.times_s[[7, 2]])
 
 
 @pytest.mark.parametrize(

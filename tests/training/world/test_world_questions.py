@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from edge_vlm_training.world.questions import (
+from edge_vlm.world.questions import (
     QUESTION_KINDS,
     REGIONS,
     Question,
@@ -18,8 +18,9 @@ from edge_vlm_training.world.questions import (
     ask_any,
     vocabulary,
 )
-from edge_vlm_training.world.scenes import COLOUR_NAMES, Scenes, WorldConfig, sample_scenes
-from edge_vlm_training.world.sprites import KINDS
+from edge_vlm.world.sampling import sample_scenes
+from edge_vlm.world.scenes import COLOUR_NAMES, Scenes, WorldConfig
+from edge_vlm.world.sprites import KINDS
 
 
 def ask_many(
@@ -129,7 +130,7 @@ def test_direction_is_seen_in_the_frames_so_far(
 
 
 def test_order_and_when_tell_first_frames(scenes: Scenes, asked: list[list[Question]]) -> None:
-    times = scenes.times_s()
+    times = scenes.times_s
     said_first = 0
     orders = list(of_kind(asked, "order"))
     for b, q in orders:
@@ -152,7 +153,7 @@ def test_order_and_when_tell_first_frames(scenes: Scenes, asked: list[list[Quest
 
 
 def test_where_and_point_give_the_place(scenes: Scenes, asked: list[list[Question]]) -> None:
-    times = scenes.times_s()
+    times = scenes.times_s
     for b, q in of_kind(asked, "where"):
         m = q.meta["object"]
         assert q.text == f"Where is the {KINDS[scenes.kind[b, m]]} now?"

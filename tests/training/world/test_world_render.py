@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from edge_vlm_training.world.backgrounds import BRIGHTEST, background_bank
+from edge_vlm.world.sampling import sample_scenes
+from edge_vlm.world.scenes import COLOURS, WorldConfig
+from edge_vlm.world.sprites import KINDS, load_atlas
+from edge_vlm.world.textures import BRIGHTEST
+from edge_vlm_training.world.backgrounds import background_bank
 from edge_vlm_training.world.render import draw_batch, render, render_with_owner
-from edge_vlm_training.world.scenes import COLOURS, WorldConfig, sample_scenes
-from edge_vlm_training.world.sprites import KINDS, load_atlas
 
 TINTS = np.array(list(COLOURS.values()), np.float32)
 

@@ -17,9 +17,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe",
         nargs="?",
         default="demo_cpu",
-        help="measured in minutes: demo_cpu (default), demo_larger, demo_present, smoke; in steps: "
-        "stts_demo_cpu, stts_demo_gpu, stts_demo_lora, stts_smoke, molmo2_4b_stts_50, "
-        "molmo2_4b_stts_30, molmo2_4b_stream, molmo2_4b_stts_50_lora (one card of 24 GB)",
+        help="measured in minutes: demo_cpu (default), demo_larger, demo_present, demo_streams, "
+        "smoke; in steps: stts_demo_cpu, stts_demo_gpu, stts_demo_lora, stts_smoke, "
+        "molmo2_4b_stts_50, molmo2_4b_stts_30, molmo2_4b_stream, molmo2_4b_stts_50_lora "
+        "(one card of 24 GB)",
     )
     parser.add_argument("-o", "--out", type=output_folder, required=True, help="folder of the run")
     parser.add_argument(
@@ -73,6 +74,9 @@ def _world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--benchmark", action="store_true", help="as `edge-vlm eval` does it: with alerts, denser"
     )
+    parser.add_argument(
+        "--harder", action="store_true", help="clips of the harder world (docs/demo-model.md)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="which held-out clips")
     parser.add_argument(
         "--demo-clip", action="store_true", help="write the demo's clip.mp4 and clip.json instead"
@@ -92,6 +96,10 @@ def _world(args: argparse.Namespace) -> int:
     from edge_vlm.formats.qa_set import write_question_set
     from edge_vlm_training.world.heldout import heldout_clips, write_demo_clip
 
+    if args.seed < 0:
+        raise ConfigError("--seed must be 0 or more")
+    if args.harder and (args.demo_clip or args.events is not None):
+        raise ConfigError("--harder is of questions, not of --demo-clip or --events")
     if args.demo_clip:
         args.out.mkdir(parents=True, exist_ok=True)
         write_demo_clip(args.out, args.seed)
@@ -110,7 +118,9 @@ def _world(args: argparse.Namespace) -> int:
         print(f"{num_events} events in {args.events} stretches of footage: {args.out}")
         return 0
     kinds = _kinds(args)
-    clips = heldout_clips(args.seed, args.per_kind, kinds=kinds, per_clip=_per_clip(args))
+    clips = heldout_clips(
+        args.seed, args.per_kind, kinds=kinds, per_clip=_per_clip(args), is_harder=args.harder
+    )
     with Progress("world: questions", len(kinds) * args.per_kind) as progress:
         written = told(clips, progress, size=lambda clip: len(clip.questions))
         asked = write_question_set(args.out, written)
@@ -119,8 +129,8 @@ def _world(args: argparse.Namespace) -> int:
 
 
 def _kinds(args: argparse.Namespace) -> tuple[str, ...]:
+    from edge_vlm.world.questions import QUESTION_KINDS
     from edge_vlm_training.world.heldout import BENCHMARK_KINDS
-    from edge_vlm_training.world.questions import QUESTION_KINDS
 
     if args.kinds is None:
         return BENCHMARK_KINDS if args.benchmark else QUESTION_KINDS

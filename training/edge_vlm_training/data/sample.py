@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -63,6 +64,14 @@ class Source(Protocol):
     def sample(self, number: int) -> Sample:
         """Raises VideoError or DataError naming the record if this one cannot be had."""
         ...
+
+
+def draw_reuse(thresholds: Sequence[float], num_clips: int, *name: int | str) -> tuple[float, ...]:
+    """One of the thresholds for each clip of what is named, or none where there is nothing to
+    draw, so that nothing else is drawn differently."""
+    if not any(thresholds):
+        return ()
+    return tuple(random.Random(seed_of("reuse", *name)).choices(thresholds, k=num_clips))
 
 
 def seed_of(*parts: int | str) -> int:

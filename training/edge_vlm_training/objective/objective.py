@@ -97,7 +97,7 @@ class Objective(nn.Module):
         if at.seen is not None:
             kept_F = at.seen.kept_FC.sum(1)
             at.sums |= {"aux": at.seen.aux_sum, "kept": kept_F.sum()}
-            at.sums["cells"] = torch.tensor(at.seen.kept_FC.numel())
+            at.sums["cells"] = (~at.batch.evicted_F()).sum() * at.seen.kept_FC.shape[1]
             if rendered:
                 at.numbers["scale"] = float(
                     at.seen.features_GE.detach().float().square().mean().sqrt()
@@ -146,6 +146,8 @@ class Objective(nn.Module):
                 self.dtype,
                 selection=batch.selection,
                 seed=batch.seed,
+                reuse=batch.reuse,
+                evicted_F=batch.evicted_F() if any(batch.evicted) else None,
             )
 
 

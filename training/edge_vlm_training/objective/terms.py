@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from edge_vlm.config import ModelConfig
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.text.tokenizer import Tokenizer
+from edge_vlm.world.scenes import COLOUR_NAMES
+from edge_vlm.world.sprites import KINDS
 from edge_vlm_training.data.packing.batch import Batch
 from edge_vlm_training.objective.language import STORY_BLOCKS, Answered
 from edge_vlm_training.objective.losses import answer_sums, feature_scale_loss
@@ -42,8 +44,6 @@ from edge_vlm_training.recipes.base import (
     Term,
     TimelineProbe,
 )
-from edge_vlm_training.world.scenes import COLOUR_NAMES
-from edge_vlm_training.world.sprites import KINDS
 from edge_vlm_training.world.truth import Truth
 
 
@@ -90,8 +90,9 @@ class Forward:
         return self.batch.truth
 
     def kept_cells(self) -> Tensor:
-        """int64 [G]: frame * C + cell of each feature, frames counted as shown."""
-        return self.clips.kept_FC.flatten().nonzero().squeeze(1)
+        """int64 [G]: frame * C + cell of each feature, frames counted as the language model sees
+        them."""
+        return self.clips.kept_FC[~self.batch.evicted_F()].flatten().nonzero().squeeze(1)
 
     def true_cells(self) -> Tensor:
         """The same with frames counted as the truth does, those not shown among them."""
@@ -178,10 +179,11 @@ def _presence(_term: PresenceProbe, at: Forward) -> Tensor:
     truth, grid = at.truth, at.model.cfg.vision.cell_grid
     labels = present(truth.scenes, truth.owner, grid, CELL_COVERED, truth.shown)
     labels = labels.at(at.kept_cells())
+    seen_F = ~at.batch.evicted_F()
     loss = torch.zeros(())
     for number, (hidden, ends) in enumerate(zip(at.words.hidden, at.words.ends, strict=True)):
         head = at.probes.get_submodule(f"presence.{number}")
-        part, found = present_loss(head(ends, hidden), labels)
+        part, found = present_loss(head(ends[seen_F], hidden), labels)
         loss = loss + part
         at.numbers |= found
     return loss / at.totals.batches

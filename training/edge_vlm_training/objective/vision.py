@@ -17,9 +17,11 @@ from edge_vlm.config import Rescale, VisionConfig
 from edge_vlm.model.clips import encode_clips
 from edge_vlm.model.ragged import best_method
 from edge_vlm.model.reference import encode_reference
+from edge_vlm.model.reuse import reuse_clips
 from edge_vlm.model.selection import clip_budget
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.pruning.policies import make_policy
+from edge_vlm.pruning.reuse import ReuseRule, computed_cells
 from edge_vlm_training.objective.losses import similarity_errors
 from edge_vlm_training.recipes.base import Selection
 
@@ -93,8 +95,16 @@ def see_clips(
     *,
     selection: Selection = "published",
     seed: int = 0,
+    reuse: Sequence[float] = (),
+    evicted_F: Tensor | None = None,
 ) -> SeenClips:
     """Scores, prunes each clip by its own budget and encodes, as `encode_clips` does.
+
+    `reuse`: of each clip, the threshold of change (0..255) below which a cell keeps what was
+    computed of it in front of the scorer, as in a session that has it; by default all is computed.
+    Raises ValueError where that is to be `published`, which knows no reuse. Cells of frames that
+    are `evicted` (bool) are chosen and counted, so that others are chosen as they would be, and
+    then dropped.
 
     Cells `published` by a scorer with `Rescale.ROW` are trained as published (target not detached),
     each clip as if it were alone in its pack. A model without a scorer keeps every cell and has no
@@ -106,6 +116,8 @@ def see_clips(
         return SeenClips(run.features_GE, run.kept_FC, pixels_FNP.new_zeros((), dtype=torch.float))
     is_first = first_frames(frames_per_clip, pixels_FNP.device)
     if scorer.cfg.rescale is Rescale.ROW and selection == "published":
+        if any(reuse):
+            raise ValueError("reuse is no part of the published computation")
         published = encode_reference(
             model,
             pixels_FNP,
@@ -117,13 +129,34 @@ def see_clips(
         cells = model.vit.cells(published.hidden_FND[scorer.cfg.prune_at])
         errors = similarity_errors(published.scores_FC, cells, is_first, detach_target=False)
         return SeenClips(published.features_GE, published.kept_FC, errors.sum())
-    x = model.embed_frames(pixels_FNP)
-    nobody = x.new_zeros(1, model.cfg.vision.num_cells, x.shape[-1])
-    _, scores = model.score_frames(x, nobody, is_first)
-    errors = similarity_errors(scores, model.vit.cells(x.detach()), is_first)
-    hidden = model.biased_block(x, scores, is_first)
+    if any(reuse):
+        computed = _computed(model, pixels_FNP, frames_per_clip, reuse)
+        reused = reuse_clips(model, pixels_FNP, computed, is_first)
+        hidden, scores, scored = reused.hidden_FND, reused.scores_FC, reused.scored_FCWD
+        assert scores is not None
+    else:
+        x = model.embed_frames(pixels_FNP)
+        nobody = x.new_zeros(1, model.cfg.vision.num_cells, x.shape[-1])
+        _, scores = model.score_frames(x, nobody, is_first)
+        hidden, scored = model.biased_block(x, scores, is_first), model.vit.cells(x.detach())
+    errors = similarity_errors(scores, scored, is_first)
     kept = choose_cells(scores, frames_per_clip, keep_ratio, min_cells, selection, seed)
+    if evicted_F is not None:
+        kept &= ~evicted_F.to(kept.device)[:, None]
     cells = kept.flatten().nonzero().squeeze(1)
     method = best_method(pixels_FNP.device, dtype)
     features = model.vit_trunk(hidden, cells, cells // kept.shape[1], method=method)
     return SeenClips(features, kept, errors.sum())
+
+
+def _computed(
+    model: VideoLM, pixels_FNP: Tensor, frames_per_clip: Sequence[int], reuse: Sequence[float]
+) -> Tensor:
+    """Bool [F, C]: what the blocks in front of the scorer compute of each clip."""
+    num_cells = model.cfg.vision.num_cells
+    clips = pixels_FNP.detach().float().cpu().split(list(frames_per_clip))
+    masks = [
+        computed_cells([clip.numpy()], num_cells, ReuseRule(threshold=threshold))
+        for clip, threshold in zip(clips, reuse, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(masks)).to(pixels_FNP.device)

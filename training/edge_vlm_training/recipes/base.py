@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 
 from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm.model.lora.layers import TARGETS, Target
+from edge_vlm.world.street_traffic import STEP_S
 from edge_vlm_training.config import (
     Config,
+    Grey,
     Kept,
     Number,
     Positive,
@@ -72,8 +74,8 @@ class Clips(Config, frozen=True, kw_only=True, tag="clips"):
 
     batch: Positive
     num_frames: Positive = 1
-    shorter: tuple[Positive, ...] = ()
-    """Half of the steps take clips of one of these lengths instead, more at the same cost."""
+    other_lengths: tuple[Positive, ...] = ()
+    """Half of the steps take clips of one of these lengths instead, as many frames in all."""
     branches: Number = 12
     """Questions about each clip; 0: pictures alone."""
     keep_ratio: Annotated[tuple[Kept, ...], msgspec.Meta(min_length=1)] = (1.0,)
@@ -83,13 +85,33 @@ class Clips(Config, frozen=True, kw_only=True, tag="clips"):
     where more happens, and the policy that a session can have."""
     min_cells: Number = 2
     """Up to this many cells of every later frame are kept whatever their rank."""
+    reuse: Annotated[tuple[Grey, ...], msgspec.Meta(min_length=1)] = (0.0,)
+    """Thresholds of change, one of these drawn for each clip with questions: the blocks in front of
+    the scorer compute what changed by less no more than a session with that `reuse` does. 0:
+    everything."""
     crowded: Share = 0.5
     """Share of clips that are as full as they can be: with one thing a clip, any event is its."""
     history_share: Share = 0.15
     """Share of questions that stand behind earlier turns of dialogue."""
     forgetful_share: Share = 0.0
     """Share of steps whose clips miss a stretch after the first frame, as a full memory does."""
+    harder_share: Share = 0.0
+    """Share of steps with clips of the harder world (`edge_vlm.world.harder`)."""
+    stream_share: Share = 0.0
+    """Share of steps whose clips are what a session holds of a street after up to half an hour."""
+    stream_time_s: PositiveFloat = 60.0
+    """Largest time stamp of those."""
     form: Form = "prefix"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        longest = max((self.num_frames, *self.other_lengths))
+        fits = self.stream_share == 0 or (self.branches > 0 and longest > 1)
+        self._check("stream_share", fits, "is of clips with questions and two frames or more")
+        shortest = STEP_S * (longest + MOST_EVICTED)
+        fits = self.stream_share == 0 or shortest <= self.stream_time_s <= LONGEST_STREAM_S
+        rule = f"with stream_share it must be in {shortest:g}..{LONGEST_STREAM_S:g}"
+        self._check("stream_time_s", fits, f"{rule}, half a second for each frame")
 
     @property
     def device_batch(self) -> int:
@@ -99,11 +121,16 @@ class Clips(Config, frozen=True, kw_only=True, tag="clips"):
     @property
     def row_shape(self) -> tuple[int, int]:
         """About how many tokens and frames a row has before the drop, the most of all steps."""
-        return self.num_frames * _CLIP_FRAME_TOKENS + 24 * self.branches, self.num_frames
+        frames = max(self.num_frames, *self.other_lengths, 1)
+        return frames * CLIP_FRAME_TOKENS + 24 * self.branches, frames
 
 
-_CLIP_FRAME_TOKENS = 24
+CLIP_FRAME_TOKENS = 24
 """Of the demo model: its cells, stamp and markers."""
+MOST_EVICTED = 4
+"""Frames of a stream's clip between what was forgotten and what is remembered, as the scorer
+compares with them."""
+LONGEST_STREAM_S = 1800.0
 
 
 class Rows(Config, frozen=True, kw_only=True, tag="rows"):
@@ -134,6 +161,8 @@ class Rows(Config, frozen=True, kw_only=True, tag="rows"):
     """Share of cells kept, one of these drawn for each batch."""
     min_cells: Number = 2
     """Cells that every later frame keeps in any case; not in `rescale = row` (published rule)."""
+    reuse: Annotated[tuple[Grey, ...], msgspec.Meta(min_length=1)] = (0.0,)
+    """As that of rendered clips; not in `rescale = row`."""
     form: Form = "rows"
 
     def __post_init__(self) -> None:
@@ -315,6 +344,13 @@ class Recipe(Config, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for stage in self.stages:
+            streams = isinstance(stage.data, Clips) and stage.data.stream_share > 0
+            fits = not streams or self.attention is VisionAttention.FRAME
+            self._check("attention", fits, "with stream_share it must be frame")
+            published = isinstance(stage.data, Rows) or "published" in stage.data.selection
+            fits = self.rescale is not Rescale.ROW or not published or not any(stage.data.reuse)
+            self._check("rescale", fits, "reuse is no part of the published computation")
         if self.lora is None:
             return
         trained = frozenset[str]().union(*(stage.parts for stage in self.stages))

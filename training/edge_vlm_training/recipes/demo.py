@@ -105,9 +105,9 @@ def demo_cpu(minutes: float = 115.0) -> Recipe:
     single = Clips(batch=32, branches=8, forgetful_share=0.15)
     four = Clips(batch=24, num_frames=4, keep_ratio=KEEP_HALF, forgetful_share=0.15)
     eight = Clips(
-        batch=8, num_frames=8, shorter=(1, 4), keep_ratio=KEEP_MIXED, forgetful_share=0.15
+        batch=8, num_frames=8, other_lengths=(1, 4), keep_ratio=KEEP_MIXED, forgetful_share=0.15
     )
-    last = replace(eight, shorter=(), branches=16)
+    last = replace(eight, other_lengths=(), branches=16)
     return demo_recipe(
         "demo_cpu",
         pictures("dense", part(11), 128),
@@ -142,7 +142,7 @@ def demo_larger(minutes: float = 69.0) -> Recipe:
     data = Clips(
         batch=8,
         num_frames=16,
-        shorter=(4, 8),
+        other_lengths=(4, 8),
         branches=16,
         keep_ratio=KEEP_MIXED,
         forgetful_share=0.1,
@@ -169,7 +169,7 @@ def demo_present(minutes: float = 105.0) -> Recipe:
     data = Clips(
         batch=8,
         num_frames=16,
-        shorter=(4, 8),
+        other_lengths=(4, 8),
         branches=16,
         keep_ratio=KEEP_FEWER,
         forgetful_share=0.1,
@@ -187,6 +187,32 @@ def demo_present(minutes: float = 105.0) -> Recipe:
             decay_from=0.1,
         ),
         seed=5,
+    )
+
+
+def demo_streams(minutes: float = 150.0) -> Recipe:
+    """Goes on from `demo_present` (`--init`): clips as a session has them after minutes, clips of
+    the harder world, and frames of which only what changed was computed."""
+
+    def part(number: float) -> Minutes:
+        return Minutes(number * minutes / 150.0)
+
+    data = Clips(
+        batch=8,
+        num_frames=16,
+        other_lengths=(8, 32),
+        branches=16,
+        keep_ratio=KEEP_FEWER,
+        stream_share=0.5,
+        harder_share=0.5,
+        reuse=(0.0, 0.0, 4.0, 8.0),
+    )
+    learn = partial(questions, lr=6e-4, timeline=0.15, presence=0.15)
+    return demo_recipe(
+        "demo_streams",
+        learn("whole", part(95), data, 4e-5, 4e-5),
+        learn("frozen", part(55), data, None, rate=(1.0, 0.01), decay_from=0.1),
+        seed=6,
     )
 
 

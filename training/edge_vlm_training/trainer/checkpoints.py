@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from edge_vlm.errors import CheckpointError, WeightNamesError
-from edge_vlm.export_errors import NoSpaceLeft
+from edge_vlm.errors.export import NoSpaceLeft
 from edge_vlm.json_text import parse_json
 from edge_vlm.model.published.torch_files import INDEX, require_harmless
 from edge_vlm_training.data.packing.stream import merge_states

@@ -27,12 +27,12 @@ from edge_vlm.presets import (
     tiny,
 )
 from edge_vlm.text.prompt import PromptStyle
+from edge_vlm.world.questions import vocabulary
+from edge_vlm.world.scenes import WorldConfig
 from edge_vlm_training.recipes.base import Clips, Recipe, Rows
 from edge_vlm_training.trainer.adapters import frozen_model, with_adapters
 from edge_vlm_training.trainer.checkpoints import WHOLE, latest
 from edge_vlm_training.world.more_words import vocabulary_of, with_more_words
-from edge_vlm_training.world.questions import vocabulary
-from edge_vlm_training.world.scenes import WorldConfig
 from edge_vlm_training.world.vocabulary import READ_ONLY, build_tokenizer
 
 _PUBLISHED = {"molmo2_4b": molmo2_4b, "molmo2_8b": molmo2_8b, "molmo2_o_7b": molmo2_o_7b}
@@ -118,14 +118,18 @@ def trained_usage(recipe: Recipe) -> Usage:
     """What the trained model will want: as `init`, with the recipe's markers, and the frames and
     share of its last stage. Of several shares it is served at the middle one.
 
-    A model of rendered clips alone knows times up to the length of the longest; a session stays
-    inside.
+    A model of rendered clips alone knows times up to the length of the longest, or those of the
+    streams it was shown; a session stays inside.
     """
     data = recipe.stages[-1].data
     if not isinstance(data, Rows):
-        clips = [stage.data.num_frames for stage in recipe.stages if isinstance(stage.data, Clips)]
+        clips = [stage.data for stage in recipe.stages if isinstance(stage.data, Clips)]
+        longest = max(
+            clip.stream_time_s if clip.stream_share else clip.num_frames / WorldConfig().fps
+            for clip in clips
+        )
         style = PromptStyle(own_frame_markers=recipe.frame_markers)
-        return Usage(style=style, defaults={"max_time_s": max(clips) / WorldConfig().fps})
+        return Usage(style=style, defaults={"max_time_s": longest})
     init = open_init(recipe)
     before = Usage() if init is None else init.usage
     return dataclasses.replace(

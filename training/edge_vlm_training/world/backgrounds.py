@@ -1,4 +1,4 @@
-"""Cluttered, rather dark and grey background textures, each a function of its number alone."""
+"""The backgrounds of `edge_vlm.world.textures`, all of them at once, in torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NUM_BACKGROUNDS = 256
-GRID = 96  # places and sizes in the world are multiples of 1/96 of the picture's side
-MARGIN = 1  # grid units of texture beyond each edge, for the camera's shake
-MASTER_SIDE = 2 * (GRID + 2 * MARGIN)
-BRIGHTEST = 138.0
+from edge_vlm.world.textures import (
+    BRIGHTEST,
+    DARKEST,
+    NUM_BACKGROUNDS,
+    SEED,
+    WIDE_BACKGROUNDS,
+    margin_of,
+    margin_pixels,
+    master_side,
+)
 
 _CHUNK = 32
-_SEED = 20_231
 
 
 def area_matrix(source: int, target: int) -> Tensor:
@@ -30,11 +34,11 @@ def area_matrix(source: int, target: int) -> Tensor:
 
 def _draw(first: int, count: int) -> Tensor:
     """Textures number first .. first + count - 1, f32 [count, 3, side, side] in 0..255."""
-    side = MASTER_SIDE
+    side = master_side(margin_of(first))
     axis = (torch.arange(side) + 0.5) / side
     pictures = []
     for number in range(first, first + count):
-        rng = np.random.default_rng([_SEED, number])
+        rng = np.random.default_rng([SEED, number])
         grey = rng.uniform(35, 95)
         base = torch.tensor(grey + rng.uniform(-14, 14, 3), dtype=torch.float32)
         picture = base[:, None, None].expand(3, side, side).clone()
@@ -62,25 +66,28 @@ def _draw(first: int, count: int) -> Tensor:
                 wave = (3 * wave).tanh()
             picture += wave * rng.uniform(5, 20)
         pictures.append(picture)
-    return torch.stack(pictures).clamp(4, BRIGHTEST)
+    return torch.stack(pictures).clamp(DARKEST, BRIGHTEST)
 
 
 @lru_cache(maxsize=4)
 def background_bank(size: int) -> Tensor:
-    """All textures for pictures of ``size`` pixels, u8 [numbers, side, side, 3] on the CPU.
+    """All narrow textures for pictures of ``size`` pixels, u8 [numbers, side, side, 3] on the CPU.
 
-    ``side`` is the picture plus ``margin_pixels(size)`` on every edge. Resized by exact areas, so
+    ``side`` is the picture plus ``margin_pixels`` on every edge. Resized by exact areas, so
     that a bank of twice the size, averaged 2 x 2, is this bank up to rounding.
     """
-    side = size + 2 * margin_pixels(size)
-    weights = area_matrix(MASTER_SIDE, side)
-    chunks = []
-    for first in range(0, NUM_BACKGROUNDS, _CHUNK):
-        drawn = weights @ _draw(first, _CHUNK) @ weights.T
-        chunks.append(drawn.round().to(torch.uint8).permute(0, 2, 3, 1))
+    chunks = [_resized(first, _CHUNK, size) for first in range(0, NUM_BACKGROUNDS, _CHUNK)]
     return torch.cat(chunks).contiguous()
 
 
-def margin_pixels(size: int) -> int:
-    """Width in pixels of the margin around a picture of ``size`` pixels."""
-    return max(1, round(size * MARGIN / GRID))
+@lru_cache(maxsize=len(WIDE_BACKGROUNDS))
+def wide_background(number: int, size: int) -> Tensor:
+    """One of the wide ones, u8 [side, side, 3]: drawn when it is needed, as there are many."""
+    return _resized(number, 1, size)[0].contiguous()
+
+
+def _resized(first: int, count: int, size: int) -> Tensor:
+    margin = margin_of(first)
+    weights = area_matrix(master_side(margin), size + 2 * margin_pixels(size, margin))
+    drawn = weights @ _draw(first, count) @ weights.T
+    return drawn.round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+from edge_vlm.world.questions import QUESTION_KINDS, ask_any
+from edge_vlm.world.scenes import Scenes
 from edge_vlm_training.data.sample import Branch
-from edge_vlm_training.world.questions import QUESTION_KINDS, ask_any
-from edge_vlm_training.world.scenes import Scenes
 
 _FLOOR = 0.04
 _EMPHASIS = {"point": 0.15, "caption": 0.5, "when": 1.5, "order": 2.0}
@@ -49,15 +49,17 @@ class QuestionMix:
         history_share: float,
         forgotten: int = 0,
         at_end: bool = False,
+        in_stream: bool = False,
     ) -> list[Branch]:
         """`count` questions about one clip after random frames, or all after the last (`at_end`).
 
-        Frames 1 to `forgotten` are not shown to the language model: questions come after them, ask
-        about now only, and count frames without them.
+        Frames 1 to `forgotten` are not shown to the language model: questions come after them and
+        ask about now only. They count frames without these, unless the clip is one of a stream: its
+        scenes know what of the past can be told, and its frames are counted as they are.
         """
         branches = []
         weights = self.weights()
-        if forgotten:
+        if forgotten and not in_stream:
             weights = {kind: weights[kind] for kind in NOW_KINDS}
         last = scenes.num_frames - 1
         for _ in range(count):
@@ -67,13 +69,14 @@ class QuestionMix:
             question = ask_any(scenes, clip, self.rng, weights, moment)
             history: list[tuple[str, str]] = []
             if self.rng.random() < history_share:
+                begin = forgotten + 1 if in_stream and forgotten else 0
                 earlier = sorted(
-                    self.rng.randint(0, question.frame)
+                    self.rng.randint(begin, question.frame)
                     for _ in range(self.rng.randint(1, _MAX_HISTORY))
                 )
                 turns = (ask_any(scenes, clip, self.rng, None, moment) for moment in earlier)
                 history = [(turn.text, turn.answer) for turn in turns]
-            frame = question.frame - forgotten
+            frame = question.frame - (0 if in_stream else forgotten)
             branches.append(
                 Branch(
                     kind=question.kind,

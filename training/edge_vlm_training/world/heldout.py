@@ -10,16 +10,17 @@ from pathlib import Path
 from edge_vlm.formats.qa_set import AskedQuestion, ClipQuestions
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.video import write_video
-from edge_vlm_training.world.questions import (
+from edge_vlm.world.harder import harder
+from edge_vlm.world.questions import (
     QUESTION_KINDS,
     Question,
     ask,
     ask_sometime,
     event_time,
 )
+from edge_vlm.world.scenes import Scenes, WorldConfig
+from edge_vlm.world.sprites import KINDS
 from edge_vlm_training.world.render import draw_batch
-from edge_vlm_training.world.scenes import Scenes, WorldConfig
-from edge_vlm_training.world.sprites import KINDS
 
 PICTURE_SIZE = 192
 """Pixels a side of what is sent: twice the model's, so that JPEG's coarse colour is harmless."""
@@ -41,11 +42,12 @@ def heldout_clips(
     *,
     kinds: Sequence[str] = QUESTION_KINDS,
     per_clip: int = 1,
+    is_harder: bool = False,
 ) -> Iterator[ClipQuestions]:
     """Clips until every kind of question has `per_kind` questions, `per_clip` of a kind in a clip.
 
-    `alert` asks "Is there a ... now?" about one thing behind every frame of a clip. Raises
-    ValueError for other kinds than that and QUESTION_KINDS.
+    `is_harder`: of the harder world. `alert` asks "Is there a ... now?" about one thing behind
+    every frame of a clip. Raises ValueError for other kinds than that and QUESTION_KINDS.
     """
     unknown = set(kinds) - set(BENCHMARK_KINDS)
     if unknown:
@@ -57,6 +59,8 @@ def heldout_clips(
         start_at_zero=1.0,  # as a session does
         crowded=_FULL_SHARE,
     )
+    if is_harder:
+        world = harder(world)
     missing = dict.fromkeys(kinds, per_kind)
     number = 0
     while any(left > 0 for left in missing.values()):
@@ -76,7 +80,7 @@ def heldout_clips(
             yield ClipQuestions(
                 name=f"{number:05d}",
                 jpegs=[encode_jpeg(picture) for picture in frames[0].numpy()],
-                times_s=scenes.times_s()[0].tolist(),
+                times_s=scenes.times_s[0].tolist(),
                 questions=sorted(questions, key=lambda q: q.frame),
             )
 
@@ -85,7 +89,7 @@ def _asked(question: Question, scenes: Scenes) -> AskedQuestion:
     boxes = None
     also: tuple[str, ...] = ()
     if question.kind == "when":  # right within one frame interval
-        times, first = scenes.times_s()[0], question.meta["first"]
+        times, first = scenes.times_s[0], question.meta["first"]
         near = (t for t in (first - 1, first + 1) if 0 <= t < len(times))
         also = tuple(event_time(times[t]) for t in near)
     if question.kind == "point":
@@ -105,14 +109,15 @@ def _alert(scenes: Scenes, rng: random.Random) -> list[AskedQuestion]:
     """One thing watched for over the whole clip: in two of three clips one that comes."""
     kinds = scenes.kind[0].tolist()
     there = [m for m, kind in enumerate(kinds) if kind >= 0]
-    thing = rng.choice(there) if rng.random() < _WATCHED_SHARE else None
+    thing = rng.choice(there) if there and rng.random() < _WATCHED_SHARE else None
     absent = rng.choice([kind for kind in range(len(KINDS)) if kind not in kinds])
-    name = KINDS[absent if thing is None else kinds[thing]]
+    kind = absent if thing is None else kinds[thing]
+    seen = (scenes.visible[0] & (scenes.kind[0] == kind)).any(1)
     return [
         AskedQuestion(
             kind=ALERT,
-            text=f"Is there a {name} now?",
-            answer="yes" if thing is not None and scenes.visible[0, t, thing] else "no",
+            text=f"Is there a {KINDS[kind]} now?",
+            answer="yes" if seen[t] else "no",
             frame=t,
         )
         for t in range(scenes.num_frames)
@@ -141,7 +146,7 @@ def write_demo_clip(folder: Path, seed: int, num_frames: int = 16) -> None:
             for _ in range(999)
             if (q := ask(scenes, 0, kind, t, rng)) is not None and q.meta.get("first") != 0
         )
-        stamp = float(scenes.times_s()[0, t])
+        stamp = float(scenes.times_s[0, t])
         questions.append({"ask_at_s": stamp, "text": question.text, "answer": question.answer})
     write_video(folder / "clip.mp4", frames[0].numpy(), world.fps)
     record = {"fps": world.fps, "seed": seed, "questions": questions}

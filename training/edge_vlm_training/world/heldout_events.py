@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from edge_vlm.formats.alert_set import Footage, LabelledAlert
 from edge_vlm.pixels.frames import encode_jpeg
+from edge_vlm.world.scenes import Scenes, WorldConfig
+from edge_vlm.world.sprites import KINDS
 from edge_vlm_training.world.heldout import PICTURE_SIZE
 from edge_vlm_training.world.render import draw_batch
-from edge_vlm_training.world.scenes import Scenes, WorldConfig
-from edge_vlm_training.world.sprites import KINDS
 
 ABSENT = 3
 """Things that are watched for in each stretch of footage and never come."""
@@ -35,18 +35,18 @@ def heldout_footage(seed: int, count: int, num_frames: int = 48) -> Iterator[Foo
         yield Footage(
             name=f"{number:05d}",
             jpegs=[encode_jpeg(picture) for picture in frames[0].numpy()],
-            times_s=scenes.times_s()[0].tolist(),
-            watches=_watches(scenes, rng),
+            times_s=scenes.times_s[0].tolist(),
+            watches=_watches(scenes, world.fps, rng),
         )
 
 
-def _watches(scenes: Scenes, rng: random.Random) -> list[LabelledAlert]:
+def _watches(scenes: Scenes, fps: float, rng: random.Random) -> list[LabelledAlert]:
     kinds = scenes.kind[0].tolist()
     watches = []
     for thing, kind in enumerate(kinds):
         if kind >= 0:
             begin, end = int(scenes.enter[0, thing]), int(scenes.leave[0, thing])
-            watches.append(_watch(kind, [(begin / scenes.fps, end / scenes.fps)]))
+            watches.append(_watch(kind, [(begin / fps, end / fps)]))
     absent = [kind for kind in range(len(KINDS)) if kind not in kinds]
     watches += [_watch(kind, []) for kind in rng.sample(absent, ABSENT)]
     return watches

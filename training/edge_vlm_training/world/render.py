@@ -14,14 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_vlm_training.world.backgrounds import GRID, area_matrix, background_bank, margin_pixels
-from edge_vlm_training.world.paths import MAX_SIDE, MIN_SIDE
-from edge_vlm_training.world.scenes import COLOURS, NOISE_KEYS, Scenes, WorldConfig, sample_scenes
-from edge_vlm_training.world.sprites import load_atlas
-
-_NOISE_STRIDE = 7  # two noise pictures are the same numbers, moved by multiples of this
-_NOISE_SEED = 77_003
-_DARKEST = 0.35  # share of the colour that a sprite's darkest detail keeps
+from edge_vlm.world.draw import DARKEST, NOISE_SEED, NOISE_STRIDE, pixels
+from edge_vlm.world.paths import MAX_SIDE, SMALLEST_SIDE
+from edge_vlm.world.sampling import sample_scenes
+from edge_vlm.world.scenes import COLOURS, NOISE_KEYS, Scenes, WorldConfig
+from edge_vlm.world.sprites import load_atlas
+from edge_vlm.world.textures import (
+    GRID,
+    WIDE_BACKGROUNDS,
+    WIDE_MARGIN,
+    margin_pixels,
+)
+from edge_vlm_training.world.backgrounds import area_matrix, background_bank, wide_background
 
 
 @lru_cache(maxsize=8)
@@ -32,15 +36,15 @@ def _sprite_bank(size: int, device: str) -> tuple[Tensor, Tensor]:
     """
     atlas = torch.from_numpy(load_atlas().astype(np.float32) / 255)
     alpha = atlas[..., 1]
-    shade = alpha * (_DARKEST + (1 - _DARKEST) * atlas[..., 0])
-    largest = _pixels(MAX_SIDE, size)
-    num_sides = MAX_SIDE - MIN_SIDE + 1
+    shade = alpha * (DARKEST + (1 - DARKEST) * atlas[..., 0])
+    largest = pixels(MAX_SIDE, size)
+    num_sides = MAX_SIDE - SMALLEST_SIDE + 1
     bank = torch.zeros(2, len(atlas), num_sides, largest, largest)
-    for i, side in enumerate(range(MIN_SIDE, MAX_SIDE + 1)):
-        pixels = _pixels(side, size)
-        weights = area_matrix(atlas.shape[1], pixels)
-        bank[0, :, i, :pixels, :pixels] = weights @ alpha @ weights.T
-        bank[1, :, i, :pixels, :pixels] = weights @ shade @ weights.T
+    for i, side in enumerate(range(SMALLEST_SIDE, MAX_SIDE + 1)):
+        width = pixels(side, size)
+        weights = area_matrix(atlas.shape[1], width)
+        bank[0, :, i, :width, :width] = weights @ alpha @ weights.T
+        bank[1, :, i, :width, :width] = weights @ shade @ weights.T
     flat = bank.flatten(1, 2).to(device)
     return flat[0], flat[1]
 
@@ -49,9 +53,9 @@ def _sprite_bank(size: int, device: str) -> tuple[Tensor, Tensor]:
 def _noise_bank(size: int, device: str) -> Tensor:
     """Standard normal noise pictures as a strided view, f32 [NOISE_KEYS, S * S * 3]."""
     length = size * size * 3
-    rng = np.random.default_rng(_NOISE_SEED)
-    noise = rng.standard_normal(length + NOISE_KEYS * _NOISE_STRIDE, dtype=np.float32)
-    return torch.from_numpy(noise).to(device).as_strided((NOISE_KEYS, length), (_NOISE_STRIDE, 1))
+    rng = np.random.default_rng(NOISE_SEED)
+    noise = rng.standard_normal(length + NOISE_KEYS * NOISE_STRIDE, dtype=np.float32)
+    return torch.from_numpy(noise).to(device).as_strided((NOISE_KEYS, length), (NOISE_STRIDE, 1))
 
 
 @lru_cache(maxsize=8)
@@ -63,10 +67,6 @@ def _background_windows(size: int, device: str) -> Tensor:
     return bank.as_strided(
         (len(bank), offsets, offsets, size, size * 3), (number, row, column, row, channel)
     )
-
-
-def _pixels(grid_units: int, size: int) -> int:
-    return round(grid_units * size / GRID)
 
 
 @torch.no_grad()
@@ -104,11 +104,7 @@ def _draw(
 ) -> tuple[Tensor, Tensor | None]:
     clips, frames, slots = scenes.visible.shape
     shift = np.rint(scenes.shake.reshape(-1, 2) * size).astype(np.int64)
-    margin = margin_pixels(size)
-    window = torch.from_numpy(margin - shift.clip(-margin, margin)).to(device)
-    number = torch.from_numpy(np.repeat(scenes.background, frames)).to(device)
-    windows = _background_windows(size, device)
-    canvas = windows[number, window[:, 1], window[:, 0]].float().view(-1, 3)
+    canvas = _backgrounds(scenes, size, device).view(-1, 3)
     owner = None
     if with_owner:
         owner = torch.full((clips * frames * size * size,), -1, dtype=torch.int8, device=device)
@@ -124,6 +120,27 @@ def _draw(
     levels = pictures.add_(0.5).clamp_(0, 255).to(torch.uint8)
     shape = (clips, frames, size, size)
     return levels.view(*shape, 3), None if owner is None else owner.view(shape)
+
+
+def _backgrounds(scenes: Scenes, size: int, device: str) -> Tensor:
+    """What is behind the things, f32 [F, S, S * 3]."""
+    numbers = scenes.background.reshape(-1)
+    turned = np.rint((scenes.shake + scenes.pan).reshape(-1, 2) * size).astype(np.int64)
+    canvas = torch.empty((len(numbers), size, size * 3), device=device)
+    is_wide = np.isin(numbers, WIDE_BACKGROUNDS)
+    if not is_wide.all():
+        margin = margin_pixels(size)
+        window = torch.from_numpy(margin - turned[~is_wide].clip(-margin, margin)).to(device)
+        number = torch.from_numpy(numbers[~is_wide]).to(device)
+        windows = _background_windows(size, device)
+        found = windows[number, window[:, 1], window[:, 0]].float()
+        canvas[torch.from_numpy(~is_wide)] = found
+    margin = margin_pixels(size, WIDE_MARGIN)
+    for frame in np.flatnonzero(is_wide):
+        column, row = (margin - turned[frame].clip(-margin, margin)).tolist()
+        wide = wide_background(int(numbers[frame]), size)
+        canvas[frame] = wide[row : row + size, column : column + size].reshape(size, -1)
+    return canvas
 
 
 def _draw_things(
@@ -145,7 +162,7 @@ def _draw_things(
     centre = np.stack([scenes.x, scenes.y], -1)[:, :, slot].reshape(-1, 2)[shown]
     corner = np.rint(centre * GRID - side[:, None] / 2)
     corner = np.rint(corner * size / GRID).astype(np.int64) + shift[shown]
-    sprite = scenes.kind[clip, slot] * (MAX_SIDE - MIN_SIDE + 1) + side - MIN_SIDE
+    sprite = scenes.kind[clip, slot] * (MAX_SIDE - SMALLEST_SIDE + 1) + side - SMALLEST_SIDE
     tints = np.array(list(COLOURS.values()), np.float32)
     tint = torch.from_numpy(tints[scenes.colour[:, :, slot].reshape(-1)[shown]]).to(device)
 

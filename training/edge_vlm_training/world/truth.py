@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from edge_vlm_training.world.scenes import Scenes
+from edge_vlm.world.scenes import Scenes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,5 +19,5 @@ class Truth:
     owner: Tensor
     """i8 [B, T, H, W]: the thing at each pixel."""
     shown: npt.NDArray[np.int64]
-    """[S]: which frames; 1 to `forgotten` are not."""
+    """[S]: which frames the language model sees; 1 to `forgotten` are not."""
     forgotten: int

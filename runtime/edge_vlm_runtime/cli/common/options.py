@@ -40,7 +40,7 @@ NOT_FOR_SERVERS = ("delivery", "raw_frames", "subtitles")
 """Settings that a client chooses by what it sends."""
 CLIENT_SETTINGS = (
     *("keep_ratio", "vision_tokens_per_s", "change_threshold", "attention", "policy", "fps_cap"),
-    *("max_answer_tokens", "instructions", "temperature", "top_p", "seed"),
+    *("max_answer_tokens", "instructions", "temperature", "top_p", "seed", "reuse"),
 )
 DIALOGUE_SETTINGS = ("history_turns",)
 """For clients that ask more than once."""

@@ -26,7 +26,8 @@ SUBPROTOCOLS = ("edge-vlm", "realtime")
 """Ours, and the one that OpenAI's clients in browsers offer."""
 KEY_SUBPROTOCOL = "edge-vlm-key."
 OPENAI_KEY_SUBPROTOCOL = "openai-insecure-api-key."
-GUARDED = ("/v1/", "/v1", "/metrics")
+GUARDED = ("/v1/", "/v1", "/metrics", "/demo/street.jpg")
+"""Answers of the server's own, and what costs it work."""
 REMEDY = f"set {VARIABLE}, or open the page with #key=KEY behind its address"
 
 

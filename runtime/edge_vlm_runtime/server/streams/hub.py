@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from edge_vlm.errors import ConfigError, EdgeVlmError, ServerBusy
-from edge_vlm.request_errors import MethodNotAllowed
+from edge_vlm.errors.requests import MethodNotAllowed
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.cameras.camera import Camera
 from edge_vlm_runtime.cameras.keeper import CameraKeeper

@@ -14,6 +14,7 @@ import "./panels/tabs.js";
 import { Session } from "./session.js";
 import { Source, listDevices, takeDrops } from "./source.js";
 import { forget, showCells, showStill } from "./stage.js";
+import { Street, onStreet } from "./street.js";
 import { subscribedPicture } from "./subscribed.js";
 
 const video = $("video");
@@ -43,7 +44,7 @@ const own = {
     dialogue.pictures.clear();
     const isOwn = source.kind !== "stream";
     showModel(event.model, dialogue, alerts);
-    settings.begin(event, source.kind === "camera" ? "live" : "wait", isOwn);
+    settings.begin(event, source.isLive ? "live" : "wait", isOwn);
     alerts.begin(isOwn);
     gauges.begin(isOwn);
     if (event.stream) own["stream.updated"](event);
@@ -225,12 +226,10 @@ function notice(text) {
 $("camera").onclick = () => startCamera($("device").value);
 $("again").onclick = () => startCamera($("device").value);
 $("device").onchange = () => startCamera($("device").value);
-$("stop").onclick = () => {
-  starts += 1;
-  stop();
-};
+$("stop").onclick = () => { starts += 1; stop(); };
 const startDemo = () => start(() => Source.address("demo/clip.mp4", "the demo clip"));
 for (const id of ["demo", "hint-demo"]) $(id).onclick = startDemo;
+onStreet(() => start(() => new Street(troubleChanged, dialogue)));
 $("file").onchange = (event) => {
   const [file] = event.target.files;
   event.target.value = "";

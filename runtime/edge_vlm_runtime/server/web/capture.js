@@ -5,9 +5,43 @@ import { $ } from "./dom.js";
 const MAX_SIDE = 1280; // larger pictures are scaled down before they are sent
 const MAX_BUFFERED_BYTES = 1 << 20;
 const JPEG_QUALITY = 0.92;
+const MOST_LOOKS = 4;
 
 const video = $("video");
 const scratch = document.createElement("canvas");
+
+// Seconds of the film. A busy page's `currentTime` is behind what is on screen, by seconds at worst.
+function timeOnScreen() {
+  if (!window.VideoFrame) return video.currentTime;
+  let time_us = null;
+  // Where no picture was drawn for a while the last one is given once more: so until two agree.
+  for (let look = 0; look < MOST_LOOKS; look += 1) {
+    let shown;
+    try {
+      shown = new VideoFrame(video);
+    } catch {
+      return video.currentTime; // not of every kind of film in every browser
+    }
+    const { timestamp } = shown;
+    shown.close();
+    if (timestamp === time_us) break;
+    time_us = timestamp;
+  }
+  // Firefox gives `currentTime` in whole seconds where microseconds belong; a film's first picture
+  // has 0, however long it stays.
+  const isSeconds = time_us <= video.currentTime && (time_us > 0 || video.currentTime < 1);
+  return isSeconds ? video.currentTime : time_us / 1e6;
+}
+
+function draw(picture) {
+  const [width, height] = [
+    picture.videoWidth ?? picture.width, picture.videoHeight ?? picture.height,
+  ];
+  const scale = Math.min(1, MAX_SIDE / Math.max(width, height));
+  scratch.width = Math.max(1, Math.round(width * scale));
+  scratch.height = Math.max(1, Math.round(height * scale));
+  scratch.getContext("2d").drawImage(picture, 0, 0, scratch.width, scratch.height);
+}
 
 export class Capture {
   #timer = null;
@@ -22,16 +56,20 @@ export class Capture {
   // For a session that has just begun.
   start() {
     this.#lastTick = -1;
+    this.source.begin?.();
     this.retime();
-    if (this.source.kind === "picture") this.#send(this.source.bitmap, 0);
+    if (this.source.kind !== "picture") return;
+    draw(this.source.bitmap);
+    this.#send(0);
   }
 
   retime() {
     clearInterval(this.#timer);
-    if (!["camera", "file"].includes(this.source.kind)) return;
+    if (!["camera", "file", "street"].includes(this.source.kind)) return;
+    const capture = () => (this.source.kind === "street" ? this.#render() : this.#capture());
     // Twice as often as pictures are due, so that a late tick costs half an interval at most.
-    this.#timer = setInterval(() => this.#capture(), 500 / this.settings.fps_cap);
-    this.#capture();
+    this.#timer = setInterval(capture, 500 / this.settings.fps_cap);
+    capture();
   }
 
   stop() {
@@ -62,23 +100,46 @@ export class Capture {
         video.pause(); // a file waits for the model instead of losing pictures
         return;
       }
-      now_s = video.currentTime;
+      now_s = timeOnScreen();
     }
-    const tick = Math.floor(now_s * fps + 1e-3);
-    if (tick <= this.#lastTick) return;
-    this.#lastTick = tick;
+    if (Math.floor(now_s * fps + 1e-3) <= this.#lastTick) return;
+    draw(video);
+    if (source.kind === "file") {
+      let before_s = now_s; // the film goes on meanwhile, so what was drawn may be its next picture
+      for (let look = 0; (now_s = timeOnScreen()) !== before_s; look += 1) {
+        if (look === MOST_LOOKS) return; // the next time then
+        before_s = now_s;
+        draw(video);
+      }
+    }
+    this.#lastTick = Math.floor(now_s * fps + 1e-3);
     source.fresh.take();
-    this.#send(video, Math.round((tick / fps) * 1e6)); // when it was due: what is on screen then
+    this.#send(Math.round((this.#lastTick / fps) * 1e6)); // when it was due
   }
 
-  #send(picture, time_us) {
-    const [width, height] = [
-      picture.videoWidth ?? picture.width, picture.videoHeight ?? picture.height,
-    ];
-    const scale = Math.min(1, MAX_SIDE / Math.max(width, height));
-    scratch.width = Math.max(1, Math.round(width * scale));
-    scratch.height = Math.max(1, Math.round(height * scale));
-    scratch.getContext("2d").drawImage(picture, 0, 0, scratch.width, scratch.height);
+  // Of the street: whoever is slower than it misses pictures.
+  async #render() {
+    const { source, session, settings: { fps_cap: fps } } = this;
+    const { line } = session;
+    const isBehind = session.unacknowledged >= session.created?.limits.max_unacknowledged_frames;
+    if (this.#encoding || !session.isUp || isBehind) return;
+    const tick = Math.floor(source.now_s * fps + 1e-3);
+    if (tick <= this.#lastTick) return;
+    this.#lastTick = tick;
+    this.#encoding = true;
+    try {
+      const blob = await source.picture(tick / fps);
+      const jpeg = await blob?.arrayBuffer();
+      if (jpeg && this.source === source && this.#timer !== null && session.line === line) {
+        this.sent(session.sendFrame(jpeg, Math.round((tick / fps) * 1e6)), blob);
+      }
+    } finally {
+      this.#encoding = false;
+    }
+  }
+
+  // What was drawn.
+  #send(time_us) {
     this.#encoding = true;
     const { line } = this.session;
     scratch.toBlob(async (blob) => {

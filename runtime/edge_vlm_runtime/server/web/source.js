@@ -22,7 +22,7 @@ const fresh = new FreshPictures(video);
 export class Source {
   // changed() is called when `trouble` has changed.
   constructor(kind, name, changed = () => {}) {
-    this.kind = kind; // camera, file, picture or stream
+    this.kind = kind; // camera, file, picture, street or stream
     this.name = name;
     this.changed = changed;
     this.trouble = null; // why nothing is sent
@@ -31,6 +31,10 @@ export class Source {
 
   get fresh() {
     return fresh;
+  }
+
+  get isLive() {
+    return this.kind === "camera" || this.kind === "street";
   }
 
   // Raises an Error whose message says what to do.
@@ -106,13 +110,13 @@ export class Source {
   // element then shows its last picture for ever.
   #watchTrack() {
     const [track] = this.stream.getVideoTracks();
-    track.onended = () => this.#setTrouble(GONE);
-    track.onmute = () => this.#setTrouble(MUTED);
-    track.onunmute = () => this.#setTrouble(null);
-    if (track.muted) this.#setTrouble(MUTED);
+    track.onended = () => this.setTrouble(GONE);
+    track.onmute = () => this.setTrouble(MUTED);
+    track.onunmute = () => this.setTrouble(null);
+    if (track.muted) this.setTrouble(MUTED);
   }
 
-  #setTrouble(text, isStalled = false) {
+  setTrouble(text, isStalled = false) {
     if (this.trouble === text) return;
     Object.assign(this, { trouble: text, isStalled });
     this.changed();
@@ -122,11 +126,11 @@ export class Source {
     if (this.kind !== "camera") return;
     const isStalled = this.fresh.age > STALLED_MS;
     if (isStalled && !this.trouble) {
-      this.#setTrouble(document.hidden
+      this.setTrouble(document.hidden
         ? "While this page was hidden it got no pictures from the browser. Nothing was sent."
         : "The camera gives no new pictures. Nothing is sent.", true);
     } else if (!isStalled && this.isStalled) {
-      this.#setTrouble(null);
+      this.setTrouble(null);
     }
   }
 

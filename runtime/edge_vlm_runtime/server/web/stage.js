@@ -35,7 +35,7 @@ export function showStill(bitmap) {
 
 export function showNothing() {
   showWaiting(HINT);
-  $("hint-demo").hidden = false;
+  $("hint-demos").hidden = false;
 }
 
 // Until there is a picture.
@@ -43,7 +43,7 @@ export function showWaiting(text) {
   still.hidden = true;
   video.hidden = false;
   $("hint-text").textContent = text;
-  $("hint-demo").hidden = true;
+  $("hint-demos").hidden = true;
   $("hint").hidden = false;
   forget();
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_vlm.errors import ConfigError, QuestionTooLong
-from edge_vlm.request_errors import RequestError
+from edge_vlm.errors.requests import RequestError
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.inference.constraints import choice_grammar, schema_grammar
@@ -73,6 +73,21 @@ def require_short(
             f"the question is far too long: {sum(map(len, texts))} characters",
             remedy=f"{most} tokens are allowed",
         )
+
+
+def require_short_instructions(instructions: str, most: int, prompt: PromptFormat) -> None:
+    """Raises ConfigError for more than `most` tokens, half of what a question has room for."""
+    if prompt.tokenizer.has_more(instructions, most):
+        length = f"more than {2 * most}"
+    elif (count := len(prompt.tokenizer.encode(instructions))) > most:
+        length = str(count)
+    else:
+        return
+    raise ConfigError(
+        f"instructions have {length} tokens",
+        where="session settings",
+        remedy=f"{most} are allowed",
+    )
 
 
 def with_instructions(instructions: str, question: str) -> str:

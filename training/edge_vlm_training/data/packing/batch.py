@@ -113,12 +113,26 @@ class Batch:
     selection: Selection = "published"
     seed: int = 0
     """Of a selection that draws."""
+    reuse: tuple[float, ...] = ()
+    """For each clip, the threshold of change (0..255) of what is computed anew; none: all is."""
+    evicted: tuple[int, ...] = ()
+    """For each clip, how many frames behind its first the language model does not see: a session
+    has forgotten them, though the scorer compared the next frame with the last of them."""
+    gaps: tuple[int, ...] = ()
+    """For each clip, how many positions what it forgot has taken: those behind it go on there."""
     clip_names: tuple[str, ...] = ()
     """Where each clip comes from, for messages."""
     branch_kinds: tuple[str, ...] = ()
     """Kind of each branch: its numbers are those of `branch_RS`."""
     truth: Truth | None = None
     """Of rendered clips, if a probe may want it."""
+
+    def evicted_F(self) -> Tensor:
+        """Bool [F]: frames that the language model does not see."""
+        sizes = torch.tensor(self.frames_per_clip)
+        evicted = torch.tensor(self.evicted or (0,) * len(sizes)).repeat_interleave(sizes)
+        place = torch.arange(len(evicted)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        return (place > 0) & (place <= evicted)
 
     def to(self: B, device: torch.device | str, *, non_blocking: bool = False) -> B:
         """The same batch with its tensors on `device`."""
@@ -140,7 +154,8 @@ class PackedBatch(Batch):
     """How the language model shall read them."""
 
     def pruned(self, kept_FC: Tensor, pad_to: int | None = None) -> PackedTokens:
-        """The tokens without those of dropped cells; positions close up as in a live session.
+        """The tokens without those of dropped cells and evicted frames; positions close up as in a
+        live session, but for `gaps`.
 
         `kept` is bool. Rows are padded to the longest or to `pad_to`; ValueError if that is too
         short.
@@ -148,6 +163,10 @@ class PackedBatch(Batch):
         everything = self.tokens
         kept = kept_FC.flatten()[everything.cell_RS.clamp(min=0)]
         stays = (everything.clip_RS != NOWHERE) & ((everything.cell_RS == NOWHERE) | kept)
+        if any(self.evicted):
+            asked = everything.branch_RS != NOWHERE
+            evicted_F = self.evicted_F().to(kept_FC.device)
+            stays &= asked | ~evicted_F[everything.frame_RS]
         lengths = stays.sum(1)
         longest = int(lengths.max())
         size = longest if pad_to is None else pad_to
@@ -163,7 +182,7 @@ class PackedBatch(Batch):
             short = size - column.shape[1]
             columns[field.name] = torch.nn.functional.pad(column, (0, max(0, short)), value=fill)
         tokens = PackedTokens(**columns)
-        positions = positions_of(tokens, self.frames_per_clip)
+        positions = positions_of(tokens, self.frames_per_clip, self.gaps)
         return dataclasses.replace(tokens, positions_RS=positions)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
@@ -175,8 +194,11 @@ class PackedBatch(Batch):
         return dataclasses.replace(moved, tokens=PackedTokens(**tokens))
 
 
-def positions_of(tokens: PackedTokens, frames_per_clip: tuple[int, ...]) -> Tensor:
-    """Positions [R, S] from what each token is: counted anew whatever was left out.
+def positions_of(
+    tokens: PackedTokens, frames_per_clip: tuple[int, ...], gaps: tuple[int, ...] = ()
+) -> Tensor:
+    """Positions [R, S] from what each token is: counted anew whatever was left out, with a gap
+    behind the first frame of each clip where there are `gaps`.
 
     Relies on clips lying in the rows in the order of their frames, each with its prefix first.
     """
@@ -190,7 +212,11 @@ def positions_of(tokens: PackedTokens, frames_per_clip: tuple[int, ...]) -> Tens
     before_clip_F = (until_F - per_frame)[first_F]
     inside = prefix.flatten().cumsum(0).view_as(prefix) - 1 - before_clip_F[tokens.frame_RS]
     after = (until_F - before_clip_F)[tokens.frame_RS] + tokens.offset_RS
-    return torch.where(prefix, inside, after).masked_fill(tokens.clip_RS == NOWHERE, 0)
+    positions = torch.where(prefix, inside, after)
+    if any(gaps):
+        behind = tokens.frame_RS > first_F[tokens.frame_RS]
+        positions = positions + behind * torch.tensor(gaps, device=device)[tokens.clip_RS]
+    return positions.masked_fill(tokens.clip_RS == NOWHERE, 0)
 
 
 class BatchStream(Protocol):

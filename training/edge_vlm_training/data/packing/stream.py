@@ -22,7 +22,7 @@ from edge_vlm_training.data.packing.batch import PackedBatch
 from edge_vlm_training.data.packing.budget import CellBudget
 from edge_vlm_training.data.packing.row_stream import BadRecord, Lane, PackingConfig, Supply
 from edge_vlm_training.data.packing.trees import TokenWeights, TreeBuilder
-from edge_vlm_training.data.sample import seed_of
+from edge_vlm_training.data.sample import draw_reuse, seed_of
 from edge_vlm_training.data.sources.mixture import Mixture
 from edge_vlm_training.recipes.base import Form
 
@@ -45,6 +45,7 @@ class PackedStream:
         report: Callable[[str], None] = print,
         threads: int = 0,
         form: Form = "rows",
+        reuse: Sequence[float] = (0.0,),
     ) -> None:
         """This process's `lanes` of `num_lanes`; a batch takes `rows_per_batch` of them in turn.
 
@@ -61,6 +62,7 @@ class PackedStream:
         self._seed, self._prompt = mixture.seed, prompt
         self._weights = weights or TokenWeights()
         self._skip_bad, self._report, self._form = skip_bad, report, form
+        self._reuse = reuse
         self._budgets = [
             CellBudget(cfg=cfg, keep_ratio=keep_ratio, min_cells=min_cells)
             for keep_ratio in packing.keep_ratio
@@ -100,6 +102,7 @@ class PackedStream:
         lanes = self._lanes[part * self._rows : (part + 1) * self._rows]
         rows = [lane.row(budget) for lane in lanes]
         self._batches += 1
+        clips = sum(map(len, rows))
         return assemble(
             [[tree for tree, _ in row] for row in rows],
             [pictures for row in rows for _, pictures in row],
@@ -107,6 +110,7 @@ class PackedStream:
             self._weights,
             budget,
             form=self._form,
+            reuse=draw_reuse(self._reuse, clips, self._seed, self._batches),
         )
 
     def _on_bad(self, error: BadRecord) -> None:

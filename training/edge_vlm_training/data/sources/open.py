@@ -8,6 +8,7 @@ from edge_vlm.config import ModelConfig, VisionAttention
 from edge_vlm.errors import ConfigError, DataError
 from edge_vlm.pixels.sampling import FrameRule
 from edge_vlm.text.prompt import PromptFormat
+from edge_vlm.world.scenes import WorldConfig
 from edge_vlm_training.data.packing.row_stream import PackingConfig
 from edge_vlm_training.data.packing.stream import PackedStream
 from edge_vlm_training.data.packing.trees import TokenWeights
@@ -16,7 +17,6 @@ from edge_vlm_training.data.sources.mixture import Mixture, Share
 from edge_vlm_training.data.sources.world_source import WorldSource
 from edge_vlm_training.data.video_source import VideoSource
 from edge_vlm_training.recipes.base import WORLD, Rows
-from edge_vlm_training.world.scenes import WorldConfig
 
 
 def open_mixture(
@@ -57,6 +57,7 @@ def open_mixture(
         skip_bad=data.skip_bad,
         threads=data.decode_threads,
         form=data.form,
+        reuse=data.reuse,
     )
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from edge_vlm.world.questions import ask_any
+from edge_vlm.world.sampling import sample_scenes
+from edge_vlm.world.scenes import WorldConfig
 from edge_vlm_training.data.sample import LAST, Branch, Pictures, Sample, seed_of
-from edge_vlm_training.world.questions import ask_any
 from edge_vlm_training.world.render import render
-from edge_vlm_training.world.scenes import WorldConfig, sample_scenes
 
 
 class WorldSource:
@@ -69,7 +70,7 @@ class WorldSource:
 
         return Sample(
             name=f"{self._name} clip {number}",
-            times_s=scenes.times_s()[0].astype(np.float64),
+            times_s=scenes.times_s[0].astype(np.float64),
             branches=tuple(branches),
             load=load,
         )

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_vlm.model.vit import VisionTransformer
-from edge_vlm_training.world.scenes import COLOUR_NAMES, Scenes
-from edge_vlm_training.world.sprites import KINDS
+from edge_vlm.world.scenes import COLOUR_NAMES, Scenes
+from edge_vlm.world.sprites import KINDS
 
 COVERED = 0.2
 """Share of a patch that a thing must cover to be its label."""

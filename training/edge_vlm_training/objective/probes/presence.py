@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_vlm.world.scenes import COLOUR_NAMES, Scenes
+from edge_vlm.world.splits import MOST_THINGS
 from edge_vlm_training.objective.probes.dense import from_zero, things_at
 from edge_vlm_training.objective.probes.timeline import UNKNOWN
-from edge_vlm_training.world.scenes import COLOUR_NAMES, Scenes
-from edge_vlm_training.world.splits import MOST_THINGS
 
 NOTHING = len(COLOUR_NAMES)
 _BARE = 1e-6

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_vlm.world.paths import DIRECTIONS
+from edge_vlm.world.scenes import UNCLEAR, Scenes
 from edge_vlm_training.objective.probes.dense import from_zero, things_at
-from edge_vlm_training.world.paths import DIRECTIONS
-from edge_vlm_training.world.scenes import Scenes
 
 UNKNOWN = -100
 """A label that cannot be told from what was shown; cross-entropy leaves it out."""
@@ -57,9 +57,10 @@ def timeline(scenes: Scenes, owner: Tensor, grid: int, covered: float, forgotten
     now = np.arange(num_frames)[:, None]
     enter = scenes.enter[:, None]
     shown_before = (now > enter) & ((enter > forgotten) | (now > forgotten + 1) | (forgotten == 0))
-    heading = np.where(shown_before, scenes.direction[:, None], UNKNOWN)
-    known = (enter == 0) | (enter > forgotten)
-    times = scenes.times_s()
+    is_clear = scenes.direction != UNCLEAR
+    heading = np.where(shown_before & is_clear, scenes.direction, UNKNOWN)
+    known = ((enter == 0) | (enter > forgotten)) & scenes.told[:, None]
+    times = scenes.times_s
     first = np.take_along_axis(times, np.minimum(scenes.enter, num_frames - 1), 1)
     tenths = np.rint(first * 10).astype(np.int64)[:, None]
     tens = np.where(tenths < 100, _NO_TENS, tenths // 100)

@@ -52,6 +52,10 @@ export const handlers = {
     $("g-frame").textContent = `${event.frame_sequence} at ${event.time_s.toFixed(1)} s`;
     const share = Math.round((100 * event.cells_kept) / event.cells_seen);
     $("g-kept").textContent = `${event.cells_kept} of ${event.cells_seen} (${share} %)`;
+    // Without reuse every part is looked at anew: nothing to tell.
+    const anew = event.share_recomputed ?? 1;
+    if (anew < 1) $("tile-recomputed").hidden = false;
+    $("g-recomputed").textContent = `${Math.round(100 * anew)} %`;
     $("g-age").textContent = ms(event.age_ms);
     charts.age.add(event.age_ms);
   },

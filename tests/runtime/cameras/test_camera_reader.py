@@ -1,0 +1,50 @@
+"""The thread that reads one camera of the server's."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+
+import av
+
+from edge_vlm_runtime.cameras.reader import CameraReader
+from tests.runtime.cameras.pictures import write_video
+from tests.runtime.server.live import TIMEOUT_S
+
+
+class Taken:
+    """A receiver that waits for its first picture."""
+
+    def __init__(self) -> None:
+        self.first = threading.Event()
+
+    def picture(self, jpeg: bytes, captured_us: int) -> None:
+        self.first.set()
+
+    def state(self, state: str, detail: str | None) -> None: ...
+
+
+def decoders() -> int:
+    return sum(type(each) is av.VideoCodecContext for each in gc.get_objects())
+
+
+def test_the_decoder_of_a_camera_that_is_gone_does_not_wait_for_a_collection(
+    tmp_path: Path,
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    write_video(clip, num_frames=50, fps=10)
+    gc.collect()
+    gc.disable()
+    try:
+        before, taken = decoders(), Taken()
+        reader = CameraReader(str(clip), 10, taken, max_side=64, hwaccel="none")
+        reader.start()
+        assert taken.first.wait(TIMEOUT_S)
+        assert decoders() == before + 1
+        reader.close()
+        assert reader.wait(TIMEOUT_S)
+        del reader
+        assert decoders() == before
+    finally:
+        gc.enable()

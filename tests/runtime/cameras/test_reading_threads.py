@@ -1,0 +1,89 @@
+"""A program ends while its threads still read pictures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+from tests.runtime.server.live import TIMEOUT_S
+
+PROGRAM = """
+    import threading, time
+    from edge_vlm_runtime.sources import threads
+    from edge_vlm_runtime.sources.threads import reading_thread
+
+    threads.PATIENCE_S = 0.6
+
+    class Reader:
+        def __init__(self, deaf):
+            self.closed, self.deaf = threading.Event(), deaf
+
+        def close(self):
+            self.closed.set()
+
+        def read(self):
+            while self.deaf or not self.closed.wait(0.01):
+                time.sleep(0.01)
+            time.sleep(0.1)
+            print("the reader has ended\\n", end="", flush=True)
+
+    readers = [Reader(False), Reader(True)][:{count}]
+    for reader in readers:
+        reading_thread("r", reader.read, reader.close).start()
+    print("the program ends\\n", end="", flush=True)
+"""
+
+
+def lines_of(count: int) -> list[str]:
+    program = textwrap.dedent(PROGRAM).replace("{count}", str(count))
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout.splitlines()
+
+
+def test_the_interpreter_waits_for_those_that_end() -> None:
+    assert lines_of(1) == ["the program ends", "the reader has ended"]
+
+
+def test_one_that_does_not_end_holds_nobody() -> None:
+    assert lines_of(2) == ["the program ends", "the reader has ended"]
+
+
+SILENT = """
+    import socket
+    from edge_vlm.errors import VideoError
+    from edge_vlm_runtime.sources import threads
+    from edge_vlm_runtime.sources.addresses import open_camera
+
+    threads.PATIENCE_S = 9.0  # less than opening waits
+    silent = socket.create_server(("127.0.0.1", 0))
+
+    class Reader:
+        def close(self):
+            pass
+
+        def read(self):
+            try:
+                open_camera(f"rtsp://127.0.0.1:{silent.getsockname()[1]}/live")
+            except VideoError as error:
+                print("not opened\\n", end="", flush=True)
+
+    reader = Reader()
+    threads.reading_thread("r", reader.read, reader.close).start()
+    silent.accept()
+    print("the program ends\\n", end="", flush=True)
+"""
+
+
+def test_nobody_waits_inside_ffmpeg_for_a_camera_that_says_nothing() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SILENT)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines() == ["the program ends", "not opened"]

@@ -1,0 +1,73 @@
+"""Lines that are typed while a table is shown, and lines that come through a pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import termios
+
+from edge_vlm_runtime.cli.common.alerts import parse_alert
+from edge_vlm_runtime.client.keyboard import Keyboard, LineEditor
+from tests.runtime.server.live import run
+
+
+def test_what_keys_make_of_a_line() -> None:
+    editor = LineEditor()
+    assert list(editor.keys(b"Wat\x7f\x7fhat is\r")) == ["What is"]
+    assert list(editor.keys("grün\n".encode()[:3])) == []
+    assert editor.text == "gr"
+    assert list(editor.keys("grün\n".encode()[3:])) == ["grün"]
+    assert list(editor.keys(b"one two\x17three\x1b[A\x1b[3~\x1bx!\n")) == ["one three!"]
+    assert list(editor.keys(b"all of it\x15rest\n\nnext\n")) == ["rest", "", "next"]
+
+
+def test_lines_of_a_pipe_come_whole_and_the_last_one_needs_no_end() -> None:
+    async def read() -> list[str]:
+        reading, writing = os.pipe()
+        lines: list[str] = []
+        came = asyncio.Event()
+
+        def take(line: str) -> None:
+            lines.append(line)
+            if len(lines) == 3:
+                came.set()
+
+        with Keyboard(take, descriptor=reading).reading():
+            os.write(writing, b"first\n  second  \n\nthi")
+            os.write(writing, b"rd")
+            os.close(writing)
+            await came.wait()
+        os.close(reading)
+        return lines
+
+    assert run(read()) == ["first", "second", "third"]
+
+
+def test_a_terminal_shows_no_keys_meanwhile_and_is_as_before_afterwards() -> None:
+    async def read(writing: int, reading: int) -> None:
+        typed: list[str] = []
+        came: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        before = termios.tcgetattr(reading)
+        with Keyboard(came.set_result, typed.append, descriptor=reading).reading():
+            os.write(writing, b"is it\n")
+            assert await came == "is it"
+        assert termios.tcgetattr(reading) == before
+        assert typed[-1] == ""
+
+    writing, reading = pty.openpty()
+    try:
+        run(read(writing, reading))
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+
+def test_thresholds_stand_before_the_question_of_an_alert() -> None:
+    assert parse_alert("Is it?") == ("Is it?", {})
+    assert parse_alert("0.8@Is it?") == ("Is it?", {"on_threshold": 0.8})
+    assert parse_alert("0.8/0.3@ Is it?") == (
+        "Is it?",
+        {"on_threshold": 0.8, "off_threshold": 0.3},
+    )
+    assert parse_alert("Is a@b there?") == ("Is a@b there?", {})
