@@ -26,13 +26,16 @@ URL = "ws://memory/v1/realtime"
 
 
 class Gate:
-    """The engines are busy until it is opened."""
+    """The engines are busy with it until it is opened, and with nothing else once it is made."""
 
     def __init__(self, table: SessionRegistry) -> None:
+        self._reached = threading.Event()
         self._opened = threading.Event()
         worker_of(table).post(self._wait)
+        assert self._reached.wait(TIMEOUT_S)
 
     def _wait(self) -> None:
+        self._reached.set()
         assert self._opened.wait(TIMEOUT_S)
 
     def open(self) -> None:
