@@ -16,6 +16,9 @@ patch.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -223,13 +226,15 @@ class _Latest(Layout):
         self._key_FK = (self.row_FC[..., None] * WINDOW + place_W).flatten(1)
         self._is_own_FK = computed_FC.repeat_interleave(WINDOW, 1)
         counts = [int(count) for count in computed_FC.sum(1)]
-        self._groups = []
-        """Frames of which equally many cells are computed: their numbers and rows of queries."""
-        starts = [sum(counts[:i]) for i in range(num_frames)]
-        for count in sorted(set(counts) - {0}):
-            frames = [i for i, found in enumerate(counts) if found == count]
-            rows = [torch.arange(starts[i] * WINDOW, (starts[i] + count) * WINDOW) for i in frames]
-            self._groups.append((torch.tensor(frames, device=device), torch.stack(rows).to(device)))
+        self._groups = sorted((count, n) for count, n in Counter(counts).items() if count)
+        """How many cells of how many frames are computed; such frames are laid side by side..."""
+        together = sorted((i for i, count in enumerate(counts) if count), key=counts.__getitem__)
+        self._frames = torch.tensor(together, dtype=torch.long, device=device)
+        """...in this order..."""
+        ends = [WINDOW * end for end in accumulate(counts)]
+        rows = [torch.arange(ends[i] - WINDOW * counts[i], ends[i]) for i in together]
+        self._rows_Q = torch.cat(rows or [torch.arange(0)]).to(device)
+        """...and the rows of queries in this."""
         self.bias_FK: Tensor | None = None
 
     def begin(self, keys_NHd: Tensor, values_NHd: Tensor) -> None:
@@ -263,10 +268,26 @@ class _Latest(Layout):
         if torch.is_grad_enabled():
             index_FK = index_FK + self._is_own_FK * len(k)
             k, v = (torch.cat([x.detach(), x]) for x in (k, v))
-        out = torch.empty_like(q_PHd)
-        for frames, rows in self._groups:
-            keys, values = (x[index_FK[frames]] for x in (k, v))
+        parts = []
+        numbers = [n for _, n in self._groups]
+        groups = (
+            q_PHd[self._rows_Q].split([WINDOW * count * n for count, n in self._groups]),
+            _read(k, index_FK[self._frames], numbers),
+            _read(v, index_FK[self._frames], numbers),
+            self._frames.split(numbers),
+        )
+        for queries, keys, values, frames in zip(*groups, strict=True):
             bias = None if self.bias_FK is None else self.bias_FK[frames, None, None]
-            seen = attend(q_PHd[rows], keys, values, bias)
-            out = out.index_copy(0, rows.flatten(), seen.flatten(0, 1).to(out.dtype))
-        return out
+            seen = attend(queries.unflatten(0, (len(frames), -1)), keys, values, bias)
+            parts.append(seen.flatten(0, 1).to(q_PHd.dtype))
+        if not parts:
+            return q_PHd
+        return torch.empty_like(q_PHd).index_copy(0, self._rows_Q, torch.cat(parts))
+
+
+def _read(x_PHd: Tensor, index_FK: Tensor, numbers: list[int]) -> Iterable[Tensor]:
+    """Rows of so many frames each. The gradient of a read is as large as what is read from, so
+    where there is one all are read at once."""
+    if torch.is_grad_enabled():
+        return x_PHd[index_FK].split(numbers)
+    return (x_PHd[index] for index in index_FK.split(numbers))

@@ -190,12 +190,12 @@ def demo_present(minutes: float = 105.0) -> Recipe:
     )
 
 
-def demo_streams(minutes: float = 150.0) -> Recipe:
+def demo_streams(minutes: float = 105.0) -> Recipe:
     """Goes on from `demo_present` (`--init`): clips as a session has them after minutes, clips of
     the harder world, and frames of which only what changed was computed."""
 
     def part(number: float) -> Minutes:
-        return Minutes(number * minutes / 150.0)
+        return Minutes(number * minutes / 105.0)
 
     data = Clips(
         batch=8,
@@ -208,10 +208,15 @@ def demo_streams(minutes: float = 150.0) -> Recipe:
         reuse=(0.0, 0.0, 4.0, 8.0),
     )
     learn = partial(questions, lr=6e-4, timeline=0.15, presence=0.15)
+    settling = learn("settling", part(28), data, 4e-5, 4e-5)
+    # A checkpoint has no read-outs: new ones would teach the rest nothing but noise at first.
+    read_outs = replace(settling, name="read-outs", length=part(4), train={"probes": 1e-3})
     return demo_recipe(
         "demo_streams",
-        learn("whole", part(95), data, 4e-5, 4e-5),
-        learn("frozen", part(55), data, None, rate=(1.0, 0.01), decay_from=0.1),
+        read_outs,
+        learn("whole", part(31), data, 1e-4, 1e-4),
+        settling,
+        learn("frozen", part(42), data, None, rate=(1.0, 0.01), decay_from=0.1),
         seed=6,
     )
 
