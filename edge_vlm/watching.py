@@ -65,6 +65,8 @@ class Watcher(Protocol):
     """For provenance: checkpoint, or bundle with its precision."""
     defaults: Mapping[str, Any]
     """Settings of sessions that the model was made for."""
+    can_reuse: bool
+    """Its sessions can have the setting `reuse`."""
 
     def begin(self) -> None:
         """The next picture is a clip's first."""

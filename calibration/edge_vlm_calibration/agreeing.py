@@ -11,7 +11,11 @@ from edge_vlm.formats.calibrated.change import CHANGE_SETTINGS
 from edge_vlm.formats.calibration import Calibration
 from edge_vlm_calibration.simulate import DEFAULTS
 
-DEPENDS_ON = {"budget": CHANGE_SETTINGS, "alerts": BUDGET_SETTINGS | CHANGE_SETTINGS}
+DEPENDS_ON = {
+    "budget": CHANGE_SETTINGS,
+    "reuse": CHANGE_SETTINGS,
+    "alerts": BUDGET_SETTINGS | CHANGE_SETTINGS,
+}
 
 
 def disagreements(made: Calibration) -> list[str]:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from edge_vlm_calibration.rows import WorkFolder
     from edge_vlm_calibration.run import Request
 
-SECTIONS = ("change", "budget", "ranges", "precision", "alerts")
-LOOKED = ("change", "budget")
+SECTIONS = ("change", "budget", "reuse", "ranges", "precision", "alerts")
+USUAL = ("change", "budget")
+LOOKED = (*USUAL, "reuse")
 """Sections that are made of one pass over the footage."""
 OF_CHECKPOINTS = ("ranges", "precision")
 """Sections that a bundle cannot give."""
@@ -384,7 +385,7 @@ def _sections(args: argparse.Namespace, is_bundle: bool) -> Sequence[str]:
     text: str | None = args.sections
     if text is None:
         more = () if is_bundle else ("ranges",)
-        return (*LOOKED, *more, *(("alerts",) if args.marks is not None else ()))
+        return (*USUAL, *more, *(("alerts",) if args.marks is not None else ()))
     names = tuple(dict.fromkeys(name for name in text.replace(" ", "").split(",") if name))
     unknown = [name for name in names if name not in SECTIONS]
     if unknown or not names:

@@ -32,7 +32,7 @@ from edge_vlm.json_text import parse_json
 from edge_vlm.pixels.duplicates import THUMBNAIL
 from edge_vlm.pixels.frames import Rgb, decode_jpeg, thumbnail
 from edge_vlm.pixels.video import due_frames, open_video
-from edge_vlm_calibration.noise import ONE_COLOUR
+from edge_vlm_calibration.noise.change import ONE_COLOUR
 
 RECORDING = ".evlm"
 FOOTAGE_GROUP = "edge_vlm.footage"

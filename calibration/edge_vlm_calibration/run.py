@@ -24,7 +24,8 @@ from edge_vlm_calibration.budget import Wanted, budget_section
 from edge_vlm_calibration.footage import expected_frames, pictures
 from edge_vlm_calibration.looking import look_at, rows_of, side_of
 from edge_vlm_calibration.measuring import measured
-from edge_vlm_calibration.noise import change_section, shows_nothing
+from edge_vlm_calibration.noise.change import Stretch, change_section, shows_nothing, stillest
+from edge_vlm_calibration.noise.reuse import reuse_section
 from edge_vlm_calibration.provenance import hash_of_clip
 from edge_vlm_calibration.rows import RowFile, Rows, WorkFolder
 from edge_vlm_calibration.simulate import DEFAULTS
@@ -199,18 +200,27 @@ def _note_size(name: str, width: int, height: int, watcher: Watcher, notes: list
 
 
 def make(request: Request, watcher: Watcher, work: WorkFolder, made: Calibration) -> Calibration:
-    """The sections `change` and `budget`, as far as they are asked for, put into `made`."""
+    """The sections of LOOKED, as far as they are asked for, put into `made`."""
+    if "reuse" in request.sections and not watcher.config.has_scores:
+        raise ConfigError(
+            "reuse is about the blocks in front of the scorer, and this model has none",
+            where=request.model,
+            remedy="leave the section out",
+        )
     seen = look(request, watcher, work)
     scorer = watcher.config.scorer_kind
-    change, notes = change_section(seen.rows, scorer)
+    still = stillest(seen.rows)
+    change, notes = change_section(seen.rows, still, scorer)
     if "change" in request.sections:
         made = made.with_section(change, provenance(request, watcher, seen), seen.notes + notes)
-    if "budget" not in request.sections:
-        return made
     known = made.find(ChangeSection)
     usual = {**DEFAULTS, **watcher.defaults}
     before = {name: usual[name] for name in sorted(CHANGE_SETTINGS)}
     before |= known.settings if known else {}
+    if "reuse" in request.sections:
+        made = _with_reuse(request, watcher, seen, still, before, made)
+    if "budget" not in request.sections:
+        return made
     base: dict[str, Any] = {"fps_cap": request.fps, **before}
     with Progress("settings", SEARCH_STEPS) as progress:
         section, notes = budget_section(seen.rows, request.wanted, base, scorer, progress.advance)
@@ -245,6 +255,34 @@ def make(request: Request, watcher: Watcher, work: WorkFolder, made: Calibration
         )
     noted = seen.notes + notes
     return made.with_section(section, provenance(request, watcher, seen, **before), noted)
+
+
+def _with_reuse(
+    request: Request,
+    watcher: Watcher,
+    seen: Seen,
+    still: Stretch | None,
+    settings: Mapping[str, Any],
+    made: Calibration,
+) -> Calibration:
+    total = sum(map(len, seen.rows.values())) + (0 if still is None else len(still.rows))
+    with Progress("reuse: frames", total) as progress:
+        section, notes = reuse_section(
+            seen.paths,
+            seen.rows,
+            still,
+            settings,
+            watcher.config.vision,
+            request.fps,
+            side_of(watcher),
+            progress.advance,
+        )
+    if section.settings and request.is_bundle and not watcher.can_reuse:
+        notes.append(
+            "this bundle has no graph for it and leaves the level out: export the weights again "
+            "with --reuse"
+        )
+    return made.with_section(section, provenance(request, watcher, seen, **settings), notes)
 
 
 def provenance(request: Request, watcher: Watcher, seen: Seen, **more: Any) -> Provenance:

@@ -26,6 +26,7 @@ class CheckpointWatcher:
     """Only the blocks before the scorer run: what is scored depends on nothing else."""
 
     opened = "checkpoint"
+    can_reuse = False
 
     def __init__(self, folder: Path) -> None:
         """Raises as `open_folder`."""

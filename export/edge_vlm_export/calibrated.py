@@ -11,6 +11,8 @@ from edge_vlm.errors import ConfigError
 from edge_vlm.formats.calibrated import (
     BudgetSection,
     ChangeSection,
+    ReuseSection,
+    reuse_left_out,
     session_settings,
     with_settings,
 )
@@ -44,7 +46,7 @@ class CalibrationOf:
         self._file.require_model(self._identity, path, any_scorer=True)
         wanted = (
             *(CalibrationTable.SECTION, PrecisionSection.SECTION),
-            *(BudgetSection.SECTION, ChangeSection.SECTION),
+            *(BudgetSection.SECTION, ChangeSection.SECTION, ReuseSection.SECTION),
         )
         if not any(name in self._file.sections for name in wanted):
             raise ConfigError(
@@ -85,10 +87,11 @@ class CalibrationOf:
             )
         return Calibrated(section.by_module(), PlannedArrays.of(section, self._path))
 
-    def notes(self, precision: Precision, *, measures: bool) -> list[str]:
-        """What becomes of plan and ranges in an export of this precision, a line each. `measures`:
-        footage of its own is looked at. Raises ConfigError."""
-        lines = []
+    def notes(self, precision: Precision, *, measures: bool, reuse: bool) -> list[str]:
+        """What becomes of plan, ranges and reuse in an export of this precision, a line each.
+        `measures`: footage of its own is looked at. Raises ConfigError."""
+        note = None if reuse else reuse_left_out(self._file, self._path)
+        lines = [] if note is None else [note]
         if PrecisionSection.SECTION in self._file.sections:
             if follow := _followed_by(precision):
                 lines.append(f"the calibration's plan is followed by {', '.join(follow)}")
@@ -111,9 +114,9 @@ class CalibrationOf:
             return ()
         return tuple(clip.name for clip in section.provenance.clips)
 
-    def over(self, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    def over(self, defaults: Mapping[str, Any], *, reuse: bool) -> Mapping[str, Any]:
         """`defaults` with the calibrated settings in their place. Raises ConfigError."""
-        settings = session_settings(self._file, self._path)
+        settings = session_settings(self._file, self._path, can_reuse=reuse)
         if not self._file.model.is_same(self._identity):
             if settings:
                 log.warning(

@@ -158,7 +158,10 @@ class _Export:
         self._require_footage()
         if self.calibration is not None:
             measures = options.precision.needs_ranges and bool(options.footage)
-            progress.calibrated(self.calibration.notes(options.precision, measures=measures))
+            notes = self.calibration.notes(
+                options.precision, measures=measures, reuse=options.reuse
+            )
+            progress.calibrated(notes)
         self.prompt = prompt_of(source)
         self.limits = self._limits()
         if options.reuse and not source.cfg.has_scores:
@@ -267,7 +270,7 @@ class _Export:
     def _defaults(self) -> dict[str, Any]:
         made_for = self.source.defaults
         if self.calibration is not None:
-            made_for = self.calibration.over(made_for)
+            made_for = self.calibration.over(made_for, reuse=self.options.reuse)
         given = {**made_for, **(self.options.defaults or {})}
         ratio = given.get("keep_ratio", 1.0)
         if type(ratio) not in (int, float) or not 0 < ratio <= 1:

@@ -385,7 +385,7 @@ def test_an_export_says_which_settings_it_leaves_out(
     def exported(scorer: str) -> Any:
         cfg = SimpleNamespace(scorer_kind=scorer, vision=bundle.config.vision)
         source: Any = SimpleNamespace(cfg=cfg, identity=bundle.source)
-        return CalibrationOf(made, source).over({})
+        return CalibrationOf(made, source).over({}, reuse=False)
 
     assert exported("learned")["duplicate_threshold"] > 0
     assert not caplog.text

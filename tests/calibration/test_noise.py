@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_vlm_calibration.noise import change_section
+from edge_vlm.formats.calibrated import ChangeSection
+from edge_vlm_calibration.noise import change
 from edge_vlm_calibration.rows import Rows, score_rows
 from edge_vlm_calibration.simulate import duplicates_of
 
 CELLS, FPS = 9, 2
+
+
+def change_section(clips: dict[str, Rows], scorer: str) -> tuple[ChangeSection, list[str]]:
+    return change.change_section(clips, change.stillest(clips), scorer)
 
 
 def made(frames: int, *, noise: float = 0.0, speed: float = 0.0, seed: int = 0) -> Rows:

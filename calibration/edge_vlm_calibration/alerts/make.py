@@ -101,7 +101,8 @@ def make_alerts(
         )
     usual = {**DEFAULTS, **watcher.defaults}
     before = {name: usual[name] for name in sorted(CHANGE_SETTINGS)}
-    settings = {"fps_cap": request.fps, **before, **session_settings(made)}
+    calibrated = session_settings(made, can_reuse=watcher.can_reuse)
+    settings = {"fps_cap": request.fps, **before, **calibrated}
     total = sum(expected_frames(clips[name], request.fps) or 0.0 for name in known)
     series: list[Series] = []
     records = []

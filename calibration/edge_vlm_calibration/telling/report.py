@@ -11,7 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edge_vlm.formats.calibrated import AlertsSection, BudgetSection, ChangeSection
+from edge_vlm.formats.calibrated import (
+    AlertsSection,
+    BudgetSection,
+    ChangeSection,
+    ReuseSection,
+)
 from edge_vlm.formats.calibration import Calibration
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_calibration.agreeing import disagreements
@@ -43,6 +48,8 @@ def write_report(made: Calibration, clips: Mapping[str, Path], path: Path, fps: 
         parts += [*_costs(budget), *_where(budget, made, clips, fps), *_expected(budget)]
     if change is not None:
         parts += _noise(change)
+    if (reuse := made.find(ReuseSection)) is not None:
+        parts += _reuse(reuse)
     parts += _precisions(made)
     if alerts is not None:
         parts += _alerts(alerts)
@@ -165,6 +172,25 @@ def _noise(change: ChangeSection) -> list[str]:
         "<h2>The camera's noise</h2>",
         f"<p>{found} {change.duplicate_share:.1%} of the frames are dropped as duplicates "
         f"({change.duplicate_share_before:.1%} with the usual threshold).</p>",
+    ]
+
+
+def _reuse(reuse: ReuseSection) -> list[str]:
+    found = "Noise could not be told from motion, so no level is chosen."
+    if reuse.patch_floor is not None:
+        found = (
+            f"Where nothing happens, a patch of what the model sees changes by up to "
+            f"{reuse.patch_floor:.2f} of 255."
+        )
+    chosen = reuse.settings.get("reuse")
+    rows = [
+        (f"{each.level:g}{' (chosen)' if each.level == chosen else ''}", f"{each.share:.1%}")
+        for each in reuse.shares
+    ]
+    return [
+        "<h2>What has to be computed</h2>",
+        f"<p>{found}</p>",
+        _table(("reuse, in levels of 255", "cells computed in front of the scorer"), rows),
     ]
 
 

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from edge_vlm.console.tables import columns
-from edge_vlm.formats.calibrated import AlertsSection, BudgetSection, ChangeSection
+from edge_vlm.formats.calibrated import (
+    AlertsSection,
+    BudgetSection,
+    ChangeSection,
+    ReuseSection,
+)
 from edge_vlm.formats.calibrated.precision import PrecisionSection
 from edge_vlm.formats.calibration import FP16_LIMIT, Calibration, CalibrationTable
 from edge_vlm_calibration.budget import UNIT, threshold_at
@@ -22,6 +27,7 @@ def summary(made: Calibration, sections: Sequence[str]) -> str:
     parts: list[str] = []
     for name, kind, text in (
         ("change", ChangeSection, change_text),
+        ("reuse", ReuseSection, reuse_text),
         ("budget", BudgetSection, budget_text),
         ("ranges", CalibrationTable, ranges_text),
         ("precision", PrecisionSection, precision_text),
@@ -122,6 +128,21 @@ def change_text(section: ChangeSection) -> str:
             floor += f", its {section.scorer} score reaches {section.score_floor:.4g}"
         lines.append(floor)
         lines.append(f"moving     {section.moving_share:.1%} of the cells change by clearly more")
+    return "\n".join(lines)
+
+
+def reuse_text(section: ReuseSection) -> str:
+    lines = []
+    if section.still is not None:
+        still = section.still
+        lines.append(
+            f"still      {still.clip}, {still.begin_s:.1f}..{still.end_s:.1f} s ({still.frames} "
+            f"frames): noise changes a patch by up to {section.patch_floor:.2f} levels of 255"
+        )
+    shown = ", ".join(f"{k} {_plain(v)}" for k, v in section.settings.items())
+    lines.append(f"settings   {shown or 'none: everything is computed'}")
+    lines += ["", f"reuse against the share of cells that is computed ({section.frames} frames)"]
+    lines += bars([(f"{each.level:g}", each.share) for each in section.shares])
     return "\n".join(lines)
 
 

@@ -8,16 +8,33 @@ from typing import Any
 from edge_vlm.formats.calibrated.alerts import AlertsSection
 from edge_vlm.formats.calibrated.budget import BudgetSection
 from edge_vlm.formats.calibrated.change import ChangeSection
+from edge_vlm.formats.calibrated.reuse import ReuseSection
 from edge_vlm.formats.calibration import Calibration
 
 
-def session_settings(calibration: Calibration, where: object = None) -> dict[str, Any]:
-    """Fields of a session's settings that the file has. Raises ConfigError."""
+def session_settings(
+    calibration: Calibration, where: object = None, *, can_reuse: bool = False
+) -> dict[str, Any]:
+    """Fields of a session's settings that the file has; `reuse` for a model that can only. Raises
+    ConfigError."""
     settings: dict[str, Any] = {}
-    for section in (calibration.find(BudgetSection, where), calibration.find(ChangeSection, where)):
+    for kind in (BudgetSection, ChangeSection, *((ReuseSection,) if can_reuse else ())):
+        section: Any = calibration.find(kind, where)
         if section is not None:
             settings |= section.settings
     return settings
+
+
+def reuse_left_out(calibration: Calibration, where: object = None) -> str | None:
+    """What to say where the file has a setting `reuse` and the bundle no graph for it. Raises
+    ConfigError."""
+    section = calibration.find(ReuseSection, where)
+    if section is None or not section.settings:
+        return None
+    return (
+        f"the calibration's reuse {section.settings['reuse']} is left out: it needs a bundle that "
+        "was exported with --reuse"
+    )
 
 
 BUDGETS = frozenset(["keep_ratio", "vision_tokens_per_s", "change_threshold"])
@@ -34,4 +51,12 @@ def with_settings(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> d
     return {**kept, **settings}
 
 
-__all__ = ["AlertsSection", "BudgetSection", "ChangeSection", "session_settings", "with_settings"]
+__all__ = [
+    "AlertsSection",
+    "BudgetSection",
+    "ChangeSection",
+    "ReuseSection",
+    "reuse_left_out",
+    "session_settings",
+    "with_settings",
+]

@@ -20,6 +20,14 @@ class StillStretch:
     end_s: float
     frames: int
 
+    @classmethod
+    def from_data(cls, data: Any) -> StillStretch | None:
+        """Raises KeyError, TypeError, ValueError."""
+        if data is None:
+            return None
+        number(data["begin_s"]), number(data["end_s"]), count(data["frames"])
+        return cls(**data)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeSection:
@@ -61,8 +69,4 @@ class ChangeSection:
 
     @classmethod
     def from_data(cls, data: Any) -> ChangeSection:
-        still = data["still"]
-        if still is not None:
-            number(still["begin_s"]), number(still["end_s"]), count(still["frames"])
-            still = StillStretch(**still)
-        return cls(**{**data, "still": still})
+        return cls(**{**data, "still": StillStretch.from_data(data["still"])})

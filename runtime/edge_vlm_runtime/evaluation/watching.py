@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from edge_vlm.errors import EngineError
-from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm.formats.bundle import VIT_STEM_REUSE, EngineBundle
 from edge_vlm.pixels.frames import Frame, Rgb
 from edge_vlm.watching import Check, Look, Sent
 from edge_vlm_runtime import protocol
@@ -71,6 +71,7 @@ class BundleWatcher:
         base = bundle.precision.base
         self.opened = f"bundle {bundle.name}, {base}, {engines.runs_on or 'onnxruntime'}"
         self.defaults = bundle.defaults
+        self.can_reuse = VIT_STEM_REUSE in bundle.specs
         self.begin()
 
     def begin(self) -> None:

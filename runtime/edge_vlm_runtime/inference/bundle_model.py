@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 
 from edge_vlm.errors import BundleSchemaError, ConfigError
 from edge_vlm.formats.bundle import IMAGE_ENCODER, VIT_STEM_REUSE, EngineBundle
-from edge_vlm.formats.calibrated import session_settings, with_settings
+from edge_vlm.formats.calibrated import reuse_left_out, session_settings, with_settings
 from edge_vlm.formats.calibration import Calibration, ModelIdentity
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import KeepAll
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.protocol.base import ServerEvent
     from edge_vlm_runtime.protocol.settings import ServerLimits
     from edge_vlm_runtime.protocol.typed import Settings
+
+log = logging.getLogger(__name__)
 
 
 class LoadedBundle:
@@ -171,7 +174,10 @@ def calibrated(bundle: EngineBundle, file: Path | None) -> EngineBundle:
         return bundle
     calibration = Calibration.read(file)
     calibration.require_model(identity_of(bundle), file)
-    settings = session_settings(calibration, file)
+    can_reuse = VIT_STEM_REUSE in bundle.specs
+    if not can_reuse and (note := reuse_left_out(calibration, file)):
+        log.warning("%s", note)
+    settings = session_settings(calibration, file, can_reuse=can_reuse)
     if not settings:
         raise ConfigError(
             "the calibration holds no settings of sessions",

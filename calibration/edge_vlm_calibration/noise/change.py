@@ -25,21 +25,41 @@ ONE_COLOUR = 2.0
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class Stretch:
+    """Where a clip stands still."""
+
     clip: str
+    begin: int
+    """Which of the clip's rows is the first..."""
     rows: Rows
-    """Of one stream, thumbnails and times in memory."""
+    """...of these, thumbnails and times in memory."""
     noise: float
     grows: bool
     """What changes grows with time: something moves."""
 
+    @property
+    def told(self) -> StillStretch:
+        times_s = self.rows["time_s"]
+        return StillStretch(
+            clip=self.clip,
+            begin_s=round(float(times_s[0]), 3),
+            end_s=round(float(times_s[-1]), 3),
+            frames=len(self.rows),
+        )
 
-def change_section(clips: Mapping[str, Rows], scorer: str) -> tuple[ChangeSection, list[str]]:
-    """And notes for whoever reads it."""
-    notes: list[str] = []
+
+def stillest(clips: Mapping[str, Rows]) -> Stretch | None:
+    """Where nothing changes but noise; None where something always moves."""
     found = [stretch for name, rows in clips.items() for stretch in _stretches(name, rows)]
     still = [each for each in found if not each.grows and each.noise <= STILL_LIMIT]
-    best = min(still, key=lambda each: each.noise) if still else None
+    return min(still, key=lambda each: each.noise) if still else None
+
+
+def change_section(
+    clips: Mapping[str, Rows], best: Stretch | None, scorer: str
+) -> tuple[ChangeSection, list[str]]:
+    """And notes for whoever reads it. `best` is the `stillest` of them."""
+    notes: list[str] = []
     settings: dict[str, float | bool] = {}
     pixel_floor = score_floor = noise = None
     stretch: StillStretch | None = None
@@ -60,12 +80,7 @@ def change_section(clips: Mapping[str, Rows], scorer: str) -> tuple[ChangeSectio
         pixel_floor = round(float(np.quantile(rows["moved"], QUANTILE)), 4)
         if scorer != "none":
             score_floor = round(float(np.quantile(rows["scores"], QUANTILE)), 6)
-        stretch = StillStretch(
-            clip=best.clip,
-            begin_s=round(float(best.rows["time_s"][0]), 3),
-            end_s=round(float(best.rows["time_s"][-1]), 3),
-            frames=len(best.rows),
-        )
+        stretch = best.told
     moving = _moving_share(list(clips.values()), MARGIN * (pixel_floor or 0.0))
     if best is not None and moving < 2 * (1 - QUANTILE):
         notes.append(
@@ -86,7 +101,7 @@ def change_section(clips: Mapping[str, Rows], scorer: str) -> tuple[ChangeSectio
     return section, notes
 
 
-def _stretches(clip: str, rows: Rows) -> list[_Stretch]:
+def _stretches(clip: str, rows: Rows) -> list[Stretch]:
     """The stillest part of each stream of a clip: a fifth of it, a minute at most."""
     firsts = [*np.flatnonzero(rows["first"]).tolist(), len(rows)]
     found = []
@@ -106,7 +121,7 @@ def _stretches(clip: str, rows: Rows) -> list[_Stretch]:
         start = begin + int(worst.argmin())
         chosen = np.array(rows[start : start + size])
         noise, grows = _noise(chosen["thumb"], max(1, round(HEARTBEAT_S / max(step_s, 1e-6))))
-        found.append(_Stretch(clip, chosen, noise, grows))
+        found.append(Stretch(clip, start, chosen, noise, grows))
     return found
 
 
