@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.model import reuse_answers, stem_reuse
+from benchmarks.model import motion_vectors, reuse_answers, stem_reuse
 from edge_vlm.pixels.video import write_video
 from edge_vlm.presets import tiny
 from tests.runtime.cameras.pictures import scene
@@ -61,3 +61,24 @@ def test_answers_are_counted_by_what_changes(tmp_path: Path) -> None:
         (figures,) = group["runs"].values()
         assert figures["low"] <= figures["difference"] <= figures["high"]
         assert figures["on"] - figures["off"] == pytest.approx(figures["difference"], abs=2e-3)
+
+
+def test_vectors_show_what_moves_and_not_what_goes_dark(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    room = np.kron(rng.integers(60, 200, (20, 30, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
+    rooms = np.repeat(room[None], 24, 0)
+    walks = rooms.copy()
+    for i in range(24):
+        walks[i, 80:160, 12 * i : 12 * i + 80] = rng.integers(0, 255, (1, 1, 3), np.uint8)
+    lamp = rooms.copy()
+    lamp[12:] //= 3
+    for name, film in (("walks", walks), ("lamp", lamp), ("still", rooms)):
+        write_video(tmp_path / f"{name}.mp4", film, 8)
+    clips = [str(tmp_path / f"{name}.mp4") for name in ("walks", "lamp", "still")]
+    assert motion_vectors.main([*clips, "--out", str(tmp_path / "result.json")]) == 0
+    walks_, lamp_, still_ = json.loads((tmp_path / "result.json").read_text())["clips"]
+    assert 0 < walks_["changed"] < 0.6
+    assert walks_["changed_without_vector"] < 0.6
+    assert lamp_["changed"] > 0.15
+    assert lamp_["changed_without_vector"] > walks_["changed_without_vector"]
+    assert still_ == {"clip": "still.mp4", **dict.fromkeys(list(still_)[1:], 0.0)}
