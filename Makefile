@@ -14,14 +14,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := edge_vlm export runtime training calibration tests benchmarks examples
-# A file's tests share what they set up, so a file stays in one process.
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --max-worker-restart=0
+# A file's tests share what they set up, so a file stays in one process; those that take longest begin.
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 # Images of containers often forbid bytecode: each process would compile each module again, and each
 # of those that test rewrite each test again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo serve quick test docs lint style types unit measured clean
+.PHONY: help demo serve quick test tests docs lint style types unit clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -38,13 +38,16 @@ serve: $(VENV)/.ort  ## serve the demo model, with a browser page at http://127.
 quick: $(VENV)/.dev  ## lint, types and the tests that take no second: the lane to work by
 	@$(MAKE) --no-print-directory -j2 --output-sync lint unit JOBS=$(JOBS)
 
-test: $(VENV)/.dev  ## everything: lint, types, all tests and how much of the code they reach
-	@$(MAKE) --no-print-directory -j2 lint measured JOBS=$(JOBS)
+test: $(VENV)/.dev  ## everything: lint, types, all tests and how much of the code the quick ones reach
+	@$(MAKE) --no-print-directory -j2 lint tests JOBS=$(JOBS)
 
-measured: $(VENV)/.dev
-	@# sys.monitoring, from Python 3.12 on, measures for next to nothing; before it costs about a third
-	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-		$(PYTEST) $(ARGS) --cov --cov-report=term
+# Before Python 3.12, whose sys.monitoring measures for next to nothing, coverage costs about a third, so
+# slow tests go without. 5: $(ARGS) choose none of these.
+tests: $(VENV)/.dev
+	@COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
+		$(PYTEST) -m "not slow" --cov --cov-report=term $(ARGS); quick=$$?; \
+	$(PYTEST) -m slow $(ARGS); slow=$$?; \
+	case "$$quick $$slow" in "0 0"|"0 5"|"5 0") ;; *) exit 1 ;; esac
 
 docs: $(VENV)/.dev  ## the commands of README and docs as written, the long ones too (an hour and more)
 	EDGE_VLM_LONG_DOCS=1 $(PYTEST) tests/docs $(ARGS)

@@ -23,7 +23,7 @@ pytest_plugins = ["pytester"]
 SLOW = (
     *("benchmarks/", "deployment/", "e2e/", "fuzz/", "golden/", "gpu/", "openai/"),
     *("training/trainer/", "docs/test_running.py"),
-    *("calibration/test_footage_settings.py", "calibration/test_precision.py"),
+    *(f"calibration/test_{name}.py" for name in ("footage_settings", "precision", "reuse_level")),
     *(f"edge_vlm/console/test_{name}.py" for name in ("output", "wheel")),
     *(f"edge_vlm/pixels/test_{name}.py" for name in ("awkward_footage", "video")),
     *("edge_vlm/evaluation/test_points.py", "edge_vlm/formats/test_hub.py"),
@@ -63,6 +63,13 @@ SLOW = (
     "training/objective/test_reuse.py",
     *(f"training/data/test_{name}.py" for name in ("forms", "train_on_records", "world_source")),
     "training/world/test_draw.py",
+)
+
+# Of these, what begins first, so that nobody waits for it at the end.
+LONGEST = (
+    *("docs/test_running.py", "model/published/test_published_convert.py"),
+    *("e2e/commands/test_evaluate.py", "benchmarks/test_training_scripts.py"),
+    *("runtime/backends/test_backends.py", "training/trainer/test_demo_recipes.py"),
 )
 
 
@@ -113,15 +120,19 @@ def pytest_collection() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`make quick` does not import what it leaves out."""
-    left_out = config.getoption("markexpr") == "not slow" and _is_slow(collection_path)
-    return True if left_out else None
+    """What is left out is not imported."""
+    wanted = {"slow": True, "not slow": False}.get(config.getoption("markexpr"))
+    if wanted is None or (wanted and collection_path.is_dir()):  # a folder may hold both
+        return None
+    return True if _is_slow(collection_path) != wanted else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _is_slow(item.path):
             item.add_marker(pytest.mark.slow)
+    order = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 # How long an example takes depends on what else the machine does; that is no failure. The examples
