@@ -24,8 +24,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,33 +88,64 @@ def measure(kind: str, seconds: float, turns: int, folder: Path) -> dict[str, An
         first = viewer.stdout.readline()  # an answer has come: everything is warm
         if not first:
             raise RuntimeError("the viewer got no answer")
+        lines = _read_on(viewer)
         alone, with_it = [], []
         for _ in range(turns):
             with _client(kind, address) as attacker:
                 assert attacker.stdout is not None and attacker.stdin is not None
                 if attacker.stdout.readline() != "ready\n":
                     raise RuntimeError(f"{kind}: the attacker failed")
-                alone.append(_turn(seconds))
+                alone.append(_turn(seconds, lines))
                 load, before = os.getloadavg()[0], _memory_mb(pid)
                 attacker.stdin.write("go\n")
                 attacker.stdin.flush()
-                with_it.append(_turn(seconds))
+                with_it.append(_turn(seconds, lines))
                 attacker.communicate()
             after = _memory_mb(pid)
             time.sleep(SETTLE_S)
-        alone.append(_turn(seconds))
-        lines, _ = viewer.communicate(timeout=PATIENCE_S)
-    *answers, told = map(json.loads, lines.splitlines())
+        alone.append(_turn(seconds, lines))
+        assert viewer.stdin is not None
+        viewer.stdin.close()
+        viewer.wait(PATIENCE_S)
+        _until(lambda: lines and "is_cut" in lines[-1])
+    *answers, told = map(json.loads, lines)
     return row(answers, told, alone, with_it) | {
         "load_average": round(load, 2),
         "memory_mb": {"before": before, "after": after},
     }
 
 
-def _turn(seconds: float) -> Turn:
+def _read_on(viewer: subprocess.Popen[str]) -> list[str]:
+    """The viewer's further lines, as they come."""
+    lines: list[str] = []
+
+    def read() -> None:
+        assert viewer.stdout is not None
+        while line := viewer.stdout.readline():
+            lines.append(line)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _turn(seconds: float, lines: Sequence[str]) -> Turn:
+    """So long, and on a busy machine until something that was asked in it is answered."""
     begin_s = time.monotonic()
+
+    def has_its_answer() -> bool:
+        newest = json.loads(lines[-1]) if lines else {}
+        return "is_cut" in newest or newest.get("at_s", begin_s - 1) >= begin_s
+
     time.sleep(seconds)
-    return begin_s, begin_s + seconds
+    _until(has_its_answer)
+    return begin_s, time.monotonic()
+
+
+def _until(is_met: Callable[[], object]) -> None:
+    """Not for ever."""
+    until_s = time.monotonic() + PATIENCE_S
+    while not is_met() and time.monotonic() < until_s:
+        time.sleep(0.02)
 
 
 def row(

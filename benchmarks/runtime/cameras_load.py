@@ -47,6 +47,7 @@ TURNS = 6
 """Alone, all, alone, ..."""
 QUESTION = "What is there now?"
 GOAL_GROWTH, GOAL_SHARE = 0.02, 0.9
+PATIENCE_S = 120.0
 MARGIN_S = 15.0
 """Of film behind the end of what is measured."""
 
@@ -115,6 +116,18 @@ async def memory_of(address: str) -> float:
     return float(found[1])
 
 
+async def begun(address: str) -> None:
+    """Until each camera has its session: the server answers before."""
+    until_s = time.monotonic() + PATIENCE_S
+    while True:
+        streams = json.loads(await asyncio.to_thread(get, address, "/v1/streams"))["data"]
+        if all(stream["session"] is not None for stream in streams):
+            return
+        if time.monotonic() > until_s:
+            raise TimeoutError("a camera has no session")
+        await asyncio.sleep(0.05)
+
+
 async def keep_asking(watched: Sequence[Watched], turn: str, stop: asyncio.Event) -> int:
     """One question after the other, about each of the cameras in turn; returns how many."""
     asked = 0
@@ -127,6 +140,7 @@ async def keep_asking(watched: Sequence[Watched], turn: str, stop: asyncio.Event
 
 async def measure(address: str, seconds: float) -> dict[str, Any]:
     names = [f"camera{number}" for number in range(CAMERAS)]
+    await begun(address)
     deaf = await websockets.connect(
         f"ws://{address}/v1/realtime?stream={names[0]}&subscribe_pictures=true", max_queue=1
     )
@@ -136,17 +150,17 @@ async def measure(address: str, seconds: float) -> dict[str, Any]:
     viewers = [watched[number::VIEWERS] for number in range(VIEWERS)]
     memory: list[float] = []
     questions: Counter[str] = Counter()
-    begin_s = time.monotonic()
     for number in range(TURNS):
         turn = "all" if number % 2 else "alone"
         asking = viewers if turn == "all" else viewers[:1]
         stop = asyncio.Event()
         tasks = [asyncio.create_task(keep_asking(viewer, turn, stop)) for viewer in asking]
-        end_s = begin_s + (number + 1) * seconds / TURNS
-        while time.monotonic() < end_s:
+        end_s = time.monotonic() + seconds / TURNS  # the answers of the turn before took theirs
+        while not stop.is_set():
             await asyncio.sleep(min(seconds / 50, max(0.0, end_s - time.monotonic())))
             memory.append(await memory_of(address))
-        stop.set()
+            if time.monotonic() >= end_s:
+                stop.set()
         questions[turn] += sum(await asyncio.gather(*tasks))
         progress(f"turn {number + 1} of {TURNS} ({turn}): {memory[-1] / 1e6:.1f} MB")
     for each in watched:

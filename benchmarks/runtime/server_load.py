@@ -154,7 +154,7 @@ def measure_requests(rounds: int, questions: int, folder: str) -> dict[str, Any]
             with _process("requests", server.page_url, 2.0 + questions * 0.5, folder) as clients:
                 while server.num_waiting_requests < limits.max_waiting_requests:
                     if clients.poll() is not None:
-                        raise RuntimeError("the clients were too few or too short")
+                        raise RuntimeError("the clients ended before they were told to")
                     time.sleep(0.05)
                 beside += asyncio.run(_ttft(server.url, questions))
                 statuses.update(_result_of(clients)["statuses"])
@@ -181,7 +181,7 @@ def measure_requests(rounds: int, questions: int, folder: str) -> dict[str, Any]
 def _process(kind: str, url: str, seconds: float, folder: str) -> subprocess.Popen[str]:
     module = "benchmarks.runtime.loads.load_clients"
     command = [sys.executable, "-m", module, kind, url, str(seconds), folder]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def _result_of(clients: subprocess.Popen[str]) -> dict[str, Any]:

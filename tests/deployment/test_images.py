@@ -26,7 +26,7 @@ from tests.deployment.dockerfile import (
     the,
     variables,
 )
-from tests.runtime.server.live import open_server
+from tests.runtime.server.live import TIMEOUT_S, open_server
 
 FILES = sorted(FOLDER.glob("*.Dockerfile"))
 COMPOSE = ROOT / "compose.yaml"
@@ -80,6 +80,8 @@ def test_the_health_check_knows_a_server_from_none(server: Server) -> None:
     programs = {health_check(instructions(file)) for file in FILES}
     assert len(programs) == 1
     (program,) = programs
+    assert "timeout=5)" in program
+    program = program.replace("timeout=5)", f"timeout={TIMEOUT_S})")  # the test's machine is busy
     for port, is_healthy in ((server.port, True), (1, False)):
         command = [sys.executable, "-c", program.replace("8765", f"{port}")]
         ran = subprocess.run(command, capture_output=True)

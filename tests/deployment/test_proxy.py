@@ -24,7 +24,8 @@ from websockets.asyncio.client import connect
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm_runtime.server.app import Server
 from tests.deployment.dockerfile import ROOT
-from tests.runtime.alerts.receivers import free_port, make_certificate, wait_until
+from tests.runtime.alerts.receivers import make_certificate, wait_until
+from tests.runtime.ports import KeptPort
 from tests.runtime.server.live import TIMEOUT_S
 from tests.tiny import tiny_bundle
 
@@ -46,7 +47,8 @@ def server() -> Iterator[Server]:
 @contextmanager
 def nginx(folder: Path, text: str, upstream: int) -> Iterator[tuple[int, str]]:
     """Port and path below which the server is."""
-    port = free_port()
+    kept = KeptPort()  # as long as this generator is there
+    port = kept.number
     make_certificate(folder)
     whole, part = text.lstrip().startswith("map"), f"listen 127.0.0.1:{port} ssl;"
     if not whole:
@@ -69,7 +71,8 @@ def nginx(folder: Path, text: str, upstream: int) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def caddy(folder: Path, text: str, upstream: int) -> Iterator[tuple[int, str]]:
-    port = free_port()
+    kept = KeptPort()
+    port = kept.number
     file = folder / "Caddyfile"
     text = text.replace(f"{NAME} {{", f"http://{NAME}:{port} {{")
     text = text.replace("127.0.0.1:8765", f"127.0.0.1:{upstream}")

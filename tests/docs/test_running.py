@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -23,8 +23,10 @@ from edge_vlm import cli
 from edge_vlm.errors import NoFrameYet
 from tests.conftest import ROOT
 from tests.docs.commands import NEEDS, PAGES, TAKES, DocCommand, commands_of
+from tests.runtime.ports import KeptPort
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
+"""For a server to start, which loads the libraries anew: a busy machine is no failure."""
 BIN = Path(sys.executable).parent
 SERVERS = ("serve", "mcp")
 PORTS = ("8765", "8766")
@@ -95,14 +97,11 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ports() -> dict[str, str]:
-    sockets = [socket.socket() for _ in PORTS]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    free = {port: str(one.getsockname()[1]) for port, one in zip(PORTS, sockets, strict=True)}
-    for one in sockets:
+def ports() -> Iterator[dict[str, str]]:
+    kept = {port: KeptPort() for port in PORTS}
+    yield {port: str(one.number) for port, one in kept.items()}
+    for one in kept.values():
         one.close()
-    return free
 
 
 @pytest.mark.timeout(LIMIT_S)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,15 @@ import pytest
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.video import read_video
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
-from edge_vlm_runtime.inference.language import LanguageModel
 from edge_vlm_runtime.openai.media import MediaRules
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.session.asking.answer import Answer
+from edge_vlm_runtime.session.session import Session
 
 if TYPE_CHECKING:
     import openai
+    from websockets.asyncio.client import ClientConnection
 
 CLIP = DEMO_FOLDER / "clip.mp4"
 TIMEOUT_S = 120.0
@@ -36,6 +39,7 @@ def serving(
     media: MediaRules | None = None,
     api_key: str | None = None,
     origins: tuple[str, ...] = (),
+    settings: Mapping[str, Any] | None = None,
     **limits: Any,
 ) -> Iterator[Server]:
     with Server.open(
@@ -45,22 +49,48 @@ def serving(
         media=media,
         api_key=api_key,
         origins=origins,
+        settings=settings,
     ) as server:
         server.start()
         yield server
 
 
-def held_answers(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Answers stop after their first tokens until the event is set."""
-    goes_on = threading.Event()
-    decode = LanguageModel.decode_step
+class HeldAnswers:
+    """Answers stop after their first token until they are let go.
 
-    def decode_step(self: LanguageModel, arena: Any, token_id: int) -> Any:
-        assert goes_on.wait(TIMEOUT_S), "nobody let the answer go on"
-        return decode(self, arena, token_id)
+    The engines' thread goes its rounds meanwhile: what is asked and cancelled comes to the sessions
+    while the answer stands, however late that is, instead of in a race with its last token.
+    """
 
-    monkeypatch.setattr(LanguageModel, "decode_step", decode_step)
-    return goes_on
+    ROUND_S = 0.005
+    """Of the engines' thread, without a token."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._all_go = threading.Event()
+        self._go: set[str] = set()
+        decode = Session._decode_one_token
+
+        def decode_one(session: Session, answer: Answer, now_ns: int) -> None:
+            is_held = answer._output_tokens > 0 and answer.response_id not in self._go
+            if not is_held or self._all_go.wait(self.ROUND_S):
+                decode(session, answer, now_ns)
+
+        monkeypatch.setattr(Session, "_decode_one_token", decode_one)
+
+    def let_go(self, response_id: str | None = None) -> None:
+        """This answer, of whichever session; without an id all of them, from now on."""
+        if response_id is None:
+            self._all_go.set()
+        else:
+            self._go.add(response_id)
+
+
+async def next_event(line: ClientConnection) -> dict[str, Any]:
+    """The next one that something led to: `session.stats` come once a second by themselves."""
+    while True:
+        event: dict[str, Any] = json.loads(await line.recv())
+        if event["type"] != "session.stats":
+            return event
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from tests.openai.letters import letters_bundle
 from tests.openai.served import (
     CLIP,
     TIMEOUT_S,
+    HeldAnswers,
     data_uri,
-    held_answers,
     picture_part,
     post,
     serving,
@@ -273,9 +274,11 @@ def test_private_addresses_are_known(address: str) -> None:
 
 class _Pictures(http.server.BaseHTTPRequestHandler):
     seen: list[str] = []  # noqa: RUF012
+    answers = threading.Event()
 
     def do_GET(self) -> None:
         self.seen.append(self.path)
+        assert self.answers.wait(TIMEOUT_S)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(jpeg(1))
@@ -288,6 +291,7 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
 def neighbour() -> Iterator[str]:
     """A server in the own network that must not be asked."""
     _Pictures.seen.clear()
+    _Pictures.answers.set()
     with http.server.HTTPServer(("127.0.0.1", 0), _Pictures) as served:
         thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
@@ -317,26 +321,36 @@ def test_what_is_allowed_is_fetched_up_to_its_limit(
     with pytest.raises(MediaRefused, match="more than 100 bytes"):
         fetch(neighbour, param="url", max_bytes=100)
     monkeypatch.setattr("edge_vlm_runtime.openai.fetching.LONGEST_S", 0.0)
-    with pytest.raises(MediaRefused, match="takes more than"):
-        fetch(neighbour, param="url", max_bytes=1 << 20)
+    _Pictures.answers.clear()  # not before the end of patience, however late that is noticed
+    try:
+        with pytest.raises(MediaRefused, match="takes more than"):
+            fetch(neighbour, param="url", max_bytes=1 << 20)
+    finally:
+        _Pictures.answers.set()
 
 
 # ---- busy, and clients that leave ------------------------------------------------------------
 
 
-def test_a_full_queue_answers_429_and_nobody_is_left_without() -> None:
+def test_a_full_queue_answers_429_and_nobody_is_left_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def ask_all(server: Server) -> list[httpx.Response]:
         async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
             frames = [picture_part(jpeg(number)) for number in range(8)]
             body = {**HI, "messages": user("what is there now?", *frames)}
             url = f"{server.page_url}v1/chat/completions"
-            return await asyncio.gather(*(client.post(url, json=body) for _ in range(12)))
+            asked = [asyncio.create_task(client.post(url, json=body)) for _ in range(12)]
+            refused = [await reply for reply in islice(asyncio.as_completed(asked), 9)]
+            held.let_go()  # the one that has its turn, and then the two that wait
+            assert {reply.status_code for reply in refused} == {429}
+            return await asyncio.gather(*asked)
 
     with serving(max_waiting_requests=2) as server:
+        held = HeldAnswers(monkeypatch)
         replies = asyncio.run(ask_all(server))
         statuses = sorted(reply.status_code for reply in replies)
-        assert set(statuses) == {200, 429}
-        assert statuses.count(200) >= 3
+        assert statuses == [200] * 3 + [429] * 9
         for reply in replies:
             if reply.status_code == 429:
                 assert error_of(reply, 429, "E-TOO-MANY-REQUESTS")["type"] == "rate_limit_error"
@@ -382,13 +396,16 @@ def test_a_client_that_leaves_ends_its_work(
                 return
 
     with serving(letters_bundle(tmp_path), max_waiting_requests=0) as server:
-        goes_on = held_answers(monkeypatch)
+        held = HeldAnswers(monkeypatch)
         asyncio.run(leave(server))
         until(lambda: not server._api._work, "the end of the request's work")
-        goes_on.set()
+        held.let_go()
         cancelled = 'edge_vlm_responses_total{status="cancelled"} 1.0'
         metrics = f"{server.page_url}metrics"
-        until(lambda: cancelled in httpx.get(metrics).text, "the end of the answer")
+        until(
+            lambda: cancelled in httpx.get(metrics, timeout=TIMEOUT_S).text,
+            "the end of the answer",
+        )
         assert post(server, {**HI, "model": "letters", "max_tokens": 2}).status_code == 200
 
 
@@ -398,11 +415,11 @@ def test_a_server_that_stops_answers_those_who_wait(
     """The one that runs and the one behind it are told; nobody finds a dead socket."""
     body = {**HI, "model": "letters", "guided_choice": ["a" * 100]}
     with serving(letters_bundle(tmp_path)) as server, ThreadPoolExecutor(3) as pool:
-        goes_on = held_answers(monkeypatch)
+        held = HeldAnswers(monkeypatch)
         asked = [pool.submit(post, server, body) for _ in range(2)]
         until(lambda: server._api._queue.num_waiting == 1, "both requests")
         stopped = pool.submit(server.stop, drain_s=0.0)
         for each in asked:
             error_of(each.result(TIMEOUT_S), 503, "E-SERVER-BUSY")
-        goes_on.set()
+        held.let_go()
         stopped.result(TIMEOUT_S)

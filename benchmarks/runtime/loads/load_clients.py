@@ -9,6 +9,7 @@ import asyncio
 import base64
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from edge_vlm_runtime import protocol
 
 VIEWERS, FPS, REQUESTS = 32, 2.0, 32
 QUESTION = "What is there now?"
+PATIENCE_S = 120.0
+"""With a server that gets little of a busy machine."""
 
 
 async def _viewer(url: str, jpegs: list[bytes], seconds: float, late_s: float) -> dict[str, Any]:
@@ -45,7 +48,8 @@ async def _viewer(url: str, jpegs: list[bytes], seconds: float, late_s: float) -
 
         reading = asyncio.create_task(read())
         begin_s = time.monotonic()
-        while (now_s := time.monotonic() - begin_s) < seconds:
+        while sent < round(seconds * FPS):
+            now_s = time.monotonic() - begin_s
             frame = protocol.frame_message(sent, round(now_s * 1e6), jpegs[sent % len(jpegs)])
             await line.send(frame.encode())
             sent += 1
@@ -53,9 +57,9 @@ async def _viewer(url: str, jpegs: list[bytes], seconds: float, late_s: float) -
         with suppress(asyncio.TimeoutError):
             while len(outcomes) < sent:
                 news.clear()
-                await asyncio.wait_for(news.wait(), 10.0)
+                await asyncio.wait_for(news.wait(), PATIENCE_S)
         await line.send('{"type": "session.close"}')
-        await asyncio.wait([reading], timeout=10.0)
+        await asyncio.wait([reading], timeout=PATIENCE_S)
     return {
         "sent": sent,
         "lost": sent - len(outcomes),
@@ -88,16 +92,24 @@ async def _viewers(url: str, seconds: float, jpegs: list[bytes]) -> dict[str, An
 
 
 async def _requests(url: str, seconds: float, jpegs: list[bytes]) -> dict[str, Any]:
-    """So many at once for so long; who is refused comes again when it was told to."""
+    """So many at once for so long, and then until standard input ends; who is refused comes again
+    when it was told to."""
     uris = [f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" for jpeg in jpegs[:8]]
     parts: list[Any] = [{"type": "image_url", "image_url": {"url": uri}} for uri in uris]
     parts.append({"type": "text", "text": QUESTION})
     body = {"model": "demo", "messages": [{"role": "user", "content": parts}]}
     statuses: Counter[str] = Counter()
-    stop_s = time.monotonic() + seconds
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def wait_for_the_end() -> None:
+        time.sleep(seconds)
+        sys.stdin.read()
+        loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
 
     async def ask(client: httpx.AsyncClient) -> None:
-        while time.monotonic() < stop_s:
+        while not stop.is_set():
             try:
                 reply = await client.post(f"{url}v1/chat/completions", json=body)
             except httpx.HTTPError as error:
@@ -106,7 +118,8 @@ async def _requests(url: str, seconds: float, jpegs: list[bytes]) -> dict[str, A
             statuses[str(reply.status_code)] += 1
             if reply.status_code in (429, 503):
                 told_s = float(reply.headers["retry-after"])
-                await asyncio.sleep(min(told_s, max(0.0, stop_s - time.monotonic())))
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(stop.wait(), told_s)
 
     limits = httpx.Limits(max_connections=REQUESTS)
     async with httpx.AsyncClient(timeout=600.0, limits=limits) as client:

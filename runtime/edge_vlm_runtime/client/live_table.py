@@ -177,7 +177,8 @@ class LiveTable(LineOutput):
         self._drawn_s = 0.0
         # Drawn by us, not by a thread of rich: an output that is gone is noticed here.
         self._live = Live(
-            console=Console(file=obeyed(sys.stdout)),
+            # One that has gone is no terminal any more, and rich would draw nothing from then on.
+            console=Console(file=obeyed(sys.stdout), force_terminal=sys.stdout.isatty() or None),
             auto_refresh=False,
             get_renderable=self._render,
         )

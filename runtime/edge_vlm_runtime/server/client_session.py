@@ -81,7 +81,9 @@ class ClientSession:
         self.settings: SessionSettings | None = None
         """Those last announced."""
         self.messages_received = 0
-        """Messages of the client that were taken in, over all its connections."""
+        """Messages of the client that were taken in, over all its connections..."""
+        self.taking: asyncio.Task[None] | None = None
+        """...and the last of them, which may still wait for something."""
         self.newest_frame_sequence: int | None = None
         self.stills_under_way: set[int] = set()
         """Numbers of pictures of the conversation without outcome: a question waits for them."""

@@ -192,6 +192,8 @@ class Connection:
 
     async def _receive_loop(self) -> None:
         session = self._session
+        if session.taking is not None:  # what an earlier connection has brought comes first
+            await asyncio.shield(session.taking)
         while True:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
@@ -203,16 +205,22 @@ class Connection:
                 continue
             session.messages_received += 1
             data: str | bytes = message.get("text") or message.get("bytes") or b""
-            try:
-                await self._take(data, session.handle)
-            except ProtocolError as error:
-                event_id = protocol.event_id_of(data) if isinstance(data, str) else None
-                session.send(protocol.error_event(error, event_id=event_id))
-                if error.close_code is not None:
-                    session.end(error.close_code, str(error))
-                elif isinstance(data, bytes) and not self._understood:
-                    session.end(1003, str(error))
+            session.taking = asyncio.create_task(self._take_or_refuse(data, session.handle))
+            # It counts as received, so it is taken even if this connection breaks meanwhile.
+            await asyncio.shield(session.taking)
             await self._wait_for_room(session)
+
+    async def _take_or_refuse(self, data: str | bytes, handle: SessionHandle) -> None:
+        session = self._session
+        try:
+            await self._take(data, handle)
+        except ProtocolError as error:
+            event_id = protocol.event_id_of(data) if isinstance(data, str) else None
+            session.send(protocol.error_event(error, event_id=event_id))
+            if error.close_code is not None:
+                session.end(error.close_code, str(error))
+            elif isinstance(data, bytes) and not self._understood:
+                session.end(1003, str(error))
 
     async def _wait_for_room(self, session: ClientSession) -> None:
         """Until the engines have come to enough of the messages."""

@@ -344,6 +344,8 @@ class SessionRegistry:
         self._stop_expiry(session)
         await self.end_engines_side(session)
         session.end(1001, "the session has ended")
+        if session.taking is not None:  # it waits for nothing any more
+            await asyncio.wait({session.taking})
         self.metrics.ended(session.session_id)
 
     def _stop_expiry(self, session: ClientSession) -> None:

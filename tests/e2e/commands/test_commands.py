@@ -217,15 +217,25 @@ def piped(
     )
 
 
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In real time it goes on for longer than a test has patience: whatever ends a command is not
+    the end of this."""
+    num_frames = 2 * round(TIMEOUT_S + 60)
+    return write_video(tmp_path_factory.mktemp("video") / "long.mp4", num_frames=num_frames)
+
+
 @pytest.mark.parametrize("lines", [0, 1, 4])
 @pytest.mark.parametrize("name", ["watch", "ask", "demo"])
 def test_a_reader_that_goes_ends_a_command_quietly(
-    name: str, lines: int, tmp_path: Path, video: Path
+    name: str, lines: int, tmp_path: Path, video: Path, long_video: Path
 ) -> None:
+    clip = write_clip(tmp_path)
+    shutil.copy(long_video, clip / "clip.mp4")
     arguments = {
-        "watch": ["watch", "--source", str(video), "--ask", f"0.5@{QUESTION}"],
+        "watch": ["watch", "--source", str(long_video), "--ask", f"0.5@{QUESTION}"],
         "ask": ["ask", str(video), QUESTION],
-        "demo": ["demo", "--port", "0", "--clip", str(write_clip(tmp_path))],
+        "demo": ["demo", "--port", "0", "--clip", str(clip)],
     }[name]
     head = subprocess.Popen(
         ["head", "-n", str(lines)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -289,11 +299,11 @@ def test_blocks_that_the_encoding_lacks(video: Path) -> None:
     assert "8 frames sent, 8 processed" in done.stdout
 
 
-def test_the_table_on_a_terminal_that_goes_away(video: Path) -> None:
+def test_the_table_on_a_terminal_that_goes_away(long_video: Path) -> None:
     """It is drawn, and its end is an error rather than a stream that nobody sees."""
     terminal, output = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "edge_vlm", "watch", "--source", str(video), *own_server()],
+        [sys.executable, "-m", "edge_vlm", "watch", "--source", str(long_video), *own_server()],
         stdout=output,
         stderr=subprocess.PIPE,
         text=True,

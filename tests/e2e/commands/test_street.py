@@ -47,7 +47,11 @@ TRIES = 4
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     plan = read_plan({"camera": [{"name": "street", "source": "demo:3"}]}, Path("cameras.toml"))
-    with Server.open(DEMO_BUNDLE, threads=1, cameras=CameraFile(plan=plan)) as server:
+    # A live picture that the engines come to late is dropped: not here, however busy they are.
+    settings = {"max_frame_age_s": TIMEOUT_S}
+    with Server.open(
+        DEMO_BUNDLE, threads=1, settings=settings, cameras=CameraFile(plan=plan)
+    ) as server:
         server.start()
         yield server
 

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.runtime.cameras.rtsp_camera import RtspCamera
+from tests.runtime.ports import KeptPort
 from tests.runtime.server.live import TIMEOUT_S
 from tests.tiny import tiny_bundle
 
@@ -95,16 +97,18 @@ def port_of(line: str) -> int:
 
 
 @pytest.fixture
-def absent_port() -> int:
+def absent_port() -> Iterator[int]:
     """Of a camera that is not there yet."""
-    with RtspCamera() as camera:
-        port = camera.port
-    return port
+    port = KeptPort()
+    yield port.number
+    port.close()
 
 
 def test_a_watch_outlives_a_late_camera_and_its_server(absent_port: int) -> None:
-    with serve("--port", "0") as server:
-        port = port_of(server.until("serving"))
+    kept = KeptPort()
+    port = kept.number
+    with serve("--port", str(port)) as server:
+        server.until("serving")
         source = f"rtsp://user:secret@127.0.0.1:{absent_port}/live"
         alert = f"0.9/0.2@{QUESTION}"
         arguments = ["--source", source, "--ask", QUESTION, "--alert", alert]

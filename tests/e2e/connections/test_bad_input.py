@@ -24,10 +24,11 @@ from edge_vlm_runtime.cli.demo import demo
 from edge_vlm_runtime.cli.serve import serve
 from edge_vlm_runtime.cli.watch import watch
 from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.cameras.pictures import jpeg, write_video
 from tests.runtime.command_line import command_line
-from tests.runtime.server.live import open_server, run
+from tests.runtime.server.live import TIMEOUT_S, run
 from tests.tiny import tiny_bundle
 
 QUESTION = "is there a red ball ?"
@@ -36,7 +37,10 @@ LIMIT_BYTES = 50_000
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with open_server(max_message_bytes=LIMIT_BYTES, max_sessions=2) as running:
+    limits = ServerLimits(max_message_bytes=LIMIT_BYTES, max_sessions=2)
+    # A live picture that the engines come to late is dropped: not here, however busy they are.
+    settings = {"max_frame_age_s": TIMEOUT_S}
+    with Server.open(tiny_bundle(), threads=1, limits=limits, settings=settings) as running:
         running.start()
         yield running
 

@@ -17,7 +17,7 @@ from edge_vlm_runtime.server.app import Server
 from tests.runtime.cameras.pictures import jpeg
 from tests.runtime.client.cutting_proxy import CuttingProxy
 from tests.runtime.client.seen import Seen
-from tests.runtime.server.live import open_server, run
+from tests.runtime.server.live import TIMEOUT_S, open_server, run
 
 SETTINGS: Settings = {"delivery": "wait", "max_answer_tokens": 40}
 QUESTION = "is there a red ball ?"
@@ -26,7 +26,7 @@ FRAMES = 8
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with open_server(resume_grace_s=20.0) as running:
+    with open_server(resume_grace_s=TIMEOUT_S) as running:
         running.start()
         yield running
 

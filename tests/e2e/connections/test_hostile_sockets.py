@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -68,6 +71,10 @@ def frame(payload: bytes, opcode: int = TEXT, *, final: bool = True, masked: boo
 
 
 def connect(server: Server, receive_buffer: int | None = None) -> socket.socket:
+    return upgraded(ask_to_talk(server, receive_buffer))
+
+
+def ask_to_talk(server: Server, receive_buffer: int | None = None) -> socket.socket:
     plain = socket.socket()
     plain.settimeout(TIMEOUT_S)
     if receive_buffer is not None:
@@ -78,11 +85,23 @@ def connect(server: Server, receive_buffer: int | None = None) -> socket.socket:
         b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
-    answer = b""
-    while b"\r\n\r\n" not in answer:  # nothing may be sent before
-        answer += plain.recv(1)
+    return plain
+
+
+def upgraded(plain: socket.socket) -> socket.socket:
+    answer = told(plain, b"\r\n\r\n", at_a_time=1)  # nothing may be sent before
     assert answer.startswith(b"HTTP/1.1 101 ")
     return plain
+
+
+def told(plain: socket.socket, words: bytes, at_a_time: int = 1 << 16) -> bytes:
+    """All that comes up to these words."""
+    data = b""
+    while words not in data:
+        piece = plain.recv(at_a_time)
+        assert piece, f"closed before {words!r}: {data[-200:]!r}"
+        data += piece
+    return data
 
 
 def end_of(plain: socket.socket) -> bytes:
@@ -94,6 +113,25 @@ def end_of(plain: socket.socket) -> bytes:
     except OSError:
         pass
     return data
+
+
+@contextmanager
+def standing(server: Server) -> Iterator[None]:
+    """The server does nothing meanwhile. What is sent to it lies there when it begins to count a
+    connection's time, however long a busy machine takes to send it."""
+    stands, goes_on = threading.Event(), threading.Event()
+
+    def stand() -> None:
+        stands.set()
+        assert goes_on.wait(TIMEOUT_S)
+
+    assert server._loop is not None
+    server._loop.call_soon_threadsafe(stand)
+    assert stands.wait(TIMEOUT_S)
+    try:
+        yield
+    finally:
+        goes_on.set()
 
 
 @pytest.mark.parametrize(
@@ -124,9 +162,7 @@ def test_a_message_in_a_thousand_pieces_is_one_message(server: Server) -> None:
         for index in range(len(text)):
             opcode = TEXT if index == 0 else 0
             plain.sendall(frame(text[index : index + 1], opcode, final=index == len(text) - 1))
-        data = b""
-        while b'"type":"pong"' not in data:
-            data += plain.recv(1 << 16)
+        data = told(plain, b'"type":"pong"')
     assert b'"event_id":"pieces"' in data
 
 
@@ -159,23 +195,25 @@ def test_headers_that_stop_half_way_are_given_up(
     monkeypatch.setattr(asgi_server, "HEADERS_S", 0.2)
     at = ("127.0.0.1", server.port)
     half, whole = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A", b"GET /healthz HTTP/1.1\r\n"
-    with socket.create_connection(at, timeout=TIMEOUT_S) as plain:
+    with standing(server):
+        plain = socket.create_connection(at, timeout=TIMEOUT_S)
         plain.sendall(half)
+    with plain:
         assert end_of(plain).startswith(b"HTTP/1.1 408 ")
-    with socket.create_connection(at, timeout=TIMEOUT_S) as plain:  # behind a whole one
-        plain.sendall(whole + b"Host: 127.0.0.1\r\n\r\n")
-        assert plain.recv(15) == b"HTTP/1.1 200 OK"
-        plain.sendall(half)
-        assert b"HTTP/1.1 408 " in end_of(plain)
-    with connect(server) as websocket:
+    with standing(server):
+        plain = socket.create_connection(at, timeout=TIMEOUT_S)
+        plain.sendall(whole + b"Host: 127.0.0.1\r\n\r\n" + half)  # behind a whole one
+    with plain:
+        data = end_of(plain)
+        assert data.startswith(b"HTTP/1.1 200 OK")
+        assert b"HTTP/1.1 408 " in data
+    with standing(server):
+        asked = ask_to_talk(server)
+    with upgraded(asked) as websocket:
         with socket.create_connection(at, timeout=TIMEOUT_S) as plain:
             assert end_of(plain) == b""  # nothing was asked
         websocket.sendall(frame(b'{"type":"ping","event_id":"still here"}'))
-        data = b""
-        while b'"event_id":"still here"' not in data:
-            piece = websocket.recv(1 << 16)
-            assert piece, "it was closed, too"
-            data += piece
+        told(websocket, b'"event_id":"still here"')  # or it was closed, too
 
 
 def test_a_small_body_that_does_not_come_is_given_up(
@@ -232,38 +270,63 @@ def wait_until(is_met: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-def the_carrier(server: Server) -> Any:
-    """That of the only websocket."""
-    found = [each for each in server._carrier.server_state.connections if hasattr(each, "_cutter")]
-    (only,) = found
-    return only
+def carrier_of(server: Server, plain: socket.socket) -> Any:
+    """The server's side of this websocket; those of others may still be closing."""
+    (found,) = (
+        each
+        for each in list(server._carrier.server_state.connections)
+        if each.transport.get_extra_info("peername") == plain.getsockname()
+    )
+    assert hasattr(found, "_cutter")
+    return found
 
 
 def test_pings_that_nobody_hears_the_answers_of_cost_bounded_memory(server: Server) -> None:
     wait_until(lambda: not server._table._sessions, "the test before")
     with connect(server, receive_buffer=4096) as plain:
         wait_until(lambda: bool(server._table._sessions), "a session")
-        carrier = the_carrier(server)
-        plain.settimeout(1.0)
-        with pytest.raises(TimeoutError):  # the server reads no more of them
-            while True:
-                plain.sendall(PING * 1000)
+        carrier = carrier_of(server, plain)
+        plain.setblocking(False)
+        rest = b""
+
+        def send_more() -> None:
+            nonlocal rest
+            rest = rest or PING * 1000
+            with suppress(BlockingIOError):
+                rest = rest[plain.send(rest) :]
+
+        def is_held_for_good() -> bool:
+            send_more()
+            return carrier._is_held and not carrier.writable.is_set()
+
+        wait_until(is_held_for_good, "its answers cannot be written")
+        deadline = time.monotonic() + TIMEOUT_S
+        while select.select([], [plain], [], 1.0)[1]:  # until the server reads no more of them
+            assert time.monotonic() < deadline
+            send_more()
         assert carrier._is_held
         assert carrier.transport.get_write_buffer_size() < 1 << 18
         assert carrier._cutter.num_bytes < 1 << 20
         run(_watch(server))
 
 
-def test_many_small_messages_are_worked_on_at_a_rate(server: Server) -> None:
+def test_many_small_messages_are_worked_on_at_a_rate(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More than the rate stays in the socket; none is lost."""
     number = server.limits.max_messages_per_s
     with connect(server) as plain:
-        carrier = the_carrier(server)
+        carrier = carrier_of(server, plain)
+        hold, holds = carrier._hold, threading.Event()
+
+        def noted_hold() -> None:
+            holds.set()  # for it is over by and by
+            hold()
+
+        monkeypatch.setattr(carrier, "_hold", noted_hold)
         plain.sendall(TINY * number + frame(b'{"type":"ping","event_id":"behind"}'))
-        wait_until(lambda: carrier._is_held, "the rate")
-        data = b""
-        while b'"event_id":"behind"' not in data:
-            data += plain.recv(1 << 16)
+        assert holds.wait(TIMEOUT_S)
+        data = told(plain, b'"event_id":"behind"')
     assert data.count(b"E-PROTOCOL") == number
 
 
@@ -272,9 +335,7 @@ def test_who_talks_on_after_the_goodbye_is_cut_off(server: Server) -> None:
     for flood in (TINY * 2000, frame(bytes(100_000), 2), PING * 500):
         with connect(server) as plain:
             plain.sendall(close)
-            data = b""
-            while struct.pack(">H", 1000) not in data:
-                data += plain.recv(1 << 16)
+            told(plain, struct.pack(">H", 1000))
             deadline = time.monotonic() + TIMEOUT_S
             with pytest.raises(ConnectionError):
                 while True:
@@ -292,5 +353,5 @@ def test_a_stranger_is_told_so_and_cut_off_however_much_it_says() -> None:
                     assert time.monotonic() < deadline
                     plain.sendall(TINY * 1000)
         with connect(locked) as plain:  # one that listens is told
-            assert b"E-UNAUTHORIZED" in plain.recv(1 << 16)
+            told(plain, b"E-UNAUTHORIZED")
         assert not locked._table._sessions

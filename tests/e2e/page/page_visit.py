@@ -9,8 +9,7 @@ from typing import Any
 
 from websockets.asyncio.client import connect
 
-from tests.e2e.page.test_page import Page, text
-from tests.runtime.server.live import run
+from tests.e2e.page.test_page import Page, run, text
 
 DESKTOP, PHONE, LARGE = (1280, 800), (390, 664), (2560, 1440)
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.cameras.pictures import write_video
-from tests.runtime.server.live import run
 from tests.tiny import tiny_bundle
 
 CHROMIUM = next(
@@ -36,8 +35,15 @@ FLAGS = (
     *("--remote-debugging-port=0", "--window-size=1280,800"),
 )
 PATIENCE_S = 100.0
+"""Of one wait for something on the page."""
+VISIT_S = 500.0
+"""Of all of them: a film takes its time, and a browser more of it on a busy machine."""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+def run(visit: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(visit, VISIT_S))
 
 
 @contextmanager
@@ -178,6 +184,8 @@ def test_camera_or_file_in_answers_and_kept_cells_out(tmp_path: Path) -> None:
             await page.value("document.getElementById('stop').click()")
             await page.until("document.getElementById('stop').disabled")
 
+            # So slow that a browser that is held up for a moment misses none of its pictures.
+            await page.value("document.getElementById('video').defaultPlaybackRate = 0.25")
             await page.choose("#file", video)
             await page.until("document.getElementById('video').ended")
             await page.until(f"parseInt({text('g-frame')}) >= 4")

@@ -7,8 +7,8 @@ from websockets.asyncio.client import connect
 
 from edge_vlm_runtime.server.app import Server
 from tests.e2e.page.page_visit import Visit
-from tests.e2e.page.test_page import CHROMIUM, text
-from tests.runtime.server.live import open_server, run
+from tests.e2e.page.test_page import CHROMIUM, run, text
+from tests.runtime.server.live import open_server
 from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

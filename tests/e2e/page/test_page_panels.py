@@ -20,9 +20,8 @@ from edge_vlm_runtime.cameras.keeper import CameraFile
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
 from edge_vlm_runtime.server.app import Server
 from tests.e2e.page.page_visit import DESKTOP, LARGE, PHONE, Visit, visit, visited
-from tests.e2e.page.test_page import CHROMIUM, text
+from tests.e2e.page.test_page import CHROMIUM, run, text
 from tests.runtime.cameras.pictures import jpeg
-from tests.runtime.server.live import run
 from tests.runtime.server.reverse_proxy import ReverseProxy
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -10,8 +10,8 @@ from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.server.access.origins import Origins
 from edge_vlm_runtime.server.app import Server
 from tests.e2e.page.page_visit import Visit
-from tests.e2e.page.test_page import CHROMIUM, text
-from tests.runtime.server.live import open_server, run
+from tests.e2e.page.test_page import CHROMIUM, run, text
+from tests.runtime.server.live import open_server
 from tests.runtime.server.reverse_proxy import ReverseProxy
 from tests.tiny import tiny_bundle
 

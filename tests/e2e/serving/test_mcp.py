@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.live_streams import LiveStreams
 from edge_vlm_runtime.mcp.tools import StreamTools
 from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.server.live_view import LiveView
 from tests.openai.served import clip_frames, serving
 from tests.runtime.server.live import TIMEOUT_S, run
 from tests.tiny import ROOT
@@ -74,7 +76,20 @@ def of(part: Any) -> str:
     return "\n".join(each.text for each in part.content if each.type == "text")
 
 
-async def use(agent: mcp.Client, client: Client) -> None:
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when somebody waits for what a stream of the server is about to show."""
+    begun, wait = threading.Event(), LiveView.wait
+
+    async def noted_wait(view: LiveView, seconds: float) -> None:
+        begun.set()
+        await wait(view, seconds)
+
+    monkeypatch.setattr(LiveView, "wait", noted_wait)
+    return begun
+
+
+async def use(agent: mcp.Client, client: Client, waits: threading.Event) -> None:
     """All four tools while the clip is shown, after nothing was."""
     assert {tool.name for tool in (await agent.list_tools()).tools} == TOOLS
     early = await agent.call_tool("snapshot", {})
@@ -88,6 +103,7 @@ async def use(agent: mcp.Client, client: Client) -> None:
     waiting = asyncio.create_task(
         agent.call_tool("watch_for", {"condition": MUSHROOM, "wait_s": 60})
     )
+    assert await asyncio.to_thread(waits.wait, TIMEOUT_S)  # before there is a mushroom
     for number, jpeg in enumerate(clip_frames()[1:], 1):
         await client.send_frame(jpeg, number * 500_000)
     await client.wait_processed()
@@ -118,7 +134,7 @@ async def use(agent: mcp.Client, client: Client) -> None:
     assert "E-NO-SNAPSHOTS" in of(unable)
 
 
-def test_over_standard_input_and_output(server: Server) -> None:
+def test_over_standard_input_and_output(server: Server, waits: threading.Event) -> None:
     import mcp
 
     async def scenario() -> None:
@@ -131,7 +147,7 @@ def test_over_standard_input_and_output(server: Server) -> None:
             assert "no camera is connected" in of(nothing)
             assert f"edge-vlm watch {address(server)} --source webcam" in of(nothing)
             async with connect(address(server), {"delivery": "wait"}) as client:
-                await use(agent, client)
+                await use(agent, client, waits)
 
     run(scenario())
 
@@ -171,7 +187,7 @@ def test_calls_that_wait_keep_no_other_one_waiting(server: Server) -> None:
     run(scenario())
 
 
-def test_over_streamable_http(server: Server) -> None:
+def test_over_streamable_http(server: Server, waits: threading.Event) -> None:
     import mcp
 
     async def scenario() -> None:
@@ -180,8 +196,8 @@ def test_over_streamable_http(server: Server) -> None:
             over_http("--url", server.page_url) as url,
         ):
             async with mcp.Client(url) as agent:
-                await use(agent, client)
-            async with httpx.AsyncClient() as http:
+                await use(agent, client, waits)
+            async with httpx.AsyncClient(timeout=TIMEOUT_S) as http:
                 for headers, status in (
                     ({"Host": "evil.example"}, 403),
                     ({"Origin": "http://evil.example"}, 403),
@@ -254,7 +270,10 @@ def test_a_key_is_wanted_from_agents_too(tmp_path: Path) -> None:
 
     async def scenario(server: Server) -> None:
         arguments = ("--url", address(server), "--api-key-file", str(key))
-        async with over_http(*arguments) as url, httpx.AsyncClient() as http:
+        async with (
+            over_http(*arguments) as url,
+            httpx.AsyncClient(timeout=TIMEOUT_S) as http,
+        ):
             assert (await http.post(url, json={})).status_code == 401
             headers = {"Authorization": "Bearer wrong"}
             assert (await http.post(url, json={}, headers=headers)).status_code == 401

@@ -31,11 +31,13 @@ from edge_vlm.errors import (
 )
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Client
+from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.server.asgi_server import listen
 from edge_vlm_runtime.session.frames import EncodedFrame
 from edge_vlm_runtime.session.ingest import FrameIngest
+from tests.openai.served import HeldAnswers, next_event
 from tests.runtime.cameras.pictures import jpeg
 from tests.runtime.client.seen import Seen
 from tests.runtime.server.live import TIMEOUT_S, open_server, run
@@ -47,7 +49,10 @@ QUESTION = "is there a red ball ?"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with open_server(max_message_bytes=100_000) as running:
+    limits = ServerLimits(max_message_bytes=100_000)
+    # A live picture that the engines come to late is dropped: not here, however busy they are.
+    settings = {"max_frame_age_s": TIMEOUT_S}
+    with Server.open(tiny_bundle(), threads=1, limits=limits, settings=settings) as running:
         running.start()
         yield running
 
@@ -187,13 +192,15 @@ def test_frames_may_come_as_json(server: Server) -> None:
                     }
                 )
             )
-            event = json.loads(await raw.recv())
+            event = await next_event(raw)
             assert (event["type"], event["frame_sequence"]) == ("frame.accepted", 5)
 
     run(session())
 
 
-def test_cancel_ping_stats_and_close(server: Server) -> None:
+def test_cancel_ping_stats_and_close(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = HeldAnswers(monkeypatch)
+
     async def session() -> None:
         events: list[protocol.ServerEvent] = []
         settings: Settings = {"delivery": "wait", "max_answer_tokens": 100}
@@ -207,13 +214,18 @@ def test_cancel_ping_stats_and_close(server: Server) -> None:
                     statuses.append((await answer.answer()).status)
                 except EdgeVlmError as error:
                     statuses.append(error.code)
-            assert set(statuses) <= {"cancelled", "completed", "E-CANCELLED"}
-            assert statuses[-1] != "completed"
+            assert statuses[0] in ("cancelled", "E-CANCELLED")  # it had begun or not
+            assert statuses[1:] == ["E-CANCELLED", "E-CANCELLED"]
+            held.let_go()
+            before = len(events)
             await client._send_json("ping", "p1")
-            while not (found := [e for e in events if isinstance(e, protocol.SessionStats)]):
+            news: set[type[protocol.ServerEvent]] = set()
+            while not news >= {protocol.Pong, protocol.SessionStats}:
                 await asyncio.sleep(0.05)
+                news = {type(event) for event in events[before:]}
             pongs = [event.event_id for event in events if isinstance(event, protocol.Pong)]
             assert pongs == ["p1"]
+            found = [event for event in events if isinstance(event, protocol.SessionStats)]
             assert found[-1].frames_processed == 1
 
     run(session())

@@ -25,6 +25,7 @@ from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.session.budget import default_settings
 from tests.e2e.page.test_page import CHROMIUM, Page, browser, text
+from tests.openai.served import next_event
 from tests.published_folder import CUT, image_bundle, published_model
 from tests.runtime.cameras.pictures import jpeg, write_video
 from tests.runtime.client.seen import Seen
@@ -140,7 +141,7 @@ def test_an_unknown_detail_is_a_protocol_error(server: Server) -> None:
             await socket.recv()
             message = {"type": "response.create", "text": "what ?", "detail": "everything"}
             await socket.send(json.dumps({**message, "event_id": "mine"}))
-            reply = json.loads(await socket.recv())
+            reply = await next_event(socket)
             assert reply["error"]["code"] == "E-PROTOCOL"
             assert reply["error"]["event_id"] == "mine"
             assert "detail" in reply["error"]["message"]

@@ -29,6 +29,7 @@ from edge_vlm.errors.export import (
     NoSpaceLeft,
 )
 from edge_vlm.hub import fetch, look_up
+from tests.runtime.ports import KeptPort
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "allenai/Tiny"
@@ -110,7 +111,8 @@ class Hub:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._port = KeptPort()  # nobody answers there when it is closed
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port.number), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()

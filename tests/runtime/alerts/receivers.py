@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import secrets
 import shutil
 import socket
 import sqlite3
@@ -27,6 +28,7 @@ from cryptography.x509.oid import NameOID
 
 from edge_vlm_runtime.protocol import alerts as messages
 from tests.runtime.cameras.pictures import jpeg
+from tests.runtime.ports import KeptPort
 from tests.runtime.server.live import TIMEOUT_S
 
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
@@ -87,7 +89,8 @@ class WebServer:
     """Answers each POST with `status`, keeps what it answered with 2xx; the same port always."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
-        self.port = free_port()
+        self._port = KeptPort()
+        self.port = self._port.number
         scheme = "http" if tls is None else "https"
         self.url = f"{scheme}://127.0.0.1:{self.port}/alerts"
         self.status = 204
@@ -108,10 +111,6 @@ class WebServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def setup(self) -> None:
-                super().setup()
-                outer._connections.append(self.connection)
-
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.posts += 1
@@ -131,7 +130,13 @@ class WebServer:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        class Server(ThreadingHTTPServer):
+            def process_request(self, request: Any, client_address: Any) -> None:
+                # Before its thread begins, so that `stop` knows of every connection there is.
+                outer._connections.append(request)
+                super().process_request(request, client_address)
+
+        self._server = Server(("127.0.0.1", self.port), Handler)
         if self._tls is not None:
             self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._server.daemon_threads = True
@@ -239,7 +244,8 @@ class Broker:
         """With a certificate, its key beside it in `key.pem`, it speaks TLS. `rights`: lines of an
         acl_file."""
         assert MOSQUITTO is not None
-        self.port = free_port()
+        self._port = KeptPort()
+        self.port = self._port.number
         passwords = folder / "passwords"
         tool = str(Path(MOSQUITTO).with_name("mosquitto_passwd"))
         tool = tool if Path(tool).exists() else str(shutil.which("mosquitto_passwd"))
@@ -273,6 +279,8 @@ class Broker:
         wait_until(self._answers)
 
     def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, "it ended"
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
@@ -320,7 +328,8 @@ class OldBroker:
                 connection, _ = self._server.accept()
             except OSError:
                 return
-            with connection, connection.makefile("rwb") as stream, suppress(OSError, EOFError):
+            # Around the stream, too: as it is closed, it writes what a client did not wait for.
+            with suppress(OSError, EOFError), connection, connection.makefile("rwb") as stream:
                 self._serve(stream)
 
     def _serve(self, stream: Any) -> None:
@@ -351,7 +360,9 @@ class OldBroker:
             raise EOFError
         size = shift = 0
         while True:
-            (digit,) = stream.read(1)
+            if not (more := stream.read(1)):
+                raise EOFError
+            (digit,) = more
             size |= (digit & 127) << shift
             shift += 7
             if digit < 128:
@@ -394,6 +405,7 @@ class Subscriber:
                 password=Broker.PASSWORD,
                 identifier="subscriber",
                 clean_session=False,
+                timeout=TIMEOUT_S,
             )
             try:
                 async with client:
@@ -434,7 +446,11 @@ class Home:
 
     async def _listen(self) -> None:
         self._client = aiomqtt.Client(
-            "127.0.0.1", self._broker.port, username=self._user, password=Broker.PASSWORD
+            "127.0.0.1",
+            self._broker.port,
+            username=self._user,
+            password=Broker.PASSWORD,
+            timeout=TIMEOUT_S,
         )
         async with self._client as client:
             await client.subscribe("#", qos=1)
@@ -449,8 +465,15 @@ class Home:
                     self.seen.pop(topic, None)
 
     def say(self, topic: str, payload: str | bytes, *, retain: bool = False) -> None:
+        """Returns when the broker has it, which may be before anybody has it from there."""
         sending = self._client.publish(topic, payload, qos=1, retain=retain)
         asyncio.run_coroutine_threadsafe(sending, self._loop).result(TIMEOUT_S)
+
+    def catch_up(self) -> None:
+        """Returns when all that the broker has had so far has come here: it keeps the order."""
+        mark = secrets.token_hex(8)
+        self.say("mark", mark)
+        wait_until(lambda: self.seen.get("mark") == mark.encode())
 
     def send(self, topic: str, payload: str) -> None:
         """Without waiting for the broker."""
@@ -486,6 +509,8 @@ class Disk:
         self.turns = threading.Event()
         """Cleared, it stands still."""
         self.turns.set()
+        self.is_waited_for = threading.Event()
+        """Somebody has come to write, whether or not it turns."""
         self.failures = 0
 
     def connect(self, *arguments: Any, **options: Any) -> sqlite3.Connection:
@@ -493,6 +518,7 @@ class Disk:
 
         class Connection(sqlite3.Connection):
             def executemany(self, *statement: Any) -> sqlite3.Cursor:
+                disk.is_waited_for.set()
                 assert disk.turns.wait(TIMEOUT_S)
                 if disk.error is not None:
                     disk.failures += 1

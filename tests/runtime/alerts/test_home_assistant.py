@@ -18,6 +18,7 @@ import yaml
 
 from edge_vlm.errors import ConfigError, NoFrameYet
 from edge_vlm_runtime import protocol
+from edge_vlm_runtime.home_assistant import bridge as bridge_module
 from edge_vlm_runtime.home_assistant.bridge import HomeAssistant
 from edge_vlm_runtime.home_assistant.entities import (
     ANSWER_TEMPLATE,
@@ -33,11 +34,12 @@ from tests.runtime.alerts.receivers import (
     Broker,
     Home,
     cleared,
-    free_port,
     triggered,
     wait_until,
 )
 from tests.runtime.cameras.pictures import jpeg
+from tests.runtime.ports import KeptPort
+from tests.runtime.server.live import TIMEOUT_S
 
 needs_broker = pytest.mark.skipif(
     MOSQUITTO is None, reason="no MQTT broker here (apt-get install mosquitto)"
@@ -45,6 +47,12 @@ needs_broker = pytest.mark.skipif(
 QUESTION = "is there a red ball ?"
 DOOR = {"door": [WatchedAlert(QUESTION, QUESTION)]}
 BALL_NAME = safe_name(QUESTION)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end, all the time that a busy machine may need."""
+    monkeypatch.setattr(bridge_module, "GRACE_S", TIMEOUT_S)
 
 
 class Asked:
@@ -117,6 +125,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 def home(broker: Broker) -> Iterator[Home]:
     found = Home(broker)
     yield found
+    found.catch_up()
     for topic in list(found.seen):  # what is retained is no business of the next test
         found.say(topic, b"", retain=True)
     found.close()
@@ -201,6 +210,7 @@ def test_what_is_no_more_is_taken_away(broker: Broker, home: Home) -> None:
         wait_until(lambda: home.text(BALL) == "None")
     other = "homeassistant/sensor/other_node/door__answer/config"
     home.say(other, "{}", retain=True)
+    home.catch_up()  # what is seen below is of the next bridge
     with bridge(broker) as bridged:
         bridged.declare({"door": ()})
         wait_until(lambda: home.text(STATUS) == "online")
@@ -328,6 +338,11 @@ def test_a_flood_of_questions_is_bounded(
         asked.answers = True
         for future in asked.waiting:
             future.set_result(done("yes"))
+        # What is left of the flood may still be on its way: the bridge has all of it when it hears
+        # what was said behind it.
+        home.heard.clear()
+        home.say("homeassistant/status", "online")
+        wait_until(lambda: BALL_CONFIG in [topic for topic, _ in list(home.heard)])
         wait_until(lambda: not bridged._questions)
         home.say(f"{DOOR_TOPIC}/ask", json.dumps({"question": "And now?", "id": "after"}))
         wait_until(lambda: home.json(f"{DOOR_TOPIC}/reply").get("id") == "after")
@@ -372,7 +387,8 @@ def test_a_broker_that_is_not_there_yet_gets_the_newest_state(
 
 
 def test_a_broker_that_is_never_there_holds_nothing_up() -> None:
-    address = f"mqtt://127.0.0.1:{free_port()}"
+    nobodys = KeptPort()
+    address = f"mqtt://127.0.0.1:{nobodys.number}"
     with HomeAssistant(address, "box", Asked(), first_back_off_s=0.02) as bridged:
         bridged.declare(DOOR)
         bridged.put("door", protocol.Pong())

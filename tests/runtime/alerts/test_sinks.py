@@ -15,6 +15,7 @@ import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from edge_vlm.errors import ConfigError
+from edge_vlm_runtime.alert_sinks import dispatcher
 from edge_vlm_runtime.alert_sinks.dispatcher import AlertDispatcher
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.alert_sinks.mqtt import MqttSink
@@ -27,9 +28,16 @@ from edge_vlm_runtime.cli.common.alerts import AlertRoutes, alert_outputs
 from edge_vlm_runtime.cli.common.config import read_toml
 from tests.runtime.alerts.receivers import cleared, triggered
 from tests.runtime.cameras.pictures import jpeg
+from tests.runtime.server.live import TIMEOUT_S
 
 PAGE = Path(__file__).parents[3] / "docs" / "webhooks.md"
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYqrTwjUPD8I"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end, all the time that a busy machine may need."""
+    monkeypatch.setattr(dispatcher, "GRACE_S", TIMEOUT_S)
 
 
 class Service:
@@ -99,7 +107,8 @@ def deliver(tables: list[SinkTable]) -> AlertDispatcher:
         sink.key: lambda event, table=table: event.__struct_config__.tag in table.events
         for sink, table in zip(sinks, tables, strict=True)
     }
-    with AlertDispatcher(sinks, wants=wants, first_back_off_s=0.02) as outputs:
+    quick: Any = {"first_back_off_s": 0.02, "attempt_timeout_s": TIMEOUT_S}
+    with AlertDispatcher(sinks, wants=wants, **quick) as outputs:
         for event in (triggered(1, jpeg(1)), cleared(1)):
             outputs.put('the "door"', event)
     return outputs

@@ -13,6 +13,7 @@ from edge_vlm_runtime.sources import gstreamer as gst_pipe
 from edge_vlm_runtime.sources.gstreamer import GstPipe, csi_pipeline, launch_arguments
 from edge_vlm_runtime.sources.live import LiveSource
 from edge_vlm_runtime.sources.open import open_source
+from tests.runtime.server.live import TIMEOUT_S
 
 BALL = "videotestsrc is-live=true pattern=ball ! video/x-raw,width=160,height=120,framerate=20/1"
 
@@ -110,7 +111,7 @@ def no_process_is_left() -> Iterator[None]:
     """A closed source ends its process, at the latest with its next picture."""
     before = set(_children())
     yield
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + TIMEOUT_S
     while set(_children()) - before:
         assert time.monotonic() < deadline
         time.sleep(0.02)

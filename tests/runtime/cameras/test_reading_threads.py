@@ -9,15 +9,13 @@ import textwrap
 from tests.runtime.server.live import TIMEOUT_S
 
 PROGRAM = """
-    import threading, time
+    import threading, time, types
     from edge_vlm_runtime.sources import threads
     from edge_vlm_runtime.sources.threads import reading_thread
 
-    threads.PATIENCE_S = 0.6
-
     class Reader:
         def __init__(self, deaf):
-            self.closed, self.deaf = threading.Event(), deaf
+            self.closed, self.ended, self.deaf = threading.Event(), threading.Event(), deaf
 
         def close(self):
             self.closed.set()
@@ -27,8 +25,11 @@ PROGRAM = """
                 time.sleep(0.01)
             time.sleep(0.1)
             print("the reader has ended\\n", end="", flush=True)
+            self.ended.set()
 
     readers = [Reader(False), Reader(True)][:{count}]
+    # Time stands still until the one that ends has ended; then patience is at its end.
+    threads.time = types.SimpleNamespace(monotonic=lambda: 1e9 * readers[0].ended.is_set())
     for reader in readers:
         reading_thread("r", reader.read, reader.close).start()
     print("the program ends\\n", end="", flush=True)
@@ -55,10 +56,10 @@ def test_one_that_does_not_end_holds_nobody() -> None:
 SILENT = """
     import socket
     from edge_vlm.errors import VideoError
-    from edge_vlm_runtime.sources import threads
+    from edge_vlm_runtime.sources import addresses, threads
     from edge_vlm_runtime.sources.addresses import open_camera
 
-    threads.PATIENCE_S = 9.0  # less than opening waits
+    threads.PATIENCE_S = addresses.OPEN_TIMEOUT_S = 1e4  # far more than the test waits
     silent = socket.create_server(("127.0.0.1", 0))
 
     class Reader:

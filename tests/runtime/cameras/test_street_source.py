@@ -16,6 +16,7 @@ from edge_vlm.world.street import MOST_SEED, Street
 from edge_vlm_runtime.cameras.config import CameraPlan, read_plan
 from edge_vlm_runtime.sources.open import is_live, is_path, open_file, open_source, require_source
 from edge_vlm_runtime.sources.street import MOST_STREET_FPS, StreetCamera, seed_of
+from tests.runtime.server.live import TIMEOUT_S
 
 FILE = Path("cameras.toml")
 
@@ -124,17 +125,20 @@ def test_live_pictures_are_those_of_their_times() -> None:
         source.close()
 
 
+def readers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "edge-vlm-camera"}
+
+
 def test_a_street_that_is_left_ends_at_once(caplog: pytest.LogCaptureFixture) -> None:
     away: list[str | None] = []
-    before = set(threading.enumerate())
+    before = readers()
     source = open_source("demo", 0.001, on_away=away.append)  # the next picture is far away
     pictures = source.pictures()
     next(pictures)
-    assert set(threading.enumerate()) - before
+    (reader,) = readers() - before
     source.close()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(60)
-        assert not thread.is_alive()
+    reader.join(TIMEOUT_S)
+    assert not reader.is_alive()
     assert list(pictures) == []
     assert (away, caplog.messages) == ([None], [])
 

@@ -6,10 +6,11 @@ import asyncio
 import os
 import pty
 import termios
+import threading
 
 from edge_vlm_runtime.cli.common.alerts import parse_alert
 from edge_vlm_runtime.client.keyboard import Keyboard, LineEditor
-from tests.runtime.server.live import run
+from tests.runtime.server.live import TIMEOUT_S, run
 
 
 def test_what_keys_make_of_a_line() -> None:
@@ -56,11 +57,18 @@ def test_a_terminal_shows_no_keys_meanwhile_and_is_as_before_afterwards() -> Non
         assert typed[-1] == ""
 
     writing, reading = pty.openpty()
+    others = threads_that_read()
     try:
         run(read(writing, reading))
     finally:
-        os.close(writing)
+        os.close(writing)  # which ends a read
+        for thread in threads_that_read() - others:  # or it might read what has the number next
+            thread.join(TIMEOUT_S)
         os.close(reading)
+
+
+def threads_that_read() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "edge-vlm-keyboard"}
 
 
 def test_thresholds_stand_before_the_question_of_an_alert() -> None:

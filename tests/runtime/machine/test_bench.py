@@ -43,6 +43,7 @@ from edge_vlm_runtime.server import memory_need
 from edge_vlm_runtime.server.app import Server
 from tests.runtime.command_line import command_line
 from tests.runtime.machine.test_gauges import write_sensor
+from tests.runtime.server.live import TIMEOUT_S
 
 WITHOUT_CONTEXT = [
     *("--threads", "1", "--repeat", "2", "--samples", "3", "--warmups", "1"),
@@ -180,7 +181,9 @@ def test_what_was_measured_is_kept_when_it_is_interrupted(
 def test_what_was_measured_is_kept_when_the_process_is_to_end(tmp_path: Path) -> None:
     """As `timeout` and `docker stop` end it."""
     result = tmp_path / "cut.json"
-    command = [sys.executable, "-m", "edge_vlm", "bench", *SHORT, "--json", str(result)]
+    # It streams for longer than the test runs: however late the signal, it is not over by itself.
+    endless = [*SHORT, "--stream-seconds", "3600", "--json", str(result)]
+    command = [sys.executable, "-m", "edge_vlm", "bench", *endless]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -188,7 +191,7 @@ def test_what_was_measured_is_kept_when_the_process_is_to_end(tmp_path: Path) ->
         try:
             assert any("turn 2" in line for line in process.stderr), "it never came to a turn 2"
             process.terminate()
-            out, _ = process.communicate(timeout=60)
+            out, _ = process.communicate(timeout=TIMEOUT_S)
         finally:
             process.kill()
     assert process.returncode == 130

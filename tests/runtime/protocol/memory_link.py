@@ -14,8 +14,10 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedError, Conne
 from websockets.frames import Close
 
 from edge_vlm_runtime.client import connection as line
+from edge_vlm_runtime.client import exchange
 from edge_vlm_runtime.server.connection import Connection
 from edge_vlm_runtime.server.sessions import SessionRegistry
+from tests.runtime.server.live import TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class MemoryLink:
             while self._breaks.loses_tail and not queue.empty():
                 queue.get_nowait()
             queue.put_nowait(None)
+
+    def cut_for_client(self) -> None:
+        """The server does not notice: nothing more comes, and what it sends goes nowhere."""
+        self._is_broken = True
+        self._down.put_nowait(None)
 
     def _error(self) -> ConnectionClosed:
         if self._closed is None:
@@ -122,6 +129,10 @@ class Network:
         self._served.append(asyncio.create_task(connection.run()))
         return link
 
+    async def served(self, link: MemoryLink) -> None:
+        """Waits until this connection is served no more."""
+        await self._served[self.links.index(link)]
+
     async def settle(self) -> None:
         """Waits until no connection is served any more."""
         await asyncio.gather(*self._served)
@@ -129,9 +140,11 @@ class Network:
 
 @contextmanager
 def network(table: SessionRegistry, breaks: Sequence[Break] = ()) -> Iterator[Network]:
-    """Clients of this process connect through memory, and come back without a pause."""
+    """Clients of this process connect through memory, come back without a pause, and wait for a
+    busy machine's engine thread to end their sessions."""
     made = Network(table, breaks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(line, "_connect", made.connect)
         patch.setattr(line, "FIRST_PAUSE_S", 0.001)
+        patch.setattr(exchange, "CLOSE_TIMEOUT_S", TIMEOUT_S)
         yield made

@@ -7,6 +7,7 @@ chosen messages. Engines without a model, so that an example takes milliseconds.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from edge_vlm.errors import (
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import AnswerStream, Client
 from edge_vlm_runtime.client.connection import Access, ResumePoint
+from edge_vlm_runtime.protocol.typed import Settings
 from tests.runtime.cameras.pictures import jpeg
 from tests.runtime.client.seen import Seen
 from tests.runtime.client.test_connection import fake_table
@@ -160,6 +162,7 @@ def test_another_process_goes_on_in_the_middle_of_an_answer() -> None:
             await asyncio.gather(talking, return_exceptions=True)
             await first.close()
             second = await Client.resume(URL, point, on_event=events.append)
+            await second.update({"delivery": "wait"})  # the first may have died before it said so
             sent = await second.send_frame(jpeg(30), 9_000_000)
             assert sent == (second.created.newest_frame_sequence or 0) + 1  # type: ignore[union-attr]
             await second.wait_processed()
@@ -310,6 +313,42 @@ def test_who_comes_back_takes_the_session_from_a_connection_that_hangs() -> None
 
     with fake_table() as table, network(table) as made:
         run(session(made))
+
+
+@pytest.mark.parametrize("server_notices", [True, False])
+def test_a_message_that_waits_when_the_connection_breaks_is_taken(server_notices: bool) -> None:
+    """It counts as received, so the client does not send it again."""
+    events: list[protocol.ServerEvent] = []
+    picture = {
+        "type": "input_image",
+        "image_url": f"data:image/jpeg;base64,{base64.b64encode(jpeg(1)).decode()}",
+    }
+    item = {"type": "message", "role": "user", "content": [picture]}
+
+    async def case(made: Network) -> None:
+        settings: Settings = {"delivery": "wait"}
+        async with await Client.connect(URL, settings, on_event=events.append) as client:
+            gate = Gate(made._table)
+            await client._send_json("conversation.item.create", "i", item=item)
+            stream = await client.start_answer("what colour is the cube ?")
+            (session,) = made._table._sessions.values()
+            while session.messages_received < 3:  # the question waits for the picture
+                await asyncio.sleep(0)
+            link, taking = made.links[-1], session.taking
+            if server_notices:
+                link.cut()
+                session.send(protocol.Pong())
+            else:
+                link.cut_for_client()
+            await made.served(link)  # another connection goes on with the session, or is about to
+            assert taking is not None
+            assert not taking.done()
+            gate.open()
+            assert await text_of(stream) == ANSWER
+
+    with fake_table() as table, network(table) as made:
+        run(case(made))
+    assert len(of(events, protocol.ResponseDone)) == 1
 
 
 def test_the_first_message_must_say_which_session() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edge_vlm_runtime.client import connection
 from edge_vlm_runtime.protocol.settings import ServerLimits
 from edge_vlm_runtime.server.app import Server
 from tests.tiny import tiny_bundle
@@ -15,6 +16,7 @@ Result = TypeVar("Result")
 
 TIMEOUT_S = 120.0
 """Generous: a busy machine is no failure."""
+connection.OPEN_TIMEOUT_S = TIMEOUT_S  # nor is it for a client that opens a session
 
 
 def open_server(bundle: Path | None = None, **limits: Any) -> Server:

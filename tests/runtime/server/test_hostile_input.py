@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import random
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,6 +40,7 @@ from tests.runtime.client.seen import Seen
 from tests.runtime.protocol.memory_link import MemoryLink, Network, network
 from tests.runtime.protocol.test_resume import URL
 from tests.runtime.server.live import TIMEOUT_S, run
+from tests.runtime.server.test_sessions import Gate
 from tests.tiny import tiny_bundle
 
 QUESTION = "is there a red ball ?"
@@ -61,7 +61,10 @@ def table() -> Iterator[SessionRegistry]:
                 worker=worker,
                 bundle_name="tiny",
                 settings=default_settings(engines.bundle, limits).changed(
-                    {"max_answer_tokens": 3, "fps_cap": 1000.0}
+                    {
+                        **{"max_answer_tokens": 3, "fps_cap": 1000.0},
+                        "max_frame_age_s": TIMEOUT_S,  # a busy machine's frames are not too old
+                    }
                 ),
                 model=ModelLimits.from_bundle(engines.bundle),
                 limits=limits,
@@ -285,12 +288,7 @@ def test_more_messages_than_the_engines_take_stay_in_the_socket(table: SessionRe
         ]
         handle = served.handle
         assert handle is not None
-        gate = threading.Event()
-
-        def hold_up() -> None:
-            gate.wait(TIMEOUT_S)
-
-        table._worker.post(hold_up)
+        gate = Gate(table)
         most = 0
         for number in range(400):
             await client._send_json("session.update", f"u{number}", session={"keep_ratio": 0.5})
@@ -298,7 +296,7 @@ def test_more_messages_than_the_engines_take_stay_in_the_socket(table: SessionRe
         for _ in range(50):
             await asyncio.sleep(0.002)
             most = max(most, handle.num_waiting)
-        gate.set()
+        gate.open()
         assert MAX_WAITING_CALLS <= most <= MAX_WAITING_CALLS + 1
         while handle.num_waiting or served.messages_received < 400:
             await asyncio.sleep(0.005)

@@ -58,6 +58,12 @@ async def until_engines_are_through(table: SessionRegistry) -> None:
     await through.wait()
 
 
+async def until_asked(table: SessionRegistry) -> None:
+    """The engines, which stand at a gate, have something to do behind it."""
+    while not worker_of(table)._calls:
+        await asyncio.sleep(0)
+
+
 async def until_settled(table: SessionRegistry) -> None:
     """No session is being opened or ended."""
     while table._openings or table._ends:
@@ -123,7 +129,7 @@ def test_a_session_that_opens_while_the_server_drains_does_not_escape(fails: boo
         if fails:
             engines.language.arena_error = ConfigError("does not fit")
         opening = asyncio.create_task(table.open())
-        await asyncio.sleep(0)
+        await until_asked(table)
         draining = asyncio.create_task(table.drain(TIMEOUT_S))
         await asyncio.sleep(0)
         gate.open()
@@ -161,7 +167,7 @@ def test_who_is_cancelled_while_a_session_opens_leaves_no_place_taken(has_room: 
             table.leave(away)
         gate = Gate(table)
         opening = asyncio.create_task(table.open())
-        await asyncio.sleep(0)
+        await until_asked(table)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
@@ -179,10 +185,12 @@ def test_who_is_cancelled_while_a_session_opens_leaves_no_place_taken(has_room: 
 def test_nobody_waits_for_engines_that_have_stopped() -> None:
     async def case(table: SessionRegistry) -> None:
         session = await table.open()
-        opening = asyncio.create_task(table.open())
         gate = Gate(table)
-        await asyncio.sleep(0)
+        opening = asyncio.create_task(table.open())
+        await until_asked(table)
         stopping = asyncio.create_task(asyncio.to_thread(worker_of(table).stop))
+        while not worker_of(table)._stopping:
+            await asyncio.sleep(0)
         gate.open()
         late = await opening  # was asked for in time
         await stopping
@@ -207,7 +215,7 @@ def test_a_drain_waits_for_the_answer_and_not_for_one_that_a_bug_ended() -> None
         gate = Gate(made._table)
         await client.start_answer(question)
         session = made._table._sessions[client.created.session_id]
-        while session.messages_received < 3:
+        while session.messages_received < 3 or session.taking is None or not session.taking.done():
             await asyncio.sleep(0)
         gate.open()
         return session

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -119,7 +120,9 @@ class FakeLanguage:
         self._vocab = vocab
         self._answer_ids = list(answer_ids)
         self._clock = clock
-        self.says = 0
+        self._said: WeakKeyDictionary[KVArena, int] = WeakKeyDictionary()
+        """Tokens of the answer under way, by session: another one's frame may be read in the middle
+        of it."""
         self.fails_at_token: int | None = None
         self.token_takes_s = 0.02
         self.prefills: list[tuple[int, int]] = []
@@ -149,8 +152,8 @@ class FakeLanguage:
         blocks = 0 if block_ids is None else len(set(block_ids[block_ids >= 0].tolist()))
         self.prefills.append((len(embeds), blocks))
         self._clock.pass_s(self.token_takes_s)
-        self.says = 0
-        return self._logits()
+        self._said[arena] = 0
+        return self._logits(arena)
 
     def measure(self, arena: KVArena, branches: Sequence[np.ndarray]) -> np.ndarray:
         self.measured.append(len(branches))
@@ -163,16 +166,17 @@ class FakeLanguage:
         return logits
 
     def decode_step(self, arena: KVArena, token_id: int) -> np.ndarray:
-        if self.says == self.fails_at_token:
+        if self._said[arena] == self.fails_at_token:
             raise NonFinite("the logits are not finite", where="llm")
         arena.append(1)
         self._clock.pass_s(self.token_takes_s)
-        return self._logits()
+        return self._logits(arena)
 
-    def _logits(self) -> np.ndarray:
+    def _logits(self, arena: KVArena) -> np.ndarray:
+        said = self._said[arena]
         logits = np.zeros(self._vocab, np.float32)
-        logits[self._answer_ids[min(self.says, len(self._answer_ids) - 1)]] = 1.0
-        self.says += 1
+        logits[self._answer_ids[min(said, len(self._answer_ids) - 1)]] = 1.0
+        self._said[arena] = said + 1
         return logits
 
 

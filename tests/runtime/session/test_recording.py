@@ -424,11 +424,14 @@ class Disk:
     """Takes bytes when it is let, or fails."""
 
     def __init__(self) -> None:
+        self.has_opened = threading.Event()
         self.may_write = threading.Event()
         self.error: OSError | None = None
 
     def open_file(self, path: Path) -> BinaryIO:
-        return cast(BinaryIO, DiskFile(self, create(path)))
+        file = create(path)
+        self.has_opened.set()
+        return cast(BinaryIO, DiskFile(self, file))
 
 
 class DiskFile:
@@ -468,6 +471,7 @@ def test_a_stuck_disk_stops_neither_the_loop_nor_the_engines(tmp_path: Path) -> 
 
     with fake_table(recorder=made) as table, network(table) as connected:
         run(session(connected))
+        assert disk.has_opened.wait(TIMEOUT_S)  # on the recorder's own thread
         (path,) = tmp_path.iterdir()
         assert path.stat().st_size == 0
     disk.may_write.set()
