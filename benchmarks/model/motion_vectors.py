@@ -115,7 +115,7 @@ def count(path: Path, args: argparse.Namespace) -> Counts:
         pixels = to_pixel_values(rgb, VISION)
         if before is not None:
             changed = patch_differences(pixels, before) >= args.level
-            counts.add(changed[cells].any(1), moved.ravel()[cells].any(1))
+            counts.add(np.any(changed[cells], axis=1), np.any(moved.ravel()[cells], axis=1))
         before = pixels
     return counts
 

@@ -289,5 +289,6 @@ def _read(x_PHd: Tensor, index_FK: Tensor, numbers: list[int]) -> Iterable[Tenso
     """Rows of so many frames each. The gradient of a read is as large as what is read from, so
     where there is one all are read at once."""
     if torch.is_grad_enabled():
-        return x_PHd[index_FK].split(numbers)
+        groups: tuple[Tensor, ...] = x_PHd[index_FK].split(numbers)
+        return groups
     return (x_PHd[index] for index in index_FK.split(numbers))

@@ -310,7 +310,7 @@ def test_an_export_says_what_it_takes_of_a_calibration(calibrated: Path) -> None
         ("int8", "is followed by int8 vision products", (tiny_footage().name,)),
         ("llm=int4", "is followed by int4 language products", (tiny_footage().name,)),
     ):
-        (said,) = file.notes(Precision.parse(precision), measures=False)
+        (said,) = file.notes(Precision.parse(precision), measures=False, reuse=False)
         assert followed in said
         assert file.footage(Precision.parse(precision)) == clips
 
