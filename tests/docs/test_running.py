@@ -20,7 +20,7 @@ from typing import IO
 import pytest
 
 from edge_vlm import cli
-from edge_vlm.errors import NoFrameYet
+from edge_vlm.errors import NoFrameYet, ServerBusy
 from tests.conftest import ROOT
 from tests.docs.commands import NEEDS, PAGES, TAKES, DocCommand, commands_of
 from tests.runtime.ports import KeptPort
@@ -29,6 +29,8 @@ PATIENCE_S = 300.0
 """For a server to start, which loads the libraries anew: a busy machine is no failure."""
 BIN = Path(sys.executable).parent
 SERVERS = ("serve", "mcp")
+NOT_YET = (NoFrameYet, ServerBusy)
+"""What a server says of a camera whose session is being opened, or has seen nothing."""
 PORTS = ("8765", "8766")
 """In the pages; each test has free ones in their place, so that tests can run side by side."""
 SHELL = set("|&;<>$`(")
@@ -136,8 +138,10 @@ def test_the_commands_of_a_page_run(
                 continue
             code = _run(text, checkout, ports[PORTS[0]])
             shown, deadline = capfd.readouterr(), time.monotonic() + PATIENCE_S
-            while NoFrameYet.code in shown.err and servers and time.monotonic() < deadline:
-                time.sleep(0.2)  # who types takes longer than a camera to begin
+            # Who types takes longer than a camera to begin.
+            while servers and any(each.code in shown.err for each in NOT_YET):
+                assert time.monotonic() < deadline, shown.err
+                time.sleep(0.2)
                 code = _run(text, checkout, ports[PORTS[0]])
                 shown = capfd.readouterr()
             allowed = {0} | FAILS.get(str(page.relative_to(ROOT)), set())
