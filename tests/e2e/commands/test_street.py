@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from edge_vlm_runtime.demo import street as demo_street
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.protocol.memory_events import FrameAccepted
 from edge_vlm_runtime.server.app import Server
+from edge_vlm_runtime.server.streams import hub
 from edge_vlm_runtime.sources.street import StreetCamera
 from tests.e2e.commands.test_watch_cameras import Program
 from tests.e2e.page.page_visit import Visit, visited
@@ -86,6 +88,33 @@ def test_a_camera_of_the_server_may_be_a_street(server: Server) -> None:
 
     true = [facts_of(each) for each in truths_of(3, 120)]
     assert any(facts_of(answer) in true for answer in run(answers()))
+
+
+def test_who_comes_before_a_cameras_session_is_open_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub, "OPENING_S", TIMEOUT_S)
+    plan = read_plan({"camera": [{"name": "street", "source": "demo:3"}]}, Path("cameras.toml"))
+    goes_on = threading.Event()
+
+    async def subscribe(server: Server) -> None:
+        coming = asyncio.create_task(Client.subscribe(server.url, "street"))
+        await asyncio.wait({coming}, timeout=0.3)
+        assert not coming.done()
+        goes_on.set()
+        await (await coming).close()
+
+    with Server.open(DEMO_BUNDLE, threads=1, cameras=CameraFile(plan=plan)) as server:
+        server._worker.post(lambda: assert_set(goes_on))
+        server.start()
+        try:
+            run(subscribe(server))
+        finally:
+            goes_on.set()
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(TIMEOUT_S)
 
 
 def test_watch_shows_a_street_until_it_is_stopped(server: Server) -> None:

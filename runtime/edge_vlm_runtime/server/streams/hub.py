@@ -9,10 +9,12 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from edge_vlm.errors import ConfigError, EdgeVlmError, ServerBusy
 from edge_vlm.errors.requests import MethodNotAllowed
+from edge_vlm.waiting import within
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.cameras.camera import Camera
 from edge_vlm_runtime.cameras.keeper import CameraKeeper
@@ -32,6 +34,8 @@ from edge_vlm_runtime.server.streams.subscription import Subscription, WebSocket
 log = logging.getLogger(__name__)
 
 PREFIX = "/v1/streams"
+OPENING_S = 10.0
+"""Of a camera's session that is waited for."""
 MAX_SUBSCRIBERS = 16
 """Of one camera."""
 MAX_OF_PARTY = 12
@@ -57,6 +61,8 @@ class StreamHub:
         self._counts = CameraCounts()
         self.observers = Observers()
         keeper.on_state = self._on_state
+        self._changed = asyncio.Event()
+        """A camera or its session is another one."""
         keeper.on_plan = self.observers.planned
         keeper.on_gone = self._counts.forget
         table.on_stream_event = self._counts.event
@@ -111,7 +117,7 @@ class StreamHub:
         camera = self._keeper.camera(name)
         if not what:
             return Answer(json_bytes(await self.about(camera)))
-        session_id = self._session(camera).session_id
+        session_id = (await self._session(camera)).session_id
         return await self._live_api.answer(method, f"sessions/{session_id}/{what}", query, body)
 
     async def about(self, camera: Camera) -> dict[str, Any]:
@@ -147,12 +153,18 @@ class StreamHub:
             listing.add_done_callback(lambda _: self._listings.pop(session.session_id, None))
         return await asyncio.shield(listing)
 
-    def _session(self, camera: Camera) -> ClientSession:
-        session = self._table.live_session(camera.name)
-        if session is None:
-            raise ServerBusy(
-                f"the stream {camera.name!r} has no session just now", remedy="try again later"
-            )
+    async def _session(self, camera: Camera) -> ClientSession:
+        """Waits for one that is being opened, as at the server's start. Raises ServerBusy."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + OPENING_S
+        while (session := self._table.live_session(camera.name)) is None:
+            if self._table.draining or loop.time() >= until_s:
+                raise ServerBusy(
+                    f"the stream {camera.name!r} has no session just now", remedy="try again later"
+                )
+            self._changed.clear()
+            with suppress(asyncio.TimeoutError):
+                await within(until_s - loop.time(), self._changed.wait())
         return session
 
     # ---- subscribers -------------------------------------------------------------------------
@@ -180,7 +192,7 @@ class StreamHub:
             raise ConfigError(
                 "a subscription is not resumed", remedy="connect again without ?resume="
             )
-        session = self._session(camera)
+        session = await self._session(camera)
         subscribers = self._subscribers[camera.name]
         if len(subscribers) >= MAX_SUBSCRIBERS:
             raise ServerBusy(
@@ -214,13 +226,14 @@ class StreamHub:
     async def ask(self, name: str, question: str) -> protocol.ResponseDone:
         """A question from inside the server. Raises UnknownStream, ServerBusy, and what the session
         refuses it with."""
-        session = self._session(self._keeper.camera(name))
+        session = await self._session(self._keeper.camera(name))
         if session.handle is None:
             raise ServerBusy(f"the stream {name!r} is just ending", remedy="try again later")
         event_id = session.next_stranger_id()
         return await ask(session.handle, session.listeners, question, event_id)
 
     def _on_state(self, camera: Camera) -> None:
+        self._changed.set()
         self.observers.noted(camera, self._table.live_session(camera.name))
         for subscriber in tuple(self._subscribers.get(camera.name, ())):
             subscriber.stream_changed(_stream(camera))
