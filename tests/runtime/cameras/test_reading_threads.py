@@ -74,7 +74,7 @@ SILENT = """
 
     reader = Reader()
     threads.reading_thread("r", reader.read, reader.close).start()
-    silent.accept()
+    line, _ = silent.accept()  # dropped, it would be hung up
     print("the program ends\\n", end="", flush=True)
 """
 
