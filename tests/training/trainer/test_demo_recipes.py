@@ -136,8 +136,8 @@ def test_an_interrupt_is_saved_and_resumed_to_the_bit(
 
     def interrupted(run: Run, *arguments: Any) -> Any:
         if run.at.step == 3:
-            # As Python does for a real one, which the kernel cannot deliver in a process that has
-            # pytest's small stack for signals and uses AMX registers.
+            # As Python does for a real one, which kills this process where another test has had
+            # TensorRT and OpenVINO in it: the stack for signals that they leave behind is unmapped.
             handler = signal.getsignal(signal.SIGINT)
             assert callable(handler)
             handler(signal.SIGINT, None)
