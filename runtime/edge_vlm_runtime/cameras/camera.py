@@ -1,7 +1,7 @@
 """One camera of the server: a reader that feeds a session which has no viewer of its own.
 
 Lives on the event loop. The session is opened at once and stays for as long as the camera does,
-whether or not pictures come; when a bug ends it, the next one begins.
+whether or not pictures come; when a bug ends it, the next one begins. A film waits for the first.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from edge_vlm_runtime.cameras.reader import LIVE, WAITING, CameraReader
 from edge_vlm_runtime.protocol import alerts as messages
 from edge_vlm_runtime.protocol.settings import DropPolicy, SessionSettings
 from edge_vlm_runtime.recording.recorder import Recorder
+from edge_vlm_runtime.sources.open import is_live
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,8 @@ class Camera:
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._running = self._loop.create_task(self._run())
-        self._read()
+        if is_live(self.config.source):
+            self._read()
 
     async def stop_reading(self) -> None:
         """No more pictures and no other session; the present one stays."""
@@ -212,6 +214,8 @@ class Camera:
                 self.session = session
                 self._alert_ids = {}
                 self._on_state(self)
+                if self._reader is None:  # a film, whose pictures nobody need miss
+                    self._read()
                 began_s = self._loop.time()
                 async with self._lock:
                     for alert in self._alerts.values():
@@ -237,7 +241,7 @@ class Camera:
                 await self.session.request(message, protocol.SessionUpdated)
             is_faster = settings.fps_cap != self._settings.fps_cap
             self.config, self._settings = config, settings
-            if is_faster:
+            if is_faster and self._reader is not None:
                 self._read()
             wanted = {alert.name: alert for alert in alerts}
             before, self._alerts = self._alerts, wanted

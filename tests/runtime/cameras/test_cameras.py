@@ -667,17 +667,24 @@ def test_another_source_is_another_session_and_its_subscribers_are_told(
 # ---- the end ---------------------------------------------------------------------------------
 
 
-def test_a_file_ends_and_is_recorded_and_can_still_be_asked(tmp_path: Path) -> None:
-    write_video(tmp_path / "to_come.mp4", num_frames=3, fps=10)
+def test_a_film_is_shown_whole_and_recorded_and_can_still_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is over before a session that is late has been opened."""
+    opened = SessionRegistry.open_stream
+
+    async def open_late(*args: Any) -> Any:
+        await asyncio.sleep(0.5)
+        return await opened(*args)
+
+    monkeypatch.setattr(SessionRegistry, "open_stream", open_late)
+    write_video(tmp_path / "clip.mp4", num_frames=3, fps=10)
     text = camera("clip", "clip.mp4", fps=10, record="kept")
     with owned(tmp_path / "cameras.toml", text) as found:
-        # It is short: all of it would be over before a session that is late could be shown it.
-        found.until("clip", lambda stream: stream["session"] is not None)
-        (tmp_path / "to_come.mp4").replace(tmp_path / "clip.mp4")
         ended = found.until("clip", lambda stream: stream["state"] == "ended")
         assert ended["recording"]
         assert ended["detail"] is None
-        found.until("clip", lambda stream: stream["frames_accepted"] > 0)
+        found.until("clip", lambda stream: stream["frames_accepted"] == 3)
         assert isinstance(LiveStreams(found.address, ACCESS).ask("clip", QUESTION), str)
     assert len(list((tmp_path / "kept").glob("*.evlm"))) == 1
 
