@@ -57,6 +57,9 @@ class Asked:
     """Since the thing that is asked about came, of an order the later one; None without one."""
     moves: str
     """Of what is asked about, until then: `stands`, `walks`, `stops` for what did both; `-`."""
+    bounds: frozenset[str] = frozenset()
+    """Of `when`: answers that are true and less than what is asked, "by 12.0 s" of what was there
+    then: all that can be said once its coming is forgotten."""
 
 
 def questions_at(street: Street, frame: int, rng: random.Random) -> Iterator[Asked]:
@@ -72,7 +75,8 @@ def questions_at(street: Street, frame: int, rng: random.Random) -> Iterator[Ask
             if age_group(age_s) in told:
                 continue
             told.add(age_group(age_s))
-            yield Asked(_asked(scenes, question), age_s, _moves(street, scenes, question))
+            moves, bounds = _moves(street, scenes, question), _bounds(scenes, question)
+            yield Asked(_asked(scenes, question), age_s, moves, bounds)
             if kind not in REMEMBERED:
                 break
 
@@ -147,6 +151,13 @@ def _asked(scenes: Scenes, question: Question) -> AskedQuestion:
     )
 
 
+def _bounds(scenes: Scenes, question: Question) -> frozenset[str]:
+    if question.kind != "when":
+        return frozenset()
+    there = np.flatnonzero(scenes.visible[0, : question.frame + 1, question.meta["object"]])
+    return frozenset(event_time(float(frame) * STEP_S, told=False) for frame in there)
+
+
 def age_group(age_s: float | None) -> float:
     """The upper end of the group; -1: nothing that has an age is asked about."""
     return -1.0 if age_s is None else next(end for end in AGES_S if age_s <= end)
@@ -158,11 +169,13 @@ class Tally:
     def __init__(self) -> None:
         self.asked: Counter[tuple[Any, ...]] = Counter()
         self.right: Counter[tuple[Any, ...]] = Counter()
+        self.bounded: Counter[tuple[Any, ...]] = Counter()
         self.wrong: list[dict[str, Any]] = []
 
     def note(self, seed: int, time_s: float, asked: Asked, answer: str) -> None:
         question = asked.question
         is_right = judge(question, answer).right
+        is_bounded = answer in asked.bounds
         for group in (
             ("time", time_s, question.kind),
             ("age", age_group(asked.age_s), question.kind),
@@ -170,7 +183,8 @@ class Tally:
         ):
             self.asked[group] += 1
             self.right[group] += is_right
-        if not is_right:
+            self.bounded[group] += is_bounded
+        if not (is_right or is_bounded):
             self.wrong.append(
                 {
                     "seed": seed,
@@ -183,7 +197,8 @@ class Tally:
             )
 
     def table(self, by: str) -> dict[str, dict[str, Any]]:
-        """Group to kind to counts and the 95 % interval of the share."""
+        """Group to kind to counts and the 95 % interval of the share; of `when` also how many were
+        `bounded`, true but no answer to it."""
         found: dict[str, dict[str, Any]] = {}
         for (name, group, kind), asked in self.asked.items():
             if name == by:
@@ -194,7 +209,7 @@ class Tally:
                     "asked": asked,
                     "share": round(right / asked, 4),
                     "interval": [round(low, 4), round(high, 4)],
-                }
+                } | ({"bounded": self.bounded[name, group, kind]} if kind == "when" else {})
         return {group: found[group] for group in sorted(found, key=_order)}
 
 

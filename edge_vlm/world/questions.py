@@ -170,19 +170,20 @@ def _order(clip: _Clip, t: int, rng: random.Random) -> Question | None:
     return Question("order", text, clip.name(first), t, {"object": first})
 
 
-def event_time(seconds: float) -> str:
-    """The answer to "when"."""
-    return f"at {seconds:.1f} s"
+def event_time(seconds: float, told: bool = True) -> str:
+    """The answer to "when"; `told` is false where the thing was there then and nothing tells since
+    when: what came is forgotten, or was not looked at."""
+    return f"{'at' if told else 'by'} {seconds:.1f} s"
 
 
 def _when(clip: _Clip, t: int, rng: random.Random) -> Question | None:
-    entered = [m for m in clip.entered(t) if clip.told[m]]
+    entered = clip.entered(t)
     late = [m for m in entered if clip.enter[m] > 0]
     if not entered or (not late and rng.random() < 0.5):
         return None  # "from the start on" is the easy answer: asked about half as often
     m = rng.choice(late if late and rng.random() < 0.5 else entered)
     first = clip.enter[m]
-    answer = event_time(clip.times_s[first])
+    answer = event_time(clip.times_s[first], clip.told[m])
     text = f"When did the {clip.name(m)} appear?"
     return Question("when", text, answer, t, {"object": m, "first": first})
 
@@ -354,6 +355,7 @@ def vocabulary() -> list[str]:
         "yes",
         "no",
         "at 0.0 s",
+        "by 0.0 s",
         *COUNT_ANSWERS,
     ]
     regions = [region for row in REGIONS for region in row]

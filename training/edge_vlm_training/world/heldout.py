@@ -91,7 +91,8 @@ def _asked(question: Question, scenes: Scenes) -> AskedQuestion:
     if question.kind == "when":  # right within one frame interval
         times, first = scenes.times_s[0], question.meta["first"]
         near = (t for t in (first - 1, first + 1) if 0 <= t < len(times))
-        also = tuple(event_time(times[t]) for t in near)
+        told = bool(scenes.told[0, question.meta["object"]])
+        also = tuple(event_time(times[t], told) for t in near)
     if question.kind == "point":
         side = float(scenes.size[0, question.meta["object"]])
         boxes = ((float(question.meta["x"]), float(question.meta["y"]), side, side),)
