@@ -36,7 +36,7 @@ SLOW = (
         f"export/test_{name}.py"
         for name in ("bad_input", "check_inputs", "export", "footage", "trt_lint", "variants")
     ),
-    *("model/test_images.py", "model/test_lora.py"),
+    *("model/test_images.py", "model/test_inspect.py", "model/test_lora.py"),
     *(
         f"model/published/test_{name}.py"
         for name in (
@@ -60,6 +60,7 @@ SLOW = (
     *("runtime/machine/test_bench.py", "runtime/machine/test_planning.py"),
     *("runtime/backends/test_backends.py", "runtime/protocol/test_resume.py"),
     *("runtime/server/test_hostile_input.py", "runtime/session/test_recording.py"),
+    "runtime/session/test_session_subtitles.py",
     "training/objective/test_reuse.py",
     *(f"training/data/test_{name}.py" for name in ("forms", "train_on_records", "world_source")),
     "training/world/test_draw.py",

@@ -380,8 +380,9 @@ def _announce(
             seconds += (time.monotonic() - began) * len(possible) * num_clips
     limit = "" if minutes is None else f", --minutes {minutes:g} at most"
     long = "" if not seconds else f": about {duration(seconds)} by the first clip{limit}"
+    clips = "clip" if num_clips == 1 else "clips"
     print(
-        f"{num_questions:,} questions about {num_clips:,} clips in {num_rows} rows "
+        f"{num_questions:,} questions about {num_clips:,} {clips} in {num_rows} rows "
         f"({', '.join(evaluators)}), {num_questions * num_rows:,} answers{long}",
         file=sys.stderr,
         flush=True,

@@ -54,11 +54,12 @@ def test_a_model_answers_alike_in_torch_in_its_bundle_and_over_the_wire(
     out = tmp_path / "out"
     rows = [part for name in (*RUNS, *CLIP_RUNS, *IN_PROCESS_RUNS) for part in ("--run", name)]
     paths = "torch,bundle,served"
-    assert run(questions, CHECKPOINT, DEMO_BUNDLE, "--through", paths, *rows, "-o", out) == 0
+    models = (CHECKPOINT, DEMO_BUNDLE, "--through", paths)
+    assert run(questions, *models, *rows, "-o", out, "--clips", 1) == 0
     said: dict[tuple[str, str], dict[str, Any]] = {}
     for line in log_lines(out)[1:]:
         said.setdefault((line["run"], line["clip"]), {})[line["path"]] = line
-    assert len(said) == 2 * (len(RUNS) + len(CLIP_RUNS) + len(IN_PROCESS_RUNS))
+    assert len(said) == (len(RUNS) + len(CLIP_RUNS) + len(IN_PROCESS_RUNS))
     compared = other = 0
     for (name, _), by_path in said.items():
         assert set(by_path) == set(paths.split(",")) - {
@@ -70,12 +71,12 @@ def test_a_model_answers_alike_in_torch_in_its_bundle_and_over_the_wire(
         for texts in zip(*(line["said"] for line in by_path.values()), strict=True):
             compared += 1
             other += len(set(texts)) > 1
-    assert compared > 300
+    assert compared > 150
     assert other <= compared / 100  # as often as rounding may decide
 
     record = json.loads((out / RECORD).read_text())
     assert len(record["rows"]) == 2 * len(IN_PROCESS_RUNS) + 3 * len(RUNS + CLIP_RUNS)
-    assert {row["clips"] for row in record["rows"]} == {2}
+    assert {row["clips"] for row in record["rows"]} == {1}
     assert set(record["models"]) == set(paths.split(","))
     stream = next(row for row in record["rows"] if row["policy"] == "stream")
     assert stream["kept_percent"] == pytest.approx(50, abs=1)
@@ -85,7 +86,7 @@ def test_a_model_answers_alike_in_torch_in_its_bundle_and_over_the_wire(
     assert len(wrong) == stream["questions"] - sum(k["right"] for k in stream["kinds"].values())
     shown, told = capsys.readouterr()
     assert re.search(
-        r"[\d,]+ questions about 2 clips in \d+ rows .* about \d+ .* by the first", told
+        r"[\d,]+ questions about 1 clip in \d+ rows .* about \d+ .* by the first", told
     )
     assert "stream" in shown
     assert "95 % interval" in shown
