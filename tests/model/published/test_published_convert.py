@@ -361,8 +361,8 @@ def test_what_was_trained_is_what_is_served_and_saved_back(
     kept.cfg = prompt.cfg
     kept.scorer = None
     assert (peer_logits(load_peer(hub), prompt) - our_logits(kept, prompt)).abs().max() <= 1e-4
-    if recipe.endswith("lora"):
-        return  # what an export reads of it: test_lora.py
+    if recipe not in ("molmo2_4b_stts_50", "molmo2_4b_stream"):
+        return  # adapters: test_lora.py; another share is the same export
     options = ExportOptions(limits=LIMITS, thorough=False, name="same")
     with traced_once():
         bundles = [

@@ -398,7 +398,7 @@ def test_a_long_watch_has_flat_memory() -> None:
 
     class Soak(LineOutput):
         def sent(self, sequence: int, picture: Picture) -> None:
-            if sequence == FRAMES // 2:
+            if sequence == 3 * FRAMES // 4:
                 gc.collect()
                 tracemalloc.start()
 
