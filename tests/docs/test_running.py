@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -49,7 +48,9 @@ class Server:
     """`edge-vlm serve`, in a terminal of its own."""
 
     def __init__(self, kind: str, text: str, folder: Path) -> None:
-        self._output: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as it runs
+        # Read through a second opening: one that is shared has one position, and a read in the
+        # midst of the server's write moves where it writes.
+        self._output = tempfile.NamedTemporaryFile(prefix="serve-")  # noqa: SIM115  as it runs
         self.kind, self.text = kind, text
         self._process = subprocess.Popen(
             ["bash", "-c", f"exec env {text}"],
@@ -70,8 +71,7 @@ class Server:
 
     @property
     def said(self) -> str:
-        self._output.seek(0)
-        return self._output.read()
+        return Path(self._output.name).read_text()
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGINT)
