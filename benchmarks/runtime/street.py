@@ -29,7 +29,14 @@ from edge_vlm.evaluation.grading import judge
 from edge_vlm.evaluation.intervals import wilson
 from edge_vlm.formats.qa_set import AskedQuestion
 from edge_vlm.pixels.frames import encode_jpeg
-from edge_vlm.world.questions import QUESTION_KINDS, Question, ask, event_time
+from edge_vlm.world.questions import (
+    ABSENT,
+    NOT_SEEN,
+    QUESTION_KINDS,
+    Question,
+    ask,
+    event_time,
+)
 from edge_vlm.world.scenes import Scenes
 from edge_vlm.world.sprites import KINDS
 from edge_vlm.world.street import Street
@@ -63,9 +70,10 @@ class Asked:
 
 
 def questions_at(street: Street, frame: int, rng: random.Random) -> Iterator[Asked]:
-    """One question of each kind after a frame, of REMEMBERED kinds one for each age there is."""
+    """One question of each kind after a frame, of REMEMBERED kinds one for each age there is; of
+    ABSENT ones some forms are about what has never come."""
     scenes = street.scenes(0.0, frame + 1, FPS)
-    for kind in QUESTION_KINDS:
+    for kind in (*QUESTION_KINDS, ABSENT):
         told: set[float] = set()
         for _ in range(TRIES):
             question = ask(scenes, 0, kind, frame, rng)
@@ -170,12 +178,14 @@ class Tally:
         self.asked: Counter[tuple[Any, ...]] = Counter()
         self.right: Counter[tuple[Any, ...]] = Counter()
         self.bounded: Counter[tuple[Any, ...]] = Counter()
+        self.unseen: Counter[tuple[Any, ...]] = Counter()
         self.wrong: list[dict[str, Any]] = []
 
     def note(self, seed: int, time_s: float, asked: Asked, answer: str) -> None:
         question = asked.question
         is_right = judge(question, answer).right
         is_bounded = answer in asked.bounds
+        is_unseen = question.kind in REMEMBERED and answer == NOT_SEEN
         for group in (
             ("time", time_s, question.kind),
             ("age", age_group(asked.age_s), question.kind),
@@ -184,7 +194,8 @@ class Tally:
             self.asked[group] += 1
             self.right[group] += is_right
             self.bounded[group] += is_bounded
-        if not (is_right or is_bounded):
+            self.unseen[group] += is_unseen
+        if not (is_right or is_bounded or is_unseen):
             self.wrong.append(
                 {
                     "seed": seed,
@@ -197,19 +208,26 @@ class Tally:
             )
 
     def table(self, by: str) -> dict[str, dict[str, Any]]:
-        """Group to kind to counts and the 95 % interval of the share; of `when` also how many were
-        `bounded`, true but no answer to it."""
+        """Group to kind to counts and the 95 % interval of the share. Of REMEMBERED kinds also how
+        many of the others were no answer, but told no time or order that is wrong: `bounded` ones
+        and those that say that it was `not_seen`."""
         found: dict[str, dict[str, Any]] = {}
         for (name, group, kind), asked in self.asked.items():
             if name == by:
                 right = self.right[name, group, kind]
                 low, high = wilson(right / asked, asked)
-                found.setdefault(group if isinstance(group, str) else f"{group:g}", {})[kind] = {
+                counts = {
                     "right": right,
                     "asked": asked,
                     "share": round(right / asked, 4),
                     "interval": [round(low, 4), round(high, 4)],
-                } | ({"bounded": self.bounded[name, group, kind]} if kind == "when" else {})
+                }
+                if kind in REMEMBERED:
+                    counts["bounded"] = self.bounded[name, group, kind]
+                    counts["not_seen"] = self.unseen[name, group, kind]
+                found.setdefault(group if isinstance(group, str) else f"{group:g}", {})[kind] = (
+                    counts
+                )
         return {group: found[group] for group in sorted(found, key=_order)}
 
 

@@ -31,6 +31,11 @@ _LEFT_SHARE = 0.4  # "no" answers about a thing that was there and has left
 _YES_SHARE = 0.55  # where something is visible; empty pictures make up for it
 _LATER = 0.6  # exponent on a share of the clip
 _MOMENTS = 6
+ABSENT = "absent"
+"""Questions of the other kinds about what is not there, or never came as far as is remembered."""
+NOT_THERE, NOT_SEEN = "not there", "not seen"
+_ABSENT_FORMS = ("where", "colour", "point", "direction", "name", "when", "when", "order")
+"""Every form is asked as often as it stands here."""
 _STILL_WEIGHT = 0.05  # at each moment tried: few things move, and which way is the question
 
 
@@ -224,6 +229,39 @@ def _caption(clip: _Clip, t: int, rng: random.Random) -> Question | None:
     return Question("caption", "What is there now?", answer, t, {"object": None})
 
 
+def _absent(clip: _Clip, t: int, rng: random.Random) -> Question | None:
+    """About a thing that is not there now, or of which nothing is remembered."""
+    here = {clip.kind[m] for m in clip.now(t)}
+    came = {clip.kind[m] for m in clip.entered(t)} | here
+    form = rng.choice(_ABSENT_FORMS)
+    is_past = form in ("when", "order")
+    left = sorted(came - here)
+    if form == "name":
+        shown = {clip.colour[t][m] for m in clip.now(t)}
+        colour = rng.choice([c for c in range(len(COLOUR_NAMES)) if c not in shown])
+        text = f"What is the {COLOUR_NAMES[colour]} thing?"
+    else:
+        if not is_past and left and rng.random() < 0.5:
+            kind = rng.choice(left)
+        else:
+            kind = rng.choice([k for k in range(len(KINDS)) if k not in came])
+        name = KINDS[kind]
+        text = {
+            "where": f"Where is the {name} now?",
+            "colour": f"What colour is the {name}?",
+            "point": f"Point to the {name}.",
+            "direction": f"Which way does the {name} move?",
+            "when": f"When did the {name} appear?",
+        }.get(form, "")
+        if form == "order":
+            if not came:
+                return None
+            named = [name, KINDS[rng.choice(sorted(came))]]
+            rng.shuffle(named)
+            text = f"What came first, the {named[0]} or the {named[1]}?"
+    return Question(ABSENT, text, NOT_SEEN if is_past else NOT_THERE, t, {"object": None})
+
+
 _MAKERS: dict[str, Callable[[_Clip, int, random.Random], Question | None]] = {
     "presence": _presence,
     "name": _name,
@@ -235,8 +273,10 @@ _MAKERS: dict[str, Callable[[_Clip, int, random.Random], Question | None]] = {
     "where": _where,
     "point": _point,
     "caption": _caption,
+    ABSENT: _absent,
 }
-QUESTION_KINDS = tuple(_MAKERS)
+QUESTION_KINDS = tuple(kind for kind in _MAKERS if kind != ABSENT)
+"""Of what is there, and of the tables of ten kinds. ABSENT is asked beside them."""
 
 
 def ask(scenes: Scenes, b: int, kind: str, t: int, rng: random.Random) -> Question | None:
@@ -247,13 +287,15 @@ def ask(scenes: Scenes, b: int, kind: str, t: int, rng: random.Random) -> Questi
     Raises ValueError for an unknown kind and IndexError for a clip or frame outside the scenes.
     """
     if kind not in _MAKERS:
-        raise ValueError(f"kind must be one of {QUESTION_KINDS}, got {kind!r}")
+        raise ValueError(f"kind must be one of {tuple(_MAKERS)}, got {kind!r}")
     return _MAKERS[kind](_clip(scenes, b), t, rng)
 
 
-def ask_sometime(scenes: Scenes, b: int, kind: str, rng: random.Random) -> Question | None:
+def ask_sometime(
+    scenes: Scenes, b: int, kind: str, rng: random.Random, t: int | None = None
+) -> Question | None:
     """A question of ``kind`` about clip ``b`` as `ask_any` asks it; None if no moment is found."""
-    return _ask_sometime(_clip(scenes, b), kind, rng, None)
+    return _ask_sometime(_clip(scenes, b), kind, rng, t)
 
 
 def ask_any(
@@ -356,6 +398,8 @@ def vocabulary() -> list[str]:
         "no",
         "at 0.0 s",
         "by 0.0 s",
+        NOT_THERE,
+        NOT_SEEN,
         *COUNT_ANSWERS,
     ]
     regions = [region for row in REGIONS for region in row]

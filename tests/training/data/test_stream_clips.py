@@ -12,7 +12,7 @@ from edge_vlm.errors import ConfigError
 from edge_vlm.presets import demo
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
-from edge_vlm.world.questions import vocabulary
+from edge_vlm.world.questions import ABSENT, NOT_SEEN, NOT_THERE, vocabulary
 from edge_vlm_training.data.packing.batch import NOWHERE, PackedBatch, PackedTokens
 from edge_vlm_training.data.sources.world_clips import WorldClips
 from edge_vlm_training.recipes.base import Clips
@@ -104,3 +104,16 @@ def test_the_shortest_and_the_longest_streams_have_clips(seconds: float) -> None
     scenes = stream_scenes(np.random.default_rng(1), 2, 36, 4, seconds)
     assert scenes.visible.shape[:2] == (2, 36)
     assert scenes.times_s.max() <= seconds
+
+
+def test_a_share_of_the_questions_is_about_what_is_not_there() -> None:
+    scenes = stream_scenes(np.random.default_rng(3), 1, 20, 4, 60.0)
+    mix = QuestionMix(1)
+    asked = mix.branches(scenes, 0, 400, 0.0, 4, in_stream=True, absent_share=0.25)
+    absent = [branch for branch in asked if branch.kind == ABSENT]
+    assert 70 < len(absent) < 130
+    assert {branch.answer for branch in absent} == {NOT_THERE, NOT_SEEN}
+    assert all(4 < branch.frame < 20 for branch in absent)
+    mix.update([ABSENT, "name"], [True, True])
+    assert mix.accuracy[ABSENT] == mix.accuracy["name"] > 0
+    assert ABSENT not in mix.weights()

@@ -11,6 +11,9 @@ from dataclasses import replace
 import pytest
 
 from edge_vlm.world.questions import (
+    ABSENT,
+    NOT_SEEN,
+    NOT_THERE,
     QUESTION_KINDS,
     REGIONS,
     Question,
@@ -189,9 +192,37 @@ def test_captions_name_all_that_is_there(scenes: Scenes, asked: list[list[Questi
     assert longest >= 4
 
 
+def test_what_is_not_there_is_said_to_be_so(scenes: Scenes) -> None:
+    """Things that left and things that never came; "not seen" only of those."""
+    rng, forms, left = random.Random(5), Counter[str](), 0
+    for b in range(500):
+        frame = rng.randrange(16)
+        q = ask(scenes, b, ABSENT, frame, rng)
+        if q is None:  # no order where nothing has come
+            assert not (scenes.enter[b] <= frame).any()
+            continue
+        forms[q.text.split()[0]] += 1
+        here = {int(scenes.kind[b, m]) for m in range(5) if scenes.visible[b, frame, m]}
+        came = {int(scenes.kind[b, m]) for m in range(5) if scenes.enter[b, m] <= frame}
+        named = {k for k, name in enumerate(KINDS) if re.search(rf"the {name}\b", q.text)}
+        if q.text.startswith(("When", "What came first")):
+            assert q.answer == NOT_SEEN
+            assert len(named - came) == 1
+        else:
+            assert q.answer == NOT_THERE
+            assert not named & here
+            left += bool(named & came)
+        colours = {scenes.colour[b, frame, m] for m in range(5) if scenes.visible[b, frame, m]}
+        for number, colour in enumerate(COLOUR_NAMES):
+            assert not (f"the {colour} thing" in q.text and number in colours)
+    assert set(forms) == {"Where", "What", "Point", "Which", "When"}
+    assert min(forms.values()) > 10
+    assert left > 20
+
+
 def test_answers_do_not_depend_on_later_frames(scenes: Scenes) -> None:
     for b in range(40):
-        for kind in QUESTION_KINDS:
+        for kind in (*QUESTION_KINDS, ABSENT):
             question = ask(scenes, b, kind, 3, random.Random(b))
             if question is None:
                 continue

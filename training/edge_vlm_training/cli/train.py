@@ -130,15 +130,15 @@ def _world(args: argparse.Namespace) -> int:
 
 def _kinds(args: argparse.Namespace) -> tuple[str, ...]:
     from edge_vlm.world.questions import QUESTION_KINDS
-    from edge_vlm_training.world.heldout import BENCHMARK_KINDS
+    from edge_vlm_training.world.heldout import ASKED_KINDS, BENCHMARK_KINDS
 
     if args.kinds is None:
         return BENCHMARK_KINDS if args.benchmark else QUESTION_KINDS
     names = tuple(dict.fromkeys(args.kinds.split(",")))
-    if unknown := set(names) - set(BENCHMARK_KINDS):
+    if unknown := set(names) - set(ASKED_KINDS):
         raise ConfigError(
             f"unknown kinds of question: {', '.join(sorted(unknown))}",
-            remedy=f"there are {', '.join(BENCHMARK_KINDS)}",
+            remedy=f"there are {', '.join(ASKED_KINDS)}",
         )
     return names
 

@@ -205,6 +205,7 @@ def demo_streams(minutes: float = 105.0) -> Recipe:
         keep_ratio=KEEP_FEWER,
         stream_share=0.5,
         harder_share=0.5,
+        absent_share=0.1,
         reuse=(0.0, 0.0, 4.0, 8.0),
     )
     learn = partial(questions, lr=6e-4, timeline=0.15, presence=0.15)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from edge_vlm.world.questions import QUESTION_KINDS, ask_any
+from edge_vlm.world.questions import ABSENT, QUESTION_KINDS, ask_any, ask_sometime
 from edge_vlm.world.scenes import Scenes
 from edge_vlm_training.data.sample import Branch
 
@@ -34,12 +34,13 @@ class QuestionMix:
         self.accuracy.update(state["accuracy"])
 
     def weights(self) -> dict[str, float]:
-        weights = {kind: 1 - right + _FLOOR for kind, right in self.accuracy.items()}
+        weights = {kind: 1 - self.accuracy[kind] + _FLOOR for kind in QUESTION_KINDS}
         return {kind: weight * _EMPHASIS.get(kind, 1.0) for kind, weight in weights.items()}
 
     def update(self, kinds: Iterable[str], right: Iterable[bool]) -> None:
         for kind, ok in zip(kinds, right, strict=True):
-            self.accuracy[kind] += 0.01 * (float(ok) - self.accuracy[kind])
+            before = self.accuracy.get(kind, 0.0)
+            self.accuracy[kind] = before + 0.01 * (float(ok) - before)
 
     def branches(
         self,
@@ -50,6 +51,7 @@ class QuestionMix:
         forgotten: int = 0,
         at_end: bool = False,
         in_stream: bool = False,
+        absent_share: float = 0.0,
     ) -> list[Branch]:
         """`count` questions about one clip after random frames, or all after the last (`at_end`).
 
@@ -66,7 +68,10 @@ class QuestionMix:
             moment = last if at_end else None
             if forgotten and not at_end:
                 moment = self.rng.randint(forgotten + 1, last)
-            question = ask_any(scenes, clip, self.rng, weights, moment)
+            question = None
+            if absent_share and self.rng.random() < absent_share:
+                question = ask_sometime(scenes, clip, ABSENT, self.rng, moment)
+            question = question or ask_any(scenes, clip, self.rng, weights, moment)
             history: list[tuple[str, str]] = []
             if self.rng.random() < history_share:
                 begin = forgotten + 1 if in_stream and forgotten else 0

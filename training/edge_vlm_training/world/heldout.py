@@ -12,6 +12,7 @@ from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.video import write_video
 from edge_vlm.world.harder import harder
 from edge_vlm.world.questions import (
+    ABSENT,
     QUESTION_KINDS,
     Question,
     ask,
@@ -32,6 +33,7 @@ _FULL_SHARE = 1 / 3
 ALERT = "alert"
 """A kind that is only asked, never trained on as such. It needs no word that training lacks."""
 BENCHMARK_KINDS = (*QUESTION_KINDS, ALERT)
+ASKED_KINDS = (*BENCHMARK_KINDS, ABSENT)
 BENCHMARK_PER_CLIP = 3
 
 
@@ -47,9 +49,9 @@ def heldout_clips(
     """Clips until every kind of question has `per_kind` questions, `per_clip` of a kind in a clip.
 
     `is_harder`: of the harder world. `alert` asks "Is there a ... now?" about one thing behind
-    every frame of a clip. Raises ValueError for other kinds than that and QUESTION_KINDS.
+    every frame of a clip. Raises ValueError for other kinds than ASKED_KINDS.
     """
-    unknown = set(kinds) - set(BENCHMARK_KINDS)
+    unknown = set(kinds) - set(ASKED_KINDS)
     if unknown:
         raise ValueError(f"unknown kinds of question: {', '.join(sorted(unknown))}")
     rng, other_rng = random.Random(seed), random.Random(~seed)  # alerts change no others

@@ -166,6 +166,7 @@ class WorldClips:
         branches = self._mix.branches(
             *(truth.scenes, number, data.branches, data.history_share, truth.forgotten, at_end),
             in_stream=in_stream,
+            absent_share=data.absent_share,
         )
         return Sample(
             name=f"rendered clip {number}",
