@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -207,6 +208,18 @@ def _computed_by(module: Any, cfg: ModelConfig) -> tuple[object, ...]:
         return kind, module.attention.__name__, cfg.language
     seen = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name != "language"}
     return kind, seen, cfg.language.width
+
+
+def demo_of_short_times(folder: Path) -> Path:
+    """The demo bundle with stamps of at most eight seconds: they are counted anew soon."""
+    from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+
+    made = folder / "demo-8s"
+    shutil.copytree(DEMO_BUNDLE, made)
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["defaults"]["max_time_s"] = 8
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    return made
 
 
 @lru_cache(maxsize=1)

@@ -13,13 +13,14 @@ import pytest
 
 from edge_vlm.pixels.frames import Rgb, decode_jpeg
 from edge_vlm.pixels.video import read_video
-from edge_vlm_runtime.demo.paths import DEMO_BUNDLE, DEMO_FOLDER
+from edge_vlm_runtime.demo.paths import DEMO_FOLDER
 from edge_vlm_runtime.protocol.frames import HEADER
 from edge_vlm_runtime.server.app import Server
 from tests.e2e.page.page_visit import Visit
 from tests.e2e.page.page_visit import visited as visit_page
 from tests.e2e.page.test_page import CHROMIUM, text
 from tests.runtime.server.live import open_server
+from tests.tiny import demo_of_short_times
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -199,6 +200,6 @@ def test_an_answer_shows_the_time_of_the_film(debugger: str, tmp_path: Path) -> 
         said = await page.value("document.querySelector('#dialogue .answer').textContent")
         assert said in ("at 13.0 s", "at 13.5 s", "at 14.0 s")
 
-    with Server.open(DEMO_BUNDLE, threads=1) as server:
+    with Server.open(demo_of_short_times(tmp_path), threads=1) as server:
         server.start()
         visit_page(debugger, server.page_url, visit)

@@ -6,7 +6,7 @@ import { Source } from "./source.js";
 import { showStill, showWaiting } from "./stage.js";
 
 const SEEDS = 1000; // another street each time
-const FRESH_S = 4; // "when" is asked of things that came no longer ago: see docs/demo-model.md
+const FRESH_S = 8; // "when" is asked of things that came no longer ago: see docs/demo-model.md
 
 export class Street extends Source {
   #things = new Map(); // name -> {colour, since: time in seconds}
@@ -68,9 +68,7 @@ export class Street extends Source {
     }
     $("truth-now").textContent = `Really there now: ${truth || "nothing"}`;
     const model = this.dialogue.session.created?.model;
-    const seconds = model?.limits.max_time_s;
-    $("truth-memory").hidden = !(model?.card?.is_toy && seconds);
-    $("truth-seconds").textContent = seconds ?? "";
+    $("truth-memory").hidden = !model?.card?.is_toy;
     $("truth").hidden = false;
     if (!this.#things.has(this.#subject)) this.#subject = newest(this.#things);
     const { colour, since } = this.#things.get(this.#subject) ?? {};
