@@ -108,7 +108,7 @@ def test_a_video_longer_than_the_models_times_is_refused_by_name(
 ) -> None:
     body = {**HI, "messages": user(video_part(film(tmp_path, 60)), "Hi")}
     error = error_of(post(server, body), 400, "E-QUESTION-TOO-LONG")
-    assert "made for 8 seconds" in error["message"]
+    assert "made for 16 seconds" in error["message"]
 
 
 def test_too_many_moments_are_refused_before_they_are_listed() -> None:

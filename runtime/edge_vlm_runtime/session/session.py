@@ -227,7 +227,10 @@ class Session:
         engines raise on a memory in another mode; the old settings then stay in force."""
         changes = message.session.fields()
         if message.session.max_output is not None:
-            most = max(1, cache_capacity(self._model, self._limits) // 4)
+            room = cache_capacity(self._model, self._limits)
+            taken = self.settings.window_tokens + question_capacity(self._model, self._limits)
+            # Who asks for the longest answer did not ask for a smaller window.
+            most = max(1, min(room // 4, room - taken))
             changes.setdefault("max_answer_tokens", min(message.session.max_output, most))
         settings = self.settings.changed(changes)
         subtitle_ids = self._subtitles_of(settings)
