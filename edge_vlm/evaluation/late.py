@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from edge_vlm.formats.qa_set import ClipQuestions
+from edge_vlm.formats.qa_set import AskedQuestion, ClipQuestions
 from edge_vlm.text.times import move_times
 
 STEP_S = 1.0
@@ -21,21 +21,20 @@ def after_quiet(clip: ClipQuestions, quiet_s: float) -> ClipQuestions:
     count = math.ceil(quiet_s / STEP_S)
 
     def moved(time_s: float) -> float:
-        return time_s + quiet_s if time_s else 0.0
+        return time_s + quiet_s
 
-    questions = [
-        dataclasses.replace(
-            question,
-            frame=question.frame + count,
-            answer=move_times(question.answer, moved),
-            also=tuple(move_times(answer, moved) for answer in question.also),
-        )
-        for question in clip.questions
-    ]
+    def later(question: AskedQuestion) -> AskedQuestion:
+        frame = question.frame + count
+        # What was there from the begin: its neighbours stay with it, half an hour later is wrong.
+        if question.answer == move_times(question.answer, lambda time_s: 0.0):
+            return dataclasses.replace(question, frame=frame)
+        answer, *also = (move_times(text, moved) for text in (question.answer, *question.also))
+        return dataclasses.replace(question, frame=frame, answer=answer, also=tuple(also))
+
     return dataclasses.replace(
         clip,
         jpegs=[clip.jpegs[0]] * count + [*clip.jpegs],
         times_s=[i * STEP_S for i in range(count)] + [time_s + quiet_s for time_s in clip.times_s],
-        questions=questions,
+        questions=[later(question) for question in clip.questions],
         num_quiet=count,
     )

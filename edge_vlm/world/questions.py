@@ -115,8 +115,14 @@ def _presence(clip: _Clip, t: int, rng: random.Random) -> Question | None:
         name = clip.name(thing)
     else:
         seen = {clip.kind[m] for m in clip.entered(t)}
-        name = KINDS[rng.choice([k for k in range(len(KINDS)) if k not in seen])]
+        here_now = {clip.kind[m] for m in here}
+        name = KINDS[rng.choice(_kinds_but(seen) or _kinds_but(here_now))]
     return Question("presence", f"Is there a {name} now?", answer, t, {"object": thing})
+
+
+def _kinds_but(known: set[int]) -> list[int]:
+    """None are left where a street has shown all of them."""
+    return [kind for kind in range(len(KINDS)) if kind not in known]
 
 
 def _name(clip: _Clip, t: int, rng: random.Random) -> Question | None:
@@ -242,10 +248,12 @@ def _absent(clip: _Clip, t: int, rng: random.Random) -> Question | None:
         text = f"What is the {COLOUR_NAMES[colour]} thing?"
     else:
         if not is_past and left and rng.random() < 0.5:
-            kind = rng.choice(left)
+            kinds = left
         else:
-            kind = rng.choice([k for k in range(len(KINDS)) if k not in came])
-        name = KINDS[kind]
+            kinds = _kinds_but(came) or ([] if is_past else left)
+        if not kinds:
+            return None
+        name = KINDS[rng.choice(kinds)]
         text = {
             "where": f"Where is the {name} now?",
             "colour": f"What colour is the {name}?",

@@ -83,6 +83,18 @@ def dialogue_reserve(
     return snapshot + subtitle_tokens + turn * (1 + settings.history_turns)
 
 
+def longest_answer(
+    settings: SessionSettings, model: ModelLimits, limits: ServerLimits, subtitle_tokens: int = 0
+) -> int:
+    """Tokens, 1 or more: a quarter of the cache at most, and what the window of these settings
+    leaves. Who asks for the longest answer did not ask for a smaller window."""
+    room, turns = cache_capacity(model, limits), 1 + settings.history_turns
+    reserve = dialogue_reserve(settings, model, limits, subtitle_tokens)
+    window = settings.window_tokens or _least_window(model)
+    left = room - window - (reserve - turns * settings.max_answer_tokens)
+    return max(1, min(room // 4, left // turns))
+
+
 def clip_capacity(settings: SessionSettings, model: ModelLimits, limits: ServerLimits) -> int:
     """Frames of a clip that can be held until their cells are chosen, in what the cache and the
     last frame's states (`reuse`) leave of a session's memory."""
@@ -209,7 +221,7 @@ def video_window(
         )
     reserve = dialogue_reserve(settings, model, limits, subtitle_tokens)
     room = cache_capacity(model, limits) - reserve
-    least = 2 * (model.num_cells + 16)  # with their stamps and markers
+    least = _least_window(model)
     if room < least:
         raise ConfigError(
             f"no room for video: {room} tokens are left and two frames need {least}"
@@ -227,6 +239,10 @@ def video_window(
             where="session settings",
         )
     return settings.window_tokens
+
+
+def _least_window(model: ModelLimits) -> int:
+    return 2 * (model.num_cells + 16)  # two frames with their stamps and markers
 
 
 def shown_tokens(plan: MemoryPlan, model: ModelLimits) -> int:

@@ -53,6 +53,7 @@ from edge_vlm_runtime.session.budget import (
     MemoryPlan,
     cache_capacity,
     clip_capacity,
+    longest_answer,
     notes_on,
     plan_memory,
     question_capacity,
@@ -226,14 +227,12 @@ class Session:
         """Applies new settings from the next frame and question on. Raises ConfigError, or what the
         engines raise on a memory in another mode; the old settings then stay in force."""
         changes = message.session.fields()
-        if message.session.max_output is not None:
-            room = cache_capacity(self._model, self._limits)
-            taken = self.settings.window_tokens + question_capacity(self._model, self._limits)
-            # Who asks for the longest answer did not ask for a smaller window.
-            most = max(1, min(room // 4, room - taken))
-            changes.setdefault("max_answer_tokens", min(message.session.max_output, most))
         settings = self.settings.changed(changes)
         subtitle_ids = self._subtitles_of(settings)
+        wanted = message.session.max_output
+        if wanted is not None and "max_answer_tokens" not in changes:
+            most = longest_answer(settings, self._model, self._limits, len(subtitle_ids))
+            settings = settings.changed({"max_answer_tokens": min(wanted, most)})
         plan = self._plan(settings, subtitle_ids)
         require_same_kind(self.settings, settings, self._ingest.has_begun, self._alerts.is_watching)
         if settings.instructions != self.settings.instructions:

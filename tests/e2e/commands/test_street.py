@@ -218,7 +218,7 @@ def test_the_page_shows_a_street_and_what_is_really_there(server: Server, debugg
         await page.value(WATCH_TRUTH)
         await page.click("#hint-street")
         await page.says("truth", "Really there now")
-        await page.says("truth-memory", "remembers ten seconds")
+        await page.says("truth-memory", "remembers its latest seconds")
         await page.until(f"{text('status')} === 'connected'")
         await page.until(f"parseInt({text('g-frame')}) >= 3")
         assert not await page.value("document.getElementById('settings-fields').disabled")

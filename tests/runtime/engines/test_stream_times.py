@@ -70,8 +70,7 @@ def test_a_time_keeps_its_form() -> None:
     assert move_times("at 3 s or 4.25 s", lambda time_s: time_s + 10) == "at 13.0 s or 14.25 s"
 
 
-def test_the_demo_bundle_says_what_it_was_trained_on() -> None:
-    """Clips of streams whose stamps go up to a minute."""
+def test_the_demo_bundle_says_up_to_what_time_its_answers_hold() -> None:
     assert ModelLimits.from_bundle(EngineBundle.open(DEMO_BUNDLE)).max_time_s == 16
 
 

@@ -55,6 +55,32 @@ def test_too_little_memory_is_said_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"window_tokens": 128},
+        {"window_tokens": 0},
+        {"window_tokens": 128, "history_turns": 1},
+        {"window_tokens": 0, "history_turns": 1},
+        {"window_tokens": 128, "subtitles": "subtitle\n0.0 - 1.0 red cube"},
+    ],
+)
+def test_the_longest_answer_is_what_the_window_leaves(changes: dict[str, Any]) -> None:
+    with LoadedBundle.open(tiny_bundle(), threads=1) as engines:
+        for at_once in (True, False):
+            viewer = Viewer(engines, FakeClock(), max_answer_tokens=8)
+            if not at_once:
+                viewer.update(**changes)
+            viewer.update(max_output_tokens=10**6, **changes)
+            longest = viewer.settings.max_answer_tokens
+            assert longest > 8
+            assert viewer.settings.window_tokens == changes["window_tokens"]
+            model = ModelLimits.from_bundle(engines.bundle)
+            if longest < cache_capacity(model, ServerLimits()) // 4:
+                with pytest.raises(ConfigError, match=r"window_tokens must be|no room for video"):
+                    viewer.update(max_answer_tokens=longest + 1)
+
+
+@pytest.mark.parametrize(
     ("arguments", "changed"),
     [
         ([], {}),

@@ -19,7 +19,7 @@ from edge_vlm_training.recipes.base import Clips
 from edge_vlm_training.recipes.catalog import RECIPES
 from edge_vlm_training.recipes.overrides import override
 from edge_vlm_training.trainer.model_factory import trained_usage
-from edge_vlm_training.world.curriculum import QuestionMix
+from edge_vlm_training.world.curriculum import NOW_KINDS, QuestionMix
 from edge_vlm_training.world.streams import stream_scenes
 from edge_vlm_training.world.vocabulary import build_tokenizer
 
@@ -114,6 +114,9 @@ def test_a_share_of_the_questions_is_about_what_is_not_there() -> None:
     assert 70 < len(absent) < 130
     assert {branch.answer for branch in absent} == {NOT_THERE, NOT_SEEN}
     assert all(4 < branch.frame < 20 for branch in absent)
+    # Without its times a clip with a gap is asked about now only.
+    cut = mix.branches(scenes, 0, 100, 0.0, 4, absent_share=0.5)
+    assert {branch.kind for branch in cut} <= set(NOW_KINDS)
     mix.update([ABSENT, "name"], [True, True])
     assert mix.accuracy[ABSENT] == mix.accuracy["name"] > 0
     assert ABSENT not in mix.weights()

@@ -24,6 +24,9 @@ from edge_vlm.world.questions import (
 from edge_vlm.world.sampling import sample_scenes
 from edge_vlm.world.scenes import COLOUR_NAMES, Scenes, WorldConfig
 from edge_vlm.world.sprites import KINDS
+from edge_vlm.world.street import Street
+
+KINDS_OF_ALL = (ABSENT, "presence")
 
 
 def ask_many(
@@ -201,7 +204,7 @@ def test_what_is_not_there_is_said_to_be_so(scenes: Scenes) -> None:
         if q is None:  # no order where nothing has come
             assert not (scenes.enter[b] <= frame).any()
             continue
-        forms[q.text.split()[0]] += 1
+        forms[" ".join(q.text.split()[:2])] += 1
         here = {int(scenes.kind[b, m]) for m in range(5) if scenes.visible[b, frame, m]}
         came = {int(scenes.kind[b, m]) for m in range(5) if scenes.enter[b, m] <= frame}
         named = {k for k, name in enumerate(KINDS) if re.search(rf"the {name}\b", q.text)}
@@ -215,9 +218,26 @@ def test_what_is_not_there_is_said_to_be_so(scenes: Scenes) -> None:
         colours = {scenes.colour[b, frame, m] for m in range(5) if scenes.visible[b, frame, m]}
         for number, colour in enumerate(COLOUR_NAMES):
             assert not (f"the {colour} thing" in q.text and number in colours)
-    assert set(forms) == {"Where", "What", "Point", "Which", "When"}
+    assert set(forms) == {
+        *("Where is", "What is", "What colour", "What came", "Point to", "Which way", "When did")
+    }
     assert min(forms.values()) > 10
     assert left > 20
+
+
+def test_a_street_in_which_every_kind_has_come_is_asked_about() -> None:
+    """What never came cannot be asked about then; what is not there now can."""
+    scenes = Street(107).scenes(0, 741, 2.0)
+    assert set(scenes.kind[0].tolist()) == set(range(len(KINDS)))
+    here = {KINDS[kind] for kind in scenes.kind[0, scenes.visible[0, 740]]}
+    asked = [
+        ask(scenes, 0, kind, 740, random.Random(n)) for kind in KINDS_OF_ALL for n in range(40)
+    ]
+    absent = [q for q in asked if q is not None and q.kind == ABSENT]
+    assert {q.answer for q in absent} == {NOT_THERE}
+    for q in asked:
+        if q is not None and (q.kind == ABSENT or (q.kind, q.answer) == ("presence", "no")):
+            assert not any(re.search(rf"\b{name}\b", q.text) for name in here)
 
 
 def test_answers_do_not_depend_on_later_frames(scenes: Scenes) -> None:

@@ -67,7 +67,9 @@ def _train(args: argparse.Namespace) -> int:
 def _world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     parser.add_argument("--per-kind", type=int, default=200, help="questions of every kind")
-    parser.add_argument("--kinds", metavar="NAMES", help="which kinds, with commas; also alert")
+    parser.add_argument(
+        "--kinds", metavar="NAMES", help="which kinds, with commas; also alert, absent"
+    )
     parser.add_argument(
         "--per-clip", type=int, default=1, metavar="N", help="questions of a kind in one clip"
     )

@@ -62,6 +62,7 @@ class QuestionMix:
         branches = []
         weights = self.weights()
         if forgotten and not in_stream:
+            absent_share = 0.0  # it asks about the past, too
             weights = {kind: weights[kind] for kind in NOW_KINDS}
         last = scenes.num_frames - 1
         for _ in range(count):
