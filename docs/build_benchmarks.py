@@ -89,11 +89,12 @@ These shares are of published runs of other software; **the forecast was checked
 devices**.
 
 For `this` machine's processor rates are measured first, in ONNX Runtime: products of 1 to 729 rows
-with weights of three sizes, products of two activations, softmax, GELU, sums, transposed heads,
-copies of caches, and what a small node costs. Checked is that forecast, in fp32 and one thread,
-against the demo bundle and against Molmo2-4B at full width with two language layers (`wide`,
-weights made up): forecast and run in turn, in processor time. On a crowded machine rates change
-between the two by more than is asked of the forecast: see the turns.
+with weights of three sizes, more of the large ones than caches hold, products of two activations,
+softmax, GELU, sums, transposed heads and copied caches in four sizes, and what a small node costs.
+Checked is that forecast, in fp32 and one thread, against the demo bundle and against Molmo2-4B at
+full width with two language layers (`wide`, weights made up): forecast and run in turn, in
+processor time. On a crowded machine rates change between the two by more than is asked of the
+forecast: see the turns.
 """
 
 

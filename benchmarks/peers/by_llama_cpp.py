@@ -33,6 +33,7 @@ from edge_vlm.presets import molmo2_4b, tiny
 from edge_vlm_export.graphs.graphs import GraphLimits, KVForm
 from edge_vlm_export.graphs.weights import made_up_weights
 from edge_vlm_export.to_onnx import ExportOptions, export_source
+from edge_vlm_runtime.engines import huge_pages
 from edge_vlm_runtime.engines.ort import OrtEngine, ort_library
 
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
@@ -237,15 +238,22 @@ class _Piece:
 
 
 def _prefill(bundle: EngineBundle, tokens: int, args: argparse.Namespace) -> _Piece:
-    engine = OrtEngine(bundle, "llm", threads=args.threads)
+    engine = _engine(bundle, "llm", args)
     return _Piece(engine, _sizes(engine, {"s": tokens}), 1, {"prefill": tokens})
 
 
 def _decode(bundle: EngineBundle, past: int, args: argparse.Namespace) -> _Piece:
     name = "llm_decode" if "llm_decode" in bundle.specs else "llm"
-    engine = OrtEngine(bundle, name, threads=args.threads)
+    engine = _engine(bundle, name, args)
     sizes = _sizes(engine, {"s": 1, "p": past + STEPS // 2})  # its past grows by STEPS
     return _Piece(engine, sizes, STEPS, {"decode": past, "steps": STEPS})
+
+
+def _engine(bundle: EngineBundle, name: str, args: argparse.Namespace) -> OrtEngine:
+    """As a session has it."""
+    engine = OrtEngine(bundle, name, threads=args.threads)
+    huge_pages.gather()
+    return engine
 
 
 def _sizes(engine: OrtEngine, wanted: dict[str, int]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Protocol
 from edge_vlm.errors import ConfigError, MissingExtraError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import KVLayout
+from edge_vlm_runtime.engines import huge_pages
 from edge_vlm_runtime.engines.base import CacheMemory, Engine
 from edge_vlm_runtime.engines.cuda import Cuda, Gpu
 from edge_vlm_runtime.engines.names import Backend
@@ -35,6 +36,9 @@ from edge_vlm_runtime.engines.trt import DeviceMemory, TrtEngine
 from edge_vlm_runtime.engines.trt_library import LIBRARIES, TrtLibrary, load_library
 
 log = logging.getLogger(__name__)
+
+MANY_BYTES = 64 << 20
+"""Smaller weights stay in a cache, or are soon read."""
 
 
 class Device(DeviceMemory, Protocol):
@@ -95,7 +99,11 @@ def open_graphs(
     except BaseException:
         _close(opened)
         raise
-    return OpenGraphs(opened, runs_on=_in_words(bundle, by_openvino, why))
+    runs_on = _in_words(bundle, by_openvino, why)
+    if sum(file.stat().st_size for file in bundle.path.glob("graphs/*")) >= MANY_BYTES:
+        gathered = huge_pages.gather()
+        runs_on += f"; {gathered >> 20} MB on huge pages" if gathered else ""
+    return OpenGraphs(opened, runs_on=runs_on)
 
 
 def open_by_ort(

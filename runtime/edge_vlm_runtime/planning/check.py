@@ -17,6 +17,7 @@ import numpy as np
 
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import KVLayout
+from edge_vlm_runtime.engines import huge_pages
 from edge_vlm_runtime.engines.base import Engine
 from edge_vlm_runtime.engines.ort import OrtEngine
 from edge_vlm_runtime.planning.costs import Work, language_work, stem_work, trunk_work
@@ -138,6 +139,7 @@ def check_bundles(
             check = Check(bundle.name, case.stage)
             found.append(check)
             running.append((check, case, engine))
+    huge_pages.gather()
     say("measuring rates ...")
     before = measure_rates(threads, time.process_time)
     for turn in range(turns):

@@ -10,8 +10,9 @@ Letters: m rows, k and n the sides of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from edge_vlm.config import CELL, LanguageConfig, ModelConfig
 from edge_vlm.formats.precision import WEIGHT_BYTES, Precision
@@ -46,65 +47,59 @@ class Product:
         return self.weight_bytes * self.k * self.n * self.count
 
 
+Kind = Literal["moved", "copied", "joined", "softmax", "gelu"]
+"""Read and written between products; places changed within a block (transposed heads, gathered
+patches); caches copied; softmax taken; GELU taken."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """`values` that go through operators between products, in tensors of `at_once` values: small
+    ones stay in a cache, large ones do not."""
+
+    kind: Kind
+    values: float
+    at_once: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """One run of a stage."""
 
     name: str
-    products: Sequence[Product] = ()
-    moved: float = 0.0
-    """Values read and written between products, but for softmax."""
-    softmax: float = 0.0
-    """Values that softmax is taken of."""
-    gelu: float = 0.0
-    """Values that GELU is taken of."""
-    copied: float = 0.0
-    """Values that change places within a block: transposed heads, gathered patches."""
-    joined: float = 0.0
-    """Values of caches that are copied, from memory to memory."""
+    parts: Sequence[Product | Pass] = ()
     nodes: int = 0
     blocks: int = 0
-
-    @property
-    def flops(self) -> int:
-        return sum(product.flops for product in self.products)
-
-    @property
-    def weight_bytes(self) -> float:
-        return sum(product.stored_bytes for product in self.products)
-
     cache_bytes: float = 0.0
     """Keys and values of the past that are read."""
     bytes_in_out: float = 0.0
     """Inputs and outputs of the graph, the cache aside."""
 
     @property
+    def products(self) -> list[Product]:
+        return [part for part in self.parts if isinstance(part, Product)]
+
+    @property
+    def passes(self) -> list[Pass]:
+        return [part for part in self.parts if isinstance(part, Pass)]
+
+    @property
+    def flops(self) -> int:
+        return sum(product.flops for product in self.products)
+
+    @property
+    def moved(self) -> float:
+        """Values read and written between products, but for softmax."""
+        return sum(each.values for each in self.passes if each.kind == "moved")
+
+    @property
+    def weight_bytes(self) -> float:
+        return sum(product.stored_bytes for product in self.products)
+
+    @property
     def bytes(self) -> float:
         """What a run has to move at the least: weights, cache, inputs and outputs, each once."""
         return self.weight_bytes + self.cache_bytes + self.bytes_in_out
-
-
-@dataclass
-class _Sum:
-    products: list[Product] = field(default_factory=list)
-    moved: float = 0.0
-    softmax: float = 0.0
-    gelu: float = 0.0
-    copied: float = 0.0
-
-    def add(
-        self,
-        products: Iterable[Product],
-        moved: float = 0,
-        softmax: float = 0,
-        gelu: float = 0,
-        copied: float = 0,
-    ) -> None:
-        self.products += products
-        self.moved += moved
-        self.softmax += softmax
-        self.gelu += gelu
-        self.copied += copied
 
 
 def _bytes_of(choice: str, precision: Precision) -> float:
@@ -115,28 +110,24 @@ def stem_work(cfg: ModelConfig, precision: Precision) -> Work:
     """The first blocks on a whole frame, and the scorer."""
     vision, base = cfg.vision, WEIGHT_BYTES[precision.base]
     patches, width = vision.num_patches, vision.width
-    total = _Sum()
-    total.add([Product(patches, vision.patch_dim, width, 1, base)], moved=4 * patches * width)
+    parts: list[Product | Pass] = [
+        Product(patches, vision.patch_dim, width, 1, base),
+        Pass("moved", 4 * patches * width, patches * width),
+    ]
     for _ in range(cfg.whole_blocks):
-        _vision_block(total, cfg, patches, _bytes_of(precision.vit, precision))
+        parts += _vision_block(cfg, patches, _bytes_of(precision.vit, precision))
     if cfg.scorer is not None:
         scorer, cells = cfg.scorer, vision.num_cells
-        _pool(total, cells, width, scorer.num_heads, scorer.head_dim, width, base)
-        total.add(
-            [
-                Product(cells, 2 * width, scorer.mlp_width, 1, base),
-                Product(cells, scorer.mlp_width, scorer.mlp_width, 1, base),
-                Product(cells, scorer.mlp_width, 1, 1, base),
-            ],
-            moved=6 * cells * (width + scorer.mlp_width),
-        )
+        parts += _pool(cells, width, scorer.num_heads, scorer.head_dim, width, base)
+        parts += [
+            Product(cells, 2 * width, scorer.mlp_width, 1, base),
+            Product(cells, scorer.mlp_width, scorer.mlp_width, 1, base),
+            Product(cells, scorer.mlp_width, 1, 1, base),
+            Pass("moved", 6 * cells * (width + scorer.mlp_width), cells * scorer.mlp_width),
+        ]
     return Work(
         name="vit_stem",
-        products=total.products,
-        moved=total.moved,
-        softmax=total.softmax,
-        gelu=total.gelu,
-        copied=total.copied,
+        parts=parts,
         nodes=STEM_NODES + VISION_NODES * cfg.whole_blocks,
         blocks=cfg.whole_blocks,
         bytes_in_out=FLOAT * patches * (vision.patch_dim + width),
@@ -147,27 +138,23 @@ def trunk_work(cfg: ModelConfig, precision: Precision, cells: int) -> Work:
     """The other blocks and the connector on the kept cells of a frame."""
     vision, base = cfg.vision, WEIGHT_BYTES[precision.base]
     patches, blocks = cells * POOL_PATCHES, vision.num_layers - cfg.whole_blocks
-    total = _Sum(copied=2 * patches * vision.width)
+    parts: list[Product | Pass] = [
+        Pass("copied", 2 * patches * vision.width, patches * vision.width)
+    ]
     for _ in range(blocks):
-        _vision_block(total, cfg, patches, _bytes_of(precision.vit, precision), is_masked=True)
+        parts += _vision_block(cfg, patches, _bytes_of(precision.vit, precision), is_masked=True)
     connector = cfg.connector
     in_width = vision.width * len(vision.feature_layers)
     pool = (connector.num_heads, connector.head_dim, connector.width)
-    _pool(total, cells, in_width, *pool, base)
-    total.add(
-        [
-            Product(cells, connector.width, connector.mlp_width, 2, base),
-            Product(cells, connector.mlp_width, cfg.language.width, 1, base),
-        ],
-        moved=7 * cells * connector.mlp_width,
-    )
+    parts += _pool(cells, in_width, *pool, base)
+    parts += [
+        Product(cells, connector.width, connector.mlp_width, 2, base),
+        Product(cells, connector.mlp_width, cfg.language.width, 1, base),
+        Pass("moved", 7 * cells * connector.mlp_width, cells * connector.mlp_width),
+    ]
     return Work(
         name="vit_trunk",
-        products=total.products,
-        moved=total.moved,
-        softmax=total.softmax,
-        gelu=total.gelu,
-        copied=total.copied,
+        parts=parts,
         nodes=TRUNK_NODES + VISION_NODES * blocks,
         blocks=blocks,
         bytes_in_out=FLOAT * (vision.num_patches * vision.width + cells * cfg.language.width),
@@ -175,45 +162,43 @@ def trunk_work(cfg: ModelConfig, precision: Precision, cells: int) -> Work:
 
 
 def _vision_block(
-    total: _Sum, cfg: ModelConfig, rows: int, weight: float, *, is_masked: bool = False
-) -> None:
+    cfg: ModelConfig, rows: int, weight: float, *, is_masked: bool = False
+) -> list[Product | Pass]:
     vision = cfg.vision
     heads, width, inner = vision.num_heads, vision.width, vision.num_heads * vision.head_dim
-    pairs = heads * rows * rows
-    total.add(
-        [
-            Product(rows, width, inner, 3, weight),
-            Product(rows, inner, width, 1, weight),
-            Product(rows, width, vision.mlp_width, 1, weight),
-            Product(rows, vision.mlp_width, width, 1, weight),
-            Product(rows, vision.head_dim, rows, heads),
-            Product(rows, rows, vision.head_dim, heads),
-        ],
+    pairs, mlp = heads * rows * rows, rows * vision.mlp_width
+    parts: list[Product | Pass] = [
+        Product(rows, width, inner, 3, weight),
+        Product(rows, inner, width, 1, weight),
+        Product(rows, width, vision.mlp_width, 1, weight),
+        Product(rows, vision.mlp_width, width, 1, weight),
+        Product(rows, vision.head_dim, rows, heads),
+        Product(rows, rows, vision.head_dim, heads),
         # Two norms, six biases, two residual sums.
-        moved=rows * (14 * width + 6 * inner + 2 * vision.mlp_width) + 3 * pairs * is_masked,
-        softmax=pairs,
-        gelu=rows * vision.mlp_width,
-        copied=8 * rows * inner,
-    )
+        Pass("moved", rows * (14 * width + 6 * inner), rows * width),
+        Pass("moved", 2 * mlp, mlp),
+        Pass("softmax", pairs, pairs),
+        Pass("gelu", mlp, mlp),
+        Pass("copied", 8 * rows * inner, rows * inner),
+    ]
+    return [*parts, Pass("moved", 3 * pairs, pairs)] if is_masked else parts
 
 
 def _pool(
-    total: _Sum, cells: int, in_width: int, heads: int, head_dim: int, out: int, weight: float
-) -> None:
+    cells: int, in_width: int, heads: int, head_dim: int, out: int, weight: float
+) -> list[Product | Pass]:
     """One query, the mean, over the nine patches of each cell."""
     inner = heads * head_dim
     patches = cells * POOL_PATCHES
-    total.add(
-        [
-            Product(cells, in_width, inner, 1, weight),
-            Product(patches, in_width, inner, 2, weight),
-            Product(cells, inner, out, 1, weight),
-            Product(1, head_dim, POOL_PATCHES, cells * heads),
-            Product(1, POOL_PATCHES, head_dim, cells * heads),
-        ],
-        moved=2 * patches * (in_width + 2 * inner),
-        copied=4 * patches * inner,
-    )
+    return [
+        Product(cells, in_width, inner, 1, weight),
+        Product(patches, in_width, inner, 2, weight),
+        Product(cells, inner, out, 1, weight),
+        Product(1, head_dim, POOL_PATCHES, cells * heads),
+        Product(1, POOL_PATCHES, head_dim, cells * heads),
+        Pass("moved", 2 * patches * (in_width + 2 * inner), patches * in_width),
+        Pass("copied", 4 * patches * inner, patches * inner),
+    ]
 
 
 def language_work(
@@ -231,34 +216,30 @@ def language_work(
     weight = _bytes_of(precision.llm, precision)
     width, mlp, keys = cfg.width, cfg.mlp_width, cfg.num_kv_heads * cfg.head_dim
     inner, seen = cfg.num_heads * cfg.head_dim, past + new
-    total = _Sum()
+    parts: list[Product | Pass] = []
     pairs = cfg.num_heads * new * seen
     for _ in range(cfg.num_layers):
-        total.add(
-            [
-                Product(new, width, inner, 1, weight),
-                Product(new, width, keys, 2, weight),
-                Product(new, inner, width, 1, weight),
-                Product(new, width, mlp, 2, weight),
-                Product(new, mlp, width, 1, weight),
-                Product(new, cfg.head_dim, seen, cfg.num_heads),
-                Product(new, seen, cfg.head_dim, cfg.num_heads),
-            ],
+        parts += [
+            Product(new, width, inner, 1, weight),
+            Product(new, width, keys, 2, weight),
+            Product(new, inner, width, 1, weight),
+            Product(new, width, mlp, 2, weight),
+            Product(new, mlp, width, 1, weight),
+            Product(new, cfg.head_dim, seen, cfg.num_heads),
+            Product(new, seen, cfg.head_dim, cfg.num_heads),
             # Two norms of five nodes, those of heads, rotations, residual sums, the gate.
-            moved=new * (26 * width + 22 * (inner + keys) + 5 * mlp) + 3 * pairs,
-            softmax=pairs,
-            copied=4 * new * inner,
-        )
-    total.add([Product(1, width, cfg.base_vocab, 1, _bytes_of(precision.head, precision))])
+            Pass("moved", new * (26 * width + 22 * (inner + keys)), new * width),
+            Pass("moved", 5 * new * mlp, new * mlp),
+            Pass("moved", 3 * pairs, pairs),
+            Pass("softmax", pairs, pairs),
+            Pass("copied", 4 * new * inner, new * inner),
+        ]
+        if is_joined:  # past and new rows, taken out of their stack, and spread over the heads
+            parts.append(Pass("joined", 2 * seen * (4 * keys + 2 * inner), seen * inner))
+    parts.append(Product(1, width, cfg.base_vocab, 1, _bytes_of(precision.head, precision)))
     return Work(
         name=name,
-        products=total.products,
-        moved=total.moved,
-        softmax=total.softmax,
-        gelu=total.gelu,
-        copied=total.copied,
-        # Past and new rows joined, taken out of their stack, and spread over the heads.
-        joined=2 * seen * (4 * keys + 2 * inner) * cfg.num_layers if is_joined else 0,
+        parts=parts,
         nodes=HEAD_NODES + LANGUAGE_NODES * cfg.num_layers,
         blocks=cfg.num_layers,
         cache_bytes=2.0 * cache_value_bytes * keys * past * cfg.num_layers,

@@ -13,22 +13,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
+from edge_vlm_runtime.engines import huge_pages
 from edge_vlm_runtime.engines.ort import ModelInMemory
-from edge_vlm_runtime.planning.costs import Product, Work
+from edge_vlm_runtime.planning.costs import Kind, Product, Work
 from edge_vlm_runtime.planning.onnx_bytes import Node, chain, model
 
 ROWS = (1, 8, 24, 81, 144, 369, 729)
 SIDES = {
     "small": ((192, 512), (512, 192), 8),
-    "middle": ((1152, 1152), (1152, 1152), 4),
+    "middle": ((1152, 1152), (1152, 1152), 24),
     "wide": ((2560, 9728), (9728, 2560), 1),
 }
-"""Weights [k, n], the next ones, and how many pairs stand behind each other: 6, 42 and 199 MB in
-fp32 (weights of 0.4, 5.3 and 100 MB each)."""
+"""Weights [k, n], the next ones, and how many pairs stand behind each other: 6, 255 and 199 MB in
+fp32 (weights of 0.4, 5.3 and 100 MB each); of the last so many that no cache holds them."""
+MOST_PAIRS = 4
+TENSORS = (1 << 15, 1 << 18, 1 << 21, 1 << 23)
+"""Values of what stands between products: 128 kB to 32 MB."""
 NODES = 200
 COPY_BYTES = 128 << 20
 LEAST_S = 0.03
@@ -47,11 +51,8 @@ class Rates:
     """GFLOP/s by the number of weights of a product and its rows."""
     attention: Mapping[int, float]
     """GFLOP/s of products of two activations, by the side of a cube of as many operations."""
-    moved_gb_s: float
-    copied_gb_s: float
-    softmax_g_s: float
-    """10^9 values a second."""
-    gelu_g_s: float
+    passes: Mapping[Kind, Mapping[int, float]]
+    """10^9 values a second of what stands between products, by the values of a tensor."""
     node_us: float
 
     @property
@@ -63,7 +64,7 @@ class Rates:
         """Seconds of one product with fp32 weights."""
         sizes = sorted(self.products)
         place = _place(math.log(k * n), [math.log(size) for size in sizes])
-        rate = _between(place, [_at_rows(self.products[size], m) for size in sizes])
+        rate = _between(place, [_at(self.products[size], m) for size in sizes])
         return 2 * m * k * n / (rate * 1e9)
 
     def _weighted_s(self, product: Product) -> float:
@@ -83,18 +84,16 @@ class Rates:
                 total += product.count * self._weighted_s(product)
             else:
                 side = round((product.m * product.k * product.n) ** (1 / 3))
-                total += product.flops / (_at_rows(self.attention, side) * 1e9)
-        total += 4 * work.moved / (self.moved_gb_s * 1e9)
-        total += 4 * work.copied / (self.copied_gb_s * 1e9)
-        total += 4 * work.joined / (self.copy_gb_s * 1e9)
-        total += work.gelu / (self.gelu_g_s * 1e9)
-        return total + work.softmax / (self.softmax_g_s * 1e9)
+                total += product.flops / (_at(self.attention, side) * 1e9)
+        for each in work.passes:
+            total += each.values / (_at(self.passes[each.kind], each.at_once) * 1e9)
+        return total
 
 
-def _at_rows(rates: Mapping[int, float], rows: int) -> float:
+def _at(rates: Mapping[int, float], size: float) -> float:
     known = sorted(rates)
-    place = _place(math.log(max(rows, 1)), [math.log(row) for row in known])
-    return _between(place, [rates[row] for row in known])
+    place = _place(math.log(max(size, 1)), [math.log(each) for each in known])
+    return _between(place, [rates[each] for each in known])
 
 
 def _place(value: float, ascending: list[float]) -> float:
@@ -146,15 +145,19 @@ def measure_rates(threads: int, clock: Clock = time.perf_counter) -> Rates:
     products: dict[float, dict[int, float]] = {}
     read_gb_s = 0.0
     for name, (first, second, pairs) in SIDES.items():
+        if name == "wide":
+            in_cache = _cache_bytes() / (8 * first[0] * first[1])
+            pairs = min(MOST_PAIRS, max(1, math.ceil(1.25 * in_cache)))
         ops: list[tuple[str, np.ndarray | None]] = []
         for _ in range(pairs):
             ops += [("MatMul", weights(first)), ("MatMul", weights(second))]
         graph = ModelInMemory(chain(ops, ["m", first[0]]), threads)
+        huge_pages.gather()
         values = 2 * pairs * first[0] * first[1]
         rates = {}
         for rows in ROWS if name != "wide" else ROWS[:6]:
             x = weights((rows, first[0]))
-            times = 3
+            times = 1 if name != "small" and rows > 24 else 3
             taken = median_s(partial(graph.run, {"x": x}), clock, times)
             rates[rows] = 2 * rows * values / taken / 1e9
             if name == "wide" and rows == 1:
@@ -166,15 +169,23 @@ def measure_rates(threads: int, clock: Clock = time.perf_counter) -> Rates:
         read_gb_s=read_gb_s,
         products=products,
         attention=_attention(threads, clock),
-        **_between_products(threads, clock),
+        passes=_passes(threads, clock),
+        node_us=_node_us(threads, clock),
     )
 
 
-def copy_gb_s(clock: Clock) -> float:
+def _cache_bytes() -> int:
+    """The largest of the first processor's caches; 0 where the system does not say."""
+    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [path.read_text().strip() for path in found]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
+
+
+def copy_gb_s(clock: Clock, num_bytes: int = COPY_BYTES) -> float:
     """By numpy on one thread, bytes read and written both counted."""
-    source = np.ones(COPY_BYTES // 8, np.float64)
+    source = np.ones(num_bytes // 8, np.float64)
     target = np.empty_like(source)
-    return 2 * COPY_BYTES / min(samples_s(lambda: np.copyto(target, source), clock, 5)) / 1e9
+    return 2 * num_bytes / min(samples_s(lambda: np.copyto(target, source), clock, 5)) / 1e9
 
 
 def _attention(threads: int, clock: Clock) -> dict[int, float]:
@@ -188,34 +199,45 @@ def _attention(threads: int, clock: Clock) -> dict[int, float]:
     return rates
 
 
-def _between_products(threads: int, clock: Clock) -> dict[str, Any]:
-    def seconds(made: bytes, shape: tuple[int, ...]) -> float:
-        graph = ModelInMemory(made, threads)
-        x = np.full(shape, 0.5, np.float32)
-        taken = median_s(lambda: graph.run({"x": x}), clock)
-        graph.close()
-        return taken
-
+def _node_us(threads: int, clock: Clock) -> float:
     small = np.full(16, 0.5, np.float32)
     mix: list[tuple[str, np.ndarray | None]] = [
         *(("Add", small), ("Softmax", None), ("Mul", small), ("Sqrt", None)),
         *(("Transpose", None), ("Transpose", None), ("Sigmoid", None), ("Relu", None)),
     ]
-    node_s = seconds(chain(mix * (NODES // len(mix)), ["m", 16]), (3, 16)) / NODES
+    made = chain(mix * (NODES // len(mix)), ["m", 16])
+    return _run_s(made, (3, 16), threads, clock) / NODES * 1e6
+
+
+def _passes(threads: int, clock: Clock) -> dict[Kind, dict[int, float]]:
     row = np.full(1152, 0.5, np.float32)
-    ops: list[tuple[str, np.ndarray | None]] = [("Add", row), ("Mul", row), ("Sigmoid", None)]
-    moved_s = seconds(chain(ops * 3, ["m", 1152]), (369, 1152))
-    turns = [
-        Node("Transpose", (f"t{i}" if i else "x",), "y" if i == 3 else f"t{i + 1}", (1, 0, 2))
-        for i in range(4)
-    ]
-    copied_s = seconds(model(turns, {}, ["s", "h", 72]), (369, 16, 72))
-    gelu_s = seconds(chain([("Erf", None)] * 2, ["m", 1152]), (369, 1152))
-    softmax_s = seconds(chain([("Softmax", None)] * 2, ["h", "m", "m"]), (8, 369, 369))
-    return {
-        "node_us": node_s * 1e6,
-        "moved_gb_s": 9 * 2 * 4 * 369 * 1152 / moved_s / 1e9,
-        "copied_gb_s": 4 * 2 * 4 * 369 * 16 * 72 / copied_s / 1e9,
-        "gelu_g_s": 2 * 369 * 1152 / gelu_s / 1e9,
-        "softmax_g_s": 2 * 8 * 369**2 / softmax_s / 1e9,
-    }
+    sums = chain([("Add", row), ("Mul", row), ("Sigmoid", None)], ["m", 1152])
+    turns = [Node("Transpose", ("x",), "t", (1, 0, 2)), Node("Transpose", ("t",), "y", (1, 0, 2))]
+    turned = model(turns, {}, ["s", "h", 72])
+    gelu = chain([("Erf", None)] * 2, ["m", 1152])
+    softmax = chain([("Softmax", None)] * 2, ["h", "m", "m"])
+
+    def rate(values: float, made: bytes, *shape: int) -> float:
+        return values * math.prod(shape) / _run_s(made, shape, threads, clock) / 1e9
+
+    found: dict[Kind, dict[int, float]] = {}
+    for size in TENSORS:
+        rows = size // 1152
+        at_size: dict[Kind, float] = {
+            "moved": rate(3 * 2, sums, rows, 1152),
+            "copied": rate(2 * 2, turned, rows, 16, 72),
+            "joined": copy_gb_s(clock, 4 * size) / 4,
+            "softmax": rate(2, softmax, 8, *[round((size / 8) ** 0.5)] * 2),
+            "gelu": rate(2, gelu, rows, 1152),
+        }
+        for kind, value in at_size.items():
+            found.setdefault(kind, {})[size] = value
+    return found
+
+
+def _run_s(made: bytes, shape: tuple[int, ...], threads: int, clock: Clock) -> float:
+    graph = ModelInMemory(made, threads)
+    x = np.full(shape, 0.5, np.float32)
+    taken = median_s(lambda: graph.run({"x": x}), clock)
+    graph.close()
+    return taken

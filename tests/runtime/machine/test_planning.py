@@ -38,10 +38,13 @@ RATES = Rates(
     read_gb_s=10,
     products={1e5: {1: 5, 100: 50}, 1e7: {1: 5, 100: 200}},
     attention={1: 1, 100: 50},
-    moved_gb_s=20,
-    copied_gb_s=40,
-    softmax_g_s=2,
-    gelu_g_s=1,
+    passes={
+        "moved": {1 << 10: 10, 1 << 20: 2.5},
+        "copied": {1 << 10: 10},
+        "joined": {1 << 10: 5},
+        "softmax": {1 << 10: 2},
+        "gelu": {1 << 10: 1},
+    },
     node_us=1,
 )
 

@@ -1,0 +1,87 @@
+"""Each stage with weights on small pages and on huge ones, in turn.
+
+    python -m benchmarks.runtime.huge_pages
+
+Molmo2-4B with two language layers and six vision blocks at full width, weights made up, in fp32 and
+with the language model in int4. Two engines of each graph, of which one is gathered on huge pages.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import (
+    RESULTS,
+    in_turn,
+    made_folder,
+    progress,
+    result_head,
+    script_parser,
+    speed_up,
+    summary,
+    write_result,
+)
+from benchmarks.runtime.wide_engines import export
+from edge_vlm.formats.bundle import EngineBundle
+from edge_vlm_runtime.engines import huge_pages
+from edge_vlm_runtime.engines.ort import OrtEngine
+from edge_vlm_runtime.planning.check import bind_noise, cases_of
+
+DEVICE = torch.device("cpu")
+
+
+def stages(bundle: EngineBundle, threads: int, rounds: int) -> list[dict[str, Any]]:
+    found = []
+    for case in cases_of(bundle):
+        small = OrtEngine(bundle, case.graph, threads=threads)
+        left = huge_pages.areas()
+        huge = OrtEngine(bundle, case.graph, threads=threads)
+        gathered = huge_pages.gather(leave=left)
+        for engine in (small, huge):
+            bind_noise(engine, case.dims)
+        runs = {"small": small.run, "huge": huge.run}
+        seconds = in_turn(
+            runs, rounds=rounds, warmups=2, device=DEVICE, clock=time.process_time, say=str
+        )
+        row = {
+            "stage": case.stage,
+            "huge_mb": round(gathered / 1e6),
+            "times_as_fast": round(speed_up(seconds["small"], seconds["huge"]), 3),
+            **{name: summary(taken) for name, taken in seconds.items()},
+        }
+        found.append(row)
+        progress(
+            f"{case.stage}: {row['times_as_fast']} times as fast, {row['huge_mb']} MB gathered"
+        )
+        small.close()
+        huge.close()
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = script_parser(__doc__, RESULTS / "huge_pages.json")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--precisions", default="fp32,int4")
+    parser.add_argument("--tiny", action="store_true", help="the test model instead")
+    parser.add_argument("--scratch", type=made_folder, help="folder with room for a bundle, 3 GB")
+    args = parser.parse_args(argv)
+    found = {}
+    for precision in args.precisions.split(","):
+        with tempfile.TemporaryDirectory(prefix="pages-", dir=args.scratch) as scratch:
+            progress(f"{precision}: exporting ...")
+            export(args.tiny, precision, Path(scratch) / "bundle")
+            bundle = EngineBundle.open(Path(scratch) / "bundle")
+            found[precision] = stages(bundle, args.threads, args.rounds)
+    result = {**result_head(__file__, argv, DEVICE), "clock": "processor", "threads": args.threads}
+    write_result(args.out, result | {"stages": found})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,31 @@
+"""The script that sets small pages beside huge ones, on the test model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.runtime import huge_pages
+from tests.tiny import tiny_variant
+
+
+def test_every_stage_is_run_on_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(is_tiny: bool, precision: str, folder: Path) -> None:
+        assert (is_tiny, precision) == (True, "fp32")
+        shutil.copytree(tiny_variant("both"), folder)
+
+    monkeypatch.setattr(huge_pages, "export", export)
+    out = tmp_path / "pages.json"
+    argv = ["--tiny", "--precisions", "fp32", "--rounds", "3", "--scratch", str(tmp_path)]
+    assert huge_pages.main([*argv, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert "tmp" not in result["command"]
+    rows = result["stages"]["fp32"]
+    assert [row["stage"] for row in rows] == ["vit_stem", "vit_trunk", "prefill", "decode"]
+    for row in rows:
+        assert len(row["small"]["rounds_s"]) == len(row["huge"]["rounds_s"]) == 3
+        assert row["times_as_fast"] > 0
+    assert list(tmp_path.iterdir()) == [out]

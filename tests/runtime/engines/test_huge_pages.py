@@ -1,0 +1,87 @@
+"""Large areas of a process's own memory come onto huge pages, with what they hold."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_vlm_runtime.engines import huge_pages
+from edge_vlm_runtime.engines.huge_pages import HUGE, Area
+
+pytestmark = pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="needs Linux")
+SIZE = 32 << 20
+
+
+@pytest.fixture
+def memory() -> Iterator[mmap.mmap]:
+    """As a library gets it: small pages, every one of them written."""
+    with mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        for start in range(0, SIZE, mmap.PAGESIZE):
+            area[start : start + 4] = (start // mmap.PAGESIZE).to_bytes(4, "little")
+        yield area
+
+
+@pytest.mark.skipif(
+    not huge_pages.SETTING.exists() or "[never]" in huge_pages.SETTING.read_text(),
+    reason="this system gives no huge pages",
+)
+def test_written_memory_comes_onto_huge_pages_as_it_is(memory: mmap.mmap) -> None:
+    before = huge_pages.areas()
+    gained = huge_pages.gather()
+    if gained < SIZE // 2:
+        pytest.skip("this kernel does so in its own time (Linux 6.1 does at once)")
+    assert gained >= SIZE - 2 * HUGE
+    for start in range(0, SIZE, mmap.PAGESIZE):
+        assert int.from_bytes(memory[start : start + 4], "little") == start // mmap.PAGESIZE
+    assert huge_pages.gather() < SIZE // 2  # once is enough
+    assert sum(area.end - area.start for area in before) >= SIZE
+
+
+def test_what_is_to_be_left_stays(memory: mmap.mmap) -> None:
+    assert huge_pages.gather(leave=huge_pages.areas()) == 0
+
+
+def test_an_empty_area_is_not_filled() -> None:
+    with mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as empty:
+        before = sum(area.in_memory for area in huge_pages.areas())
+        huge_pages.gather()
+        empty[0:1] = b"a"
+        assert sum(area.in_memory for area in huge_pages.areas()) < before + SIZE // 2
+
+
+def test_a_setting_of_never_is_kept(
+    memory: mmap.mmap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = tmp_path / "enabled"
+    setting.write_text("always madvise [never]\n")
+    monkeypatch.setattr(huge_pages, "SETTING", setting)
+    assert huge_pages.gather() == 0
+
+
+def test_areas_are_read_as_linux_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smaps = tmp_path / "smaps"
+    smaps.write_text(
+        "7f0000000000-7f0000800000 rw-p 00000000 00:00 0 \n"
+        "Size:               8192 kB\nRss:                8000 kB\nAnonHugePages:      4096 kB\n"
+        "VmFlags: rd wr mr mw me ac sd \n"
+        "7f0001000000-7f0001800000 rw-p 00000000 00:00 0 \n"  # half empty
+        "Size:               8192 kB\nRss:                4000 kB\nAnonHugePages:         0 kB\n"
+        "7f0002000000-7f0002800000 r--p 00000000 fe:00 77                 /a/file (rw-p 0 0 0)\n"
+        "Size:               8192 kB\nRss:                8192 kB\nAnonHugePages:         0 kB\n"
+        "7f0003000000-7f0003010000 rw-p 00000000 00:00 0                  [heap]\n"  # small
+        "Size:                 64 kB\nRss:                  64 kB\nAnonHugePages:         0 kB\n"
+        "7f0004000000-7f0004400000 rw-p 00000000 00:00 0                  [heap]\n"
+        "Size:               4096 kB\nRss:                4096 kB\nAnonHugePages:         0 kB\n"
+    )
+    monkeypatch.setattr(huge_pages, "SMAPS", smaps)
+    assert huge_pages.areas() == [
+        Area(0x7F0000000000, 0x7F0000800000, 8000 << 10, 4096 << 10),
+        Area(0x7F0004000000, 0x7F0004400000, 4096 << 10, 0),
+    ]
+    monkeypatch.setattr(huge_pages, "SMAPS", tmp_path / "absent")
+    assert huge_pages.areas() == []
