@@ -4,6 +4,7 @@
     python -m benchmarks.training.ablations training/checkpoints/demo questions --runs runs
     python -m benchmarks.training.ablations RUN QUESTIONS --runs runs --only stts,random_cells
     python -m benchmarks.training.ablations RUN QUESTIONS --runs runs --seeds 5,6,7
+    python -m benchmarks.training.ablations RUN HARDER --runs harder_runs --set harder_share=1
 
 All variants start from the same weights, see the same number of clips and run through the same
 learning rates; a seed decides about the clips and is shared by all variants. Where the question is
@@ -29,6 +30,7 @@ import torch
 from benchmarks.harness import command_line, device_record, write_result
 from benchmarks.summarise import summary_row
 from edge_vlm.cli import run_command
+from edge_vlm.errors import ConfigError
 from edge_vlm_training.config import msgspec
 from edge_vlm_training.recipes.base import Clips, Recipe, Steps
 from edge_vlm_training.recipes.demo import KEEP_MIXED, demo_recipe, questions
@@ -82,13 +84,16 @@ def recipe_of(variant: Variant, steps: int, seed: int = 5) -> Recipe:
 
 def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     folder: Path = args.runs / f"{name}-{seed}"
-    if not (folder / FINISHED).exists():
-        recipe = recipe_of(VARIANTS[name], args.steps, seed)
+    if (folder / FINISHED).exists():
+        if json.loads((folder / FINISHED).read_text()).get("set", []) != args.set:
+            raise ConfigError("trained with other --set", where=folder, remedy="another --runs")
+    else:
+        recipe = override(recipe_of(VARIANTS[name], args.steps, seed), args.set)
         recipe = msgspec.structs.replace(recipe, init=args.start)
         started = time.monotonic()
         train(recipe, folder, Ranks(0, 1, torch.device("cpu")))
         minutes = round((time.monotonic() - started) / 60, 1)
-        (folder / FINISHED).write_text(json.dumps({"minutes": minutes}))
+        (folder / FINISHED).write_text(json.dumps({"minutes": minutes, "set": args.set}))
     return folder
 
 
@@ -124,6 +129,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the trainings")
     parser.add_argument("--steps", type=int, default=200, help="of each training")
     parser.add_argument("--seeds", default="5", help="one training of each variant for each")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of all trainings, as of `edge-vlm train`",
+    )
     parser.add_argument("--only", help=f"some of {','.join(VARIANTS)}")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     args = parser.parse_args(argv)

@@ -10,23 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.training import ablations, training_curves
-from edge_vlm.errors import ConfigError
+from benchmarks.harness import CHECKPOINT
+from benchmarks.training import ablations, mean_weights, training_curves
+from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.formats.qa_set import write_question_set
+from edge_vlm.model.checkpoint import TOKENIZER, load_checkpoint, save_checkpoint
 from edge_vlm_training.config import plain
 from edge_vlm_training.recipes.base import Recipe
-from edge_vlm_training.recipes.demo import smoke
 from edge_vlm_training.recipes.overrides import leaves, override
-from edge_vlm_training.trainer.distributed import Ranks
-from edge_vlm_training.trainer.train import train
 from edge_vlm_training.world.heldout import heldout_clips
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint to start from."""
-    folder = tmp_path_factory.mktemp("start")
-    return train(override(smoke(), ["steps=1"]), folder, Ranks(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", ablations.VARIANTS)
@@ -43,7 +35,6 @@ def test_a_variant_differs_from_the_full_recipe_in_one_thing(name: str) -> None:
 
 
 def test_a_variant_is_trained_once_for_each_seed_and_asked(
-    start: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -53,18 +44,19 @@ def test_a_variant_is_trained_once_for_each_seed_and_asked(
 
     def small(variant: ablations.Variant, steps: int, seed: int) -> Recipe:
         recipe = recipe_of(variant, steps, seed)
-        return override(recipe, ["batch=1", "branches=2"])
+        return override(recipe, ["batch=1", "branches=2", "num_frames=4"])
 
     monkeypatch.setattr(ablations, "recipe_of", small)
     monkeypatch.setitem(ablations.VARIANTS, "random_cells", once)
     questions, out = tmp_path / "questions", tmp_path / "result.json"
-    clips = heldout_clips(1, 100, num_frames=4, kinds=["count"])  # an untrained answer is long
+    clips = heldout_clips(1, 100, num_frames=4, kinds=["count"])
     write_question_set(questions, islice(clips, 1))
-    argv = [str(start), str(questions), "--runs", str(tmp_path / "runs"), "--steps", "1"]
-    argv += ["--only", "random_cells", "--seeds", "3,4"]
+    argv = [str(CHECKPOINT), str(questions), "--runs", str(tmp_path / "runs"), "--steps", "1"]
+    argv += ["--only", "random_cells", "--seeds", "3,4", "--set", "harder_share=1"]
     assert ablations.main([*argv, "--out", str(out)]) == 0
     trained = [tmp_path / f"runs/random_cells-{n}/checkpoint/model.safetensors" for n in (3, 4)]
     assert trained[0].read_bytes() != trained[1].read_bytes()
+    assert '"harder_share": 1.0' in (tmp_path / "runs/random_cells-3/recipe.json").read_text()
     written = [file.stat().st_mtime_ns for file in trained]
     entries = json.loads(out.read_text())["variants"]
     assert [(entry["variant"], entry["seed"], entry["steps"]) for entry in entries] == [
@@ -77,16 +69,18 @@ def test_a_variant_is_trained_once_for_each_seed_and_asked(
     assert ablations.main(argv) == 0
     assert [file.stat().st_mtime_ns for file in trained] == written
     assert "random_cells             random:0.5:frame" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="trained with other --set"):
+        ablations.main(argv[:-2])
 
 
 def test_an_unknown_variant_or_seed_is_named(
-    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        ablations.main([str(start), str(tmp_path), "--runs", str(tmp_path), "--only", "luck"])
+        ablations.main([str(CHECKPOINT), str(tmp_path), "--runs", str(tmp_path), "--only", "luck"])
     assert "'luck' is none of" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        ablations.main([str(start), str(tmp_path), "--runs", str(tmp_path), "--seeds", "5,x"])
+        ablations.main([str(CHECKPOINT), str(tmp_path), "--runs", str(tmp_path), "--seeds", "5,x"])
     assert "'5,x' must be whole numbers" in capsys.readouterr().err
 
 
@@ -122,3 +116,19 @@ def test_curves_are_a_picture(log: Path, tmp_path: Path) -> None:
     out = tmp_path / "curves.png"
     assert training_curves.main([str(log), str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_mean_of_checkpoints_is_theirs_by_shares(tmp_path: Path) -> None:
+    model = load_checkpoint(CHECKPOINT)
+    other, out = tmp_path / "other", tmp_path / "mean"
+    moved = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    save_checkpoint(other, model.cfg, moved, CHECKPOINT / TOKENIZER)
+    argv = [str(CHECKPOINT), str(other), "-o", str(out)]
+    assert mean_weights.main([*argv, "--shares", "0.75,0.25"]) == 0
+    for name, tensor in load_checkpoint(out).state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name] + 0.25)
+    (other / TOKENIZER).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"another model or {TOKENIZER}"):
+        mean_weights.main(argv)
+    with pytest.raises(SystemExit):
+        mean_weights.main([*argv, "--shares", "0.75,0.5"])

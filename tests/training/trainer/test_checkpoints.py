@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from edge_vlm.errors import CheckpointError, WeightFilesError, WeightNamesError
+from edge_vlm.errors import CheckpointError, ConfigError, WeightFilesError, WeightNamesError
 from edge_vlm.errors.export import NoSpaceLeft
 from edge_vlm.model.checkpoint import load_checkpoint
+from edge_vlm_training.recipes.overrides import override
 from edge_vlm_training.trainer import checkpoints
 from edge_vlm_training.trainer.checkpoints import Progress
 from tests.training.trainer.runs import RECIPE, make_run
@@ -131,6 +132,24 @@ def test_the_whole_checkpoint_is_replaced_as_a_whole(folder: Path) -> None:
         torch.testing.assert_close(found.llm.norm.weight, run.model.llm.norm.weight)
     assert json.loads((path / "config.json").read_text())["scorer"]
     assert not list(folder.glob("checkpoint.*"))
+
+
+def test_the_whole_checkpoint_may_be_the_mean_of_the_latest(folder: Path) -> None:
+    run = make_run(folder, override(RECIPE, ["keep_last=3", "average_last=2"]))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    begin = run.model.llm.norm.weight.detach().clone()
+    found = load_checkpoint(run.save_whole())  # nothing to average yet
+    torch.testing.assert_close(found.llm.norm.weight, begin)
+    for step, shift in ((10, 5.0), (20, 1.0), (30, 2.0)):
+        run.at = Progress(step=step)
+        with torch.no_grad():
+            run.model.llm.norm.weight.copy_(begin + shift)
+        run.save()
+    found = load_checkpoint(run.save_whole())
+    torch.testing.assert_close(found.llm.norm.weight, begin + 1.5)
+    torch.testing.assert_close(found.vit.patch_embed.weight, run.model.vit.patch_embed.weight)
+    with pytest.raises(ConfigError, match="more than keep_last = 2"):
+        override(RECIPE, ["average_last=3"])
 
 
 def test_moments_and_random_numbers_are_stored(folder: Path) -> None:

@@ -336,6 +336,9 @@ class Recipe(Config, frozen=True, kw_only=True):
     save_every_s: Weight = 0.0
     keep_last: Positive = 2
     """How many sharded checkpoints stay."""
+    average_last: Positive = 1
+    """The checkpoint that other commands read holds the mean weights of so many of the newest ones:
+    where a falling rate would lead, or better. May be chosen when all is trained (`--resume`)."""
     whole_every: Number = 0
     """Steps between checkpoints that other commands read; 0: at the end only."""
     sample_every: Number = 500
@@ -353,6 +356,8 @@ class Recipe(Config, frozen=True, kw_only=True):
             published = isinstance(stage.data, Rows) or "published" in stage.data.selection
             fits = self.rescale is not Rescale.ROW or not published or not any(stage.data.reuse)
             self._check("rescale", fits, "reuse is no part of the published computation")
+        kept = self.average_last <= self.keep_last
+        self._check("average_last", kept, f"is more than keep_last = {self.keep_last}")
         if self.lora is None:
             return
         trained = frozenset[str]().union(*(stage.parts for stage in self.stages))
@@ -367,6 +372,7 @@ class Recipe(Config, frozen=True, kw_only=True):
 OPERATIONAL = frozenset(
     {
         *("log_every", "log_every_s", "save_every", "save_every_s", "keep_last", "whole_every"),
+        "average_last",
         *("sample_every", "sample_tokens", "memory_gib", "peak_tflops"),
         *("activation_checkpointing", "skip_bad", "decode_threads", "device_batch"),
     }

@@ -165,6 +165,9 @@ class Run:
         return checkpoints.save_whole(self.folder, self.ranks, own, self._write)
 
     def _write(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        if self.recipe.average_last > 1:
+            mean = checkpoints.mean_weights(self.folder, self.recipe.average_last)
+            weights = {name: mean.get(name, weight) for name, weight in weights.items()}
         tokenizer, lora = self.folder / TOKENIZER, self.recipe.lora
         if lora is None:
             save_checkpoint(folder, self.cfg, weights, tokenizer, self.usage)
