@@ -42,12 +42,10 @@ test: $(VENV)/.dev  ## everything: lint, types, all tests and how much of the co
 	@$(MAKE) --no-print-directory -j2 lint tests JOBS=$(JOBS)
 
 # Before Python 3.12, whose sys.monitoring measures for next to nothing, coverage costs about a third, so
-# slow tests go without. 5: $(ARGS) choose none of these.
+# slow tests go without (tests/conftest.py).
 tests: $(VENV)/.dev
 	@COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-		$(PYTEST) -m "not slow" --cov --cov-report=term $(ARGS); quick=$$?; \
-	$(PYTEST) -m slow $(ARGS); slow=$$?; \
-	case "$$quick $$slow" in "0 0"|"0 5"|"5 0") ;; *) exit 1 ;; esac
+		$(PYTEST) --cov --cov-report=term $(ARGS)
 
 docs: $(VENV)/.dev  ## the commands of README and docs as written, the long ones too (an hour and more)
 	EDGE_VLM_LONG_DOCS=1 $(PYTEST) tests/docs $(ARGS)
