@@ -146,11 +146,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     if watcher is None or not _is_slow(item.path):
         return (yield)
     sys.settrace(None)
-    threading.settrace(None)  # type: ignore[arg-type]
+    threading.settrace(None)
     try:
         return (yield)
     finally:
-        threading.settrace(of_threads)  # type: ignore[arg-type]
+        threading.settrace(of_threads)
         sys.settrace(watcher)
 
 

@@ -35,6 +35,10 @@ from edge_vlm_runtime.planning.check import bind_noise, cases_of
 DEVICE = torch.device("cpu")
 
 
+def unheard(line: str) -> None:
+    """Milliseconds of single runs are no news."""
+
+
 def stages(bundle: EngineBundle, threads: int, rounds: int) -> list[dict[str, Any]]:
     found = []
     for case in cases_of(bundle):
@@ -46,7 +50,7 @@ def stages(bundle: EngineBundle, threads: int, rounds: int) -> list[dict[str, An
             bind_noise(engine, case.dims)
         runs = {"small": small.run, "huge": huge.run}
         seconds = in_turn(
-            runs, rounds=rounds, warmups=2, device=DEVICE, clock=time.process_time, say=str
+            runs, rounds=rounds, warmups=2, device=DEVICE, clock=time.process_time, say=unheard
         )
         row = {
             "stage": case.stage,
