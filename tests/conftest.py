@@ -143,7 +143,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Slow tests go without coverage where it is a tracer, which takes a third of their time."""
     watcher, of_threads = sys.gettrace(), threading.gettrace()
-    if watcher is None or not _is_slow(item.path):
+    by_coverage = type(watcher).__module__.startswith("coverage")  # not somebody's debugger
+    if not by_coverage or not _is_slow(item.path):
         return (yield)
     sys.settrace(None)
     threading.settrace(None)

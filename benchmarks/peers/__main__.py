@@ -8,7 +8,7 @@
   question costs it every frame again; a session has them in memory.
 - `openvino`: the graphs of one ONNX bundle by ONNX Runtime and by OpenVINO.
 - `llama.cpp`: the language model of Molmo2-4B in `--layers` layers at full width, made-up weights
-  in four bits, by it (Q4_0) and by our int4 bundle. DIR is where
+  in four bits and a head of eight, by it (Q4_0, Q8_0) and by our int4 bundle. DIR is where
   `npm install node-llama-cpp@3.21.1` was run, which brings it prebuilt; the Python package `gguf`
   writes its file.
 

@@ -1,8 +1,8 @@
 """The part `llama.cpp`: the language model of one shape in four bits, by it and by our graphs.
 
 Ours: the `llm` graph for prefill, `llm_decode` for a token, ONNX Runtime, weights and cache as the
-int4 bundle has them. Its: a GGUF of architecture `qwen3`, every matrix Q4_0, cache fp16. A step of
-its includes the choice of the likeliest token; a prefill of ours the head of the last token.
+int4 bundle has them. Its: a GGUF of architecture `qwen3`, every matrix Q4_0 but for the head, which
+is Q8_0 as ours is int8, cache fp16. A step of its includes the choice of the likeliest token; a prefill of ours the head of the last token.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ def _bundle(args: argparse.Namespace, scratch: Path) -> Path:
 
 
 def write_gguf(path: Path, cfg: LanguageConfig) -> None:
-    """A language model of this shape with made-up weights in Q4_0."""
+    """A language model of this shape with made-up weights in Q4_0 and a head in Q8_0."""
     import gguf
 
     progress("writing the GGUF ...")
-    four_bits, rng = gguf.GGMLQuantizationType.Q4_0, np.random.default_rng(0)
+    types, rng = gguf.GGMLQuantizationType, np.random.default_rng(0)
     partly = path.with_suffix(".part")
     writer = gguf.GGUFWriter(str(partly), "qwen3")
     writer.add_name("made up")
@@ -142,17 +142,17 @@ def write_gguf(path: Path, cfg: LanguageConfig) -> None:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
 
-    def matrix(name: str, rows: int, columns: int) -> None:
+    def matrix(name: str, rows: int, columns: int, form: Any = types.Q4_0) -> None:
         some = rng.standard_normal((min(rows, ROWS), columns), dtype=np.float32) * 0.02
-        packed = gguf.quants.quantize(some, four_bits)
+        packed = gguf.quants.quantize(some, form)
         whole = np.resize(packed, (rows, packed.shape[1]))
-        writer.add_tensor(f"{name}.weight", whole, raw_dtype=four_bits)
+        writer.add_tensor(f"{name}.weight", whole, raw_dtype=form)
 
     def norm(name: str, size: int) -> None:
         writer.add_tensor(f"{name}.weight", np.ones(size, np.float32))
 
     matrix("token_embd", cfg.base_vocab, cfg.width)
-    matrix("output", cfg.base_vocab, cfg.width)
+    matrix("output", cfg.base_vocab, cfg.width, types.Q8_0)
     norm("output_norm", cfg.width)
     queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     for index in range(cfg.num_layers):

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from edge_vlm.errors import CheckpointError
-from edge_vlm.model.checkpoint import CONFIG, TOKENIZER, load_checkpoint, save_checkpoint
+from edge_vlm.model.checkpoint import TOKENIZER, load_checkpoint, read_own, save_checkpoint
 
 
 def mean_checkpoint(folders: Sequence[Path], shares: Sequence[float], out: Path) -> None:
-    """Raises CheckpointError for models or vocabularies that differ, and as `load_checkpoint`."""
+    """Raises CheckpointError for models or vocabularies that differ, a folder `out` that is there
+    already, and as `load_checkpoint`."""
     first = folders[0]
+    if out.exists():
+        raise CheckpointError("is there already", where=out, remedy="name a new folder")
     model, words = load_checkpoint(first), (first / TOKENIZER).read_bytes()
     mean = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     for folder, share in zip(folders, shares, strict=True):
@@ -33,8 +35,7 @@ def mean_checkpoint(folders: Sequence[Path], shares: Sequence[float], out: Path)
             raise CheckpointError(f"another model or {TOKENIZER} than in {first}", where=folder)
         for name, tensor in found.state_dict().items():
             mean[name] += share * tensor
-    save_checkpoint(out, model.cfg, mean, first / TOKENIZER)
-    shutil.copyfile(first / CONFIG, out / CONFIG)  # with how it is used
+    save_checkpoint(out, model.cfg, mean, first / TOKENIZER, read_own(first)[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from benchmarks.harness import CHECKPOINT
 from benchmarks.training import ablations, mean_weights, training_curves
 from edge_vlm.errors import CheckpointError, ConfigError
 from edge_vlm.formats.qa_set import write_question_set
-from edge_vlm.model.checkpoint import TOKENIZER, load_checkpoint, save_checkpoint
+from edge_vlm.model.checkpoint import TOKENIZER, load_checkpoint, read_own, save_checkpoint
 from edge_vlm_training.config import plain
 from edge_vlm_training.recipes.base import Recipe
 from edge_vlm_training.recipes.overrides import leaves, override
@@ -127,7 +128,11 @@ def test_the_mean_of_checkpoints_is_theirs_by_shares(tmp_path: Path) -> None:
     assert mean_weights.main([*argv, "--shares", "0.75,0.25"]) == 0
     for name, tensor in load_checkpoint(out).state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name] + 0.25)
+    assert read_own(out) == read_own(CHECKPOINT)
+    with pytest.raises(CheckpointError, match="is there already"):
+        mean_weights.main([*argv[:2], "-o", str(other)])
     (other / TOKENIZER).write_text("{}")
+    shutil.rmtree(out)
     with pytest.raises(CheckpointError, match=rf"another model or {TOKENIZER}"):
         mean_weights.main(argv)
     with pytest.raises(SystemExit):

@@ -57,6 +57,11 @@ class OpenGraphs:
     """In words: which library runs which graphs, and where."""
 
 
+def reads_many_bytes(bundle: EngineBundle) -> bool:
+    """Whether its weights are put on huge pages."""
+    return sum(file.stat().st_size for file in bundle.path.glob("graphs/*")) >= MANY_BYTES
+
+
 def open_graphs(
     bundle: EngineBundle,
     backend: Backend,
@@ -100,7 +105,7 @@ def open_graphs(
         _close(opened)
         raise
     runs_on = _in_words(bundle, by_openvino, why)
-    if sum(file.stat().st_size for file in bundle.path.glob("graphs/*")) >= MANY_BYTES:
+    if reads_many_bytes(bundle):
         gathered = huge_pages.gather()
         runs_on += f"; {gathered >> 20} MB on huge pages" if gathered else ""
     return OpenGraphs(opened, runs_on=runs_on)

@@ -19,6 +19,7 @@ from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import KVLayout
 from edge_vlm_runtime.engines import huge_pages
 from edge_vlm_runtime.engines.base import Engine
+from edge_vlm_runtime.engines.open import reads_many_bytes
 from edge_vlm_runtime.engines.ort import OrtEngine
 from edge_vlm_runtime.planning.costs import Work, language_work, stem_work, trunk_work
 from edge_vlm_runtime.planning.probe import Rates, measure_rates, median_s
@@ -129,6 +130,7 @@ def check_bundles(
     """
     found: list[Check] = []
     running: list[tuple[Check, Case, Engine]] = []
+    left: list[huge_pages.Area] = []  # weights that are served from small pages
     for path in paths:
         bundle = EngineBundle.open(path)
         engines: dict[str, Engine] = {}
@@ -139,7 +141,9 @@ def check_bundles(
             check = Check(bundle.name, case.stage)
             found.append(check)
             running.append((check, case, engine))
-    huge_pages.gather()
+        if reads_many_bytes(bundle):
+            huge_pages.gather(leave=left)
+        left += huge_pages.areas()
     say("measuring rates ...")
     before = measure_rates(threads, time.process_time)
     for turn in range(turns):

@@ -152,6 +152,23 @@ def test_the_whole_checkpoint_may_be_the_mean_of_the_latest(folder: Path) -> Non
         override(RECIPE, ["average_last=3"])
 
 
+def test_a_mean_is_of_one_stage_and_of_what_can_be_read(folder: Path) -> None:
+    run = make_run(folder, override(RECIPE, ["keep_last=3", "average_last=3"]))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    begin = run.model.llm.norm.weight.detach().clone()
+    for at, shift in ((Progress(10, stage=0), 9.0), (Progress(20, stage=1), 1.0)):
+        run.at = at
+        with torch.no_grad():
+            run.model.llm.norm.weight.copy_(begin + shift)
+        run.save()
+    found = load_checkpoint(run.save_whole())
+    torch.testing.assert_close(found.llm.norm.weight, begin + 1)
+    for part in (folder / "checkpoints" / "step-00000020").glob("*.distcp"):
+        part.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run.save_whole()
+
+
 def test_moments_and_random_numbers_are_stored(folder: Path) -> None:
     path = checkpoints.latest(folder)
     assert path is not None

@@ -169,15 +169,7 @@ def load(path: Path, ranks: Ranks, weights: dict[str, Tensor], updater: Updater)
     states = [_read_json(path / _process_file(rank)) for rank in range(run["processes"])]
     tensors = _tensors(weights, updater, run["stage_step"])
     _check_names(path, tensors)
-    try:
-        with _without_advice():
-            load_sharded(tensors, checkpoint_id=path, no_dist=ranks.size == 1)
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(
-            f"the checkpoint cannot be read: {_causes(error)[0]}",
-            where=path,
-            remedy=f"remove it to resume from the one before in {path.parent}",
-        ) from error
+    _fill(tensors, path, one=ranks.size == 1)
     if run["processes"] == ranks.size:
         _set_random_state(states[ranks.rank]["random"], ranks)
     return Sources(merge_states([s["stream"] for s in states]), states[0]["curriculum"])
@@ -191,12 +183,13 @@ def stored_weights(folder: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def mean_weights(folder: Path, number: int) -> dict[str, Tensor]:
-    """Of a run's `number` newest checkpoints, or of as many as there are, f32 by name.
+    """Of a run's `number` newest checkpoints in one stage, or of as many as there are, f32 by name.
 
     Averages along a training end where a falling learning rate would, or better (arXiv 1803.05407).
     Raises CheckpointError if one cannot be read or holds other weights than the rest.
     """
-    paths = _finished(folder)[-number:]
+    stages = {path: progress_of(path).stage for path in _finished(folder)}
+    paths = [path for path, stage in stages.items() if stage == max(stages.values())][-number:]
     mean: dict[str, Tensor] = {}
     for count, path in enumerate(paths, 1):
         found = _weights_of(path, "")
@@ -219,9 +212,21 @@ def _weights_of(path: Path, prefix: str) -> dict[str, Tensor]:
         if isinstance(meta, TensorStorageMetadata)
     }
     if tensors:
-        with _without_advice():
-            load_sharded(tensors, checkpoint_id=path, no_dist=True)
+        _fill(tensors, path, one=True)
     return {name.removeprefix(key): tensor for name, tensor in tensors.items()}
+
+
+def _fill(tensors: dict[str, Tensor], path: Path, *, one: bool) -> None:
+    """`one` process reads it alone. Raises CheckpointError."""
+    try:
+        with _without_advice():
+            load_sharded(tensors, checkpoint_id=path, no_dist=one)
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be read: {_causes(error)[0]}",
+            where=path,
+            remedy=f"remove it to go on with the others in {path.parent}",
+        ) from error
 
 
 def save_whole(

@@ -229,14 +229,16 @@ class Run:
                     report = stats.report(self.at, self.updater.parts, factor, accuracy)
                     reporter.numbers(step, report)
                     logged = now
+            whole = recipe.whole_every > 0 and step % recipe.whole_every == 0
             if (
                 ends
                 or interrupted
                 or _due(step, recipe.save_every, now - saved, recipe.save_every_s)
+                or (whole and recipe.average_last > 1)  # of which the newest is to be one
             ):
                 self.save()
                 saved = now
-            if recipe.whole_every and step % recipe.whole_every == 0:
+            if whole:
                 self.save_whole()
             if interrupted:
                 raise KeyboardInterrupt
