@@ -2,7 +2,8 @@
 
 Ours: the `llm` graph for prefill, `llm_decode` for a token, ONNX Runtime, weights and cache as the
 int4 bundle has them. Its: a GGUF of architecture `qwen3`, every matrix Q4_0 but for the head, which
-is Q8_0 as ours is int8, cache fp16. A step of its includes the choice of the likeliest token; a prefill of ours the head of the last token.
+is Q8_0 as ours is int8, cache fp16. A step of its includes the choice of the likeliest token; a
+prefill of ours the head of the last token.
 """
 
 from __future__ import annotations

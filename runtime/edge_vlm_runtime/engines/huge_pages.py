@@ -1,7 +1,7 @@
 """Weights on huge pages (Linux).
 
 Libraries keep weights in memory of 4 kB pages. A language model reads all of them for every token,
-and the processor then also has to find these: on pages of 2 MB a token of an int4 model of full width
+and the processor has to look up each page: on pages of 2 MB a token of an int4 model of full width
 took 0.83 of its time, of an fp32 one 0.94 (benchmarks/results/huge_pages.json).
 """
 

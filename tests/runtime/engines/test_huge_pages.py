@@ -103,7 +103,7 @@ def test_areas_are_read_as_linux_writes_them(
         Area(0x7F0000000000, 0x7F0000800000, 8000 << 10, 4096 << 10),
         Area(0x7F0004000000, 0x7F0004400000, 4096 << 10, 0),
     ]
-    named = b"7f0006000000-7f0006800000 r--p 00000000 fe:00 77   /a/m\xfcller\xe2\x80\xa8b.weights\n"
+    named = b"7f0006000000-7f0006800000 r--p 00000000 fe:00 77 /a/m\xfcller\xe2\x80\xa8b.weights\n"
     smaps.write_bytes(named + smaps.read_bytes())  # any bytes but a line's end
     assert len(huge_pages.areas()) == 2
     monkeypatch.setattr(huge_pages, "SMAPS", tmp_path / "absent")
