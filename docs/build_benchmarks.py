@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FOLDER = RESULTS / "bench"
 """Results of `edge-vlm bench --json`, one a device and model."""
-PEERS = RESULTS / "peers.json"
+PEERS = RESULTS / "peers.json", RESULTS / "peers_full_size.json"
 PLAN_CHECK = RESULTS / "plan_check.json"
 Record = Mapping[str, Any]
 
@@ -215,19 +215,17 @@ def devices() -> list[str]:
 
 def peers() -> list[str]:
     """A paragraph and a table for each part that was measured, a line for each that was not."""
-    if not PEERS.exists():
-        return ["Not measured yet: `python -m benchmarks.peers`."]
-    data = json.loads(PEERS.read_text())
     shown = {"transformers": _transformers, "openvino": _openvino, "llama.cpp": _llama_cpp}
     lines = [
-        f"`{data['command']}` on {data['device']}, {data['threads']} threads, in turn; medians in "
-        "milliseconds of the processor, all threads together. Weights are made up, so this says "
-        "nothing of answers.",
+        "In turn; medians in milliseconds of the processor, all threads together. Weights are made "
+        "up, so this says nothing of answers.",
     ]
-    for name, part in data["parts"].items():
-        versions = ", ".join(f"{library} {number}" for library, number in part["versions"].items())
-        lines += ["", f"### {name}", "", *shown[name](part, versions)]
-    lines += [f"\n{name} was left out: {why}" for name, why in data["skipped"].items()]
+    for data in (json.loads(path.read_text()) for path in PEERS if path.exists()):
+        lines += ["", f"`{data['command']}` on {data['device']}, {data['threads']} threads:"]
+        for name, part in data["parts"].items():
+            versions = ", ".join(f"{library} {is_at}" for library, is_at in part["versions"].items())
+            lines += ["", f"### {name}", "", *shown[name](part, versions)]
+        lines += [f"\n{name} was left out: {why}" for name, why in data["skipped"].items()]
     return lines
 
 
@@ -298,7 +296,7 @@ def others() -> list[str]:
     rows: list[Sequence[str]] = [("file", "device", "command")]
     for path in sorted(RESULTS.rglob("*.json")):
         data = json.loads(path.read_text())
-        if FOLDER in path.parents or path in (PLAN_CHECK, PEERS) or not isinstance(data, dict):
+        if FOLDER in path.parents or path in (PLAN_CHECK, *PEERS) or not isinstance(data, dict):
             continue
         command = data.get("command")
         commands = [command] if isinstance(command, str) else command or []
