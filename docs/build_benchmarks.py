@@ -223,7 +223,7 @@ def peers() -> list[str]:
     for data in (json.loads(path.read_text()) for path in PEERS if path.exists()):
         lines += ["", f"`{data['command']}` on {data['device']}, {data['threads']} threads:"]
         for name, part in data["parts"].items():
-            versions = ", ".join(f"{library} {is_at}" for library, is_at in part["versions"].items())
+            versions = ", ".join(f"{name} {is_at}" for name, is_at in part["versions"].items())
             lines += ["", f"### {name}", "", *shown[name](part, versions)]
         lines += [f"\n{name} was left out: {why}" for name, why in data["skipped"].items()]
     return lines
