@@ -46,7 +46,7 @@ from edge_vlm_calibration.precision.gptq import (
 from edge_vlm_calibration.precision.language import GROUPS
 from edge_vlm_calibration.precision.states import lost_share
 from edge_vlm_calibration.precision.watching import QUESTIONS, pieces_of, read, run_of
-from edge_vlm_export.quantize.quantize import quantize_blocks
+from edge_vlm_export.quantize.rounding import quantize_blocks
 
 AWQ_SCALES = 10
 JUDGED = 1024

@@ -29,7 +29,7 @@ from edge_vlm_export.graphs.graphs import graph_specs
 from edge_vlm_export.graphs.weights import open_weights
 from edge_vlm_export.quantize.convert import Calibrated, convert
 from edge_vlm_export.quantize.plan import exceptions, plan_graph
-from edge_vlm_export.quantize.quantize import quantize_blocks
+from edge_vlm_export.quantize.rounding import quantize_blocks
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_export.trace.graph_files import load_graph, save_graph
 from edge_vlm_export.verify.check_inputs import sample_inputs

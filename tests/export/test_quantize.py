@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge_vlm.formats.precision import BLOCK_SIZES, block_size
-from edge_vlm_export.quantize.quantize import (
+from edge_vlm_export.quantize.rounding import (
     activation_scale,
     pack_nbits,
     quantize_blocks,

@@ -12,7 +12,7 @@ from edge_vlm.formats.bundle import IMAGE_ENCODER
 from edge_vlm.formats.calibrated.precision import PlannedArrays, ProductPlan
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import Variant
-from edge_vlm_export.quantize.float_formats import set_formats
+from edge_vlm_export.quantize.float_casts import set_formats
 from edge_vlm_export.quantize.integers import (
     quantize_input,
     quantize_weight,

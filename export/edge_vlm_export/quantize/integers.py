@@ -13,7 +13,7 @@ from edge_vlm.errors import ConfigError
 from edge_vlm.formats.calibrated.precision import REMEDY
 from edge_vlm.formats.precision import block_size
 from edge_vlm_export.quantize.plan import NodePlan
-from edge_vlm_export.quantize.quantize import (
+from edge_vlm_export.quantize.rounding import (
     activation_scale,
     pack_nbits,
     quantize_blocks,

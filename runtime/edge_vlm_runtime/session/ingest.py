@@ -3,7 +3,7 @@
 The order is from cheap to dear: age, codec, near-duplicate check on a thumbnail, vision graphs.
 What a step turns away costs nothing after it. What is encoded joins the memory together with what
 comes right after it, several frames in one prefill: reading the weights costs more than a few more
-tokens. While an answer is decoded everything waits for its end.
+tokens. While an answer is decoded, frames are encoded still and join when it ends.
 
 No I/O, no threads.
 """
