@@ -28,7 +28,6 @@ from benchmarks.harness import (
     summary,
     write_result,
 )
-from benchmarks.runtime.wide_engines import export
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm_runtime.engines import huge_pages
 from edge_vlm_runtime.engines.ort import OrtEngine
@@ -85,11 +84,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="the test model instead")
     parser.add_argument("--scratch", type=made_folder, help="folder with room for a bundle, 3 GB")
     args = parser.parse_args(argv)
+    from benchmarks.runtime import wide_engines  # large, and each stage's process loads this module
+
     found = {}
     for precision in args.precisions.split(","):
         with tempfile.TemporaryDirectory(prefix="pages-", dir=args.scratch) as scratch:
             progress(f"{precision}: exporting ...")
-            export(args.tiny, precision, Path(scratch) / "bundle")
+            wide_engines.export(args.tiny, precision, Path(scratch) / "bundle")
             found[precision] = stages(Path(scratch) / "bundle", args.threads, args.rounds)
     result = {**result_head(__file__, argv, DEVICE), "clock": "processor", "threads": args.threads}
     write_result(args.out, result | {"stages": found})
