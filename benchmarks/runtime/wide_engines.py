@@ -51,7 +51,7 @@ def shallow() -> ModelConfig:
 
 
 def export(is_tiny: bool, precision: str, folder: Path) -> None:
-    source = made_up_weights(tiny(176, 3) if is_tiny else shallow(), 0, TOKENIZER, "wide")
+    source = made_up_weights(tiny(179, 3) if is_tiny else shallow(), 0, TOKENIZER, "wide")
     options = ExportOptions(
         precision=Precision.parse(precision), kv_form=KVForm.BOTH, thorough=False, threads=2
     )
