@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="the test model instead")
     parser.add_argument("--scratch", type=made_folder, help="folder with room for a bundle, 3 GB")
     args = parser.parse_args(argv)
-    from benchmarks.runtime import wide_engines  # large, and each stage's process loads this module
+    from benchmarks.export import wide_engines  # large, and each stage's process loads this module
 
     found = {}
     for precision in args.precisions.split(","):

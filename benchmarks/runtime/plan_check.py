@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.export.wide_engines import export
 from benchmarks.harness import (
     RESULTS,
     made_folder,
@@ -22,7 +23,6 @@ from benchmarks.harness import (
     script_parser,
     write_result,
 )
-from benchmarks.runtime.wide_engines import export
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.planning.check import ALLOWED, check_bundles
 

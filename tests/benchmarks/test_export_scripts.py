@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.export import full_size_export, precisions
-from benchmarks.runtime import wide_engines
+from benchmarks.export import full_size_export, precisions, wide_engines
 from edge_vlm.errors.export import ParityError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import FP32

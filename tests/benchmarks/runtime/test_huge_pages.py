@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.runtime import huge_pages, wide_engines
+from benchmarks.export import wide_engines
+from benchmarks.runtime import huge_pages
 from edge_vlm_runtime.planning.check import cases_of
 from tests.tiny import tiny_variant
 

@@ -1,7 +1,7 @@
 """Engines of full-width layers: are they parsed and built, how large do they and their builder get.
 
-    python -m benchmarks.runtime.wide_engines                           # fp32
-    python -m benchmarks.runtime.wide_engines --precision int4
+    python -m benchmarks.export.wide_engines                           # fp32
+    python -m benchmarks.export.wide_engines --precision int4
 
 Molmo2-4B with two language layers, six vision blocks and a small vocabulary, weights made up, is
 exported and built by TensorRT for RTX for SM89 and SM120, every graph in every profile. No GPU is
