@@ -141,12 +141,22 @@ class EngineBundle:
         return bundle
 
     def graph_path(self, name: str) -> Path:
-        """Raises BundleSchemaError if the bundle has no graph of that name."""
+        """Raises BundleSchemaError if the bundle has no graph of that name, or lies where the
+        libraries that run graphs find none: they take names in UTF-8 only."""
         if name not in self.graph_files:
             raise BundleSchemaError(
                 f"no graph {name!r}, only {sorted(self.graph_files)}", where=self.path
             )
-        return self.path / self.graph_files[name]
+        path = self.path / self.graph_files[name]
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise BundleSchemaError(
+                "its path is not UTF-8, which ONNX Runtime and others need",
+                where=self.path,
+                remedy="rename the folder",
+            ) from error
+        return path
 
     @property
     def tokenizer_path(self) -> Path:

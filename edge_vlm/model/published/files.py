@@ -98,8 +98,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
+        inside = [p.parent for p in sorted(path.parent.glob(f"*/{path.name}"))]
+        remedy = f"take {inside[0]}" if inside else "point to a model's folder"
         raise CheckpointError(
-            f"there is no {path.name}", where=path.parent, remedy="point to a model's folder"
+            f"there is no {path.name}", where=path.parent, remedy=remedy
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(

@@ -23,6 +23,8 @@ def read_comparable(path: Path) -> dict[str, Any]:
     record = read_record(path)
     try:
         comparison(record, record)
+        if not figures(record):
+            raise ValueError("no figure in it")
         for name, value in figures(record).items():
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value!r:.60}")
@@ -73,6 +75,11 @@ def comparison(before: Record, now: Record) -> list[str]:
     ]
     if before["device"]["name"] != now["device"]["name"]:
         told.append(f"- device: {before['device']['name']} before, {now['device']['name']} now")
+    told += [
+        f"- {when} was ended early: what it lacks is not compared"
+        for when, record in (("before", before), ("now", now))
+        if not record.get("complete", True)
+    ]
     told += [f"- before: {warning}" for warning in (before["run"] or {}).get("warnings", ())]
     told.append(
         "- two runs, not one in turns: what the machine did meanwhile is in these ratios, too"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import threading
@@ -233,7 +234,7 @@ def command_line(args: argparse.Namespace) -> str:
     if args.url is not None:
         words.append("--url ADDRESS")
     elif args.bundle != DEMO_BUNDLE:
-        words.append(args.bundle.name)
+        words.append(shlex.quote(args.bundle.name))
     for option in [
         *options_of(BenchArguments),
         *options_of(BundleOptions, only=("threads", "backend", "calibration")),
@@ -241,7 +242,7 @@ def command_line(args: argparse.Namespace) -> str:
         value = getattr(args, option.key)
         if value != option.default:
             value = Path(value).name if option.key in ("source", "calibration") else value
-            words.append(f"--{option.key.replace('_', '-')} {value}")
+            words.append(f"--{option.key.replace('_', '-')} {shlex.quote(str(value))}")
     words += [f"--{name}" for name in ("layers", "nvtx") if getattr(args, name)]
     return " ".join(words)
 

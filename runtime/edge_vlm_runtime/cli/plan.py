@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from edge_vlm_runtime.planning.plan import Forecast, Wanted
 
 MODELS = {"molmo2-4b": "molmo2_4b", "molmo2-8b": "molmo2_8b", "molmo2-o-7b": "molmo2_o_7b"}
+WINDOW = 64
 SHORT = {"4b": "molmo2-4b", "8b": "molmo2-8b", "o-7b": "molmo2-o-7b"}
 
 
@@ -43,8 +45,8 @@ class PlanArguments:
     """Share of cells kept."""
     precision: Annotated[str | None, About(metavar="NAME")] = None
     """As of `export` (default: int4, or that of the bundle)."""
-    window: Annotated[int, About(metavar="FRAMES")] = 64
-    """Frames that are remembered."""
+    window: Annotated[int | None, About(metavar="FRAMES")] = None
+    """Frames that are remembered (default: 64, or as many as the model's positions take)."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +80,7 @@ def _run(args: argparse.Namespace) -> int:
 
     arguments = PlanArguments(**given(options_of(PlanArguments), args))
     wanted = _wanted(arguments)
+    warnings: list[str] = []
     if arguments.device == THIS:
         from edge_vlm.memory import free_memory
         from edge_vlm_runtime.bench.machine import System, Watch
@@ -87,8 +90,14 @@ def _run(args: argparse.Namespace) -> int:
         watch = Watch()
         watch.begin()
         rates = measure_rates(args.threads)
-        for warning in watch.end()["warnings"]:
-            print(f"note: {warning}: the forecast is too slow by as much", file=sys.stderr)
+        warnings += [
+            f"{warning}: the forecast is too slow by as much" for warning in watch.end()["warnings"]
+        ]
+        cores = os.cpu_count() or 1
+        if args.threads > cores:
+            warnings.append(f"{args.threads} threads on {cores} cores wait for each other")
+        for warning in warnings:
+            print(f"note: {warning}", file=sys.stderr)
         forecast = forecast_this(System().cpu_name(), rates, free_memory(), wanted)
     else:
         device = device_named(arguments.device)
@@ -96,7 +105,15 @@ def _run(args: argparse.Namespace) -> int:
             print(f"note: --threads says nothing of {device.label}", file=sys.stderr)
         forecast = forecast_device(device, wanted)
     if args.json:
-        print(json.dumps(forecast.to_dict(), indent=1))
+        asked_for = {
+            "model": arguments.model,
+            "precision": wanted.precision.label,
+            "fps": wanted.fps,
+            "keep": wanted.keep,
+            "window": wanted.window,
+            "threads": args.threads if arguments.device == THIS else None,
+        }
+        print(json.dumps({**asked_for, **forecast.to_dict(), "warnings": warnings}, indent=1))
     else:
         print("\n".join(_lines(forecast, arguments, wanted)))
     return 0 if forecast.fits else 1
@@ -117,13 +134,9 @@ def _wanted(arguments: PlanArguments) -> Wanted:
     cfg, own = _model(arguments.model)
     try:
         precision = own if arguments.precision is None else Precision.parse(arguments.precision)
-        return Wanted(
-            cfg=cfg,
-            precision=precision,
-            fps=arguments.fps,
-            keep=arguments.keep,
-            window=arguments.window,
-        )
+        one = Wanted(cfg=cfg, precision=precision, fps=arguments.fps, keep=arguments.keep, window=1)
+        window = arguments.window
+        return replace(one, window=min(WINDOW, one.most_frames) if window is None else window)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -160,7 +173,7 @@ def _lines(forecast: Forecast, arguments: PlanArguments, wanted: Wanted) -> list
     lines = [
         f"{arguments.model} in {wanted.precision.label} on {forecast.device}: {verdict}",
         f"keep {arguments.keep:g}: {forecast.cells} cells, {forecast.frame_tokens} tokens a frame; "
-        f"{arguments.window} frames remembered, {forecast.window_tokens} tokens",
+        f"{wanted.window} frames remembered, {forecast.window_tokens} tokens",
         "",
         *columns(rows, "<>"),
         "",

@@ -42,10 +42,11 @@ class Wanted:
             raise ValueError(f"fps {self.fps}: must lie in 0..1000, 0 excluded")
         if self.window < 1:
             raise ValueError(f"window {self.window}: must be 1 frame or more")
-        if self.window_tokens + QUESTION_TOKENS + ANSWER_TOKENS > self.cfg.language.max_positions:
+        if self.window > self.most_frames:
             raise ValueError(
-                f"window {self.window}: {self.window_tokens} tokens of video are more than the "
-                f"model's {self.cfg.language.max_positions} positions take"
+                f"window {self.window}: {self.window_tokens} tokens of video, {QUESTION_TOKENS} of "
+                f"a question and {ANSWER_TOKENS} of an answer are more than the model's "
+                f"{self.cfg.language.max_positions} positions: {self.most_frames} frames or less"
             )
 
     @property
@@ -55,6 +56,12 @@ class Wanted:
     @property
     def frame_tokens(self) -> int:
         return self.cells + MARKER_TOKENS + STAMP_TOKENS
+
+    @property
+    def most_frames(self) -> int:
+        """That the model's positions take, beside a question and an answer."""
+        free = self.cfg.language.max_positions - QUESTION_TOKENS - ANSWER_TOKENS
+        return free // self.frame_tokens
 
     @property
     def window_tokens(self) -> int:

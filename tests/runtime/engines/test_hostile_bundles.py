@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edge_vlm.formats.bundle import MANIFEST, EngineBundle
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.inference.bundle_model import LoadedBundle
 from tests.fuzz.files import linked_bundle, open_bundle
 
 MANIFEST_DATA = json.loads((DEMO_BUNDLE / MANIFEST).read_text())
@@ -107,3 +109,14 @@ def test_a_special_token_of_one_character_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(data))
     with pytest.raises(BundleError, match="shorter than two"):
         PromptFormat(Tokenizer.from_file(path))
+
+
+def test_a_folder_whose_name_no_library_takes_is_named(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        odd.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(BundleSchemaError, match="not UTF-8") as caught:
+        LoadedBundle.open(linked_bundle(odd), threads=1)
+    assert caught.value.remedy == "rename the folder"

@@ -365,6 +365,13 @@ def test_a_record_with_parts_missing_is_not_compared(
         path.write_text(as_json({key: record[key] for key in record if key != name}))
         with pytest.raises(ConfigError, match="not a whole result"):
             read_comparable(path)
+    empty = dict.fromkeys(("frames", "answers", "stream"))
+    path.write_text(as_json({**record, **empty}))
+    with pytest.raises(ConfigError, match="no figure in it"):
+        read_comparable(path)
+    early = "\n".join(comparison({**record, "complete": False}, record))
+    assert "before was ended early" in early
+    assert "now was ended early" not in early
 
 
 def test_made_up_pictures_are_the_same_every_time_and_move() -> None:

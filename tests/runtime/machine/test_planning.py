@@ -118,6 +118,20 @@ def test_a_device_that_fits_and_one_that_does_not(capsys: pytest.CaptureFixture[
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+def test_a_forecast_says_of_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--device", "thor", "--model", str(DEMO_BUNDLE)]
+    assert command_line(plan, [*asked, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["model"], data["precision"], data["fps"]) == (str(DEMO_BUNDLE), "fp32", 2.0)
+    # As many as its positions take, and not one more.
+    most = data["window"]
+    assert most < 64
+    assert command_line(plan, [*asked, "--window", str(most)]) == 0
+    assert f"{most} frames remembered" in capsys.readouterr().out
+    assert command_line(plan, [*asked, "--window", str(most + 1)]) == 2
+    assert f"768 positions: {most} frames or less" in capsys.readouterr().err
+
+
 def test_what_prunes_more_takes_less() -> None:
     frames = [
         forecast_device(device, Wanted(cfg=molmo2_4b(), precision=PRESETS["edge"], keep=keep))

@@ -169,6 +169,24 @@ def test_a_mean_is_of_one_stage_and_of_what_can_be_read(folder: Path) -> None:
         run.save_whole()
 
 
+def test_a_changed_byte_is_no_weight(folder: Path) -> None:
+    run = make_run(folder)
+    newest = run.save()
+    part = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    whole = part.read_bytes()
+    middle = len(whole) // 2
+    part.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    for read in (run.resume, lambda: checkpoints.mean_weights(folder, 1)):
+        with pytest.raises(CheckpointError, match="not the bytes that were saved") as caught:
+            read()
+        assert caught.value.where == str(part)
+    index = newest / "process-00000.json"
+    own = json.loads(index.read_text())
+    del own["crc32"]  # as an older one
+    index.write_text(json.dumps(own))
+    assert checkpoints.mean_weights(folder, 1)
+
+
 def test_moments_and_random_numbers_are_stored(folder: Path) -> None:
     path = checkpoints.latest(folder)
     assert path is not None

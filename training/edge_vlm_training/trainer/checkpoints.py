@@ -23,7 +23,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from edge_vlm_training.trainer.distributed import Ranks, whole
 from edge_vlm_training.trainer.optimizer import Updater
 
 CHECKPOINTS, WHOLE, RUN = "checkpoints", "checkpoint", "run.json"
+PIECE = 1 << 20
 MOST = 1e12
 """Steps, and seconds of training."""
 _STEP = re.compile(r"step-(\d{8})")
@@ -115,7 +117,12 @@ def save(
         tensors = _tensors(weights, updater, progress.stage_step)
         with _without_advice():
             save_sharded(tensors, checkpoint_id=partial, no_dist=ranks.size == 1)
-        own = {**dataclasses.asdict(sources), "random": _random_state(ranks)}
+        written = [*partial.glob(f"__{ranks.rank}_*"), *([partial / INDEX] * ranks.leads)]
+        own = {
+            **dataclasses.asdict(sources),
+            "random": _random_state(ranks),
+            "crc32": {file.name: _crc32(file) for file in written},
+        }
         (partial / _process_file(ranks.rank)).write_text(json.dumps(own))
         if ranks.leads:
             run = {**dataclasses.asdict(progress), "processes": ranks.size}
@@ -146,7 +153,9 @@ def progress_of(path: Path) -> Progress:
     try:
         found = {name: run[name] for name in Progress.__dataclass_fields__}
     except KeyError as error:
-        raise CheckpointError(f"its {RUN} lacks {error}", where=path) from error
+        raise CheckpointError(
+            f"its {RUN} lacks {error}", where=path, remedy=_before(path)
+        ) from error
     for name, value in found.items():
         kinds = (int, float) if name in ("seconds", "stage_s") else (int,)
         if type(value) not in kinds or not 0 <= value <= MOST:
@@ -169,6 +178,7 @@ def load(path: Path, ranks: Ranks, weights: dict[str, Tensor], updater: Updater)
     states = [_read_json(path / _process_file(rank)) for rank in range(run["processes"])]
     tensors = _tensors(weights, updater, run["stage_step"])
     _check_names(path, tensors)
+    _require_intact(path, range(ranks.rank, run["processes"], ranks.size))
     _fill(tensors, path, one=ranks.size == 1)
     if run["processes"] == ranks.size:
         _set_random_state(states[ranks.rank]["random"], ranks)
@@ -212,8 +222,31 @@ def _weights_of(path: Path, prefix: str) -> dict[str, Tensor]:
         if isinstance(meta, TensorStorageMetadata)
     }
     if tensors:
+        _require_intact(path, range(_read_json(path / RUN)["processes"]))
         _fill(tensors, path, one=True)
     return {name.removeprefix(key): tensor for name, tensor in tensors.items()}
+
+
+def _require_intact(path: Path, processes: Iterable[int]) -> None:
+    """That the files these processes wrote hold what they wrote; older checkpoints do not say.
+    Raises CheckpointError."""
+    for process in processes:
+        for name, crc32 in _read_json(path / _process_file(process)).get("crc32", {}).items():
+            file = path / Path(name).name
+            if not file.exists() or _crc32(file) != crc32:
+                raise CheckpointError(
+                    "the checkpoint cannot be read: not the bytes that were saved",
+                    where=file,
+                    remedy=_before(path),
+                )
+
+
+def _crc32(path: Path) -> int:
+    crc32 = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            crc32 = zlib.crc32(piece, crc32)
+    return crc32
 
 
 def _fill(tensors: dict[str, Tensor], path: Path, *, one: bool) -> None:
@@ -223,9 +256,9 @@ def _fill(tensors: dict[str, Tensor], path: Path, *, one: bool) -> None:
             load_sharded(tensors, checkpoint_id=path, no_dist=one)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"the checkpoint cannot be read: {_causes(error)[0]}",
+            f"the checkpoint cannot be read: {_causes(error)[0]!r}",
             where=path,
-            remedy=f"remove it to go on with the others in {path.parent}",
+            remedy=_before(path),
         ) from error
 
 
@@ -316,7 +349,7 @@ def _process_file(rank: int) -> str:
 
 
 def _before(path: Path) -> str:
-    return f"remove it to resume from the one before in {path.parent}"
+    return f"remove it to go on from the one before in {path.parent}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
