@@ -222,7 +222,7 @@ def _weights_of(path: Path, prefix: str) -> dict[str, Tensor]:
         if isinstance(meta, TensorStorageMetadata)
     }
     if tensors:
-        _require_intact(path, range(_read_json(path / RUN)["processes"]))
+        _require_intact(path, range(len(list(path.glob("process-*.json")))))
         _fill(tensors, path, one=True)
     return {name.removeprefix(key): tensor for name, tensor in tensors.items()}
 
@@ -231,9 +231,13 @@ def _require_intact(path: Path, processes: Iterable[int]) -> None:
     """That the files these processes wrote hold what they wrote; older checkpoints do not say.
     Raises CheckpointError."""
     for process in processes:
-        for name, crc32 in _read_json(path / _process_file(process)).get("crc32", {}).items():
+        own = path / _process_file(process)
+        told = _read_json(own).get("crc32", {})
+        if not isinstance(told, dict):
+            raise CheckpointError("its crc32 is no object", where=own, remedy=_before(path))
+        for name, crc32 in told.items():
             file = path / Path(name).name
-            if not file.exists() or _crc32(file) != crc32:
+            if not file.is_file() or _crc32(file) != crc32:
                 raise CheckpointError(
                     "the checkpoint cannot be read: not the bytes that were saved",
                     where=file,
