@@ -159,6 +159,20 @@ def test_a_bad_folder_is_one_line(
     assert str(folder) in printed.err
 
 
+def test_a_run_s_folder_leads_to_its_checkpoint_and_not_to_what_is_unfinished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, hint in (
+        ("checkpoint.before", "point to a model's folder"),
+        ("checkpoint.partial", "point to a model's folder"),
+        ("final", f"take {tmp_path / 'final'}"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        assert cli.main(["inspect", str(tmp_path)]) == 3
+        assert hint in capsys.readouterr().err
+
+
 def test_the_command_itself_needs_no_torch() -> None:
     """A folder that holds no weights is described, or refused, where torch is not installed."""
     code = (

@@ -21,6 +21,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCORER = "scorer.safetensors"
 """A scorer beside a hub folder's weights, where transformers does not look."""
 REMEDY = "fetch or save the folder again, as whole safetensors files"
+UNFINISHED, REPLACED = ".partial", ".before"
+"""What the names of folders end in that a training run is writing, or has just replaced."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER_BYTES = 100_000_000
 _BYTES = {
@@ -98,7 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        inside = [p.parent for p in sorted(path.parent.glob(f"*/{path.name}"))]
+        found = [p.parent for p in sorted(path.parent.glob(f"*/{path.name}"))]
+        inside = [p for p in found if p.suffix not in (UNFINISHED, REPLACED)]
         remedy = f"take {inside[0]}" if inside else "point to a model's folder"
         raise CheckpointError(
             f"there is no {path.name}", where=path.parent, remedy=remedy

@@ -1,17 +1,19 @@
 """Runs on batches made by hand. As a program it is what `torchrun` starts in each process:
 
-torchrun --nproc-per-node 2 -m tests.training.trainer.runs FOLDER [resume]
+torchrun --nproc-per-node 2 -m tests.training.trainer.runs FOLDER [damaged] [resume]
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from edge_vlm.errors import CheckpointError
 from edge_vlm.model.video_lm import VideoLM
 from edge_vlm.presets import tiny
 from edge_vlm.text.prompt import PromptFormat
@@ -19,6 +21,7 @@ from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm_training.recipes.base import Recipe
 from edge_vlm_training.recipes.molmo2 import stts_smoke
 from edge_vlm_training.recipes.overrides import override
+from edge_vlm_training.trainer import checkpoints
 from edge_vlm_training.trainer.distributed import Ranks, join_ranks
 from edge_vlm_training.trainer.loop import Run
 from edge_vlm_training.trainer.progress import LOG, Reporter
@@ -60,10 +63,31 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
+def older(path: Path) -> None:
+    """Makes a checkpoint one of those before there were checksums."""
+    for file in path.glob("*.json"):
+        data = json.loads(file.read_text())
+        file.write_text(json.dumps({k: v for k, v in data.items() if not k.endswith("crc32")}))
+
+
+def refuse_the_newest(run: Run) -> None:
+    """Leaves what each process says of the newest checkpoint in a file, and removes it."""
+    try:
+        run.resume()
+    except CheckpointError as error:
+        (run.folder / f"refused-{run.ranks.rank}").write_text(str(error))
+    run.ranks.wait()
+    if run.ranks.leads and (newest := checkpoints.latest(run.folder)):
+        shutil.rmtree(newest)
+    run.ranks.wait()
+
+
 def main(folder: str, *options: str) -> None:
     recipe = override(RECIPE, ["activation_checkpointing=true"])
     with join_ranks("cpu") as ranks:
         run = make_run(Path(folder), recipe, ranks)
+        if "damaged" in options:
+            refuse_the_newest(run)
         if "resume" in options:
             run.resume()
         go(run)

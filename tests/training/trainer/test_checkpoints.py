@@ -6,6 +6,7 @@ import errno
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm_training.recipes.overrides import override
 from edge_vlm_training.trainer import checkpoints
 from edge_vlm_training.trainer.checkpoints import Progress
-from tests.training.trainer.runs import RECIPE, make_run
+from tests.training.trainer.runs import RECIPE, go, make_run, older
 
 NAME = "exp_avg/scorer.fc1.weight"
 
@@ -59,6 +60,7 @@ def test_missing_misshapen_and_unknown_entries_are_named(folder: Path) -> None:
     del tensors[NAME]
     tensors["weight/scorer.fc3.bias"] = torch.zeros(7)
     tensors["weight/gone"] = torch.zeros(1)
+    older(path)  # it would be refused as changed
     save(tensors, checkpoint_id=path, no_dist=True)
     with pytest.raises(WeightNamesError, match=f"lacks {NAME}.*unknown weight/gone") as caught:
         make_run(folder).resume()
@@ -169,22 +171,110 @@ def test_a_mean_is_of_one_stage_and_of_what_can_be_read(folder: Path) -> None:
         run.save_whole()
 
 
-def test_a_changed_byte_is_no_weight(folder: Path) -> None:
-    run = make_run(folder)
-    newest = run.save()
-    part = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
-    whole = part.read_bytes()
-    middle = len(whole) // 2
-    part.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    for read in (run.resume, lambda: checkpoints.mean_weights(folder, 1)):
-        with pytest.raises(CheckpointError, match="not the bytes that were saved") as caught:
+def test_what_is_not_in_the_mean_may_be_broken(folder: Path) -> None:
+    run = make_run(folder, override(RECIPE, ["keep_last=3"]))
+    for step in (10, 20):
+        run.at = Progress(step)
+        run.save()
+    (folder / "checkpoints" / "step-00000000" / "run.json").write_text("")
+    assert checkpoints.mean_weights(folder, 2)
+    with pytest.raises(CheckpointError, match=r"cannot be read.*step-00000000/run\.json"):
+        checkpoints.mean_weights(folder, 3)
+
+
+def test_the_mean_that_is_saved_along_a_training_has_the_newest_weights_in_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["steps=2", "save_every=0", "sample_every=0", "whole_every=1", "average_last=2"]
+    run = make_run(folder, override(RECIPE, options))
+    shutil.rmtree(folder / "checkpoints")
+    learned, saved = [], []
+    save_whole = run.save_whole
+
+    def recorded() -> Path:
+        path = save_whole()
+        learned.append(run.model.llm.embed.weight.detach().clone())
+        saved.append(load_checkpoint(path).llm.embed.weight.detach())
+        return path
+
+    monkeypatch.setattr(run, "save_whole", recorded)
+    go(run)
+    assert not torch.allclose(learned[0], learned[1])
+    torch.testing.assert_close(saved[0], learned[0])
+    torch.testing.assert_close(saved[1], (learned[0] + learned[1]) / 2)
+
+
+def readers(folder: Path) -> list[Callable[[], object]]:
+    return [
+        make_run(folder).resume,
+        lambda: checkpoints.mean_weights(folder, 1),
+        lambda: checkpoints.stored_weights(folder, ""),
+    ]
+
+
+def newest(folder: Path) -> Path:
+    path = checkpoints.latest(folder)
+    assert path is not None
+    return path
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.json", "process-00000.json"])
+def test_a_changed_bit_is_refused(folder: Path, name: str) -> None:
+    path = newest(folder)
+    file = path / name
+    whole = file.read_bytes()
+    at = {  # a number of the run, a random one, a name of the index, a weight
+        "run.json": whole.find(b'"stage_s": 0.0') + len('"stage_s": '),
+        "process-00000.json": whole.find(b'"cpu": "') + 40,
+        ".metadata": whole.find(b"TensorStorageMetadata"),
+    }.get(name, len(whole) // 2)
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for read in readers(folder):
+        with pytest.raises(
+            CheckpointError, match=r"not the bytes that were saved.*remove step"
+        ) as e:
             read()
-        assert caught.value.where == str(part)
-    index = newest / "process-00000.json"
-    own = json.loads(index.read_text())
-    del own["crc32"]  # as an older one
-    index.write_text(json.dumps(own))
-    assert checkpoints.mean_weights(folder, 1)
+        assert e.value.where == str(file)
+
+
+def test_a_checkpoint_without_checksums_is_read_as_it_is(folder: Path) -> None:
+    path = newest(folder)
+    (path / "process-00000.copy.json").write_text("no file of a checkpoint's")
+    for read in readers(folder):
+        read()
+    (path / "process-00000.copy.json").unlink()
+    older(path)
+    assert not [file for file in path.glob("*.json") if "crc32" in file.read_text()]
+    for read in readers(folder):
+        read()
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.json", "process-00000.json"])
+def test_a_file_that_the_disk_does_not_give_is_a_clear_error(folder: Path, name: str) -> None:
+    file = newest(folder) / name
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # a regular file of which no byte can be read
+    for read in readers(folder):
+        with pytest.raises(
+            CheckpointError, match=r"cannot be read: .*Errno.*remove step"
+        ) as caught:
+            read()
+        assert caught.value.where == str(file)
+
+
+def test_each_process_s_file_has_to_be_there(folder: Path) -> None:
+    path = newest(folder)
+    (path / "process-00000.json").unlink()
+    for read in readers(folder):
+        with pytest.raises(CheckpointError, match=r"cannot be read.*process-00000"):
+            read()
+
+
+def test_a_checkpoint_is_of_the_step_in_its_name(folder: Path) -> None:
+    path = newest(folder)
+    path.rename(path.with_name("step-00000007"))
+    with pytest.raises(CheckpointError, match=r"of step 0 .*step-00000007"):
+        make_run(folder).resume()
 
 
 def test_moments_and_random_numbers_are_stored(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,11 @@ def in_two_processes(folder: Path, *options: str) -> None:
     run = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         capture_output=True,
         text=True,
         timeout=540,
@@ -48,9 +53,14 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     for name, tensor in one.weights().items():
         torch.testing.assert_close(gathered[name], tensor.detach(), rtol=1e-3, atol=1e-5)
 
-    # Killed behind step 2, they come to the same losses again.
-    shutil.rmtree(checkpoints.latest(two) or two)
-    in_two_processes(two, "resume")
+    # What the second of them finds wrong with the newest checkpoint, both refuse alike. Without it,
+    # from step 2 on, they come to the same losses again.
+    damaged = (checkpoints.latest(two) or two) / "__1_0.distcp"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    in_two_processes(two, "damaged", "resume")
+    refused = [(two / f"refused-{rank}").read_text() for rank in (0, 1)]
+    assert f"not the bytes that were saved ({damaged}): remove step-00000004" in refused[0]
+    assert refused[0] == refused[1]
     assert [line["loss"] for line in reports(two)] == [line["loss"] for line in shared]
 
     # So does a single process that goes on from what the two had saved.

@@ -18,13 +18,12 @@ import base64
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +37,23 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from edge_vlm.errors import CheckpointError, WeightNamesError
 from edge_vlm.errors.export import NoSpaceLeft
-from edge_vlm.json_text import parse_json
+from edge_vlm.model.published.files import REPLACED, UNFINISHED
 from edge_vlm.model.published.torch_files import INDEX, require_harmless
 from edge_vlm_training.data.packing.stream import merge_states
 from edge_vlm_training.trainer.distributed import Ranks, whole
+from edge_vlm_training.trainer.integrity import (
+    RUN,
+    before,
+    process_file,
+    process_text,
+    read_run,
+    read_states,
+    require_intact,
+    run_text,
+)
 from edge_vlm_training.trainer.optimizer import Updater
 
-CHECKPOINTS, WHOLE, RUN = "checkpoints", "checkpoint", "run.json"
-PIECE = 1 << 20
+CHECKPOINTS, WHOLE = "checkpoints", "checkpoint"
 MOST = 1e12
 """Steps, and seconds of training."""
 _STEP = re.compile(r"step-(\d{8})")
@@ -90,6 +98,10 @@ def _finished(folder: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if _STEP.fullmatch(p.name)) if root.is_dir() else []
 
 
+def _folder_of(step: int) -> str:
+    return f"step-{step:08}"
+
+
 def save(
     folder: Path,
     ranks: Ranks,
@@ -105,7 +117,7 @@ def save(
     the one before is intact then.
     """
     root = folder / CHECKPOINTS
-    final = root / f"step-{progress.step:08}"
+    final = root / _folder_of(progress.step)
     partial = final.with_suffix(".partial")
     try:
         if ranks.leads:
@@ -118,15 +130,12 @@ def save(
         with _without_advice():
             save_sharded(tensors, checkpoint_id=partial, no_dist=ranks.size == 1)
         written = [*partial.glob(f"__{ranks.rank}_*"), *([partial / INDEX] * ranks.leads)]
-        own = {
-            **dataclasses.asdict(sources),
-            "random": _random_state(ranks),
-            "crc32": {file.name: _crc32(file) for file in written},
-        }
-        (partial / _process_file(ranks.rank)).write_text(json.dumps(own))
+        state = {**dataclasses.asdict(sources), "random": _random_state(ranks)}
+        own = process_text(state, written)
+        (partial / process_file(ranks.rank)).write_text(own)
+        sums = ranks.gather(zlib.crc32(own.encode()))
         if ranks.leads:
-            run = {**dataclasses.asdict(progress), "processes": ranks.size}
-            (partial / RUN).write_text(json.dumps(run))
+            (partial / RUN).write_text(run_text(dataclasses.asdict(progress), sums))
         ranks.wait()
         if ranks.leads:
             if final.exists():
@@ -149,19 +158,23 @@ def save(
 
 def progress_of(path: Path) -> Progress:
     """How far the run of a checkpoint was. Raises CheckpointError if it cannot be read."""
-    run = _read_json(path / RUN)
+    run = read_run(path)
     try:
         found = {name: run[name] for name in Progress.__dataclass_fields__}
     except KeyError as error:
         raise CheckpointError(
-            f"its {RUN} lacks {error}", where=path, remedy=_before(path)
+            f"its {RUN} lacks {error}", where=path, remedy=before(path)
         ) from error
     for name, value in found.items():
         kinds = (int, float) if name in ("seconds", "stage_s") else (int,)
         if type(value) not in kinds or not 0 <= value <= MOST:
             raise CheckpointError(
-                f"its {RUN} says {name} = {value!r:.60}", where=path, remedy=_before(path)
+                f"its {RUN} says {name} = {value!r:.60}", where=path, remedy=before(path)
             )
+    if path.name != _folder_of(found["step"]):
+        raise CheckpointError(
+            f"its {RUN} is of step {found['step']}", where=path, remedy=before(path)
+        )
     return Progress(**found)
 
 
@@ -172,15 +185,16 @@ def load(path: Path, ranks: Ranks, weights: dict[str, Tensor], updater: Updater)
     which wrote it; dropout then draws other numbers.
 
     Raises WeightNamesError listing what the checkpoint lacks, holds beyond the model or has in
-    another shape; CheckpointError if it cannot be read.
+    another shape; CheckpointError if it cannot be read. All processes raise what one of them found.
     """
-    run = _read_json(path / RUN)
-    states = [_read_json(path / _process_file(rank)) for rank in range(run["processes"])]
-    tensors = _tensors(weights, updater, run["stage_step"])
-    _check_names(path, tensors)
-    _require_intact(path, range(ranks.rank, run["processes"], ranks.size))
+    with ranks.together():
+        states = read_states(path)
+        require_intact(path, states, INDEX)
+        tensors = _tensors(weights, updater, progress_of(path).stage_step)
+        _check_names(path, tensors)
+        require_intact(path, states[ranks.rank :: ranks.size])
     _fill(tensors, path, one=ranks.size == 1)
-    if run["processes"] == ranks.size:
+    if len(states) == ranks.size:
         _set_random_state(states[ranks.rank]["random"], ranks)
     return Sources(merge_states([s["stream"] for s in states]), states[0]["curriculum"])
 
@@ -198,8 +212,15 @@ def mean_weights(folder: Path, number: int) -> dict[str, Tensor]:
     Averages along a training end where a falling learning rate would, or better (arXiv 1803.05407).
     Raises CheckpointError if one cannot be read or holds other weights than the rest.
     """
-    stages = {path: progress_of(path).stage for path in _finished(folder)}
-    paths = [path for path, stage in stages.items() if stage == max(stages.values())][-number:]
+    paths: list[Path] = []
+    stages = set()
+    for path in reversed(_finished(folder)):
+        stages.add(progress_of(path).stage)
+        if len(stages) > 1:
+            break
+        paths.insert(0, path)
+        if len(paths) == number:  # older ones need not be readable
+            break
     mean: dict[str, Tensor] = {}
     for count, path in enumerate(paths, 1):
         found = _weights_of(path, "")
@@ -214,6 +235,8 @@ def mean_weights(folder: Path, number: int) -> dict[str, Tensor]:
 
 
 def _weights_of(path: Path, prefix: str) -> dict[str, Tensor]:
+    states = read_states(path)
+    require_intact(path, states, INDEX)
     key = f"{_WEIGHT}{prefix}"
     stored = {n: m for n, m in _stored(path).items() if n.startswith(key)}
     tensors = {
@@ -222,35 +245,9 @@ def _weights_of(path: Path, prefix: str) -> dict[str, Tensor]:
         if isinstance(meta, TensorStorageMetadata)
     }
     if tensors:
-        _require_intact(path, range(len(list(path.glob("process-*.json")))))
+        require_intact(path, states)
         _fill(tensors, path, one=True)
     return {name.removeprefix(key): tensor for name, tensor in tensors.items()}
-
-
-def _require_intact(path: Path, processes: Iterable[int]) -> None:
-    """That the files these processes wrote hold what they wrote; older checkpoints do not say.
-    Raises CheckpointError."""
-    for process in processes:
-        own = path / _process_file(process)
-        told = _read_json(own).get("crc32", {})
-        if not isinstance(told, dict):
-            raise CheckpointError("its crc32 is no object", where=own, remedy=_before(path))
-        for name, crc32 in told.items():
-            file = path / Path(name).name
-            if not file.is_file() or _crc32(file) != crc32:
-                raise CheckpointError(
-                    "the checkpoint cannot be read: not the bytes that were saved",
-                    where=file,
-                    remedy=_before(path),
-                )
-
-
-def _crc32(path: Path) -> int:
-    crc32 = 0
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            crc32 = zlib.crc32(piece, crc32)
-    return crc32
 
 
 def _fill(tensors: dict[str, Tensor], path: Path, *, one: bool) -> None:
@@ -262,7 +259,7 @@ def _fill(tensors: dict[str, Tensor], path: Path, *, one: bool) -> None:
         raise CheckpointError(
             f"the checkpoint cannot be read: {_causes(error)[0]!r}",
             where=path,
-            remedy=_before(path),
+            remedy=before(path),
         ) from error
 
 
@@ -279,16 +276,16 @@ def save_whole(
         full = whole(tensor.detach())
         if ranks.leads:
             gathered[name] = full.float().cpu()
-    if ranks.leads:
-        partial, before = folder / f"{WHOLE}.partial", folder / f"{WHOLE}.before"
-        for left_over in (partial, before):
-            shutil.rmtree(left_over, ignore_errors=True)
-        write(partial, gathered)
-        if final.exists():
-            os.replace(final, before)
-        os.replace(partial, final)
-        shutil.rmtree(before, ignore_errors=True)
-    ranks.wait()
+    with ranks.together():
+        if ranks.leads:
+            partial, old = folder / f"{WHOLE}{UNFINISHED}", folder / f"{WHOLE}{REPLACED}"
+            for left_over in (partial, old):
+                shutil.rmtree(left_over, ignore_errors=True)
+            write(partial, gathered)
+            if final.exists():
+                os.replace(final, old)
+            os.replace(partial, final)
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -301,12 +298,16 @@ def _stored(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, by name."""
     require_harmless(path / INDEX)
     try:
-        return dict(FileSystemReader(path).read_metadata().state_dict_metadata)
+        stored = dict(FileSystemReader(path).read_metadata().state_dict_metadata)
+        for meta in stored.values():  # without checksums nothing else says that it is in order
+            if isinstance(meta, TensorStorageMetadata):
+                torch.empty(meta.size, dtype=meta.properties.dtype, device="meta")
+        return {str(name): meta for name, meta in stored.items()}
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint's index cannot be read: {error}",
             where=path,
-            remedy=f"remove it to resume from the one before in {path.parent}",
+            remedy=before(path),
         ) from error
 
 
@@ -346,28 +347,6 @@ def _causes(error: BaseException) -> list[BaseException]:
     if isinstance(error, CheckpointException):
         return [cause for cause, _ in error.failures.values()]
     return [error]
-
-
-def _process_file(rank: int) -> str:
-    return f"process-{rank:05}.json"
-
-
-def _before(path: Path) -> str:
-    return f"remove it to go on from the one before in {path.parent}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = parse_json(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint's {path.name} cannot be read: {error}",
-            where=path,
-            remedy=f"remove {path.parent.name} to resume from the one before",
-        ) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name} holds no object", where=path)
-    return data
 
 
 def _random_state(ranks: Ranks) -> dict[str, str]:

@@ -12,6 +12,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, EdgeVlmError
 from edge_vlm.model.video_lm import VideoLM
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,27 @@ class Ranks:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def gather(self, value: _T) -> list[_T]:
+        """`value` of every process, by rank; every process has to call this."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What one process raises inside, an EdgeVlmError, all raise: none goes on alone and waits
+        for one that has failed. Every process has to come here."""
+        own = None
+        try:
+            yield
+        except EdgeVlmError as error:
+            own = error
+        raised = [error for error in self.gather(own) if error is not None]
+        if own is not None or raised:
+            raise own or raised[0]
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

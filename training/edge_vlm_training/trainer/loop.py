@@ -135,7 +135,8 @@ class Run:
             ) from error
 
     def _go_on_from(self, path: Path) -> None:
-        at = checkpoints.progress_of(path)
+        with self.ranks.together():
+            at = checkpoints.progress_of(path)
         self.at = dataclasses.replace(at, step=at.step - at.stage_step)
         self._close()
         self._enter(at.stage)
