@@ -21,6 +21,10 @@ PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-r
 # of those that test rewrite each test again.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Tests make and drop many arrays. On huge pages that is a fraction of the page faults, which in a
+# virtual machine can take more time than the tests themselves. Other systems than glibc's ignore it.
+quick test: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: help demo serve quick test tests docs lint style types unit clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help

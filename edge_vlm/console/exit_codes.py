@@ -14,7 +14,8 @@ _BRANCH = re.compile(
 
 BESIDES = {
     0: "done; `serve` and a watched camera end so after Ctrl-C too",
-    1: "a bug of ours; `doctor`: serving needs something that is missing; `plan`: it does not fit",
+    1: "a bug of ours; `doctor`: serving needs something that is missing; `plan`: it"
+    " does not fit, or a forecast of `--check` is off",
     2: "the command line is wrong: one line says what, and the closest option",
     130: "stopped by Ctrl-C before the end",
     141: "nobody reads the output any more, as `edge-vlm ... | head` ends",

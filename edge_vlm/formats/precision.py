@@ -1,9 +1,9 @@
 """In which number formats a bundle computes, and for which runtime its graphs are written.
 
-Five choices make a `Precision`: the format of everything that is not quantised, what the weights of
+Six choices make a `Precision`: the format of everything that is not quantised, what the weights of
 the vision blocks, of the language blocks and of the language head become, and how the embedding
-table is stored. Those with a name of their own are in `PRESETS`; `base=float16,llm=int4` spells any
-other.
+table and the cache of keys and values are stored. Those with a name of their own are in `PRESETS`;
+`base=float16,llm=int4` spells any other, and `int4,cache=float16` changes a preset.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ VIT = ("base", "int8")
 LLM = ("base", "int8", "int4")
 HEAD = ("base", "int8", "int4")
 EMBED = ("float32", "float16")
+CACHE = ("base", "float16")
 VIT_PRODUCTS = frozenset(["q", "k", "v", "o", "fc1", "fc2"])
 LLM_PRODUCTS = frozenset(["q", "k", "v", "o", "gate", "up", "down"])
 """Modules of a block whose weights are quantised."""
@@ -59,23 +60,27 @@ class Precision:
     """`int8`: weights of the language head, by output row; `int4`: in blocks."""
     embed: str = "float32"
     """`float16`: the table of token embeddings, half as large; it is no part of any graph."""
+    cache: str = "base"
+    """`float16`: keys and values of the past, half as large; they are computed with as `base` is."""
 
     def __post_init__(self) -> None:
         for field, allowed in (
             *(("base", BASES), ("vit", VIT), ("llm", LLM)),
-            *(("head", HEAD), ("embed", EMBED)),
+            *(("head", HEAD), ("embed", EMBED), ("cache", CACHE)),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
-                    f"precision {field}={getattr(self, field)!r}: must be one of {allowed}"
+                    f"precision {field}={getattr(self, field)}: must be one of {', '.join(allowed)}"
                 )
 
     @property
     def label(self) -> str:
-        """The preset's name, or the choices that differ from float32."""
+        """The preset's name, and its cache if that is another, or what differs from float32."""
         for name, preset in PRESETS.items():
             if preset == self:
                 return name
+            if dataclasses.replace(preset, cache=self.cache) == self:
+                return f"{name},cache={self.cache}"
         return ",".join(
             f"{field}={value}"
             for field, value in self.to_dict().items()
@@ -83,12 +88,20 @@ class Precision:
         )
 
     @property
+    def cache_format(self) -> str:
+        return self.base if self.cache == "base" else self.cache
+
+    @property
     def needs_ranges(self) -> bool:
         """It cannot be chosen without having seen how large the activations become."""
         return self.base == "float16" or self.vit == "int8"
 
     def to_dict(self) -> dict[str, str]:
-        return dataclasses.asdict(self)
+        """Without `cache` where it is as the rest, so that earlier versions read what they know."""
+        fields = dataclasses.asdict(self)
+        if self.cache == FP32.cache:
+            del fields["cache"]
+        return fields
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Precision:
@@ -97,20 +110,24 @@ class Precision:
 
     @classmethod
     def parse(cls, text: str) -> Precision:
-        """A preset's name or some of `base=...,vit=...,llm=...,head=...,embed=...`.
+        """A preset's name, some of `base=...,vit=...,llm=...,head=...,embed=...,cache=...`, or both.
 
         Raises ValueError.
         """
-        if text in PRESETS:
-            return PRESETS[text]
-        choices = [item.partition("=") for item in text.split(",")]
+        name, _, changes = text.partition(",")
+        if name in PRESETS:
+            start, items = PRESETS[name], changes.split(",") if changes else []
+        else:
+            start, items = FP32, text.split(",")
+        choices = [item.partition("=") for item in items]
         fields = {field.name for field in dataclasses.fields(cls)}
         if not all(equals and name in fields for name, equals, _ in choices):
             raise ValueError(
                 f"unknown precision {text!r}: one of {', '.join(PRESETS)}, "
-                f"or some of {', '.join(f'{field}=...' for field in sorted(fields))}"
+                f"or some of {', '.join(f'{field}=...' for field in sorted(fields))}, or "
+                "one of the former and, behind a comma, some of the latter"
             )
-        return cls(**{name: value for name, _, value in choices})
+        return dataclasses.replace(start, **{name: value for name, _, value in choices})
 
 
 FP32 = Precision()

@@ -87,7 +87,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     precision.add_argument(
         "--precision",
         default="fp32",
-        help=f"{', '.join(PRESETS)}, or some of base=...,vit=...,llm=...,head=...,embed=... "
+        help=f"{', '.join(PRESETS)}, or some of "
+        "base=...,vit=...,llm=...,head=...,embed=...,cache=..., or both (int4,cache=float16) "
         "(default: fp32)",
     )
     precision.add_argument(

@@ -103,11 +103,11 @@ def graph_specs(
     if images is not None:
         specs.append(_image_encoder(cfg, images))
     if kv_layout(variant, cfg) is KVLayout.HEAD_MAJOR:
-        specs.append(_llm_in_place(cfg, limits, precision.base))
+        specs.append(_llm_in_place(cfg, limits, precision.cache_format))
     else:
-        specs.append(_llm(cfg, limits, precision.base))
+        specs.append(_llm(cfg, limits, precision.cache_format))
         if kv_form is KVForm.BOTH:
-            specs.append(_llm(cfg, limits, precision.base, decode=True))
+            specs.append(_llm(cfg, limits, precision.cache_format, decode=True))
     return {spec.name: spec for spec in specs}
 
 

@@ -44,6 +44,8 @@ MOVEMENT = frozenset(
     ]
 )
 """Operators that move values without changing them: they take the format of what they move."""
+IN_PLACE = "GroupQueryAttention"
+"""Reads and writes one buffer, which is of its own format."""
 PRECISE_OPS = {
     "LayerNormalization": "normalisation",
     "Softmax": "softmax",
@@ -142,6 +144,8 @@ def plan_graph(
         dtype, reason = "float32", "precision fp32"
         if node.op_type in MOVEMENT:
             dtype, reason = "as input", "moves values only"
+        elif node.op_type == IN_PLACE and precision.cache == "float16":
+            dtype, reason = "float16", "adds to a cache of float16"
         elif precision.base == "float16":
             dtype, reason = _half_or_single(node, spec, seen, node in rotations)
         weights, activations, why = _integers(node, precision, ranges, products or {})
@@ -156,7 +160,7 @@ def plan_graph(
                 reason=reason if why is None else f"{reason}; {why}",
             )
         )
-    if precision.base == "float16":
+    if precision.cache_format == "float16":
         _require_cache_in_range(spec, ranges)
     return tuple(plans)
 
@@ -269,7 +273,7 @@ def _require_cache_in_range(spec: GraphSpec, ranges: Mapping[str, float]) -> Non
             raise RangeFp16(
                 f"{tensor.name} of graph {spec.name} reached {seen:.0f} on the footage, float16 "
                 f"is trusted up to {FP16_LIMIT:.0f}",
-                remedy="export with base=float32",
+                remedy="export with base=float32 and without cache=float16",
             )
 
 

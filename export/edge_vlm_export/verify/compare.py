@@ -53,7 +53,8 @@ class Comparison:
 def coarsest(graph: str, precision: Precision) -> str:
     """The coarsest format among a graph's weights and activations."""
     used = [precision.base]
-    used += [precision.llm, precision.head] if graph.startswith("llm") else [precision.vit]
+    language = [precision.llm, precision.head, precision.cache]
+    used += language if graph.startswith("llm") else [precision.vit]
     return min(used, key=lambda kind: COSINES.get(kind, 1.0))
 
 

@@ -22,6 +22,8 @@ def read_comparable(path: Path) -> dict[str, Any]:
     """As `read_record`; raises ConfigError also where a part is missing that is compared."""
     record = read_record(path)
     try:
+        if not record["model"]["shape"].items():
+            raise ValueError("the model has no shape")
         comparison(record, record)
         if not figures(record):
             raise ValueError("no figure in it")

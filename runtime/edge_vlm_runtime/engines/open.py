@@ -59,7 +59,8 @@ class OpenGraphs:
 
 def reads_many_bytes(bundle: EngineBundle) -> bool:
     """Whether its weights are put on huge pages."""
-    return sum(file.stat().st_size for file in bundle.path.glob("graphs/*")) >= MANY_BYTES
+    files = (file for file in bundle.path.glob("graphs/*") if file.is_file())
+    return sum(file.stat().st_size for file in files) >= MANY_BYTES
 
 
 def open_graphs(

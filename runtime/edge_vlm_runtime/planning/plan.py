@@ -92,7 +92,7 @@ def device_seconds(device: Device, precision: Precision) -> Seconds:
 def works_of(wanted: Wanted) -> dict[str, Work]:
     """Every stage at its place in a stream whose window is full."""
     cfg, precision = wanted.cfg, wanted.precision
-    size, language = _cache_value_bytes(precision), cfg.language
+    size, language = CACHE_VALUE_BYTES[precision.cache_format], cfg.language
     past = wanted.window_tokens
 
     def part(name: str, new: int) -> Work:
@@ -107,8 +107,7 @@ def works_of(wanted: Wanted) -> dict[str, Work]:
     }
 
 
-def _cache_value_bytes(precision: Precision) -> int:
-    return 2 if precision.base == "float16" else 4
+CACHE_VALUE_BYTES = {"float32": 4, "float16": 2}
 
 
 def memory_parts(wanted: Wanted) -> dict[str, int]:
@@ -116,7 +115,7 @@ def memory_parts(wanted: Wanted) -> dict[str, int]:
     cfg, precision = wanted.cfg, wanted.precision
     language, works = cfg.language, works_of(wanted)
     vision = works["vit_stem"].weight_bytes + works["vit_trunk"].weight_bytes
-    row = 2 * _cache_value_bytes(precision) * language.num_layers
+    row = 2 * CACHE_VALUE_BYTES[precision.cache_format] * language.num_layers
     row *= language.num_kv_heads * language.head_dim
     rows = wanted.window_tokens + QUESTION_TOKENS + ANSWER_TOKENS
     spec = GraphSpec(name="llm", inputs=(), outputs=(), dims={})
