@@ -68,6 +68,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "edge": {"precision": "edge", "kv_form": "both"},
     "ort-fp16": {"variant": "ort", "precision": "fp16"},
     "ort-int8": {"variant": "ort", "precision": "int8"},
+    "cache": {"precision": "cache=float16", "kv_form": "both"},
+    "ort-cache": {"variant": "ort", "precision": "int4,cache=float16"},
 }
 """Other exports of `tiny_checkpoint()`, by name: what differs from the plain one."""
 

@@ -61,7 +61,7 @@ class Precision:
     embed: str = "float32"
     """`float16`: the table of token embeddings, half as large; it is no part of any graph."""
     cache: str = "base"
-    """`float16`: keys and values of the past, half as large; they are computed with as `base` is."""
+    """`float16`: keys and values of the past are kept half as large."""
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -110,13 +110,14 @@ class Precision:
 
     @classmethod
     def parse(cls, text: str) -> Precision:
-        """A preset's name, some of `base=...,vit=...,llm=...,head=...,embed=...,cache=...`, or both.
+        """A preset's name, some of `base=...,vit=...,llm=...,head=...,embed=...,cache=...`, or a
+        name and some of these.
 
         Raises ValueError.
         """
-        name, _, changes = text.partition(",")
+        name, comma, changes = text.partition(",")
         if name in PRESETS:
-            start, items = PRESETS[name], changes.split(",") if changes else []
+            start, items = PRESETS[name], changes.split(",") if comma else []
         else:
             start, items = FP32, text.split(",")
         choices = [item.partition("=") for item in items]

@@ -64,11 +64,12 @@ def test_what_was_not_measured_is_not_trusted() -> None:
     assert (entry.dtype, entry.reason) == ("float32", "not measured")
 
 
-def test_a_cache_that_would_overflow_is_an_error() -> None:
+@pytest.mark.parametrize("precision", [HALF, Precision(cache="float16")])
+def test_a_cache_that_would_overflow_is_an_error(precision: Precision) -> None:
     model = load_graph(tiny_bundle() / "graphs" / "llm.onnx")
-    spec = graph_specs(tiny_config(), precision=HALF)["llm"]
+    spec = graph_specs(tiny_config(), precision=precision)["llm"]
     with pytest.raises(RangeFp16, match="new_k_1 of graph llm reached 40000"):
-        plan_graph(model.graph, spec, HALF, {"new_k_1": 40_000.0})
+        plan_graph(model.graph, spec, precision, {"new_k_1": 40_000.0})
 
 
 def _with_large_residual(model: ir.Model, ranges: dict[str, float], size: float) -> ir.Model:
@@ -144,7 +145,20 @@ def test_other_precisions_are_spelled_out() -> None:
     assert Precision.parse("fp32") == FP32
 
 
-@pytest.mark.parametrize("text", ["fp8", "llm=int3", "llm", "lm=int4", "", "llm=int4,"])
+def test_a_preset_with_another_cache() -> None:
+    precision = Precision.parse("int4,cache=float16")
+    assert precision == Precision(llm="int4", head="int8", embed="float16", cache="float16")
+    assert precision.label == "int4,cache=float16"
+    assert Precision.from_dict(precision.to_dict()) == precision
+    assert "cache" not in PRESETS["int4"].to_dict()
+    assert Precision.parse("fp16").cache_format == "float16"
+    with pytest.raises(ValueError, match="cache=int8: must be one of base, float16"):
+        Precision.parse("int4,cache=int8")
+
+
+@pytest.mark.parametrize(
+    "text", ["fp8", "llm=int3", "llm", "lm=int4", "", "llm=int4,", "int4,", "int4,edge"]
+)
 def test_unknown_precisions_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="precision"):
         Precision.parse(text)

@@ -9,6 +9,7 @@ import pytest
 
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import KVLayout, Variant
+from edge_vlm.memory import row_bytes
 from edge_vlm.pixels.frames import Frame
 from edge_vlm.pruning.policies import FrameTopK
 from edge_vlm_export.quantize.plan import PrecisionPlan
@@ -103,6 +104,16 @@ def test_an_in_place_cache_and_two_forms_are_told_by_the_manifest() -> None:
     bundle = EngineBundle.open(tiny_variant("both"))
     assert set(bundle.specs) == {"vit_stem", "vit_trunk", "llm", "llm_decode"}
     assert bundle.specs["llm_decode"].sizes("max")["s"] == 1
+
+
+@pytest.mark.parametrize("name", ["cache", "ort-cache"])
+def test_a_cache_of_float16_is_half_as_large(name: str) -> None:
+    bundle, other = (EngineBundle.open(tiny_variant(n)) for n in (name, "both"))
+    spec, plain = bundle.specs["llm"], other.specs["llm"]
+    kinds = {tensor.dtype for tensor in spec.tensors if tensor.name[-4:-1] in ("_k_", "_v_")}
+    assert kinds == {"float16"}
+    assert 2 * row_bytes(bundle.config.language, spec) == row_bytes(other.config.language, plain)
+    assert bundle.specs["vit_stem"] == other.specs["vit_stem"]
 
 
 def test_two_forms_share_one_file_of_weights() -> None:

@@ -27,7 +27,7 @@ def collapses() -> bool:
         area.write(bytes(size))
         start = ctypes.c_char.from_buffer(area)
         address = -(-ctypes.addressof(start) // HUGE) * HUGE
-        refused = ctypes.CDLL(None).madvise(ctypes.c_void_p(address), HUGE, collapse)
+        refused: int = ctypes.CDLL(None).madvise(ctypes.c_void_p(address), HUGE, collapse)
         del start
     return refused == 0
 

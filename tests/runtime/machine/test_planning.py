@@ -17,7 +17,7 @@ from edge_vlm.config import ModelConfig
 from edge_vlm.errors import ConfigError
 from edge_vlm.flops import language_flops, vision_flops
 from edge_vlm.formats.bundle import EngineBundle
-from edge_vlm.formats.precision import FP32, PRESETS
+from edge_vlm.formats.precision import FP32, PRESETS, Precision
 from edge_vlm.presets import molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm_runtime.cli.plan import plan
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
@@ -160,6 +160,15 @@ def test_bad_plans_are_told(
 ) -> None:
     assert command_line(plan, arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_cache_of_float16_takes_half_the_memory() -> None:
+    plain, half = (
+        memory_parts(Wanted(cfg=tiny(), precision=Precision.parse(text), window=4))
+        for text in ("int4", "int4,cache=float16")
+    )
+    assert plain["cache"] == 2 * half["cache"]
+    assert plain["language weights"] == half["language weights"]
 
 
 def test_this_machine_has_to_say_what_is_free() -> None:
