@@ -365,7 +365,8 @@ def test_a_record_with_parts_missing_is_not_compared(
         path.write_text(as_json({key: record[key] for key in record if key != name}))
         with pytest.raises(ConfigError, match="not a whole result"):
             read_comparable(path)
-    for shape in ([], None, "large"):
+    shapes: tuple[Any, ...] = ([], None, "large")
+    for shape in shapes:
         path.write_text(as_json({**record, "model": {**record["model"], "shape": shape}}))
         with pytest.raises(ConfigError, match="not a whole result"):
             read_comparable(path)
