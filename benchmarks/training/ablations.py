@@ -10,8 +10,8 @@ All variants start from the same weights, see the same number of clips and run t
 learning rates; a seed decides about the clips and is shared by all variants. Where the question is
 how a scorer is learned, it begins with random weights. From a run's folder instead of a
 checkpoint's the probes go on as well; fresh ones disturb the vision side at first. A variant
-that is trained in `runs` already is only asked. Each is asked in torch, with what it was trained
-for.
+that is trained in `runs` already is only asked, and one that was interrupted goes on. Each is asked
+in torch, with what it was trained for.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from edge_vlm_training.config import msgspec
 from edge_vlm_training.recipes.base import Clips, Recipe, Steps
 from edge_vlm_training.recipes.demo import KEEP_MIXED, demo_recipe, questions
 from edge_vlm_training.recipes.overrides import override
+from edge_vlm_training.trainer import checkpoints
 from edge_vlm_training.trainer.distributed import Ranks
 from edge_vlm_training.trainer.train import train
 
@@ -91,7 +92,8 @@ def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
         recipe = override(recipe_of(VARIANTS[name], args.steps, seed), args.set)
         recipe = msgspec.structs.replace(recipe, init=args.start)
         started = time.monotonic()
-        train(recipe, folder, Ranks(0, 1, torch.device("cpu")))
+        begun = checkpoints.latest(folder) is not None  # and interrupted
+        train(recipe, folder, Ranks(0, 1, torch.device("cpu")), resume=begun)
         minutes = round((time.monotonic() - started) / 60, 1)
         (folder / FINISHED).write_text(json.dumps({"minutes": minutes, "set": args.set}))
     return folder

@@ -31,7 +31,12 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if args is not None:
             self._refuse_unknown(args)
-        return super().parse_known_args(args, namespace)
+        parsed, left = super().parse_known_args(args, namespace)
+        if left:  # here, because the command above does not know this one's options
+            has_bundle = any("--bundle" in action.option_strings for action in self._actions)
+            hint = f", did you mean --bundle {left[0]}?" if has_bundle else ""
+            self.error(f"one argument too many: {left[0]!r}{hint}")
+        return parsed, left
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
         """Before argparse, which of a misspelt option says that the right one is missing."""

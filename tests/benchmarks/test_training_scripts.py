@@ -70,6 +70,10 @@ def test_a_variant_is_trained_once_for_each_seed_and_asked(
     assert ablations.main(argv) == 0
     assert [file.stat().st_mtime_ns for file in trained] == written
     assert "random_cells             random:0.5:frame" in capsys.readouterr().out
+    (tmp_path / "runs/random_cells-4" / ablations.FINISHED).unlink()
+    weights = trained[1].read_bytes()
+    assert ablations.main(argv) == 0  # goes on where it was interrupted: behind its last step
+    assert trained[1].read_bytes() == weights
     with pytest.raises(ConfigError, match="trained with other --set"):
         ablations.main(argv[:-2])
 

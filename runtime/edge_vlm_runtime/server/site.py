@@ -125,6 +125,7 @@ class Site:
         application = Starlette(
             routes=[
                 Route("/healthz", self._healthz),
+                Route("/health", self._healthz),
                 Route("/readyz", self._readyz),
                 Route("/version", self._version),
                 Route("/metrics", self._metrics),

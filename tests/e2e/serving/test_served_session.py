@@ -325,7 +325,7 @@ def get(server: Server, path: str) -> tuple[int, str, str]:
 
 
 def test_http_on_the_same_port(server: Server) -> None:
-    assert get(server, "/healthz")[0] == 200
+    assert get(server, "/healthz")[0] == get(server, "/health")[0] == 200
     assert get(server, "/readyz")[0] == 200
     status, kind, text = get(server, "/version")
     assert (status, kind) == (200, "application/json")

@@ -28,6 +28,11 @@ from tests.conftest import ROOT
         ("data chek x", "did you mean check?"),
         ("data check x --fsp 3", "edge-vlm data check: no such option: --fsp, did you mean --fps?"),
         ("verify x -q", "no such option: -q"),
+        (
+            "serve my-bundle",
+            "edge-vlm serve: one argument too many: 'my-bundle', did you mean --bundle",
+        ),
+        ("build x y", "edge-vlm build: one argument too many: 'y' (see"),
         ("bench --nope", "edge-vlm bench: no such option: --nope (see"),
         ("serv", "edge-vlm: unknown command 'serv', did you mean serve?"),
         ("help exitcodes", "did you mean exit-codes?"),
