@@ -61,7 +61,8 @@ class Precision:
     embed: str = "float32"
     """`float16`: the table of token embeddings, half as large; it is no part of any graph."""
     cache: str = "base"
-    """`float16`: keys and values of the past are kept half as large."""
+    """`float16`: keys and values of the past are kept half as large. Attention that adds to the
+    cache in place (`Variant.ORT`) then computes in float16 too."""
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -96,6 +97,11 @@ class Precision:
         """It cannot be chosen without having seen how large the activations become."""
         return self.base == "float16" or self.vit == "int8"
 
+    @property
+    def uses_ranges(self) -> bool:
+        """Footage that is named is looked at."""
+        return self.needs_ranges or self.cache_format == "float16"
+
     def to_dict(self) -> dict[str, str]:
         """Without `cache` where it is as the rest, so that earlier versions read what they know."""
         fields = dataclasses.asdict(self)
@@ -120,13 +126,14 @@ class Precision:
             start, items = PRESETS[name], changes.split(",") if comma else []
         else:
             start, items = FP32, text.split(",")
-        choices = [item.partition("=") for item in items]
+        choices = [item.strip().partition("=") for item in items]
         fields = {field.name for field in dataclasses.fields(cls)}
-        if not all(equals and name in fields for name, equals, _ in choices):
+        names = [name for name, equals, _ in choices if equals]
+        if not fields.issuperset(names) or len(set(names)) != len(choices):
             raise ValueError(
                 f"unknown precision {text!r}: one of {', '.join(PRESETS)}, "
                 f"or some of {', '.join(f'{field}=...' for field in sorted(fields))}, or "
-                "one of the former and, behind a comma, some of the latter"
+                "one of the former and, behind a comma, some of the latter, each once"
             )
         return dataclasses.replace(start, **{name: value for name, _, value in choices})
 

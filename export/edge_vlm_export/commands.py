@@ -96,7 +96,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         type=input_footage,
         action="append",
         default=[],
-        help="video or question set on which ranges are measured (fp16 and int8); repeatable",
+        help="video or question set on which ranges are measured (float16 and int8); repeatable",
     )
     precision.add_argument(
         "--footage-frames", type=int, default=16, metavar="N", help="of each footage (16)"

@@ -157,7 +157,7 @@ class _Export:
         self.calibrated = None if self.calibration is None else self.calibration.plan()
         self._require_footage()
         if self.calibration is not None:
-            measures = options.precision.needs_ranges and bool(options.footage)
+            measures = options.precision.uses_ranges and bool(options.footage)
             notes = self.calibration.notes(
                 options.precision, measures=measures, reuse=options.reuse
             )
@@ -239,7 +239,7 @@ class _Export:
         traced = self._trace()
         ranges: dict[str, Ranges] = {}
         scratch = writer.folder / "scratch"
-        if options.precision.needs_ranges and options.footage:
+        if options.precision.uses_ranges and options.footage:
             scratch.mkdir()
             ranges = self._measure(traced, scratch)
         paths = self._write_graphs(traced, ranges, writer)

@@ -14,14 +14,22 @@ import pytest
 
 from edge_vlm.cli import main
 from edge_vlm.errors import ConfigError, VideoError
-from edge_vlm.errors.export import NoSpaceLeft, NotEnoughMemory, ParityError
-from edge_vlm.formats.precision import Precision
+from edge_vlm.errors.export import NoSpaceLeft, NotEnoughMemory, ParityError, RangeFp16
+from edge_vlm.formats.precision import Precision, Variant
 from edge_vlm_export import preflight
 from edge_vlm_export.graphs.graphs import GraphLimits
 from edge_vlm_export.progress import Silent
+from edge_vlm_export.quantize import plan
 from edge_vlm_export.to_onnx import ExportOptions, export_bundle
 from edge_vlm_export.trace.graph_files import load_graph, save_graph
-from tests.tiny import ROOT, TINY_LIMITS, tiny_bundle, tiny_checkpoint, traced_once
+from tests.tiny import (
+    ROOT,
+    TINY_LIMITS,
+    tiny_bundle,
+    tiny_checkpoint,
+    tiny_footage,
+    traced_once,
+)
 
 LIMITS = GraphLimits(**TINY_LIMITS)
 
@@ -93,6 +101,25 @@ def test_a_precision_decided_by_ranges_needs_footage(tmp_path: Path, precision: 
     options = ExportOptions(precision=Precision.parse(precision))
     with pytest.raises(ConfigError, match="--footage"):
         export_bundle(tiny_checkpoint(), tmp_path / "out", options)
+
+
+@pytest.mark.parametrize(
+    ("variant", "told"), [("portable", "new_[kv]_0 of graph llm reached"), ("ort", "reached")]
+)
+def test_a_cache_that_the_footage_fills_beyond_float16_ends_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, told: str
+) -> None:
+    monkeypatch.setattr(plan, "FP16_LIMIT", 0.01)
+    options = ExportOptions(
+        precision=Precision.parse("cache=float16"),
+        variant=Variant(variant),
+        footage=(tiny_footage(),),
+        max_frames=2,
+        thorough=False,
+    )
+    with pytest.raises(RangeFp16, match=f"{told} .* on the footage"):
+        export_bundle(tiny_checkpoint(), tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_footage_that_is_no_video_ends_the_export(tmp_path: Path) -> None:

@@ -157,7 +157,18 @@ def test_a_preset_with_another_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["fp8", "llm=int3", "llm", "lm=int4", "", "llm=int4,", "int4,", "int4,edge"]
+    "text",
+    [
+        "fp8",
+        "llm=int3",
+        "llm",
+        "lm=int4",
+        "",
+        "llm=int4,",
+        "int4,",
+        "int4,edge",
+        "llm=int4,llm=int8",
+    ],
 )
 def test_unknown_precisions_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="precision"):

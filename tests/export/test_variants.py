@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_vlm.errors import NonFinite
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import KVLayout, Variant
 from edge_vlm.memory import row_bytes
@@ -114,6 +115,30 @@ def test_a_cache_of_float16_is_half_as_large(name: str) -> None:
     assert kinds == {"float16"}
     assert 2 * row_bytes(bundle.config.language, spec) == row_bytes(other.config.language, plain)
     assert bundle.specs["vit_stem"] == other.specs["vit_stem"]
+
+
+@pytest.mark.parametrize("name", ["cache", "ort-cache"])
+def test_a_key_that_float16_cannot_hold_is_no_answer(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of minus infinity: its token would only be hidden."""
+    with LoadedBundle.open(tiny_variant(name), threads=1) as engines:
+        lm, prompt = engines.language, engines.prompt
+        arena = lm.new_arena(16)
+        lm.prefill(arena, lm.embed(prompt.bos_ids))
+        length, engine = arena.length, lm._engine
+        run = engine.run
+
+        def overflow() -> None:
+            run()
+            in_place = engine.spec.outputs[1].name.startswith("present")
+            keys = arena._buffer[-1, 0]
+            (keys[:, length] if in_place else keys[length])[0, 0] = -np.inf
+
+        monkeypatch.setattr(engine, "run", overflow)
+        with pytest.raises(NonFinite, match=r"larger than its cache .*without cache=float16"):
+            lm.prefill(arena, lm.embed([5, 6]))
+        assert arena.length == length
 
 
 def test_two_forms_share_one_file_of_weights() -> None:

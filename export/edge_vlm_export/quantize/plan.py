@@ -145,6 +145,7 @@ def plan_graph(
         if node.op_type in MOVEMENT:
             dtype, reason = "as input", "moves values only"
         elif node.op_type == IN_PLACE and precision.cache == "float16":
+            _require_in_range(node, ranges)
             dtype, reason = "float16", "adds to a cache of float16"
         elif precision.base == "float16":
             dtype, reason = _half_or_single(node, spec, seen, node in rotations)
@@ -264,6 +265,18 @@ def _rotations(graph: ir.Graph) -> set[ir.Node]:
             if node.op_type != "Concat":
                 turned.update(node.outputs)
     return nodes
+
+
+def _require_in_range(node: ir.Node, ranges: Mapping[str, float]) -> None:
+    """Queries, mask and result have to be float16 where the cache is."""
+    names = [str(value.name) for value in (*node.inputs, *node.outputs) if value is not None]
+    seen = max((ranges.get(name, 0.0) for name in names), default=0.0)
+    if not seen <= FP16_LIMIT:
+        raise RangeFp16(
+            f"{node.name} reached {seen:.0f} on the footage, float16 is trusted up to "
+            f"{FP16_LIMIT:.0f}",
+            remedy="export without cache=float16, or with --variant portable",
+        )
 
 
 def _require_cache_in_range(spec: GraphSpec, ranges: Mapping[str, float]) -> None:

@@ -112,6 +112,15 @@ class KVArena:
         past, new = (self._length, *self.row_shape), (num_rows, *self.row_shape)
         return past, self._length * self.row_bytes, new
 
+    def takes(self, num_rows: int) -> bool:
+        """Whether all numbers that a graph has just written behind the last row are finite. Rows in
+        a device's memory are not fetched for it."""
+        if self._memory is not None:
+            return True
+        new = slice(self._length, self._length + num_rows)
+        rows = self._buffer[:, :, :, new] if self._in_place else self._buffer[:, :, new]
+        return bool(np.isfinite(rows).all())
+
     def reserve(self, num_rows: int) -> None:
         """Raises KvFull unless `num_rows` more fit."""
         if num_rows > self.free:

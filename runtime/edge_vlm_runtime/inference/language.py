@@ -217,6 +217,13 @@ class LanguageModel:
         engine.run()
         if not np.isfinite(logits).all():
             raise NonFinite("the logits are not finite", where="llm")
+        # A key of minus infinity would only hide its token.
+        if self._kv_dtype == "float16" and not arena.takes(len(embeds)):
+            raise NonFinite(
+                "a key or value is larger than its cache of float16 can hold",
+                where="llm",
+                remedy="export with base=float32 and without cache=float16",
+            )
         return logits
 
 

@@ -208,12 +208,12 @@ def language_work(
     past: int,
     *,
     name: str = "prefill",
-    cache_value_bytes: int = FLOAT,
     is_joined: bool = True,
 ) -> Work:
     """All blocks on `new` tokens behind `past` ones, and the head on the last. `is_joined`: the
     graph joins past and new rows anew in every run, as portable ones do."""
     weight = _bytes_of(precision.llm, precision)
+    cache_value_bytes = WEIGHT_BYTES[precision.cache_format]
     width, mlp, keys = cfg.width, cfg.mlp_width, cfg.num_kv_heads * cfg.head_dim
     inner, seen = cfg.num_heads * cfg.head_dim, past + new
     parts: list[Product | Pass] = []

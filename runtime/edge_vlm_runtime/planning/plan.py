@@ -92,11 +92,11 @@ def device_seconds(device: Device, precision: Precision) -> Seconds:
 def works_of(wanted: Wanted) -> dict[str, Work]:
     """Every stage at its place in a stream whose window is full."""
     cfg, precision = wanted.cfg, wanted.precision
-    size, language = CACHE_VALUE_BYTES[precision.cache_format], cfg.language
+    language = cfg.language
     past = wanted.window_tokens
 
     def part(name: str, new: int) -> Work:
-        return language_work(language, precision, new, past, name=name, cache_value_bytes=size)
+        return language_work(language, precision, new, past, name=name)
 
     return {
         "vit_stem": stem_work(cfg, precision),
@@ -107,15 +107,12 @@ def works_of(wanted: Wanted) -> dict[str, Work]:
     }
 
 
-CACHE_VALUE_BYTES = {"float32": 4, "float16": 2}
-
-
 def memory_parts(wanted: Wanted) -> dict[str, int]:
     """Bytes by part."""
     cfg, precision = wanted.cfg, wanted.precision
     language, works = cfg.language, works_of(wanted)
     vision = works["vit_stem"].weight_bytes + works["vit_trunk"].weight_bytes
-    row = 2 * CACHE_VALUE_BYTES[precision.cache_format] * language.num_layers
+    row = 2 * int(WEIGHT_BYTES[precision.cache_format]) * language.num_layers
     row *= language.num_kv_heads * language.head_dim
     rows = wanted.window_tokens + QUESTION_TOKENS + ANSWER_TOKENS
     spec = GraphSpec(name="llm", inputs=(), outputs=(), dims={})

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_vlm.errors import KvFull
+from edge_vlm.formats.precision import KVLayout
 from edge_vlm_runtime.inference.kv_arena import KVArena
 
 
@@ -44,6 +45,24 @@ def test_rows_lie_behind_each_other_in_memory() -> None:
     assert arena.positions.tolist() == [0, 1, 2, 3, 4]
     keys, _ = arena.rows(1)
     assert keys.__array_interface__["data"][0] == arena.pointers[2]
+
+
+@pytest.mark.parametrize("layout", KVLayout)
+def test_new_rows_that_are_not_finite_are_seen(layout: KVLayout) -> None:
+    arena = KVArena(
+        num_layers=2, capacity=6, num_kv_heads=2, head_dim=4, dtype="float16", layout=layout
+    )
+    buffer = arena._buffer
+    buffer[:] = np.nan  # what lies there before anything is written is anybody's
+    rows = buffer[..., :5, :] if layout is KVLayout.HEAD_MAJOR else buffer[:, :, :5]
+    rows[:] = 1
+    arena.append(2)
+    assert arena.takes(3)
+    assert not arena.takes(4)
+    rows[1, 1, 0, 1, 0] = rows[1, 1, 1, 0, 0] = -np.inf  # of a row that is there already
+    assert arena.takes(3)
+    rows[..., 3] = -np.inf
+    assert not arena.takes(1)
 
 
 def test_truncate_is_as_if_never_appended() -> None:

@@ -63,7 +63,7 @@ def test_products_are_those_that_pruning_is_counted_by(cfg: ModelConfig) -> None
 def test_weights_and_cache_of_molmo2_4b() -> None:
     """Parameters as published: 3.633 B in the blocks, 0.389 B in the head."""
     cfg = molmo2_4b()
-    work = language_work(cfg.language, FP32, 1, 2000, cache_value_bytes=2)
+    work = language_work(cfg.language, Precision(cache="float16"), 1, 2000)
     assert work.weight_bytes / 4 == pytest.approx(3.633e9 + 0.389e9, rel=1e-3)
     assert work.cache_bytes == 2000 * 147_456
     int4 = language_work(cfg.language, PRESETS["int4"], 1, 0)
@@ -73,7 +73,7 @@ def test_weights_and_cache_of_molmo2_4b() -> None:
 def test_decode_bound_is_bandwidth_over_bytes() -> None:
     """24.5 tokens/s in fp16 on an AGX Orin behind 2,048 tokens."""
     cfg = molmo2_4b()
-    work = language_work(cfg.language, PRESETS["fp16"], 1, 2048, cache_value_bytes=2)
+    work = language_work(cfg.language, PRESETS["fp16"], 1, 2048)
     device = device_named("orin-agx")
     assert device.bandwidth_gb_s * 1e9 / work.bytes == pytest.approx(24.5, rel=0.02)
 
@@ -169,6 +169,11 @@ def test_a_cache_of_float16_takes_half_the_memory() -> None:
     )
     assert plain["cache"] == 2 * half["cache"]
     assert plain["language weights"] == half["language weights"]
+    works = [
+        language_work(tiny().language, Precision.parse(text), 1, 64)
+        for text in ("int4", "int4,cache=float16")
+    ]
+    assert works[0].cache_bytes == 2 * works[1].cache_bytes
 
 
 def test_this_machine_has_to_say_what_is_free() -> None:

@@ -20,7 +20,7 @@ from edge_vlm.errors import CheckpointError, ConfigError, WeightFilesError, Weig
 from edge_vlm.errors.export import NoSpaceLeft
 from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm_training.recipes.overrides import override
-from edge_vlm_training.trainer import checkpoints
+from edge_vlm_training.trainer import checkpoints, integrity
 from edge_vlm_training.trainer.checkpoints import Progress
 from tests.training.trainer.runs import RECIPE, go, make_run, older
 
@@ -231,7 +231,7 @@ def test_a_changed_bit_is_refused(folder: Path, name: str) -> None:
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     for read in readers(folder):
         with pytest.raises(
-            CheckpointError, match=r"not the bytes that were saved.*remove step"
+            CheckpointError, match=r"not the bytes that were saved.*start a new run"
         ) as e:
             read()
         assert e.value.where == str(file)
@@ -256,7 +256,7 @@ def test_a_file_that_the_disk_does_not_give_is_a_clear_error(folder: Path, name:
     file.symlink_to("/proc/self/mem")  # a regular file of which no byte can be read
     for read in readers(folder):
         with pytest.raises(
-            CheckpointError, match=r"cannot be read: .*Errno.*remove step"
+            CheckpointError, match=r"cannot be read: .*Errno.*start a new run"
         ) as caught:
             read()
         assert caught.value.where == str(file)
@@ -287,3 +287,10 @@ def test_moments_and_random_numbers_are_stored(folder: Path) -> None:
     own = json.loads((path / "process-00000.json").read_text())
     assert own["stream"] == {"batches": 0, "lanes": {}}
     assert len(own["random"]["cpu"]) > 1000
+
+
+def test_the_remedy_depends_on_whether_there_is_one_before(tmp_path: Path) -> None:
+    for step in (5, 10):
+        (tmp_path / f"step-{step:08}").mkdir()
+    assert integrity.before(tmp_path / "step-00000005").endswith("start a new run")
+    assert integrity.before(tmp_path / "step-00000010").startswith("remove step-00000010 to resume")

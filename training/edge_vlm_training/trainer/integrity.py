@@ -29,7 +29,10 @@ def process_file(rank: int) -> str:
 
 def before(path: Path) -> str:
     """What to do about a checkpoint that cannot be used."""
-    return f"remove {path.name} to resume from the one before in {path.parent}"
+    older = (other.name for other in path.parent.glob("step-*") if other.name < path.name)
+    if any(older):
+        return f"remove {path.name} to resume from the one before in {path.parent}"
+    return "it is the run's only one: start a new run"
 
 
 def process_text(state: dict[str, Any], written: Iterable[Path]) -> str:
