@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.runtime import cache_format
+from benchmarks.export import cache_format
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.precision import Variant
 from tests.tiny import tiny_variant

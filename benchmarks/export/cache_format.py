@@ -1,6 +1,6 @@
 """What a cache of float16 costs a CPU in time for the half of its memory that it saves.
 
-    python -m benchmarks.runtime.cache_format
+    python -m benchmarks.export.cache_format
 
 Two layers of Molmo2-4B's language model in int4, weights made up, with few words so that the layers
 are what is measured. Either cache, exported for ONNX Runtime (`--variant ort`: one buffer, added to
