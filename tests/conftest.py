@@ -95,6 +95,8 @@ def _make_debugged_loop(loop: asyncio.BaseEventLoop) -> None:
 
     Not by PYTHONASYNCIODEBUG, which programs that tests start would inherit and write about on the
     standard error that is their user's. How long a call took says how busy the machine is, no more.
+    The stack in which each future was made (pytest's too, a hundred calls deep) took more time than
+    what was tested: it is kept under `python -X dev -m pytest` only.
     """
     _make_loop(loop)
     loop.set_debug(True)
@@ -102,6 +104,8 @@ def _make_debugged_loop(loop: asyncio.BaseEventLoop) -> None:
 
 
 asyncio.BaseEventLoop.__init__ = _make_debugged_loop  # type: ignore[method-assign, assignment]
+if not sys.flags.dev_mode:  # what futures and handles ask; the loop's own checks do not
+    asyncio.BaseEventLoop.get_debug = lambda loop: False  # type: ignore[method-assign]
 
 
 def pytest_runtest_setup() -> None:

@@ -17,6 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,12 @@ class Import:
         return f"{self.package}.{self.module}:{self.line} imports {self.target}"
 
 
-def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
+@cache
+def modules(package: str) -> tuple[tuple[str, ast.Module], ...]:
+    return tuple(_parsed(package))
+
+
+def _parsed(package: str) -> Iterator[tuple[str, ast.Module]]:
     folder = STAGES.get(package, ROOT) / package
     for path in sorted(folder.rglob("*.py")):
         parts = list(path.relative_to(folder).with_suffix("").parts)
@@ -77,9 +83,13 @@ def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
         yield ".".join(parts), ast.parse(path.read_text(), str(path))
 
 
-def imports(package: str) -> Iterator[Import]:
-    for module, tree in modules(package):
-        yield from _imports_below(package, module, tree, guarded=False)
+@cache
+def imports(package: str) -> tuple[Import, ...]:
+    return tuple(
+        found
+        for module, tree in modules(package)
+        for found in _imports_below(package, module, tree, guarded=False)
+    )
 
 
 def _imports_below(package: str, module: str, node: ast.AST, guarded: bool) -> Iterator[Import]:
