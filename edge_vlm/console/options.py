@@ -16,8 +16,9 @@ import inspect
 import itertools
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 
@@ -40,7 +41,8 @@ class About:
     """May hold a password or a token: never printed."""
 
 
-def texts_of(kind: type) -> dict[str, str]:
+@cache
+def texts_of(kind: type) -> Mapping[str, str]:
     """What each field of a class means: the text literal below it, or that of its About."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(definition, ast.ClassDef)
@@ -54,7 +56,8 @@ def texts_of(kind: type) -> dict[str, str]:
     return texts | {name: about.text for name, (_, about) in _hints_of(kind) if about.text}
 
 
-def abouts_of(kind: type) -> dict[str, tuple[Any, About]]:
+@cache
+def abouts_of(kind: type) -> Mapping[str, tuple[Any, About]]:
     """Type, without its metadata, and About of each field of a class, texts included."""
     texts = texts_of(kind)
     return {
