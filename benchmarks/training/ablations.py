@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,13 @@ import torch
 from benchmarks.harness import command_line, device_record, write_result
 from benchmarks.summarise import summary_row
 from edge_vlm.cli import run_command
-from edge_vlm.errors import ConfigError
 from edge_vlm_training.config import msgspec
 from edge_vlm_training.recipes.base import Clips, Recipe, Steps
 from edge_vlm_training.recipes.demo import KEEP_MIXED, demo_recipe, questions
 from edge_vlm_training.recipes.overrides import override
 from edge_vlm_training.trainer import checkpoints
 from edge_vlm_training.trainer.distributed import Ranks
-from edge_vlm_training.trainer.train import train
+from edge_vlm_training.trainer.train import begin, train
 
 FINISHED = "finished"
 PRUNED = ("stream:0.5", "stream:0.2")
@@ -85,17 +83,17 @@ def recipe_of(variant: Variant, steps: int, seed: int = 5) -> Recipe:
 
 def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     folder: Path = args.runs / f"{name}-{seed}"
+    recipe = override(recipe_of(VARIANTS[name], args.steps, seed), args.set)
+    recipe = msgspec.structs.replace(recipe, init=args.start)
+    alone = Ranks(0, 1, torch.device("cpu"))
     if (folder / FINISHED).exists():
-        if json.loads((folder / FINISHED).read_text()).get("set", []) != args.set:
-            raise ConfigError("trained with other --set", where=folder, remedy="another --runs")
+        begin(recipe, folder, alone, resume=True)  # refuses another one
     else:
-        recipe = override(recipe_of(VARIANTS[name], args.steps, seed), args.set)
-        recipe = msgspec.structs.replace(recipe, init=args.start)
-        started = time.monotonic()
-        begun = checkpoints.latest(folder) is not None  # and interrupted
-        train(recipe, folder, Ranks(0, 1, torch.device("cpu")), resume=begun)
-        minutes = round((time.monotonic() - started) / 60, 1)
-        (folder / FINISHED).write_text(json.dumps({"minutes": minutes, "set": args.set}))
+        train(recipe, folder, alone, resume=checkpoints.latest(folder) is not None)
+        last = checkpoints.latest(folder)
+        assert last is not None
+        minutes = round(checkpoints.progress_of(last).seconds / 60, 1)  # of all its starts
+        (folder / FINISHED).write_text(json.dumps({"minutes": minutes}))
     return folder
 
 

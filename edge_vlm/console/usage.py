@@ -9,6 +9,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 USAGE_EXIT_CODE = 2
@@ -33,9 +34,14 @@ class Parser(argparse.ArgumentParser):
             self._refuse_unknown(args)
         parsed, left = super().parse_known_args(args, namespace)
         if left:  # here, because the command above does not know this one's options
+            extra = next((text for text in left if text != "--"), left[0])
             has_bundle = any("--bundle" in action.option_strings for action in self._actions)
-            hint = f", did you mean --bundle {left[0]}?" if has_bundle else ""
-            self.error(f"one argument too many: {left[0]!r}{hint}")
+            hint = ""
+            if any(action.dest == "question" for action in self._actions):
+                hint = ", a question of several words wants quotes"
+            elif has_bundle and Path(extra).is_dir():
+                hint = f", did you mean --bundle {extra}?"
+            self.error(f"one argument too many: {extra!r}{hint}")
         return parsed, left
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:

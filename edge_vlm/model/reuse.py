@@ -113,10 +113,8 @@ def reuse_step(
                 is_first_1[:, None, None], 0.0, state.cells_1CD[:, cells_M].to(pooled_1MD.dtype)
             )
             both = torch.cat([before, pooled_1MD], 1), torch.cat([pooled_1MD, pooled_1MD], 1)
-            rated, num_changed = (
-                scorer(*both)[0],
-                cells_M.shape[0],
-            )  # one call: its weights are large
+            rated = scorer(*both)[0]  # one call: its weights are large
+            num_changed = cells_M.shape[0]  # len() would fix it when this is exported
             scores = state.resting_1C.index_put((whole, cells_M), rated[:num_changed])
             resting = state.resting_1C.index_put((whole, cells_M), rated[num_changed:])
             cells = state.cells_1CD.index_put((whole, cells_M), pooled_1MD[0])

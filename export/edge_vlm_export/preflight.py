@@ -51,9 +51,11 @@ def estimate(
     target: Path,
     *,
     largest_check: bool,
+    measured: bool = False,
     made_up: bool = False,
 ) -> Estimate:
     """`shapes`: of every weight by our name; `largest_check`: graphs are run at their largest;
+    `measured`: footage is seen by all graphs as float32 first, which lie on the disk meanwhile;
     `made_up`: weights are drawn and not read.
 
     Memory is what the process holds itself. Measured 3.5 GB (estimated 3.4) for two blocks each of
@@ -73,7 +75,7 @@ def estimate(
         copies = 1 + seen_twice + (VIT_STEM_REUSE in specs and _in_stem(name, cfg))
         disk += (copies if precision.vit != "base" else 1) * count * WEIGHT_BYTES[kind]
         single += copies * count * 4
-    if precision.needs_ranges:
+    if measured:
         disk += single
     largest = max(_count(shape) for shape in shapes.values()) * 4
     is_converted = weight_format("llm.head.weight", precision) != "float32"

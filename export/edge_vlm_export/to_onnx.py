@@ -157,9 +157,8 @@ class _Export:
         self.calibrated = None if self.calibration is None else self.calibration.plan()
         self._require_footage()
         if self.calibration is not None:
-            measures = options.precision.uses_ranges and bool(options.footage)
             notes = self.calibration.notes(
-                options.precision, measures=measures, reuse=options.reuse
+                options.precision, measures=self.measures, reuse=options.reuse
             )
             progress.calibrated(notes)
         self.prompt = prompt_of(source)
@@ -174,6 +173,11 @@ class _Export:
         count = sum(int(np.prod(shape)) for shape in shapes(source.cfg).values())
         small = count < LARGE_MODEL
         self.thorough = small if options.thorough is None else options.thorough
+
+    @property
+    def measures(self) -> bool:
+        """Whether all graphs see footage, as float32, before they get their formats."""
+        return self.options.precision.uses_ranges and bool(self.options.footage)
 
     def _require_footage(self) -> None:
         """Raises ConfigError where ranges are needed that nobody has measured."""
@@ -230,6 +234,7 @@ class _Export:
             self.options.precision,
             target,
             largest_check=self.thorough,
+            measured=self.measures,
             made_up="random_weights" in self.source.identity,
         )
 
@@ -239,7 +244,7 @@ class _Export:
         traced = self._trace()
         ranges: dict[str, Ranges] = {}
         scratch = writer.folder / "scratch"
-        if options.precision.uses_ranges and options.footage:
+        if self.measures:
             scratch.mkdir()
             ranges = self._measure(traced, scratch)
         paths = self._write_graphs(traced, ranges, writer)

@@ -74,8 +74,11 @@ def test_a_variant_is_trained_once_for_each_seed_and_asked(
     weights = trained[1].read_bytes()
     assert ablations.main(argv) == 0  # goes on where it was interrupted: behind its last step
     assert trained[1].read_bytes() == weights
-    with pytest.raises(ConfigError, match="trained with other --set"):
-        ablations.main(argv[:-2])
+    minutes = json.loads((tmp_path / "runs/random_cells-4" / ablations.FINISHED).read_text())
+    assert minutes["minutes"] >= 0
+    for other in (argv[:-2], [*argv, "--steps", "2"]):
+        with pytest.raises(ConfigError, match="started with another recipe"):
+            ablations.main(other)
 
 
 def test_an_unknown_variant_or_seed_is_named(

@@ -134,6 +134,8 @@ def plan_graph(
     RangeFp16 if a cache tensor, whose format is fixed by the spec, would overflow.
     """
     ranges = ranges or {}
+    if precision.cache_format == "float16":
+        _require_cache_in_range(spec, ranges)
     rotations = _rotations(graph)
     plans = []
     for node in graph:
@@ -161,8 +163,6 @@ def plan_graph(
                 reason=reason if why is None else f"{reason}; {why}",
             )
         )
-    if precision.cache_format == "float16":
-        _require_cache_in_range(spec, ranges)
     return tuple(plans)
 
 
@@ -268,7 +268,7 @@ def _rotations(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _require_in_range(node: ir.Node, ranges: Mapping[str, float]) -> None:
-    """Queries, mask and result have to be float16 where the cache is."""
+    """Queries, mask and result have to be float16 where the cache is, which is in range."""
     names = [str(value.name) for value in (*node.inputs, *node.outputs) if value is not None]
     seen = max((ranges.get(name, 0.0) for name in names), default=0.0)
     if not seen <= FP16_LIMIT:

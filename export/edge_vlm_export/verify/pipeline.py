@@ -274,7 +274,12 @@ class Pipeline:
             if tensor.name.startswith("present_"):
                 array = array[:, :, : inputs["attn_bias"].shape[1]]
             if not np.isfinite(array).all():
-                raise NonFinite(f"{tensor.name} is not finite on the clip", where=name)
+                remedy = None
+                if tensor.dtype == "float16":
+                    remedy = "export with base=float32 and without cache=float16"
+                raise NonFinite(
+                    f"{tensor.name} is not finite on the clip", where=name, remedy=remedy
+                )
         return out
 
 

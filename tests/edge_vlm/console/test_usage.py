@@ -28,10 +28,9 @@ from tests.conftest import ROOT
         ("data chek x", "did you mean check?"),
         ("data check x --fsp 3", "edge-vlm data check: no such option: --fsp, did you mean --fps?"),
         ("verify x -q", "no such option: -q"),
-        (
-            "serve my-bundle",
-            "edge-vlm serve: one argument too many: 'my-bundle', did you mean --bundle",
-        ),
+        ("serve .", "edge-vlm serve: one argument too many: '.', did you mean --bundle .?"),
+        ("serve -- no-such-folder", "one argument too many: 'no-such-folder' (see"),
+        ("ask a what now", "too many: 'now', a question of several words wants quotes (see"),
         ("build x y", "edge-vlm build: one argument too many: 'y' (see"),
         ("bench --nope", "edge-vlm bench: no such option: --nope (see"),
         ("serv", "edge-vlm: unknown command 'serv', did you mean serve?"),

@@ -140,7 +140,7 @@ def test_a_budget_is_changed_in_mid_stream(engines: LoadedBundle) -> None:
 
 
 def test_a_static_scene_costs_less_than_a_tenth_of_a_busy_one(engines: LoadedBundle) -> None:
-    """Half a minute of a camera with the default settings: frames through the engines, and tokens."""
+    """Half a minute of a camera with the default settings: frames through engines, and tokens."""
     costs = {}
     for name in ("static", "fast"):
         watched = Watched(engines, delivery="live", window_tokens=0)

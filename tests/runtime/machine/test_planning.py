@@ -174,6 +174,7 @@ def test_a_cache_of_float16_takes_half_the_memory() -> None:
         for text in ("int4", "int4,cache=float16")
     ]
     assert works[0].cache_bytes == 2 * works[1].cache_bytes
+    assert RATES.seconds(works[0]) < RATES.seconds(works[1])  # cast to be multiplied
 
 
 def test_this_machine_has_to_say_what_is_free() -> None:

@@ -22,6 +22,7 @@ from edge_vlm.model.checkpoint import load_checkpoint
 from edge_vlm_training.recipes.overrides import override
 from edge_vlm_training.trainer import checkpoints, integrity
 from edge_vlm_training.trainer.checkpoints import Progress
+from edge_vlm_training.trainer.distributed import Ranks
 from tests.training.trainer.runs import RECIPE, go, make_run, older
 
 NAME = "exp_avg/scorer.fc1.weight"
@@ -114,6 +115,35 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     assert run.save().name == "step-00000005"  # what was left over is no obstacle
 
 
+def test_what_one_process_cannot_write_ends_the_saving_of_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is left waiting: each hears of it before any goes on."""
+    heard: list[object] = []
+
+    class Pair(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            heard.append(value)
+            return [value, NoSpaceLeft("of the other") if len(heard) == 2 else None]
+
+    run = make_run(folder)
+    run.at = Progress(step=5)
+    run.ranks = Pair(0, 1, torch.device("cpu"))
+    with pytest.raises(NoSpaceLeft, match="of the other"):
+        run.save()
+    assert heard == [None, None]
+    heard.clear()
+
+    def broken(*args: Any) -> str:
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(checkpoints, "process_text", broken)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        run.save()
+    assert "process 0 of the training failed: RuntimeError" in str(heard[1])
+    assert newest(folder).name == "step-00000000"
+
+
 def test_only_the_newest_checkpoints_stay(folder: Path) -> None:
     run = make_run(folder)
     for step in (10, 20, 30):
@@ -178,7 +208,8 @@ def test_what_is_not_in_the_mean_may_be_broken(folder: Path) -> None:
         run.save()
     (folder / "checkpoints" / "step-00000000" / "run.json").write_text("")
     assert checkpoints.mean_weights(folder, 2)
-    with pytest.raises(CheckpointError, match=r"cannot be read.*step-00000000/run\.json"):
+    told = r"cannot be read.*step-00000000/run\.json.*remove step-00000000: newer ones are in"
+    with pytest.raises(CheckpointError, match=told):
         checkpoints.mean_weights(folder, 3)
 
 
@@ -289,8 +320,10 @@ def test_moments_and_random_numbers_are_stored(folder: Path) -> None:
     assert len(own["random"]["cpu"]) > 1000
 
 
-def test_the_remedy_depends_on_whether_there_is_one_before(tmp_path: Path) -> None:
-    for step in (5, 10):
-        (tmp_path / f"step-{step:08}").mkdir()
+def test_the_remedy_depends_on_what_else_there_is(tmp_path: Path) -> None:
+    for name in ("step-00000002.partial", "step-00000005"):
+        (tmp_path / name).mkdir()
     assert integrity.before(tmp_path / "step-00000005").endswith("start a new run")
+    (tmp_path / "step-00000010").mkdir()
     assert integrity.before(tmp_path / "step-00000010").startswith("remove step-00000010 to resume")
+    assert integrity.before(tmp_path / "step-00000005").endswith(f"newer ones are in {tmp_path}")

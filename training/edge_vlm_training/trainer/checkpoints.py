@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-import re
 import shutil
 import warnings
 import zlib
@@ -43,6 +42,7 @@ from edge_vlm_training.data.packing.stream import merge_states
 from edge_vlm_training.trainer.distributed import Ranks, whole
 from edge_vlm_training.trainer.integrity import (
     RUN,
+    STEP,
     before,
     process_file,
     process_text,
@@ -56,7 +56,6 @@ from edge_vlm_training.trainer.optimizer import Updater
 CHECKPOINTS, WHOLE = "checkpoints", "checkpoint"
 MOST = 1e12
 """Steps, and seconds of training."""
-_STEP = re.compile(r"step-(\d{8})")
 _WEIGHT = "weight/"
 
 
@@ -95,7 +94,7 @@ def latest(folder: Path) -> Path | None:
 def _finished(folder: Path) -> list[Path]:
     """A run's checkpoints, the oldest first."""
     root = folder / CHECKPOINTS
-    return sorted(p for p in root.iterdir() if _STEP.fullmatch(p.name)) if root.is_dir() else []
+    return sorted(p for p in root.iterdir() if STEP.fullmatch(p.name)) if root.is_dir() else []
 
 
 def _folder_of(step: int) -> str:
@@ -119,31 +118,37 @@ def save(
     root = folder / CHECKPOINTS
     final = root / _folder_of(progress.step)
     partial = final.with_suffix(".partial")
-    try:
+    with ranks.together(), _written_to(final):
         if ranks.leads:
             root.mkdir(parents=True, exist_ok=True)
             for left_over in root.glob("*.partial"):
                 shutil.rmtree(left_over)
             partial.mkdir()
-        ranks.wait()
-        tensors = _tensors(weights, updater, progress.stage_step)
-        with _without_advice():
-            save_sharded(tensors, checkpoint_id=partial, no_dist=ranks.size == 1)
+    tensors = _tensors(weights, updater, progress.stage_step)
+    with _written_to(final), _without_advice():
+        save_sharded(tensors, checkpoint_id=partial, no_dist=ranks.size == 1)
+    own = ""
+    with ranks.together(), _written_to(final):
         written = [*partial.glob(f"__{ranks.rank}_*"), *([partial / INDEX] * ranks.leads)]
         state = {**dataclasses.asdict(sources), "random": _random_state(ranks)}
         own = process_text(state, written)
         (partial / process_file(ranks.rank)).write_text(own)
-        sums = ranks.gather(zlib.crc32(own.encode()))
+    sums = ranks.gather(zlib.crc32(own.encode()))
+    with ranks.together(), _written_to(final):
         if ranks.leads:
             (partial / RUN).write_text(run_text(dataclasses.asdict(progress), sums))
-        ranks.wait()
-        if ranks.leads:
             if final.exists():
                 shutil.rmtree(final)
             os.replace(partial, final)
             for old in _finished(folder)[:-keep_last]:
                 shutil.rmtree(old)
-        ranks.wait()
+    return final
+
+
+@contextlib.contextmanager
+def _written_to(final: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, CheckpointException) as error:
         causes = _causes(error)
         full = any(isinstance(c, OSError) and c.errno == errno.ENOSPC for c in causes)
@@ -153,7 +158,6 @@ def save(
             where=final,
             remedy="the one before is intact: make room, then go on with --resume",
         ) from error
-    return final
 
 
 def progress_of(path: Path) -> Progress:

@@ -62,14 +62,17 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What one process raises inside, an EdgeVlmError, all raise: none goes on alone and waits
-        for one that has failed. Every process has to come here."""
-        own = None
+        """What one process raises inside, all raise, the others as an EdgeVlmError: none goes on
+        alone and waits for one that has failed. Every process has to come here."""
+        own: Exception | None = None
         try:
             yield
-        except EdgeVlmError as error:
+        except Exception as error:  # noqa: BLE001  handed to all who wait
             own = error
-        raised = [error for error in self.gather(own) if error is not None]
+        told = own
+        if own is not None and not isinstance(own, EdgeVlmError):
+            told = EdgeVlmError(f"process {self.rank} of the training failed: {own!r}")
+        raised = [error for error in self.gather(told) if error is not None]
         if own is not None or raised:
             raise own or raised[0]
 

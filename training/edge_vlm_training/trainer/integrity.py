@@ -8,6 +8,7 @@ these, and are read as they are.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from edge_vlm.errors import CheckpointError
 from edge_vlm.json_text import parse_json
 
 RUN = "run.json"
+STEP = re.compile(r"step-(\d{8})")
+"""Name of a finished checkpoint's folder."""
 PIECE = 1 << 20
 _CRC32, _OWN = "crc32", "own_crc32"
 _LAST = f', "{_OWN}": '
@@ -29,8 +32,10 @@ def process_file(rank: int) -> str:
 
 def before(path: Path) -> str:
     """What to do about a checkpoint that cannot be used."""
-    older = (other.name for other in path.parent.glob("step-*") if other.name < path.name)
-    if any(older):
+    others = [p.name for p in path.parent.glob("step-*") if STEP.fullmatch(p.name) and p != path]
+    if any(name > path.name for name in others):
+        return f"remove {path.name}: newer ones are in {path.parent}"
+    if others:
         return f"remove {path.name} to resume from the one before in {path.parent}"
     return "it is the run's only one: start a new run"
 
