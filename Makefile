@@ -49,7 +49,8 @@ test: $(VENV)/.dev  ## everything: lint, types, all tests and how much of the co
 # slow tests go without (tests/conftest.py).
 tests: $(VENV)/.dev
 	@COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-		$(PYTEST) --cov --cov-report=term $(ARGS)
+		$(PYTEST) --cov --cov-report= $(ARGS)
+	@echo "$$($(BIN)/coverage report)% of the code is reached"
 
 docs: $(VENV)/.dev  ## the commands of README and docs as written, the long ones too (an hour and more)
 	EDGE_VLM_LONG_DOCS=1 $(PYTEST) tests/docs $(ARGS)
