@@ -50,7 +50,7 @@ test: $(VENV)/.dev  ## everything: lint, types, all tests and how much of the co
 tests: $(VENV)/.dev
 	@COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 		$(PYTEST) --cov --cov-report= $(ARGS)
-	@echo "$$($(BIN)/coverage report)% of the code is reached"
+	@echo "covered: $$($(BIN)/coverage report)%"
 
 docs: $(VENV)/.dev  ## the commands of README and docs as written, the long ones too (an hour and more)
 	EDGE_VLM_LONG_DOCS=1 $(PYTEST) tests/docs $(ARGS)

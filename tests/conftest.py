@@ -44,6 +44,7 @@ SLOW = (
         for name in ("bad_input", "check_inputs", "export", "footage", "trt_lint", "variants")
     ),
     *("model/test_images.py", "model/test_inspect.py", "model/test_lora.py"),
+    *("model/test_schedules.py", "model/test_transformers_parity.py"),
     *(
         f"model/published/test_{name}.py"
         for name in (
