@@ -8,6 +8,7 @@ files' headers before a single weight is read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,12 @@ class Shaped(Protocol):
 
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Our names and their shapes, without allocating anything."""
+    return dict(_shapes(cfg))
+
+
+@lru_cache(maxsize=16)
+def _shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Opening one folder asks for them several times."""
     with torch.device("meta"):
         return {name: tuple(t.shape) for name, t in VideoLM(cfg).state_dict().items()}
 
