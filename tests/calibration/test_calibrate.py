@@ -95,10 +95,14 @@ def question_set(tmp_path_factory: pytest.TempPathFactory, clips: list[list[byte
     return folder
 
 
+@pytest.fixture(scope="module")
+def table(checkpoint: Path, question_set: Path) -> CalibrationTable:
+    return calibrate(checkpoint, [question_set])
+
+
 def test_the_table_equals_a_direct_computation(
-    checkpoint: Path, question_set: Path, clips: list[list[bytes]]
+    checkpoint: Path, table: CalibrationTable, clips: list[list[bytes]]
 ) -> None:
-    table = calibrate(checkpoint, [question_set])
     model = load_checkpoint(checkpoint)
     vision = model.cfg.vision
     rgb = [decode_jpeg(jpeg) for jpegs in clips for jpeg in jpegs]
@@ -171,12 +175,15 @@ def test_a_video_is_sampled_at_its_rate(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_what_it_prints(
-    checkpoint: Path, question_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    question_set: Path,
+    table: CalibrationTable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "calibration.json"
     assert run(checkpoint, question_set, out) == 0
-    table = CalibrationTable.read(out)
-    assert table == calibrate(checkpoint, [question_set])
+    assert CalibrationTable.read(out) == table
     printed = capsys.readouterr().out
     assert f"mean {table.score_mean:.4f}" in printed
     assert all(f"score >= {t.score:.4f}" in printed for t in table.thresholds)
@@ -184,8 +191,9 @@ def test_the_command_writes_what_it_prints(
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-def test_a_bad_file_is_a_config_error(checkpoint: Path, question_set: Path, tmp_path: Path) -> None:
-    table = calibrate(checkpoint, [question_set])
+def test_a_bad_file_is_a_config_error(
+    checkpoint: Path, question_set: Path, table: CalibrationTable, tmp_path: Path
+) -> None:
     text = as_file(checkpoint, table, question_set).to_json()
     found = Calibration.from_json(text)
     assert found.to_json() == text
@@ -201,8 +209,8 @@ def test_a_bad_file_is_a_config_error(checkpoint: Path, question_set: Path, tmp_
         CalibrationTable.read(tmp_path / "absent.json")
 
 
-def test_ranges_that_make_no_sense_are_refused(checkpoint: Path, question_set: Path) -> None:
-    good = json.loads(json.dumps(calibrate(checkpoint, [question_set]).to_data()))
+def test_ranges_that_make_no_sense_are_refused(table: CalibrationTable) -> None:
+    good = json.loads(json.dumps(table.to_data()))
     bad = [
         good | {"fp16_unsafe": ["vit"]},
         good | {"output_ranges": {}},
@@ -214,8 +222,9 @@ def test_ranges_that_make_no_sense_are_refused(checkpoint: Path, question_set: P
             CalibrationTable.from_data(broken)
 
 
-def test_a_file_of_version_1_is_read(checkpoint: Path, question_set: Path, tmp_path: Path) -> None:
-    table = calibrate(checkpoint, [question_set])
+def test_a_file_of_version_1_is_read(
+    checkpoint: Path, table: CalibrationTable, tmp_path: Path
+) -> None:
     old = tmp_path / "old.json"
     old.write_text(json.dumps({"schema_version": 1, **table.to_data()}))
     assert CalibrationTable.read(old) == table

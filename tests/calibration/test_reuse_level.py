@@ -147,7 +147,7 @@ def test_an_export_takes_it_with_a_graph_for_it(made: Path, section: ReuseSectio
 
 @pytest.mark.parametrize(
     ("noise", "still", "moving", "side", "said"),
-    [(3.0, 0, 16, SIDE, "cannot be told from motion"), (40.0, 12, 0, 4 * SIDE, "more light")],
+    [(3.0, 0, 16, SIDE, "cannot be told from motion"), (30.0, 8, 0, 3 * SIDE, "more light")],
 )
 def test_footage_that_tells_no_level_gets_none(
     noise: float,

@@ -5,6 +5,7 @@ msgspec is imported here and nowhere else in this package.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -36,7 +37,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     def __post_init__(self) -> None:
-        for field in msgspec.structs.fields(self):
+        for field in _fields(type(self)):
             value = getattr(self, field.name)
             try:
                 msgspec.convert(value, field.type)
@@ -48,6 +49,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not holds:
             value = getattr(self, field)
             raise ValueError(f"{type(self).__name__}.{field} = {value!r}: {rule}")
+
+
+@cache
+def _fields(kind: type[Config]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """Found out once: a recipe is made anew for each thing that is set."""
+    return msgspec.structs.fields(kind)
 
 
 C = TypeVar("C", bound=Config)

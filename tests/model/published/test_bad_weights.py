@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,21 +30,27 @@ from tests.model.peers import variant
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4000000000\n"
 
 
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model as a folder of one file and as a folder of several."""
+    made = tmp_path_factory.mktemp("good")
+    model = VideoLM(variant("4b")).init_weights(torch.Generator().manual_seed(0))
+    save_published(made / "whole", model)
+    save_published(made / "cut", model, max_shard_bytes=60_000)
+    assert len(list((made / "cut").glob("*.safetensors"))) >= 4
+    return made
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(good: Path, tmp_path: Path) -> Path:
     """A good folder in one file."""
-    model = VideoLM(variant("4b")).init_weights(torch.Generator().manual_seed(0))
-    save_published(tmp_path / "model", model)
-    return tmp_path / "model"
+    return Path(shutil.copytree(good / "whole", tmp_path / "model"))
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
+def shards(good: Path, tmp_path: Path) -> Path:
     """A good folder in several files."""
-    model = VideoLM(variant("4b")).init_weights(torch.Generator().manual_seed(0))
-    save_published(tmp_path / "model", model, max_shard_bytes=60_000)
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) >= 4
-    return tmp_path / "model"
+    return Path(shutil.copytree(good / "cut", tmp_path / "model"))
 
 
 def shard(folder: Path, number: int) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from edge_vlm.config import Rescale, VisionAttention
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.presets import demo
+from edge_vlm.presets import tiny
 from edge_vlm.text.prompt import PromptFormat
 from edge_vlm.text.tokenizer import Tokenizer
 from edge_vlm.world.questions import vocabulary
@@ -78,7 +78,7 @@ def test_rendered_clips_with_every_probe(
     sizes = build_tokenizer(vocabulary(), tmp_path / "tokenizer.json")
     words = Tokenizer.from_file(tmp_path / "tokenizer.json")
     prompt = PromptFormat(words)
-    cfg = dataclasses.replace(demo(*sizes), attention=attention)
+    cfg = dataclasses.replace(tiny(*sizes), attention=attention)
     model = VideoLM(cfg).init_weights(torch.Generator().manual_seed(seed))
     stage = questions("all", Steps(1), clips)
     objective = Objective(model, stage.terms, make_probes([stage], cfg, words))

@@ -36,7 +36,7 @@ def train(folder: Path, out: str, **settings: object) -> int:
     values = {
         "model": "tiny",
         "steps": 2,
-        "save_every": 1,
+        "save_every": 0,
         "sample_every": 0,
         "peak_tflops": 1.0,
         "tokenizer": folder / "words.json",

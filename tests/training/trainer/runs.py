@@ -1,6 +1,6 @@
 """Runs on batches made by hand. As a program it is what `torchrun` starts in each process:
 
-torchrun --nproc-per-node 2 -m tests.training.trainer.runs FOLDER [damaged] [resume]
+torchrun --nproc-per-node 2 -m tests.training.trainer.runs FOLDER
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def go(run: Run) -> list[dict[str, Any]]:
     return reports(run.folder)
 
 
-def reports(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+def reports(folder: Path, name: str = LOG) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def older(path: Path) -> None:
@@ -82,16 +82,31 @@ def refuse_the_newest(run: Run) -> None:
     run.ranks.wait()
 
 
-def main(folder: str, *options: str) -> None:
+def damage_the_newest(run: Run) -> None:
+    """What the second process wrote of it."""
+    file = (checkpoints.latest(run.folder) or run.folder) / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+
+FIRST = "first.jsonl"
+"""What was reported before the newest checkpoint was damaged."""
+
+
+def main(folder: str) -> None:
+    """Trains, then once more from the checkpoint before the newest, which is damaged by then."""
     recipe = override(RECIPE, ["activation_checkpointing=true"])
     with join_ranks("cpu") as ranks:
         run = make_run(Path(folder), recipe, ranks)
-        if "damaged" in options:
-            refuse_the_newest(run)
-        if "resume" in options:
-            run.resume()
         go(run)
         run.save_whole()
+        if ranks.leads:
+            shutil.copyfile(run.folder / LOG, run.folder / FIRST)
+            damage_the_newest(run)
+        ranks.wait()
+        again = make_run(run.folder, recipe, ranks)
+        refuse_the_newest(again)
+        again.resume()
+        go(again)
 
 
 if __name__ == "__main__":

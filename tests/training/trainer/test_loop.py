@@ -22,9 +22,15 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in reports(folder)]
 
 
-def test_a_killed_run_resumes_to_the_same_losses(tmp_path: Path) -> None:
-    go(make_run(tmp_path / "whole", WITH_DROPOUT))
-    whole = losses(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    go(make_run(folder, WITH_DROPOUT))
+    return losses(folder)
+
+
+def test_a_killed_run_resumes_to_the_same_losses(whole: list[float], tmp_path: Path) -> None:
     assert len(whole) == 4
     assert all(map(math.isfinite, whole))
     assert len(set(whole)) == 4
@@ -51,11 +57,10 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path: Path) -> None:
     assert losses(tmp_path / "killed") == whole
 
 
-def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
-    go(make_run(tmp_path / "kept", WITH_DROPOUT))
+def test_recomputed_activations_change_nothing(whole: list[float], tmp_path: Path) -> None:
     recomputing = override(WITH_DROPOUT, ["activation_checkpointing=true"])
     go(make_run(tmp_path / "again", recomputing))
-    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), rel=1e-5)
+    assert losses(tmp_path / "again") == pytest.approx(whole, rel=1e-5)
 
 
 def test_every_part_learns_and_reports_say_so(tmp_path: Path) -> None:
