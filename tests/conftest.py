@@ -106,7 +106,7 @@ def _make_debugged_loop(loop: asyncio.BaseEventLoop) -> None:
 
 asyncio.BaseEventLoop.__init__ = _make_debugged_loop  # type: ignore[method-assign, assignment]
 if not sys.flags.dev_mode:  # what futures and handles ask; the loop's own checks do not
-    asyncio.BaseEventLoop.get_debug = lambda loop: False  # type: ignore[method-assign]
+    asyncio.BaseEventLoop.get_debug = lambda self: False  # type: ignore[method-assign]
 
 
 def pytest_runtest_setup() -> None:

@@ -277,11 +277,11 @@ def _changed(
     rows: Rows, chosen: Mapping[str, Any], base: Mapping[str, Any], frame_s: float
 ) -> Spent:
     """A clip at a threshold between those that were followed."""
-    place = np.interp(
-        math.log(chosen["change_threshold"]), np.log(THRESHOLDS), np.arange(len(THRESHOLDS))
-    )
+    wanted = math.log(chosen["change_threshold"])
+    place = float(np.interp(wanted, np.log(THRESHOLDS), np.arange(len(THRESHOLDS))))
     low, high = math.floor(place), math.ceil(place)
-    counts = rows["counts"][:, low] * (1 - (place - low)) + rows["counts"][:, high] * (place - low)
+    columns: npt.NDArray[Any] = rows["counts"]
+    counts = columns[:, low] * (1 - (place - low)) + columns[:, high] * (place - low)
     return _counted(rows, counts, base, frame_s)
 
 

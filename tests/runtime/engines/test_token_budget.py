@@ -6,7 +6,6 @@ With the demo model, whose scores mean something, through whole sessions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -66,8 +65,11 @@ def shared_clip(name: str) -> list[np.ndarray]:
     path = SHARED_CLIPS / f"{name}.mp4"
     if not path.exists():
         pytest.skip("the shared clips are not here")
-    with closing(FileSource(path, 8.0).pictures()) as pictures:
-        return [picture.rgb for picture in islice(pictures, LONG)]
+    source = FileSource(path, 8.0)
+    try:
+        return [picture.rgb for picture in islice(source.pictures(), LONG)]
+    finally:
+        source.close()
 
 
 def clip(name: str) -> list[np.ndarray]:
