@@ -38,12 +38,12 @@ from edge_vlm_runtime.session.budget import default_settings
 from tests.calibration.test_calibrate import make_checkpoint
 
 FPS = 4
-STILL, MOVING = 16, 24
+STILL, MOVING = 12, 18
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four still seconds, then six in which a square moves."""
+    """Three still seconds, then four and a half in which a square moves."""
     pictures = np.full((STILL + MOVING, 96, 128, 3), (40, 90, 160), np.uint8)
     pictures[:, 60:70] = (90, 40, 30)
     for i in range(MOVING):
