@@ -15,7 +15,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -208,8 +207,12 @@ def _computed_by(module: Any, cfg: ModelConfig) -> tuple[object, ...]:
     kind = type(module).__name__
     if kind == "LlmGraph":
         return kind, module.attention.__name__, cfg.language
-    seen = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name != "language"}
-    return kind, seen, cfg.language.width
+    vision = kind, cfg.vision, cfg.connector, cfg.language.width
+    if kind == "ImageEncoderGraph":
+        return vision
+    if kind == "VitTrunkGraph":
+        return *vision, cfg.whole_blocks
+    return *vision, cfg.scorer, cfg.change
 
 
 def demo_of_short_times(folder: Path) -> Path:
