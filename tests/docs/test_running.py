@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,10 @@ LIMIT_S = 4 * 3600.0 if IS_LONG else 1800.0
 """Of a page: some have an export in them, which takes minutes on a busy machine."""
 RUN_BY_OTHERS = ("make", "source")
 """`make demo`, `make test` and the environment's activation are how this test came to run."""
+ONLY_TELL = ("ask", "data", "doctor", "inspect", "verify")
+"""Commands that leave nothing behind for another one."""
+HAVE_RUN: set[str] = set()
+"""What pages have run already, in these words."""
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 
@@ -124,16 +128,19 @@ def test_the_commands_of_a_page_run(
     monkeypatch.setenv("EDGE_VLM_PORT", ports[PORTS[0]])
     servers: list[Server] = []
     try:
-        for command in runnable:
+        for number, command in enumerate(runnable):
+            if _has_run(command, runnable[number + 1 :]):
+                continue
+            HAVE_RUN.add(command.text)
             text = command.text
             for port, free in ports.items():
                 text = text.replace(port, free)
-            words = command.edge_vlm[0] if command.edge_vlm else []
-            if words[:1] and words[0] in SERVERS and "--print-config" not in words:
-                for before in [server for server in servers if server.kind == words[0]]:
+            kind = _server_of(command)
+            if kind is not None:
+                for before in [server for server in servers if server.kind == kind]:
                     servers.remove(before)  # two at one port there cannot be
                     before.stop()
-                servers.append(Server(words[0], text.rstrip("& "), checkout))
+                servers.append(Server(kind, text.rstrip("& "), checkout))
                 servers[-1].wait()
                 continue
             code = _run(text, checkout, ports[PORTS[0]])
@@ -159,6 +166,29 @@ def _reason(command: DocCommand) -> str | None:
     if command.words[0] in RUN_BY_OTHERS:
         return "edge-vlm: is what set this up"
     return None
+
+
+def _server_of(command: DocCommand) -> str | None:
+    """Which of SERVERS it starts."""
+    words = command.edge_vlm[0] if command.edge_vlm else []
+    is_server = bool(words) and words[0] in SERVERS and "--print-config" not in words
+    return words[0] if is_server else None
+
+
+def _has_run(command: DocCommand, later: Sequence[DocCommand]) -> bool:
+    """In the same words, and no later one of its page needs that it runs again."""
+    if command.text not in HAVE_RUN:
+        return False
+    kind = _server_of(command)
+    if kind is None:
+        words = command.words
+        return words[0] == "edge-vlm" and words[1] in ONLY_TELL and not SHELL & set(command.text)
+    for other in later:
+        if any(port in other.text for port in PORTS) or other.words[0] == "python":
+            return False  # it goes to the server
+        if _server_of(other) == kind:
+            break
+    return True
 
 
 def _run(text: str, folder: Path, port: str) -> int:
