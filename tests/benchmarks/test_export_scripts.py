@@ -89,8 +89,11 @@ def test_the_worst_size_of_a_graph_is_stated() -> None:
 def test_an_export_is_watched_and_its_bundle_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The child takes what torch made of these graphs from other tests.
-    shared = "from tests.tiny import traced_once\nheld = traced_once()\nheld.__enter__()\n"
+    # The child takes what torch made of these graphs, of as many words, from other tests.
+    shared = (
+        "import edge_vlm.presets; from tests.tiny import tiny_config, traced_once; "
+        "edge_vlm.presets.tiny = tiny_config; held = traced_once(); held.__enter__()\n"
+    )
 
     def started(command: list[str], **options: Any) -> subprocess.Popen[str]:
         program, flag, code, *arguments = command
