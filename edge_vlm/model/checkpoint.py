@@ -22,11 +22,11 @@ from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError
 from edge_vlm.formats.usage import SECTIONS, Usage
 from edge_vlm.json_text import MALFORMED
+from edge_vlm.model.hollow import hollow
 from edge_vlm.model.published.files import WEIGHTS as WEIGHTS
 from edge_vlm.model.published.files import read_json, read_layout
 from edge_vlm.model.published.mapping import FLOATS, check_fit, shapes
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.vit import cell_patch_table
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
@@ -95,12 +95,9 @@ def assemble(
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype = {dtype}: must be one of {', '.join(map(str, FLOATS))}")
-    with torch.device("meta"):
-        model = VideoLM(config)
+    model = hollow(config)
     cast = {name: tensor.to(dtype, copy=copy) for name, tensor in weights.items()}
     model.load_state_dict(cast, assign=True)
-    # The one buffer that is computed rather than stored was computed on the meta device.
-    model.vit.cell_patches_C9 = cell_patch_table(config.vision.patch_grid)
     return model.eval()
 
 

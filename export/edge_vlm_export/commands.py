@@ -7,13 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import input_footage, output_folder
 from edge_vlm.console.usage import did_you_mean
-from edge_vlm.errors import ConfigError
+from edge_vlm.errors import ConfigError, MissingExtraError
 from edge_vlm.formats.bundle import TOKENIZER
 from edge_vlm.formats.precision import PRESETS, Precision, Variant
 from edge_vlm.formats.usage import DEFAULTS
@@ -168,6 +169,7 @@ def _add_depth(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    _require_libraries()
     source, options = _scored(_source(args), args), _options(args)
     for note in source.notes:
         print(f"note: {note}")
@@ -196,6 +198,13 @@ def _export(args: argparse.Namespace) -> int:
         f"{bundle.variant.value})"
     )
     return 0
+
+
+def _require_libraries() -> None:
+    """Raises MissingExtraError before torch is loaded, which takes seconds."""
+    for library in ("torch", "onnx", "onnxscript"):
+        if find_spec(library) is None:
+            raise MissingExtraError.for_library(library, "export")
 
 
 def _source(args: argparse.Namespace) -> WeightSource:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -83,7 +86,21 @@ def test_the_worst_size_of_a_graph_is_stated() -> None:
     assert found["clip"]["same_tokens"] == "4 of 16"
 
 
-def test_an_export_is_watched_and_its_bundle_deleted(tmp_path: Path) -> None:
+def test_an_export_is_watched_and_its_bundle_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The child takes what torch made of these graphs, of as many words, from other tests.
+    shared = (
+        "import edge_vlm.presets; from tests.tiny import tiny_config, traced_once; "
+        "edge_vlm.presets.tiny = tiny_config; held = traced_once(); held.__enter__()\n"
+    )
+
+    def started(command: list[str], **options: Any) -> subprocess.Popen[str]:
+        program, flag, code, *arguments = command
+        return subprocess.Popen([program, flag, shared + code, *arguments], **options)
+
+    names = SimpleNamespace(Popen=started, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(full_size_export, "subprocess", names)
     path = tmp_path / "result.json"
     argv = ["--shape", "tiny", "--threads", "1", "--out", str(path)]
     argv += ["--tokenizer", str(tiny_checkpoint() / "tokenizer.json")]

@@ -6,28 +6,34 @@ What takes minutes runs with EDGE_VLM_LONG_DOCS=1 (`make docs`); why another is 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from edge_vlm import cli
 from edge_vlm.errors import NoFrameYet, ServerBusy
 from tests.conftest import ROOT
 from tests.docs.commands import NEEDS, PAGES, TAKES, DocCommand, commands_of
 from tests.runtime.ports import KeptPort
+from tests.tiny import traced_once
 
 PATIENCE_S = 300.0
 """For a server to start, which loads the libraries anew: a busy machine is no failure."""
 BIN = Path(sys.executable).parent
 SERVERS = ("serve", "mcp")
+DEMO = ("training", "checkpoints", "demo")
 NOT_YET = (NoFrameYet, ServerBusy)
 """What a server says of a camera whose session is being opened, or has seen nothing."""
 PORTS = ("8765", "8766")
@@ -40,6 +46,10 @@ LIMIT_S = 4 * 3600.0 if IS_LONG else 1800.0
 """Of a page: some have an export in them, which takes minutes on a busy machine."""
 RUN_BY_OTHERS = ("make", "source")
 """`make demo`, `make test` and the environment's activation are how this test came to run."""
+ONLY_TELL = ("ask", "data", "doctor", "inspect", "verify")
+"""Commands that leave nothing behind for another one."""
+HAVE_RUN: set[str] = set()
+"""What pages have run already, in these words."""
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 
@@ -91,11 +101,33 @@ def _environment() -> dict[str, str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What lies in a fresh clone, with a place to write."""
-    for path in ROOT.iterdir():
-        if not path.name.startswith(".") and path.name != "tests":
-            (tmp_path / path.name).symlink_to(path)
+    """What lies in a fresh clone, with a place to write; unless all of the pages is wanted, the
+    demo's checkpoint has one language layer of its six: an export traces each."""
+    _link(ROOT, tmp_path, () if IS_LONG else DEMO)
+    if not IS_LONG:
+        _shorten(tmp_path.joinpath(*DEMO))
     return tmp_path
+
+
+def _link(source: Path, folder: Path, own: tuple[str, ...]) -> None:
+    """`own`: a path below, whose folders are no links."""
+    for path in source.iterdir():
+        if own[:1] == (path.name,):
+            (folder / path.name).mkdir()
+            _link(path, folder / path.name, own[1:])
+        elif not path.name.startswith(".") and path.name != "tests":
+            (folder / path.name).symlink_to(path)
+
+
+def _shorten(checkpoint: Path) -> None:
+    config, weights = checkpoint / "config.json", checkpoint / "model.safetensors"
+    fields, tensors = json.loads(config.read_text()), load_file(weights)
+    fields["language"]["num_layers"] = 1
+    above = re.compile(r"llm\.blocks\.[1-9]")
+    for file in (config, weights):
+        file.unlink()
+    config.write_text(json.dumps(fields))
+    save_file({name: t for name, t in tensors.items() if not above.match(name)}, weights)
 
 
 @pytest.fixture
@@ -124,16 +156,19 @@ def test_the_commands_of_a_page_run(
     monkeypatch.setenv("EDGE_VLM_PORT", ports[PORTS[0]])
     servers: list[Server] = []
     try:
-        for command in runnable:
+        for number, command in enumerate(runnable):
+            if _has_run(command, runnable[number + 1 :]):
+                continue
+            HAVE_RUN.add(command.text)
             text = command.text
             for port, free in ports.items():
                 text = text.replace(port, free)
-            words = command.edge_vlm[0] if command.edge_vlm else []
-            if words[:1] and words[0] in SERVERS and "--print-config" not in words:
-                for before in [server for server in servers if server.kind == words[0]]:
+            kind = _server_of(command)
+            if kind is not None:
+                for before in [server for server in servers if server.kind == kind]:
                     servers.remove(before)  # two at one port there cannot be
                     before.stop()
-                servers.append(Server(words[0], text.rstrip("& "), checkout))
+                servers.append(Server(kind, text.rstrip("& "), checkout))
                 servers[-1].wait()
                 continue
             code = _run(text, checkout, ports[PORTS[0]])
@@ -161,12 +196,38 @@ def _reason(command: DocCommand) -> str | None:
     return None
 
 
+def _server_of(command: DocCommand) -> str | None:
+    """Which of SERVERS it starts."""
+    words = command.edge_vlm[0] if command.edge_vlm else []
+    is_server = bool(words) and words[0] in SERVERS and "--print-config" not in words
+    return words[0] if is_server else None
+
+
+def _has_run(command: DocCommand, later: Sequence[DocCommand]) -> bool:
+    """In the same words, and no later one of its page needs that it runs again."""
+    if command.text not in HAVE_RUN:
+        return False
+    kind = _server_of(command)
+    if kind is None:
+        words = command.words
+        return words[0] == "edge-vlm" and words[1] in ONLY_TELL and not SHELL & set(command.text)
+    for other in later:
+        if any(port in other.text for port in PORTS) or other.words[0] == "python":
+            return False  # it goes to the server
+        if _server_of(other) == kind:
+            break
+    return True
+
+
 def _run(text: str, folder: Path, port: str) -> int:
     """In this process where no shell is needed, which saves loading everything anew."""
     words = shlex.split(text)
     if words[0] == "edge-vlm" and not SHELL & set(_outside_quotes(text)):
+        # Of a second `make test`, torch's part of the export is there.
+        shared = words[1] == "export" and not IS_LONG
         try:
-            return cli.main(words[1:])
+            with traced_once() if shared else nullcontext():
+                return cli.main(words[1:])
         except SystemExit as stopped:
             return int(stopped.code or 0)
     return subprocess.run(

@@ -487,7 +487,7 @@ def jsonl(name: str, file: str, make: Any, read: Any, **more: Any) -> Format:
 
 
 FORMATS = (
-    Format("manifest", MANIFEST, linked_bundle, open_bundle),
+    Format("manifest", MANIFEST, linked_bundle, open_bundle, examples=25),
     Format("precision-plan", "precision_plan.json", make_plan, plan_of_bundle, examples=25),
     Format("embed-table", "embed_table.npy", make_array, read_table, None),
     Format("reference", "reference/llm.npz", make_reference, read_reference, None),

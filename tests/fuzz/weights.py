@@ -248,8 +248,9 @@ FORMATS = (
         examples=20,
     ),
     Format("run-progress", f"{STEP}/run.json", make_trained, resume, examples=20),
-    Format("run-process", f"{STEP}/process-00000.json", make_trained, resume, examples=20),
-    Format("run-index", f"{STEP}/.metadata", make_trained, resume, None, examples=20),
+    # Nearly all of these are read, with all weights.
+    Format("run-process", f"{STEP}/process-00000.json", make_trained, resume, examples=8),
+    Format("run-index", f"{STEP}/.metadata", make_trained, resume, None, examples=8),
     Format("recipe", "recipe.json", make_recipe, lambda f: read_json(f / "recipe.json", Recipe)),
     Format(
         *("written-plan", "precision_plan.json", make_plan),

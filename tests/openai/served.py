@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,12 @@ def post(server: Server, body: Any, **headers: str) -> httpx.Response:
 
 def clip_frames() -> list[bytes]:
     """JPEGs of the demo clip, two a second."""
-    return [encode_jpeg(rgb) for _, rgb in read_video(CLIP, 2.0)]
+    return list(_frames_of(CLIP))
+
+
+@cache
+def _frames_of(clip: Path) -> tuple[bytes, ...]:
+    return tuple(encode_jpeg(rgb) for _, rgb in read_video(clip, 2.0))
 
 
 def png(rgb: Any) -> bytes:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import WeightNamesError
+from edge_vlm.model.hollow import hollow
 from edge_vlm.model.published.names import Naming, Row
-from edge_vlm.model.video_lm import VideoLM
 
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The types that weights may be stored in, and what safetensors calls them."""
@@ -40,8 +40,7 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=4)  # making the modules of a large model takes a second, allocated or not
 def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in VideoLM(cfg).state_dict().items()}
+    return {name: tuple(t.shape) for name, t in hollow(cfg).state_dict().items()}
 
 
 def own_naming(cfg: ModelConfig) -> Naming:

@@ -22,10 +22,10 @@ from edge_vlm.config import ModelConfig
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.bundle import sha256_of_file
 from edge_vlm.formats.usage import FrameRule, ModelCard
+from edge_vlm.model.hollow import hollow
 from edge_vlm.model.published.folder import ModelFolder, open_folder
 from edge_vlm.model.published.mapping import shapes
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.vit import cell_patch_table
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import PLAIN, PromptFormat, PromptStyle, has_image_tokens
 from edge_vlm.text.tokenizer import Tokenizer
@@ -176,8 +176,7 @@ def _fits_images(images: ImageConfig, cfg: ModelConfig, tokenizer: Path) -> bool
 
 
 def _norm_weights(cfg: ModelConfig) -> set[str]:
-    with torch.device("meta"):
-        model = VideoLM(cfg)
+    model = hollow(cfg)
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -208,9 +207,7 @@ def streamed_model(source: WeightSource) -> VideoLM:
 
     Modules must be called, not looked into: their large parameters are empty in between.
     """
-    with torch.device("meta"):
-        model = VideoLM(source.cfg)
-    model.vit.cell_patches_C9 = cell_patch_table(source.cfg.vision.patch_grid)
+    model = hollow(source.cfg)
     for prefix, module in model.named_modules():
         large: dict[str, str] = {}
         for name, parameter in module.named_parameters(recurse=False):

@@ -27,8 +27,8 @@ import edge_vlm
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors.export import ExportError, Specialised
 from edge_vlm.formats.graph_spec import GraphSpec
+from edge_vlm.model.hollow import hollow
 from edge_vlm.model.video_lm import VideoLM
-from edge_vlm.model.vit import cell_patch_table
 
 OPSET = 20
 """The newest that TensorRT 10.3, the oldest engine builder we serve, reads."""
@@ -48,9 +48,7 @@ def hollow_model(cfg: ModelConfig) -> VideoLM:
     The numbers differ, and none is 0 or 1, so that no optimisation takes two parameters for one or
     leaves a sum out.
     """
-    with torch.device("meta"):
-        model = VideoLM(cfg)
-    model.vit.cell_patches_C9 = cell_patch_table(cfg.vision.patch_grid)
+    model = hollow(cfg)
     number = 3.0
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

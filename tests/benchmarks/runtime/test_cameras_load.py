@@ -14,6 +14,8 @@ def test_cameras_load_states_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cameras_load, "MARGIN_S", 150.0)  # on a busy machine all begins late
+    monkeypatch.setattr(cameras_load, "CAMERAS", 3)
+    monkeypatch.setattr(cameras_load, "VIEWERS", 2)
     path = tmp_path / "result.json"
     assert cameras_load.main(["--seconds", "4", "--out", str(path)]) == 0
     result = json.loads(path.read_text())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.runtime import faults
+from benchmarks.runtime.fault_parts import cases
 
 
 def measure(tmp_path: Path, *argv: str) -> dict[str, Any]:
@@ -43,5 +44,9 @@ def test_sigterm_in_the_middle_of_an_answer(tmp_path: Path) -> None:
     require_goals(found)
 
 
-def test_a_clock_that_is_set_changes_nothing_else(tmp_path: Path) -> None:
+def test_a_clock_that_is_set_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases, "TURNS", 2)
+    monkeypatch.setattr(cases, "SHIFTS_S", (cases.SHIFTS_S[1], cases.SHIFTS_S[2], 0))
     require_goals(measure(tmp_path, "--cases", "clock")["clock"])

@@ -115,7 +115,7 @@ class Page:
         deadline = time.monotonic() + PATIENCE_S
         while not (found := await self.value(script)):
             assert time.monotonic() < deadline, (script, self.console, await self.state())
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
         return found
 
     async def state(self) -> str:

@@ -20,6 +20,7 @@ import pytest
 from edge_vlm_runtime import connect
 from edge_vlm_runtime.client.client import Client
 from edge_vlm_runtime.client.live_streams import LiveStreams
+from edge_vlm_runtime.mcp.server import make_server
 from edge_vlm_runtime.mcp.tools import StreamTools
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.server.live_view import LiveView
@@ -138,9 +139,9 @@ def test_over_standard_input_and_output(server: Server, waits: threading.Event) 
     import mcp
 
     async def scenario() -> None:
-        started = mcp.StdioServerParameters(
-            command=str(PROGRAM), args=["mcp", "--url", address(server)]
-        )
+        started = started_by(CONFIGURATIONS[0], server)  # as the page has it
+        assert started is not None
+        assert started.args == ["mcp", "--url", address(server)]
         async with mcp.Client(started) as agent:
             nothing = await agent.call_tool("snapshot", {})
             assert nothing.is_error
@@ -156,12 +157,10 @@ def test_calls_that_wait_keep_no_other_one_waiting(server: Server) -> None:
     import mcp
 
     async def scenario() -> None:
-        started = mcp.StdioServerParameters(
-            command=str(PROGRAM), args=["mcp", "--url", address(server)]
-        )
+        tools = make_server(StreamTools(LiveStreams(address(server))))
         async with (
             connect(address(server), {"delivery": "wait"}) as client,
-            mcp.Client(started) as agent,
+            mcp.Client(tools) as agent,
         ):
             await client.send_frame(clip_frames()[0], 0)
             await client.wait_processed()
@@ -193,7 +192,7 @@ def test_over_streamable_http(server: Server, waits: threading.Event) -> None:
     async def scenario() -> None:
         async with (
             connect(address(server), {"delivery": "wait"}) as client,
-            over_http("--url", server.page_url) as url,
+            over_http("--url", address(server)) as url,
         ):
             async with mcp.Client(url) as agent:
                 await use(agent, client, waits)
@@ -245,18 +244,17 @@ def test_there_are_three_configurations() -> None:
     assert len(CONFIGURATIONS) == 3
 
 
-@pytest.mark.parametrize("text", CONFIGURATIONS)
+@pytest.mark.parametrize("text", CONFIGURATIONS[1:])
 def test_the_configurations_of_the_page_run(text: str, server: Server) -> None:
+    """The first is run by `test_over_standard_input_and_output`."""
     import mcp
 
     started = started_by(text, server)
+    if started is None:  # the page's command is run by `test_over_streamable_http`, on another port
+        assert "edge-vlm mcp --http --url localhost:8765" in (ROOT / "docs/mcp.md").read_text()
+        return
 
     async def scenario() -> None:
-        if started is None:  # the address is that of the page's command, on another port
-            assert "edge-vlm mcp --http" in (ROOT / "docs/mcp.md").read_text()
-            async with over_http("--url", address(server)) as url, mcp.Client(url) as agent:
-                assert {tool.name for tool in (await agent.list_tools()).tools} == TOOLS
-            return
         async with mcp.Client(started) as agent:
             assert {tool.name for tool in (await agent.list_tools()).tools} == TOOLS
             assert address(server) in of(await agent.call_tool("snapshot", {}))

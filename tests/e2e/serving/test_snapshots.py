@@ -24,7 +24,8 @@ from edge_vlm_runtime.protocol.settings import Attention, ServerLimits
 from edge_vlm_runtime.protocol.typed import Settings
 from edge_vlm_runtime.server.app import Server
 from edge_vlm_runtime.session.budget import default_settings
-from tests.e2e.page.test_page import CHROMIUM, Page, browser, text
+from tests.e2e.page.page_visit import Visit
+from tests.e2e.page.test_page import CHROMIUM, text
 from tests.openai.served import next_event
 from tests.published_folder import CUT, image_bundle, published_model
 from tests.runtime.cameras.pictures import jpeg, write_video
@@ -226,12 +227,11 @@ def test_a_recorded_snapshot_question_is_replayed(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_asks_for_detail_and_draws_points(tmp_path: Path) -> None:
+def test_the_page_asks_for_detail_and_draws_points(debugger: str) -> None:
     async def visit(debugger: str, url: str) -> None:
         async with connect(debugger, max_size=None) as socket:
-            page = Page(socket)
-            await page.open(url)
-            await page.until("document.readyState === 'complete'")
+            page = Visit(socket)
+            await page.go(url)
             await page.value("document.getElementById('camera').click()")
             await page.until(f"parseInt({text('g-frame')}) >= 2")
             await page.value("document.getElementById('detail').click()")
@@ -252,22 +252,21 @@ def test_the_page_asks_for_detail_and_draws_points(tmp_path: Path) -> None:
             assert await page.value(drawn)
             assert page.console == []
 
-    with scripted_server() as scripted, browser(tmp_path / "profile") as debugger:
+    with scripted_server() as scripted:
         scripted.start()
         run(visit(debugger, scripted.page_url))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_offers_no_detail_of_a_model_without(tmp_path: Path) -> None:
+def test_the_page_offers_no_detail_of_a_model_without(debugger: str) -> None:
     async def visit(debugger: str, url: str) -> None:
         async with connect(debugger, max_size=None) as socket:
-            page = Page(socket)
-            await page.open(url)
-            await page.until("document.readyState === 'complete'")
+            page = Visit(socket)
+            await page.go(url)
             await page.value("document.getElementById('camera').click()")
             await page.until(f"{text('status')} === 'connected'")
             assert await page.until("document.getElementById('detail').disabled")
 
-    with open_server(tiny_bundle()) as plain, browser(tmp_path / "profile") as debugger:
+    with open_server(tiny_bundle()) as plain:
         plain.start()
         run(visit(debugger, plain.page_url))
