@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.runtime import exact_prefill, live_load, stream_length
 from edge_vlm_runtime.protocol.settings import SessionSettings
+from edge_vlm_runtime.session.budget import default_settings
 from tests.published_folder import image_bundle
 
 
@@ -42,11 +43,9 @@ def test_stream_length_states_what_it_measured(
 def test_live_load_states_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    defaults = live_load.default_settings
-
     def beats_soon(*of: Any) -> SessionSettings:
         """A scene that stands still is looked at again after a few seconds, not after ten."""
-        return defaults(*of).changed({"heartbeat_s": 3.0})
+        return default_settings(*of).changed({"heartbeat_s": 3.0})
 
     monkeypatch.setattr(live_load, "default_settings", beats_soon)
     monkeypatch.setattr(live_load, "RATES", (2.0, live_load.FLOOD))
