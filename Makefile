@@ -2,13 +2,13 @@
 #
 # PYTHON=python3.12       another interpreter
 # TORCH_INDEX=URL         where to look for torch first, e.g. https://download.pytorch.org/whl/cpu
-# JOBS=2                  processes that test side by side (4: many tests wait more than they work)
+# JOBS=2                  processes that test side by side (3: some tests wait more than they work)
 # ARGS="..."              more arguments of `edge-vlm serve`, or of pytest
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-JOBS ?= 4
+JOBS ?= 3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -16,17 +17,20 @@ from edge_vlm.cli import main
 from edge_vlm.errors import ConfigError, VideoError
 from edge_vlm.errors.export import NoSpaceLeft, NotEnoughMemory, ParityError, RangeFp16
 from edge_vlm.formats.precision import Precision, Variant
+from edge_vlm.model.published.mapping import shapes
 from edge_vlm_export import preflight
 from edge_vlm_export.graphs.graphs import GraphLimits
+from edge_vlm_export.graphs.weights import open_weights
 from edge_vlm_export.progress import Silent
 from edge_vlm_export.quantize import plan
-from edge_vlm_export.to_onnx import ExportOptions, export_bundle
+from edge_vlm_export.to_onnx import ExportOptions, _Export, export_bundle
 from edge_vlm_export.trace.graph_files import load_graph, save_graph
 from tests.tiny import (
     ROOT,
     TINY_LIMITS,
     tiny_bundle,
     tiny_checkpoint,
+    tiny_config,
     tiny_footage,
     traced_once,
 )
@@ -85,6 +89,17 @@ def test_too_little_disk_is_said_beforehand(
     with pytest.raises(NoSpaceLeft, match=r"needs .* GB of disk"):
         export_bundle(tiny_checkpoint(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_footage_that_is_measured_needs_room_for_whole_graphs(tmp_path: Path) -> None:
+    def needed(precision: str, *footage: Path) -> int:
+        options = ExportOptions(precision=Precision.parse(precision), footage=footage)
+        return _Export(open_weights(tiny_checkpoint()), options, Silent()).estimate(tmp_path).disk
+
+    weights = sum(math.prod(shape) for shape in shapes(tiny_config()).values())
+    for precision in ("int4,cache=float16", "fp16"):
+        assert needed(precision, tiny_footage()) > 3 * weights
+    assert needed("int4,cache=float16") == needed("int4") == needed("int4", tiny_footage())
 
 
 def test_too_little_memory_is_said_beforehand(

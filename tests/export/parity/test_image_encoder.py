@@ -136,6 +136,7 @@ def test_the_room_it_needs_is_foreseen(tmp_path: Path) -> None:
                 precision,
                 tmp_path,
                 largest_check=False,
+                measured=precision.needs_ranges,
             ).disk
             for images in (None, ImageConfig())
         )
