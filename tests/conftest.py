@@ -81,6 +81,22 @@ LONGEST = (
     *("runtime/backends/test_backends.py", "training/trainer/test_demo_recipes.py"),
 )
 
+# Of these, what waits more than it works, longest first. Two at the same time would leave a core
+# with nothing to do, so they begin far from each other.
+WAITING = (
+    *("e2e/page/test_page_camera.py", "e2e/page/test_page_panels.py"),
+    *("e2e/commands/test_commands.py", "e2e/page/test_page.py"),
+    *("runtime/alerts/test_alert_sinks.py", "benchmarks/runtime/test_server_load.py"),
+    *("benchmarks/runtime/test_soak.py", "runtime/cameras/test_sources.py"),
+    *("e2e/connections/test_hostile_sockets.py", "e2e/page/test_page_line.py"),
+    *("runtime/cameras/test_cameras.py", "benchmarks/runtime/test_attacks.py"),
+    *("e2e/commands/test_street.py", "e2e/connections/test_doors.py"),
+    *("e2e/page/test_page_proxy.py", "e2e/serving/test_snapshots.py"),
+    *("e2e/serving/test_home_assistant.py", "e2e/commands/test_watch_cameras.py"),
+)
+APART = 8
+"""Files."""
+
 
 def _is_slow(path: Path) -> bool:
     name = path.relative_to(ROOT / "tests").as_posix()
@@ -154,6 +170,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
     # Short ones fill what is left at the end.
     items.sort(key=lambda item: order.get(item.path, len(order) + (not _is_slow(item.path))))
+    apart = {ROOT / "tests" / name: APART * place - 0.5 for place, name in enumerate(WAITING)}
+    others = dict.fromkeys(item.path for item in items if item.path not in apart)
+    places = {path: float(place) for place, path in enumerate(others)} | apart
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.hookimpl(wrapper=True)

@@ -43,8 +43,10 @@ def test_a_file_left_open_is_an_error(pytester: pytest.Pytester) -> None:
 def test_every_slow_place_exists() -> None:
     tests = Path(conftest.__file__).parent
     assert not [place for place in conftest.SLOW if not (tests / place).exists()]
-    assert not [name for name in conftest.LONGEST if not (tests / name).is_file()]
-    assert all(conftest._is_slow(tests / name) for name in conftest.LONGEST)
+    placed = (*conftest.LONGEST, *conftest.WAITING)
+    assert not [name for name in placed if not (tests / name).is_file()]
+    assert all(conftest._is_slow(tests / name) for name in placed)
+    assert len(set(placed)) == len(placed)
 
 
 @pytest.mark.parametrize("again", [False, True])
