@@ -6,9 +6,7 @@ What takes minutes runs with EDGE_VLM_LONG_DOCS=1 (`make docs`); why another is 
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -20,7 +18,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from edge_vlm import cli
 from edge_vlm.errors import NoFrameYet, ServerBusy
@@ -33,7 +30,6 @@ PATIENCE_S = 300.0
 """For a server to start, which loads the libraries anew: a busy machine is no failure."""
 BIN = Path(sys.executable).parent
 SERVERS = ("serve", "mcp")
-DEMO = ("training", "checkpoints", "demo")
 NOT_YET = (NoFrameYet, ServerBusy)
 """What a server says of a camera whose session is being opened, or has seen nothing."""
 PORTS = ("8765", "8766")
@@ -101,33 +97,11 @@ def _environment() -> dict[str, str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What lies in a fresh clone, with a place to write; unless all of the pages is wanted, the
-    demo's checkpoint has one language layer of its six: an export traces each."""
-    _link(ROOT, tmp_path, () if IS_LONG else DEMO)
-    if not IS_LONG:
-        _shorten(tmp_path.joinpath(*DEMO))
+    """What lies in a fresh clone, with a place to write."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name != "tests":
+            (tmp_path / path.name).symlink_to(path)
     return tmp_path
-
-
-def _link(source: Path, folder: Path, own: tuple[str, ...]) -> None:
-    """`own`: a path below, whose folders are no links."""
-    for path in source.iterdir():
-        if own[:1] == (path.name,):
-            (folder / path.name).mkdir()
-            _link(path, folder / path.name, own[1:])
-        elif not path.name.startswith(".") and path.name != "tests":
-            (folder / path.name).symlink_to(path)
-
-
-def _shorten(checkpoint: Path) -> None:
-    config, weights = checkpoint / "config.json", checkpoint / "model.safetensors"
-    fields, tensors = json.loads(config.read_text()), load_file(weights)
-    fields["language"]["num_layers"] = 1
-    above = re.compile(r"llm\.blocks\.[1-9]")
-    for file in (config, weights):
-        file.unlink()
-    config.write_text(json.dumps(fields))
-    save_file({name: t for name, t in tensors.items() if not above.match(name)}, weights)
 
 
 @pytest.fixture
