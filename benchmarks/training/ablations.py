@@ -29,6 +29,7 @@ import torch
 from benchmarks.harness import command_line, device_record, write_result
 from benchmarks.summarise import summary_row
 from edge_vlm.cli import run_command
+from edge_vlm.errors import ConfigError
 from edge_vlm_training.config import msgspec
 from edge_vlm_training.recipes.base import Clips, Recipe, Steps
 from edge_vlm_training.recipes.demo import KEEP_MIXED, demo_recipe, questions
@@ -87,13 +88,15 @@ def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     recipe = msgspec.structs.replace(recipe, init=args.start)
     alone = Ranks(0, 1, torch.device("cpu"))
     if (folder / FINISHED).exists():
-        begin(recipe, folder, alone, resume=True)  # refuses another one
+        if json.loads((folder / FINISHED).read_text())["set"] != args.set:
+            raise ConfigError("trained with other --set", where=folder, remedy="another --runs")
+        begin(recipe, folder, alone, resume=True)  # refuses another start or length
     else:
         train(recipe, folder, alone, resume=checkpoints.latest(folder) is not None)
         last = checkpoints.latest(folder)
         assert last is not None
         minutes = round(checkpoints.progress_of(last).seconds / 60, 1)  # of all its starts
-        (folder / FINISHED).write_text(json.dumps({"minutes": minutes}))
+        (folder / FINISHED).write_text(json.dumps({"minutes": minutes, "set": args.set}))
     return folder
 
 

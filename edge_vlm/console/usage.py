@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 USAGE_EXIT_CODE = 2
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             hint = ""
             if any(action.dest == "question" for action in self._actions):
                 hint = ", a question of several words wants quotes"
-            elif has_bundle and Path(extra).is_dir():
+            elif has_bundle and os.path.isdir(extra):  # of Path, too long a name is an error
                 hint = f", did you mean --bundle {extra}?"
             self.error(f"one argument too many: {extra!r}{hint}")
         return parsed, left

@@ -77,8 +77,12 @@ def test_a_variant_is_trained_once_for_each_seed_and_asked(
     assert trained[1].read_bytes() == weights
     minutes = json.loads((tmp_path / "runs/random_cells-4" / ablations.FINISHED).read_text())
     assert minutes["minutes"] >= 0
-    for other in (argv[:-2], [*argv, "--steps", "2"]):
-        with pytest.raises(ConfigError, match="started with another recipe"):
+    longer, averaged = [*argv, "--steps", "2"], [*argv, "--set", "average_last=2"]
+    for other, told in (
+        *[(longer, "started with another recipe"), (argv[:-2], "trained with other --set")],
+        (averaged, "trained with other --set"),
+    ):
+        with pytest.raises(ConfigError, match=told):
             ablations.main(other)
 
 

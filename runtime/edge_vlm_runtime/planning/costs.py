@@ -236,8 +236,8 @@ def language_work(
         ]
         if is_joined:  # past and new rows, taken out of their stack, and spread over the heads
             parts.append(Pass("joined", 2 * seen * (4 * keys + 2 * inner), seen * inner))
-        if precision.cache_format == "float16" and precision.base == "float32":  # cast to multiply
-            parts.append(Pass("moved", 2 * seen * keys, seen * keys))
+            if precision.cache_format == "float16" and precision.base == "float32":
+                parts.append(Pass("moved", 2 * seen * keys, seen * keys))  # cast to be multiplied
     parts.append(Product(1, width, cfg.base_vocab, 1, _bytes_of(precision.head, precision)))
     return Work(
         name=name,

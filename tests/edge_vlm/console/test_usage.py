@@ -30,6 +30,7 @@ from tests.conftest import ROOT
         ("verify x -q", "no such option: -q"),
         ("serve .", "edge-vlm serve: one argument too many: '.', did you mean --bundle .?"),
         ("serve -- no-such-folder", "one argument too many: 'no-such-folder' (see"),
+        ("serve " + "x" * 300, "one argument too many: 'xxx"),
         ("ask a what now", "too many: 'now', a question of several words wants quotes (see"),
         ("build x y", "edge-vlm build: one argument too many: 'y' (see"),
         ("bench --nope", "edge-vlm bench: no such option: --nope (see"),

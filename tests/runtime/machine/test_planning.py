@@ -169,12 +169,14 @@ def test_a_cache_of_float16_takes_half_the_memory() -> None:
     )
     assert plain["cache"] == 2 * half["cache"]
     assert plain["language weights"] == half["language weights"]
-    works = [
-        language_work(tiny().language, Precision.parse(text), 1, 64)
-        for text in ("int4", "int4,cache=float16")
-    ]
-    assert works[0].cache_bytes == 2 * works[1].cache_bytes
-    assert RATES.seconds(works[0]) < RATES.seconds(works[1])  # cast to be multiplied
+    for is_joined in (True, False):
+        works = [
+            language_work(tiny().language, Precision.parse(text), 1, 64, is_joined=is_joined)
+            for text in ("int4", "int4,cache=float16")
+        ]
+        assert works[0].cache_bytes == 2 * works[1].cache_bytes
+        # Where past and new rows are joined they are cast too.
+        assert (RATES.seconds(works[0]) < RATES.seconds(works[1])) == is_joined
 
 
 def test_this_machine_has_to_say_what_is_free() -> None:
