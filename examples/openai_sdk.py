@@ -13,6 +13,7 @@ import sys
 import openai
 from openai.types.chat import ChatCompletionContentPartParam
 
+from edge_vlm.errors import EdgeVlmError
 from edge_vlm.pixels.frames import encode_jpeg
 from edge_vlm.pixels.video import read_video
 from edge_vlm_runtime.client.address import http_url
@@ -43,5 +44,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(sys.argv[1], sys.argv[2])
+    except EdgeVlmError as error:  # of the video
+        sys.exit(str(error))
     except openai.APIConnectionError as error:
         sys.exit(f"no server answers at {error.request.url}: start one with `edge-vlm serve`")

@@ -58,8 +58,10 @@ class Request:
 def opened(request: Request) -> Iterator[Watcher]:
     """The model. Raises BundleError, CheckpointError, MissingExtraError."""
     if not request.is_bundle:
-        import torch
-
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            raise MissingExtraError.for_library("torch", "train") from error
         from edge_vlm_calibration.torch_watcher import CheckpointWatcher
 
         if request.threads:

@@ -36,10 +36,11 @@ class Parser(argparse.ArgumentParser):
         if left:  # here, because the command above does not know this one's options
             extra = next((text for text in left if text != "--"), left[0])
             has_bundle = any("--bundle" in action.option_strings for action in self._actions)
+            takes_none = not any(not action.option_strings for action in self._actions)
             hint = ""
             if any(action.dest == "question" for action in self._actions):
                 hint = ", a question of several words wants quotes"
-            elif has_bundle and os.path.isdir(extra):  # of Path, too long a name is an error
+            elif has_bundle and (os.path.isdir(extra) or takes_none):
                 hint = f", did you mean --bundle {extra}?"
             self.error(f"one argument too many: {extra!r}{hint}")
         return parsed, left

@@ -124,7 +124,14 @@ class EngineBundle:
         if not root.is_dir():
             raise BundleNotFound("no such bundle", where=root, remedy="give the bundle's folder")
         if not (root / MANIFEST).is_file():
-            raise BundleNotFound(f"no {MANIFEST} here, so this is not a bundle", where=root)
+            is_checkpoint = (root / "config.json").is_file()
+            raise BundleNotFound(
+                f"no {MANIFEST} here, so this is not a bundle",
+                where=root,
+                remedy=f"a checkpoint is exported first: edge-vlm export {root} -o my-bundle"
+                if is_checkpoint
+                else "give the folder that `edge-vlm export` wrote",
+            )
         bundle, files = _read_manifest(root)
         for name, digest in files.items():
             file = root / name

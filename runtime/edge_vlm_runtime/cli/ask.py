@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from edge_vlm_runtime.cli.common.shared import (
     server_url,
     take_offline_policy,
 )
-from edge_vlm_runtime.client.address import DEFAULT_PORT
+from edge_vlm_runtime.client.address import DEFAULT_PORT, is_address
 
 if TYPE_CHECKING:
     from edge_vlm_runtime.client.client import Client
@@ -110,6 +111,12 @@ def _ask_stream(args: argparse.Namespace) -> int:
     given = [text for text in (args.video, args.question) if text is not None]
     if not given:
         raise ConfigError("there is no question", remedy='ask --stream NAME "What is there now?"')
+    if is_address(given[-1]) or os.path.isfile(given[-1]):
+        raise ConfigError(
+            "the address of a server, or a file, where the question was to be",
+            where=given[-1],
+            remedy='ask --stream NAME [ADDRESS] "What is there now?"',
+        )
     args.server = given[0] if len(given) == 2 else None
     url = address_of(args) or f"localhost:{DEFAULT_PORT}"
     from edge_vlm_runtime.client.json_lines import errors_told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import SplitResult, urlencode, urlsplit
 
 from edge_vlm.errors import ConfigError
@@ -13,6 +14,16 @@ SECURE = {"ws": "ws", "http": "ws", "wss": "wss", "https": "wss"}
 PATH = "/v1/realtime"
 """Of the websocket, as `protocol.PATH`, which is not light."""
 API = "/v1"
+
+
+_LIKE = re.compile(
+    r"(wss?|https?)://\S+|([\w-]+(\.[\w-]+)*|\[[0-9a-f:]+\]):\d+(/\S*)?", re.IGNORECASE
+)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is more likely the address of a server than a question."""
+    return _LIKE.fullmatch(text.strip()) is not None
 
 
 def websocket_url(address: str) -> str:

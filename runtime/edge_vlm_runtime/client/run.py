@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from edge_vlm.errors import EdgeVlmError, NoFrameYet, VideoError
+from edge_vlm.errors import ConfigError, EdgeVlmError, NoFrameYet, VideoError
 from edge_vlm.pixels.film.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
 from edge_vlm.pixels.frames import Rgb, encode_jpeg, shrink_jpeg
 from edge_vlm.waiting import cancel
@@ -224,11 +224,18 @@ def encoded(client: Client, rgb: Rgb) -> bytes | Rgb:
 
 
 def parse_question(text: str, every_s: float | None, detail: Detail = "video") -> PlannedQuestion:
-    """`TEXT` or `SECONDS@TEXT`, as `--ask` takes it."""
+    """`TEXT` or `SECONDS@TEXT`, as `--ask` takes it. Raises ConfigError."""
     before, at, after = text.partition("@")
-    if at:
-        with suppress(ValueError):
-            return PlannedQuestion(
-                text=after.strip(), detail=detail, at_s=float(before), every_s=every_s
-            )
-    return PlannedQuestion(text=text, detail=detail, at_s=every_s, every_s=every_s)
+    if not at or len(before.split()) != 1:  # the question has an @ in it
+        return PlannedQuestion(text=text, detail=detail, at_s=every_s, every_s=every_s)
+    try:
+        at_s = float(before)
+    except ValueError:
+        at_s = math.nan
+    if not 0 <= at_s < math.inf:
+        raise ConfigError(
+            f"{before!r} is no number of seconds",
+            where=text,
+            remedy="write SECONDS@TEXT, such as 2.5@TEXT, or TEXT alone",
+        )
+    return PlannedQuestion(text=after.strip(), detail=detail, at_s=at_s, every_s=every_s)

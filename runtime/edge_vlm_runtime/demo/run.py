@@ -172,7 +172,7 @@ def _open_server(args: argparse.Namespace) -> Server:
         cause = error.__cause__
         if not (isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE):
             raise
-        # Somebody else has the usual port: the demo takes any free one.
+        print(f"Port {args.port} is in use: the page gets a free one.", flush=True)
         return Server.open(args.bundle, port=0, **options)
 
 

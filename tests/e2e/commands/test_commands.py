@@ -341,6 +341,20 @@ def test_questions_on_the_command_line(
     assert parse_question(text, every_s) == expected
 
 
+@pytest.mark.parametrize("given", [["localhost:1"], ["localhost:1", __file__], [__file__]])
+def test_a_forgotten_question_is_not_the_address(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(ask, ["--stream", "door", *given]) == ConfigError.exit_code
+    assert f"where the question was to be ({given[-1]})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["2,5", "abc", "-1", "nan", "inf", "1:30"])
+def test_a_time_that_is_none_is_no_part_of_the_question(seconds: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{seconds}' is no number of seconds.*SECONDS@TEXT"):
+        parse_question(f"{seconds}@what?", None)
+
+
 def test_heat_maps() -> None:
     assert heat_row([0, 4, 8], 3) == "█·· ·█· ··█"
     assert heat_rows([1], 2) == ["··██", "····"]

@@ -8,6 +8,9 @@ import pty
 import termios
 import threading
 
+import pytest
+
+from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.cli.common.alerts import parse_alert
 from edge_vlm_runtime.client.keyboard import Keyboard, LineEditor
 from tests.runtime.server.live import TIMEOUT_S, run
@@ -79,3 +82,6 @@ def test_thresholds_stand_before_the_question_of_an_alert() -> None:
         {"on_threshold": 0.8, "off_threshold": 0.3},
     )
     assert parse_alert("Is a@b there?") == ("Is a@b there?", {})
+    for before in ("0,8", "0.8/x", "high"):
+        with pytest.raises(ConfigError, match=f"'{before}' is no threshold"):
+            parse_alert(f"{before}@Is it?")

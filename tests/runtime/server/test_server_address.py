@@ -6,7 +6,7 @@ import pytest
 
 from edge_vlm.errors import ConfigError, ServerUnreachable
 from edge_vlm_runtime import connect, protocol
-from edge_vlm_runtime.client.address import PATH, http_url, websocket_url
+from edge_vlm_runtime.client.address import PATH, http_url, is_address, websocket_url
 from tests.runtime.server.live import run
 
 FORMS = {
@@ -35,6 +35,14 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form(form: str) -> None:
     assert (websocket_url(form), http_url(form, "/v1/models")) == FORMS[form]
+    assert is_address(form) == (form != "jetson")  # a question may be one word
+
+
+@pytest.mark.parametrize(
+    "text", ["What is there now?", "what:", "time 12:30", "is it http://a?", ""]
+)
+def test_a_question_is_no_address(text: str) -> None:
+    assert not is_address(text)
 
 
 @pytest.mark.parametrize(

@@ -227,15 +227,24 @@ async def create_alerts(
 
 
 def parse_alert(text: str) -> tuple[str, dict[str, float]]:
-    """`TEXT`, `ON@TEXT` or `ON/OFF@TEXT`: the question, and the thresholds of this alert alone."""
+    """`TEXT`, `ON@TEXT` or `ON/OFF@TEXT`: the question, and the thresholds of this alert alone.
+
+    Raises ConfigError.
+    """
     before, at, question = text.partition("@")
     on, slash, off = before.partition("/")
     try:
         thresholds = {"on_threshold": float(on)} if at else {}
         if slash and at:
             thresholds["off_threshold"] = float(off)
-    except ValueError:  # the question has an @ in it
-        return text, {}
+    except ValueError as error:
+        if len(before.split()) != 1:  # the question has an @ in it
+            return text, {}
+        raise ConfigError(
+            f"{before!r} is no threshold",
+            where=text,
+            remedy="write ON@TEXT or ON/OFF@TEXT, such as 0.8/0.5@TEXT, or TEXT alone",
+        ) from error
     return (question.strip(), thresholds) if at else (text, {})
 
 
