@@ -106,9 +106,11 @@ class LiveRun:
             )
             self._news.set()
         elif isinstance(event, protocol.StreamUpdated):
-            stream = event.stream
-            why = "" if stream.detail is None else f": {stream.detail}"
-            self._say(f"the stream {stream.name} is {stream.state}{why}")
+            self._tell(event.stream)
+
+    def _tell(self, stream: protocol.Stream) -> None:
+        why = "" if stream.detail is None else f": {stream.detail}"
+        self._say(f"the stream {stream.name} is {stream.state}{why}")
 
     async def run(self, first: Client) -> None:
         """To the end of the source, or until cancelled. Raises what no new session helps against;
@@ -183,6 +185,8 @@ class LiveRun:
             created.stream, protocol.Stream
         ):
             self._has_seen = created.stream.state != "live"  # no picture will tell
+            if self._has_seen:
+                self._tell(created.stream)
         asking = asyncio.create_task(self._ask_when_due(client))
         try:
             if self._source is None:

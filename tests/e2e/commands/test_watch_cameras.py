@@ -13,11 +13,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.runtime.cameras.pictures import write_video
 from tests.runtime.cameras.rtsp_camera import RtspCamera
 from tests.runtime.ports import KeptPort
 from tests.runtime.server.live import TIMEOUT_S
@@ -183,6 +185,24 @@ def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [PROGRAM, "ask", *arguments], capture_output=True, text=True, timeout=TIMEOUT_S
     )
+
+
+def listed(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/v1/streams") as reply:
+        return bytes(reply.read()).decode()
+
+
+def test_whoever_comes_when_a_film_is_over_is_told_so(tmp_path: Path) -> None:
+    file, film = tmp_path / "edge-vlm.toml", write_video(tmp_path / "film.mp4", num_frames=2)
+    file.write_text(f'[[camera]]\nname = "door"\nsource = "{film}"\n')
+    with serve("--port", "0", "--config", str(file)) as server:
+        address = f"127.0.0.1:{port_of(server.until('serving'))}"
+        while '"state":"ended"' not in listed(address):
+            time.sleep(0.1)
+        with Program("watch", "--stream", "door", address) as watch:
+            watch.until("the stream door is ended")
+            watch.type(QUESTION)  # of what it remembers
+            watch.until(r"^> ")
 
 
 def test_events_of_a_stream_as_lines_of_json(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_unknown_path(tmp_path: Path) -> None:
 
 def test_a_folder_without_manifest_is_not_a_bundle(bundle: Path) -> None:
     (bundle / MANIFEST).unlink()
-    with pytest.raises(BundleNotFound, match="not a bundle.*folder that `edge-vlm export` wrote"):
+    with pytest.raises(BundleNotFound, match=r"not a bundle.*folder that `edge-vlm export` wrote"):
         EngineBundle.open(bundle)
     (bundle / "config.json").write_text("{}")
     with pytest.raises(BundleNotFound, match=f"edge-vlm export {bundle} -o my-bundle"):
