@@ -139,6 +139,7 @@ class _Budgeted(ABC):
                 )
             self._apply_rates(self._ledger)
             if self._ledger.rate >= scores.size:  # nothing is pruned, however low it scores
+                self._start(scores, frame_rgb)
                 cells = np.arange(scores.size, dtype=np.int32)
             else:
                 cells = self._choose(scores, frame_rgb, self._ledger)
@@ -152,7 +153,7 @@ class _Budgeted(ABC):
             self._rates = (later, later)
 
     def _start(self, scores: Scores, frame_rgb: Rgb | None) -> None:  # noqa: B027 (optional)
-        """A stream begins with this frame, which is kept whole."""
+        """This frame is kept whole: the first of a stream, or one of a budget for everything."""
 
     @abstractmethod
     def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
@@ -193,7 +194,13 @@ class RandomCells(_Budgeted):
 class StreamBudget(_Budgeted):
     """Spends a running budget where the scores are high. The default of every live session.
 
-    A frame *weighs* the sum of its scores' square roots. Of the credit for the next
+    Cells are ranked by their score and by half of what they are *owed*: their rank one frame
+    earlier if they were not kept then, minus half of it if they were. So what scored when there
+    was no room is kept when there is some, though it is silent by then (a thing that left is seen
+    to be gone), and what was just kept lets others pass. At a fifth of the cells this is worth two
+    to three points (docs/demo-model.md).
+
+    A frame *weighs* the sum of its ranks' square roots. Of the credit for the next
     `payback_frames` frames it gets its part of their weight, each coming one being expected to
     weigh what the recent ones did on average. So something new takes more than an even share, a
     quiet frame leaves some to the others, no score is compared with a fixed number, and the budget
@@ -201,6 +208,7 @@ class StreamBudget(_Budgeted):
     """
 
     memory_frames: int = field(default=32, kw_only=True)
+    _owed: Scores | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,8 +220,12 @@ class StreamBudget(_Budgeted):
         super().reset()
         self._recent_weights.clear()
 
+    def _start(self, scores: Scores, frame_rgb: Rgb | None) -> None:
+        self._owed = None
+
     def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
-        weight = float(np.sqrt(np.maximum(scores, 0.0)).sum()) + 1e-9  # all 0: an even share
+        rank = scores if self._owed is None else scores + self._owed / 2
+        weight = float(np.sqrt(np.maximum(rank, 0.0)).sum()) + 1e-9  # all 0: an even share
         self._recent_weights.append(weight)
         usual = sum(self._recent_weights) / len(self._recent_weights)
 
@@ -223,7 +235,10 @@ class StreamBudget(_Budgeted):
             plan = self.payback_frames
             credit += ledger.rate * (plan - 1)
         wanted = credit * weight / (weight + usual * (plan - 1))
-        return top_cells(scores, self._bounded(wanted, ledger))
+        cells = top_cells(rank, self._bounded(wanted, ledger))
+        self._owed = rank.copy()
+        self._owed[cells] /= -2
+        return cells
 
 
 class OverThreshold:
