@@ -17,6 +17,7 @@ from edge_vlm.pruning.policies import (
     RandomCells,
     StreamBudget,
     make_policy,
+    top_cells,
 )
 
 BUDGETED: list[Callable[[float], KeepPolicy]] = [
@@ -120,6 +121,41 @@ def test_a_small_stream_budget_has_cells_in_hand_for_something_new() -> None:
         found[name] = np.mean([np.isin(range(10, 14), cells) for cells in kept[4::9]])
     assert found["stream"] > 0.9
     assert found["frame_topk"] < 0.9
+
+
+def test_what_found_no_room_is_kept_soon_after_though_it_is_silent_by_then() -> None:
+    scores = np.full((40, 16), 0.006, dtype=np.float32)
+    scores[:, :2] = 0.05  # two things stand still
+    scores[20, 4:16] = np.linspace(0.9, 0.5, 12)
+    seen = {}
+    for name in ("stream", "frame_topk"):
+        policy = make_policy(name, 0.2, bank_frames=0.5)
+        kept = [policy.select(row, None, index == 0).tolist() for index, row in enumerate(scores)]
+        assert not set(range(4, 16)) <= set(kept[20])
+        seen[name] = set(sum(kept[20:28], [])) & set(range(4, 16))
+    assert seen["stream"] == set(range(4, 16))
+    assert len(seen["frame_topk"]) < 6
+
+
+def test_what_was_just_kept_lets_others_pass() -> None:
+    row = np.linspace(0.09, 0.1, 16, dtype=np.float32)
+    policy = StreamBudget(0.2)
+    kept = [policy.select(row, None, index == 0).tolist() for index in range(40)]
+    assert set(sum(kept[16:32], [])) == set(range(16))
+
+
+def test_nothing_is_owed_behind_a_frame_that_is_kept_whole() -> None:
+    scores = skewed_scores(7, 40, 16)
+    scores[20:, :] = np.float32(0.01)
+    scores[21, 3:9] = 0.5
+    policy = StreamBudget(0.5)
+    for index in range(20):
+        policy.select(scores[index], None, index == 0)
+    policy.set_rate(16, 16)
+    assert policy.select(scores[20], None, False).size == 16
+    policy.set_rate(8, 8)
+    cells = policy.select(scores[21], None, False)
+    assert cells.tolist() == top_cells(scores[21], cells.size).tolist()
 
 
 def test_the_scale_of_scores_makes_no_difference() -> None:
