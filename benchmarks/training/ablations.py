@@ -88,7 +88,7 @@ def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     recipe = msgspec.structs.replace(recipe, init=args.start)
     alone = Ranks(0, 1, torch.device("cpu"))
     if (folder / FINISHED).exists():
-        if json.loads((folder / FINISHED).read_text())["set"] != args.set:
+        if json.loads((folder / FINISHED).read_text()).get("set") != args.set:
             raise ConfigError("trained with other --set", where=folder, remedy="another --runs")
         begin(recipe, folder, alone, resume=True)  # refuses another start or length
     else:

@@ -16,6 +16,7 @@ USAGE_EXIT_CODE = 2
 _CHOICES = re.compile(
     r"invalid choice: '?([^' ]+)'? \(choose from (.+)\)|cannot be '(.+)', only one of (.+)"
 )
+_LIKE_NUMBER = re.compile(r"[-+.,:/\s]*\d[-+.,:/\s\d]*(\w|%|sec|min)?\s*")
 _NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")
 
 
@@ -36,11 +37,10 @@ class Parser(argparse.ArgumentParser):
         if left:  # here, because the command above does not know this one's options
             extra = next((text for text in left if text != "--"), left[0])
             has_bundle = any("--bundle" in action.option_strings for action in self._actions)
-            takes_none = not any(not action.option_strings for action in self._actions)
             hint = ""
             if any(action.dest == "question" for action in self._actions):
                 hint = ", a question of several words wants quotes"
-            elif has_bundle and (os.path.isdir(extra) or takes_none):
+            elif has_bundle and os.path.isdir(extra):
                 hint = f", did you mean --bundle {extra}?"
             self.error(f"one argument too many: {extra!r}{hint}")
         return parsed, left
@@ -68,6 +68,11 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction)
             for name in action.choices
         ]
+
+
+def is_like_a_number(text: str) -> bool:
+    """Whether it was meant as one, or as two, though it may be none: `2,5`, `1:30`, `0.8/0,5`."""
+    return _LIKE_NUMBER.fullmatch(text) is not None
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -138,13 +138,18 @@ class _Budgeted(ABC):
                     f"scores changed from {self._ledger.num_cells} to {scores.size} cells"
                 )
             self._apply_rates(self._ledger)
-            if self._ledger.rate >= scores.size:  # nothing is pruned, however low it scores
+            if self._pays_for_all(self._ledger):  # nothing is pruned, however low it scores
                 self._start(scores, frame_rgb)
                 cells = np.arange(scores.size, dtype=np.int32)
             else:
                 cells = self._choose(scores, frame_rgb, self._ledger)
         self._ledger.spend(cells.size)
         return cells
+
+    def _pays_for_all(self, ledger: CellLedger) -> bool:
+        """Of every coming frame, as far as is known, and of this one, which may have less."""
+        most = min(self.max_cells or ledger.num_cells, ledger.rate, ledger.available())
+        return most >= ledger.num_cells
 
     def _apply_rates(self, ledger: CellLedger) -> None:
         if self._rates is not None:
@@ -197,10 +202,9 @@ class StreamBudget(_Budgeted):
     Cells are ranked by their score and by half of what they are *owed*: their rank one frame
     earlier if they were not kept then, minus half of it if they were. So what scored when there
     was no room is kept when there is some, though it is silent by then (a thing that left is seen
-    to be gone), and what was just kept lets others pass. At a fifth of the cells this is worth two
-    to three points (docs/demo-model.md).
+    to be gone), and what was just kept lets others pass (docs/pruning.md).
 
-    A frame *weighs* the sum of its ranks' square roots. Of the credit for the next
+    A frame *weighs* the sum of its scores' square roots. Of the credit for the next
     `payback_frames` frames it gets its part of their weight, each coming one being expected to
     weigh what the recent ones did on average. So something new takes more than an even share, a
     quiet frame leaves some to the others, no score is compared with a fixed number, and the budget
@@ -224,8 +228,7 @@ class StreamBudget(_Budgeted):
         self._owed = None
 
     def _choose(self, scores: Scores, frame_rgb: Rgb | None, ledger: CellLedger) -> Cells:
-        rank = scores if self._owed is None else scores + self._owed / 2
-        weight = float(np.sqrt(np.maximum(rank, 0.0)).sum()) + 1e-9  # all 0: an even share
+        weight = float(np.sqrt(np.maximum(scores, 0.0)).sum()) + 1e-9  # all 0: an even share
         self._recent_weights.append(weight)
         usual = sum(self._recent_weights) / len(self._recent_weights)
 
@@ -235,6 +238,7 @@ class StreamBudget(_Budgeted):
             plan = self.payback_frames
             credit += ledger.rate * (plan - 1)
         wanted = credit * weight / (weight + usual * (plan - 1))
+        rank = scores if self._owed is None else scores + self._owed / 2
         cells = top_cells(rank, self._bounded(wanted, ledger))
         self._owed = rank.copy()
         self._owed[cells] /= -2

@@ -17,7 +17,10 @@ API = "/v1"
 
 
 _LIKE = re.compile(
-    r"(wss?|https?)://\S+|([\w-]+(\.[\w-]+)*|\[[0-9a-f:]+\]):\d+(/\S*)?", re.IGNORECASE
+    r"(wss?|https?)://\S+"
+    r"|([\w-]+(\.[\w-]+)*|\[[0-9a-f:]+\]):\d+([/?]\S*)?"
+    r"|(localhost|\d+(\.\d+){3}|\[[0-9a-f:]+\]|[\w-]+\.local)([/?]\S*)?",
+    re.IGNORECASE,
 )
 
 

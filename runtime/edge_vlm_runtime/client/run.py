@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from edge_vlm.console.usage import is_like_a_number
 from edge_vlm.errors import ConfigError, EdgeVlmError, NoFrameYet, VideoError
 from edge_vlm.pixels.film.reading import BEHIND, CLOCK_JUMP, DECODE_ERROR
 from edge_vlm.pixels.frames import Rgb, encode_jpeg, shrink_jpeg
@@ -226,12 +227,14 @@ def encoded(client: Client, rgb: Rgb) -> bytes | Rgb:
 def parse_question(text: str, every_s: float | None, detail: Detail = "video") -> PlannedQuestion:
     """`TEXT` or `SECONDS@TEXT`, as `--ask` takes it. Raises ConfigError."""
     before, at, after = text.partition("@")
-    if not at or len(before.split()) != 1:  # the question has an @ in it
-        return PlannedQuestion(text=text, detail=detail, at_s=every_s, every_s=every_s)
     try:
         at_s = float(before)
     except ValueError:
         at_s = math.nan
+        if not is_like_a_number(before):
+            at = ""
+    if not at:  # or the question has an @ in it
+        return PlannedQuestion(text=text, detail=detail, at_s=every_s, every_s=every_s)
     if not 0 <= at_s < math.inf:
         raise ConfigError(
             f"{before!r} is no number of seconds",

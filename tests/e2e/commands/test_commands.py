@@ -333,6 +333,8 @@ def test_the_table_on_a_terminal_that_goes_away(long_video: Path) -> None:
         ("who is me@home?", None, PlannedQuestion(text="who is me@home?")),
         ("what?", 5.0, PlannedQuestion(text="what?", at_s=5.0, every_s=5.0)),
         ("2@what?", 5.0, PlannedQuestion(text="what?", at_s=2.0, every_s=5.0)),
+        ("a@b.com here?", None, PlannedQuestion(text="a@b.com here?")),
+        ("2 cats @home?", None, PlannedQuestion(text="2 cats @home?")),
     ],
 )
 def test_questions_on_the_command_line(
@@ -349,7 +351,7 @@ def test_a_forgotten_question_is_not_the_address(
     assert f"where the question was to be ({given[-1]})" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seconds", ["2,5", "abc", "-1", "nan", "inf", "1:30"])
+@pytest.mark.parametrize("seconds", ["2,5", "2.5 s", "-1", "nan", "inf", "1:30"])
 def test_a_time_that_is_none_is_no_part_of_the_question(seconds: str) -> None:
     with pytest.raises(ConfigError, match=f"'{seconds}' is no number of seconds.*SECONDS@TEXT"):
         parse_question(f"{seconds}@what?", None)

@@ -158,6 +158,30 @@ def test_nothing_is_owed_behind_a_frame_that_is_kept_whole() -> None:
     assert cells.tolist() == top_cells(scores[21], cells.size).tolist()
 
 
+def test_one_loud_frame_starves_none_behind_it() -> None:
+    scores = np.full((60, 81), 0.01, dtype=np.float32)
+    scores[30] = 0.8
+    counts = kept_counts(StreamBudget(0.5), scores)
+    assert min(counts[31:40]) > 30
+
+
+def test_a_rate_for_everything_spends_no_more_than_there_is() -> None:
+    """A still scene earns whole frames; when it moves, each brings less than the mean says."""
+    policy = StreamBudget(0.5)
+    scores = skewed_scores(2, 60, 81)
+    counts = []
+    for index, row in enumerate(scores):
+        policy.set_rate(400 if index < 20 else 20, 90 if index < 30 else 20)
+        counts.append(policy.select(row, None, index == 0).size)
+    assert counts[:20] == [81] * 20
+    assert min(counts) >= 2
+
+
+@pytest.mark.parametrize("make", [StreamBudget, FrameTopK, RandomCells, FrameDifference])
+def test_a_ratio_of_one_keeps_to_the_ceiling_of_a_frame(make: Callable[..., KeepPolicy]) -> None:
+    assert kept_counts(make(1.0, max_cells=5), skewed_scores(4, 6, 16)) == [16, 5, 5, 5, 5, 5]
+
+
 def test_the_scale_of_scores_makes_no_difference() -> None:
     scores = skewed_scores(8, 40, 81)
     one, other = StreamBudget(0.3), StreamBudget(0.3)

@@ -82,6 +82,7 @@ def test_thresholds_stand_before_the_question_of_an_alert() -> None:
         {"on_threshold": 0.8, "off_threshold": 0.3},
     )
     assert parse_alert("Is a@b there?") == ("Is a@b there?", {})
-    for before in ("0,8", "0.8/x", "high"):
+    assert parse_alert("a@b.com here?") == ("a@b.com here?", {})
+    for before in ("0,8", "0.8/x", "0,8 / 0,5"):
         with pytest.raises(ConfigError, match=f"'{before}' is no threshold"):
             parse_alert(f"{before}@Is it?")

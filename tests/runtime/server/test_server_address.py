@@ -39,7 +39,7 @@ def test_a_form(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["What is there now?", "what:", "time 12:30", "is it http://a?", ""]
+    "text", ["What is there now?", "what:", "time 12:30", "is it http://a?", "", "Cars?", "e.g."]
 )
 def test_a_question_is_no_address(text: str) -> None:
     assert not is_address(text)
@@ -74,3 +74,10 @@ def test_a_variable_that_is_not_set() -> None:
 
 def test_the_path_is_that_of_the_protocol() -> None:
     assert PATH == protocol.PATH
+
+
+@pytest.mark.parametrize(
+    "text", ["192.168.1.20", "localhost", "[::1]", "jetson.local", "host:8765?x=1"]
+)
+def test_an_address_without_a_port(text: str) -> None:
+    assert is_address(text)

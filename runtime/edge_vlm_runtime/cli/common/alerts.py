@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 from edge_vlm import private_files
 from edge_vlm.console.options import About
-from edge_vlm.errors import ConfigError
+from edge_vlm.console.usage import is_like_a_number
+from edge_vlm.errors import ConfigError, EdgeVlmError
 from edge_vlm_runtime.alert_sinks.evidence import EvidenceSize
 from edge_vlm_runtime.cli.common.arguments import Option, given, options_of
 from edge_vlm_runtime.sources.masking import mask_credentials
@@ -99,7 +100,7 @@ def rule_options() -> list[Option]:
     return options_of(AlertRule, only=RULE_FIELDS)
 
 
-@contextmanager
+@contextlib.contextmanager
 def alert_outputs(
     args: argparse.Namespace, routes: AlertRoutes | None = None
 ) -> Iterator[AlertDispatcher | None]:
@@ -217,12 +218,18 @@ def _wants(
 async def create_alerts(
     args: argparse.Namespace, client: Client
 ) -> list[alert_messages.AlertStatus]:
-    """Watches for every `--alert`. Raises as `Client.create_alert`."""
+    """Watches for every `--alert`, or for none. Raises as `Client.create_alert`."""
     made = []
     rule = given(rule_options(), args)
-    for text in args.alerts:
-        question, own = parse_alert(text)
-        made.append(await client.create_alert(question, **cast("RuleFields", {**rule, **own})))
+    wanted = [parse_alert(text) for text in args.alerts]
+    try:
+        for question, own in wanted:
+            made.append(await client.create_alert(question, **cast("RuleFields", {**rule, **own})))
+    except EdgeVlmError:
+        for status in made:  # a camera of the server's would keep them
+            with contextlib.suppress(EdgeVlmError):
+                await client.delete_alert(status.alert_id)
+        raise
     return made
 
 
@@ -238,7 +245,7 @@ def parse_alert(text: str) -> tuple[str, dict[str, float]]:
         if slash and at:
             thresholds["off_threshold"] = float(off)
     except ValueError as error:
-        if len(before.split()) != 1:  # the question has an @ in it
+        if not is_like_a_number(before):  # the question has an @ in it
             return text, {}
         raise ConfigError(
             f"{before!r} is no threshold",
