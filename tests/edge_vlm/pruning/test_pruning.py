@@ -132,7 +132,7 @@ def test_what_found_no_room_is_kept_soon_after_though_it_is_silent_by_then() -> 
         policy = make_policy(name, 0.2, bank_frames=0.5)
         kept = [policy.select(row, None, index == 0).tolist() for index, row in enumerate(scores)]
         assert not set(range(4, 16)) <= set(kept[20])
-        seen[name] = set(sum(kept[20:28], [])) & set(range(4, 16))
+        seen[name] = set().union(*kept[20:28]) & set(range(4, 16))
     assert seen["stream"] == set(range(4, 16))
     assert len(seen["frame_topk"]) < 6
 
@@ -141,7 +141,7 @@ def test_what_was_just_kept_lets_others_pass() -> None:
     row = np.linspace(0.09, 0.1, 16, dtype=np.float32)
     policy = StreamBudget(0.2)
     kept = [policy.select(row, None, index == 0).tolist() for index in range(40)]
-    assert set(sum(kept[16:32], [])) == set(range(16))
+    assert set().union(*kept[16:32]) == set(range(16))
 
 
 def test_nothing_is_owed_behind_a_frame_that_is_kept_whole() -> None:
