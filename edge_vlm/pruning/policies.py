@@ -238,10 +238,10 @@ class StreamBudget(_Budgeted):
             plan = self.payback_frames
             credit += ledger.rate * (plan - 1)
         wanted = credit * weight / (weight + usual * (plan - 1))
-        rank = scores if self._owed is None else scores + self._owed / 2
+        rank = scores.copy() if self._owed is None else scores + np.float32(0.5) * self._owed
         cells = top_cells(rank, self._bounded(wanted, ledger))
-        self._owed = rank.copy()
-        self._owed[cells] /= -2
+        rank[cells] /= -2
+        self._owed = rank
         return cells
 
 
