@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import pty
 import termios
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from edge_vlm.errors import ConfigError
-from edge_vlm_runtime.cli.common.alerts import parse_alert
+from edge_vlm_runtime.cli.common.alerts import create_alerts, parse_alert, rule_options
 from edge_vlm_runtime.client.keyboard import Keyboard, LineEditor
 from tests.runtime.server.live import TIMEOUT_S, run
 
@@ -86,3 +89,29 @@ def test_thresholds_stand_before_the_question_of_an_alert() -> None:
     for before in ("0,8", "0.8/x", "0,8 / 0,5"):
         with pytest.raises(ConfigError, match=f"'{before}' is no threshold"):
             parse_alert(f"{before}@Is it?")
+
+
+class Camera:
+    """Of a server's own: what is watched for stays when the client goes. Takes one alert."""
+
+    def __init__(self) -> None:
+        self.watched: set[str] = set()
+
+    async def create_alert(self, question: str, **rule: object) -> SimpleNamespace:
+        if self.watched:
+            raise ConfigError("one alert too many")
+        self.watched.add(question)
+        return SimpleNamespace(alert_id=question)
+
+    async def delete_alert(self, alert_id: str) -> None:
+        self.watched.remove(alert_id)
+
+
+@pytest.mark.parametrize("second", ["Is there a dog?", "0,8@Is there a dog?"])
+def test_alerts_are_made_all_or_none(second: str) -> None:
+    camera: Any = Camera()
+    rule = dict.fromkeys(option.key for option in rule_options())
+    args = argparse.Namespace(alerts=["Is there a cat?", second], **rule)
+    with pytest.raises(ConfigError, match=r"too many|no threshold"):
+        asyncio.run(create_alerts(args, camera))
+    assert not camera.watched
