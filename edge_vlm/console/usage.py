@@ -36,12 +36,14 @@ class Parser(argparse.ArgumentParser):
         parsed, left = super().parse_known_args(args, namespace)
         if left:  # here, because the command above does not know this one's options
             extra = next((text for text in left if text != "--"), left[0])
-            has_bundle = any("--bundle" in action.option_strings for action in self._actions)
+            known = {name for action in self._actions for name in action.option_strings}
             hint = ""
             if any(action.dest == "question" for action in self._actions):
                 hint = ", a question of several words wants quotes"
-            elif has_bundle and os.path.isdir(extra):
+            elif "--bundle" in known and os.path.isdir(extra):
                 hint = f", did you mean --bundle {extra}?"
+            elif "--model" in known:
+                hint = f", did you mean --model {extra}?"
             self.error(f"one argument too many: {extra!r}{hint}")
         return parsed, left
 

@@ -86,6 +86,15 @@ class CameraPlan:
     def alerts_of(self, camera: str) -> tuple[AlertConfig, ...]:
         return tuple(alert for alert in self.alerts if alert.camera == camera)
 
+    def lines(self) -> list[str]:
+        """Each camera and its alerts, for people; no password is shown."""
+        told = []
+        for camera in self.cameras:
+            names = ", ".join(alert.name for alert in self.alerts_of(camera.name))
+            alerts = f"  (alerts: {names})" if names else ""
+            told.append(f"camera {camera.name}: {camera.shown_source}{alerts}")
+        return told
+
     def sinks_of(self, camera: str, alert: str) -> tuple[str, ...] | None:
         """Where an alert goes; None: to all."""
         named = (each for each in self.alerts_of(camera) if each.name == alert)

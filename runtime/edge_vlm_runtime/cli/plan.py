@@ -146,7 +146,8 @@ def _model(name: str) -> tuple[ModelConfig, Precision]:
     from edge_vlm.formats.bundle import EngineBundle
     from edge_vlm.formats.precision import PRESETS
 
-    known = SHORT.get(name.lower(), name.lower())
+    known = name.lower().removeprefix("allenai/")  # as its publisher names it
+    known = SHORT.get(known, known)
     if known in MODELS:
         cfg: ModelConfig = getattr(presets, MODELS[known])()
         return cfg, PRESETS["int4"]
@@ -164,12 +165,15 @@ def _lines(forecast: Forecast, arguments: PlanArguments, wanted: Wanted) -> list
     from edge_vlm_runtime.bench.report import figure
 
     data = forecast.to_dict()
-    verdict = "fits" if forecast.fits else "DOES NOT FIT"
+    pace = "keeps up" if forecast.load <= 1 else "DOES NOT KEEP UP"
+    if not forecast.fits:
+        verdict = "DOES NOT FIT"
+    else:
+        verdict = "fits" if forecast.load <= 1 else f"fits, but {pace}"
     gb = 1e9
     rows = [(name, f"{size / gb:.2f} GB") for name, size in forecast.memory.items()]
     rows.append(("all", f"{forecast.needed_bytes / gb:.2f} of {forecast.usable_bytes / gb:.1f} GB"))
     stages = [(name, figure(value, " ms")) for name, value in data["stages_ms"].items()]
-    pace = "keeps up" if forecast.load <= 1 else "DOES NOT KEEP UP"
     lines = [
         f"{arguments.model} in {wanted.precision.label} on {forecast.device}: {verdict}",
         f"keep {arguments.keep:g}: {forecast.cells} cells, {forecast.frame_tokens} tokens a frame; "

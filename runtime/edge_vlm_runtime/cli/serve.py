@@ -55,8 +55,9 @@ def _serve(args: argparse.Namespace) -> int:
                 print_notes([server.runs_on])
             print_notes(server.notes)
             where = f"{server.page_url}  (clients: {server.url})"
+            begin = "\n".join([f"serving {args.bundle} at {where}", *cameras.plan.lines()])
             with _home_assistant(args, server):
-                server.serve(lambda: print(f"serving {args.bundle} at {where}", flush=True))
+                server.serve(lambda: print(begin, flush=True))
         print("stopped", flush=True)
     return 0
 

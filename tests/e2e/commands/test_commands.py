@@ -47,14 +47,15 @@ def test_watch_shows_every_frame_and_answers_on_the_way(
     video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--source", str(video), "--fast", "--max-answer-tokens", "4", *own_server()]
-    arguments += ["--ask", f"1.5@{QUESTION}", "--ask", QUESTION]
+    arguments += ["--ask", f"1.5@{QUESTION}", "--ask", QUESTION, "--ask", f"100@{QUESTION}"]
     assert command_line(watch, arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:9] for line in lines if line.startswith("frame")] == [
         f"frame {number:>3}" for number in range(1, 9)
     ]
     asked = [line for line in lines if line.startswith("?")]
-    assert asked == [f"? {QUESTION}  [asked at 1.5 s]", f"? {QUESTION}  [asked at 3.5 s]"]
+    moments = ["1.5 s", "3.5 s, the end: 100 s never came", "3.5 s"]
+    assert asked == [f"? {QUESTION}  [asked at {moment}]" for moment in moments]
     answers = [line for line in lines if line.startswith("> ")]
     assert "seen until 1.5 s" in answers[0]
     assert "seen until 3.5 s" in answers[1]

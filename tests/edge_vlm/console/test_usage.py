@@ -29,6 +29,7 @@ from tests.conftest import ROOT
         ("data check x --fsp 3", "edge-vlm data check: no such option: --fsp, did you mean --fps?"),
         ("verify x -q", "no such option: -q"),
         ("serve .", "edge-vlm serve: one argument too many: '.', did you mean --bundle .?"),
+        ("plan 8b", "edge-vlm plan: one argument too many: '8b', did you mean --model 8b?"),
         ("serve -- my-bundle", "one argument too many: 'my-bundle' (see"),
         ("watch localhost:1 my-bundle", "one argument too many: 'my-bundle' (see"),
         ("serve " + "x" * 300, "one argument too many: 'xxx"),

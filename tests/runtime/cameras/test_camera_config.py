@@ -38,6 +38,7 @@ def test_a_whole_plan(tmp_path: Path) -> None:
     assert door.shown_source == "rtsp://***@cam.local/1"
     assert "secret" not in repr(door)
     assert clip.source == str(tmp_path / "films/clip.mp4")
+    assert plan.lines()[0] == "camera door: rtsp://***@cam.local/1  (alerts: visitor)"
     [visitor] = plan.alerts_of("door")
     assert (visitor.rule.on_threshold, visitor.rule.hold_s) == (0.8, 2)
     assert plan.sinks_of("door", "visitor") == ("phone",)

@@ -116,6 +116,11 @@ def test_a_device_that_fits_and_one_that_does_not(capsys: pytest.CaptureFixture[
     assert 0.5 < data["tokens_per_s"] / data["decode_bound_per_s"] < 0.8
     assert command_line(plan, ["--device", "orin-nano", "--model", "8b", "--precision=fp16"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
+    # That it is too slow is said beside that it fits, not far below alone.
+    asked = ["--device", "orin-agx", "--model", "allenai/Molmo2-4B", "--fps", "30"]
+    assert command_line(plan, asked) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith(": fits, but DOES NOT KEEP UP")
 
 
 def test_a_forecast_says_of_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,8 @@ class Clips(Config, frozen=True, kw_only=True, tag="clips"):
     """Share of steps whose clips miss a stretch after the first frame, as a full memory does."""
     absent_share: Share = 0.0
     """Share of questions about what is not there, or not remembered; the true answer says so."""
+    look_alike_share: Share = 0.0
+    """Share of questions whether something is there that looks like what is there."""
     harder_share: Share = 0.0
     """Share of steps with clips of the harder world (`edge_vlm.world.harder`)."""
     stream_share: Share = 0.0

@@ -9,6 +9,7 @@ from typing import Any
 from edge_vlm.world.questions import ABSENT, QUESTION_KINDS, ask_any, ask_sometime
 from edge_vlm.world.scenes import Scenes
 from edge_vlm_training.data.sample import Branch
+from edge_vlm_training.world.look_alikes import ask_look_alike
 
 _FLOOR = 0.04
 _EMPHASIS = {"point": 0.15, "caption": 0.5, "when": 1.5, "order": 2.0}
@@ -52,6 +53,7 @@ class QuestionMix:
         at_end: bool = False,
         in_stream: bool = False,
         absent_share: float = 0.0,
+        look_alike_share: float = 0.0,
     ) -> list[Branch]:
         """`count` questions about one clip after random frames, or all after the last (`at_end`).
 
@@ -72,6 +74,9 @@ class QuestionMix:
             question = None
             if absent_share and self.rng.random() < absent_share:
                 question = ask_sometime(scenes, clip, ABSENT, self.rng, moment)
+            elif look_alike_share and self.rng.random() < look_alike_share:
+                frame = self.rng.randint(0, last) if moment is None else moment
+                question = ask_look_alike(scenes, clip, frame, self.rng)
             question = question or ask_any(scenes, clip, self.rng, weights, moment)
             history: list[tuple[str, str]] = []
             if self.rng.random() < history_share:

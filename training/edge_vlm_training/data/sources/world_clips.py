@@ -167,6 +167,7 @@ class WorldClips:
             *(truth.scenes, number, data.branches, data.history_share, truth.forgotten, at_end),
             in_stream=in_stream,
             absent_share=data.absent_share,
+            look_alike_share=data.look_alike_share,
         )
         return Sample(
             name=f"rendered clip {number}",
