@@ -60,7 +60,7 @@ def test_watch_shows_every_frame_and_answers_on_the_way(
     assert "seen until 1.5 s" in answers[0]
     assert "seen until 3.5 s" in answers[1]
     assert "8 frames sent, 8 processed, dropped: none" in lines[-1]
-    assert "2 of 2 questions answered" in lines[-1]
+    assert "3 of 3 questions answered" in lines[-1]
 
 
 def test_watch_asks_again_and_again(video: Path, capsys: pytest.CaptureFixture[str]) -> None:
