@@ -12,12 +12,14 @@ from edge_vlm.cli import Command
 from edge_vlm.formats.bundle import MANIFEST
 from edge_vlm.formats.inspect_bundle import describe_bundle
 from edge_vlm.formats.report import Report
+from edge_vlm.model.published.files import require_folder
 
 
 def describe(folder: Path, tokenizer: Path | None = None) -> Report:
     """Raises the typed error of whatever is wrong with the folder."""
     if (folder / MANIFEST).is_file():
         return describe_bundle(folder)
+    require_folder(folder)
     from edge_vlm.model.folder.describe import describe_weights
 
     return describe_weights(folder, tokenizer)

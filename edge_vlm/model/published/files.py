@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +26,8 @@ UNFINISHED, REPLACED = ".partial", ".before"
 """What the names of folders end in that a training run is writing, or has just replaced."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER_BYTES = 100_000_000
+_MODEL_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""What a hub calls a model."""
 _BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -95,8 +98,23 @@ def read_layout(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def require_folder(folder: Path) -> None:
+    """Raises CheckpointError if it is none."""
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise CheckpointError(
+            "is a file", where=folder, remedy="name the folder that holds config.json"
+        )
+    remedy = "point to a model's folder"
+    if _MODEL_NAME.fullmatch(str(folder)):
+        remedy += f", or fetch it: edge-vlm pull {folder}"
+    raise CheckpointError("there is no such folder", where=folder, remedy=remedy)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError if there is no such file or no JSON object in it."""
+    """Raises CheckpointError if there is no such file or folder, or no JSON object in it."""
+    require_folder(path.parent)
     try:
         data = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:

@@ -270,7 +270,9 @@ def test_a_scorer_without_room(folder: Path) -> None:
 
 
 def test_no_folder_no_config_no_json(folder: Path) -> None:
-    refused(folder / "nowhere", CheckpointError, "there is no config.json")
+    refused(folder / "nowhere", CheckpointError, "there is no such folder")
+    refused(Path("allenai/Molmo2-4B"), CheckpointError, "edge-vlm pull allenai/Molmo2-4B")
+    refused(folder / "config.json", CheckpointError, "is a file")
     (folder / "config.json").write_text("{")
     refused(folder, CheckpointError, "cannot be read as JSON")
     (folder / "config.json").unlink()
