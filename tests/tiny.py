@@ -64,6 +64,7 @@ def tiny_bundle() -> Path:
 VARIANTS: dict[str, dict[str, Any]] = {
     "both": {"kv_form": "both"},
     "ort-int4": {"variant": "ort", "precision": "int4"},
+    "int4": {"precision": "int4", "kv_form": "both"},
     "edge": {"precision": "edge", "kv_form": "both"},
     "ort-fp16": {"variant": "ort", "precision": "fp16"},
     "ort-int8": {"variant": "ort", "precision": "int8"},

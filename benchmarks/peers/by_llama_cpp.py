@@ -1,9 +1,10 @@
 """The part `llama.cpp`: the language model of one shape in four bits, by it and by our graphs.
 
 Ours: the `llm` graph for prefill, `llm_decode` for a token, ONNX Runtime, weights and cache as the
-int4 bundle has them. Its: a GGUF of architecture `qwen3`, every matrix Q4_0 but for the head, which
-is Q8_0 as ours is int8, cache fp16. A step of its includes the choice of the likeliest token; a
-prefill of ours the head of the last token.
+int4 bundle has them; the prefill by OpenVINO besides, if it is installed. Its: a GGUF of
+architecture `qwen3`, every matrix Q4_0 but for the head, which is Q8_0 as ours is int8, cache fp16.
+A step of its includes the choice of the likeliest token; a prefill of ours the head of the last
+token.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from edge_vlm_export.graphs.graphs import GraphLimits, KVForm
 from edge_vlm_export.graphs.weights import made_up_weights
 from edge_vlm_export.to_onnx import ExportOptions, export_source
 from edge_vlm_runtime.engines import huge_pages
+from edge_vlm_runtime.engines.base import Engine
+from edge_vlm_runtime.engines.openvino import OpenVinoEngine, openvino_version
 from edge_vlm_runtime.engines.ort import OrtEngine, ort_library
 
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
@@ -58,12 +61,20 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     pasts = [past for past in args.past if past + STEPS < spec.dims["p"].max]
     positions = max([prefill, *pasts]) + 2 * STEPS
     with _llama(folder, model, args.threads, positions) as llama:
-        rows = {f"prefill {prefill}": _turns(args, _prefill(bundle, prefill, args), llama)}
+        rows = {}
+        versions = {"onnxruntime": ort_library()[0]}
+        if has_openvino := importlib.util.find_spec("openvino") is not None:
+            versions["openvino"] = openvino_version()
+        for by_openvino in (False, True)[: 1 + has_openvino]:
+            told_as = " by OpenVINO" if by_openvino else ""
+            engine = _engine(bundle, "llm", args, by_openvino=by_openvino)
+            piece = _Piece(engine, _sizes(engine, {"s": prefill}), 1, {"prefill": prefill})
+            rows[f"prefill {prefill}{told_as}"] = _turns(args, piece, llama)
         for past in pasts:
             rows[f"decode behind {past}"] = _turns(args, _decode(bundle, past, args), llama)
         told = llama.told
     return {
-        "versions": {"onnxruntime": ort_library()[0], PACKAGE: _version(folder)},
+        "versions": versions | {PACKAGE: _version(folder)},
         "llama.cpp": told["release"],
         "instructions": told["system"],
         "shape": f"width {language.width}, {language.num_layers} layers, "
@@ -216,7 +227,7 @@ class _Piece:
     """What ours runs, and what is asked of the other for the same."""
 
     def __init__(
-        self, engine: OrtEngine, sizes: dict[str, int], times: int, asked: dict[str, int]
+        self, engine: Engine, sizes: dict[str, int], times: int, asked: dict[str, int]
     ) -> None:
         spec = engine.spec
         self.asked, self.times, self._engine = asked, times, engine
@@ -238,11 +249,6 @@ class _Piece:
         self._engine.close()
 
 
-def _prefill(bundle: EngineBundle, tokens: int, args: argparse.Namespace) -> _Piece:
-    engine = _engine(bundle, "llm", args)
-    return _Piece(engine, _sizes(engine, {"s": tokens}), 1, {"prefill": tokens})
-
-
 def _decode(bundle: EngineBundle, past: int, args: argparse.Namespace) -> _Piece:
     name = "llm_decode" if "llm_decode" in bundle.specs else "llm"
     engine = _engine(bundle, name, args)
@@ -250,14 +256,18 @@ def _decode(bundle: EngineBundle, past: int, args: argparse.Namespace) -> _Piece
     return _Piece(engine, sizes, STEPS, {"decode": past, "steps": STEPS})
 
 
-def _engine(bundle: EngineBundle, name: str, args: argparse.Namespace) -> OrtEngine:
+def _engine(
+    bundle: EngineBundle, name: str, args: argparse.Namespace, *, by_openvino: bool = False
+) -> Engine:
     """As a session has it."""
+    if by_openvino:
+        return OpenVinoEngine(bundle, name, threads=args.threads)
     engine = OrtEngine(bundle, name, threads=args.threads)
     huge_pages.gather()
     return engine
 
 
-def _sizes(engine: OrtEngine, wanted: dict[str, int]) -> dict[str, int]:
+def _sizes(engine: Engine, wanted: dict[str, int]) -> dict[str, int]:
     dims = engine.spec.dims
     return {name: wanted.get(name, limits.min) for name, limits in dims.items()}
 

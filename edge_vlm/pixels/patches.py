@@ -73,7 +73,8 @@ def _resize_bytes(rgb: NDArray[np.uint8], out_height: int, out_width: int) -> ND
     """As `resize_bilinear`, of bytes of another size.
 
     A row is one run of numbers, colours side by side: loops over three are slow. A few rows at a
-    time, because what does not fit a cache takes most of the time.
+    time, because what does not fit a cache takes most of the time; what is summed again, of all
+    rows at once, because it is little.
     """
     height, width, channels = rgb.shape
     rows, columns = _sample_points(height, out_height), _sample_points(width, out_width)
@@ -84,7 +85,8 @@ def _resize_bytes(rgb: NDArray[np.uint8], out_height: int, out_width: int) -> ND
     )
     weight_x = np.repeat(weight_x, channels)
     is_wide = width > 2 * out_width
-    out = np.empty((out_height, out_width, channels), np.uint8)
+    out = np.empty((out_height, out_width * channels), np.uint8)
+    ties: list[NDArray[Any]] = []
     for start in range(0, out_height, _ROWS):
         some = slice(start, start + _ROWS)
         pair = lines[top[some]], lines[bottom[some]]
@@ -98,11 +100,14 @@ def _resize_bytes(rgb: NDArray[np.uint8], out_height: int, out_width: int) -> ND
             row = _mixed(*pair, down)
             mixed = _mixed(row.take(left, axis=1), row.take(right, axis=1), weight_x)
         whole = np.rint(mixed)
+        out[some] = whole
         mixed -= whole
-        ties = np.flatnonzero(np.abs(mixed, out=mixed) > 0.5 - _TIE)
-        y, x, channel = np.unravel_index(ties, (len(mixed), out_width, channels))
-        whole.reshape(-1)[ties] = np.rint(_fused_sum(rgb, rows, columns, (y + start, x, channel)))
-        out[some] = whole.reshape(-1, out_width, channels)
+        near = np.flatnonzero(np.abs(mixed, out=mixed) > 0.5 - _TIE)
+        ties.append(near + start * out.shape[1])
+    again = np.concatenate(ties)
+    out = out.reshape(out_height, out_width, channels)
+    where = np.unravel_index(again, out.shape)
+    out.reshape(-1)[again] = np.rint(_fused_sum(rgb, rows, columns, where))
     return out
 
 

@@ -134,9 +134,9 @@ def _for_openvino(bundle: EngineBundle, backend: Backend) -> tuple[list[str], st
     """The graphs that OpenVINO runs, and why `auto` chose that.
 
     `auto`: those of pictures, where the CPU multiplies bfloat16 itself (2 to 4 times fewer
-    milliseconds than ONNX Runtime) and the bundle may compute in it or has int8 pictures. In
-    float32 the two are equally fast. Reading a long past for one more token, ONNX Runtime is
-    faster.
+    milliseconds than ONNX Runtime) and the bundle may compute in it or has int8 pictures; where it
+    does not, frames and questions of an int4 language model that has a graph of its own for one
+    more token, of which ONNX Runtime is faster. In float32 the two are equally fast.
     """
     if backend is Backend.OPENVINO:
         require_portable(bundle)
@@ -147,10 +147,14 @@ def _for_openvino(bundle: EngineBundle, backend: Backend) -> tuple[list[str], st
         has_bfloat16 = multiplies_bfloat16()
     except MissingExtraError:
         return [], "auto: openvino is not installed"
-    if not has_bfloat16:
-        return [], "auto: this CPU does not multiply bfloat16 itself"
     if bundle.kv_layout is not KVLayout.TOKEN_MAJOR:
         return [], f"auto: a bundle of variant {bundle.variant.value}"
+    if not has_bfloat16:
+        precision = bundle.precision
+        is_int4 = precision.base == "float32" and precision.llm == "int4"
+        if is_int4 and "llm_decode" in bundle.specs:
+            return ["llm"], "auto"
+        return [], "auto: this CPU does not multiply bfloat16 itself"
     if precision_for(bundle, "vit_trunk") != BFLOAT16 and bundle.precision.vit != "int8":
         return [], "auto: the bundle's pictures are computed in float16"
     return [name for name in bundle.specs if not name.startswith("llm")], "auto"

@@ -18,7 +18,7 @@ import numpy as np
 from edge_vlm.errors import ConfigError, EngineError, MissingExtraError
 from edge_vlm.formats.bundle import EngineBundle
 from edge_vlm.formats.graph_spec import TensorSpec
-from edge_vlm.formats.precision import KVLayout
+from edge_vlm.formats.precision import BLOCK_SIZES, KVLayout, block_size
 from edge_vlm_runtime.engines.base import Engine, Shape
 
 DEVICE = "CPU"
@@ -47,6 +47,8 @@ class OpenVinoEngine(Engine):
             # The cores are shared with decoding and the server: threads are not tied to some.
             "ENABLE_CPU_PINNING": False,
         }
+        if bundle.precision.llm == "int4" and name.startswith("llm"):
+            options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _least_block(bundle)
         try:
             core = openvino.Core()
             compiled = core.compile_model(core.read_model(str(path)), DEVICE, options)
@@ -125,6 +127,14 @@ def precision_for(bundle: EngineBundle, name: str) -> str:
     """
     is_exact = bundle.precision.base != "float32" or name.startswith("llm")
     return FLOAT32 if is_exact or not multiplies_bfloat16() else BFLOAT16
+
+
+def _least_block(bundle: EngineBundle) -> int:
+    """Of how many int4 weights one scale is. Activations are rounded to eight bits in as large
+    groups, as ONNX Runtime does it; in larger ones OpenVINO would take float32, slowly."""
+    language = bundle.config.language
+    inputs = (language.width, language.num_heads * language.head_dim, language.mlp_width)
+    return min(block_size(size) or max(BLOCK_SIZES) for size in inputs)
 
 
 def multiplies_bfloat16() -> bool:

@@ -390,6 +390,27 @@ def test_auto_takes_openvino_for_pictures_where_it_is_faster(
     assert "this CPU does not multiply bfloat16 itself" in said[1]
 
 
+@needs_openvino
+def test_auto_reads_frames_of_four_bits_by_openvino_where_pictures_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("edge_vlm_runtime.engines.open.multiplies_bfloat16", lambda: False)
+    folder = tiny_variant("int4")
+    with LoadedBundle.open(folder, threads=1) as engines:
+        expected = _stream(engines)
+    with LoadedBundle.open(folder, threads=1, backend=Backend.AUTO) as engines:
+        found = _stream(engines)
+        reading = engines._graphs["llm"]
+        assert isinstance(reading, OpenVinoEngine)
+        others = {type(graph) for graph in engines._graphs.values() if graph is not reading}
+        assert others == {OrtEngine}
+        # As many activations share a scale as weights do (16 of 48); more, and it would be slow.
+        assert int(reading._compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) == 16
+    for got, exact in zip(found, expected, strict=True):
+        cosine = got.ravel() @ exact.ravel() / np.linalg.norm(got) / np.linalg.norm(exact)
+        assert cosine > 0.995
+
+
 def test_without_openvino_auto_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'edge-vlm\[openvino\]'"):
