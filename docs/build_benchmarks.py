@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FOLDER = RESULTS / "bench"
 """Results of `edge-vlm bench --json`, one a device and model."""
-PEERS = RESULTS / "peers.json", RESULTS / "peers_full_size.json"
+PEERS = tuple(
+    RESULTS / f"peers{kind}.json" for kind in ("", "_full_size", "_full_size_without_amx")
+)
 PLAN_CHECK = RESULTS / "plan_check.json"
 Record = Mapping[str, Any]
 
@@ -283,8 +285,8 @@ def _llama_cpp(part: Record, versions: str) -> list[str]:
         rows.append((name, *cells))
     return [
         f"Molmo2-4B's language model ({part['shape']}) in four bits: our portable int4 bundle by "
-        f"ONNX Runtime, and Q4_0 by llama.cpp {part['llama.cpp']} ({versions}). The head has eight "
-        f"bits in both. Decoding is one token, of pieces of {part['steps']}. Its cache is fp16, "
+        "ONNX Runtime, and by OpenVINO where it says so, and Q4_0 by llama.cpp "
+        f"{part['llama.cpp']} ({versions}). The head has eight bits in both. Decoding is one token, of pieces of {part['steps']}. Its cache is fp16, "
         "ours fp32; its step holds the choice of the token, our prefill the head.",
         "",
         *markdown(rows, "<>"),
