@@ -286,9 +286,9 @@ def _llama_cpp(part: Record, versions: str) -> list[str]:
     return [
         f"Molmo2-4B's language model ({part['shape']}) in four bits: our portable int4 bundle by "
         "ONNX Runtime, and by OpenVINO where it says so, and Q4_0 by llama.cpp "
-        f"{part['llama.cpp']} ({versions}). The head has eight bits in both. Decoding is one token, "
-        f"of pieces of {part['steps']}. Its cache is fp16, "
-        "ours fp32; its step holds the choice of the token, our prefill the head.",
+        f"{part['llama.cpp']} ({versions}). The head has eight bits in both. Decoding is one "
+        f"token, of pieces of {part['steps']}. Its cache is fp16, ours fp32; its step "
+        "holds the choice of the token, our prefill the head.",
         "",
         *markdown(rows, "<>"),
     ]
