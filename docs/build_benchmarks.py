@@ -34,7 +34,7 @@ docs/benchmarks.md`; do not edit.*
 How fast is it on my device?
 
 ```sh
-edge-vlm bench                                  # takes two minutes: the demo model
+edge-vlm bench                                  # takes a minute: the demo model
 edge-vlm bench --json mine.json --layers        # takes three minutes
 edge-vlm plan --device orin-nano --model 4b     # a forecast, nothing is run
 ```
