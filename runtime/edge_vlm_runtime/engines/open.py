@@ -134,9 +134,9 @@ def _for_openvino(bundle: EngineBundle, backend: Backend) -> tuple[list[str], st
     """The graphs that OpenVINO runs, and why `auto` chose that.
 
     `auto`: those of pictures, where the CPU multiplies bfloat16 itself (2 to 4 times fewer
-    milliseconds than ONNX Runtime) and the bundle may compute in it or has int8 pictures; where it
-    does not, frames and questions of an int4 language model that has a graph of its own for one
-    more token, of which ONNX Runtime is faster. In float32 the two are equally fast.
+    milliseconds than ONNX Runtime) and the bundle may compute in it or has int8 pictures; there
+    also frames and questions of an int4 language model that has a graph of its own for one more
+    token, of which ONNX Runtime is faster. In float32 the two are equally fast.
     """
     if backend is Backend.OPENVINO:
         require_portable(bundle)
@@ -150,14 +150,13 @@ def _for_openvino(bundle: EngineBundle, backend: Backend) -> tuple[list[str], st
     if bundle.kv_layout is not KVLayout.TOKEN_MAJOR:
         return [], f"auto: a bundle of variant {bundle.variant.value}"
     if not has_bfloat16:
-        precision = bundle.precision
-        is_int4 = precision.base == "float32" and precision.llm == "int4"
-        if is_int4 and "llm_decode" in bundle.specs:
-            return ["llm"], "auto"
         return [], "auto: this CPU does not multiply bfloat16 itself"
     if precision_for(bundle, "vit_trunk") != BFLOAT16 and bundle.precision.vit != "int8":
         return [], "auto: the bundle's pictures are computed in float16"
-    return [name for name in bundle.specs if not name.startswith("llm")], "auto"
+    precision = bundle.precision
+    is_int4 = precision.base == "float32" and precision.llm == "int4"
+    others = ("llm_decode",) if is_int4 and "llm_decode" in bundle.specs else ("llm", "llm_decode")
+    return [name for name in bundle.specs if name not in others], "auto"
 
 
 def _in_words(bundle: EngineBundle, by_openvino: list[str], why: str) -> str:
