@@ -45,8 +45,8 @@ def resize_bilinear(rgb: NDArray[Any], size: int | tuple[int, int]) -> NDArray[n
     """Resize `rgb` [H, W, C] to [size, size, C] or to (height, width), f32.
 
     uint8 input gives whole numbers in [0, 255], as the published processors do, for three channels
-    to the last bit; float input is left unrounded. Raises ValueError for anything that is not a
-    non-empty [H, W, C] array.
+    to the last bit as torch computes them on one thread; float input is left unrounded. Raises
+    ValueError for anything that is not a non-empty [H, W, C] array.
     """
     if rgb.ndim != 3 or 0 in rgb.shape:
         raise ValueError(f"rgb must be a non-empty [H, W, C] array, got shape {rgb.shape}")

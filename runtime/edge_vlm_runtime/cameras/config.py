@@ -153,7 +153,10 @@ def _camera(table: Mapping[str, Any], place: str, beside: Path) -> CameraConfig:
     if isinstance(record, str) and record:
         record = beside / Path(record).expanduser()
     if not (record is None or isinstance(record, (bool, Path))):
-        raise ConfigError(f"record must be true, false or a folder, got {record!r}", where=place)
+        raise ConfigError(
+            f"record must be true, false or a folder, got {mask_credentials(repr(record))}",
+            where=place,
+        )
     return CameraConfig(
         name=name,
         source=_resolved(source, fps, place, beside),
@@ -283,14 +286,16 @@ def _text(table: Mapping[str, Any], key: str, place: str) -> str:
     if value is None:
         raise ConfigError(f"{key} is missing", where=place, remedy=f'such as {key} = "..."')
     if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{key} must be a text, got {value!r}", where=place)
+        raise ConfigError(f"{key} must be a text, got {mask_credentials(repr(value))}", where=place)
     return value
 
 
 def _name(table: Mapping[str, Any], place: str) -> str:
     name = _text(table, "name", place)
     if not NAME.fullmatch(name):
-        raise ConfigError(f"name must be {NAME_RULE}, got {name!r}", where=place)
+        raise ConfigError(
+            f"name must be {NAME_RULE}, got {mask_credentials(repr(name))}", where=place
+        )
     return name
 
 
@@ -299,7 +304,9 @@ def _number(table: Mapping[str, Any], key: str, place: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{key} must be a number, got {value!r}", where=place)
+        raise ConfigError(
+            f"{key} must be a number, got {mask_credentials(repr(value))}", where=place
+        )
     try:
         number = float(value)
     except OverflowError:

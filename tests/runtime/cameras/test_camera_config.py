@@ -45,6 +45,17 @@ def test_a_whole_plan(tmp_path: Path) -> None:
     assert plan.sinks_of("clip", "visitor") is None
 
 
+def test_what_is_wrong_shows_no_password(tmp_path: Path) -> None:
+    for text in (
+        "[[camera]]\nname = 'door'\nsource = ['rtsp://user:secret@cam.local/1']",
+        "[[camera]]\nname = 'rtsp://user:secret@cam.local/1'\nsource = 'webcam'",
+    ):
+        with pytest.raises(ConfigError) as caught:
+            plan_of(tmp_path, text)
+        assert "secret" not in str(caught.value)
+        assert "cam.local" in str(caught.value)
+
+
 WRONG = {
     "an option of the server below a camera": (
         DOOR + "home_assistant = 'mqtt://box'",

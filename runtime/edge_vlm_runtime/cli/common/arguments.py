@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from edge_vlm.console.options import About, abouts_of
 from edge_vlm.errors import ConfigError
+from edge_vlm_runtime.sources.masking import mask_credentials
 
 PREFIX = "EDGE_VLM_"
 WORDS = {"1": True, "true": True, "yes": True, "on": True} | {
@@ -119,7 +120,7 @@ class Option:
             or isinstance(given, bool) != (self.kind is bool)
             or not all(isinstance(text, str) for text in texts)
         ):
-            raise ValueError(f"must be {self.noun}, got {given!r}")
+            raise ValueError(f"must be {self.noun}, got {mask_credentials(repr(given))}")
         if self.kind in (bool, list):
             return given
         value = self._converted(given, given)
@@ -129,9 +130,9 @@ class Option:
         try:
             value = self.kind(given)
         except (ValueError, OverflowError):
-            raise ValueError(f"must be {self.noun}, got {shown!r}") from None
+            raise ValueError(f"must be {self.noun}, got {mask_credentials(repr(shown))}") from None
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"must be {self.noun}, got {shown!r}")
+            raise ValueError(f"must be {self.noun}, got {mask_credentials(repr(shown))}")
         if self.choices and value not in self.choices:
             raise ValueError(f"cannot be {shown!r}, only one of {', '.join(self.choices)}")
         return value
