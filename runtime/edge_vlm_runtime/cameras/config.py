@@ -134,7 +134,7 @@ def _tables(table: Mapping[str, Any], kind: str, file: Path) -> list[dict[str, A
 def _places(table: Mapping[str, Any], kind: str, file: Path) -> list[tuple[str, dict[str, Any]]]:
     """Each table, and how it is called in messages."""
     return [
-        (f"{file}, [[{kind}]] {each.get('name', number)!r}", each)
+        (f"{file}, [[{kind}]] {mask_credentials(repr(each.get('name', number)))}", each)
         for number, each in enumerate(_tables(table, kind, file), 1)
     ]
 
