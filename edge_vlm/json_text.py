@@ -14,6 +14,15 @@ MOST_DIGITS = 40
 """Of a whole number: longer ones are no float any more, and take long to read."""
 
 
+def fault_of(error: Exception) -> str:
+    """What is wrong, for people, where using a stranger's values raised one of MALFORMED."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, TypeError | AttributeError):
+        return f"a value is of the wrong kind ({error})"
+    return str(error) or type(error).__name__
+
+
 def parse_json(text: str | bytes | bytearray) -> Any:
     """Raises ValueError, for what is nested too deeply too (`json` has RecursionError for that),
     and for whole numbers of very many digits."""

@@ -63,7 +63,7 @@ def measured(bundle: EngineBundle, threads: int, rounds: int, past: int) -> dict
     cells = bundle.config.vision.num_cells
     counts = {ratio: max(1, round(ratio * cells)) for ratio in RATIOS}
     now = open_graphs(bundle, Backend.AUTO, threads=threads)
-    pictures = {n: OrtEngine(bundle, n, threads=threads) for n in ("vit_stem", "vit_trunk")}
+    before = {n: OrtEngine(bundle, n, threads=threads) for n in ("vit_stem", "vit_trunk", "llm")}
     stages: dict[str, dict[str, Any]] = {}
 
     def turns(stage: str, engines: Mapping[str, Engine], dims: Mapping[str, int]) -> None:
@@ -81,33 +81,29 @@ def measured(bundle: EngineBundle, threads: int, rounds: int, past: int) -> dict
         progress(stage)
 
     def pair(name: str) -> dict[str, Engine]:
-        return {"before": pictures[name], "now": now.graphs[name]}
+        return {"before": before[name], "now": now.graphs[name]}
 
     try:
         turns("vit_stem", pair("vit_stem"), {"F": 1})
         for ratio, count in counts.items():
             turns(f"vit_trunk {ratio:g}", pair("vit_trunk"), {"F": 1, "G": count})
             sizes = {"s": count + MARKERS, "p": past, "n": 1}
-            turns(f"prefill {ratio:g}", {"both": now.graphs["llm"]}, sizes)
-        token = {"before": now.graphs["llm"], "now": now.graphs["llm_decode"]}
+            turns(f"prefill {ratio:g}", pair("llm"), sizes)
+        token = {"before": before["llm"], "now": now.graphs["llm_decode"]}
         turns("decode", token, {"s": 1, "p": past, "n": 1})
     finally:
-        for engine in (*now.graphs.values(), *pictures.values()):
+        for engine in (*now.graphs.values(), *before.values()):
             engine.close()
-
-    def seconds_of(stage: str, form: str) -> float:
-        found = stages[stage]
-        return float(found[form if form in found else "both"]["median_s"])
 
     table = {
         form: {
             "frames_a_second": {
                 f"{ratio:g}": round(
-                    1 / sum(seconds_of(stage, form) for stage in stages_of(ratio)), 4
+                    1 / sum(stages[stage][form]["median_s"] for stage in stages_of(ratio)), 4
                 )
                 for ratio in RATIOS
             },
-            "tokens_a_second": round(1 / seconds_of("decode", form), 3),
+            "tokens_a_second": round(1 / stages["decode"][form]["median_s"], 3),
         }
         for form in ("before", "now")
     }

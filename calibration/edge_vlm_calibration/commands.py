@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import input_footage, output_file
+from edge_vlm.console.usage import thread_count
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.calibration import Calibration
 
@@ -146,7 +147,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default=RANGE_FRAMES,
         help="most of each clip for the sections ranges and precision (64)",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--threads", type=thread_count, default=0, help="CPU threads (default: all)"
+    )
     parser.add_argument(
         "--backend", default="ort", metavar="NAME", help="runs bundles: ort, openvino, auto (ort)"
     )
@@ -178,8 +181,6 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--fps must be in 0..1000, --max-frames at least 2 and --measure not negative"
         )
-    if args.threads < 0:
-        raise ConfigError("--threads must not be negative")
     request = _request(args)
     for sections, names in OPTIONS_OF:
         if not set(sections) & set(request.sections):

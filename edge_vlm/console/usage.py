@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 USAGE_EXIT_CODE = 2
+MOST_THREADS = 256
+"""Each engine has as many, which wait for work by spinning: thousands stop a machine."""
 _CHOICES = re.compile(
     r"invalid choice: '?([^' ]+)'? \(choose from (.+)\)|cannot be '(.+)', only one of (.+)"
 )
@@ -70,6 +72,13 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction)
             for name in action.choices
         ]
+
+
+def thread_count(text: str) -> int:
+    """`--threads`: 1 to MOST_THREADS. Raises ArgumentTypeError."""
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MOST_THREADS}, got {text}")
+    return int(text)
 
 
 def is_like_a_number(text: str) -> bool:

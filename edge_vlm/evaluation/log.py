@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.evaluation.runs import ClipAnswers
-from edge_vlm.json_text import MALFORMED, parse_json
+from edge_vlm.json_text import MALFORMED, fault_of, parse_json
 
 FORMAT = 1
 Key = tuple[str, str, str]
@@ -71,7 +71,7 @@ class AnswerLog:
                 self._answers[entry["path"], entry["run"], entry["clip"]] = answers
         except MALFORMED as error:
             raise ConfigError(
-                f"not a log of answers: {error!r}", where=path, remedy="name another folder"
+                f"not a log of answers: {fault_of(error)}", where=path, remedy="name another folder"
             ) from error
         other = [name for name in measured if before.get(name, measured[name]) != measured[name]]
         if other:

@@ -46,7 +46,7 @@ from edge_vlm.errors.export import RangeFp16
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import FP32, KVLayout, Precision, Variant
 from edge_vlm.formats.usage import FrameRule, ModelCard
-from edge_vlm.json_text import MALFORMED, parse_json
+from edge_vlm.json_text import MALFORMED, fault_of, parse_json
 from edge_vlm.pixels.stills import ImageConfig
 from edge_vlm.text.prompt import PLAIN, PromptStyle
 
@@ -255,7 +255,9 @@ def _read_manifest(root: Path) -> tuple[EngineBundle, dict[str, str]]:
             schema_version=version,
         )
     except MALFORMED as error:
-        raise BundleSchemaError(f"{MANIFEST} is malformed: {error!r}", where=root) from error
+        raise BundleSchemaError(
+            f"{MANIFEST} is malformed: {fault_of(error)}", where=root
+        ) from error
     _check_limits(bundle)
     for name in files:
         parts = PurePosixPath(name)

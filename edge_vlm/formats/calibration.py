@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.json_text import MALFORMED, parse_json
+from edge_vlm.json_text import MALFORMED, fault_of, parse_json
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -185,7 +185,7 @@ class Calibration:
             return found
         except MALFORMED as error:
             raise ConfigError(
-                f"the section {kind.SECTION!r} makes no sense: {error!r}",
+                f"the section {kind.SECTION!r} makes no sense: {fault_of(error)}",
                 where=where,
                 remedy=REMEDY,
             ) from error
@@ -253,7 +253,7 @@ class Calibration:
             return cls(model=ModelIdentity(**data["model"]), sections=sections)
         except MALFORMED as error:
             raise ConfigError(
-                f"not a calibration: {error!r}", where=where, remedy=REMEDY
+                f"not a calibration: {fault_of(error)}", where=where, remedy=REMEDY
             ) from error
 
     def write(self, path: Path) -> None:

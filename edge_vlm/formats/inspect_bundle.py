@@ -11,7 +11,7 @@ from edge_vlm.errors import BundleSchemaError
 from edge_vlm.formats.bundle import PRECISION_PLAN, VIT_STEM_REUSE, EngineBundle
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.report import Report
-from edge_vlm.json_text import MALFORMED, read_json_object
+from edge_vlm.json_text import MALFORMED, fault_of, read_json_object
 from edge_vlm.pruning.clip_budget import Variant, variant_of
 
 
@@ -22,7 +22,7 @@ def describe_bundle(folder: Path) -> Report:
         return _described(folder, bundle)
     except (OSError, *MALFORMED) as error:
         raise BundleSchemaError(
-            f"its notes about itself are malformed: {error!r}",
+            f"its notes about itself are malformed: {fault_of(error)}",
             where=folder,
             remedy="export the checkpoint again",
         ) from error

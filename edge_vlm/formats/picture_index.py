@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_vlm.errors import ConfigError
-from edge_vlm.json_text import MALFORMED, numbered_lines, parse_json
+from edge_vlm.json_text import MALFORMED, fault_of, numbered_lines, parse_json
 
 REMEDY = "write the set anew"
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class PictureIndex:
             except (OSError, *MALFORMED) as error:
                 where = f"{index}:{number}"
                 raise ConfigError(
-                    f"bad {self.part}: {error!r}", where=where, remedy=REMEDY
+                    f"bad {self.part}: {fault_of(error)}", where=where, remedy=REMEDY
                 ) from error
             yield made
 

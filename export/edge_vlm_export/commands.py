@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import input_footage, output_folder
-from edge_vlm.console.usage import did_you_mean
+from edge_vlm.console.usage import did_you_mean, thread_count
 from edge_vlm.errors import ConfigError, MissingExtraError
 from edge_vlm.formats.bundle import TOKENIZER
 from edge_vlm.formats.precision import PRESETS, Precision, Variant
@@ -63,7 +63,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, help="most new tokens per run of the llm")
     parser.add_argument("--max-past", type=int, help="most past tokens the llm can attend to")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--threads", type=thread_count, default=1, help="CPU threads (default: 1)")
     parser.add_argument(
         "--scorer",
         choices=("own", "change"),
@@ -338,7 +338,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         default="ort",
         help="whose results are compared (default: ort)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--threads", type=thread_count, default=1, help="CPU threads (default: 1)")
     _add_depth(parser)
 
 

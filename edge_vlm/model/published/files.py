@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edge_vlm.errors import CheckpointError, WeightFilesError
-from edge_vlm.json_text import MALFORMED, parse_json
+from edge_vlm.json_text import MALFORMED, fault_of, parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCORER = "scorer.safetensors"
@@ -200,7 +200,9 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
             and tensor.num_bytes != item["data_offsets"][1] - item["data_offsets"][0]
         ]
     except MALFORMED as error:
-        raise ValueError(f"has a header that is not one of safetensors: {error!r}") from error
+        raise ValueError(
+            f"has a header that is not one of safetensors: {fault_of(error)}"
+        ) from error
     if wrong:
         raise ValueError(f"has tensors of another size than their shape's: {listed(wrong)}")
     expected = 8 + length + end

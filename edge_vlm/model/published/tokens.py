@@ -15,7 +15,7 @@ from typing import Any
 
 from edge_vlm.errors import ConfigError
 from edge_vlm.formats.usage import Usage
-from edge_vlm.json_text import MALFORMED
+from edge_vlm.json_text import MALFORMED, fault_of
 from edge_vlm.model.published.files import read_json
 
 TOKENIZER = "tokenizer.json"
@@ -117,7 +117,7 @@ class _Folder:
                 contents[int(key)] = str(_content(item))
         except MALFORMED as error:
             raise ConfigError(
-                f"the tokenizer's list of special tokens cannot be read: {error!r}",
+                f"the tokenizer's list of special tokens cannot be read: {fault_of(error)}",
                 where=self.folder,
                 remedy="copy the tokenizer's files again",
             ) from error

@@ -20,7 +20,7 @@ from edge_vlm.formats.calibrated.precision import KEPT, ProductPlan
 from edge_vlm.formats.calibration import FP16_LIMIT
 from edge_vlm.formats.graph_spec import GraphSpec
 from edge_vlm.formats.precision import LLM_PRODUCTS, VIT_PRODUCTS, Precision, block_size
-from edge_vlm.json_text import MALFORMED, parse_json
+from edge_vlm.json_text import MALFORMED, fault_of, parse_json
 
 SCHEMA_VERSION = 1
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -117,7 +117,9 @@ class PrecisionPlan:
                 },
             )
         except MALFORMED as error:
-            raise BundleSchemaError(f"not a precision plan: {error!r}", where=where) from error
+            raise BundleSchemaError(
+                f"not a precision plan: {fault_of(error)}", where=where
+            ) from error
 
 
 def plan_graph(

@@ -9,7 +9,7 @@ from typing import Any
 
 from edge_vlm.console.tables import markdown
 from edge_vlm.errors import ConfigError
-from edge_vlm.json_text import MALFORMED
+from edge_vlm.json_text import MALFORMED, fault_of
 from edge_vlm_runtime.bench.record import read_record
 from edge_vlm_runtime.bench.report import figure
 
@@ -32,7 +32,7 @@ def read_comparable(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} is {value!r:.60}")
     except MALFORMED as error:
         raise ConfigError(
-            f"not a whole result of this bench: {error!r}",
+            f"not a whole result of this bench: {fault_of(error)}",
             where=path,
             remedy="write it again with `edge-vlm bench --json FILE`",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -147,6 +148,10 @@ class BenchRun(KeepingRun):
             self.record.model["runs_on"] = engines.runs_on
             cells = engines.bundle.config.vision.num_cells
             self.record.notes += notes_on_cells(self._workload.keep_ratios, cells)
+            if options.threads > (cores := os.cpu_count() or 1):
+                self.record.notes.append(
+                    f"{options.threads} threads on {cores} cores wait for each other"
+                )
             start = {"load_s": round(time.perf_counter() - begin, 3), "cold_s": None}
             self.record.sections["start"] = start
             self._frames_and_answers(engines, pictures)

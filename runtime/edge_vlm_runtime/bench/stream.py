@@ -180,6 +180,7 @@ class StreamBench:
 
 def _point(rate: float, outcomes: Outcomes, seconds: float, sent: int) -> dict[str, Any]:
     seen = outcomes.cells_seen
+    span_s = seconds if rate == MAX else max(seconds, sent / rate)  # the last one has its time too
     return {
         "rate": rate_name(rate),
         "seconds": round(seconds, 2),
@@ -193,7 +194,7 @@ def _point(rate: float, outcomes: Outcomes, seconds: float, sent: int) -> dict[s
         if outcomes.shares_recomputed
         else None,
         "kv_tokens": outcomes.kv_tokens,
-        "processed_per_s": round(outcomes.processed / seconds, 2) if seconds > 0 else None,
+        "processed_per_s": round(outcomes.processed / span_s, 2) if span_s > 0 else None,
         "lag_ms": outcomes.lag_ms.summary(),
     }
 

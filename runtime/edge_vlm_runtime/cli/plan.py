@@ -38,7 +38,7 @@ class PlanArguments:
     device: Annotated[str, About(metavar="NAME")] = "this"
     """orin-nano, orin-nx, orin-agx, thor, rtx4090, rtx5090, h200, or this machine's processor."""
     model: Annotated[str, About(metavar="NAME")] = "molmo2-4b"
-    """molmo2-4b, molmo2-8b, molmo2-o-7b, or the folder of a bundle."""
+    """molmo2-4b, molmo2-8b, molmo2-o-7b (4b, 8b, o-7b for short), or the folder of a bundle."""
     fps: float = 2.0
     """Frames a second."""
     keep: float = 0.5

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import output_file
+from edge_vlm.console.usage import thread_count
 from edge_vlm_runtime.cli.common.options import add_backend_arguments
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.names import backend_options
@@ -28,7 +29,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the bundle it was recorded with (default: the demo model)",
     )
-    parser.add_argument("--threads", type=int, help="threads of the engines (default: as recorded)")
+    parser.add_argument(
+        "--threads", type=thread_count, help="threads of the engines (default: as recorded)"
+    )
     parser.add_argument(
         "--measure",
         action="store_true",

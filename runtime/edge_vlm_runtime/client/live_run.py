@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from edge_vlm.errors import (
     EdgeVlmError,
@@ -241,8 +240,8 @@ class LiveRun:
             except BaseException:
                 self._waiting.insert(0, question)
                 raise
-            if question.every_s is not None and not is_end:
-                self._waiting.append(replace(question, at_s=self._now_s + question.every_s))
+            if not is_end and (again := question.again(self._now_s)) is not None:
+                self._waiting.append(again)
 
     async def _ask(self, client: Client, question: PlannedQuestion) -> None:
         if self._source is not None and self._outcome.frames_sent == 0:

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from edge_vlm.errors import ConfigError, ProtocolError, ServerUnreachable
-from edge_vlm.json_text import MALFORMED, parse_json
+from edge_vlm.json_text import MALFORMED, fault_of, parse_json
 from edge_vlm_runtime.client.address import http_url
 from edge_vlm_runtime.client.connection import Access, error_from_detail
 from edge_vlm_runtime.protocol.messages import ErrorDetail
@@ -164,7 +164,9 @@ def _answers_read() -> Iterator[None]:
     try:
         yield
     except MALFORMED as error:
-        raise ProtocolError(f"the server's answer lacks what it should hold: {error!r}") from error
+        raise ProtocolError(
+            f"the server's answer lacks what it should hold: {fault_of(error)}"
+        ) from error
 
 
 def _objects(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -30,6 +30,14 @@ class PlannedQuestion:
     at_s: float | None = None
     every_s: float | None = None
     """Asked again each time this long after `at_s`."""
+    is_repeated: bool = False
+    """It was asked before; `at_s` is its next time."""
+
+    def again(self, now_s: float) -> PlannedQuestion | None:
+        """As it is asked next, `every_s` from now; None if it is asked only once."""
+        if self.every_s is None:
+            return None
+        return replace(self, at_s=now_s + self.every_s, is_repeated=True)
 
 
 @dataclass
@@ -182,8 +190,8 @@ class _Run:
                 continue
             await self.client.wait_processed()
             await self._ask(question, now_s)
-            if question.every_s is not None:
-                later.append(replace(question, at_s=now_s + question.every_s))
+            if (again := question.again(now_s)) is not None:
+                later.append(again)
         return later
 
     async def _ask(self, question: PlannedQuestion, after_s: float) -> None:
@@ -233,6 +241,8 @@ def parse_question(text: str, every_s: float | None, detail: Detail = "video") -
         at_s = math.nan
         if not is_like_a_number(before):
             at = ""
+    if not (after if at else text).strip():
+        raise ConfigError("the question is empty", where=repr(text), remedy="write what to ask")
     if not at:  # or the question has an @ in it
         return PlannedQuestion(text=text, detail=detail, at_s=every_s, every_s=every_s)
     if not 0 <= at_s < math.inf:

@@ -197,7 +197,7 @@ class LineOutput(Observer):
 
     def asked(self, question: PlannedQuestion, after_s: float) -> None:
         detail = "" if question.detail == "video" else f", {question.detail}"
-        at_s = None if question.every_s else question.at_s
+        at_s = None if question.is_repeated else question.at_s
         if at_s is not None and at_s > after_s + 1e-6:
             detail += f", the end: {at_s:g} s never came"
         self.line(f"? {question.text}  [asked at {after_s:.1f} s{detail}]")

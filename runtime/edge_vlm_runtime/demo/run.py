@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_vlm.errors import ConfigError, EdgeVlmError
-from edge_vlm.json_text import MALFORMED, parse_json
+from edge_vlm.json_text import MALFORMED, fault_of, parse_json
 from edge_vlm_runtime import protocol
 from edge_vlm_runtime.client.client import Answer, Client
 from edge_vlm_runtime.client.run import Outcome, PlannedQuestion, stream
@@ -51,7 +51,7 @@ class DemoClip:
                 truths=tuple(str(q["answer"]) for q in asked),
             )
         except (OSError, *MALFORMED) as error:
-            raise ConfigError(f"not a demo clip ({error!r})", where=file) from error
+            raise ConfigError(f"not a demo clip ({fault_of(error)})", where=file) from error
 
 
 class DemoView(LineOutput):

@@ -20,7 +20,7 @@ from typing import Any
 
 from edge_vlm.errors import BundleSchemaError, EngineMissing, EngineStale
 from edge_vlm.formats.bundle import BORROWED, MANIFEST, EngineBundle, sha256_of_file
-from edge_vlm.json_text import MALFORMED, parse_json
+from edge_vlm.json_text import MALFORMED, fault_of, parse_json
 from edge_vlm_runtime.engines.cuda import Gpu
 
 FORMAT = 1
@@ -137,7 +137,7 @@ class EngineStore:
             )
         except (OSError, *MALFORMED) as error:
             raise EngineStale(
-                f"the entry of graph {name} is not one we wrote: {error!r}",
+                f"the entry of graph {name} is not one we wrote: {fault_of(error)}",
                 where=path,
                 remedy=BUILD_AGAIN,
             ) from error
@@ -195,7 +195,7 @@ def _graph_digest(bundle: EngineBundle, name: str) -> str:
         manifest = parse_json((bundle.path / MANIFEST).read_text(encoding="utf-8"))
         hashes = [f"{file} {manifest['files'][file]}" for file in _graph_files(bundle, name)]
     except (OSError, *MALFORMED) as error:
-        raise BundleSchemaError(f"{MANIFEST}: {error!r}", where=bundle.path) from error
+        raise BundleSchemaError(f"{MANIFEST}: {fault_of(error)}", where=bundle.path) from error
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

@@ -146,7 +146,7 @@ def measure_rates(threads: int, clock: Clock = time.perf_counter) -> Rates:
     read_gb_s = 0.0
     for name, (first, second, pairs) in SIDES.items():
         if name == "wide":
-            in_cache = _cache_bytes() / (8 * first[0] * first[1])
+            in_cache = cache_bytes() / (8 * first[0] * first[1])
             pairs = min(MOST_PAIRS, max(1, math.ceil(1.25 * in_cache)))
         ops: list[tuple[str, np.ndarray | None]] = []
         for _ in range(pairs):
@@ -174,7 +174,7 @@ def measure_rates(threads: int, clock: Clock = time.perf_counter) -> Rates:
     )
 
 
-def _cache_bytes() -> int:
+def cache_bytes() -> int:
     """The largest of the first processor's caches; 0 where the system does not say."""
     found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     sizes = [path.read_text().strip() for path in found]

@@ -68,6 +68,10 @@ def test_watch_asks_again_and_again(video: Path, capsys: pytest.CaptureFixture[s
     assert command_line(watch, [*arguments, "--ask", QUESTION, "--every", "1"]) == 0
     asked = [line for line in capsys.readouterr().out.splitlines() if line.startswith("?")]
     assert [line[-6:-3] for line in asked] == ["1.0", "2.0", "3.0", "3.5"]
+    late = ["--ask", f"100@{QUESTION}", "--every", "1"]
+    assert command_line(watch, [*arguments, *late]) == 0
+    asked = [line for line in capsys.readouterr().out.splitlines() if line.startswith("?")]
+    assert asked == [f"? {QUESTION}  [asked at 3.5 s, the end: 100 s never came]"]
 
 
 def test_watch_follows_a_camera_until_interrupted() -> None:
@@ -356,6 +360,12 @@ def test_a_forgotten_question_is_not_the_address(
 def test_a_time_that_is_none_is_no_part_of_the_question(seconds: str) -> None:
     with pytest.raises(ConfigError, match=f"'{seconds}' is no number of seconds.*SECONDS@TEXT"):
         parse_question(f"{seconds}@what?", None)
+
+
+@pytest.mark.parametrize("text", ["", " ", "3@", "3@ "])
+def test_an_empty_question_is_refused_before_the_clip(text: str) -> None:
+    with pytest.raises(ConfigError, match="the question is empty"):
+        parse_question(text, None)
 
 
 def test_heat_maps() -> None:

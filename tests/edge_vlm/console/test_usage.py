@@ -10,7 +10,7 @@ import pytest
 
 from docs import build_exit_codes
 from edge_vlm import cli, errors
-from edge_vlm.console import exit_codes, output
+from edge_vlm.console import exit_codes, output, usage
 from tests.conftest import ROOT
 
 
@@ -101,6 +101,13 @@ def test_every_argument_says_what_it_is(name: str) -> None:
         if not isinstance(action, argparse._SubParsersAction) and not (action.help or "").strip()
     ]
     assert not silent
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "257", "9999", "1.5", "two", ""])
+def test_a_number_of_threads_that_stops_a_machine_is_none(text: str) -> None:
+    assert usage.thread_count("256") == 256
+    with pytest.raises(argparse.ArgumentTypeError, match="must be 1 to 256, got"):
+        usage.thread_count(text)
 
 
 def test_the_tree_says_what_the_classes_say() -> None:

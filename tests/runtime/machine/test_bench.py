@@ -98,6 +98,7 @@ def test_answers_streams_and_layers_of_the_record(record: dict[str, Any]) -> Non
     for point in (paced, fastest):
         assert point["sent"] == point["processed"] + sum(point["dropped"].values())
         assert point["without_outcome"] == 0
+    assert paced["processed_per_s"] <= float(paced["rate"])
     assert fastest["dropped"] == {}
     assert record["stream"]["session"]["questions"] >= 3
     assert record["memory"]["cache_bytes"] == 768 * record["memory"]["cache_token_bytes"]
@@ -297,6 +298,7 @@ def test_a_server_that_goes_away_leaves_what_was_measured(
         (["--compare", "nothing.json"], 2, "cannot be read"),
         (["--url", "127.0.0.1:1", "--layers", "--context", "0"], 2, "--context, --layers with a"),
         (["--url", "127.0.0.1:1"], 8, "no edge-vlm server answers"),
+        (["--threads", "9999"], 2, "--threads: must be 1 to 256, got 9999"),
     ],
 )
 def test_bad_input_is_told(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from edge_vlm.presets import molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm_runtime.cli.plan import plan
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
 from edge_vlm_runtime.engines.ort import ModelInMemory, OrtEngine
+from edge_vlm_runtime.planning import bounds
 from edge_vlm_runtime.planning import check as check_module
-from edge_vlm_runtime.planning.bounds import Bounds, roofline
 from edge_vlm_runtime.planning.check import Check, bind_noise, cases_of
 from edge_vlm_runtime.planning.costs import language_work, stem_work, trunk_work
 from edge_vlm_runtime.planning.devices import DEVICES, device_called, device_named
@@ -198,9 +199,24 @@ def test_devices_by_what_they_call_themselves() -> None:
     assert device_called("NVIDIA GeForce GTX 1080") is None
 
 
+def test_what_is_read_is_kept_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime keeps equal weights once: a cache's rate would pass for the memory's."""
+    chains = []
+
+    def noted(ops: Sequence[tuple[str, np.ndarray]], shape: list[int | str]) -> bytes:
+        chains.append([constant.tobytes()[:64] for _, constant in ops])
+        return chain(ops, shape)
+
+    monkeypatch.setattr(bounds, "chain", noted)
+    monkeypatch.setattr(bounds, "SIDE", 64)
+    assert bounds.measured_bounds(1).read_gb_s > 0
+    assert len(chains) == 2
+    assert all(len(set(weights)) == len(weights) >= 4 for weights in chains)
+
+
 def test_bounds_and_the_share_rule() -> None:
     bundle = EngineBundle.open(DEMO_BUNDLE)
-    bounds = Bounds(copy_gb_s=20, read_gb_s=10, matrix_gflop_s=100, source="made up")
+    made_up = bounds.Bounds(copy_gb_s=20, read_gb_s=10, matrix_gflop_s=100, source="made up")
 
     def point(keep: float, cells: int, stem: float, trunk: float, prefill: float) -> dict[str, Any]:
         stages = {"vit_stem": stem, "vit_trunk": trunk, "prefill": prefill}
@@ -218,7 +234,7 @@ def test_bounds_and_the_share_rule() -> None:
         {"context": 0, "itl_ms": {"p50": 2.0}},
         {"context": 64, "itl_ms": None},
     ]
-    found = roofline(bundle, bounds, frames, answers, 64)
+    found = bounds.roofline(bundle, made_up, frames, answers, 64)
     rows = {row["stage"]: row for row in found["stages"]}
     stem = rows["vit_stem, keep 1"]
     assert stem["by"] == "products"

@@ -8,7 +8,7 @@ from pathlib import Path
 from edge_vlm.cli import Command
 from edge_vlm.console.paths import output_folder
 from edge_vlm.console.progress import Progress, counted, told
-from edge_vlm.console.usage import did_you_mean
+from edge_vlm.console.usage import did_you_mean, thread_count
 from edge_vlm.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         dest="settings",
         help="change a field of the recipe; may be given several times",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from edge_vlm.config import ModelConfig
 from edge_vlm.errors import CheckpointError, ConfigError, NonFinite
 from edge_vlm.formats.usage import Usage
-from edge_vlm.json_text import MALFORMED
+from edge_vlm.json_text import MALFORMED, fault_of
 from edge_vlm.model.checkpoint import TOKENIZER, save_checkpoint
 from edge_vlm.model.lora.folder import Base, save_adapter
 from edge_vlm.model.video_lm import VideoLM
@@ -129,7 +129,7 @@ class Run:
             self._go_on_from(path)
         except (RuntimeError, *MALFORMED) as error:
             raise CheckpointError(
-                f"not a checkpoint of this run: {error!r}",
+                f"not a checkpoint of this run: {fault_of(error)}",
                 where=path,
                 remedy=f"remove it to resume from the one before in {path.parent}",
             ) from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from edge_vlm.console.options import About
 from edge_vlm.console.paths import recording_file, recording_folder
+from edge_vlm.console.usage import MOST_THREADS
 from edge_vlm.errors import ConfigError
 from edge_vlm_runtime.cli.common.arguments import (
     Groups,
@@ -64,8 +65,8 @@ class BundleOptions:
     with them unless told otherwise."""
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads must be 1 to {MOST_THREADS}, got {self.threads}")
 
 
 @dataclass(frozen=True, kw_only=True)
