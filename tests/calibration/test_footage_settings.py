@@ -261,7 +261,6 @@ def test_bad_clips_are_skipped_and_named(
         (["--sections", "alerts"], "there are no marks"),
         (["--fps", "0"], "--fps must be"),
         (["--measure", "inf"], "--measure not negative"),
-        (["--threads", "-1"], "--threads must not be negative"),
         (["--sections", "change", "--keep-ratio", "0.3"], "has no use for --keep-ratio"),
         (["--toml", "alerts.toml"], "has no use for --toml"),
         (["--max-frames", "9"], "has no use for --max-frames"),

@@ -19,6 +19,9 @@ from edge_vlm_runtime.engines.base import CacheMemory, Engine, Shape
 from edge_vlm_runtime.engines.cuda import Gpu
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+SPIN_US = 50
+SPINS_SHORTLY = (1, 32)
+"""Of the library: older ones may not know SPIN_US and would spin for milliseconds."""
 
 
 class GpuMemory(CacheMemory, Protocol):
@@ -57,16 +60,10 @@ class OrtEngine(Engine):
         onnxruntime = require_provider(provider)
         path = bundle.graph_path(name)
         super().__init__(bundle.specs[name])
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # Waiting threads sleep: three graphs share the cores with decoding and the server, and a
-        # pool that spins between calls takes their time.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = _options(onnxruntime, threads)
         # Weights that have one scale a row (the head) are given one for so many numbers when they
         # are fused with their product; by default for 32, and the scales are read at every token.
         options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
-        options.log_severity_level = 3
         self._adjust(options)
         try:
             session = onnxruntime.InferenceSession(
@@ -121,6 +118,28 @@ class OrtEngine(Engine):
         self._bound.clear()
 
 
+def _options(onnxruntime: Any, threads: int) -> Any:
+    """For a graph on so many threads.
+
+    Waiting threads soon sleep: three graphs share the cores with decoding and the server, and a
+    pool that spins between calls takes their time. Between two nodes of a graph they spin, because
+    to wake one takes as long as a small node.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    spins = _version(onnxruntime.__version__) >= SPINS_SHORTLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    options.log_severity_level = 3
+    return options
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """(1, 32) of 1.32.0.dev1."""
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
+
+
 def ort_library() -> tuple[str, tuple[str, ...]]:
     """Version and execution providers. Raises MissingExtraError, EngineError if it cannot load."""
     refuse_telemetry()
@@ -158,12 +177,9 @@ class ModelInMemory:
 
     def __init__(self, data: bytes, threads: int) -> None:
         onnxruntime = require_provider(CPU)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        self._session: Any = onnxruntime.InferenceSession(data, options, providers=[CPU])
+        self._session: Any = onnxruntime.InferenceSession(
+            data, _options(onnxruntime, threads), providers=[CPU]
+        )
 
     def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         outputs: list[np.ndarray] = self._session.run(None, inputs)

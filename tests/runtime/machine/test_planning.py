@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from edge_vlm.formats.precision import FP32, PRESETS, Precision
 from edge_vlm.presets import molmo2_4b, molmo2_8b, molmo2_o_7b, tiny
 from edge_vlm_runtime.cli.plan import plan
 from edge_vlm_runtime.demo.paths import DEMO_BUNDLE
+from edge_vlm_runtime.engines import ort
 from edge_vlm_runtime.engines.ort import ModelInMemory, OrtEngine
 from edge_vlm_runtime.planning import bounds
 from edge_vlm_runtime.planning import check as check_module
@@ -212,6 +214,16 @@ def test_what_is_read_is_kept_once_each(monkeypatch: pytest.MonkeyPatch) -> None
     assert bounds.measured_bounds(1).read_gb_s > 0
     assert len(chains) == 2
     assert all(len(set(weights)) == len(weights) >= 4 for weights in chains)
+
+
+@pytest.mark.parametrize(("version", "spins"), [("1.20.1", "0"), ("1.32.0", "1"), ("2.0", "1")])
+def test_threads_spin_only_where_it_can_be_short(version: str, spins: str) -> None:
+    told: dict[str, str] = {}
+    made = SimpleNamespace(add_session_config_entry=told.__setitem__)
+    library = SimpleNamespace(__version__=version, SessionOptions=lambda: made)
+    assert ort._options(library, 2).intra_op_num_threads == 2
+    assert told["session.intra_op.allow_spinning"] == spins
+    assert int(told["session.intra_op.spin_duration_us"]) < 1000
 
 
 def test_bounds_and_the_share_rule() -> None:
