@@ -21,7 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 FOLDER = RESULTS / "bench"
 """Results of `edge-vlm bench --json`, one a device and model."""
 PEERS = tuple(
-    RESULTS / f"peers{kind}.json" for kind in ("", "_full_size", "_full_size_without_amx")
+    RESULTS / f"peers{kind}.json"
+    for kind in ("", "_full_size", "_full_size_without_amx", "_full_size_two_threads")
 )
 PLAN_CHECK = RESULTS / "plan_check.json"
 Record = Mapping[str, Any]
