@@ -219,6 +219,7 @@ def test_a_variable_that_is_no_option_is_named_once_and_ignored() -> None:
         (["--keep-ratio", "2"], {}, "keep_ratio must be in (0, 1], got 2.0 (command line)"),
         ([], {"EDGE_VLM_TEMPERATURE": "11"}, "temperature must be in 0..10, got 11.0 (EDGE_VLM_T"),
         ([], {"EDGE_VLM_THREADS": "0"}, "threads must be 1 to 256, got 0 (EDGE_VLM_THREADS)"),
+        (["--threads", "9999"], {}, "threads must be 1 to 256, got 9999 (command line)"),
         ([], {"EDGE_VLM_ATTENTION": "x"}, "only one of frame, exact, last_n (EDGE_VLM_ATTENTION)"),
         ([], {"EDGE_VLM_FPS": "nan"}, "fps must be a number, got 'nan' (EDGE_VLM_FPS)"),
         (["--allowed-host", "http://x"], {}, "not the name of a host: 'http://x'"),
